@@ -1,0 +1,23 @@
+"""The functions under the zoo: scans, convolutions and attention, each with a readable PyTorch reference.
+
+Every folder beside this file that holds a ``reference.py`` is an op; its public functions appear here by themselves.
+``use``, ``explain`` and ``SSMZOO_IMPLEMENTATION`` say which implementation of an op runs.
+"""
+
+import importlib as _importlib
+import pathlib as _pathlib
+from typing import TYPE_CHECKING
+
+from ssmkernels.dispatch import OPS, Explanation, explain, use
+
+if TYPE_CHECKING:  # for type checkers and editors alone
+    from ssmkernels.selective_scan import selective_scan, selective_scan_step
+
+__all__ = ["OPS", "Explanation", "explain", "use"]
+
+for _folder in sorted(_pathlib.Path(__file__).parent.iterdir()):
+    if (_folder / "reference.py").exists():
+        _op = _importlib.import_module(f"ssmkernels.{_folder.name}")
+        for _name in _op.__all__:
+            globals()[_name] = getattr(_op, _name)
+            __all__ += [_name]  # noqa: PLE0604

@@ -1,0 +1,294 @@
+"""Which implementation of an op runs, and why.
+
+An op has several implementations, fastest first, the readable reference last. A call takes the first one
+that can run it; a name forces one. Nothing falls back silently: a forced implementation that cannot run is an
+error that says why, and a large call that lands on the reference warns once.
+
+Names come from, in this order: the ``implementation=`` argument, ``use(...)``, the environment variable
+``SSMZOO_IMPLEMENTATION``. ``SSMZOO_DISABLE`` takes implementations out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from ssmkernels.library import opaque
+
+# Input elements from which a call on the reference is worth a warning: about a tenth of a second of it.
+LARGE_CALL = 2**20
+
+OPS: dict[str, Op] = {}
+
+_forced: dict[str, str] = {}  # op name, or "*" for every op → implementation name; process-wide, as autograd threads need
+_explaining: list[bool] = []
+_warned: set[str] = set()
+
+
+class Choice(NamedTuple):
+    """What became of one implementation in one call: ``reason`` is empty where it could run."""
+
+    implementation: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which implementation a call takes, and why each other one was passed over.
+
+    ``chosen`` is the name of the one that would run; ``choices`` has every implementation, fastest first.
+    """
+
+    op: str
+    chosen: str
+    origin: str
+    choices: tuple[Choice, ...]
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Implementation name → why it would not run; without the chosen one."""
+        return {c.implementation: c.reason for c in self.choices if c.implementation != self.chosen}
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.chosen} runs ({self.origin})"]
+        lines += [f"  not {name}: {reason}" for name, reason in self.reasons.items()]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+class _Explained(Exception):
+    """Carries an explanation out of a public function without running anything."""
+
+    def __init__(self, explanation: Explanation):
+        self.explanation = explanation
+
+
+def _nothing(*_: Any) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op.
+
+    ``function`` takes the op's arguments by name and returns a tensor or a tuple of tensors. ``missing()`` says what
+    this machine lacks, ``unsupported(arguments)`` what it cannot do about one call; each returns None where all is well.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    missing: Callable[[], str | None] = _nothing
+    unsupported: Callable[[Mapping[str, Any]], str | None] = _nothing
+
+
+class Op:
+    """An op: its name and its implementations, fastest first.
+
+    Implementation ``x`` lives in the module ``x`` of the op's own package, as a function of the op's name; beside it may
+    stand ``missing()`` and ``unsupported(arguments)`` (prefixed with ``step_`` for the op's step). ``fake`` computes
+    empty outputs from the arguments: with it a plain PyTorch implementation becomes one opaque node under
+    ``torch.compile``, backward included.
+    """
+
+    def __init__(self, name: str, package: str, implementations: tuple[str, ...], fake: Callable[..., Any] | None = None):
+        self.name = name
+        self.package = package
+        self.names = implementations
+        self.fake = fake
+        self._loaded: dict[str, Implementation] = {}
+        OPS[name] = self
+
+    def implementation(self, name: str) -> Implementation:
+        """The named implementation; imports its module on first use."""
+        if name not in self.names:
+            raise ValueError(unknown("implementation of " + self.name, name, self.names))
+        if name not in self._loaded:
+            self._loaded[name] = self._load(name)
+        return self._loaded[name]
+
+    def _load(self, name: str) -> Implementation:
+        module = importlib.import_module(f"{self.package}.{name}")
+        function = getattr(module, self.name)
+        if self.fake is not None and not getattr(function, "compiles", False):
+            function = opaque(f"{self.name}_{name}", function, self.fake)
+        prefix = "step_" if self.name.endswith("_step") else ""
+        return Implementation(
+            name,
+            function,
+            getattr(module, "missing", _nothing),
+            getattr(module, prefix + "unsupported", _nothing),
+        )
+
+    def why_not(self, name: str, arguments: Mapping[str, Any] | None = None) -> str:
+        """Why the named implementation cannot run here, or cannot run this call; empty where it can."""
+        if _disabled(self.name, name):
+            return "disabled by SSMZOO_DISABLE"
+        implementation = self.implementation(name)
+        reason = implementation.missing()
+        if reason is None and arguments is not None:
+            reason = implementation.unsupported(arguments)
+        return reason or ""
+
+    def __call__(self, implementation: str | None, /, **arguments: Any) -> Any:
+        """Runs the op on validated arguments."""
+        forced, origin = self._forced(implementation)
+        if _explaining:
+            raise _Explained(self._explain(forced, origin, arguments))
+        if forced is not None:
+            reason = self.why_not(forced, arguments)
+            if reason:
+                raise ValueError(f"{self.name}: implementation {forced!r} ({origin}) cannot run this call: {reason}")
+            return self.implementation(forced).function(**arguments)
+        for name in self.names:
+            if not self.why_not(name, arguments):
+                if name == "reference" and len(self.names) > 1 and not torch.compiler.is_compiling():
+                    self._warn_if_large(arguments)
+                return self.implementation(name).function(**arguments)
+        raise RuntimeError(f"{self.name}: no implementation can run this call\n{self._explain(None, '', arguments)}")
+
+    def _forced(self, implementation: str | None) -> tuple[str | None, str]:
+        if implementation is not None:
+            if implementation not in self.names:
+                raise ValueError(unknown("implementation of " + self.name, implementation, self.names))
+            return implementation, "by the argument `implementation`"
+        name = _forced.get(self.name) or _forced.get("*")
+        if name in self.names:
+            return name, "by ssmkernels.use"
+        name = _environment(self.name)
+        if name in self.names:
+            return name, "by SSMZOO_IMPLEMENTATION"
+        return None, "the fastest that can run this call"
+
+    def _explain(self, forced: str | None, origin: str, arguments: Mapping[str, Any]) -> Explanation:
+        choices = [Choice(name, self.why_not(name, arguments)) for name in self.names]
+        able = [c.implementation for c in choices if not c.reason]
+        chosen = forced if forced is not None else (able[0] if able else "nothing")
+        if forced is not None:
+            choices = [c if c.reason else c._replace(reason=f"{forced!r} is forced {origin}") for c in choices]
+            if forced not in able:
+                origin += ", but it cannot: " + self.why_not(forced, arguments)
+        else:
+            choices = [c if c.reason else c._replace(reason=f"slower than {chosen!r}") for c in choices]
+        return Explanation(self.name, chosen, origin, tuple(choices))
+
+    def _warn_if_large(self, arguments: Mapping[str, Any]) -> None:
+        elements = sum(a.numel() for a in arguments.values() if isinstance(a, torch.Tensor))
+        if elements < LARGE_CALL or self.name in _warned:
+            return
+        _warned.add(self.name)
+        why = "; ".join(f"{n}: {self.why_not(n, arguments)}" for n in self.names if n != "reference")
+        warnings.warn(
+            f"{self.name}: a large call runs on the slow reference ({why}). Force it with implementation='reference' "
+            f"to silence this; it is said once.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def unknown(what: str, name: object, known: Any) -> str:
+    """The message for a name that does not exist: what does, and the nearest."""
+    known = sorted(known)
+    near = difflib.get_close_matches(str(name), known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"unknown {what}: {name!r}.{hint} There are: {', '.join(known)}."
+
+
+def _parse(text: str, variable: str) -> dict[str, str]:
+    """``"tiled"`` or ``"selective_scan=tiled,attention=reference"`` → op name, or "*", → implementation name."""
+    table = {}
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        op, _, name = entry.rpartition("=")
+        table[op or "*"] = name
+    _check_table(table, variable)
+    return table
+
+
+def _check_table(table: Mapping[str, str], origin: str) -> None:
+    every = {name for op in OPS.values() for name in op.names}
+    for op, name in table.items():
+        if op != "*" and op not in OPS:
+            raise ValueError(f"{origin}: " + unknown("op", op, OPS))
+        names = every if op == "*" else set(OPS[op].names)
+        if name not in names:
+            raise ValueError(f"{origin}: " + unknown("implementation" + ("" if op == "*" else " of " + op), name, names))
+
+
+# A compiler takes the environment as it stands while it traces: hence constants, and plain strings and bools.
+
+
+@torch.compiler.assume_constant_result
+def _environment(op: str) -> str | None:
+    """The implementation that ``SSMZOO_IMPLEMENTATION`` names for this op."""
+    text = os.environ.get("SSMZOO_IMPLEMENTATION", "")
+    table = _parse(text, "SSMZOO_IMPLEMENTATION") if text else {}
+    return table.get(op) or table.get("*")
+
+
+@torch.compiler.assume_constant_result
+def _disabled(op: str, implementation: str) -> bool:
+    """Whether ``SSMZOO_DISABLE`` (``triton``, ``triton:ssd``, several by commas) takes the implementation from this op."""
+    found = False
+    for entry in filter(None, (part.strip() for part in os.environ.get("SSMZOO_DISABLE", "").split(","))):
+        name, _, only = entry.partition(":")
+        if name == "reference":
+            raise ValueError("SSMZOO_DISABLE: the reference cannot be disabled: the others are checked against it")
+        _check_table({only or "*": name}, "SSMZOO_DISABLE")
+        found |= name == implementation and only in ("", op)
+    return found
+
+
+@contextlib.contextmanager
+def use(implementation: str | None = None, /, **by_op: str) -> Iterator[None]:
+    """Forces implementations for all calls inside the context, in every thread of the process.
+
+    ``use("reference")`` holds for every op that has an implementation of that name, the others choose as ever;
+    ``use(selective_scan="tiled")`` for one op. An inner context adds to an outer one.
+
+    Raises:
+        ValueError: no op, or no implementation, of that name exists.
+    """
+    table = dict(by_op)
+    if implementation is not None:
+        table["*"] = implementation
+    _check_table(table, "ssmkernels.use")
+    before = dict(_forced)
+    if implementation is not None:
+        _forced.clear()
+    _forced.update(table)
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Tells which implementation ``op(*args, **kwargs)`` would run, and why each other one would not. Runs nothing.
+
+    Args:
+        op: an op's name, or the public function itself.
+
+    Raises:
+        ValueError, TypeError: whatever the call itself would raise for bad arguments.
+    """
+    if isinstance(op, str):
+        if op not in OPS:
+            raise ValueError(unknown("op", op, OPS))
+        op = getattr(importlib.import_module(OPS[op].package), op)
+    _explaining.append(True)
+    try:
+        op(*args, **kwargs)  # type: ignore[operator]
+    except _Explained as answer:
+        return answer.explanation
+    finally:
+        _explaining.pop()
+    raise TypeError(f"explain: {op!r} is not an op of ssmkernels")

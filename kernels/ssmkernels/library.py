@@ -1,0 +1,95 @@
+"""Plain PyTorch functions as nodes that ``torch.compile`` does not look into."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "ssmkernels"
+
+# Inside an operator PyTorch switches autograd off below the reach of `enable_grad`; its backward needs it once more.
+_INCLUDED, _EXCLUDED = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+
+
+def opaque(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, which becomes the single node ``ssmkernels::name`` when a compiler traces it.
+
+    Eager calls go straight to ``function``, with PyTorch's own autograd. Under a compiler its loops over time would be
+    unrolled and its reads of ``cu_seqlens`` would break the graph; there it is one operator of ``torch.library``, and its
+    backward runs it again under autograd.
+
+    Args:
+        function: annotated; takes tensors, None, bools, numbers and strings, returns a tensor or a tuple of tensors.
+        fake: takes the same arguments, returns empty outputs of the right shapes, dtypes and device.
+    """
+    parameters = list(inspect.signature(function).parameters)
+    schema = torch.library.infer_schema(function, mutates_args=())
+    several = schema.rsplit("->", 1)[1].strip().startswith("(")
+    arguments = schema.rsplit("->", 1)[0].strip()[1:-1]
+
+    def forward(*args: Any) -> Any:
+        with torch.no_grad():
+            outputs = function(*args)
+        fresh = _unaliased(outputs if several else (outputs,), args)
+        return fresh if several else fresh[0]
+
+    def backward(*args: Any) -> list[Tensor]:
+        *args, grads, wanted = args  # type: ignore[assignment]
+        with torch._C._ForceDispatchKeyGuard(_INCLUDED, _EXCLUDED), torch.enable_grad():
+            leaves = [a.detach().requires_grad_(i in wanted) if isinstance(a, Tensor) else a for i, a in enumerate(args)]
+            outputs = function(*leaves)
+            pairs = [
+                (o, g) for o, g in zip(outputs if several else (outputs,), grads, strict=True) if g is not None and o.requires_grad
+            ]
+            inputs = [leaves[i] for i in wanted]
+            found: Sequence[Tensor | None] = [None] * len(inputs)
+            if pairs:
+                found = torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True)
+        return [torch.zeros_like(i) if g is None else g.contiguous() for g, i in zip(found, inputs, strict=True)]
+
+    def backward_fake(*args: Any) -> list[Tensor]:
+        return [torch.empty_like(args[i], memory_format=torch.contiguous_format) for i in args[-1]]
+
+    backward_operator = torch.library.custom_op(
+        f"{NAMESPACE}::{name}_backward",
+        backward,
+        mutates_args=(),
+        schema=f"({arguments}, Tensor?[] grads, int[] wanted) -> Tensor[]",
+    )
+    backward_operator.register_fake(backward_fake)
+    operator = torch.library.custom_op(f"{NAMESPACE}::{name}", forward, mutates_args=(), schema=schema)
+    operator.register_fake(fake)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.tensors = [isinstance(a, Tensor) for a in inputs]
+        ctx.constants = [None if isinstance(a, Tensor) else a for a in inputs]
+        ctx.save_for_backward(*(a for a in inputs if isinstance(a, Tensor)))
+
+    def autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)
+        args = [next(saved) if is_tensor else c for is_tensor, c in zip(ctx.tensors, ctx.constants, strict=True)]
+        wanted = [i for i, needs in enumerate(ctx.needs_input_grad) if needs]
+        found = iter(backward_operator(*args, list(grads), wanted))
+        return tuple(next(found) if i in wanted else None for i in range(len(args)))
+
+    operator.register_autograd(autograd, setup_context=setup_context)
+
+    @functools.wraps(function)
+    def call(**arguments: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return operator(*(arguments[p] for p in parameters))
+        return function(**arguments)
+
+    call.operator = operator  # type: ignore[attr-defined]
+    return call
+
+
+def _unaliased(outputs: Sequence[Tensor], inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+    """An operator's outputs may share no memory with its inputs."""
+    taken = {a.untyped_storage().data_ptr() for a in inputs if isinstance(a, Tensor)}
+    return tuple(o.clone() if o.untyped_storage().data_ptr() in taken else o for o in outputs)

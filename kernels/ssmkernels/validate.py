@@ -1,0 +1,155 @@
+"""Checks of an op's arguments, with messages for someone who has never seen the code.
+
+All that needs only shapes, dtypes and devices costs microseconds and is traced away by ``torch.compile``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HALF = (torch.bfloat16, torch.float16)
+REAL = (torch.float32, torch.float64, *HALF)
+COMPLEX = (torch.complex64, torch.complex128)
+
+
+def check_shapes(op: str, arguments: Mapping[str, tuple[Any, str]], **sizes: int) -> dict[str, int]:
+    """Checks tensors against shapes in letters, and that they share a device.
+
+    Args:
+        op: the function's name, for the message.
+        arguments: name → (value, shape). A shape is sizes in letters, ``"b l d"``; alternatives differ in rank and are
+            separated by ``|``; a number, or an expression of one letter such as ``w-1``, stands for itself. A value that
+            is None is passed over.
+        sizes: letters already known.
+
+    Returns:
+        The size of every letter. A letter means the same in every argument.
+
+    Raises:
+        TypeError: an argument is no tensor.
+        ValueError: an argument has another shape or lies on another device.
+    """
+    device = None
+    for name, (value, shape) in arguments.items():
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{op}: `{name}` must be a tensor of shape {_pretty(shape)}; got {type(value).__name__}")
+        fitting = [s for s in shape.split("|") if len(s.split()) == value.ndim]
+        if not fitting or not _matches(value, fitting[0].split(), sizes):
+            known = _known(shape, sizes)
+            raise ValueError(f"{op}: `{name}` must have shape {_pretty(shape)}{known}; got {tuple(value.shape)}")
+        if device is None:
+            device, first = value.device, name
+        elif value.device != device:
+            raise ValueError(f"{op}: `{name}` must be on {device}, where `{first}` is; got {value.device}")
+    return sizes
+
+
+def _matches(value: Tensor, letters: list[str], sizes: dict[str, int]) -> bool:
+    """Whether the shape fits the letters; learns the sizes of new ones."""
+    learned = dict(sizes)
+    for letter, size in zip(letters, value.shape, strict=True):
+        if letter.isdigit():
+            expected = int(letter)
+        elif letter.endswith("-1"):
+            expected = learned[letter[:-2]] - 1
+        elif letter.endswith("+1"):
+            expected = learned[letter[:-2]] + 1
+        else:
+            expected = learned.setdefault(letter, size)
+        if expected != size:
+            return False
+    sizes.update(learned)
+    return True
+
+
+def _pretty(shape: str) -> str:
+    return " or ".join(f"({s.strip()})" for s in shape.split("|"))
+
+
+def _known(shape: str, sizes: Mapping[str, int]) -> str:
+    letters = dict.fromkeys(word.removesuffix("-1").removesuffix("+1") for word in shape.replace("|", " ").split())
+    known = [f"{letter}={sizes[letter]}" for letter in letters if letter in sizes]
+    return " with " + ", ".join(known) if known else ""
+
+
+def check_dtypes(op: str, arguments: Mapping[str, Any], allowed: Iterable[torch.dtype]) -> None:
+    """Checks that each argument that is not None has one of the allowed dtypes.
+
+    Raises:
+        TypeError: naming the argument, what is allowed and what came.
+    """
+    allowed = tuple(allowed)
+    for name, value in arguments.items():
+        if value is not None and value.dtype not in allowed:
+            names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+            raise TypeError(f"{op}: `{name}` must be {names}; got {str(value.dtype).removeprefix('torch.')}")
+
+
+def check_same_dtype(op: str, arguments: Mapping[str, Any], allowed: Iterable[torch.dtype] = REAL) -> None:
+    """Checks that all arguments that are not None share one of the allowed dtypes.
+
+    Raises:
+        TypeError: naming the argument, what is allowed and what came.
+    """
+    present = {name: value for name, value in arguments.items() if value is not None}
+    check_dtypes(op, present, allowed)
+    (first, leader), *others = present.items()
+    for name, value in others:
+        if value.dtype != leader.dtype:
+            raise TypeError(
+                f"{op}: `{name}` must be {str(leader.dtype).removeprefix('torch.')}, as `{first}` is; "
+                f"got {str(value.dtype).removeprefix('torch.')}"
+            )
+
+
+def check_cu_seqlens(op: str, cu_seqlens: Tensor | None, x: Tensor, name: str = "cu_seqlens") -> int:
+    """Checks the borders of a packed batch; returns the number of sequences, which without packing is the batch size.
+
+    Args:
+        cu_seqlens: None, or int32 ``(s + 1)``: sequence i takes positions ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``. Its
+            values are read where that costs nothing: on the CPU and outside of a compiler.
+        x: what is packed, ``(b, l, ...)``.
+
+    Raises:
+        TypeError: it is no int32 tensor.
+        ValueError: another rank or device, a batch other than one, or borders that do not rise from 0 to ``l``.
+    """
+    batch, length = x.shape[:2]
+    if cu_seqlens is None:
+        return batch
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
+        came = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise TypeError(f"{op}: `{name}` must be an int32 tensor; got {came}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"{op}: `{name}` must have shape (s + 1); got {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.device != x.device:
+        raise ValueError(f"{op}: `{name}` must be on {x.device}, as the input is; got {cu_seqlens.device}")
+    if batch != 1:
+        raise ValueError(f"{op}: with `{name}` the sequences lie one after another in a batch of 1; got a batch of {batch}")
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        borders = cu_seqlens.tolist()
+        if borders[0] != 0 or borders[-1] != length or any(a > b for a, b in zip(borders, borders[1:], strict=False)):
+            shown = borders if len(borders) <= 8 else [*borders[:4], "...", *borders[-3:]]
+            raise ValueError(f"{op}: `{name}` must rise from 0 to the length {length} without falling; got {shown}")
+    return cu_seqlens.shape[0] - 1
+
+
+def precision(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype for sums and states: float64 where any input is, float32 otherwise."""
+    wide = (torch.float64, torch.complex128)
+    return torch.float64 if any(t is not None and t.dtype in wide for t in tensors) else torch.float32
+
+
+def check_parameters(op: str, x: Tensor, arguments: Mapping[str, Any], also: Iterable[torch.dtype] = ()) -> None:
+    """Checks dtypes of weights that may stay float32 beside half-precision activations ``x``.
+
+    Raises:
+        TypeError: naming the argument, what is allowed and what came.
+    """
+    check_dtypes(op, arguments, dict.fromkeys((x.dtype, precision(x), *also)))

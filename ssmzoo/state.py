@@ -48,6 +48,11 @@ class State:
         """Bytes of all its tensors."""
         return sum(t.nbytes for t in self.tensors())
 
+    @property
+    def n_sequences(self) -> int:
+        """How many sequences it holds."""
+        return self.tensors()[0].shape[0]
+
     def tensors(self) -> list[Tensor]:
         """Every tensor in it, those of states within it included."""
         found: list[Tensor] = []

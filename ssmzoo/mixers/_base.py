@@ -1,0 +1,125 @@
+"""The one interface of all mixers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ssmkernels.validate import check_cu_seqlens
+from ssmzoo.state import State
+
+
+class Mixer(nn.Module):
+    """Mixes along the sequence: ``(b, l, d_model) → (b, l, d_model)``.
+
+    A subclass defines :meth:`mix`, and :meth:`initial_state` if it can carry a state. Its options are keyword arguments
+    of ``__init__`` with type annotations; the registry checks them and lists them.
+
+    Attributes:
+        causal: no output depends on a later input.
+        has_state: it can be called in chunks through a state.
+        requires: importable packages beyond PyTorch.
+        float32_parameters: dotted names of weights that stay float32 when the rest moves to half precision.
+        no_weight_decay: dotted names of weights that the papers exempt from decay.
+        learning_rates: dotted names of weights with a learning rate of their own.
+        residual_projection: the submodule that writes into the residual stream; a model scales it by its depth.
+    """
+
+    requires: ClassVar[tuple[str, ...]] = ()
+    causal: bool = True
+    has_state: bool = True
+    float32_parameters: tuple[str, ...] = ()
+    no_weight_decay: tuple[str, ...] = ()
+    learning_rates: dict[str, float] = {}  # noqa: RUF012  (read only)
+    residual_projection: str | None = "out_proj"
+
+    def __init__(self, d_model: int):
+        super().__init__()
+        if not isinstance(d_model, int) or isinstance(d_model, bool) or d_model < 1:
+            raise ValueError(f"{type(self).__name__}: `d_model` must be a positive int; got {d_model!r}")
+        self.d_model = d_model
+
+    def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
+        """The mixing itself, on checked arguments; returns the output and the state after it, None where none came in."""
+        raise NotImplementedError
+
+    def initial_state(self, batch_size: int, max_length: int | None = None) -> State:
+        """The state before the first token, on the device of the weights.
+
+        Args:
+            batch_size: number of sequences.
+            max_length: where memory grows with length, room to set aside.
+        """
+        raise ValueError(f"{type(self).__name__} has no state: it sees the whole sequence at once")
+
+    def mixing_flops(self, context: int) -> float:
+        """FLOPs a token, forward, at ``context`` tokens, beyond two for each weight of its linear maps."""
+        return 0.0
+
+    def forward(
+        self, x: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, State]:
+        """Mixes a whole sequence, or, with a state, the next tokens.
+
+        Args:
+            x: ``(b, l, d_model)``; with ``cu_seqlens`` ``(1, l, d_model)``.
+            state: what an earlier call, or :meth:`initial_state`, gave. The call takes it over; ``clone()`` it first to branch.
+            cu_seqlens: int32 ``(s + 1)``, borders of sequences packed one after another; the state then has s of them.
+
+        Returns:
+            ``(b, l, d_model)``; with a state also the state after the last token.
+
+        Raises:
+            TypeError, ValueError: x, state or cu_seqlens of the wrong kind, shape, dtype or device.
+        """
+        self._check(x, state, cu_seqlens)
+        y, state = self.mix(x, state, cu_seqlens)
+        return y if state is None else (y, state)
+
+    def _check(self, x: Tensor, state: State | None, cu_seqlens: Tensor | None) -> None:
+        name = type(self).__name__
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: `x` must be a tensor (b, l, {self.d_model}); got {type(x).__name__}")
+        if x.ndim != 3 or x.shape[-1] != self.d_model:
+            raise ValueError(f"{name}: `x` must have shape (b, l, d_model) with d_model={self.d_model}; got {tuple(x.shape)}")
+        weight = self._a_weight()
+        if weight is not None:
+            if x.device != weight.device:
+                raise ValueError(f"{name}: `x` must be on {weight.device}, where the weights are; got {x.device}")
+            if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+                raise TypeError(f"{name}: `x` must be {weight.dtype}, as the weights are; got {x.dtype}")
+        sequences = check_cu_seqlens(name, cu_seqlens, x)
+        if state is None:
+            return
+        if not isinstance(state, State):
+            raise TypeError(f"{name}: `state` must come from initial_state() or an earlier call; got {type(state).__name__}")
+        if not self.has_state or not self.causal:
+            raise ValueError(f"{name}: it has no state, as it sees the whole sequence at once (bidirectional); got a state")
+        if state.n_sequences != sequences:
+            raise ValueError(f"{name}: `state` must have {sequences} sequences, as many as `x`; got {state.n_sequences}")
+
+    def _a_weight(self) -> Tensor | None:
+        """A weight that follows the module's dtype."""
+        place = self.__dict__.get("_weight_place")
+        if place is None:
+            for path, _ in self.named_parameters():
+                if path not in self.float32_parameters:
+                    owner, _, name = path.rpartition(".")
+                    place = self.__dict__["_weight_place"] = (owner, name)
+                    break
+            else:
+                return None
+        return getattr(self.get_submodule(place[0]), place[1])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mixer:
+        """As PyTorch's, but ``float32_parameters`` move to another device without losing precision."""
+        kept = {name: self.get_parameter(name).data for name in self.float32_parameters}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            parameter = self.get_parameter(name)
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = before.to(parameter.device, torch.float32)
+        return self

@@ -1,0 +1,89 @@
+"""Checks of named options against the type annotations of whoever takes them: mixers, configs, training settings."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ssmkernels.dispatch import unknown
+
+
+def options_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The keyword options of a class or function: all its parameters but ``self`` and ``d_model``."""
+    target = function.__init__ if isinstance(function, type) else function  # type: ignore[misc]
+    parameters = list(inspect.signature(target).parameters.values())
+    return {p.name: p for p in parameters if p.name not in ("self", "d_model") and p.kind is not p.VAR_KEYWORD}
+
+
+def check_options(what: str, function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with their values checked, and converted where that is safe (an int for a float, a list for a tuple).
+
+    Raises:
+        TypeError: an option that does not exist, with those that do and the nearest; or a value of the wrong type.
+    """
+    known = options_of(function)
+    target = function.__init__ if isinstance(function, type) else function  # type: ignore[misc]
+    hints = typing.get_type_hints(target)
+    for name in options:
+        if name not in known:
+            raise TypeError(unknown(f"option of {what}", name, known))
+    return {name: convert(f"option `{name}` of {what}", value, hints.get(name, Any)) for name, value in options.items()}
+
+
+def convert(where: str, value: Any, annotation: Any) -> Any:
+    """``value`` as the annotated type.
+
+    Converts an int, or text such as ``1e-3`` (which YAML reads as text), to a float, and a list to a tuple.
+
+    Raises:
+        TypeError: naming ``where``, what was expected and what came.
+    """
+    for option in _alternatives(annotation):
+        fits, converted = _fit(value, option)
+        if fits:
+            return converted
+    raise TypeError(f"{where} must be {_spell(annotation)}; got {value!r}")
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
+def _fit(value: Any, annotation: Any) -> tuple[bool, Any]:
+    origin = typing.get_origin(annotation)
+    if annotation is Any:
+        return True, value
+    if origin is typing.Literal:
+        return value in typing.get_args(annotation), value
+    if annotation is None or annotation is type(None):
+        return value is None, value
+    if annotation is float:
+        if isinstance(value, str):
+            try:
+                return True, float(value)
+            except ValueError:
+                return False, value
+        return isinstance(value, int | float) and not isinstance(value, bool), value
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool), value
+    if (origin or annotation) is tuple:
+        return isinstance(value, list | tuple), tuple(value) if isinstance(value, list | tuple) else value
+    kind = origin or annotation
+    return (isinstance(value, kind) if isinstance(kind, type) else True), value
+
+
+def _spell(annotation: Any) -> str:
+    names = []
+    for option in _alternatives(annotation):
+        if typing.get_origin(option) is typing.Literal:
+            names += [repr(a) for a in typing.get_args(option)]
+        elif option is None or option is type(None):
+            names.append("None")
+        else:
+            names.append(getattr(typing.get_origin(option) or option, "__name__", str(option)))
+    return " or ".join(names)

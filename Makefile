@@ -1,0 +1,46 @@
+# Each target does all its own set-up, in the folder .venv, the first time and whenever the requirements change.
+#
+#   make demo      train a small Mamba-attention hybrid on Python's standard library, then let it write
+#   make test      run every test
+#   make lint      ruff and mypy
+#   make readme    write the README's tables anew
+#   make clean     remove the virtual environment and build outputs; runs/ stays
+#
+#   make demo PYTHON=python3.12                                       another interpreter
+#   make demo TORCH="torch --index-url https://example.org/simple"    PyTorch from another index
+
+PYTHON ?= python3
+TORCH ?= torch
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint readme clean
+
+demo: $(READY)
+	$(BIN)/ssmzoo train mamba-hybrid-tiny --out runs/demo
+	$(BIN)/ssmzoo generate runs/demo "def "
+
+# One PyTorch thread a worker: two workers with two threads each would wait for one another.
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+readme: $(READY)
+	$(BIN)/python tests/test_readme.py
+
+# PyTorch comes first and alone, so that a build of the user's choice is there before anything asks for one.
+$(READY): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "ssmzoo needs Python 3.10 or later; name one with: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt $(TORCH)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -69,11 +69,7 @@ def mixer_class(name: str) -> type[Mixer]:
         ValueError: no such mixer; says which there are and the nearest.
         ImportError: it needs a package that is not installed.
     """
-    if name not in _registered:
-        if name not in _files():
-            raise ValueError(unknown("mixer", name, {*_files(), *_registered}))
-        importlib.import_module(f"{mixers.__name__}.{name}")
-    cls = _registered[name]
+    cls = _load(name)
     missing = _missing(cls)
     if missing:
         raise ImportError(f"mixer {name!r} needs {', '.join(missing)}: pip install {' '.join(missing)}")
@@ -99,13 +95,21 @@ def list_mixers() -> dict[str, MixerInfo]:
     """Every mixer by name, with its options, what it needs and whether that is here."""
     found = {}
     for name in sorted({*_files(), *_registered}):
-        if name not in _registered:
-            importlib.import_module(f"{mixers.__name__}.{name}")
-        cls = _registered[name]
+        cls = _load(name)
         summary = (cls.__doc__ or "").strip().partition("\n")[0]
         options = {option: p.default for option, p in options_of(cls).items()}
         found[name] = MixerInfo(name, summary, cls.requires, _missing(cls), options)
     return found
+
+
+def _load(name: str) -> type[Mixer]:
+    if name not in _registered:
+        if name not in _files():
+            raise ValueError(unknown("mixer", name, {*_files(), *_registered}))
+        module = importlib.import_module(f"{mixers.__name__}.{name}")
+        if name not in _registered:
+            raise ImportError(f"{module.__file__} must hold a class under @register_mixer({name!r})")
+    return _registered[name]
 
 
 def _files() -> set[str]:

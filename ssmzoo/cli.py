@@ -1,0 +1,79 @@
+"""The command line.
+
+An error is one line on standard error and exit status 1; with ``SSMZOO_DEBUG=1`` it is a traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from ssmzoo.commands import env, info
+from ssmzoo.commands import list as list_
+
+app = typer.Typer(
+    name="ssmzoo",
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("list")(list_.command)
+app.command("info")(info.command)
+app.command("env")(env.command)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"ssmzoo {version('ssmzoo')}")
+        raise typer.Exit()
+
+
+@app.callback(invoke_without_command=True)
+def _ssmzoo(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Sequence models for PyTorch: state-space models, attention, recurrent networks and their hybrids.
+
+    Start with `ssmzoo list`, then `ssmzoo train mamba-hybrid-tiny`: it needs no data of yours and no GPU.
+    """
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def main() -> None:
+    """Runs the command line and exits."""
+    try:
+        status = app(standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as in `ssmzoo list | head`: whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    except KeyboardInterrupt:
+        status = 130
+    except Exception as error:
+        if os.environ.get("SSMZOO_DEBUG", "0") not in ("", "0"):
+            raise
+        print(f"error: {_message(error)}", file=sys.stderr)
+        status = 1
+    sys.exit(status)
+
+
+def _message(error: Exception) -> str:
+    """One line: the message of an error meant for the user, and the kind of one that is not."""
+    if hasattr(error, "format_message"):  # typer's own, about the command line
+        context = getattr(error, "ctx", None)
+        hint = f" Try: {context.command_path} --help" if context is not None else ""
+        return " ".join(error.format_message().split()) + hint
+    text = " ".join(str(error).split())
+    if isinstance(error, ValueError | TypeError | OSError | ImportError):
+        return text or type(error).__name__
+    return f"{type(error).__name__}: {text} (SSMZOO_DEBUG=1 shows where)"

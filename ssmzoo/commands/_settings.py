@@ -1,0 +1,26 @@
+"""``--set key=value``: overrides on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """["d_model=64", "mixers.mamba.d_state=8"] → keys, dotted as they are, and values as YAML reads them.
+
+    Raises:
+        ValueError: an entry without ``=``, without a key, or with a value that is no YAML.
+    """
+    values = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key.strip():
+            raise ValueError(f"--set takes key=value, such as d_model=512; got {setting!r}")
+        try:
+            values[key.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ValueError(f"--set {key.strip()}: the value must be a number, a word or a YAML list; got {text!r}") from None
+    return values

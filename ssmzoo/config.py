@@ -1,0 +1,260 @@
+"""Architectures as data: the typed config of a model, its YAML, and overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import os
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ssmkernels.dispatch import unknown
+from ssmzoo.mixers._base import Mixer
+from ssmzoo.mlp import MLPS
+from ssmzoo.options import check_options, convert, options_of
+from ssmzoo.registry import mixer_class
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    """Everything that makes up one :class:`~ssmzoo.SequenceModel`. It names mixers, never code.
+
+    Attributes:
+        d_model: width of the residual stream.
+        n_layers: number of blocks.
+        pattern: the order of mixers, repeated down the layers: names of entries of ``mixers``, or of registered mixers.
+        mixers: options by entry. An entry may name its ``kind`` (the entry's own name otherwise), and may be
+            ``shared: true``: one set of weights at each of its places.
+        mlp: options of the channel mixer after each mixer: ``kind`` is "swiglu", "gelu" or "none".
+        vocab_size: number of token ids; None for real-valued features in and out.
+        pad_vocab_size_multiple: the embedding's rows are rounded up to a multiple of it.
+        d_input: width of real-valued input features, which replace token ids where it is set.
+        output: what comes out: "tokens" (a logit for each id and step), "classes" (a logit for each class and sequence) or
+            "features" (d_output numbers a step). If None: "classes" where n_classes is set, else "tokens" where vocab_size
+            is, else "features".
+        n_classes: number of classes.
+        pooling: which steps the classes are read from: the "mean" of all, or the "last".
+        d_output: width of output features; d_input if None.
+        tie_embeddings: the token logits use the embedding's weights.
+        norm: "rms" or "layer", before each mixer and MLP and at the end.
+        norm_eps: added to the mean square, or the variance.
+        residual_in_fp32: keep the residual stream in float32 whatever the weights are.
+        dropout: on what each mixer and MLP adds to the residual stream.
+        bidirectional: every mixer looks both ways; each must be able to.
+        description: one line for lists.
+        train: defaults of ``ssmzoo train`` for this model.
+    """
+
+    d_model: int
+    n_layers: int
+    pattern: list[str]
+    mixers: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    mlp: dict[str, Any] = dataclasses.field(default_factory=lambda: {"kind": "none"})
+    vocab_size: int | None = None
+    pad_vocab_size_multiple: int = 1
+    d_input: int | None = None
+    output: Literal["tokens", "classes", "features"] | None = None
+    n_classes: int | None = None
+    pooling: Literal["mean", "last"] = "mean"
+    d_output: int | None = None
+    tie_embeddings: bool = True
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-5
+    residual_in_fp32: bool = False
+    dropout: float = 0.0
+    bidirectional: bool = False
+    description: str = ""
+    train: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = convert(f"config key `{field.name}`", getattr(self, field.name), hints[field.name])
+            setattr(self, field.name, value)
+        self.pattern = list(self.pattern)
+        self.mixers = {name: dict(options or {}) for name, options in self.mixers.items()}
+        if self.output is None:
+            self.output = "classes" if self.n_classes else "tokens" if self.vocab_size else "features"
+        if self.output == "features" and self.d_output is None:
+            self.d_output = self.d_input
+        self._check()
+
+    def _check(self) -> None:
+        for name in ("d_model", "n_layers", "vocab_size", "pad_vocab_size_multiple", "d_input", "n_classes", "d_output"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"config key `{name}` must be at least 1; got {value}")
+        if not self.pattern:
+            raise ValueError("config key `pattern` must name at least one mixer; got an empty list")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"config key `dropout` must be in [0, 1); got {self.dropout}")
+        if self.vocab_size is None and self.d_input is None:
+            raise ValueError("config: set `vocab_size` for token ids in, or `d_input` for real-valued features in; got neither")
+        needed = {"tokens": "vocab_size", "classes": "n_classes", "features": "d_output"}[self.output or ""]
+        if getattr(self, needed) is None:
+            raise ValueError(f"config: `output: {self.output}` needs `{needed}`; it is not set")
+        if self.mlp.get("kind", "none") not in MLPS:
+            raise ValueError(unknown("`kind` of mlp", self.mlp["kind"], MLPS))
+        check_options(f"mlp {self.mlp.get('kind', 'none')!r}", MLPS[self.mlp.get("kind", "none")], self.mlp_options())
+        used = self.entries_used()
+        for entry in self.mixers:
+            if entry not in used:
+                raise ValueError(
+                    f"config: `mixers.{entry}` is used nowhere in `pattern` {self.pattern}; "
+                    + (f"did you mean one of {sorted(used)}?" if used else "")
+                )
+
+    def entries_used(self) -> set[str]:
+        """Names that the pattern, and the parallel entries in it, refer to; looks each mixer up."""
+        used: set[str] = set()
+        waiting = list(self.pattern)
+        while waiting:
+            entry = waiting.pop()
+            if entry in used:
+                continue
+            used.add(entry)
+            self.mixer_class(entry)
+            branches = self.mixers.get(entry, {}).get("branches")
+            if isinstance(branches, Sequence) and not isinstance(branches, str):
+                waiting += branches
+        return used
+
+    def entry_of_layer(self, layer: int) -> str:
+        """The pattern's name at a layer."""
+        return self.pattern[layer % len(self.pattern)]
+
+    def mixer_class(self, entry: str) -> type[Mixer]:
+        """The class of an entry of ``mixers``, or of a registered mixer's name."""
+        kind = self.mixers.get(entry, {}).get("kind", entry)
+        return mixer_class(kind)
+
+    def mixer_options(self, entry: str) -> dict[str, Any]:
+        """``kind`` and the options that an entry's mixer is built with; named branches are spelled out."""
+        options = {k: v for k, v in self.mixers.get(entry, {}).items() if k != "shared"}
+        options.setdefault("kind", entry)
+        branches = options.get("branches")
+        if isinstance(branches, Sequence) and not isinstance(branches, str):
+            options["branches"] = {name: self.mixer_options(name) for name in branches}
+        elif self.bidirectional and options["kind"] != "parallel":
+            if "bidirectional" not in options_of(self.mixer_class(entry)):
+                raise ValueError(f"config: `bidirectional` is set, but mixer {options['kind']!r} can only look back")
+            options["bidirectional"] = True
+        return options
+
+    def mlp_options(self) -> dict[str, Any]:
+        """The channel mixer's options without its kind."""
+        return {k: v for k, v in self.mlp.items() if k != "kind"}
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: ``vocab_size`` rounded up to ``pad_vocab_size_multiple``."""
+        multiple = self.pad_vocab_size_multiple
+        return -(-(self.vocab_size or 0) // multiple) * multiple
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, without what is at its default."""
+        default = {f.name: _default(f) for f in dataclasses.fields(self)}
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if value != default[name]}
+
+    def to_yaml(self) -> str:
+        """Itself as YAML."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "config") -> ModelConfig:
+        """A config from plain data.
+
+        Raises:
+            ValueError, TypeError: an unknown or missing key, or a value that does not fit, by name.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        for key in values:
+            if key not in known:
+                raise ValueError(unknown(f"key of {where}", key, known))
+        for key in ("d_model", "n_layers", "pattern"):
+            if key not in values:
+                raise ValueError(f"{where}: the key `{key}` is missing")
+        return cls(**values)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> ModelConfig:
+        """A config from a YAML file.
+
+        Raises:
+            FileNotFoundError, ValueError, TypeError: no such file, no YAML mapping in it, or keys that do not fit.
+        """
+        return cls.from_dict(_read(Path(path)), str(path))
+
+    def override(self, overrides: Mapping[str, Any]) -> ModelConfig:
+        """A new config with some values changed: nested (``mixers={"mamba": {"d_state": 8}}``) or dotted
+        (``{"mixers.mamba.d_state": 8}``). Dictionaries merge, all else is replaced."""
+        values = dataclasses.asdict(self)
+        if "output" not in overrides and {"n_classes", "d_output", "vocab_size"} & set(overrides):
+            values["output"] = None  # to be derived again
+        for key, value in overrides.items():
+            _merge(values, key.split("."), value)
+        return ModelConfig.from_dict(values)
+
+
+def _merge(values: dict[str, Any], path: list[str], value: Any) -> None:
+    key, *rest = path
+    if rest:
+        inner = values.get(key)
+        if inner is None:
+            inner = values[key] = {}
+        if not isinstance(inner, dict):
+            raise ValueError(f"config: `{key}` is {inner!r} and holds no key `{'.'.join(rest)}`")
+        _merge(inner, rest, value)
+    elif isinstance(value, Mapping) and isinstance(values.get(key), dict):
+        for inner_key, inner_value in value.items():
+            _merge(values[key], [inner_key], inner_value)
+    else:
+        values[key] = value
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping of config keys; got {type(values).__name__}")
+    return values
+
+
+def _folder() -> Path:
+    """Where the configs lie: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).parent
+    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of the models that :func:`build` knows, those matching a wildcard such as ``"mamba-*"``."""
+    names = sorted(path.stem for path in _folder().glob("*.yaml"))
+    return [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+
+
+def load_config(name_or_path: str | os.PathLike[str]) -> ModelConfig:
+    """The config of a named model, or of a YAML file.
+
+    Raises:
+        ValueError: neither a model's name nor a file; says which models there are and the nearest.
+    """
+    path = _folder() / f"{name_or_path}.yaml"
+    if str(name_or_path) in list_models():
+        return ModelConfig.from_yaml(path)
+    given = Path(name_or_path)
+    if given.suffix in (".yaml", ".yml") or given.is_file():
+        if not given.is_file():
+            raise FileNotFoundError(f"no config file {given}")
+        return ModelConfig.from_yaml(given)
+    raise ValueError(unknown("model", str(name_or_path), list_models()))

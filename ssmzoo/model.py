@@ -1,0 +1,224 @@
+"""The one model: whatever its mixers, it is this."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssmkernels.validate import check_cu_seqlens
+from ssmzoo.block import Block, entry_mixer
+from ssmzoo.config import ModelConfig
+from ssmzoo.mixers._base import Mixer
+from ssmzoo.norm import NORMS
+from ssmzoo.state import State
+
+
+@dataclasses.dataclass
+class ModelState(State):
+    """The states of all layers.
+
+    ``summed`` (s, d_model) and ``count`` (s) carry the mean that class logits are read from; None elsewhere.
+    """
+
+    layers: list[State]
+    summed: Tensor | None = None
+    count: Tensor | None = None
+
+
+class SequenceModel(nn.Module):
+    """Token ids or features in; logits, classes or features out; blocks between.
+
+    Args:
+        config: the architecture. Weights start as the papers do: see :mod:`ssmzoo.init`; embeddings N(0, 0.02).
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        if config.d_input is None:
+            self.embedding: nn.Module = nn.Embedding(config.padded_vocab_size, config.d_model)
+        else:
+            self.embedding = nn.Linear(config.d_input, config.d_model)
+        shared: dict[str, Mixer] = {}
+        self.layers = nn.ModuleList()
+        for i in range(config.n_layers):
+            entry = config.entry_of_layer(i)
+            if config.mixers.get(entry, {}).get("shared"):
+                if entry not in shared:
+                    shared[entry] = entry_mixer(config, entry)
+                self.layers.append(Block(config, i, shared[entry]))
+            else:
+                self.layers.append(Block(config, i))
+        self.norm_f = NORMS[config.norm](config.d_model, eps=config.norm_eps)
+        width = {"tokens": config.padded_vocab_size, "classes": config.n_classes, "features": config.d_output}
+        self.lm_head = nn.Linear(config.d_model, width[config.output or "tokens"] or 0, bias=config.output != "tokens")
+        if self.tied:
+            self.lm_head.weight = self.embedding.weight  # type: ignore[assignment]
+        if isinstance(self.embedding, nn.Embedding):
+            nn.init.normal_(self.embedding.weight, std=0.02)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the token logits use the embedding's weights."""
+        config = self.config
+        return config.tie_embeddings and config.output == "tokens" and config.d_input is None
+
+    def initial_state(self, batch_size: int, max_length: int | None = None) -> ModelState:
+        """The state before the first token.
+
+        Args:
+            batch_size: number of sequences.
+            max_length: room to set aside where memory grows with length (a key-value cache).
+        """
+        layers = [block.mixer.initial_state(batch_size, max_length) for block in self.layers]
+        state = ModelState(layers)
+        if self.config.output == "classes" and self.config.pooling == "mean":
+            state.summed = self.norm_f.weight.new_zeros(batch_size, self.config.d_model, dtype=torch.float32)
+            state.count = state.summed.new_zeros(batch_size)
+        return state
+
+    def forward(
+        self,
+        inputs: Tensor,
+        state: ModelState | None = None,
+        *,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, ModelState]:
+        """Runs whole sequences, or, with a state, the next tokens.
+
+        Args:
+            inputs: token ids ``(b, l)`` int64 or int32, or features ``(b, l, d_input)``.
+            state: from :meth:`initial_state` or an earlier call, which hands it over; ``clone()`` it first to branch.
+            mask: bool ``(b, l)``, True where there is a token. Padding, on whichever side, is packed away before the
+                first layer; outputs there are 0.
+            cu_seqlens: int32 ``(s + 1)``, borders of sequences packed into a batch of one; not together with ``mask``.
+
+        Returns:
+            Token logits ``(b, l, padded vocab_size)``, features ``(b, l, d_output)``, or class logits ``(s, n_classes)``
+            with s sequences (b without ``cu_seqlens``); with a state, the state after the last token too.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name.
+        """
+        self._check(inputs, state, mask, cu_seqlens)
+        if mask is not None and not mask.all():
+            out, state = self._padded(inputs, state, mask)
+        else:
+            out, state = self._run(inputs, state, cu_seqlens)
+        return out if state is None else (out, state)
+
+    def _padded(self, inputs: Tensor, state: ModelState | None, mask: Tensor) -> tuple[Tensor, ModelState | None]:
+        cu_seqlens = F.pad(mask.sum(1).cumsum(0), (1, 0)).int()
+        out, state = self._run(inputs[mask][None], state, cu_seqlens)
+        if self.config.output != "classes":
+            padded = out.new_zeros(*mask.shape, out.shape[-1])
+            padded[mask] = out[0]
+            out = padded
+        return out, state
+
+    def _run(
+        self, inputs: Tensor, state: ModelState | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, ModelState | None]:
+        x = self.embedding(inputs)
+        if self.config.residual_in_fp32 and x.dtype in (torch.bfloat16, torch.float16):
+            x = x.float()
+        states: list[State] = []
+        for i, block in enumerate(self.layers):
+            x, after = block(x, None if state is None else state.layers[i], cu_seqlens)
+            states += [] if after is None else [after]
+        x = self.norm_f(x)
+        after = None if state is None else ModelState(states, state.summed, state.count)
+        if self.config.output == "classes":
+            x = self._pool(x, after, cu_seqlens)
+        return self.lm_head(x), after
+
+    def _pool(self, x: Tensor, state: ModelState | None, cu_seqlens: Tensor | None) -> Tensor:
+        """(b l d_model) → (s d_model), one row a sequence; a mean goes on from the state's and into it."""
+        b, l, d = x.shape
+        if cu_seqlens is None:
+            ends = torch.full((b,), l, device=x.device).cumsum(0)
+            lengths = torch.full((b,), l, device=x.device)
+        else:
+            ends, lengths = cu_seqlens[1:].long(), cu_seqlens.diff()
+        flat = x.reshape(b * l, d)
+        if self.config.pooling == "last":
+            if bool((lengths == 0).any()):
+                raise ValueError("SequenceModel: `pooling: last` needs a token in every sequence; got an empty one")
+            return flat[ends - 1]
+        owner = torch.repeat_interleave(torch.arange(len(lengths), device=x.device), lengths, output_size=b * l)
+        summed = x.new_zeros(len(lengths), d, dtype=torch.float32).index_add(0, owner, flat.float())
+        count = lengths.float()
+        if state is not None and state.summed is not None and state.count is not None:
+            summed = state.summed = state.summed + summed
+            count = state.count = state.count + count
+        return (summed / count.clamp(min=1)[:, None]).to(x.dtype)
+
+    def _check(self, inputs: Tensor, state: ModelState | None, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+        name = "SequenceModel"
+        features = self.config.d_input
+        shape = "(b, l)" if features is None else f"(b, l, d_input={features})"
+        if not isinstance(inputs, Tensor):
+            raise TypeError(f"{name}: `inputs` must be a tensor {shape}; got {type(inputs).__name__}")
+        if inputs.ndim != (2 if features is None else 3) or (features is not None and inputs.shape[-1] != features):
+            raise ValueError(f"{name}: `inputs` must have shape {shape}; got {tuple(inputs.shape)}")
+        weight: Tensor = self.embedding.weight  # type: ignore[assignment]
+        if inputs.device != weight.device:
+            raise ValueError(f"{name}: `inputs` must be on {weight.device}, where the weights are; got {inputs.device}")
+        if features is None:
+            if inputs.dtype not in (torch.int64, torch.int32):
+                raise TypeError(f"{name}: `inputs` must be token ids, int64 or int32; got {inputs.dtype}")
+            self._check_ids(inputs)
+        elif inputs.dtype != weight.dtype and not torch.is_autocast_enabled(inputs.device.type):
+            raise TypeError(f"{name}: `inputs` must be {weight.dtype}, as the weights are; got {inputs.dtype}")
+        if mask is not None:
+            if cu_seqlens is not None:
+                raise ValueError(f"{name}: give `mask` for padded or `cu_seqlens` for packed sequences; got both")
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+                raise TypeError(f"{name}: `mask` must be a bool tensor, True where there is a token; got {mask!r:.80}")
+            if mask.shape != inputs.shape[:2] or mask.device != inputs.device:
+                raise ValueError(
+                    f"{name}: `mask` must have shape {tuple(inputs.shape[:2])} on {inputs.device}, as `inputs`; "
+                    f"got {tuple(mask.shape)} on {mask.device}"
+                )
+        sequences = check_cu_seqlens(name, cu_seqlens, inputs)
+        if state is not None:
+            if not isinstance(state, ModelState):
+                raise TypeError(f"{name}: `state` must come from initial_state() or an earlier call; got {type(state).__name__}")
+            if len(state.layers) != len(self.layers):
+                raise ValueError(f"{name}: `state` must have {len(self.layers)} layers; got {len(state.layers)}")
+            if state.n_sequences != sequences:
+                raise ValueError(f"{name}: `state` must have {sequences} sequences, as `inputs`; got {state.n_sequences}")
+
+    def _check_ids(self, ids: Tensor) -> None:
+        """Ids within the vocabulary; read where that costs nothing."""
+        size = self.config.padded_vocab_size
+        if ids.device.type != "cpu" or torch.compiler.is_compiling() or ids.numel() == 0:
+            return
+        low, high = (int(v) for v in ids.aminmax())
+        if low < 0 or high >= size:
+            raise ValueError(f"SequenceModel: `inputs` must hold ids from 0 to {size - 1}; got {low} to {high}")
+
+    def generate(self, ids: Any, max_new_tokens: int, **options: Any) -> Any:
+        """Continues prompts token by token: see :func:`ssmzoo.generate.generate`, whose options it takes."""
+        from ssmzoo.generate import generate
+
+        return generate(self, ids, max_new_tokens, **options)
+
+    def num_parameters(self) -> int:
+        """Number of weights; those used at several places count once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, context: int) -> float:
+        """FLOPs of a forward pass for one token at ``context`` tokens: two a weight of every linear map, and the mixing."""
+        total = 2.0 * self.lm_head.weight.numel()
+        if isinstance(self.embedding, nn.Linear):
+            total += 2.0 * self.embedding.weight.numel()
+        for block in self.layers:
+            total += 2.0 * sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
+            total += block.mixer.mixing_flops(context)
+        return total

@@ -1,0 +1,36 @@
+"""Normalisation before each mixer."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssmkernels import rms_norm
+
+
+class RMSNorm(nn.Module):
+    """x / √(mean x² + eps) · weight (Zhang and Sennrich 2019, arXiv 1910.07467), in float32.
+
+    Takes ``(..., d)`` of any floating dtype and returns the weight's dtype, so that a float32 residual stream enters
+    half-precision layers here.
+    """
+
+    def __init__(self, d: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(d))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight.to(x.dtype), eps=self.eps).to(self.weight.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """PyTorch's, returning the weight's dtype as :class:`RMSNorm` does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)
+
+
+NORMS: dict[str, type[nn.Module]] = {"rms": RMSNorm, "layer": LayerNorm}

@@ -14,6 +14,7 @@ import contextlib
 import difflib
 import importlib
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ LARGE_CALL = 2**20
 OPS: dict[str, Op] = {}
 
 _forced: dict[str, str] = {}  # op name, or "*" for every op → implementation name; process-wide, as autograd threads need
-_explaining: list[bool] = []
+_explaining: list[int] = []  # threads that want an explanation instead of a result
 _warned: set[str] = set()
 
 
@@ -140,20 +141,31 @@ class Op:
 
     def __call__(self, implementation: str | None, /, **arguments: Any) -> Any:
         """Runs the op on validated arguments."""
+        if torch.compiler.is_compiling():
+            _load_all(self.name)
         forced, origin = self._forced(implementation)
-        if _explaining:
+        if _explaining and threading.get_ident() in _explaining:
             raise _Explained(self._explain(forced, origin, arguments))
         if forced is not None:
             reason = self.why_not(forced, arguments)
             if reason:
                 raise ValueError(f"{self.name}: implementation {forced!r} ({origin}) cannot run this call: {reason}")
-            return self.implementation(forced).function(**arguments)
+            return self._run(forced, arguments)
         for name in self.names:
             if not self.why_not(name, arguments):
                 if name == "reference" and len(self.names) > 1 and not torch.compiler.is_compiling():
                     self._warn_if_large(arguments)
-                return self.implementation(name).function(**arguments)
+                return self._run(name, arguments)
         raise RuntimeError(f"{self.name}: no implementation can run this call\n{self._explain(None, '', arguments)}")
+
+    def _run(self, name: str, arguments: Mapping[str, Any]) -> Any:
+        """Calls the implementation out of autocast's reach: an op chooses the precision of its sums itself."""
+        function = self.implementation(name).function
+        kind = next((a.device.type for a in arguments.values() if isinstance(a, torch.Tensor)), "cpu")
+        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+            return function(**arguments)
+        with torch.autocast(kind, enabled=False):
+            return function(**arguments)
 
     def _forced(self, implementation: str | None) -> tuple[str | None, str]:
         if implementation is not None:
@@ -226,6 +238,13 @@ def _check_table(table: Mapping[str, str], origin: str) -> None:
 
 
 @torch.compiler.assume_constant_result
+def _load_all(op: str) -> None:
+    """Imports the op's implementations, which no compiler can do while it traces."""
+    for name in OPS[op].names:
+        OPS[op].implementation(name)
+
+
+@torch.compiler.assume_constant_result
 def _environment(op: str) -> str | None:
     """The implementation that ``SSMZOO_IMPLEMENTATION`` names for this op."""
     text = os.environ.get("SSMZOO_IMPLEMENTATION", "")
@@ -284,11 +303,11 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         if op not in OPS:
             raise ValueError(unknown("op", op, OPS))
         op = getattr(importlib.import_module(OPS[op].package), op)
-    _explaining.append(True)
+    _explaining.append(threading.get_ident())
     try:
         op(*args, **kwargs)  # type: ignore[operator]
     except _Explained as answer:
         return answer.explanation
     finally:
-        _explaining.pop()
+        _explaining.remove(threading.get_ident())
     raise TypeError(f"explain: {op!r} is not an op of ssmkernels")

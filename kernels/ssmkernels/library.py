@@ -50,7 +50,8 @@ def opaque(name: str, function: Callable[..., Any], fake: Callable[..., Any]) ->
             found: Sequence[Tensor | None] = [None] * len(inputs)
             if pairs:
                 found = torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True)
-        return [torch.zeros_like(i) if g is None else g.contiguous() for g, i in zip(found, inputs, strict=True)]
+        gradients = [torch.zeros_like(i) if g is None else g.contiguous() for g, i in zip(found, inputs, strict=True)]
+        return list(_unaliased(gradients, [*args, *grads]))
 
     def backward_fake(*args: Any) -> list[Tensor]:
         return [torch.empty_like(args[i], memory_format=torch.contiguous_format) for i in args[-1]]
@@ -90,6 +91,10 @@ def opaque(name: str, function: Callable[..., Any], fake: Callable[..., Any]) ->
 
 
 def _unaliased(outputs: Sequence[Tensor], inputs: Sequence[Any]) -> tuple[Tensor, ...]:
-    """An operator's outputs may share no memory with its inputs."""
+    """An operator's outputs may share no memory with its inputs, nor with each other."""
     taken = {a.untyped_storage().data_ptr() for a in inputs if isinstance(a, Tensor)}
-    return tuple(o.clone() if o.untyped_storage().data_ptr() in taken else o for o in outputs)
+    fresh = []
+    for o in outputs:
+        fresh.append(o.clone() if o.untyped_storage().data_ptr() in taken else o)
+        taken.add(o.untyped_storage().data_ptr())
+    return tuple(fresh)

@@ -28,7 +28,7 @@ def selective_scan(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     if cu_seqlens is None:
-        h = _zero_state(u, A) if initial_state is None else initial_state  # (b d n)
+        h = _zero_state(u, A) if initial_state is None else initial_state.clone()  # (b d n)
         return _one_batch(u, delta, A, B, C, D, z, delta_bias, delta_softplus, h)
 
     def part(x: Tensor | None, time: slice) -> Tensor | None:
@@ -57,7 +57,7 @@ def _one_batch(u, delta, A, B, C, D, z, delta_bias, delta_softplus, h):
         z_t = None if z is None else z[:, t]
         y, h = _step(h, u[:, t], delta[:, t], A, B_t, C_t, B.ndim == 2, C.ndim == 2, D, z_t, delta_bias, delta_softplus)
         ys.append(y)
-    y = torch.stack(ys, dim=1) if ys else torch.zeros_like(u)
+    y = torch.stack(ys, dim=1) if ys else u.clone()  # (b 0 d), with u's graph
     return y.to(u.dtype), h
 
 

@@ -190,5 +190,8 @@ def _chunks(x: Tensor, A: Tensor) -> list[slice]:
 
 
 def _padded(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, index: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-    """A packed batch as a padded one. Where Δ is 0 the state neither decays nor takes anything in, so it stays until the end."""
-    return x[0, index], torch.where(mask[..., None], dt[0, index], 0), A, B[0, index], C[0, index]
+    """A packed batch as a padded one. Where Δ is 0 the state neither decays nor takes anything in: it stays."""
+    kept = mask[..., None]
+    x, dt = (torch.where(kept, t[0, index], 0) for t in (x, dt))
+    B, C = (torch.where(kept[..., None], t[0, index], 0) for t in (B, C))
+    return x, dt, A, B, C

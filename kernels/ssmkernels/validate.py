@@ -16,7 +16,9 @@ REAL = (torch.float32, torch.float64, *HALF)
 COMPLEX = (torch.complex64, torch.complex128)
 
 
-def check_shapes(op: str, arguments: Mapping[str, tuple[Any, str]], **sizes: int) -> dict[str, int]:
+def check_shapes(
+    op: str, arguments: Mapping[str, tuple[Any, str]], required: Iterable[str] = (), /, **sizes: int
+) -> dict[str, int]:
     """Checks tensors against shapes in letters, and that they share a device.
 
     Args:
@@ -24,6 +26,7 @@ def check_shapes(op: str, arguments: Mapping[str, tuple[Any, str]], **sizes: int
         arguments: name → (value, shape). A shape is sizes in letters, ``"b l d"``; alternatives differ in rank and are
             separated by ``|``; a number, or an expression of one letter such as ``w-1``, stands for itself. A value that
             is None is passed over.
+        required: names whose value must not be None.
         sizes: letters already known.
 
     Returns:
@@ -35,7 +38,7 @@ def check_shapes(op: str, arguments: Mapping[str, tuple[Any, str]], **sizes: int
     """
     device = None
     for name, (value, shape) in arguments.items():
-        if value is None:
+        if value is None and name not in required:
             continue
         if not isinstance(value, Tensor):
             raise TypeError(f"{op}: `{name}` must be a tensor of shape {_pretty(shape)}; got {type(value).__name__}")

@@ -78,6 +78,7 @@ def selective_scan(
             "z": (z, "b l d"),
             "delta_bias": (delta_bias, "d"),
         },
+        ("u", "delta", "A", "B", "C"),
     )
     s = check_cu_seqlens("selective_scan", cu_seqlens, u)
     check_shapes("selective_scan", {"u": (u, "b l d"), "initial_state": (initial_state, "s d n")}, s=s, **sizes)
@@ -143,6 +144,7 @@ def selective_scan_step(
             "delta_bias": (delta_bias, "d"),
             "state": (state, "b d n"),
         },
+        ("u", "delta", "A", "B", "C", "state"),
     )
     _check_values("selective_scan_step", sizes, u, delta, A, B, C, D, z, delta_bias, state, "state")
     return _STEP(

@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING
 from ssmkernels.dispatch import OPS, Explanation, explain, use
 
 if TYPE_CHECKING:  # for type checkers and editors alone
+    from ssmkernels.causal_conv1d import causal_conv1d, causal_conv1d_step
+    from ssmkernels.diagonal_kernel import diagonal_kernel, discretize_diagonal
+    from ssmkernels.fft_conv import fft_conv
+    from ssmkernels.rms_norm import rms_norm
     from ssmkernels.selective_scan import selective_scan, selective_scan_step
 
 __all__ = ["OPS", "Explanation", "explain", "use"]

@@ -1,0 +1,64 @@
+"""The convolution kernel of a diagonal state-space model: S4D (Gu et al. 2022, arXiv 2206.11893)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ssmkernels.diagonal_kernel.discretize import check_diagonal, discretize_diagonal
+from ssmkernels.dispatch import Op
+from ssmkernels.validate import check_shapes, precision
+
+__all__ = ["diagonal_kernel", "discretize_diagonal"]
+
+
+def diagonal_kernel(
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt: Tensor,
+    length: int,
+    *,
+    discretization: str = "zoh",
+    implementation: str | None = None,
+) -> Tensor:
+    """The response of h_t = Ā h_{t-1} + B̄ u_t, y_t = Σ_n C h_t to an impulse at time 0::
+
+        K_t = Σ_n C_n B̄_n Ā_n^t,   twice the real part where A is complex
+
+    With complex A an entry stands for itself and its conjugate. :func:`discretize_diagonal` gives Ā and B̄.
+
+    Sizes: d channels, n state size (of conjugate pairs where A is complex).
+
+    Args:
+        A, B, C: ``(d, n)``, real or complex; B and C complex only where A is. The real part of A should be
+            negative.
+        dt: the step size Δ, ``(d)``, real.
+        length: the number of taps.
+        discretization: ``"zoh"`` (zero-order hold) or ``"bilinear"``.
+        implementation: force one by name; the fastest that can run this call if None.
+
+    Returns:
+        K ``(d, length)``, float32 (float64 where any input is).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, or an unknown
+            discretisation.
+    """
+    check_shapes(
+        "diagonal_kernel",
+        {"A": (A, "d n"), "B": (B, "d n"), "C": (C, "d n"), "dt": (dt, "d")},
+        ("A", "B", "C", "dt"),
+    )
+    check_diagonal("diagonal_kernel", A, {"B": B, "C": C}, dt, discretization)
+    if not isinstance(length, int):
+        raise TypeError(f"diagonal_kernel: `length` must be an int; got {type(length).__name__}")
+    if length < 0:
+        raise ValueError(f"diagonal_kernel: `length` must be at least 0; got {length}")
+    return _KERNEL(implementation, A=A, B=B, C=C, dt=dt, length=length, discretization=discretization)
+
+
+def _fake(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, discretization: str) -> Tensor:
+    return dt.new_empty((A.shape[0], length), dtype=precision(A, B, C, dt))
+
+
+_KERNEL = Op("diagonal_kernel", __name__, ("tiled", "reference"), fake=_fake)

@@ -1,0 +1,47 @@
+"""The kernel of a diagonal state-space model as one matrix product per channel: no (d n length) tensor.
+
+With blocks of r taps and t = q r + i, the sum Σ_n (C_n B̄_n Ā_n^{qr}) Ā_n^i is a product of two small tables:
+what each block starts from, (blocks n), and the powers within a block, (n r). With r near √length both hold
+n √length numbers a channel, forward and backward. The tables come by doubling, from a^0..a^{m-1} to
+a^0..a^{2m-1}, in float64: there, unlike in float32, neither a high power nor its gradient loses digits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssmkernels.diagonal_kernel.discretize import discretize_diagonal, widen
+from ssmkernels.validate import precision
+
+
+def unsupported(arguments: Mapping[str, Any]) -> str | None:
+    return "no float64 on this device" if arguments["A"].device.type == "mps" else None
+
+
+def diagonal_kernel(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, discretization: str) -> Tensor:
+    block = 1 << (max(length, 1) - 1).bit_length() // 2
+    blocks = -(-length // block)
+    A_bar, B_bar = discretize_diagonal(
+        widen(A, torch.float64), widen(B, torch.float64), dt.double(), discretization=discretization
+    )
+    powers, A_block = _powers(A_bar, block)  # (d n block), (d n)
+    starts = C[..., None] * B_bar[..., None] * _powers(A_block, blocks)[0]  # (d n blocks)
+    if A.is_complex():  # 2 Re(xy) = 2 Re x Re y - 2 Im x Im y: one real product over 2n
+        starts = torch.cat([2 * starts.real, -2 * starts.imag], dim=1)
+        powers = torch.cat([powers.real, powers.imag], dim=1)
+    wide = precision(A, B, C, dt)
+    taps = torch.bmm(starts.mT.to(wide), powers.to(wide))  # (d blocks block)
+    return taps.flatten(1)[:, :length].contiguous()
+
+
+def _powers(a: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """a (d n) → a^0, ..., a^{count-1} (d n count), and a^m for the power of two m ≥ count."""
+    powers = torch.ones_like(a)[..., None]
+    while powers.shape[-1] < count:
+        powers = torch.cat([powers, powers * a[..., None]], dim=-1)
+        a = a * a
+    return powers[..., :count], a

@@ -1,0 +1,72 @@
+"""The long convolution of S4 (Gu, Goel and Ré 2021, arXiv 2111.00396, section 2.4)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ssmkernels.dispatch import Op
+from ssmkernels.validate import check_cu_seqlens, check_parameters, check_same_dtype, check_shapes
+
+__all__ = ["fft_conv"]
+
+
+def fft_conv(
+    u: Tensor,
+    kernel: Tensor,
+    D: Tensor | None = None,
+    *,
+    kernel_reverse: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    """A depthwise convolution over the whole length, causal or on both sides::
+
+        y_t = Σ_{j≥0} kernel_j u_{t-j} + D u_t + Σ_{j≥0} kernel_reverse_j u_{t+1+j}
+
+    where u is zero outside of its sequence. ``kernel[:, j]`` is thus the weight at lag j (0 is the present)
+    and ``kernel_reverse[:, j]`` that at lag -(1+j): it starts with the next input, so that the present is
+    counted once.
+
+    Sizes: b batch, l length, d channels, l_k and l_r taps, s sequences.
+
+    Args:
+        u: the input, ``(b, l, d)``.
+        kernel: ``(d, l_k)``, real, in u's dtype or float32 (float64 for float64 input). Taps from the l-th on
+            meet no input.
+        D: the skip, ``(d)``, likewise.
+        kernel_reverse: ``(d, l_r)``, likewise; nothing of the future is seen if None.
+        cu_seqlens: int32 ``(s + 1)``, borders of sequences packed one after another in a batch of one; each
+            is convolved on its own.
+        implementation: force one by name; the fastest that can run this call if None.
+
+    Returns:
+        y ``(b, l, d)`` in u's dtype, summed in float32 (float64 for float64 input).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name.
+    """
+    check_shapes(
+        "fft_conv",
+        {
+            "u": (u, "b l d"),
+            "kernel": (kernel, "d l_k"),
+            "D": (D, "d"),
+            "kernel_reverse": (kernel_reverse, "d l_r"),
+        },
+        ("u", "kernel"),
+    )
+    check_cu_seqlens("fft_conv", cu_seqlens, u)
+    check_same_dtype("fft_conv", {"u": u})
+    check_parameters("fft_conv", u, {"kernel": kernel, "D": D, "kernel_reverse": kernel_reverse})
+    return _FFT_CONV(
+        implementation, u=u, kernel=kernel, D=D, kernel_reverse=kernel_reverse, cu_seqlens=cu_seqlens
+    )
+
+
+def _fake(
+    u: Tensor, kernel: Tensor, D: Tensor | None, kernel_reverse: Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor:
+    return u.new_empty(u.shape)
+
+
+_FFT_CONV = Op("fft_conv", __name__, ("fft", "reference"), fake=_fake)

@@ -19,12 +19,12 @@ def residuals(config: ModelConfig) -> int:
 
 @torch.no_grad()
 def initialise_mixer(mixer: Mixer, residuals: int) -> None:
-    """Linear biases, but for those that the mixer sets and keeps in float32; and its residual projection."""
+    """Linear biases, but for those that the mixer sets and keeps in float32; and its residual projections."""
     for name, module in mixer.named_modules():
         if isinstance(module, nn.Linear) and f"{name}.bias" not in mixer.float32_parameters:
             _zero(module.bias)
-    if mixer.residual_projection is not None:
-        mixer.get_parameter(f"{mixer.residual_projection}.weight").div_(residuals**0.5)
+    for name in mixer.residual_projections:
+        mixer.get_parameter(f"{name}.weight").div_(residuals**0.5)
 
 
 @torch.no_grad()

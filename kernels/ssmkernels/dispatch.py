@@ -18,7 +18,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -26,6 +26,8 @@ from ssmkernels.library import opaque
 
 # Input elements from which a call on the reference is worth a warning: about a tenth of a second of it.
 LARGE_CALL = 2**20
+
+C = TypeVar("C", bound=Callable[..., Any])
 
 OPS: dict[str, Op] = {}
 
@@ -234,17 +236,23 @@ def _check_table(table: Mapping[str, str], origin: str) -> None:
             raise ValueError(f"{origin}: " + unknown("implementation" + ("" if op == "*" else " of " + op), name, names))
 
 
-# A compiler takes the environment as it stands while it traces: hence constants, and plain strings and bools.
+def _constant(function: C) -> C:
+    """``torch.compiler.assume_constant_result`` without its import of the whole compiler, a second of start-up.
+
+    A compiler takes the environment as it stands while it traces: hence constants, and plain strings and bools.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _load_all(op: str) -> None:
     """Imports the op's implementations, which no compiler can do while it traces."""
     for name in OPS[op].names:
         OPS[op].implementation(name)
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _environment(op: str) -> str | None:
     """The implementation that ``SSMZOO_IMPLEMENTATION`` names for this op."""
     text = os.environ.get("SSMZOO_IMPLEMENTATION", "")
@@ -252,7 +260,7 @@ def _environment(op: str) -> str | None:
     return table.get(op) or table.get("*")
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _disabled(op: str, implementation: str) -> bool:
     """Whether ``SSMZOO_DISABLE`` (``triton``, ``triton:ssd``, several by commas) takes the implementation from this op."""
     found = False

@@ -25,7 +25,7 @@ class Mixer(nn.Module):
         float32_parameters: dotted names of weights that stay float32 when the rest moves to half precision.
         no_weight_decay: dotted names of weights that the papers exempt from decay.
         learning_rates: dotted names of weights with a learning rate of their own.
-        residual_projection: the submodule that writes into the residual stream; a model scales it by its depth.
+        residual_projections: submodules that write into the residual stream; a model scales them by its depth.
     """
 
     requires: ClassVar[tuple[str, ...]] = ()
@@ -34,7 +34,7 @@ class Mixer(nn.Module):
     float32_parameters: tuple[str, ...] = ()
     no_weight_decay: tuple[str, ...] = ()
     learning_rates: dict[str, float] = {}  # noqa: RUF012  (read only)
-    residual_projection: str | None = "out_proj"
+    residual_projections: tuple[str, ...] = ("out_proj",)
 
     def __init__(self, d_model: int):
         super().__init__()
@@ -85,7 +85,7 @@ class Mixer(nn.Module):
             raise TypeError(f"{name}: `x` must be a tensor (b, l, {self.d_model}); got {type(x).__name__}")
         if x.ndim != 3 or x.shape[-1] != self.d_model:
             raise ValueError(f"{name}: `x` must have shape (b, l, d_model) with d_model={self.d_model}; got {tuple(x.shape)}")
-        weight = self._a_weight()
+        weight = None if torch.compiler.is_compiling() else self._a_weight()
         if weight is not None:
             if x.device != weight.device:
                 raise ValueError(f"{name}: `x` must be on {weight.device}, where the weights are; got {x.device}")

@@ -31,8 +31,6 @@ class Parallel(Mixer):
         combine: ``"mean"`` or ``"sum"`` of the branches' outputs.
     """
 
-    residual_projection = None
-
     def __init__(self, d_model: int, *, branches: dict[str, Any], combine: Literal["mean", "sum"] = "mean"):
         super().__init__(d_model)
         if not branches:
@@ -45,7 +43,9 @@ class Parallel(Mixer):
         self.scale = 1 / len(branches) if combine == "mean" else 1.0
         self.causal = all(m.causal for m in self.mixers)
         self.has_state = all(m.has_state for m in self.mixers)
+        self.float32_parameters = self._gathered("float32_parameters")
         self.no_weight_decay = self._gathered("no_weight_decay")
+        self.residual_projections = self._gathered("residual_projections")
         self.learning_rates = {f"branches.{n}.{k}": v for n, m in self._named() for k, v in m.learning_rates.items()}
 
     @property

@@ -43,7 +43,7 @@ class S4D(Mixer):
         lr: learning rate of A, B and the step sizes, which get no weight decay.
     """
 
-    residual_projection = None
+    residual_projections = ()
 
     def __init__(
         self,

@@ -1,0 +1,217 @@
+"""Every mixer there is, and a few settings of each, must have every property; new mixers are picked up by themselves."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import ssmzoo
+from ssmzoo.testing import PROPERTIES, check_mixer, check_property
+
+D_MODEL = 64
+
+# Options without which a mixer cannot be built.
+NEEDED = {"parallel": {"branches": {"mamba": {"d_state": 4}, "attention": {"head_dim": 16}}}}
+
+# Further settings, beside the defaults.
+SETTINGS = [
+    ("mamba", {"d_state": 5, "d_conv": 3, "expand": 1, "conv_bias": False, "bias": True, "dt_init": "constant"}),
+    ("mamba", {"d_state": 1, "d_conv": 1, "dt_rank": 1}),
+    ("s4d", {"init": "real", "d_state": 7, "discretization": "bilinear"}),
+    ("s4d", {"init": "lin", "d_state": 8}),
+    ("s4d", {"init": "inv", "d_state": 8, "bidirectional": True}),
+    ("attention", {"head_dim": 16, "n_kv_heads": 2, "qk_norm": True}),
+    ("attention", {"head_dim": 16, "window": 4, "rope_dim": 8, "bias": True}),
+    ("attention", {"head_dim": 16, "rope": False, "bidirectional": True}),
+    ("lstm", {"d_hidden": 24, "n_rnn_layers": 2}),
+    ("lstm", {"bidirectional": True}),
+    ("gru", {"bidirectional": True}),
+    ("parallel", {"branches": {"s4d": {}, "a": {"kind": "lstm"}}, "combine": "sum"}),
+]
+CASES = [(name, NEEDED.get(name, {})) for name in ssmzoo.list_mixers()] + SETTINGS
+
+
+def identify(case):
+    name, options = case
+    return name + ("-" + "-".join(f"{k}={v}" for k, v in options.items() if k != "branches") if options else "")
+
+
+@pytest.mark.parametrize("name", PROPERTIES)
+@pytest.mark.parametrize("case", CASES, ids=identify)
+def test_property(case, name):
+    torch.manual_seed(0)
+    mixer, options = case
+    check_property(name, ssmzoo.build_mixer(mixer, D_MODEL, **options))
+
+
+@pytest.mark.parametrize("case", CASES, ids=identify)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_trains_and_keeps_float32_weights(case, dtype):
+    torch.manual_seed(0)
+    mixer, options = case
+    mixer = ssmzoo.build_mixer(mixer, D_MODEL, **options)
+    before = {name: mixer.get_parameter(name).detach().clone() for name in mixer.float32_parameters}
+    mixer = mixer.to(dtype)
+    for name, parameter in mixer.named_parameters():
+        assert parameter.dtype == (torch.float32 if name in mixer.float32_parameters else dtype), name
+    for name, value in before.items():
+        assert torch.equal(mixer.get_parameter(name), value), f"{name} was rounded on the way"
+    x = torch.randn(2, 9, D_MODEL, dtype=dtype)
+    y = mixer(x)
+    assert y.dtype == dtype
+    y.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in mixer.parameters())
+    if mixer.has_state and mixer.causal:
+        with torch.no_grad():
+            state = mixer.initial_state(2)
+            stepped = _steps(mixer, x, state)
+            assert stepped.dtype == dtype
+            torch.testing.assert_close(stepped.float(), y.float(), atol=0.05, rtol=0.05)
+
+
+def _steps(mixer, x, state):
+    outputs = []
+    for t in range(x.shape[1]):
+        y, state = mixer(x[:, t : t + 1], state)
+        outputs.append(y)
+    return torch.cat(outputs, dim=1)
+
+
+# PyTorch's compiler refuses PyTorch's own recurrent networks.
+COMPILED = [case for case in CASES if case[0] not in ("lstm", "gru") and "lstm" not in str(case[1])]
+
+
+@pytest.mark.parametrize("case", COMPILED, ids=identify)
+def test_compiles_without_a_graph_break(case):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    name, options = case
+    mixer = ssmzoo.build_mixer(name, D_MODEL, **options).double()
+    x = torch.randn(2, 17, D_MODEL, dtype=torch.float64)
+    results = []
+    for function in (mixer, torch.compile(mixer, fullgraph=True, backend="aot_eager")):
+        y = function(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), list(mixer.parameters()))])
+    torch.testing.assert_close(*results)
+
+
+@dataclasses.dataclass
+class Sum(ssmzoo.State):
+    total: torch.Tensor
+
+
+class RunningSum(ssmzoo.Mixer):
+    """The sum of all inputs so far, with a fault of choice."""
+
+    residual_projections = ()
+
+    def __init__(self, d_model, fault):
+        super().__init__(d_model)
+        self.fault = fault
+        self.weight = torch.nn.Parameter(torch.ones(d_model))
+
+    def initial_state(self, batch_size, max_length=None):
+        return Sum(self.weight.new_zeros(batch_size, self.d_model))
+
+    def mix(self, x, state, cu_seqlens):
+        if cu_seqlens is not None and self.fault != "packing":
+            borders = cu_seqlens.tolist()
+            states = [None if state is None else state.select([i]) for i in range(len(borders) - 1)]
+            parts = [
+                self.mix(x[:, a:b], s, None) for a, b, s in zip(borders, borders[1:], states, strict=False)
+            ]
+            y = torch.cat([p[0] for p in parts], dim=1)
+            return y, None if state is None else Sum(torch.cat([p[1].total for p in parts]))
+        h = 0 if state is None else state.total[:, None]
+        y = h + (x * self.weight).cumsum(1)
+        after = y[:, -1] if y.shape[1] else h
+        if self.fault == "future":
+            y = y + x.mean(1, keepdim=True) * 1e-3
+        if self.fault == "neighbour":
+            y = y + 1e-3 * x.mean(0, keepdim=True)
+        if self.fault == "gradient":
+            y = y.detach() + 0 * y
+        if state is None:
+            return y, None
+        return y, Sum((after if y.shape[1] else state.total) + (1e-3 if self.fault == "state" else 0))
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("packing", "packed differs"),
+        ("future", "step by step|depend on inputs"),
+        ("neighbour", "sequence"),
+        ("gradient", "gradient"),
+        ("state", "step by step"),
+    ],
+)
+def test_a_planted_fault_is_caught(fault, message):
+    with pytest.raises(AssertionError, match=message):
+        check_mixer(RunningSum(8, fault))
+
+
+def test_a_mixer_without_a_fault_passes():
+    check_mixer(RunningSum(8, "none"))
+
+
+class TestErrors:
+    mixer = ssmzoo.build_mixer("mamba", 16, d_state=4)
+
+    def test_shape(self):
+        with pytest.raises(ValueError, match=r"Mamba: `x` must have shape \(b, l, d_model\) with d_model=16; got \(2, 3, 8\)"):
+            self.mixer(torch.randn(2, 3, 8))
+
+    def test_no_tensor(self):
+        with pytest.raises(TypeError, match="`x` must be a tensor"):
+            self.mixer([1.0])
+
+    def test_dtype(self):
+        with pytest.raises(TypeError, match=r"`x` must be torch.float32, as the weights are; got torch.float64"):
+            self.mixer(torch.randn(1, 2, 16, dtype=torch.float64))
+
+    def test_device(self):
+        with pytest.raises(ValueError, match="`x` must be on cpu, where the weights are; got meta"):
+            self.mixer(torch.empty(1, 2, 16, device="meta"))
+
+    def test_state_of_another_batch(self):
+        with pytest.raises(ValueError, match="`state` must have 2 sequences, as many as `x`; got 3"):
+            self.mixer(torch.randn(2, 3, 16), self.mixer.initial_state(3))
+
+    def test_state_of_another_kind(self):
+        with pytest.raises(TypeError, match="`state` must come from initial_state"):
+            self.mixer(torch.randn(2, 3, 16), (torch.zeros(1),))
+
+    def test_bidirectional_has_no_state(self):
+        mixer = ssmzoo.build_mixer("lstm", 16, bidirectional=True)
+        with pytest.raises(ValueError, match="sees the whole sequence at once"):
+            mixer(torch.randn(2, 3, 16), ssmzoo.build_mixer("lstm", 16).initial_state(2))
+
+    def test_packed_borders(self):
+        with pytest.raises(ValueError, match="must rise from 0 to the length 6"):
+            self.mixer(torch.randn(1, 6, 16), cu_seqlens=torch.tensor([0, 7], dtype=torch.int32))
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"d_stat": 4}, "unknown option of mixer 'mamba': 'd_stat'. Did you mean 'd_state'"),
+            ({"d_state": "four"}, "option `d_state` of mixer 'mamba' must be int; got 'four'"),
+            ({"dt_init": "zero"}, "must be 'random' or 'constant'; got 'zero'"),
+            ({"conv_bias": 1}, "must be bool; got 1"),
+        ],
+    )
+    def test_options(self, options, message):
+        with pytest.raises(TypeError, match=message):
+            ssmzoo.build_mixer("mamba", 16, **options)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"d_state": 0}, "`d_state` must be at least 1; got 0"),
+            ({"expand": 0.3}, "whole number of channels"),
+            ({"dt_min": 0.2}, "`dt_min` <= `dt_max` must hold"),
+        ],
+    )
+    def test_values(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            ssmzoo.build_mixer("mamba", 16, **options)

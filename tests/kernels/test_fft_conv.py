@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from ssmkernels import OPS, fft_conv
+from ssmkernels.fft_conv.fft import fft_size
+
+REFERENCE = functools.partial(fft_conv, implementation="reference")
+FFT = functools.partial(fft_conv, implementation="fft")
+EITHER = pytest.mark.parametrize("convolve", [REFERENCE, FFT], ids=["reference", "fft"])
+
+# A base case, and what each further one varies.
+CASES = {
+    "base": {},
+    "plain": {"D": False, "kernel_reverse": False},
+    "causal": {"kernel_reverse": False},
+    "no skip": {"D": False},
+    "short kernels": {"l_k": 3, "l_r": 5},
+    "one tap": {"l_k": 1, "l_r": 1},
+    "kernels longer than the input": {"l_k": 30, "l_r": 40},
+    "a length that is no good for FFTs": {"l": 61},
+    "one channel": {"d": 1},
+    "length 1": {"l": 1},
+    "length 0": {"l": 0},
+    "length 0, plain": {"l": 0, "D": False, "kernel_reverse": False},
+    "empty batch": {"b": 0},
+    "packed": {"cu_seqlens": [0, 5, 5, 6, 17, 17]},
+    "packed, causal": {"cu_seqlens": [0, 0, 2, 17], "kernel_reverse": False},
+    "packed, nothing": {"cu_seqlens": [0, 0, 0], "l": 0},
+}
+
+
+@pytest.fixture
+def arguments(randn):
+    def make(dtype=torch.float64, *, b=2, l=17, d=3, l_k=17, l_r=16, cu_seqlens=None, **given):
+        made = {
+            "u": randn(b if cu_seqlens is None else 1, l, d, dtype=dtype),
+            "kernel": randn(d, l_k, dtype=torch.promote_types(dtype, torch.float32)),
+            "D": randn(d, dtype=dtype),
+            "kernel_reverse": randn(d, l_r, dtype=dtype),
+        }
+        made = {name: value for name, value in made.items() if given.get(name, True)}
+        if cu_seqlens is not None:
+            made["cu_seqlens"] = torch.tensor(cu_seqlens, dtype=torch.int32)
+        return made
+
+    return make
+
+
+def toeplitz(u, kernel, D=None, *, kernel_reverse=None, cu_seqlens=None):
+    """y = T u with a dense matrix T of each channel: T[t, s] is the weight of lag t - s."""
+    l = u.shape[1]
+    position = torch.arange(l)
+    lag = position[:, None] - position  # (t s)
+    T = torch.zeros(u.shape[2], l, l, dtype=u.dtype)
+    for j in range(kernel.shape[1]):
+        T = T + kernel[:, j, None, None] * (lag == j)
+    if D is not None:
+        T = T + D[:, None, None] * torch.eye(l, dtype=u.dtype)
+    if kernel_reverse is not None:
+        for j in range(kernel_reverse.shape[1]):
+            T = T + kernel_reverse[:, j, None, None] * (lag == -(1 + j))
+    if cu_seqlens is not None:
+        sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
+        T = T * (sequence[:, None] == sequence)
+    return torch.einsum("dts,bsd->btd", T, u)
+
+
+@EITHER
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_a_toeplitz_matrix(convolve, case, arguments, run, assert_same):
+    made = arguments(**CASES[case])
+    assert_same(run(convolve, **made), run(toeplitz, **made))
+
+
+@EITHER
+def test_what_the_kernels_mean(convolve):
+    u = torch.zeros(1, 5, 1)
+    u[0, 2] = 1
+    kernel, reverse = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[10.0, 20.0]])
+    y = convolve(u, kernel, torch.tensor([100.0]), kernel_reverse=reverse)
+    torch.testing.assert_close(y.flatten(), torch.tensor([20.0, 10.0, 101.0, 2.0, 3.0]))
+
+
+@EITHER
+def test_kernels_without_a_tap(convolve, arguments):
+    made = arguments(l_k=0, l_r=0)
+    torch.testing.assert_close(convolve(**made), made["D"] * made["u"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", ["base", "plain", "packed"])
+def test_fft_is_nearly_as_exact_as_the_sum(case, dtype, arguments):
+    """A Fourier transform spreads its roundings over all outputs: a few of float32's in Σ |kernel| |u|."""
+    made = arguments(dtype, **CASES[case])
+    double = {k: v.double() if v.is_floating_point() else v for k, v in made.items()}
+    y, exact = FFT(**made), toeplitz(**double)
+    magnitude = toeplitz(**{k: v.abs() if v.is_floating_point() else v for k, v in double.items()}).max()
+    roundings = 4 * torch.finfo(torch.float32).eps * magnitude + torch.finfo(dtype).eps * exact.abs().max()
+    assert y.dtype == dtype
+    assert (y.double() - exact).abs().max() <= roundings
+
+
+@EITHER
+@pytest.mark.parametrize("case", ["base", "packed"])
+def test_any_strides(convolve, case, arguments, run, assert_same, spread):
+    made = arguments(**CASES[case])
+    assert_same(run(convolve, **spread(made)), run(convolve, **made))
+
+
+@EITHER
+def test_the_future_changes_nothing_without_a_reverse_kernel(convolve, arguments):
+    made = arguments(torch.float32, kernel_reverse=False)
+    made["u"][:, 9:] = 0
+    y = convolve(**made)
+    made["u"][:, 9:] = 1e3
+    later = convolve(**made)
+    error = (later[:, :9] - y[:, :9]).abs().max()
+    assert error <= 4 * torch.finfo(torch.float32).eps * later.abs().max()
+
+
+@EITHER
+def test_packed_is_one_by_one(convolve, arguments, run, assert_same):
+    def one_by_one(u, cu_seqlens, **rest):
+        return torch.cat(
+            [convolve(part, **rest) for part in u.split(cu_seqlens.diff().tolist(), dim=1)], dim=1
+        )
+
+    made = arguments(cu_seqlens=[0, 5, 5, 6, 17])
+    assert_same(run(convolve, **made), run(one_by_one, **made))
+
+
+@EITHER
+def test_a_neighbour_that_went_wrong_harms_nobody(convolve, arguments):
+    made = arguments(cu_seqlens=[0, 5, 8, 17])
+    y = convolve(**made)
+    made["u"][:, 0] = torch.nan
+    assert torch.equal(convolve(**made)[:, 5:], y[:, 5:])
+
+
+@EITHER
+def test_twice_the_same_bits(convolve, arguments, run):
+    made = arguments(torch.float32, l=61)
+    first, second = run(convolve, **made), run(convolve, **made)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("least", [*range(1, 70), 1000, 1025, 32767, 131073])
+def test_fft_size(least):
+    def good(n):
+        for prime in (2, 3, 5):
+            while n % prime == 0:
+                n //= prime
+        return n == 1
+
+    expected = next(n for n in range(least, 2 * least + 2) if n % 2 == 0 and good(n))
+    assert fft_size(least) == expected
+
+
+@EITHER
+@pytest.mark.parametrize("case", ["base", "packed"])
+def test_gradcheck(convolve, case, arguments):
+    made = arguments(l=6, l_k=4, l_r=3, cu_seqlens=[0, 4, 4, 6] if case == "packed" else None)
+    cu_seqlens = made.pop("cu_seqlens", None)
+
+    def call(*values):
+        return convolve(**dict(zip(made, values, strict=True)), cu_seqlens=cu_seqlens)
+
+    torch.autograd.gradcheck(call, [v.requires_grad_() for v in made.values()])
+
+
+@EITHER
+@pytest.mark.parametrize("case", ["base", "plain", "packed"])
+def test_compiles(convolve, case, arguments, assert_compiles):
+    assert_compiles(convolve, **arguments(torch.float32, **CASES[case]))
+
+
+@pytest.mark.parametrize("implementation", ["fft", "reference"])
+@pytest.mark.parametrize("case", ["base", "plain", "length 0", "packed"])
+def test_opcheck(implementation, case, arguments, opcheck):
+    made = arguments(**CASES[case])
+    operator = OPS["fft_conv"].implementation(implementation).function.operator
+    opcheck(operator, {name: made.get(name) for name in ("u", "kernel", "D", "kernel_reverse", "cu_seqlens")})
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "match"),
+    [
+        ({"u": torch.zeros(2, 17)}, ValueError, r"`u` must have shape \(b l d\); got \(2, 17\)"),
+        (
+            {"u": torch.zeros(2, 17, 3, dtype=torch.complex64)},
+            TypeError,
+            "`u` must be float32 or .*; got complex64",
+        ),
+        (
+            {"kernel": torch.zeros(4, 17)},
+            ValueError,
+            r"`kernel` must have shape \(d l_k\) with d=3; got \(4, 17\)",
+        ),
+        ({"kernel": torch.zeros(3, 17).half()}, TypeError, "`kernel` must be float32; got float16"),
+        ({"kernel_reverse": torch.zeros(3)}, ValueError, r"`kernel_reverse` must have shape \(d l_r\)"),
+        ({"D": 1.0}, TypeError, r"`D` must be a tensor of shape \(d\); got float"),
+        ({"cu_seqlens": torch.tensor([0, 17], dtype=torch.int32)}, ValueError, "a batch of 2"),
+        (
+            {"implementation": "ftt"},
+            ValueError,
+            "unknown implementation of fft_conv: 'ftt'. Did you mean 'fft'?",
+        ),
+    ],
+)
+def test_errors(changes, error, match, arguments):
+    with pytest.raises(error, match=match):
+        fft_conv(**arguments(torch.float32) | changes)

@@ -1,0 +1,43 @@
+"""Every example runs, on few steps, as a user runs it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+# Script → arguments that make it short, and what its output must hold.
+CASES = {
+    "mixer_in_pytorch.py": (["--steps", "3"], "squared error"),
+    "own_mixer.py": ([], "token by token and at once"),
+    "stream_text.py": (["--bytes", "4096", "--chunk", "512"], "bits per byte"),
+    "swap_mixer.py": (["--steps", "2"], "mamba, mamba, mamba, lstm"),
+}
+
+
+def test_every_example_is_run():
+    assert sorted(path.name for path in EXAMPLES.glob("*.py")) == sorted(CASES)
+
+
+@pytest.mark.parametrize("script", sorted(CASES))
+def test_example(script, tmp_path):
+    arguments, expected = CASES[script]
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLES / script), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert expected in result.stdout
+
+
+@pytest.mark.parametrize("script", sorted(CASES))
+def test_example_is_short(script):
+    assert len((EXAMPLES / script).read_text().splitlines()) < 60

@@ -1,0 +1,70 @@
+"""What the README and the pages in docs/ say is so."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.main import get_command
+
+from ssmzoo import registry
+from ssmzoo.cli import app
+
+ROOT = Path(__file__).parent.parent
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
+]
+LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
+
+
+def read(page: str) -> str:
+    return (ROOT / page).read_text()
+
+
+def python_blocks(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", read(page), re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def forget_mixers():
+    """Forgets what a page registers, so that other tests do not find it in the registry."""
+    yield
+    for name, mixer in list(registry._registered.items()):
+        if mixer.__module__ in PAGES:
+            del registry._registered[name]
+
+
+@pytest.mark.usefixtures("forget_mixers")
+@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)])
+def test_python_blocks_run(page):
+    """In their order, each seeing what those before it defined."""
+    torch.manual_seed(0)
+    namespace: dict[str, object] = {"__name__": page}
+    for i, block in enumerate(python_blocks(page)):
+        exec(compile(block, f"{page}, python block {i + 1}", "exec"), namespace)
+
+
+def test_tables_are_those_of_the_command():
+    command = [sys.executable, str(ROOT / "docs" / "tables.py"), "--check"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stderr, result.stdout) == (0, "", "2 tables\n")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_named_commands_exist(page):
+    named = set(re.findall(r"^(?:`|    )?ssmzoo ([a-z]+)|`ssmzoo ([a-z]+)", read(page), re.MULTILINE))
+    assert {first or second for first, second in named} <= set(get_command(app).commands)
+    targets = set(re.findall(r"^([a-z]+):", read("Makefile"), re.MULTILINE))
+    assert set(re.findall(r"(?:^|`)make ([a-z]+)", read(page), re.MULTILINE)) <= targets
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in LINK.findall(read(page)):
+        assert ((ROOT / page).parent / target).exists(), target

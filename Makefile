@@ -15,12 +15,21 @@ TORCH ?= torch
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DEMO := runs/demo
 
 .PHONY: demo test lint readme clean
 
+# A run that was stopped goes on; one that is complete only writes again.
 demo: $(READY)
-	$(BIN)/ssmzoo train mamba-hybrid-tiny --out runs/demo
-	$(BIN)/ssmzoo generate runs/demo "def "
+	@if [ -e $(DEMO)/.complete ]; then \
+		echo "$(DEMO) is trained; to train it again: rm -r $(DEMO)"; \
+	elif [ -e $(DEMO)/train.yaml ]; then \
+		$(BIN)/ssmzoo train --resume $(DEMO) && touch $(DEMO)/.complete; \
+	else \
+		$(BIN)/ssmzoo train mamba-hybrid-tiny --out $(DEMO) && touch $(DEMO)/.complete; \
+	fi
+	@echo
+	$(BIN)/ssmzoo generate $(DEMO) "def "
 
 # One PyTorch thread a worker: two workers with two threads each would wait for one another.
 test: $(READY)
@@ -32,7 +41,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 readme: $(READY)
-	$(BIN)/python tests/test_readme.py
+	$(BIN)/python docs/tables.py
 
 # PyTorch comes first and alone, so that a build of the user's choice is there before anything asks for one.
 $(READY): pyproject.toml setup.py constraints.txt

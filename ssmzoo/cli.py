@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from ssmzoo.commands import env, info
+from ssmzoo.commands import env, generate, info, train
 from ssmzoo.commands import list as list_
 
 app = typer.Typer(
@@ -23,6 +23,8 @@ app = typer.Typer(
 )
 app.command("list")(list_.command)
 app.command("info")(info.command)
+app.command("train")(train.command)
+app.command("generate")(generate.command)
 app.command("env")(env.command)
 
 
@@ -52,7 +54,7 @@ def _ssmzoo(
 def main() -> None:
     """Runs the command line and exits."""
     try:
-        status = app(standalone_mode=False)
+        status = app(prog_name="ssmzoo", standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:  # as in `ssmzoo list | head`: whoever read has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -71,8 +73,8 @@ def _message(error: Exception) -> str:
     """One line: the message of an error meant for the user, and the kind of one that is not."""
     if hasattr(error, "format_message"):  # typer's own, about the command line
         context = getattr(error, "ctx", None)
-        hint = f" Try: {context.command_path} --help" if context is not None else ""
-        return " ".join(error.format_message().split()) + hint
+        hint = f". Try: {context.command_path} --help" if context is not None else ""
+        return " ".join(error.format_message().split()).rstrip(".") + hint
     text = " ".join(str(error).split())
     if isinstance(error, ValueError | TypeError | OSError | ImportError):
         return text or type(error).__name__

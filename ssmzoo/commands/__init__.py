@@ -1,1 +1,1 @@
-"""The subcommands of ``ssmzoo``, one file each; every file defines ``command``, a function that typer reads."""
+"""The subcommands of ``ssmzoo``, one file each: ``command`` in it is a function that typer reads."""

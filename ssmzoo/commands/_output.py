@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from inspect import Parameter
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -18,11 +20,22 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[str] = ()) -> Table:
-    """A table of plain text; ``numbers`` names the columns that are set flush right. The first column stays in one piece."""
-    made = Table(title=title or None, title_justify="left", title_style="bold", header_style="dim", box=SIMPLE_HEAD, pad_edge=False)
+def table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[str] = ()
+) -> Table:
+    """A table of plain text; columns in ``numbers`` are set flush right, the first is never broken."""
+    made = Table(
+        title=title or None,
+        title_justify="left",
+        title_style="bold",
+        header_style="dim",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
     for i, name in enumerate(columns):
-        made.add_column(name, justify="right" if name in numbers else "left", no_wrap=i == 0 or name in numbers)
+        made.add_column(
+            name, justify="right" if name in numbers else "left", no_wrap=i == 0 or name in numbers
+        )
     for row in rows:
         made.add_row(*(Text(cell) for cell in row))
     return made
@@ -57,3 +70,10 @@ def size(number: int) -> str:
         if number >= 1024**power:
             return f"{number / 1024**power:.1f} {name}"
     return f"{number} B"
+
+
+def options_text(options: Mapping[str, Any]) -> str:
+    """{"d_state": 16} → "d_state=16"; the name alone where there is no default."""
+    return ", ".join(
+        name if value is Parameter.empty else f"{name}={value}" for name, value in options.items()
+    )

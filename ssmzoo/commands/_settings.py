@@ -22,5 +22,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
         try:
             values[key.strip()] = yaml.safe_load(text)
         except yaml.YAMLError:
-            raise ValueError(f"--set {key.strip()}: the value must be a number, a word or a YAML list; got {text!r}") from None
+            raise ValueError(
+                f"--set {key.strip()}: the value must be a number, a word or a YAML list; got {text!r}"
+            ) from None
     return values

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import fnmatch
 from itertools import groupby
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ssmkernels.dispatch import unknown
-from ssmzoo.commands._output import console, count, markdown_table, table
+from ssmzoo.commands._output import console, count, markdown_table, options_text, table
+
+if TYPE_CHECKING:
+    from ssmzoo import ModelConfig
 
 
 def command(
-    pattern: Annotated[str, typer.Argument(help="A wildcard, such as 'mamba*' (quoted, so that the shell leaves it alone).")] = "*",
-    mixers: Annotated[bool, typer.Option("--mixers", help="List mixers, the layers that models are made of.")] = False,
+    pattern: Annotated[
+        str, typer.Argument(help="A wildcard, such as 'mamba*' (quoted, so that the shell leaves it alone).")
+    ] = "*",
+    mixers: Annotated[
+        bool, typer.Option("--mixers", help="List mixers, the layers that models are made of.")
+    ] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
 ) -> None:
     """List the models, or the mixers that they are made of.
@@ -31,18 +38,18 @@ def command(
 
 def _models(pattern: str) -> tuple[list[str], list[list[str]]]:
     import ssmzoo
+    from ssmzoo.config import load_config
 
     names = ssmzoo.list_models(pattern)
     if not names:
         raise ValueError(unknown("model", pattern, ssmzoo.list_models()))
     rows = []
     for name in names:
-        config = ssmzoo.load_config(name)
+        config = load_config(name)
         parameters = ssmzoo.build(config, device="meta").num_parameters()
-        rows.append(
-            [name, count(parameters), str(config.n_layers), str(config.d_model), pattern_text(config.pattern)]
-            + [config.mlp.get("kind", "none"), config.description]
-        )
+        mlp = config.mlp.get("kind", "none")
+        sizes = [count(parameters), str(config.n_layers), str(config.d_model)]
+        rows.append([name, *sizes, _pattern(config), mlp, config.description])
     return ["model", "parameters", "layers", "d_model", "mixers", "MLP", "what it is"], rows
 
 
@@ -61,12 +68,10 @@ def _mixers(pattern: str, here: bool) -> tuple[list[str], list[list[str]]]:
     return columns, rows
 
 
-def pattern_text(pattern: list[str]) -> str:
-    """["mamba", "mamba", "attention"] → "2 mamba, attention"."""
-    runs = [(name, len(list(run))) for name, run in groupby(pattern)]
-    return ", ".join(name if length == 1 else f"{length} {name}" for name, length in runs)
-
-
-def options_text(options: dict[str, Any]) -> str:
-    """{"d_state": 16} → "d_state=16"."""
-    return ", ".join(f"{name}={value}" for name, value in options.items())
+def _pattern(config: ModelConfig) -> str:
+    """[mamba, mamba, local] → "2 mamba, local (attention)"."""
+    parts = []
+    for name, run in groupby(config.pattern):
+        length, kind = len(list(run)), config.mixers.get(name, {}).get("kind", name)
+        parts.append((f"{length} " if length > 1 else "") + (name if kind == name else f"{name} ({kind})"))
+    return ", ".join(parts)

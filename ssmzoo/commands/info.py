@@ -1,0 +1,142 @@
+"""``ssmzoo info``: what a model is made of and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ssmzoo.commands._output import console, count, flops, options_text, size, table
+from ssmzoo.commands._settings import parse_settings
+
+if TYPE_CHECKING:
+    from ssmzoo import ModelConfig, SequenceModel
+    from ssmzoo.block import Block
+
+CONTEXTS = [1024 * 4**i for i in range(6)]  # 1k to 1M
+
+
+def command(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A model's name (see `ssmzoo list`), a YAML file, or the folder of a trained model."
+        ),
+    ],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change the config first, as d_model=512 or mixers.mamba.d_state=32.",
+        ),
+    ] = None,
+) -> None:
+    """Show a model's layers and parameters, and what a token costs as the context grows.
+
+    Nothing is downloaded and no weights are made, so this is quick for large models too.
+    """
+    from ssmzoo import build
+    from ssmzoo.config import load_config
+
+    saved = Path(name) / "config.yaml"
+    config = load_config(saved if saved.is_file() else name).override(parse_settings(settings or []))
+    model = build(config, device="meta")
+    out = console()
+    out.print(f"[bold]{name}[/bold]: {config.description}" if config.description else f"[bold]{name}[/bold]")
+    out.print(_sizes(config, model) + "\n")
+    numbers = ("of them", "parameters", "share")
+    out.print(table("Parameters", ("part", "layers", *numbers), _parts(model), numbers))
+    costs = ("context", "FLOPs per token", "state")
+    out.print(table("As the context grows", costs, _costs(model), numbers=costs))
+    out.print(
+        "[dim]FLOPs of a forward pass, the mean over that many tokens: two a weight of every linear map,\n"
+        "and the mixing. State: what one sequence of that many tokens keeps between calls, in float32.[/dim]"
+    )
+
+
+def _sizes(config: ModelConfig, model: SequenceModel) -> str:
+    comes_in = f"{config.d_input} features" if config.d_input else f"token ids below {config.vocab_size}"
+    goes_out = {
+        "tokens": f"{config.padded_vocab_size} logits a token",
+        "classes": f"{config.n_classes} class logits a sequence",
+        "features": f"{config.d_output} features a token",
+    }[config.output or "tokens"]
+    return (
+        f"{count(model.num_parameters())} parameters, {config.n_layers} layers, d_model {config.d_model}; "
+        f"{comes_in} in, {goes_out} out"
+    )
+
+
+def _parts(model: SequenceModel) -> list[list[str]]:
+    """Rows of part, layers, how many, parameters, share. Weights used at several places count once."""
+    config, blocks = model.config, _blocks(model)
+    parts: dict[str, tuple[list[int], list]] = {}
+    for i, block in enumerate(blocks):
+        entry = config.entry_of_layer(i)
+        kind = config.mixer_options(entry)["kind"]
+        options = options_text(
+            {k: v for k, v in config.mixers.get(entry, {}).items() if k not in ("kind", "branches")}
+        )
+        label = f"{entry} ({kind})" if entry != kind else entry
+        layers, modules = parts.setdefault(f"{label}: {options}" if options else label, ([], []))
+        layers.append(i)
+        modules.append(block.mixer)
+    if config.mlp.get("kind", "none") != "none":
+        parts[f"{config.mlp['kind']} MLP"] = (
+            list(range(config.n_layers)),
+            [block.mlp for block in blocks],
+        )
+    norms = [module for block in blocks for module in (block.norm, block.norm2) if module is not None]
+    seen: set[int] = set()
+    embedding = ("embedding", "", 1, _weights([model.embedding], seen))
+    inner = [
+        (name, _ranges(layers), len(modules), _weights(modules, seen))
+        for name, (layers, modules) in parts.items()
+    ]
+    last = ("norms", "", len(norms) + 1, _weights([*norms, model.norm_f], seen))
+    head = ("head, tied to the embedding" if model.tied else "head", "", 1, _weights([model.lm_head], seen))
+    total = model.num_parameters()
+    rows = [
+        [name, layers, str(many), f"{weights:,}", f"{weights / total:.1%}"]
+        for name, layers, many, weights in (embedding, *inner, last, head)
+    ]
+    return [*rows, ["total", "", "", f"{total:,}", ""]]
+
+
+def _blocks(model: SequenceModel) -> list[Block]:
+    return list(model.layers)  # type: ignore[arg-type]
+
+
+def _weights(modules: Iterable, seen: set[int]) -> int:
+    """Parameters of the modules without those in ``seen``; adds them to it."""
+    fresh = {id(p): p for module in modules for p in module.parameters() if id(p) not in seen}
+    seen.update(fresh)
+    return sum(p.numel() for p in fresh.values())
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    """[0, 1, 2, 4, 5, 6] → "0-2, 4-6"."""
+    spans: list[list[int]] = []
+    for i in layers:
+        if spans and i == spans[-1][1] + 1:
+            spans[-1][1] = i
+        else:
+            spans.append([i, i])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+
+
+def _costs(model: SequenceModel) -> list[list[str]]:
+    """Rows of context, FLOPs, state."""
+    stateful = all(block.mixer.has_state and block.mixer.causal for block in _blocks(model))
+    rows = []
+    for context in CONTEXTS:
+        state = size(model.initial_state(1, max_length=context).nbytes) if stateful else "none"
+        rows.append([_binary(context), flops(model.flops_per_token(context)), state])
+    return rows
+
+
+def _binary(number: int) -> str:
+    return f"{number // 1024**2}M" if number >= 1024**2 else f"{number // 1024}k"

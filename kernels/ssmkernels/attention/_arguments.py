@@ -1,0 +1,60 @@
+"""Checks that attention over whole sequences and over caches share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ssmkernels.validate import check_parameters
+
+
+def bounds(op: str, causal: bool, window: Any) -> tuple[int, int]:
+    """``causal`` and ``window`` as one pair: keys seen left and right of a query, -1 for no bound.
+
+    Raises:
+        TypeError: ``window`` is no pair of ints.
+        ValueError: a bound below -1.
+    """
+    if window is None:
+        window = (-1, -1)
+    if (
+        not isinstance(window, tuple | list)
+        or len(window) != 2
+        or not all(isinstance(w, int) for w in window)
+    ):
+        raise TypeError(
+            f"{op}: `window` must be None or two ints (left, right), -1 for no bound; got {window!r}"
+        )
+    left, right = window
+    if left < -1 or right < -1:
+        raise ValueError(f"{op}: the bounds of `window` must be at least 0, or -1 for none; got {window!r}")
+    return left, 0 if causal else right
+
+
+def check_logits(
+    op: str,
+    sizes: Mapping[str, int],
+    q: Tensor,
+    scale: float | None,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+) -> float:
+    """Checks the heads and whatever shapes the logits; returns the scale, 1/√k where none is given.
+
+    Raises:
+        TypeError: ``alibi_slopes`` or ``sinks`` of another dtype than q's or the one of its sums.
+        ValueError: h_kv does not divide h, no head dim, or a negative ``softcap``.
+    """
+    check_parameters(op, q, {"alibi_slopes": alibi_slopes, "sinks": sinks})
+    h, h_kv, k = sizes["h"], sizes["h_kv"], sizes["k"]
+    if h_kv == 0 or h % h_kv:
+        raise ValueError(f"{op}: the {h_kv} heads of keys and values must divide the {h} heads of `q`")
+    if k == 0:
+        raise ValueError(f"{op}: `q` must have a head dim of at least 1; got 0")
+    if softcap < 0:
+        raise ValueError(f"{op}: `softcap` must be positive, or 0 for none; got {softcap!r}")
+    return 1 / math.sqrt(k) if scale is None else float(scale)

@@ -1,0 +1,171 @@
+"""Attention through PyTorch's ``scaled_dot_product_attention``.
+
+That aligns queries and keys at their beginnings and gives NaN to a query that sees nothing; here neither
+comes through."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssmkernels.attention.reference import distances, in_window
+from ssmkernels.library import opaque
+from ssmkernels.packing import spans
+from ssmkernels.validate import precision
+
+BLOCK = 64  # a window's blocks are multiples of it: aligned for vectors, and large enough to be worth a block
+
+
+def unsupported(arguments: Mapping[str, Any]) -> str | None:
+    if arguments["softcap"] > 0:
+        return "PyTorch's attention has no softcap"
+    if arguments["sinks"] is not None:
+        return "PyTorch's attention has no sinks"
+    if arguments["return_lse"]:
+        return "PyTorch's attention does not return the log-sum-exp"
+    return None
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    left: int,
+    right: int,
+    scale: float,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    if cu_seqlens is None:
+        out = _one_batch(q, k, v, left, right, scale, alibi_slopes)
+    else:
+        out = _packed(
+            q=q,
+            k=k,
+            v=v,
+            left=left,
+            right=right,
+            scale=scale,
+            alibi_slopes=alibi_slopes,
+            cu_seqlens=cu_seqlens,
+            cu_seqlens_k=cu_seqlens_k,
+        )
+    return out, q.new_empty(0, dtype=precision(q))
+
+
+attention.compiles = True  # type: ignore[attr-defined]  # all but the packed call, which is an operator of its own
+
+
+def _one_by_one(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    left: int,
+    right: int,
+    scale: float,
+    alibi_slopes: Tensor | None,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor,
+) -> Tensor:
+    outs = [q.new_empty(1, 0, q.shape[2], v.shape[3])]
+    for (_, queries), (_, keys) in zip(spans(cu_seqlens), spans(cu_seqlens_k), strict=True):
+        outs.append(_one_batch(q[:, queries], k[:, keys], v[:, keys], left, right, scale, alibi_slopes))
+    return torch.cat(outs, dim=1)
+
+
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    left: int,
+    right: int,
+    scale: float,
+    alibi_slopes: Tensor | None,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor,
+) -> Tensor:
+    return q.new_empty(*q.shape[:3], v.shape[3])
+
+
+_packed = opaque("attention_sdpa_packed", _one_by_one, _fake)
+
+
+def _one_batch(
+    q: Tensor, k: Tensor, v: Tensor, left: int, right: int, scale: float, alibi_slopes: Tensor | None
+) -> Tensor:
+    l, m = q.shape[1], k.shape[1]
+    # Queries that see nothing end before the first key begins: they are the first ones, as both end together.
+    blind = l if m == 0 else max(0, l - m - right) if right >= 0 else 0
+    if blind > 0:
+        seeing = _one_batch(q[:, blind:], k, v, left, right, scale, alibi_slopes)
+        return F.pad(seeing, (0, 0, 0, 0, blind, 0))
+    left = left if left < m - 1 else -1
+    right = right if right < l - 1 else -1
+    if left >= 0 and right >= 0 and m >= 4 * _block_size(left, right):
+        return _by_blocks(q, k, v, left, right, scale, alibi_slopes)
+    if alibi_slopes is None and left < 0 and (right < 0 or (right == 0 and l == m)):
+        return _sdpa(q, k, v, scale, is_causal=right == 0)
+    distance = distances(l, m, q.device)
+    return _sdpa(q, k, v, scale, _mask(q, distance, in_window(distance, left, right), alibi_slopes))
+
+
+def _block_size(left: int, right: int) -> int:
+    return BLOCK * max(1, -(-(left + right) // BLOCK))
+
+
+def _by_blocks(
+    q: Tensor, k: Tensor, v: Tensor, left: int, right: int, scale: float, alibi_slopes: Tensor | None
+) -> Tensor:
+    """A window narrower than the keys: each block of z queries meets 2z keys, linear in the length."""
+    b, l, m = q.shape[0], q.shape[1], k.shape[1]
+    z = _block_size(left, right)
+    n = -(-l // z)
+    before = left - (m - l)  # padding, or if negative keys cut off: query i sees from key i on
+    q = F.pad(q, (0, 0, 0, 0, 0, n * z - l)).unflatten(1, (n, z)).flatten(0, 1)  # (b n) z h k
+    k, v = (_pairs(F.pad(x, (0, 0, 0, 0, before, (n + 1) * z - left - l)), n) for x in (k, v))
+
+    row, column = torch.arange(z, device=q.device)[:, None], torch.arange(2 * z, device=q.device)
+    start = z * torch.arange(n, device=q.device)[:, None, None]
+    distance = column - left - row  # z 2z, the same in each block
+    real = (start + column >= before) & (start + column < left + l)
+    padding = start + row >= l  # such a query sees all, lest it give NaN
+    seen = in_window(distance, left, right) & real | padding  # n z 2z
+    out = _sdpa(q, k, v, scale, _mask(q, distance, seen.repeat(b, 1, 1)[:, None], alibi_slopes))
+    return out.unflatten(0, (b, n)).flatten(1, 2)[:, :l]
+
+
+def _pairs(x: Tensor, n: int) -> Tensor:
+    """``(b, (n + 1) z, h, k)`` → each block with the next, ``(b n, 2z, h, k)``."""
+    blocks = x.unflatten(1, (n + 1, -1))
+    return torch.cat([blocks[:, :-1], blocks[:, 1:]], dim=2).flatten(0, 1)
+
+
+def _mask(q: Tensor, distance: Tensor, seen: Tensor, alibi_slopes: Tensor | None) -> Tensor:
+    """What PyTorch takes for a mask: bools, or the bias, in float32 even beside half-precision queries."""
+    if alibi_slopes is None:
+        return seen
+    bias = -alibi_slopes.to(precision(q))[:, None, None] * distance.abs()  # (h l m)
+    return bias.masked_fill(~seen, -torch.inf)
+
+
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2)

@@ -1,0 +1,317 @@
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ssmkernels import OPS, attention, decode_attention
+
+REFERENCE = functools.partial(decode_attention, implementation="reference")
+
+# A base case, and what each further one varies.
+CASES = {
+    "base": {},
+    "several queries": {"l": 3},
+    "more queries than tokens": {"l": 5, "lengths": [2, 9, 0]},
+    "full": {"lengths": [11, 11, 11]},
+    "empty": {"lengths": [0, 4, 0]},
+    "window": {"window": (2, 0), "l": 2},
+    "window of itself": {"window": (0, -1), "l": 2},
+    "window with a right bound": {"window": (3, 5), "l": 2},
+    "scale": {"scale": 0.1},
+    "softcap": {"softcap": 2.0},
+    "alibi": {"alibi": True, "l": 2},
+    "sinks": {"sinks": True, "lengths": [0, 3, 11]},
+    "one head of keys a head": {"h_kv": 4},
+    "one head of keys": {"h_kv": 1, "l": 2},
+    "head dims of 1": {"k": 1, "v": 1},
+    "no queries": {"l": 0},
+    "no sequences": {"lengths": []},
+    "no cache": {"m": 0, "lengths": [0, 0]},
+    "everything": {"l": 3, "window": (4, 0), "scale": 0.7, "softcap": 2.0, "alibi": True, "sinks": True},
+}
+
+
+@pytest.fixture
+def arguments(randn):
+    def make(
+        dtype=torch.float64,
+        *,
+        l=1,
+        m=11,
+        h=4,
+        h_kv=2,
+        k=5,
+        v=3,
+        lengths=(7, 1, 11),
+        alibi=False,
+        sinks=False,
+        **options,
+    ):
+        s, wide = len(lengths), torch.promote_types(dtype, torch.float32)
+        made = {
+            "q": randn(s, l, h, k, dtype=dtype),
+            "k_cache": randn(s, m, h_kv, k, dtype=dtype),
+            "v_cache": randn(s, m, h_kv, v, dtype=dtype),
+            "lengths": torch.tensor(lengths, dtype=torch.int32),
+            **options,
+        }
+        if alibi:
+            made["alibi_slopes"] = randn(h, dtype=wide).abs()
+        if sinks:
+            made["sinks"] = randn(h, dtype=wide)
+        return made
+
+    return make
+
+
+def paged(made, page_size=4, seed=0):
+    """The same caches in shuffled pages among others; NaN where no token lies, -1 for no page."""
+    generator = torch.Generator().manual_seed(seed)
+    s, m = made["k_cache"].shape[:2]
+    blocks = -(-m // page_size)
+    order = torch.randperm(2 * s * blocks, generator=generator)[: s * blocks].view(s, blocks)
+    used = torch.arange(blocks) * page_size < made["lengths"][:, None]
+    made = dict(made, block_table=torch.where(used, order, -1).int())
+    for name in ("k_cache", "v_cache"):
+        cache = made[name]
+        hidden = (torch.arange(m) >= made["lengths"][:, None])[..., None, None]
+        last = blocks * page_size - m
+        cache = F.pad(cache.masked_fill(hidden, torch.nan), (0, 0, 0, 0, 0, last), value=torch.nan)
+        pages = cache.new_full((2 * s * blocks, page_size, *cache.shape[2:]), torch.nan)
+        pages[order] = cache.unflatten(1, (blocks, page_size))
+        made[name] = pages
+    return made
+
+
+def naive(
+    q,
+    k_cache,
+    v_cache,
+    lengths,
+    window=(-1, -1),
+    scale=None,
+    softcap=0.0,
+    alibi_slopes=None,
+    sinks=None,
+):
+    """One query of one head at a time, over the keys that it sees."""
+    s, l, h, k = q.shape
+    connected = 0 * sum(x.sum() for x in (q, k_cache, v_cache, alibi_slopes, sinks) if x is not None)
+    out = q.new_zeros(s, l, h, v_cache.shape[3]) + connected
+    lse = q.new_zeros(s, h, l) + connected  # 0 where there is none, to compare
+    for n, i, head in torch.cartesian_prod(*(torch.arange(size) for size in (s, l, h))).tolist():
+        shared, position = head // (h // k_cache.shape[2]), int(lengths[n]) - l + i
+        first = 0 if window[0] < 0 else max(0, position - window[0])
+        seen = range(first, position + 1)
+        logits = [
+            q[n, i, head].dot(k_cache[n, j, shared]) * (k**-0.5 if scale is None else scale) for j in seen
+        ]
+        if softcap:
+            logits = [softcap * torch.tanh(x / softcap) for x in logits]
+        if alibi_slopes is not None:
+            logits = [x - alibi_slopes[head] * (position - j) for x, j in zip(logits, seen, strict=True)]
+        values = [v_cache[n, j, shared] for j in seen]
+        if sinks is not None:
+            logits.append(sinks[head])
+            values.append(v_cache.new_zeros(v_cache.shape[3]))
+        if logits:
+            out[n, i, head] = torch.stack(logits).softmax(0) @ torch.stack(values)
+            lse[n, head, i] = torch.stack(logits).exp().sum().log()
+    return out, lse
+
+
+def with_lse(**made):
+    out, lse = REFERENCE(**made, return_lse=True)
+    return out, lse.masked_fill(lse == -torch.inf, 0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_reference_is_the_formula(case, arguments, run, assert_same):
+    made = arguments(**CASES[case])
+    assert_same(run(with_lse, **made), run(naive, **made))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("page_size", [1, 4])
+def test_paged_is_dense(case, page_size, arguments):
+    made = arguments(**CASES[case])
+    torch.testing.assert_close(with_lse(**paged(made, page_size)), with_lse(**made), rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_through_pages(arguments, run, assert_same):
+    made = arguments(l=2, h_kv=1)
+    pages = paged(made)
+    found = run(REFERENCE, **pages)
+    expected = run(REFERENCE, **made)
+    for name in ("k_cache", "v_cache"):
+        gradient = found.pop(f"gradient of {name}")
+        assert gradient.isfinite().all()
+        dense = gradient[pages["block_table"].clamp(min=0)].flatten(1, 2)[:, :11]
+        used = (torch.arange(11) < made["lengths"][:, None])[..., None, None]
+        assert_same({name: dense * used}, {name: expected.pop(f"gradient of {name}")})
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("case", ["several queries", "window", "alibi", "everything"])
+def test_is_the_last_rows_of_attention(case, arguments, run, assert_same):
+    made = arguments(**CASES[case] | {"lengths": [7, 3, 11]})
+
+    def one_by_one(q, k_cache, v_cache, lengths, **options):
+        rows = []
+        for i, n in enumerate(lengths.tolist()):
+            whole = torch.cat([q[i : i + 1, :1].expand(1, n - q.shape[1], -1, -1), q[i : i + 1]], 1)
+            out = attention(whole, k_cache[i : i + 1, :n], v_cache[i : i + 1, :n], causal=True, **options)
+            rows.append(out[:, n - q.shape[1] :])
+        return torch.cat(rows)
+
+    assert_same(run(REFERENCE, **made), run(one_by_one, **made))
+
+
+@pytest.mark.parametrize("case", ["base", "everything", "empty"])
+def test_what_lies_past_the_lengths_is_not_read(case, arguments, run):
+    made = arguments(**CASES[case])
+    clean = run(with_lse, **made)
+    hidden = torch.arange(11) >= made["lengths"][:, None]
+    for value in (torch.nan, torch.inf):
+        made["k_cache"][hidden], made["v_cache"][hidden] = value, value
+        dirty = run(with_lse, **made)
+        assert all(torch.equal(dirty[name], clean[name]) for name in clean)
+
+
+def test_a_query_without_keys_gives_zero(arguments, run):
+    made = arguments(l=2, lengths=[0, 1, 5])
+    out, lse = REFERENCE(**made, return_lse=True)
+    blind = torch.tensor([[True, True], [True, False], [False, False]])
+    assert (out[blind] == 0).all()
+    assert torch.equal(lse[:, 0] == -torch.inf, blind)
+    results = run(REFERENCE, **made)
+    assert all(value.isfinite().all() for value in results.values())
+    assert (results["gradient of q"][blind] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pages", [False, True], ids=["dense", "paged"])
+def test_half_precision_is_rounded_once(dtype, pages, arguments):
+    made = arguments(dtype, **CASES["everything"])
+    double = {n: a.double() if isinstance(a, torch.Tensor) and n != "lengths" else a for n, a in made.items()}
+    exact, exact_lse = REFERENCE(**double, return_lse=True)
+    out, lse = REFERENCE(**(paged(made) if pages else made), return_lse=True)
+    assert (out.dtype, lse.dtype) == (dtype, torch.float32)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
+    assert (out.double() - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
+
+
+def test_any_strides(arguments, run, assert_same, spread):
+    made = arguments(**CASES["everything"])
+    spread_out = spread(made) | {"lengths": made["lengths"].repeat_interleave(2)[::2]}
+    assert_same(run(REFERENCE, **spread_out), run(REFERENCE, **made))
+
+
+def test_a_sequence_alone_is_itself_in_a_batch(arguments):
+    made = arguments(l=2)
+    out = REFERENCE(**made)
+    for i in range(3):
+        alone = {name: a[i : i + 1] for name, a in made.items()}
+        torch.testing.assert_close(REFERENCE(**alone)[0], out[i], rtol=1e-12, atol=1e-12)
+
+
+def test_splits_change_nothing(arguments):
+    made = arguments()
+    torch.testing.assert_close(decode_attention(**made, num_splits=3), decode_attention(**made))
+
+
+def test_gradcheck(arguments):
+    made = arguments(**CASES["everything"] | {"lengths": [2, 4], "m": 5, "k": 2, "v": 2})
+    names = [name for name, a in made.items() if isinstance(a, torch.Tensor) and name != "lengths"]
+    rest = {name: a for name, a in made.items() if name not in names}
+
+    def call(*values):
+        return with_lse(**dict(zip(names, values, strict=True)), **rest)
+
+    torch.autograd.gradcheck(call, [made[name].requires_grad_() for name in names], fast_mode=True)
+
+
+@pytest.mark.parametrize("case", ["base", "everything"])
+def test_compiles(case, arguments, assert_compiles):
+    assert_compiles(with_lse, **arguments(torch.float32, **CASES[case]))
+
+
+def test_compiles_with_pages(arguments):
+    made = paged(arguments(torch.float32))
+    torch._dynamo.reset()
+    compiled = torch.compile(decode_attention, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**made), decode_attention(**made))
+
+
+@pytest.mark.parametrize("case", ["base", "everything", "empty", "no queries"])
+@pytest.mark.parametrize("pages", [False, True], ids=["dense", "paged"])
+def test_opcheck(case, pages, arguments, opcheck):
+    made = arguments(**CASES[case])
+    made = paged(made) if pages else made
+    operator_arguments = {
+        "left": made.get("window", (-1, -1))[0],
+        "scale": 0.4,
+        "softcap": made.get("softcap", 0.0),
+        "num_splits": None,
+        "return_lse": True,
+        **{name: made.get(name) for name in ("q", "k_cache", "v_cache", "lengths", "block_table")},
+        **{name: made.get(name) for name in ("alibi_slopes", "sinks")},
+    }
+    opcheck(OPS["decode_attention"].implementation("reference").function.operator, operator_arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "match"),
+    [
+        ({"lengths": None}, TypeError, r"`lengths` must be a tensor of shape \(s\); got NoneType"),
+        ({"lengths": torch.tensor([1, 2, 3])}, TypeError, "`lengths` must be int32; got int64"),
+        (
+            {"lengths": torch.tensor([1, 2, 12], dtype=torch.int32)},
+            ValueError,
+            "`lengths` must lie between 0 and the cache's 11; got 12 at 2",
+        ),
+        (
+            {"k_cache": torch.zeros(2, 11, 2, 5)},
+            ValueError,
+            r"`k_cache` must have shape \(s m h_kv k\) with s=3",
+        ),
+        (
+            {"v_cache": torch.zeros(3, 10, 2, 3)},
+            ValueError,
+            r"`v_cache` must have shape .* m=11.*; got \(3, 10, 2, 3\)",
+        ),
+        (
+            {"v_cache": torch.zeros(3, 11, 2, 3).half()},
+            TypeError,
+            "`v_cache` must be float32, as `q` is; got float16",
+        ),
+        (
+            {"q": torch.zeros(3, 1, 3, 5)},
+            ValueError,
+            "the 2 heads of keys and values must divide the 3 heads",
+        ),
+        ({"num_splits": 0}, ValueError, "`num_splits` must be at least 1, or None; got 0"),
+        ({"window": (0, -3)}, ValueError, r"`window` must be at least 0, or -1 for none; got \(0, -3\)"),
+        ({"softcap": -1.0}, ValueError, "`softcap` must be positive"),
+        (
+            {
+                "block_table": torch.zeros(3, 1, dtype=torch.int32),
+                "lengths": torch.full((3,), 12, dtype=torch.int32),
+            },
+            ValueError,
+            "`lengths` must lie between 0 and the cache's 11; got 12 at 0",
+        ),
+        (
+            {"block_table": torch.tensor([[0], [7], [2]], dtype=torch.int32)},
+            ValueError,
+            "`block_table` must name pages 0 to 2; got 7 in row 1",
+        ),
+        ({"block_table": torch.zeros(3, 1)}, TypeError, "`block_table` must be int32; got float32"),
+    ],
+)
+def test_errors(changes, error, match, arguments):
+    with pytest.raises(error, match="decode_attention: .*" + match):
+        decode_attention(**arguments(torch.float32) | changes)

@@ -1,0 +1,108 @@
+"""The state of attention: keys and values of all tokens so far."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssmzoo.state import State
+
+SMALLEST = 64  # positions that a cache sets aside when it first grows
+
+
+@dataclasses.dataclass
+class KVCache(State):
+    """Keys and values of each sequence, from position 0 on; sequences may differ in length.
+
+    Attributes:
+        keys: ``(s, capacity, h_kv, k)``, in the activations' dtype; what lies past ``lengths`` has no
+            meaning.
+        values: ``(s, capacity, h_kv, v)``.
+        lengths: int32 ``(s)``, tokens of each sequence.
+        longest: no sequence has more tokens; known without asking the device.
+        even: each sequence has exactly ``longest`` tokens.
+    """
+
+    keys: Tensor
+    values: Tensor
+    lengths: Tensor
+    longest: int = 0
+    even: bool = True
+
+    def append(self, k: Tensor, v: Tensor, differentiable: bool) -> None:
+        """Adds the same number of tokens to each sequence, at its own end.
+
+        Args:
+            k, v: ``(s, l, h_kv, k)`` and ``(s, l, h_kv, v)``.
+            differentiable: whether gradients will flow through the cache: then it is copied, not overwritten.
+        """
+        l = k.shape[1]
+        self._make_room(self.longest + l, k.dtype, differentiable)
+        if self.even:
+            self.keys[:, self.longest : self.longest + l] = k
+            self.values[:, self.longest : self.longest + l] = v
+        else:
+            row = torch.arange(k.shape[0], device=k.device)[:, None]
+            position = self.lengths[:, None] + torch.arange(l, device=k.device)
+            self.keys[row, position] = k
+            self.values[row, position] = v
+        self.lengths = self.lengths + l  # not in place: a backward pass may still need the old ones
+        self.longest += l
+
+    def append_packed(self, k: Tensor, v: Tensor, cu_seqlens: Tensor, differentiable: bool) -> None:
+        """Adds to each sequence its own number of tokens, possibly none. Reads the lengths on the host.
+
+        Args:
+            k, v: ``(1, total, h_kv, k)`` and ``(1, total, h_kv, v)``.
+            cu_seqlens: int32 ``(s + 1)``.
+            differentiable: as in :meth:`append`.
+        """
+        lengths = self.lengths + cu_seqlens.diff()
+        on_host = lengths.tolist()
+        longest = max(on_host, default=0)
+        self._make_room(longest, k.dtype, differentiable)
+        row, position = self.places(cu_seqlens, k.shape[1])
+        self.keys[row, position] = k[0]
+        self.values[row, position] = v[0]
+        self.lengths, self.longest, self.even = lengths, longest, min(on_host, default=0) == longest
+
+    def places(self, cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
+        """Sequence and position, ``(total)`` each, of packed tokens that are about to come."""
+        row, step = owners(cu_seqlens, total)
+        return row, self.lengths[row] + step
+
+    def packed(self, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The chosen sequences one after another. Reads their lengths on the host.
+
+        Args:
+            which: bool ``(s)``; the others count as empty.
+
+        Returns:
+            keys ``(1, total, h_kv, k)``, values ``(1, total, h_kv, v)`` and their borders, int32 ``(s + 1)``.
+        """
+        cu_seqlens = F.pad(torch.where(which, self.lengths, 0).cumsum(0), (1, 0)).int()
+        row, position = owners(cu_seqlens, int(cu_seqlens[-1]))
+        return self.keys[row, position][None], self.values[row, position][None], cu_seqlens
+
+    def _make_room(self, needed: int, dtype: torch.dtype, differentiable: bool) -> None:
+        """Room for ``needed`` positions, in a new cache where gradients flow through the old or the new."""
+        capacity = self.keys.shape[1]
+        renew = differentiable or self.keys.requires_grad or self.values.requires_grad
+        if needed <= capacity and self.keys.dtype == dtype and not renew:
+            return
+        room = needed if renew else capacity if needed <= capacity else max(needed, 2 * capacity, SMALLEST)
+        self.keys, self.values = (self._moved(x, room, dtype) for x in (self.keys, self.values))
+
+    def _moved(self, x: Tensor, room: int, dtype: torch.dtype) -> Tensor:
+        kept = x[:, : min(self.longest, room)].to(dtype)
+        return torch.cat([kept, kept.new_zeros(x.shape[0], room - kept.shape[1], *x.shape[2:])], dim=1)
+
+
+def owners(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Each packed token's sequence, and its place within that: int64 and int32, ``(total)`` each."""
+    token = torch.arange(total, device=cu_seqlens.device, dtype=torch.int32)
+    row = torch.bucketize(token, cu_seqlens[1:], right=True)
+    return row, token - cu_seqlens[row]

@@ -47,7 +47,7 @@ def test_python_blocks_run(page):
     torch.manual_seed(0)
     namespace: dict[str, object] = {"__name__": page}
     for i, block in enumerate(python_blocks(page)):
-        exec(compile(block, f"{page}, python block {i + 1}", "exec"), namespace)
+        exec(compile(block, f"{page}, python block {i + 1}", "exec", dont_inherit=True), namespace)
 
 
 def test_tables_are_those_of_the_command():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import linecache
 import pathlib
 import sys
 import threading
@@ -207,6 +208,7 @@ def test_a_large_call_on_the_reference_warns_once(toy, monkeypatch):
     with pytest.warns(RuntimeWarning, match="quick: an odd length; steady: no such machine") as caught:
         toy(ODD)
     assert caught[0].filename == __file__
+    assert linecache.getline(__file__, caught[0].lineno).strip() == "toy(ODD)"  # the caller of the op
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         toy(ODD)

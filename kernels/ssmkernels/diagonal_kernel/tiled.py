@@ -25,9 +25,7 @@ def unsupported(arguments: Mapping[str, Any]) -> str | None:
 def diagonal_kernel(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, discretization: str) -> Tensor:
     block = 1 << (max(length, 1) - 1).bit_length() // 2
     blocks = -(-length // block)
-    A_bar, B_bar = discretize_diagonal(
-        widen(A, torch.float64), widen(B, torch.float64), dt.double(), discretization=discretization
-    )
+    A_bar, B_bar = discretize_diagonal(widen(A, torch.float64), B, dt, discretization=discretization)
     powers, A_block = _powers(A_bar, block)  # (d n block), (d n)
     starts = C[..., None] * B_bar[..., None] * _powers(A_block, blocks)[0]  # (d n blocks)
     if A.is_complex():  # 2 Re(xy) = 2 Re x Re y - 2 Im x Im y: one real product over 2n

@@ -48,6 +48,7 @@ CASES = {
     "packed": {"packed": [0, 3, 3, 4, 7]},
     "packed, causal": {"packed": [0, 3, 3, 4, 7], "causal": True},
     "packed, nothing": {"packed": [0, 0, 0], "l": 0},
+    "packed, no sequences": {"packed": [0], "l": 0},
     "packed, other keys": {"packed": [0, 3, 3, 4, 7], "packed_k": [0, 1, 3, 8, 8], "causal": True},
     "packed, window, alibi": {"packed": [0, 5, 7], "packed_k": [0, 4, 9], "window": (1, 1), "alibi": True},
 }
@@ -127,13 +128,11 @@ def naive(
     if cu_seqlens is not None:
         borders = cu_seqlens.tolist()
         borders_k = borders if cu_seqlens_k is None else cu_seqlens_k.tolist()
-        outs, lses = [q.new_zeros(1, 0, q.shape[2], v.shape[3])], [q.new_zeros(1, q.shape[2], 0)]
+        parts = [naive(q[:, :0], k[:, :0], v[:, :0], **options)]
         for i in range(len(borders) - 1):
             queries, keys = slice(*borders[i : i + 2]), slice(*borders_k[i : i + 2])
-            out, lse = naive(q[:, queries], k[:, keys], v[:, keys], **options)
-            outs.append(out)
-            lses.append(lse)
-        return torch.cat(outs, 1), torch.cat(lses, 2)
+            parts.append(naive(q[:, queries], k[:, keys], v[:, keys], **options))
+        return torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 2)
     (b, l, h, _), m = q.shape, k.shape[1]
     connected = 0 * sum(x.sum() for x in (q, k, v, alibi_slopes, sinks) if x is not None)
     out = q.new_zeros(b, l, h, v.shape[3]) + connected

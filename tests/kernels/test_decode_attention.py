@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ssmkernels import OPS, attention, decode_attention
+from ssmkernels import OPS, attention, decode_attention, explain
 
 REFERENCE = functools.partial(decode_attention, implementation="reference")
+SDPA = functools.partial(decode_attention, implementation="sdpa")
+EITHER = pytest.mark.parametrize("decode", [REFERENCE, SDPA], ids=["reference", "sdpa"])
 
 # A base case, and what each further one varies.
 CASES = {
@@ -32,6 +34,7 @@ CASES = {
     "no cache": {"m": 0, "lengths": [0, 0]},
     "everything": {"l": 3, "window": (4, 0), "scale": 0.7, "softcap": 2.0, "alibi": True, "sinks": True},
 }
+CASES_OF_SDPA = [case for case, options in CASES.items() if not {"softcap", "sinks"} & options.keys()]
 
 
 @pytest.fixture
@@ -134,6 +137,18 @@ def test_reference_is_the_formula(case, arguments, run, assert_same):
     assert_same(run(with_lse, **made), run(naive, **made))
 
 
+@pytest.mark.parametrize("case", CASES_OF_SDPA)
+def test_sdpa_is_the_reference(case, arguments, run, assert_same):
+    made = arguments(**CASES[case])
+    assert_same(run(SDPA, **made), run(REFERENCE, **made))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", ["base", "full", "window", "alibi"])
+def test_sdpa_is_as_exact_as_the_reference(case, dtype, arguments, assert_in_budget):
+    assert_in_budget(SDPA, REFERENCE, **arguments(dtype, **CASES[case]))
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("page_size", [1, 4])
 def test_paged_is_dense(case, page_size, arguments):
@@ -170,26 +185,30 @@ def test_is_the_last_rows_of_attention(case, arguments, run, assert_same):
     assert_same(run(REFERENCE, **made), run(one_by_one, **made))
 
 
-@pytest.mark.parametrize("case", ["base", "everything", "empty"])
-def test_what_lies_past_the_lengths_is_not_read(case, arguments, run):
+@pytest.mark.parametrize(
+    ("decode", "case"),
+    [(with_lse, "base"), (with_lse, "everything"), (with_lse, "empty"), (SDPA, "base"), (SDPA, "empty")],
+)
+def test_what_lies_past_the_lengths_is_not_read(decode, case, arguments, run):
     made = arguments(**CASES[case])
-    clean = run(with_lse, **made)
+    clean = run(decode, **made)
     hidden = torch.arange(11) >= made["lengths"][:, None]
     for value in (torch.nan, torch.inf):
         made["k_cache"][hidden], made["v_cache"][hidden] = value, value
-        dirty = run(with_lse, **made)
+        dirty = run(decode, **made)
         assert all(torch.equal(dirty[name], clean[name]) for name in clean)
 
 
-def test_a_query_without_keys_gives_zero(arguments, run):
+@EITHER
+def test_a_query_without_keys_gives_zero(decode, arguments, run):
     made = arguments(l=2, lengths=[0, 1, 5])
-    out, lse = REFERENCE(**made, return_lse=True)
     blind = torch.tensor([[True, True], [True, False], [False, False]])
-    assert (out[blind] == 0).all()
-    assert torch.equal(lse[:, 0] == -torch.inf, blind)
-    results = run(REFERENCE, **made)
+    results = run(decode, **made)
+    assert (results["output 0"][blind] == 0).all()
     assert all(value.isfinite().all() for value in results.values())
     assert (results["gradient of q"][blind] == 0).all()
+    _, lse = REFERENCE(**made, return_lse=True)
+    assert torch.equal(lse[:, 0] == -torch.inf, blind)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -204,18 +223,20 @@ def test_half_precision_is_rounded_once(dtype, pages, arguments):
     assert (out.double() - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
 
 
-def test_any_strides(arguments, run, assert_same, spread):
-    made = arguments(**CASES["everything"])
+@pytest.mark.parametrize(("decode", "case"), [(REFERENCE, "everything"), (SDPA, "window"), (SDPA, "full")])
+def test_any_strides(decode, case, arguments, run, assert_same, spread):
+    made = arguments(**CASES[case])
     spread_out = spread(made) | {"lengths": made["lengths"].repeat_interleave(2)[::2]}
-    assert_same(run(REFERENCE, **spread_out), run(REFERENCE, **made))
+    assert_same(run(decode, **spread_out), run(decode, **made))
 
 
-def test_a_sequence_alone_is_itself_in_a_batch(arguments):
+@EITHER
+def test_a_sequence_alone_is_itself_in_a_batch(decode, arguments):
     made = arguments(l=2)
-    out = REFERENCE(**made)
+    out = decode(**made)
     for i in range(3):
         alone = {name: a[i : i + 1] for name, a in made.items()}
-        torch.testing.assert_close(REFERENCE(**alone)[0], out[i], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(decode(**alone)[0], out[i], rtol=1e-12, atol=1e-12)
 
 
 def test_splits_change_nothing(arguments):
@@ -234,9 +255,9 @@ def test_gradcheck(arguments):
     torch.autograd.gradcheck(call, [made[name].requires_grad_() for name in names], fast_mode=True)
 
 
-@pytest.mark.parametrize("case", ["base", "everything"])
-def test_compiles(case, arguments, assert_compiles):
-    assert_compiles(with_lse, **arguments(torch.float32, **CASES[case]))
+@pytest.mark.parametrize(("decode", "case"), [(with_lse, "everything"), (SDPA, "alibi"), (SDPA, "full")])
+def test_compiles(decode, case, arguments, assert_compiles):
+    assert_compiles(decode, **arguments(torch.float32, **CASES[case]))
 
 
 def test_compiles_with_pages(arguments):
@@ -246,9 +267,16 @@ def test_compiles_with_pages(arguments):
     torch.testing.assert_close(compiled(**made), decode_attention(**made))
 
 
-@pytest.mark.parametrize("case", ["base", "everything", "empty", "no queries"])
-@pytest.mark.parametrize("pages", [False, True], ids=["dense", "paged"])
-def test_opcheck(case, pages, arguments, opcheck):
+@pytest.mark.parametrize(
+    ("implementation", "case", "pages"),
+    [
+        ("reference", case, pages)
+        for case in ("base", "everything", "empty", "no queries")
+        for pages in (False, True)
+    ]
+    + [("sdpa", case, False) for case in ("base", "full", "alibi", "no queries", "no sequences")],
+)
+def test_opcheck(implementation, case, pages, arguments, opcheck):
     made = arguments(**CASES[case])
     made = paged(made) if pages else made
     operator_arguments = {
@@ -256,11 +284,33 @@ def test_opcheck(case, pages, arguments, opcheck):
         "scale": 0.4,
         "softcap": made.get("softcap", 0.0),
         "num_splits": None,
-        "return_lse": True,
+        "return_lse": implementation == "reference",
         **{name: made.get(name) for name in ("q", "k_cache", "v_cache", "lengths", "block_table")},
         **{name: made.get(name) for name in ("alibi_slopes", "sinks")},
     }
-    opcheck(OPS["decode_attention"].implementation("reference").function.operator, operator_arguments)
+    opcheck(OPS["decode_attention"].implementation(implementation).function.operator, operator_arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"block_table": torch.zeros(3, 1, dtype=torch.int32)}, "has no pages"),
+        ({"softcap": 1.0}, "has no softcap"),
+        ({"sinks": torch.zeros(4)}, "has no sinks"),
+        ({"return_lse": True}, "does not return the log-sum-exp"),
+    ],
+    ids=str,
+)
+def test_what_sdpa_cannot_do(options, reason, arguments):
+    made = arguments(torch.float32) | options
+    assert reason in explain(decode_attention, **made).reasons["sdpa"]
+    with pytest.raises(ValueError, match="implementation 'sdpa' .* cannot run this call: .*" + reason):
+        SDPA(**made)
+
+
+def test_a_gpu_is_not_held_up(arguments):
+    made = {name: a.to("meta") for name, a in arguments().items()}
+    assert "would hold up a GPU" in explain(decode_attention, **made).reasons["sdpa"]
 
 
 @pytest.mark.parametrize(

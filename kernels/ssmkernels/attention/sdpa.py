@@ -45,7 +45,7 @@ def attention(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     if cu_seqlens is None:
-        out = _one_batch(q, k, v, left, right, scale, alibi_slopes)
+        out = one_batch(q, k, v, left, right, scale, alibi_slopes)
     else:
         out = _packed(
             q=q,
@@ -75,9 +75,9 @@ def _one_by_one(
     cu_seqlens: Tensor,
     cu_seqlens_k: Tensor,
 ) -> Tensor:
-    outs = [q.new_empty(1, 0, q.shape[2], v.shape[3])]
+    outs = [one_batch(q[:, :0], k[:, :0], v[:, :0], left, right, scale, alibi_slopes)]
     for (_, queries), (_, keys) in zip(spans(cu_seqlens), spans(cu_seqlens_k), strict=True):
-        outs.append(_one_batch(q[:, queries], k[:, keys], v[:, keys], left, right, scale, alibi_slopes))
+        outs.append(one_batch(q[:, queries], k[:, keys], v[:, keys], left, right, scale, alibi_slopes))
     return torch.cat(outs, dim=1)
 
 
@@ -98,14 +98,15 @@ def _fake(
 _packed = opaque("attention_sdpa_packed", _one_by_one, _fake)
 
 
-def _one_batch(
+def one_batch(
     q: Tensor, k: Tensor, v: Tensor, left: int, right: int, scale: float, alibi_slopes: Tensor | None
 ) -> Tensor:
+    """One batch without packing: ``(b, l, h, v)``."""
     l, m = q.shape[1], k.shape[1]
     # Queries that see nothing end before the first key begins: they are the first ones, as both end together.
     blind = l if m == 0 else max(0, l - m - right) if right >= 0 else 0
     if blind > 0:
-        seeing = _one_batch(q[:, blind:], k, v, left, right, scale, alibi_slopes)
+        seeing = one_batch(q[:, blind:], k, v, left, right, scale, alibi_slopes)
         return F.pad(seeing, (0, 0, 0, 0, blind, 0))
     left = left if left < m - 1 else -1
     right = right if right < l - 1 else -1

@@ -52,7 +52,7 @@ def decode_attention(
         alibi_slopes: ``(h)``, linear penalties on distance.
         sinks: ``(h)``, one more logit per head that has no value.
         num_splits: into how many parts a kernel divides the cache, to use a whole GPU; the kernel chooses
-            if None. It does not change the result beyond rounding, and ``reference`` has nothing to divide.
+            if None. It does not change the result beyond rounding; ``sdpa`` and ``reference`` ignore it.
         return_lse: whether to return the log-sum-exp as well.
         implementation: force one by name; the fastest that can run this call if None.
 
@@ -142,4 +142,4 @@ def _fake(
     )
 
 
-_DECODE = Op("decode_attention", __name__, ("reference",), fake=_fake)
+_DECODE = Op("decode_attention", __name__, ("sdpa", "reference"), fake=_fake)

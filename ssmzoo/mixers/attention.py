@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ssmkernels import attention, decode_attention
+from ssmkernels.validate import precision
 from ssmzoo.mixers._base import Mixer
 from ssmzoo.mixers._kv_cache import KVCache, owners
-from ssmzoo.mixers._rope import rope as turn
+from ssmzoo.mixers._rope import rotary_angles, rotate
 from ssmzoo.registry import register_mixer
 
 FEW = 8  # new tokens up to which a call on a filled cache counts as decoding
@@ -158,7 +159,8 @@ class Attention(Mixer):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope_dim is not None:
-            q, k = (turn(t, positions, self.rope_dim, self.rope_base) for t in (q, k))
+            cos, sin = rotary_angles(positions, self.rope_dim, self.rope_base, precision(x))
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         return q.to(v.dtype), k.to(v.dtype), v  # autocast computes norms in float32
 
     def _attention(

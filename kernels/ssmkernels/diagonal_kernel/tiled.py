@@ -33,6 +33,8 @@ def diagonal_kernel(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, di
         powers = torch.cat([powers.real, powers.imag], dim=1)
     wide = precision(A, B, C, dt)
     taps = torch.bmm(starts.mT.to(wide), powers.to(wide))  # (d blocks block)
+    if taps.requires_grad:  # bmm is very slow on strides of 0, which the gradient of a sum has
+        taps.register_hook(lambda g: None if g is None else g.contiguous())
     return taps.flatten(1)[:, :length].contiguous()
 
 

@@ -31,7 +31,9 @@ C = TypeVar("C", bound=Callable[..., Any])
 
 OPS: dict[str, Op] = {}
 
-_forced: dict[str, str] = {}  # op name, or "*" for every op → implementation name; process-wide, as autograd threads need
+_forced: dict[
+    str, str
+] = {}  # op name, or "*" for every op → implementation name; process-wide, as autograd threads need
 _explaining: list[int] = []  # threads that want an explanation instead of a result
 _warned: set[str] = set()
 
@@ -47,13 +49,15 @@ class Choice(NamedTuple):
 class Explanation:
     """Which implementation a call takes, and why each other one was passed over.
 
-    ``chosen`` is the name of the one that would run; ``choices`` has every implementation, fastest first.
+    ``chosen`` is the name of the one that would run; ``choices`` has every implementation, fastest first; ``able`` are
+    those that could run the call.
     """
 
     op: str
     chosen: str
     origin: str
     choices: tuple[Choice, ...]
+    able: tuple[str, ...]
 
     @property
     def reasons(self) -> dict[str, str]:
@@ -102,7 +106,9 @@ class Op:
     ``torch.compile``, backward included.
     """
 
-    def __init__(self, name: str, package: str, implementations: tuple[str, ...], fake: Callable[..., Any] | None = None):
+    def __init__(
+        self, name: str, package: str, implementations: tuple[str, ...], fake: Callable[..., Any] | None = None
+    ):
         self.name = name
         self.package = package
         self.names = implementations
@@ -192,7 +198,7 @@ class Op:
                 origin += ", but it cannot: " + self.why_not(forced, arguments)
         else:
             choices = [c if c.reason else c._replace(reason=f"slower than {chosen!r}") for c in choices]
-        return Explanation(self.name, chosen, origin, tuple(choices))
+        return Explanation(self.name, chosen, origin, tuple(choices), tuple(able))
 
     def _warn_if_large(self, arguments: Mapping[str, Any]) -> None:
         elements = sum(a.numel() for a in arguments.values() if isinstance(a, torch.Tensor))
@@ -233,7 +239,9 @@ def _check_table(table: Mapping[str, str], origin: str) -> None:
             raise ValueError(f"{origin}: " + unknown("op", op, OPS))
         names = every if op == "*" else set(OPS[op].names)
         if name not in names:
-            raise ValueError(f"{origin}: " + unknown("implementation" + ("" if op == "*" else " of " + op), name, names))
+            raise ValueError(
+                f"{origin}: " + unknown("implementation" + ("" if op == "*" else " of " + op), name, names)
+            )
 
 
 def _constant(function: C) -> C:

@@ -10,6 +10,7 @@ from ssmkernels.validate import precision
 from ssmzoo.mixers._base import Mixer
 from ssmzoo.mixers._kv_cache import KVCache, owners
 from ssmzoo.mixers._rope import rotary_angles, rotate
+from ssmzoo.norm import RMSNorm
 from ssmzoo.registry import register_mixer
 
 FEW = 8  # new tokens up to which a call on a filled cache counts as decoding
@@ -102,8 +103,8 @@ class Attention(Mixer):
         self.k_proj = nn.Linear(d_model, n_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(d_model, n_kv_heads * head_dim, bias=bias)
         self.out_proj = nn.Linear(n_heads * head_dim, d_model, bias=out_bias)
-        self.q_norm = nn.RMSNorm(head_dim, eps=1e-5) if qk_norm else None
-        self.k_norm = nn.RMSNorm(head_dim, eps=1e-5) if qk_norm else None
+        self.q_norm = RMSNorm(head_dim) if qk_norm else None
+        self.k_norm = RMSNorm(head_dim) if qk_norm else None
 
     @property
     def bounds(self) -> tuple[int, int] | None:
@@ -114,9 +115,7 @@ class Attention(Mixer):
 
     def initial_state(self, batch_size: int, max_length: int | None = None) -> KVCache:
         if not self.causal:
-            raise ValueError(
-                "Attention: with `bidirectional` it has no state, as it sees the whole sequence at once"
-            )
+            raise ValueError("Attention: with `bidirectional` it has no state, as it sees the whole sequence at once")
         weight = self.k_proj.weight
         shape = (batch_size, max_length or 0, self.n_kv_heads, self.head_dim)
         lengths = torch.zeros(batch_size, dtype=torch.int32, device=weight.device)
@@ -133,9 +132,7 @@ class Attention(Mixer):
         seen = (w * (w + 1) / 2 + (n - w) * w) / n
         return 4 * self.n_heads * self.head_dim * (seen if self.causal else 2 * seen - 1)
 
-    def mix(
-        self, x: Tensor, state: KVCache | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, KVCache | None]:
+    def mix(self, x: Tensor, state: KVCache | None, cu_seqlens: Tensor | None) -> tuple[Tensor, KVCache | None]:
         if state is not None and not isinstance(state, KVCache):
             raise TypeError(f"Attention: `state` must be a KVCache; got {type(state).__name__}")
         b, l, _ = x.shape
@@ -161,7 +158,7 @@ class Attention(Mixer):
         if self.rope_dim is not None:
             cos, sin = rotary_angles(positions, self.rope_dim, self.rope_base, precision(x))
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        return q.to(v.dtype), k.to(v.dtype), v  # autocast computes norms in float32
+        return q.to(v.dtype), k.to(v.dtype), v  # under autocast norms give float32
 
     def _attention(
         self,
@@ -195,15 +192,11 @@ class Attention(Mixer):
         keys, values = state.keys[:, start : state.longest], state.values[:, start : state.longest]
         if l > FEW:
             return self._attention(q, keys, values)
-        out = decode_attention(
-            q, keys, values, state.lengths - start, window=self.bounds, softcap=self.softcap
-        )
+        out = decode_attention(q, keys, values, state.lengths - start, window=self.bounds, softcap=self.softcap)
         assert isinstance(out, Tensor)
         return out
 
-    def _packed_with_cache(
-        self, q: Tensor, k: Tensor, v: Tensor, state: KVCache, cu_seqlens: Tensor
-    ) -> Tensor:
+    def _packed_with_cache(self, q: Tensor, k: Tensor, v: Tensor, state: KVCache, cu_seqlens: Tensor) -> Tensor:
         """Of each sequence its own number of next tokens, possibly none."""
         before = state.longest
         state.append_packed(k, v, cu_seqlens, _differentiable(q, k, v))

@@ -1,0 +1,468 @@
+"""What is attention's own; the properties that it shares with every mixer stand in test_mixers.py."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+
+import pytest
+import torch
+
+from ssmzoo import build_mixer
+from ssmzoo.mixers.attention import FEW, Attention
+
+D_MODEL = 32
+SETTINGS = {
+    "plain": {},
+    "grouped": {"n_kv_heads": 2},
+    "window": {"window": 5, "n_kv_heads": 1},
+    "window of one": {"window": 1},
+    "qk_norm": {"qk_norm": True},
+    "partial rope": {"rope_dim": 4, "bias": True, "out_bias": True},
+    "no rope": {"rope": False},
+    "softcap": {"softcap": 1.5},
+    "wide heads": {"n_heads": 3, "head_dim": 16},
+}
+
+
+@pytest.fixture(params=SETTINGS)
+def mixer(request):
+    return make(**SETTINGS[request.param])
+
+
+@pytest.fixture
+def plain():
+    return make(n_kv_heads=2, window=6)
+
+
+def make(**options):
+    torch.manual_seed(0)
+    mixer = build_mixer("attention", D_MODEL, **{"head_dim": 8, **options}).double()
+    for parameter in mixer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return mixer
+
+
+def inputs(*shape, seed=0):
+    return torch.randn(*shape, D_MODEL, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def packed(lengths):
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+
+
+def same(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+class TestState:
+    @torch.no_grad()
+    def test_in_chunks_of_any_length(self, mixer):
+        x = inputs(2, 40)
+        state = mixer.initial_state(2)
+        outputs = []
+        for piece in x.split([0, 3, 1, 1, FEW, FEW + 1, 0, 1, 17], dim=1):
+            y, state = mixer(piece, state)
+            outputs.append(y)
+        same(torch.cat(outputs, dim=1), mixer(x))
+        assert state.lengths.tolist() == [40, 40]
+
+    @torch.no_grad()
+    def test_sequences_of_several_lengths(self, mixer):
+        """Packed chunks, single tokens, a few and many, in whatever order, are each sequence alone."""
+        calls = [[3, 0, 9, 1], [0, 4, 1, 0], 1, 3, FEW + 5, [2, 1, 0, 12], 1, [1, 1, 1, 1]]
+        state = mixer.initial_state(4)
+        fed = [[] for _ in range(4)]
+        outputs = [[] for _ in range(4)]
+        for number, lengths in enumerate(calls):
+            if isinstance(lengths, int):
+                x = inputs(4, lengths, seed=number)
+                y, state = mixer(x, state)
+                pieces = list(zip(x, y, strict=True))
+            else:
+                x = inputs(1, sum(lengths), seed=number)
+                y, state = mixer(x, state, cu_seqlens=packed(lengths))
+                pieces = list(zip(x[0].split(lengths), y[0].split(lengths), strict=True))
+            for i, (new, out) in enumerate(pieces):
+                fed[i].append(new)
+                outputs[i].append(out)
+        for i in range(4):
+            whole = torch.cat(fed[i])
+            same(torch.cat(outputs[i]), mixer(whole[None])[0])
+            assert state.lengths[i] == len(whole)
+
+    @torch.no_grad()
+    def test_packed_without_a_state(self, mixer):
+        lengths = [5, 0, 1, 9]
+        x = inputs(1, 15)
+        alone = [mixer(part) for part in x.split(lengths, dim=1)]
+        same(mixer(x, cu_seqlens=packed(lengths)), torch.cat(alone, dim=1))
+
+    @torch.no_grad()
+    def test_no_tokens_at_all(self, plain):
+        y, state = plain(inputs(1, 0), plain.initial_state(3), cu_seqlens=packed([0, 0, 0]))
+        assert y.shape == (1, 0, D_MODEL)
+        y, state = plain(inputs(3, 0), state)
+        assert y.shape == (3, 0, D_MODEL)
+        y, state = plain(inputs(3, 2), state)
+        same(y, plain(inputs(3, 2)))
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("lengths", [[4, 4, 4], [4, 0, 7]], ids=["even", "uneven"])
+    def test_select_reorders_repeats_and_drops(self, plain, lengths):
+        x = inputs(1, sum(lengths))
+        _, state = plain(x, plain.initial_state(3), cu_seqlens=packed(lengths))
+        chosen = [2, 0, 0, 1][: None if len(set(lengths)) == 1 else 3]
+        kept = state.select(chosen)
+        plain(inputs(3, 2, seed=1), state)  # must not reach the selection
+        fed = inputs(len(chosen), FEW + 3, seed=2)
+        for piece in fed.split([1, FEW + 1, 1], dim=1):
+            y, kept = plain(piece, kept)
+        for row, i in enumerate(chosen):
+            whole = torch.cat([x[0].split(lengths)[i], fed[row]])
+            same(y[row], plain(whole[None])[0, -1:])
+
+    @torch.no_grad()
+    def test_dropping_the_longest(self, plain):
+        """Then ``longest`` is only a bound, above what the others need."""
+        x = inputs(1, 30)
+        _, state = plain(x, plain.initial_state(2), cu_seqlens=packed([3, 27]))
+        state = state.select([0])
+        y, state = plain(inputs(1, 2, seed=1), state, cu_seqlens=packed([2]))
+        same(y, plain(torch.cat([x[:, :3], inputs(1, 2, seed=1)], dim=1))[:, 3:])
+        assert (state.longest, state.even) == (5, True)
+
+    @torch.no_grad()
+    def test_a_clone_goes_its_own_way(self, plain):
+        x = inputs(2, 12)
+        _, state = plain(x, plain.initial_state(2, 100))
+        branch = state.clone()
+        assert branch.nbytes == state.nbytes == 2 * 2 * 100 * 2 * 8 * 8 + 2 * 4
+        plain(-x, state)
+        y, _ = plain(x[:, :1], branch)
+        same(y, plain(torch.cat([x, x[:, :1]], dim=1))[:, 12:])
+
+    def test_to_another_dtype(self, plain):
+        with torch.no_grad():
+            _, state = plain(inputs(2, 9), plain.initial_state(2))
+            half = state.to(torch.bfloat16)
+            assert (half.keys.dtype, half.values.dtype, half.lengths.dtype) == (torch.bfloat16,) * 2 + (
+                torch.int32,
+            )
+            y, half = plain.to(torch.bfloat16)(inputs(2, 1).bfloat16(), half)
+        assert (y.dtype, half.keys.dtype, half.longest) == (torch.bfloat16, torch.bfloat16, 10)
+
+
+class TestMemory:
+    @torch.no_grad()
+    def test_grows_by_doubling(self, plain):
+        _, state = plain(inputs(1, 100), plain.initial_state(1))
+        capacities = set()
+        for _ in range(250):
+            _, state = plain(inputs(1, 1), state)
+            capacities.add(state.keys.shape[1])
+        assert capacities == {200, 400}
+
+    @torch.no_grad()
+    def test_set_aside_it_stays_in_place(self, plain):
+        x = inputs(2, 51)
+        state = plain.initial_state(2, max_length=50)
+        place = state.keys.data_ptr(), state.values.data_ptr()
+        for piece in x[:, :50].split([38, 1, 3, 8], dim=1):
+            _, state = plain(piece, state)
+            assert (state.keys.data_ptr(), state.values.data_ptr()) == place
+        y, state = plain(x[:, 50:], state)  # beyond: it grows
+        assert state.keys.shape[1] == 100
+        same(y, plain(x)[:, 50:])
+
+    @torch.no_grad()
+    def test_what_lies_past_the_lengths_does_not_matter(self, plain):
+        x = inputs(1, 20)
+        results = []
+        for filling in (0.0, torch.nan):
+            state = plain.initial_state(3, max_length=64)
+            state.keys.fill_(filling)
+            state.values.fill_(filling)
+            first, state = plain(x, state, cu_seqlens=packed([4, 0, 16]))
+            steps = [plain(inputs(3, n, seed=n), state)[0] for n in (1, 2, FEW + 1)]
+            results.append(torch.cat([first.flatten(), *(y.flatten() for y in steps)]))
+        assert torch.equal(*results)
+
+    @pytest.mark.parametrize("even", [True, False])
+    @torch.no_grad()
+    def test_single_tokens_wait_for_no_device(self, even):
+        """On the meta device nothing can be read on the host."""
+        mixer = make(window=5).to("meta")
+        x = torch.empty(2, 12, D_MODEL, device="meta", dtype=torch.float64)
+        _, state = mixer(x, mixer.initial_state(2))
+        state.even = even
+        for length in (1, 1, 3):
+            y, state = mixer(x[:, :length], state)
+            assert y.shape == (2, length, D_MODEL)
+
+
+class TestGradients:
+    """Chunks have the gradients of the whole: nothing that a backward pass needs is overwritten."""
+
+    def of(self, mixer, run, x):
+        x = x.clone().requires_grad_()
+        y = run(x)
+        weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+        trained = [p for p in mixer.parameters() if p.requires_grad]
+        return torch.autograd.grad((y * weight).sum() + (y * y).sum(), [x, *trained])
+
+    @pytest.mark.parametrize("max_length", [None, 64])
+    @pytest.mark.parametrize("options", [{"window": 5}, {"n_kv_heads": 2, "qk_norm": True}], ids=str)
+    def test_chunks(self, options, max_length):
+        mixer = make(**options)
+
+        def chunks(x):
+            state, outputs = mixer.initial_state(2, max_length), []
+            for piece in x.split([4, 1, 1, 9, 2], dim=1):
+                y, state = mixer(piece, state)
+                outputs.append(y)
+            return torch.cat(outputs, dim=1)
+
+        x = inputs(2, 17)
+        same(self.of(mixer, chunks, x), self.of(mixer, mixer, x))
+
+    def test_packed_chunks_of_several_lengths(self, plain):
+        lengths = ([3, 5], [12, 0], [1, 1])
+
+        def chunks(x):
+            state, outputs = plain.initial_state(2), []
+            for piece, of_each in zip(x.split([sum(n) for n in lengths], dim=1), lengths, strict=True):
+                y, state = plain(piece, state, cu_seqlens=packed(of_each))
+                outputs.append(y)
+            y, state = plain(x[0, -2:, None], state)
+            return torch.cat([*outputs, y.view(1, 2, -1)], dim=1)
+
+        def whole(x):
+            order = [0, 1, 2, *range(8, 20), 20, 20], [3, 4, 5, 6, 7, 21, 21]
+            first, second = (plain(x[:, rows]) for rows in order)
+            parts = first[:, :3], second[:, :5], first[:, 3:15], first[:, 15:16], second[:, 5:6]
+            return torch.cat([*parts, first[:, 16:], second[:, 6:]], dim=1)
+
+        x = inputs(1, 22)
+        same(self.of(plain, chunks, x), self.of(plain, whole, x))
+
+    def test_frozen_keys_and_values(self, plain):
+        for projection in (plain.k_proj, plain.v_proj):
+            projection.requires_grad_(False)
+        fixed = inputs(2, 12)
+
+        def chunks(_):
+            state, outputs = plain.initial_state(2, 12), []
+            for piece in fixed.split([5, 1, 6], dim=1):
+                y, state = plain(piece, state)
+                outputs.append(y)
+            return torch.cat(outputs, dim=1)
+
+        trained = [plain.q_proj.weight, plain.out_proj.weight]
+        found = torch.autograd.grad(chunks(None).square().sum(), trained)
+        same(found, torch.autograd.grad(plain(fixed).square().sum(), trained))
+
+    def test_generating_from_a_state_leaves_its_graph_alone(self, plain):
+        x = inputs(2, 6)
+        expected = torch.autograd.grad(plain(x).square().sum(), plain.k_proj.weight)
+        _, state = plain(x[:, :3], plain.initial_state(2, 64))
+        first = _
+        second, state = plain(x[:, 3:], state)
+        loss = first.square().sum() + second.square().sum()
+        with torch.no_grad():
+            for _ in range(3):
+                _, state = plain(x[:, :1], state)
+        assert not state.keys.requires_grad
+        same(torch.autograd.grad(loss, plain.k_proj.weight), expected)
+
+
+class TestParity:
+    """Against transformers, with the same weights."""
+
+    @pytest.mark.parametrize(
+        ("name", "given", "options"),
+        [
+            ("Llama", {}, {}),
+            (
+                "Llama",
+                {"attention_bias": True, "rope_theta": 500.0},
+                {"bias": True, "out_bias": True, "rope_base": 500.0},
+            ),
+            ("Mistral", {"sliding_window": 5}, {"window": 5}),
+            ("Qwen3", {"rms_norm_eps": 1e-5}, {"qk_norm": True}),
+            ("Phi", {"partial_rotary_factor": 0.5}, {"rope_dim": 8, "bias": True, "out_bias": True}),
+            ("Gemma2", {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 16}, {"softcap": 2.0}),
+        ],
+        ids=[
+            "Llama",
+            "Llama, biases",
+            "Mistral, window",
+            "Qwen3, qk_norm",
+            "Phi, partial rope",
+            "Gemma 2, softcap",
+        ],
+    )
+    def test_transformers(self, name, given, options):
+        package = f"transformers.models.{name.lower()}"
+        pytest.importorskip("transformers")
+        modeling = importlib.import_module(f"{package}.modeling_{name.lower()}")
+        configuration = importlib.import_module(f"{package}.configuration_{name.lower()}")
+        theta = given.pop("rope_theta", 10000.0)
+        rope = {"rope_type": "default", "rope_theta": theta}
+        if "partial_rotary_factor" in given:
+            rope["partial_rotary_factor"] = given.pop("partial_rotary_factor")
+        config = getattr(configuration, f"{name}Config")(
+            hidden_size=64,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            max_position_embeddings=64,
+            rope_parameters=rope,
+            attn_implementation="eager",
+            **given,
+        )
+        torch.manual_seed(0)
+        theirs = getattr(modeling, f"{name}Attention")(config, layer_idx=1).eval()
+        ours = Attention(64, head_dim=16, n_kv_heads=2, **options)
+        weights = {
+            key.replace("o_proj", "out_proj").replace("dense", "out_proj").replace("layernorm", "norm"): value
+            for key, value in theirs.state_dict().items()
+        }
+        with torch.no_grad():
+            for value in weights.values():
+                value.add_(torch.randn_like(value), alpha=0.1)  # biases and norms that are not 0 or 1
+        ours.load_state_dict(weights)
+
+        x, positions = torch.randn(2, 19, 64), torch.arange(19)[None]
+        angles = getattr(modeling, f"{name}RotaryEmbedding")(config)(x, positions)
+        seen = torch.ones(19, 19).tril().triu(1 - options.get("window", 19)).bool()
+        mask = torch.zeros(19, 19).masked_fill(~seen, torch.finfo(torch.float32).min)
+        expected, _ = theirs(x, position_embeddings=angles, attention_mask=mask[None, None])
+        torch.testing.assert_close(ours(x), expected, rtol=1e-5, atol=1e-5)
+
+
+class TestWindow:
+    @torch.no_grad()
+    @pytest.mark.parametrize("bidirectional", [False, True])
+    def test_sees_so_many_tokens(self, bidirectional):
+        mixer = make(window=4, bidirectional=bidirectional)
+        x = inputs(1, 12)
+        before = mixer(x)
+        for t in range(12):
+            changed = x.clone()
+            changed[:, t] += 1
+            differs = (mixer(changed) - before)[0].abs().amax(-1) > 1e-9
+            last = t + 3
+            first = t - 3 if bidirectional else t
+            assert differs.tolist() == [first <= i <= last for i in range(12)]
+
+    def test_bidirectional_has_no_direction(self):
+        mixer = make(bidirectional=True, rope=False)
+        x = inputs(1, 12)
+        same(mixer(x.flip(1)).flip(1), mixer(x))
+
+
+def test_far_positions_stay_exact():
+    """Half precision cannot count beyond 256 or 2048; the angles must not be made in it."""
+    mixer = make(n_kv_heads=1).bfloat16()
+    x = inputs(1, 1).bfloat16()
+    state = mixer.initial_state(1)
+    state.lengths, state.longest = state.lengths + 5000, 5000
+    state.keys, state.values = (t.new_zeros(1, 5000, 1, 8) for t in (state.keys, state.values))
+    with torch.no_grad():
+        mixer(x, state)
+        key = mixer.k_proj(x).double().view(1, 1, 1, 8)
+    angle = 5000 * 10000.0 ** -(torch.arange(4) / 4)
+    first, second = key[0, 0, 0].chunk(2)
+    expected = torch.cat(
+        [first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()]
+    )
+    torch.testing.assert_close(state.keys[0, 5000, 0].double(), expected.double(), rtol=1e-2, atol=1e-2)
+
+
+@torch.no_grad()
+def test_autocast():
+    mixer = make(qk_norm=True).float()
+    x = inputs(2, 20).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        whole = mixer(x)
+        _, state = mixer(x[:, :12], mixer.initial_state(2, 64))
+        chunk, state = mixer(x[:, 12:19], state)
+        token, state = mixer(x[:, 19:], state)
+    assert whole.dtype == state.keys.dtype == torch.bfloat16
+    torch.testing.assert_close(torch.cat([chunk, token], dim=1), whole[:, 12:], rtol=0.05, atol=0.05)
+    torch.testing.assert_close(whole.float(), mixer(x), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 3}, {"window": 99}, {"window": 1}, {"window": 3, "n_heads": 2}]
+)
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_flops_count_what_is_seen(options, bidirectional):
+    mixer = make(**options, bidirectional=bidirectional)
+    n, window = 10, options.get("window", 99)
+    seen = sum(abs(i - j) < window and (bidirectional or j <= i) for i in range(n) for j in range(n))
+    assert mixer.mixing_flops(n) == pytest.approx(4 * mixer.n_heads * 8 * seen / n)
+
+
+def test_compiles_packed():
+    mixer = make(n_kv_heads=2)
+    x, cu_seqlens = inputs(1, 12), packed([5, 0, 7])
+    torch._dynamo.reset()
+    compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (mixer, compiled):
+        y = function(x, cu_seqlens=cu_seqlens)
+        results.append([y, *torch.autograd.grad(y.square().sum(), list(mixer.parameters()))])
+    torch.testing.assert_close(*results)
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("d_model", "options", "match"),
+        [
+            (
+                100,
+                {},
+                "`head_dim` must divide d_model, or `n_heads` be given; got head_dim=64 and d_model=100",
+            ),
+            (32, {}, "got head_dim=64 and d_model=32"),
+            (
+                64,
+                {"head_dim": 16, "n_kv_heads": 3},
+                r"`n_kv_heads` must divide the number of heads, 4 .*; got 3",
+            ),
+            (64, {"head_dim": 0}, "`head_dim` must be at least 1; got 0"),
+            (64, {"n_heads": 0}, "`n_heads` must be at least 1; got 0"),
+            (64, {"window": 0}, "`window` must be at least 1; got 0"),
+            (
+                64,
+                {"rope_dim": 66},
+                "`rope_dim` must be even and at most head_dim=64, or `rope` false; got 66",
+            ),
+            (63, {"head_dim": 7}, "`rope_dim` must be even .* got 7"),
+            (64, {"rope": False, "rope_dim": 8}, "`rope_dim` has no meaning with `rope` false; got 8"),
+            (64, {"softcap": -1.0}, "`softcap` must be positive, or 0 for none; got -1.0"),
+        ],
+    )
+    def test_sizes(self, d_model, options, match):
+        with pytest.raises(ValueError, match="Attention: .*" + match):
+            build_mixer("attention", d_model, **options)
+
+    def test_bidirectional_has_no_state(self, plain):
+        mixer = make(bidirectional=True)
+        with pytest.raises(ValueError, match="with `bidirectional` it has no state"):
+            mixer.initial_state(2)
+        with pytest.raises(ValueError, match="it has no state"):
+            mixer(inputs(2, 3), plain.initial_state(2))
+
+    def test_a_state_of_another_mixer(self, plain):
+        state = build_mixer("mamba", D_MODEL).double().initial_state(2)
+        with pytest.raises(TypeError, match="Attention: `state` must be a KVCache; got MambaState"):
+            plain(inputs(2, 3), state)
+
+    def test_a_wrong_call_leaves_the_state_alone(self, plain):
+        _, state = plain(inputs(2, 3), plain.initial_state(2))
+        with pytest.raises(ValueError, match="`cu_seqlens` must rise from 0 to the length 4"):
+            plain(inputs(1, 4), state, cu_seqlens=packed([3, 2]))
+        assert (state.longest, state.lengths.tolist()) == (3, [3, 3])

@@ -189,6 +189,14 @@ def test_windows_in_blocks(m, options, alibi, arguments, run, assert_same, monke
     assert calls
 
 
+@pytest.mark.parametrize("case", ["causal", "window, more keys", "alibi, causal, more keys"])
+def test_sdpa_where_heads_cannot_share_keys(case, arguments, run, assert_same, monkeypatch):
+    """As on a GPU, whose fused kernels take groups or a mask, but not both."""
+    monkeypatch.setattr(sdpa, "_takes_groups", lambda *_: False)
+    made = arguments(**CASES[case])
+    assert_same(run(SDPA, **made), run(REFERENCE, **made))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "case",
@@ -268,9 +276,7 @@ def test_packed_is_one_by_one(attend, arguments, run, assert_same):
 
     def one_by_one(q, k, v, cu_seqlens, cu_seqlens_k, **options):
         parts = [((0, 3), (0, 1)), ((3, 4), (3, 8)), ((4, 7), (8, 11))]
-        return torch.cat(
-            [attend(q[:, slice(*x)], k[:, slice(*y)], v[:, slice(*y)], **options) for x, y in parts], 1
-        )
+        return torch.cat([attend(q[:, slice(*x)], k[:, slice(*y)], v[:, slice(*y)], **options) for x, y in parts], 1)
 
     found, expected = run(attend, **made), run(one_by_one, **made)
     assert (found["gradient of k"][:, 1:3] == 0).all()  # keys of the sequence without queries
@@ -426,9 +432,7 @@ def test_what_sdpa_cannot_do(options, reason, arguments):
     found = explain(attention, **made)
     assert found.chosen == "reference"
     assert reason in found.reasons["sdpa"]
-    with pytest.raises(
-        ValueError, match="attention: implementation 'sdpa' .* cannot run this call: .*" + reason
-    ):
+    with pytest.raises(ValueError, match="attention: implementation 'sdpa' .* cannot run this call: .*" + reason):
         SDPA(**made)
 
 

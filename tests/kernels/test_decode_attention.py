@@ -109,9 +109,7 @@ def naive(
         shared, position = head // (h // k_cache.shape[2]), int(lengths[n]) - l + i
         first = 0 if window[0] < 0 else max(0, position - window[0])
         seen = range(first, position + 1)
-        logits = [
-            q[n, i, head].dot(k_cache[n, j, shared]) * (k**-0.5 if scale is None else scale) for j in seen
-        ]
+        logits = [q[n, i, head].dot(k_cache[n, j, shared]) * (k**-0.5 if scale is None else scale) for j in seen]
         if softcap:
             logits = [softcap * torch.tanh(x / softcap) for x in logits]
         if alibi_slopes is not None:
@@ -269,11 +267,7 @@ def test_compiles_with_pages(arguments):
 
 @pytest.mark.parametrize(
     ("implementation", "case", "pages"),
-    [
-        ("reference", case, pages)
-        for case in ("base", "everything", "empty", "no queries")
-        for pages in (False, True)
-    ]
+    [("reference", case, pages) for case in ("base", "everything", "empty", "no queries") for pages in (False, True)]
     + [("sdpa", case, False) for case in ("base", "full", "alibi", "no queries", "no sequences")],
 )
 def test_opcheck(implementation, case, pages, arguments, opcheck):

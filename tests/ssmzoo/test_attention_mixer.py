@@ -146,9 +146,7 @@ class TestState:
         with torch.no_grad():
             _, state = plain(inputs(2, 9), plain.initial_state(2))
             half = state.to(torch.bfloat16)
-            assert (half.keys.dtype, half.values.dtype, half.lengths.dtype) == (torch.bfloat16,) * 2 + (
-                torch.int32,
-            )
+            assert (half.keys.dtype, half.values.dtype, half.lengths.dtype) == (torch.bfloat16,) * 2 + (torch.int32,)
             y, half = plain.to(torch.bfloat16)(inputs(2, 1).bfloat16(), half)
         assert (y.dtype, half.keys.dtype, half.longest) == (torch.bfloat16, torch.bfloat16, 10)
 
@@ -374,9 +372,7 @@ def test_far_positions_stay_exact():
         key = mixer.k_proj(x).double().view(1, 1, 1, 8)
     angle = 5000 * 10000.0 ** -(torch.arange(4) / 4)
     first, second = key[0, 0, 0].chunk(2)
-    expected = torch.cat(
-        [first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()]
-    )
+    expected = torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()])
     torch.testing.assert_close(state.keys[0, 5000, 0].double(), expected.double(), rtol=1e-2, atol=1e-2)
 
 
@@ -394,9 +390,7 @@ def test_autocast():
     torch.testing.assert_close(whole.float(), mixer(x), rtol=0.1, atol=0.1)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"window": 3}, {"window": 99}, {"window": 1}, {"window": 3, "n_heads": 2}]
-)
+@pytest.mark.parametrize("options", [{}, {"window": 3}, {"window": 99}, {"window": 1}, {"window": 3, "n_heads": 2}])
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_flops_count_what_is_seen(options, bidirectional):
     mixer = make(**options, bidirectional=bidirectional)

@@ -84,8 +84,7 @@ def attention(
     if cu_seqlens_k is None:
         if cu_seqlens is not None and sizes["l"] != sizes["m"]:
             raise ValueError(
-                f"{op}: without `cu_seqlens_k` the packed `k` must be as long as `q`, {sizes['l']}; "
-                f"got {sizes['m']}"
+                f"{op}: without `cu_seqlens_k` the packed `k` must be as long as `q`, {sizes['l']}; got {sizes['m']}"
             )
         cu_seqlens_k = cu_seqlens
     elif cu_seqlens is None:
@@ -129,9 +128,7 @@ def fake(
 ) -> tuple[Tensor, Tensor]:
     """Empty outputs. Without ``return_lse`` an implementation may give an lse of any size."""
     b, l, h, _ = q.shape
-    return q.new_empty(b, l, h, v.shape[-1]), q.new_empty(
-        (b, h, l) if return_lse else (0,), dtype=precision(q)
-    )
+    return q.new_empty(b, l, h, v.shape[-1]), q.new_empty((b, h, l) if return_lse else (0,), dtype=precision(q))
 
 
 _ATTENTION = Op("attention", __name__, ("sdpa", "reference"), fake=fake)

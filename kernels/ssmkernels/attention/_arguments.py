@@ -20,14 +20,8 @@ def bounds(op: str, causal: bool, window: Any) -> tuple[int, int]:
     """
     if window is None:
         window = (-1, -1)
-    if (
-        not isinstance(window, tuple | list)
-        or len(window) != 2
-        or not all(isinstance(w, int) for w in window)
-    ):
-        raise TypeError(
-            f"{op}: `window` must be None or two ints (left, right), -1 for no bound; got {window!r}"
-        )
+    if not isinstance(window, tuple | list) or len(window) != 2 or not all(isinstance(w, int) for w in window):
+        raise TypeError(f"{op}: `window` must be None or two ints (left, right), -1 for no bound; got {window!r}")
     left, right = window
     if left < -1 or right < -1:
         raise ValueError(f"{op}: the bounds of `window` must be at least 0, or -1 for none; got {window!r}")

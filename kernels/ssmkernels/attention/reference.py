@@ -25,9 +25,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     def one_batch(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         distance = distances(q.shape[1], k.shape[1], q.device)
-        return attend(
-            q, k, v, distance, in_window(distance, left, right), scale, softcap, alibi_slopes, sinks
-        )
+        return attend(q, k, v, distance, in_window(distance, left, right), scale, softcap, alibi_slopes, sinks)
 
     if cu_seqlens is None or cu_seqlens_k is None:
         out, lse = one_batch(q, k, v)
@@ -69,9 +67,7 @@ def attend(
     """Attention for a given ``distance`` and ``seen``, (l m) or (b 1 l m): out (b l h v) and lse (b h l)."""
     wide = precision(q)
     h, h_kv = q.shape[2], k.shape[2]
-    grouped = q.to(wide).unflatten(
-        2, (h_kv, h // h_kv)
-    )  # (b l c g k): g query heads share the keys of head c
+    grouped = q.to(wide).unflatten(2, (h_kv, h // h_kv))  # (b l c g k): g query heads share the keys of head c
     s = torch.einsum("blcgk,bmck->bcglm", grouped, k.to(wide)).flatten(1, 2) * scale  # (b h l m)
     if softcap > 0:
         s = softcap * torch.tanh(s / softcap)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ssmkernels.attention.reference import distances, in_window
 from ssmkernels.library import opaque
 from ssmkernels.packing import spans
-from ssmkernels.validate import precision
+from ssmkernels.validate import HALF, precision
 
 BLOCK = 64  # a window's blocks are multiples of it: aligned for vectors, and large enough to be worth a block
 
@@ -150,16 +150,23 @@ def _pairs(x: Tensor, n: int) -> Tensor:
 
 
 def _mask(q: Tensor, distance: Tensor, seen: Tensor, alibi_slopes: Tensor | None) -> Tensor:
-    """What PyTorch takes for a mask: bools, or the bias, in float32 even beside half-precision queries."""
+    """What PyTorch takes for a mask: bools as ``seen`` has them, or the bias ``(b or 1, h, l, m)``."""
     if alibi_slopes is None:
         return seen
     bias = -alibi_slopes.to(precision(q))[:, None, None] * distance.abs()  # (h l m)
-    return bias.masked_fill(~seen, -torch.inf)
+    bias = bias.masked_fill(~seen, -torch.inf)
+    return bias if bias.ndim == 4 else bias[None]  # its CPU kernel takes none of three axes
 
 
-def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, is_causal: bool = False
-) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    dtype = q.dtype
+    if mask is not None and mask.dtype != torch.bool:
+        # In half precision a far key's bias would be off by whole units, and cuDNN misreads one of another dtype.
+        q, k, v = (x.to(mask.dtype) for x in (q, k, v))
+    groups = q.shape[2] // k.shape[2]
+    shared = groups > 1 and _takes_groups(q, k, v, mask)
+    if groups > 1 and not shared:
+        k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -167,6 +174,13 @@ def _sdpa(
         attn_mask=mask,
         is_causal=is_causal,
         scale=scale,
-        enable_gqa=q.shape[2] != k.shape[2],
+        enable_gqa=shared,
     )
-    return out.transpose(1, 2)
+    return out.transpose(1, 2).to(dtype)
+
+
+def _takes_groups(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """Whether a fused kernel lets heads share keys; on a GPU PyTorch would otherwise write all logits to memory."""
+    if q.device.type == "cpu":
+        return True
+    return mask is None and q.dtype in HALF and k.shape[3] == v.shape[3] <= 256

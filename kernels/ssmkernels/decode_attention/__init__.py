@@ -110,16 +110,12 @@ def _check_places(lengths: Tensor, block_table: Tensor | None, sizes: dict[str, 
     room = sizes["m"] if block_table is None else sizes["blocks"] * sizes["page_size"]
     for i, length in enumerate(lengths.tolist()):
         if not 0 <= length <= room:
-            raise ValueError(
-                f"{op}: `lengths` must lie between 0 and the cache's {room}; got {length} at {i}"
-            )
+            raise ValueError(f"{op}: `lengths` must lie between 0 and the cache's {room}; got {length} at {i}")
         if block_table is not None and length > 0:
             for page in block_table[i, : -(-length // sizes["page_size"])].tolist():
                 if not 0 <= page < sizes["pages"]:
                     last = sizes["pages"] - 1
-                    raise ValueError(
-                        f"{op}: `block_table` must name pages 0 to {last}; got {page} in row {i}"
-                    )
+                    raise ValueError(f"{op}: `block_table` must name pages 0 to {last}; got {page} in row {i}")
 
 
 def _fake(
@@ -137,9 +133,7 @@ def _fake(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     s, l, h, _ = q.shape
-    return q.new_empty(s, l, h, v_cache.shape[-1]), q.new_empty(
-        (s, h, l) if return_lse else (0,), dtype=precision(q)
-    )
+    return q.new_empty(s, l, h, v_cache.shape[-1]), q.new_empty((s, h, l) if return_lse else (0,), dtype=precision(q))
 
 
 _DECODE = Op("decode_attention", __name__, ("sdpa", "reference"), fake=_fake)

@@ -28,9 +28,7 @@ def decode_attention(
     of_query = lengths[:, None] - q.shape[1] + torch.arange(q.shape[1], device=q.device)  # (s l)
     distance = (position - of_query[..., None])[:, None]  # (s 1 l m)
     written = (position < lengths[:, None])[..., None, None]  # (s m 1 1)
-    k, v = (
-        torch.where(written, cache, 0) for cache in (k_cache, v_cache)
-    )  # a weight of 0 does not undo a NaN
+    k, v = (torch.where(written, cache, 0) for cache in (k_cache, v_cache))  # a weight of 0 does not undo a NaN
     out, lse = attend(q, k, v, distance, in_window(distance, left, 0), scale, softcap, alibi_slopes, sinks)
     return out, lse if return_lse else lse.new_empty(0)
 

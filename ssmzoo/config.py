@@ -84,7 +84,15 @@ class ModelConfig:
         self._check()
 
     def _check(self) -> None:
-        for name in ("d_model", "n_layers", "vocab_size", "pad_vocab_size_multiple", "d_input", "n_classes", "d_output"):
+        for name in (
+            "d_model",
+            "n_layers",
+            "vocab_size",
+            "pad_vocab_size_multiple",
+            "d_input",
+            "n_classes",
+            "d_output",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"config key `{name}` must be at least 1; got {value}")
@@ -93,7 +101,9 @@ class ModelConfig:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"config key `dropout` must be in [0, 1); got {self.dropout}")
         if self.vocab_size is None and self.d_input is None:
-            raise ValueError("config: set `vocab_size` for token ids in, or `d_input` for real-valued features in; got neither")
+            raise ValueError(
+                "config: set `vocab_size` for token ids in, or `d_input` for real-valued features in; got neither"
+            )
         needed = {"tokens": "vocab_size", "classes": "n_classes", "features": "d_output"}[self.output or ""]
         if getattr(self, needed) is None:
             raise ValueError(f"config: `output: {self.output}` needs `{needed}`; it is not set")

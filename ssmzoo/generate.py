@@ -181,18 +181,12 @@ def _prompts(
             raise ValueError("generate: `mask` goes with `ids` in a tensor; lists are padded by themselves")
         ids, mask = _padded(ids)
     if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
-        raise ValueError(
-            f"generate: `ids` must be int64 or int32 of shape (b, l); got {ids.dtype} {tuple(ids.shape)}"
-        )
+        raise ValueError(f"generate: `ids` must be int64 or int32 of shape (b, l); got {ids.dtype} {tuple(ids.shape)}")
     if 0 in ids.shape:
-        raise ValueError(
-            f"generate: `ids` must hold at least one token in each row; got shape {tuple(ids.shape)}"
-        )
+        raise ValueError(f"generate: `ids` must hold at least one token in each row; got shape {tuple(ids.shape)}")
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != ids.shape:
-            raise ValueError(
-                f"generate: `mask` must be bool of shape {tuple(ids.shape)}, as `ids`; got {mask!r:.80}"
-            )
+            raise ValueError(f"generate: `mask` must be bool of shape {tuple(ids.shape)}, as `ids`; got {mask!r:.80}")
         if not bool(mask.any(1).all()):
             raise ValueError(f"generate: `mask` leaves no token in row {int(mask.any(1).int().argmin())}")
     low, high = (int(v) for v in ids.aminmax())
@@ -205,9 +199,7 @@ def _prompts(
 
 def _padded(ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
     if not isinstance(ids, list | tuple) or not all(isinstance(row, list | tuple) for row in ids):
-        raise TypeError(
-            f"generate: `ids` must be an int64 tensor (b, l) or a list of lists of ids; got {ids!r:.80}"
-        )
+        raise TypeError(f"generate: `ids` must be an int64 tensor (b, l) or a list of lists of ids; got {ids!r:.80}")
     for i, row in enumerate(ids):
         if not all(isinstance(token, int) for token in row):
             raise TypeError(f"generate: prompt {i} of `ids` must hold ints; got {row!r:.80}")
@@ -232,9 +224,7 @@ def _check_model(model: SequenceModel) -> None:
         )
     for name, module in model.named_modules():
         if isinstance(module, Mixer) and not (module.causal and module.has_state):
-            raise ValueError(
-                f"generate: every mixer must be causal and have a state; {name} is bidirectional"
-            )
+            raise ValueError(f"generate: every mixer must be causal and have a state; {name} is bidirectional")
 
 
 def _check_options(

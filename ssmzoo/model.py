@@ -57,9 +57,14 @@ class SequenceModel(nn.Module):
         width = {"tokens": config.padded_vocab_size, "classes": config.n_classes, "features": config.d_output}
         self.lm_head = nn.Linear(config.d_model, width[config.output or "tokens"] or 0, bias=config.output != "tokens")
         if self.tied:
-            self.lm_head.weight = self.embedding.weight  # type: ignore[assignment]
+            self.lm_head.weight = self.embedding.weight
         if isinstance(self.embedding, nn.Embedding):
             nn.init.normal_(self.embedding.weight, std=0.02)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """``layers``, typed."""
+        return [block for block in self.layers if isinstance(block, Block)]
 
     @property
     def tied(self) -> bool:
@@ -74,11 +79,13 @@ class SequenceModel(nn.Module):
             batch_size: number of sequences.
             max_length: room to set aside where memory grows with length (a key-value cache).
         """
-        layers = [block.mixer.initial_state(batch_size, max_length) for block in self.layers]
+        layers = [block.mixer.initial_state(batch_size, max_length) for block in self.blocks]
         state = ModelState(layers)
         if self.config.output == "classes" and self.config.pooling == "mean":
-            state.summed = self.norm_f.weight.new_zeros(batch_size, self.config.d_model, dtype=torch.float32)
-            state.count = state.summed.new_zeros(batch_size)
+            weight = self.lm_head.weight
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            state.summed = weight.new_zeros(batch_size, self.config.d_model, dtype=wide)
+            state.count = weight.new_zeros(batch_size, dtype=torch.int64)
         return state
 
     def forward(
@@ -128,7 +135,7 @@ class SequenceModel(nn.Module):
         if self.config.residual_in_fp32 and x.dtype in (torch.bfloat16, torch.float16):
             x = x.float()
         states: list[State] = []
-        for i, block in enumerate(self.layers):
+        for i, block in enumerate(self.blocks):
             x, after = block(x, None if state is None else state.layers[i], cu_seqlens)
             states += [] if after is None else [after]
         x = self.norm_f(x)
@@ -139,24 +146,23 @@ class SequenceModel(nn.Module):
 
     def _pool(self, x: Tensor, state: ModelState | None, cu_seqlens: Tensor | None) -> Tensor:
         """(b l d_model) → (s d_model), one row a sequence; a mean goes on from the state's and into it."""
-        b, l, d = x.shape
+        wide = torch.promote_types(x.dtype, torch.float32)
         if cu_seqlens is None:
-            ends = torch.full((b,), l, device=x.device).cumsum(0)
-            lengths = torch.full((b,), l, device=x.device)
+            lengths = torch.full((x.shape[0],), x.shape[1], device=x.device)
         else:
-            ends, lengths = cu_seqlens[1:].long(), cu_seqlens.diff()
-        flat = x.reshape(b * l, d)
+            lengths = cu_seqlens.diff().long()
         if self.config.pooling == "last":
             if bool((lengths == 0).any()):
                 raise ValueError("SequenceModel: `pooling: last` needs a token in every sequence; got an empty one")
-            return flat[ends - 1]
-        owner = torch.repeat_interleave(torch.arange(len(lengths), device=x.device), lengths, output_size=b * l)
-        summed = x.new_zeros(len(lengths), d, dtype=torch.float32).index_add(0, owner, flat.float())
-        count = lengths.float()
+            return x[:, -1] if cu_seqlens is None else x[0, lengths.cumsum(0) - 1]
+        if cu_seqlens is None:
+            summed = x.sum(1, dtype=wide)
+        else:
+            summed = torch.segment_reduce(x[0].to(wide), "sum", lengths=lengths)
         if state is not None and state.summed is not None and state.count is not None:
             summed = state.summed = state.summed + summed
-            count = state.count = state.count + count
-        return (summed / count.clamp(min=1)[:, None]).to(x.dtype)
+            lengths = state.count = state.count + lengths
+        return (summed / lengths.clamp(min=1)[:, None]).to(x.dtype)
 
     def _check(self, inputs: Tensor, state: ModelState | None, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
         name = "SequenceModel"
@@ -188,11 +194,15 @@ class SequenceModel(nn.Module):
         sequences = check_cu_seqlens(name, cu_seqlens, inputs)
         if state is not None:
             if not isinstance(state, ModelState):
-                raise TypeError(f"{name}: `state` must come from initial_state() or an earlier call; got {type(state).__name__}")
+                raise TypeError(
+                    f"{name}: `state` must come from initial_state() or an earlier call; got {type(state).__name__}"
+                )
             if len(state.layers) != len(self.layers):
                 raise ValueError(f"{name}: `state` must have {len(self.layers)} layers; got {len(state.layers)}")
             if state.n_sequences != sequences:
-                raise ValueError(f"{name}: `state` must have {sequences} sequences, as `inputs`; got {state.n_sequences}")
+                raise ValueError(
+                    f"{name}: `state` must have {sequences} sequences, as `inputs`; got {state.n_sequences}"
+                )
 
     def _check_ids(self, ids: Tensor) -> None:
         """Ids within the vocabulary; read where that costs nothing."""
@@ -218,7 +228,7 @@ class SequenceModel(nn.Module):
         total = 2.0 * self.lm_head.weight.numel()
         if isinstance(self.embedding, nn.Linear):
             total += 2.0 * self.embedding.weight.numel()
-        for block in self.layers:
+        for block in self.blocks:
             total += 2.0 * sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
             total += block.mixer.mixing_flops(context)
         return total

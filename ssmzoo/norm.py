@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,7 +24,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(d))
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight.to(x.dtype), eps=self.eps).to(self.weight.dtype)
+        y = cast(Tensor, rms_norm(x, self.weight.to(x.dtype), eps=self.eps))
+        return y.to(self.weight.dtype)
 
 
 class LayerNorm(nn.LayerNorm):

@@ -63,9 +63,7 @@ def load(
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"no folder {folder}: give one that ssmzoo.pretrained.save or `ssmzoo train` wrote"
-        )
+        raise FileNotFoundError(f"no folder {folder}: give one that ssmzoo.pretrained.save or `ssmzoo train` wrote")
     if (folder / CONFIG).is_file():
         config, source = ModelConfig.from_yaml(folder / CONFIG), folder / WEIGHTS
         weights = read_tensors(source)
@@ -155,9 +153,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} is damaged or incomplete ({_line(error)}): copy it again, or use another"
-        ) from None
+        raise ValueError(f"{path} is damaged or incomplete ({_line(error)}): copy it again, or use another") from None
     except Exception as error:  # torch.load raises whatever its parsers do
         raise ValueError(f"{path} is damaged, or holds more than weights ({_line(error)})") from None
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):

@@ -56,7 +56,12 @@ class State:
     def tensors(self) -> list[Tensor]:
         """Every tensor in it, those of states within it included."""
         found: list[Tensor] = []
-        self._map(lambda t: (found.append(t), t)[1])
+
+        def note(t: Tensor) -> Tensor:
+            found.append(t)
+            return t
+
+        self._map(note)
         return found
 
     def _map(self: S, function: Callable[[Tensor], Tensor]) -> S:

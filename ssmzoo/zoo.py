@@ -80,7 +80,9 @@ def swap_mixers(model: SequenceModel, swaps: Mapping[str, str | Mapping[str, Any
         ValueError, TypeError: no layer matches, or the mixer or an option is unknown. The model is then unchanged.
     """
     if not isinstance(model, SequenceModel):
-        raise TypeError(f"swap_mixers: `model` must be a SequenceModel, as ssmzoo.build gives; got {type(model).__name__}")
+        raise TypeError(
+            f"swap_mixers: `model` must be a SequenceModel, as ssmzoo.build gives; got {type(model).__name__}"
+        )
     names = [f"layers.{i}" for i in range(len(model.layers))]
     for pattern in swaps:
         if not fnmatch.filter(names, pattern):
@@ -101,9 +103,9 @@ def swap_mixers(model: SequenceModel, swaps: Mapping[str, str | Mapping[str, Any
         entry = config.pattern[i]
         twin = [j for j in (*set(range(len(names))).difference(swapped), *made) if config.pattern[j] == entry]
         if config.mixers.get(entry, {}).get("shared") and twin:
-            made[i] = made[twin[0]] if twin[0] in made else model.layers[twin[0]].mixer
+            made[i] = made[twin[0]] if twin[0] in made else model.blocks[twin[0]].mixer
         else:
-            made[i] = _fresh(config, entry, like=model.layers[i])
+            made[i] = _fresh(config, entry, like=model.blocks[i])
     for i, mixer in made.items():
         model.layers[i].mixer = mixer
     model.config = config

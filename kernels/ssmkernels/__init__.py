@@ -1,7 +1,7 @@
 """The functions under the zoo: scans, convolutions and attention, each with a readable PyTorch reference.
 
-Every folder beside this file that holds a ``reference.py`` is an op; its public functions appear here by themselves.
-``use``, ``explain`` and ``SSMZOO_IMPLEMENTATION`` say which implementation of an op runs.
+Every folder beside this file that holds a ``reference.py`` is an op; its public functions appear here by
+themselves. ``use``, ``explain`` and ``SSMZOO_IMPLEMENTATION`` say which implementation of an op runs.
 """
 
 import importlib as _importlib
@@ -26,4 +26,4 @@ for _folder in sorted(_pathlib.Path(__file__).parent.iterdir()):
         _op = _importlib.import_module(f"ssmkernels.{_folder.name}")
         for _name in _op.__all__:
             globals()[_name] = getattr(_op, _name)
-            __all__ += [_name]  # noqa: PLE0604
+            __all__ += [_name]

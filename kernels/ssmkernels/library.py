@@ -41,10 +41,14 @@ def opaque(name: str, function: Callable[..., Any], fake: Callable[..., Any]) ->
     def backward(*args: Any) -> list[Tensor]:
         *args, grads, wanted = args  # type: ignore[assignment]
         with torch._C._ForceDispatchKeyGuard(_INCLUDED, _EXCLUDED), torch.enable_grad():
-            leaves = [a.detach().requires_grad_(i in wanted) if isinstance(a, Tensor) else a for i, a in enumerate(args)]
+            leaves = [
+                a.detach().requires_grad_(i in wanted) if isinstance(a, Tensor) else a for i, a in enumerate(args)
+            ]
             outputs = function(*leaves)
             pairs = [
-                (o, g) for o, g in zip(outputs if several else (outputs,), grads, strict=True) if g is not None and o.requires_grad
+                (o, g)
+                for o, g in zip(outputs if several else (outputs,), grads, strict=True)
+                if g is not None and o.requires_grad
             ]
             inputs = [leaves[i] for i in wanted]
             found: Sequence[Tensor | None] = [None] * len(inputs)

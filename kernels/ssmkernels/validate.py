@@ -134,7 +134,9 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor | None, x: Tensor, name: str = 
     if cu_seqlens.device != x.device:
         raise ValueError(f"{op}: `{name}` must be on {x.device}, as the input is; got {cu_seqlens.device}")
     if batch != 1:
-        raise ValueError(f"{op}: with `{name}` the sequences lie one after another in a batch of 1; got a batch of {batch}")
+        raise ValueError(
+            f"{op}: with `{name}` the sequences lie one after another in a batch of 1; got a batch of {batch}"
+        )
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         borders = cu_seqlens.tolist()
         if borders[0] != 0 or borders[-1] != length or any(a > b for a, b in zip(borders, borders[1:], strict=False)):

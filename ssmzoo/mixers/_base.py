@@ -19,6 +19,7 @@ class Mixer(nn.Module):
     of ``__init__`` with type annotations; the registry checks them and lists them.
 
     Attributes:
+        state_class: what :meth:`initial_state` gives.
         causal: no output depends on a later input.
         has_state: it can be called in chunks through a state.
         requires: importable packages beyond PyTorch.
@@ -29,6 +30,7 @@ class Mixer(nn.Module):
     """
 
     requires: ClassVar[tuple[str, ...]] = ()
+    state_class: ClassVar[type[State]] = State
     causal: bool = True
     has_state: bool = True
     float32_parameters: tuple[str, ...] = ()
@@ -84,7 +86,9 @@ class Mixer(nn.Module):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: `x` must be a tensor (b, l, {self.d_model}); got {type(x).__name__}")
         if x.ndim != 3 or x.shape[-1] != self.d_model:
-            raise ValueError(f"{name}: `x` must have shape (b, l, d_model) with d_model={self.d_model}; got {tuple(x.shape)}")
+            raise ValueError(
+                f"{name}: `x` must have shape (b, l, d_model) with d_model={self.d_model}; got {tuple(x.shape)}"
+            )
         weight = None if torch.compiler.is_compiling() else self._a_weight()
         if weight is not None:
             if x.device != weight.device:
@@ -94,12 +98,18 @@ class Mixer(nn.Module):
         sequences = check_cu_seqlens(name, cu_seqlens, x)
         if state is None:
             return
-        if not isinstance(state, State):
-            raise TypeError(f"{name}: `state` must come from initial_state() or an earlier call; got {type(state).__name__}")
         if not self.has_state or not self.causal:
-            raise ValueError(f"{name}: it has no state, as it sees the whole sequence at once (bidirectional); got a state")
+            raise ValueError(
+                f"{name}: it has no state, as it sees the whole sequence at once (bidirectional); got a state"
+            )
+        if not isinstance(state, self.state_class):
+            raise TypeError(
+                f"{name}: `state` must come from initial_state() or an earlier call; got {type(state).__name__}"
+            )
         if state.n_sequences != sequences:
-            raise ValueError(f"{name}: `state` must have {sequences} sequences, as many as `x`; got {state.n_sequences}")
+            raise ValueError(
+                f"{name}: `state` must have {sequences} sequences, as many as `x`; got {state.n_sequences}"
+            )
 
     def _a_weight(self) -> Tensor | None:
         """A weight that follows the module's dtype."""

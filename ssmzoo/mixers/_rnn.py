@@ -23,7 +23,8 @@ class RNNState(State):
 class RNNMixer(Mixer):
     """What ``lstm`` and ``gru`` share; ``network`` is PyTorch's class."""
 
-    network: ClassVar[type[nn.RNNBase]]
+    state_class = RNNState
+    network: ClassVar[type[nn.LSTM] | type[nn.GRU]]
 
     def __init__(
         self, d_model: int, *, d_hidden: int | None = None, n_rnn_layers: int = 1, bidirectional: bool = False
@@ -35,7 +36,7 @@ class RNNMixer(Mixer):
                 raise ValueError(f"{type(self).__name__}: `{name}` must be at least 1; got {value}")
         self.n_rnn_layers = n_rnn_layers
         self.causal = not bidirectional
-        self.rnn = self.network(  # type: ignore[call-arg]
+        self.rnn = self.network(
             d_model, self.d_hidden, num_layers=n_rnn_layers, batch_first=True, bidirectional=bidirectional
         )
         self.out_proj = nn.Linear(self.d_hidden * (2 if bidirectional else 1), d_model, bias=False)

@@ -45,6 +45,7 @@ class Mamba(Mixer):
     The names of its weights are those of the published checkpoints. A (as ``A_log``), D and Δ's bias stay float32.
     """
 
+    state_class = MambaState
     float32_parameters = ("A_log", "D", "dt_proj.bias")
     no_weight_decay = ("A_log", "D", "dt_proj.bias")
 

@@ -31,6 +31,8 @@ class Parallel(Mixer):
         combine: ``"mean"`` or ``"sum"`` of the branches' outputs.
     """
 
+    state_class = ParallelState
+
     def __init__(self, d_model: int, *, branches: dict[str, Any], combine: Literal["mean", "sum"] = "mean"):
         super().__init__(d_model)
         if not branches:
@@ -58,7 +60,9 @@ class Parallel(Mixer):
     def mixing_flops(self, context: int) -> float:
         return sum(m.mixing_flops(context) for m in self.mixers)
 
-    def mix(self, x: Tensor, state: ParallelState | None, cu_seqlens: Tensor | None) -> tuple[Tensor, ParallelState | None]:
+    def mix(
+        self, x: Tensor, state: ParallelState | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, ParallelState | None]:
         if state is None:
             return self.scale * torch.stack([m(x, cu_seqlens=cu_seqlens) for m in self.mixers]).sum(0), None
         pairs = [m(x, s, cu_seqlens=cu_seqlens) for m, s in zip(self.mixers, state.branches, strict=True)]

@@ -43,6 +43,7 @@ class S4D(Mixer):
         lr: learning rate of A, B and the step sizes, which get no weight decay.
     """
 
+    state_class = S4DState
     residual_projections = ()
 
     def __init__(

@@ -11,7 +11,13 @@ from ssmzoo.config import load_config
 
 TINY = {"d_model": 16, "n_layers": 2, "pattern": ["mamba"], "vocab_size": 11}
 
-PUBLISHED = {"mamba-130m": 129135360, "mamba-370m": 371516416, "mamba-790m": 793204224, "mamba-1.4b": 1372178432, "mamba-2.8b": 2768345600}
+PUBLISHED = {
+    "mamba-130m": 129135360,
+    "mamba-370m": 371516416,
+    "mamba-790m": 793204224,
+    "mamba-1.4b": 1372178432,
+    "mamba-2.8b": 2768345600,
+}
 
 
 @pytest.mark.parametrize("name", ssmzoo.list_models())
@@ -81,7 +87,10 @@ def test_pattern_repeats_and_entries_name_their_kind():
         d_model=32,
         n_layers=5,
         pattern=["mamba", "local", "global"],
-        mixers={"local": {"kind": "attention", "head_dim": 8, "window": 3}, "global": {"kind": "attention", "head_dim": 16}},
+        mixers={
+            "local": {"kind": "attention", "head_dim": 8, "window": 3},
+            "global": {"kind": "attention", "head_dim": 16},
+        },
         vocab_size=11,
     )
     model = ssmzoo.build(config)

@@ -117,9 +117,7 @@ class RunningSum(ssmzoo.Mixer):
         if cu_seqlens is not None and self.fault != "packing":
             borders = cu_seqlens.tolist()
             states = [None if state is None else state.select([i]) for i in range(len(borders) - 1)]
-            parts = [
-                self.mix(x[:, a:b], s, None) for a, b, s in zip(borders, borders[1:], states, strict=False)
-            ]
+            parts = [self.mix(x[:, a:b], s, None) for a, b, s in zip(borders, borders[1:], states, strict=False)]
             y = torch.cat([p[0] for p in parts], dim=1)
             return y, None if state is None else Sum(torch.cat([p[1].total for p in parts]))
         h = 0 if state is None else state.total[:, None]
@@ -159,7 +157,9 @@ class TestErrors:
     mixer = ssmzoo.build_mixer("mamba", 16, d_state=4)
 
     def test_shape(self):
-        with pytest.raises(ValueError, match=r"Mamba: `x` must have shape \(b, l, d_model\) with d_model=16; got \(2, 3, 8\)"):
+        with pytest.raises(
+            ValueError, match=r"Mamba: `x` must have shape \(b, l, d_model\) with d_model=16; got \(2, 3, 8\)"
+        ):
             self.mixer(torch.randn(2, 3, 8))
 
     def test_no_tensor(self):

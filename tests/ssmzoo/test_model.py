@@ -8,7 +8,13 @@ import torch
 
 import ssmzoo
 
-TINY = {"d_model": 16, "n_layers": 2, "pattern": ["mamba", "attention"], "mixers": {"attention": {"head_dim": 8}}, "vocab_size": 11}
+TINY = {
+    "d_model": 16,
+    "n_layers": 2,
+    "pattern": ["mamba", "attention"],
+    "mixers": {"attention": {"head_dim": 8}},
+    "vocab_size": 11,
+}
 
 ENTRIES = {
     "mamba": {"d_state": 3},
@@ -177,7 +183,9 @@ class TestHeads:
 
 
 class TestPrecision:
-    @pytest.mark.parametrize("move", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.bfloat16().float().half()])
+    @pytest.mark.parametrize(
+        "move", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.bfloat16().float().half()]
+    )
     def test_weights_that_stay_float32(self, move):
         model = ssmzoo.build(TINY)
         kept = model.layers[0].mixer.A_log.detach().clone()
@@ -234,7 +242,13 @@ class TestInitialisation:
 
     def test_a_shared_mixer_is_scaled_once(self):
         torch.manual_seed(0)
-        config = {"d_model": 64, "n_layers": 4, "pattern": ["mamba"], "mixers": {"mamba": {"shared": True}}, "vocab_size": 11}
+        config = {
+            "d_model": 64,
+            "n_layers": 4,
+            "pattern": ["mamba"],
+            "mixers": {"mamba": {"shared": True}},
+            "vocab_size": 11,
+        }
         weight = ssmzoo.build(config).layers[3].mixer.out_proj.weight
         assert weight.abs().max().item() == pytest.approx(1 / math.sqrt(128) / 2, rel=0.02)
 

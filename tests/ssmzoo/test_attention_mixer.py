@@ -411,6 +411,19 @@ def test_compiles_packed():
     torch.testing.assert_close(*results)
 
 
+@torch.no_grad()
+def test_compiles_with_a_state(plain):
+    torch._dynamo.reset()
+    compiled = torch.compile(plain, fullgraph=True, backend="aot_eager")
+    x = inputs(2, 9)
+    state = plain.initial_state(2, 64)
+    outputs = []
+    for piece in x.split([5, 1, 1, 1, 1], dim=1):
+        y, state = compiled(piece, state)
+        outputs.append(y)
+    same(torch.cat(outputs, dim=1), plain(x))
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("d_model", "options", "match"),

@@ -43,6 +43,8 @@ class Attention(Mixer):
         ValueError: sizes that do not fit together.
     """
 
+    state_class = KVCache
+
     def __init__(
         self,
         d_model: int,
@@ -133,8 +135,6 @@ class Attention(Mixer):
         return 4 * self.n_heads * self.head_dim * (seen if self.causal else 2 * seen - 1)
 
     def mix(self, x: Tensor, state: KVCache | None, cu_seqlens: Tensor | None) -> tuple[Tensor, KVCache | None]:
-        if state is not None and not isinstance(state, KVCache):
-            raise TypeError(f"Attention: `state` must be a KVCache; got {type(state).__name__}")
         b, l, _ = x.shape
         if state is not None and not state.even and cu_seqlens is None and l > FEW:
             cu_seqlens = torch.arange(0, b * l + 1, l, dtype=torch.int32, device=x.device)

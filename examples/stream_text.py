@@ -31,9 +31,7 @@ def chunks(paths: list[Path], length: int, limit: int) -> Iterator[Tensor]:
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="lstm-tiny")
     parser.add_argument("--bytes", type=int, default=65536)
     parser.add_argument("--chunk", type=int, default=2048)

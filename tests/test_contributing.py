@@ -95,9 +95,7 @@ def forget_shift():
 @pytest.mark.usefixtures("forget_shift")
 def test_a_mixer_is_one_file(tmp_path, monkeypatch):
     (tmp_path / "shift.py").write_text(MIXER)
-    monkeypatch.setattr(
-        mixers, "__path__", [*mixers.__path__, str(tmp_path)]
-    )  # as if it lay in ssmzoo/mixers/
+    monkeypatch.setattr(mixers, "__path__", [*mixers.__path__, str(tmp_path)])  # as if it lay in ssmzoo/mixers/
     info = ssmzoo.list_mixers()["shift"]
     assert (info.summary, info.options) == ("Every token sees the one before it.", {"bias": False})
     assert ssmzoo.build_mixer("shift", 8, bias=True)(torch.zeros(1, 3, 8)).shape == (1, 3, 8)
@@ -111,9 +109,7 @@ def test_an_op_is_one_folder(tmp_path):
     (copy / "doubled").mkdir()
     (copy / "doubled" / "__init__.py").write_text(OP)
     (copy / "doubled" / "reference.py").write_text(OP_REFERENCE)
-    code = (
-        "import torch, ssmkernels; print(ssmkernels.doubled(torch.ones(1)), ssmkernels.OPS['doubled'].names)"
-    )
+    code = "import torch, ssmkernels; print(ssmkernels.doubled(torch.ones(1)), ssmkernels.OPS['doubled'].names)"
     result = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -20,9 +20,7 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False)
 
 
-def table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[str] = ()
-) -> Table:
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[str] = ()) -> Table:
     """A table of plain text; columns in ``numbers`` are set flush right, the first is never broken."""
     made = Table(
         title=title or None,
@@ -33,9 +31,7 @@ def table(
         pad_edge=False,
     )
     for i, name in enumerate(columns):
-        made.add_column(
-            name, justify="right" if name in numbers else "left", no_wrap=i == 0 or name in numbers
-        )
+        made.add_column(name, justify="right" if name in numbers else "left", no_wrap=i == 0 or name in numbers)
     for row in rows:
         made.add_row(*(Text(cell) for cell in row))
     return made
@@ -74,6 +70,4 @@ def size(number: int) -> str:
 
 def options_text(options: Mapping[str, Any]) -> str:
     """{"d_state": 16} → "d_state=16"; the name alone where there is no default."""
-    return ", ".join(
-        name if value is Parameter.empty else f"{name}={value}" for name, value in options.items()
-    )
+    return ", ".join(name if value is Parameter.empty else f"{name}={value}" for name, value in options.items())

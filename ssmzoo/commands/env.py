@@ -38,9 +38,7 @@ def command() -> None:
     out = console()
     out.print(table("This machine", ("what", "which"), _machine()))
     out.print(table("Packages", ("package", "version", "for"), _packages()))
-    out.print(
-        table("Implementations, fastest first", ("op", "implementation", "can run here"), _implementations())
-    )
+    out.print(table("Implementations, fastest first", ("op", "implementation", "can run here"), _implementations()))
     out.print("[dim]Which one a certain call takes, and why: ssmkernels.explain(op, *arguments).[/dim]")
 
 

@@ -21,9 +21,7 @@ CONTEXTS = [1024 * 4**i for i in range(6)]  # 1k to 1M
 def command(
     name: Annotated[
         str,
-        typer.Argument(
-            help="A model's name (see `ssmzoo list`), a YAML file, or the folder of a trained model."
-        ),
+        typer.Argument(help="A model's name (see `ssmzoo list`), a YAML file, or the folder of a trained model."),
     ],
     settings: Annotated[
         list[str] | None,
@@ -77,9 +75,7 @@ def _parts(model: SequenceModel) -> list[list[str]]:
     for i, block in enumerate(blocks):
         entry = config.entry_of_layer(i)
         kind = config.mixer_options(entry)["kind"]
-        options = options_text(
-            {k: v for k, v in config.mixers.get(entry, {}).items() if k not in ("kind", "branches")}
-        )
+        options = options_text({k: v for k, v in config.mixers.get(entry, {}).items() if k not in ("kind", "branches")})
         label = f"{entry} ({kind})" if entry != kind else entry
         layers, modules = parts.setdefault(f"{label}: {options}" if options else label, ([], []))
         layers.append(i)
@@ -93,8 +89,7 @@ def _parts(model: SequenceModel) -> list[list[str]]:
     seen: set[int] = set()
     embedding = ("embedding", "", 1, _weights([model.embedding], seen))
     inner = [
-        (name, _ranges(layers), len(modules), _weights(modules, seen))
-        for name, (layers, modules) in parts.items()
+        (name, _ranges(layers), len(modules), _weights(modules, seen)) for name, (layers, modules) in parts.items()
     ]
     last = ("norms", "", len(norms) + 1, _weights([*norms, model.norm_f], seen))
     head = ("head, tied to the embedding" if model.tied else "head", "", 1, _weights([model.lm_head], seen))

@@ -19,9 +19,7 @@ def command(
     pattern: Annotated[
         str, typer.Argument(help="A wildcard, such as 'mamba*' (quoted, so that the shell leaves it alone).")
     ] = "*",
-    mixers: Annotated[
-        bool, typer.Option("--mixers", help="List mixers, the layers that models are made of.")
-    ] = False,
+    mixers: Annotated[bool, typer.Option("--mixers", help="List mixers, the layers that models are made of.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
 ) -> None:
     """List the models, or the mixers that they are made of.

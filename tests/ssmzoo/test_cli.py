@@ -74,9 +74,7 @@ def test_list_of_nothing_suggests(run):
 def test_info_counts_every_parameter(run):
     status, out, _ = run("info", "mamba-hybrid-tiny")
     assert status == 0
-    counts = [
-        int(line.split()[-2].replace(",", "")) for line in out.splitlines() if line.rstrip().endswith("%")
-    ]
+    counts = [int(line.split()[-2].replace(",", "")) for line in out.splitlines() if line.rstrip().endswith("%")]
     total = ssmzoo.build("mamba-hybrid-tiny").num_parameters()
     assert sum(counts) == total
     assert f"{total:,}" in out

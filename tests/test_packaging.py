@@ -23,7 +23,7 @@ def run(*command: str, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """The wheel as it is without a compiler, by way of the source distribution, out of a copy: a build writes into it."""
+    """The wheel without a compiler, by way of the source distribution, out of a copy: a build writes into it."""
     source = tmp_path_factory.mktemp("build") / "source"
     caches = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for folder in ("ssmzoo", "kernels", "configs"):

@@ -25,7 +25,7 @@ def run(*command: str, **environment: str) -> str:
 def wheel(tmp_path_factory) -> Path:
     """The wheel without a compiler, by way of the source distribution, out of a copy: a build writes into it."""
     source = tmp_path_factory.mktemp("build") / "source"
-    caches = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    caches = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so")
     for folder in ("ssmzoo", "kernels", "configs"):
         shutil.copytree(ROOT / folder, source / folder, ignore=caches)
     for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):

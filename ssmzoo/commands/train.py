@@ -1,0 +1,89 @@
+"""``ssmzoo train``: a language model on text, from scratch or from where it stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ssmzoo.commands._settings import parse_settings
+
+
+def command(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A model's name (see `ssmzoo list`), a YAML file, or the folder of a saved model to "
+            "train on. Not needed with --resume.",
+        ),
+    ] = None,
+    more_data: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILES|FOLDERS",
+            help="UTF-8 text, and folders of it. Without it, the source of Python's standard library.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where everything goes; runs/MODEL-TIME if not given."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="A training setting, as steps=500, or a key of the model, as mixers.mamba.d_state=32.",
+        ),
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Go on with the run in this folder.")
+    ] = None,
+) -> None:
+    """Train a language model on text.
+
+    Text is read as bytes, unless `--set tokenizer=FILE` names a file of the tokenizers library. The run's
+    folder gets config, weights, log and loss curve. Ctrl-C saves, and says how to go on.
+    """
+    from ssmzoo import train as training
+    from ssmzoo.config import load_config
+    from ssmzoo.train.config import split_settings
+    from ssmzoo.train.record import read_record
+    from ssmzoo.train.run import run_name
+
+    if more_data and not data:
+        raise ValueError(
+            f"one model at a time; got {more_data[0]!r} as well. Text to train on goes after --data"
+        )
+    sources = [*(data or []), *(more_data or [])] or None
+    changes, overrides = split_settings(parse_settings(settings or []))
+    try:
+        if resume is not None:
+            if out is not None:
+                raise ValueError("--resume goes on in its own folder: leave --out away")
+            if overrides:
+                raise ValueError(
+                    f"--resume goes on with its own model; {next(iter(overrides))} cannot change"
+                )
+            if model is not None and run_name(model) != read_record(resume).model:
+                raise ValueError(f"the run in {resume} trains {read_record(resume).model}, not {model}")
+            training.resume(resume, sources, **changes)
+            return
+        if model is None:
+            raise ValueError("name a model, as in `ssmzoo train mamba-hybrid-tiny`; `ssmzoo list` shows them")
+        if Path(model).is_dir():
+            if overrides:
+                raise ValueError(
+                    f"{model} holds trained weights; {next(iter(overrides))} of it cannot change"
+                )
+            training.train(model, sources, changes, out)
+        else:
+            training.train(
+                load_config(model).override(overrides), sources, changes, out, name=run_name(model)
+            )
+    except training.Interrupted as interrupted:
+        print(f"\n{interrupted}")
+        raise typer.Exit(130) from None

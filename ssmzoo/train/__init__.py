@@ -1,0 +1,12 @@
+"""Training language models, on top of `accelerate`.
+
+from ssmzoo.train import TrainConfig, train
+
+result = train("mamba-hybrid-tiny", ["my-texts/"], TrainConfig(steps=500), out="runs/mine")
+"""
+
+from ssmzoo.train.config import TrainConfig
+from ssmzoo.train.interrupt import Interrupted
+from ssmzoo.train.run import Result, resume, train
+
+__all__ = ["Interrupted", "Result", "TrainConfig", "resume", "train"]

@@ -1,0 +1,98 @@
+"""What must hold before a run starts, each with an error that says what to do."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+
+from ssmzoo.config import ModelConfig
+from ssmzoo.mixers._base import Mixer
+from ssmzoo.model import SequenceModel
+from ssmzoo.train.data import Data
+from ssmzoo.train.vocabulary import Bytes, Vocabulary
+
+
+def check_packages(*packages: str) -> None:
+    """Optional packages are installed.
+
+    Raises:
+        ImportError: naming those that are not.
+    """
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ImportError(f"training needs {' and '.join(missing)}: pip install 'ssmzoo[train]'")
+
+
+def check_empty(run: Path) -> None:
+    """A new run's folder is not in use.
+
+    Raises:
+        ValueError: there is something in it.
+    """
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise ValueError(f"{run} is not empty: go on with the run in it by --resume {run}, or choose another --out")
+
+
+def check_kind(config: ModelConfig) -> None:
+    """The model goes from tokens to tokens.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if config.output != "tokens" or config.d_input is not None:
+        into = "features" if config.d_input is not None else "tokens"
+        raise ValueError(
+            f"training is for language models, from tokens to tokens; this one goes from {into} to "
+            f"{config.output}: train it with a loop of your own"
+        )
+
+
+def check_trainable(model: SequenceModel) -> None:
+    """No token is predicted with the help of later ones, and the weights are precise enough to learn.
+
+    Raises:
+        ValueError: one of the two does not hold.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, Mixer) and not module.causal:
+            raise ValueError(f"a language model must be causal; {name} is bidirectional and sees the answer")
+    for name, parameter in model.named_parameters():
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"weights are trained in float32; {name} is {parameter.dtype}: call model.float(), and set "
+                "precision to bf16 or fp16 for half-precision compute"
+            )
+
+
+def check_vocabulary(vocabulary: Vocabulary, size: int) -> None:
+    """A vocabulary fits a model's ``vocab_size``.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if isinstance(vocabulary, Bytes) and size != vocabulary.size:
+        raise ValueError(
+            f"text as bytes has {vocabulary.size} ids, and the model's vocab_size is {size}: "
+            "add --set vocab_size=256, or name a tokenizer with --set tokenizer=FILE"
+        )
+    if vocabulary.size > size:
+        raise ValueError(
+            f"the tokenizer has {vocabulary.size} ids, and the model's vocab_size is {size}: "
+            f"add --set vocab_size={vocabulary.size}"
+        )
+
+
+def check_size(data: Data, length: int) -> None:
+    """Both parts of the data hold at least one sequence.
+
+    Raises:
+        ValueError: one is too short.
+    """
+    for part, tokens in (("training", data.train), ("validation", data.validation)):
+        if len(tokens) <= length:
+            raise ValueError(
+                f"the {part} data has {len(tokens)} tokens, and one sequence takes {length + 1}: give more "
+                f"data, or shorter sequences with --set length={max(1, (len(tokens) - 1) // 2)}"
+            )

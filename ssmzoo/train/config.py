@@ -1,0 +1,139 @@
+"""The settings of a training run."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import yaml
+
+from ssmkernels.dispatch import unknown
+from ssmzoo.config import ModelConfig
+from ssmzoo.options import convert
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained. The defaults suit the tiny byte models on two CPU cores.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: sequences in one forward pass of one process; a step sees batch_size · accumulate ·
+            processes.
+        length: tokens of a sequence.
+        accumulate: forward passes whose gradients are added up into one step.
+        lr: peak learning rate. Weights with a rate of their own (S4's A, B and Δ) keep theirs.
+        min_lr_ratio: every rate ends at this fraction of its peak.
+        warmup_steps: steps of linear warm-up before the cosine; a twentieth of the steps if None.
+        weight_decay: AdamW's, on matrices: see :mod:`ssmzoo.train.optimizer`.
+        betas: AdamW's decay rates of the two moments.
+        clip: the gradient's largest norm; 0 for none.
+        seed: of weights, batches and dropout.
+        precision: "fp32", or mixed: "bf16", "fp16".
+        cpu: train on the CPU even where there is a GPU.
+        tokenizer: path of a `tokenizers` JSON file; text is read as bytes if None.
+        validation: fraction of the data that is held out.
+        eval_every: steps between evaluations on held-out data; one more stands at the start and at the end.
+        eval_batches: batches in one evaluation, always the same ones.
+        save_every: steps between checkpoints; one more stands at the end.
+        keep: newest checkpoints to keep.
+    """
+
+    steps: int = 1000
+    batch_size: int = 16
+    length: int = 256
+    accumulate: int = 1
+    lr: float = 2e-3
+    min_lr_ratio: float = 0.1
+    warmup_steps: int | None = None
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+    seed: int = 0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    cpu: bool = False
+    tokenizer: str | None = None
+    validation: float = 0.05
+    eval_every: int = 100
+    eval_batches: int = 4
+    save_every: int = 250
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = convert(f"training setting `{field.name}`", getattr(self, field.name), hints[field.name])
+            object.__setattr__(self, field.name, value)
+        betas = [convert("training setting `betas`", beta, float) for beta in self.betas]
+        rules = [
+            (("steps", "batch_size", "length", "accumulate"), lambda v: v >= 1, "at least 1"),
+            (("eval_every", "eval_batches", "save_every", "keep"), lambda v: v >= 1, "at least 1"),
+            (("lr",), lambda v: v > 0, "above 0"),
+            (("min_lr_ratio",), lambda v: 0 <= v <= 1, "from 0 to 1"),
+            (("validation",), lambda v: 0 < v < 1, "between 0 and 1"),
+            (("weight_decay", "clip", "seed"), lambda v: v >= 0, "at least 0"),
+            (
+                ("betas",),
+                lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in betas),
+                "two numbers in [0, 1)",
+            ),
+            (
+                ("warmup_steps",),
+                lambda v: v is None or 0 <= v <= self.steps,
+                f"from 0 to `steps`={self.steps}, or None",
+            ),
+        ]
+        for names, fits, expected in rules:
+            for name in names:
+                if not fits(getattr(self, name)):
+                    raise ValueError(f"training setting `{name}` must be {expected}; got {getattr(self, name)!r}")
+        object.__setattr__(self, "betas", tuple(betas))
+
+    @property
+    def warmup(self) -> int:
+        """Steps of warm-up."""
+        return self.steps // 20 if self.warmup_steps is None else self.warmup_steps
+
+    @classmethod
+    def of(cls, *settings: Mapping[str, Any]) -> TrainConfig:
+        """From mappings such as a model config's ``train``; the later one wins.
+
+        Raises:
+            ValueError, TypeError: an unknown setting, with what exists and the nearest, or a bad value.
+        """
+        merged = {key: value for mapping in settings for key, value in mapping.items()}
+        for key in merged:
+            if key not in FIELDS:
+                raise ValueError(unknown("training setting", key, FIELDS))
+        return cls(**merged)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as YAML takes it."""
+        return {**dataclasses.asdict(self), "betas": list(self.betas)}
+
+    def to_yaml(self) -> str:
+        """Itself as YAML."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None)
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(TrainConfig))
+MODEL_FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig))
+
+
+def split_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings of a run → those of the training, and overrides of the model's config (dotted as they are).
+
+    Raises:
+        ValueError: a key that is neither, with what exists and the nearest.
+    """
+    training, model = {}, {}
+    for key, value in settings.items():
+        if key in FIELDS:
+            training[key] = value
+        elif key.partition(".")[0] in MODEL_FIELDS:
+            model[key] = value
+        else:
+            raise ValueError(unknown("setting", key, [*FIELDS, *MODEL_FIELDS]))
+    return training, model

@@ -1,0 +1,113 @@
+"""What a run shows and writes while it goes: the CSV log and the progress bar."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ssmzoo.pretrained import replacing
+
+Row = dict[str, float]
+
+
+class Log:
+    """A row for each step in a CSV file; a bar that goes along; a line for each evaluation.
+
+    Args:
+        path: the CSV file. What stands in it after ``step`` is taken out.
+        unit: what losses are counted by: "byte" or "token".
+        step, steps: how many are done, and how many there are.
+        console: where the bar and the lines go.
+    """
+
+    def __init__(self, path: Path, unit: str, step: int, steps: int, console: Console):
+        self.columns = columns(unit)
+        self._unit = unit
+        self._console = console
+        _rewind(path, step, self.columns)
+        self._file = path.open("a", newline="")
+        self._writer = csv.DictWriter(self._file, self.columns)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[shown]}"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console,
+            refresh_per_second=4,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._seconds_per_token: list[float] = []  # of the steps since the last line
+        self._task = self._bar.add_task("training", total=steps, completed=step, shown="")
+
+    def __enter__(self) -> Log:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+        self._file.close()
+
+    def write(self, rows: list[Row]) -> None:
+        """Rows of :func:`columns`, in the order of their steps; a column may be missing."""
+        for row in rows:
+            self._writer.writerow(row)
+            if "tokens_per_second" in row:
+                self._seconds_per_token.append(1 / row["tokens_per_second"])
+            if "validation_loss" in row:
+                self._console.print(f"step {row['step']:>6}   {self._describe(row)}")
+                self._seconds_per_token.clear()
+        self._file.flush()
+        if rows:
+            self._bar.update(self._task, completed=rows[-1]["step"], shown=self._describe(rows[-1]))
+
+    def _describe(self, row: Mapping[str, float]) -> str:
+        """ "loss 1.386   2.00 bits per byte   validation 2.10   12,345 tokens/s"."""
+        parts = []
+        if "loss" in row:
+            parts.append(f"loss {row['loss']:.3f}   {row[self.columns[2]]:.3f} bits per {self._unit}")
+        if "validation_loss" in row:
+            parts.append(f"validation {row[self.columns[4]]:.3f} bits per {self._unit}")
+        if self._seconds_per_token:
+            rate = len(self._seconds_per_token) / sum(self._seconds_per_token)
+            parts.append(f"{rate:,.0f} tokens/s")
+        return "   ".join(parts)
+
+
+def columns(unit: str) -> list[str]:
+    """The log's columns: losses in nats a token, and in bits a byte (or token); tokens of all processes."""
+    return [
+        "step",
+        "loss",
+        f"bits_per_{unit}",
+        "validation_loss",
+        f"validation_bits_per_{unit}",
+        "lr",
+        "gradient_norm",
+        "tokens_per_second",
+    ]
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a log, as text."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _rewind(path: Path, step: int, header: list[str]) -> None:
+    """Leaves the rows up to ``step``, under the header."""
+    rows: list[dict[str, Any]] = read(path) if path.is_file() else []
+    with replacing(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, header, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(row for row in rows if int(row["step"]) <= step)

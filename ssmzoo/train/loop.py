@@ -1,0 +1,195 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssmzoo.model import SequenceModel
+from ssmzoo.train import checkpoint, plot
+from ssmzoo.train.config import TrainConfig
+from ssmzoo.train.data import Data, batch, fixed_batches
+from ssmzoo.train.interrupt import Interrupt, Interrupted
+from ssmzoo.train.log import Log, Row
+from ssmzoo.train.optimizer import build_optimizer, lr_factor, set_lr
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+REPORT = 10  # steps between two looks at the losses where a look costs a wait for a GPU or other processes
+
+
+class Trainer:
+    """Takes a model through its steps, and writes the run's folder.
+
+    All that is random in a step follows from (seed, step, process), so a run that goes on from a checkpoint
+    takes the very steps that it would have taken without the break.
+    """
+
+    def __init__(
+        self,
+        model: SequenceModel,
+        data: Data,
+        config: TrainConfig,
+        run: Path,
+        accelerator: Accelerator,
+        name: str,
+    ):
+        self.config, self.data, self.run, self.accelerator, self.name = config, data, run, accelerator, name
+        self.step, self._fresh = 0, True
+        self.model = model.to(accelerator.device)
+        self.optimizer = build_optimizer(self.model, config)
+        self._wrapped, self._stepper = accelerator.prepare(self.model, self.optimizer)
+        waits = accelerator.num_processes > 1 or accelerator.device.type != "cpu"
+        self._report_every = REPORT if waits else 1
+        self._pending: list[tuple[float, Tensor]] = []  # learning rate; loss and gradient norm (2), still on the device
+        self._clock = time.perf_counter()
+
+    def restore(self, found: checkpoint.Checkpoint) -> None:
+        """Goes back to a checkpoint."""
+        checkpoint.restore(found, self.model, self.optimizer)
+        if found.scaler is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(found.scaler)
+        self.step, self._fresh = found.step, False
+
+    def fit(self, log: Log | None) -> float:
+        """Takes all steps that are left; returns the last validation loss in nats a token.
+
+        Args:
+            log: given in the main process.
+
+        Raises:
+            ValueError: the loss or the gradient is no number any more.
+            Interrupted: on SIGINT or SIGTERM, after saving.
+        """
+        steps = self.config.steps
+        validation = math.nan
+        self.model.train()
+        with Interrupt() as interrupt:
+            if self._fresh:
+                validation = self._evaluate()
+                self._write(log, [{"step": 0, **self._validation_row(validation)}])
+                self._save(log)
+            self._clock = time.perf_counter()
+            while self.step < steps:
+                self._take_step()
+                evaluates = self.step % self.config.eval_every == 0 or self.step == steps
+                saves = self.step % self.config.save_every == 0 or self.step == steps
+                alone = self.accelerator.num_processes == 1
+                if not (evaluates or saves or self.step % self._report_every == 0 or (alone and interrupt.asked)):
+                    continue
+                rows, stop = self._collect(interrupt.asked)
+                self._check_finite(rows, log)
+                if evaluates:
+                    validation = self._evaluate()
+                    rows[-1].update(self._validation_row(validation))
+                self._write(log, rows)
+                if saves or stop:
+                    self._save(log)
+                if stop and self.step < steps:
+                    raise Interrupted(self.run, self.step)
+                self._clock = time.perf_counter()
+        return validation
+
+    def _take_step(self) -> None:
+        config, process = self.config, self.accelerator.process_index
+        self.step += 1
+        torch.manual_seed(int(np.random.SeedSequence((config.seed, self.step, process)).generate_state(1)[0]))
+        factor = lr_factor(self.step, config)
+        set_lr(self.optimizer, factor)
+        losses = []
+        for i in range(config.accumulate):
+            part = process * config.accumulate + i  # a step has the same parts however many processes share them
+            key = (config.seed, self.step, part)
+            ids = batch(self.data.train, config.batch_size, config.length, key)
+            with self.accelerator.accumulate(self._wrapped):
+                loss = self._loss(self._wrapped, ids)
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients:
+                    norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
+                self._stepper.step()
+                self._stepper.zero_grad()
+            losses.append(loss.detach())
+        self._pending.append((config.lr * factor, torch.stack([torch.stack(losses).mean(), norm.detach().float()])))
+
+    def _loss(self, model: torch.nn.Module, ids: Tensor, reduction: str = "mean") -> Tensor:
+        """Next-token cross entropy in nats; ids (b l+1)."""
+        ids = ids.to(self.accelerator.device)
+        logits = model(ids[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction=reduction)
+
+    @torch.no_grad()
+    def _evaluate(self) -> float:
+        """Nats a token over the fixed validation batches, which the processes share out."""
+        config, processes, process = (
+            self.config,
+            self.accelerator.num_processes,
+            self.accelerator.process_index,
+        )
+        totals = torch.zeros(2, device=self.accelerator.device)  # nats, tokens
+        self.model.eval()
+        batches = fixed_batches(self.data.validation, config.eval_batches, config.batch_size, config.length)
+        for i, ids in enumerate(batches):
+            if i % processes == process:
+                totals[0] += self._loss(self.model, ids, "sum")
+                totals[1] += ids[:, 1:].numel()
+        self.model.train()
+        nats, tokens = self.accelerator.reduce(totals, "sum").tolist()
+        return nats / tokens
+
+    def _collect(self, asked: bool) -> tuple[list[Row], bool]:
+        """The rows of the steps since the last look, and whether any process was asked to stop."""
+        rates, values = zip(*self._pending, strict=True)
+        flag = values[0].new_tensor([[float(asked), 0.0]])
+        values = self.accelerator.reduce(torch.cat([torch.stack(values), flag]), "mean").tolist()
+        seconds = time.perf_counter() - self._clock
+        self._pending.clear()
+        config = self.config
+        tokens = config.batch_size * config.length * config.accumulate * self.accelerator.num_processes
+        rows = [
+            {
+                "step": self.step - len(rates) + 1 + i,
+                "loss": loss,
+                f"bits_per_{self.data.unit}": self.data.bits(loss),
+                "lr": rate,
+                "gradient_norm": norm,
+                "tokens_per_second": float(f"{tokens * len(rates) / seconds:.4g}"),
+            }
+            for i, (rate, (loss, norm)) in enumerate(zip(rates, values[:-1], strict=True))
+        ]
+        return rows, values[-1][0] > 0
+
+    def _check_finite(self, rows: list[Row], log: Log | None) -> None:
+        for i, row in enumerate(rows):
+            # In fp16 the loss scaler steps over infinite gradients by itself.
+            loss_only = self.accelerator.scaler is not None
+            bad = "loss" if not math.isfinite(row["loss"]) else "gradient_norm"
+            if math.isfinite(row[bad]) or (loss_only and bad != "loss"):
+                continue
+            self._write(log, rows[:i])
+            what, good = bad.replace("_", " "), checkpoint.checkpoints(self.run)[-1].name
+            raise ValueError(
+                f"training came apart: the {what} is {row[bad]} at step {row['step']:.0f}; go on from {good} "
+                f"with --resume {self.run} and a smaller --set lr=..."
+            )
+
+    def _validation_row(self, nats: float) -> Row:
+        return {"validation_loss": nats, f"validation_bits_per_{self.data.unit}": self.data.bits(nats)}
+
+    def _write(self, log: Log | None, rows: list[Row]) -> None:
+        if log is not None:
+            log.write(rows)
+
+    def _save(self, log: Log | None) -> None:
+        if log is not None:
+            scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
+            checkpoint.write(self.run, self.step, self.model, self.optimizer, scaler, self.config.keep)
+            plot.draw(self.run / "log.csv", self.run / "curve.png", self.data.unit, self.name)
+        self.accelerator.wait_for_everyone()

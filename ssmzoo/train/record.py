@@ -1,0 +1,70 @@
+"""``train.yaml``: what a run was started with, so that it can go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from torch import Tensor
+
+from ssmzoo.pretrained import replacing
+from ssmzoo.train.data import Source
+
+FILE = "train.yaml"
+IDS = "ids"
+
+DataSource = Source | Sequence[Source] | Tensor | np.ndarray | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A run's beginnings.
+
+    Attributes:
+        model: what the run is called.
+        data: absolute paths; None for the standard library's source; "ids" for an array of them.
+        fingerprint: of the training data.
+        settings: of the training.
+    """
+
+    model: str
+    data: list[str] | str | None
+    fingerprint: str
+    settings: dict[str, Any]
+
+
+def describe(data: DataSource) -> list[str] | str | None:
+    """Data as a :class:`Record` has them."""
+    if data is None:
+        return None
+    if isinstance(data, Tensor | np.ndarray):
+        return IDS
+    sources = [data] if isinstance(data, str | os.PathLike) else data
+    return [os.path.abspath(source) for source in sources]
+
+
+def write_record(run: Path, record: Record) -> None:
+    """Writes or replaces a run's record."""
+    text = yaml.safe_dump(dataclasses.asdict(record), sort_keys=False, default_flow_style=None)
+    with replacing(run / FILE) as path:
+        path.write_text(text)
+
+
+def read_record(run: Path) -> Record:
+    """A run's record.
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+        ValueError: the record is damaged.
+    """
+    if not (run / FILE).is_file():
+        raise FileNotFoundError(f"{run} is no training run: there is no {FILE} in it")
+    try:
+        return Record(**yaml.safe_load((run / FILE).read_text()))
+    except (TypeError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{run / FILE} is damaged: {' '.join(str(error).split())}") from None

@@ -1,0 +1,240 @@
+"""A run from its first check to its sample: what ``ssmzoo train`` does, for use in Python."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.text import Text
+from torch import Tensor
+
+from ssmzoo.config import ModelConfig, load_config
+from ssmzoo.model import SequenceModel
+from ssmzoo.pretrained import CONFIG, load
+from ssmzoo.train import checkpoint
+from ssmzoo.train.checks import (
+    check_empty,
+    check_kind,
+    check_packages,
+    check_size,
+    check_trainable,
+    check_vocabulary,
+)
+from ssmzoo.train.config import TrainConfig
+from ssmzoo.train.data import Data, load_ids, load_text
+from ssmzoo.train.log import Log
+from ssmzoo.train.loop import Trainer
+from ssmzoo.train.record import IDS, DataSource, Record, describe, read_record, write_record
+from ssmzoo.train.vocabulary import Vocabulary, decode, open_vocabulary
+from ssmzoo.zoo import build
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+TOKENIZER = "tokenizer.json"
+SAMPLE = 300  # bytes of the sample at the end of a run; its prompt is a fifth of that
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a finished run leaves.
+
+    Attributes:
+        model: the trained model, on the device that it was trained on.
+        folder: config, weights, settings, log, curve and checkpoints.
+        steps: steps taken in all.
+        validation_loss: nats a token, at the end.
+        validation_bits: the same in bits a byte (a token where the data were ids).
+        sample: a piece of held-out text and how the model goes on from it; None where the data were ids.
+    """
+
+    model: SequenceModel
+    folder: Path
+    steps: int
+    validation_loss: float
+    validation_bits: float
+    sample: str | None
+
+
+def train(
+    model: SequenceModel | ModelConfig | str | os.PathLike[str],
+    data: DataSource = None,
+    config: TrainConfig | Mapping[str, Any] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    name: str | None = None,
+    quiet: bool = False,
+) -> Result:
+    """Trains a language model on text, or on token ids.
+
+    Args:
+        model: a model, whose weights are trained on from where they are; or a name, path or config, as
+            :func:`ssmzoo.build` takes it.
+        data: text files and folders; or token ids ``(n)``; or None for the Python standard library's source.
+        config: settings, or some of them: the others come from the model config's ``train``, then from
+            :class:`TrainConfig`.
+        out: the run's folder, new or empty; ``runs/<name>-<time>`` if None.
+        name: what the run is called in its folder's name and on its curve; the model's name if None.
+        quiet: print nothing.
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError, ImportError: data, settings or model that do not fit, a
+            folder in use, a missing package, or a loss that is no number any more; each says what to do.
+        Interrupted: Ctrl-C or SIGTERM; the run has been saved. It is a KeyboardInterrupt.
+    """
+    check_packages("accelerate", "matplotlib")
+    if name is None:
+        name = run_name(model) if isinstance(model, str | os.PathLike) else "model"
+    start: SequenceModel | ModelConfig
+    if isinstance(model, SequenceModel | ModelConfig):
+        start = model
+    else:
+        start = load(model) if Path(model).is_dir() else load_config(model)
+    model_config = start.config if isinstance(start, SequenceModel) else start
+    if not isinstance(config, TrainConfig):
+        config = TrainConfig.of(model_config.train, config or {})
+    check_kind(model_config)
+    run = Path(out) if out is not None else Path("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    accelerator = _accelerator(config)
+    if accelerator.is_main_process:
+        check_empty(run)
+    loaded, vocabulary = _load(data, model_config, config)
+    if isinstance(start, ModelConfig):
+        torch.manual_seed(config.seed)
+        start = build(start)
+    check_trainable(start)
+    if accelerator.is_main_process:
+        run.mkdir(parents=True, exist_ok=True)
+        if config.tokenizer is not None:
+            shutil.copyfile(config.tokenizer, run / TOKENIZER)
+        (run / CONFIG).write_text(model_config.to_yaml())
+        write_record(run, Record(name, describe(data), loaded.train.fingerprint(), config.to_dict()))
+    trainer = Trainer(start, loaded, config, run, accelerator, name)
+    return _finish(trainer, vocabulary, quiet)
+
+
+def resume(folder: str | os.PathLike[str], data: DataSource = None, *, quiet: bool = False, **settings: Any) -> Result:
+    """Goes on with a run from its newest checkpoint, as if it had never stopped: on a CPU to the last bit.
+
+    Args:
+        folder: the run's.
+        data: where its data are now; where they were, if None. A run on ids needs them again.
+        quiet: print nothing.
+        settings: training settings to change, such as ``steps=2000``.
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError, ImportError: no run there, a damaged checkpoint, other data
+            than before, and all that :func:`train` raises.
+        Interrupted: as :func:`train`.
+    """
+    check_packages("accelerate", "matplotlib")
+    run = Path(folder)
+    record = read_record(run)
+    config = TrainConfig.of(record.settings, settings)
+    if (run / TOKENIZER).is_file() and "tokenizer" not in settings:
+        config = dataclasses.replace(config, tokenizer=str(run / TOKENIZER))
+    found = checkpoint.read(run)
+    if found.step >= config.steps:
+        raise ValueError(f"{run} is complete with its {found.step} steps; for more add --set steps={2 * found.step}")
+    if data is None and record.data == IDS:
+        raise ValueError(f"{run} was trained on an array of ids: give the same as `data`")
+    loaded, vocabulary = _load(record.data if data is None else data, found.config, config)
+    if loaded.train.fingerprint() != record.fingerprint:
+        raise ValueError(f"the data of {run} have changed since it started: give the same, or start a new run")
+    trainer = Trainer(build(found.config), loaded, config, run, _accelerator(config), record.model)
+    trainer.restore(found)
+    if settings and trainer.accelerator.is_main_process:
+        write_record(run, dataclasses.replace(record, settings={**record.settings, **settings}))
+    return _finish(trainer, vocabulary, quiet)
+
+
+def run_name(model: str | os.PathLike[str]) -> str:
+    """What a run of a named model, a YAML file or a folder is called."""
+    name = Path(model).name
+    return name.removesuffix(".yaml").removesuffix(".yml")
+
+
+def _finish(trainer: Trainer, vocabulary: Vocabulary | None, quiet: bool) -> Result:
+    """All the steps that are left, and the sample."""
+    run, data, main = trainer.run, trainer.data, trainer.accelerator.is_main_process
+    console = Console(quiet=quiet or not main, markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        f"{trainer.name}: {trainer.model.num_parameters():,} parameters on {trainer.accelerator.device}, "
+        f"{len(data.train):,} tokens to train on, {len(data.validation):,} held out; writes to {run}"
+    )
+    if (run / checkpoint.FOLDER).is_dir():
+        console.print(f"goes on from step {trainer.step} of {trainer.config.steps}")
+    with contextlib.ExitStack() as stack:
+        # Mixed precision wraps the model's forward.
+        stack.callback(trainer.accelerator.unwrap_model, trainer.model, keep_fp32_wrapper=False)
+        log = None
+        if main:
+            log = Log(run / "log.csv", data.unit, trainer.step, trainer.config.steps, console)
+            stack.enter_context(log)
+        loss = trainer.fit(log)
+    sample = None
+    if vocabulary is not None:
+        prompt, text = _sample(trainer, vocabulary)
+        sample = prompt + text
+        console.print("\nA sample, which goes on from the held-out text in bold:\n")
+        console.print(Text.assemble((prompt, "bold"), text))
+        console.print(f'\nAll of it is in {run}. Try: ssmzoo generate {run} "def "')
+    return Result(trainer.model, run, trainer.step, loss, data.bits(loss), sample)
+
+
+def _sample(trainer: Trainer, vocabulary: Vocabulary) -> tuple[str, str]:
+    """The start of the held-out text, and the model's continuation of it."""
+    per_byte = trainer.data.tokens_per_byte or 1.0
+    length = min(max(1, round(SAMPLE * per_byte / 5)), len(trainer.data.validation))
+    start = trainer.data.validation.window(0, length).tolist()
+    prompt = decode(vocabulary, start)
+    lines = prompt[: prompt.rfind("\n") + 1]
+    if lines.strip():
+        prompt, start = lines, vocabulary.encode(lines)
+    new = trainer.model.generate([start], round(SAMPLE * per_byte), temperature=0.8, seed=trainer.config.seed)
+    return prompt, decode(vocabulary, new[0][len(start) :])
+
+
+def _load(data: DataSource, model_config: ModelConfig, config: TrainConfig) -> tuple[Data, Vocabulary | None]:
+    """The data, and the vocabulary where they are text; both checked against the model."""
+    size = model_config.vocab_size or 0
+    vocabulary = None
+    if isinstance(data, Tensor | np.ndarray):
+        loaded = load_ids(data, config.validation)
+    else:
+        vocabulary = open_vocabulary(config.tokenizer)
+        check_vocabulary(vocabulary, size)
+        sources = [data] if isinstance(data, str | os.PathLike) else data
+        loaded = load_text(sources, vocabulary, config.validation)
+    check_size(loaded, config.length)
+    if isinstance(data, Tensor | np.ndarray) and data.max() >= size:
+        raise ValueError(f"train: `data` must hold ids below vocab_size={size}; got {int(data.max())}")
+    return loaded, vocabulary
+
+
+def _accelerator(config: TrainConfig) -> Accelerator:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    if AcceleratorState._shared_state.get("distributed_type") == DistributedType.NO:
+        # An earlier run in this process may have had another device or precision.
+        AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(
+        mixed_precision="no" if config.precision == "fp32" else config.precision,
+        gradient_accumulation_steps=config.accumulate,
+        cpu=config.cpu,
+    )
+    kind = accelerator.distributed_type
+    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise ValueError(f"training has a copy of the model on each device; accelerate is set up for {kind.value}")
+    return accelerator

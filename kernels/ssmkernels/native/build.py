@@ -1,0 +1,148 @@
+"""Builds the native CPU library: a C++ compiler is all that it needs.
+
+Imports nothing but the standard library, since ``setup.py`` runs it before PyTorch is there. To build it again by hand::
+
+    python kernels/ssmkernels/native/build.py
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+# Raised whenever an argument structure or an exported function changes: a library of another number is refused.
+ABI = 1
+
+PACKAGE = Path(__file__).resolve().parent.parent
+NAME = "_native.dylib" if sys.platform == "darwin" else "_native.so"
+
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",  # two paths through a kernel must round alike
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wall",
+    "-Wextra",
+]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+ISAS = {
+    "baseline": [],
+    "avx2": AVX2,
+    "avx512": [*AVX2, "-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw"],
+}
+
+
+class BuildError(Exception):
+    """No library could be built; says what is missing and what to do."""
+
+
+def build(target: Path, package: Path = PACKAGE, isas: Sequence[str] | None = None, extra: Sequence[str] = ()) -> None:
+    """Compiles and links the library.
+
+    Args:
+        target: the file to write.
+        package: the folder ``ssmkernels`` with the sources.
+        isas: instruction sets to build for; all that the machine's architecture and the compiler know if None.
+        extra: further flags for the compiler and linker.
+
+    Raises:
+        BuildError: there is no compiler, or it fails.
+    """
+    compiler = find_compiler()
+    flags = [*FLAGS, f"-I{package}", *extra, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    with tempfile.TemporaryDirectory() as folder:
+        temporary = Path(folder)
+        if _compiles(compiler, ["-fopenmp"], temporary, link=True):
+            flags.append("-fopenmp")
+        if _compiles(compiler, ["-Wno-maybe-uninitialized", "-Werror"], temporary):
+            flags.append("-Wno-maybe-uninitialized")  # GCC's own headers of AVX-512 warn
+        if isas is None:
+            known = ISAS if platform.machine().lower() in ("x86_64", "amd64") else ("baseline",)
+            isas = [isa for isa in known if _compiles(compiler, ISAS[isa], temporary)]
+        jobs = []
+        for source in sorted(package.glob("*/cpu*.cpp")):
+            for isa in isas:
+                output = temporary / f"{source.parent.name}-{source.stem}-{isa}.o"
+                jobs.append(
+                    [*compiler, *flags, *ISAS[isa], f"-DSSMZOO_ISA_{isa}", "-c", str(source), "-o", str(output)]
+                )
+        defines = {"ABI": str(ABI), "COMPILER": _quoted(version(compiler)), "ISAS": _quoted(" ".join(isas))}
+        jobs.append(
+            [*compiler, *flags]
+            + [f"-DSSMZOO_{name}={value}" for name, value in defines.items()]
+            + ["-c", str(package / "native" / "library.cpp"), "-o", str(temporary / "library.o")]
+        )
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(_run, jobs))
+        linked = temporary / NAME
+        objects = [job[-1] for job in jobs]
+        _run([*compiler, *flags, "-shared", *objects, "-o", str(linked), *shlex.split(os.environ.get("LDFLAGS", ""))])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staged = target.with_name(target.name + ".new")
+        shutil.copy(linked, staged)
+        os.replace(staged, target)  # a process that has the old one loaded keeps it
+
+
+def find_compiler() -> list[str]:
+    """The C++ compiler's command: ``CXX`` where set, else the first of c++, g++ and clang++ on the path.
+
+    Raises:
+        BuildError: there is none, or this is no platform that the kernels are written for.
+    """
+    if sys.platform == "win32" or sys.maxsize < 2**32:
+        raise BuildError(f"the native kernels are written for 64-bit Linux and macOS, not for {platform.platform()}")
+    command = shlex.split(os.environ.get("CXX", "")) or [next(filter(shutil.which, ("c++", "g++", "clang++")), "")]
+    if not command[0] or not shutil.which(command[0]):
+        named = (
+            f"the C++ compiler named by CXX, {command[0]!r}, was not found"
+            if command[0]
+            else "no C++ compiler was found"
+        )
+        raise BuildError(f"{named}; install one (g++ or clang++) and install ssmzoo again")
+    return command
+
+
+def version(compiler: Sequence[str]) -> str:
+    answer = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False)
+    return answer.stdout.partition("\n")[0].strip() or compiler[0]
+
+
+def _quoted(text: str) -> str:
+    return '"' + text.replace("\\", "/").replace('"', "'") + '"'
+
+
+def _compiles(compiler: Sequence[str], flags: Sequence[str], folder: Path, link: bool = False) -> bool:
+    source = folder / "probe.cpp"
+    source.write_text("int main() { return 0; }\n")
+    command = [*compiler, *flags, *([] if link else ["-c"]), str(source), "-o", str(folder / "probe")]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def _run(command: Sequence[str]) -> None:
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise BuildError(f"the C++ compiler does not run: {error}") from error
+    if result.returncode != 0:
+        raise BuildError(f"the C++ compiler failed: {shlex.join(command)}\n{result.stderr.strip()}")
+    if result.stderr.strip():
+        print(result.stderr, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    try:
+        build(PACKAGE / NAME)
+    except BuildError as error:
+        sys.exit(str(error))
+    print(PACKAGE / NAME)

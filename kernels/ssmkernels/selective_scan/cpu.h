@@ -1,0 +1,162 @@
+// What the selective scan's forward and backward passes share: arguments, tiles of channels, and the walk over time.
+//
+// Lanes are channels. A task takes one sequence and one tile of up to 64 channels of one group, and walks over time in
+// chunks. What is read per (position, channel) is read once a chunk, widened, and laid out (time, 64) in scratch memory;
+// the states of a few n at a time then stay in registers for the whole chunk.
+#pragma once
+
+#include "native/half.h"
+#include "native/math.h"
+#include "native/parallel.h"
+
+namespace ssmzoo {
+
+// As in cpu.py. Strides count elements; the last axis is contiguous. S is float, or double where activations are.
+struct ScanArguments {
+    const void *u, *delta, *z;                          // (b l d), any floating dtype; z may be null
+    const void *A, *B, *C, *D, *delta_bias, *initial;   // S: (d n), (b l g n) or (d n), likewise, (d), (d), (s d n); the last three may be null
+    const int32_t* cu_seqlens;                          // (s + 1) or null
+    void *y, *final_state, *starts;                     // (b l d); S: (s d n); (chunks n d), or null if nothing is to be saved
+    int64_t dtype, sequences, length, d, n, groups, softplus, fixed_B, fixed_C, chunk, threads;
+    int64_t u_batch, u_time, delta_batch, delta_time, z_batch, z_time, B_batch, B_time, C_batch, C_time;
+};
+
+namespace SSMZOO_ISA {
+
+constexpr int64_t kTile = 64;  // channels
+
+inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// One sequence: where it lies, and which of the saved states are its own.
+struct Sequence {
+    int64_t index, batch, start, length, first_chunk;
+};
+
+inline Sequence sequence(const ScanArguments& a, int64_t i) {
+    if (!a.cu_seqlens) return {i, i, 0, a.length, i * ceil_div(a.length, a.chunk)};
+    const int64_t start = a.cu_seqlens[i], end = a.cu_seqlens[i + 1];
+    return {i, 0, start, end - start, start / a.chunk + i};  // at most length / chunk + 1 chunks each: none overlap
+}
+
+// One tile: its first channel, how many there are, and their group.
+struct Tile {
+    int64_t first, channels, group;
+};
+
+inline int64_t tiles_per_group(const ScanArguments& a) { return ceil_div(a.d / a.groups, kTile); }
+
+inline Tile tile(const ScanArguments& a, int64_t i) {
+    const int64_t per_group = tiles_per_group(a), size = a.d / a.groups;
+    const int64_t group = i / per_group, within = i % per_group * kTile;
+    return {group * size + within, minimum(kTile, size - within), group};
+}
+
+// (rows, channels) of any dtype → (rows, 64), 0 beyond the channels up to a whole vector.
+template <class T, class S>
+void read_rows(S* to, const T* from, int64_t stride, int64_t rows, int64_t channels) {
+    for (int64_t t = 0; t < rows; ++t)
+        for (int64_t c = 0; c < channels; c += Lanes<S>::count)
+            store(to + t * kTile + c, read_some(from + t * stride + c, channels - c));
+}
+
+// (channels, n) times factor → (n, 64)
+template <class S>
+void read_transposed(S* to, const S* from, int64_t n, int64_t channels, S factor) {
+    for (int64_t j = 0; j < n; ++j)
+        for (int64_t c = 0; c < kTile; ++c) to[j * kTile + c] = c < channels ? from[c * n + j] * factor : S(0);
+}
+
+template <class S>
+void write_transposed(S* to, const S* from, int64_t n, int64_t channels) {
+    for (int64_t c = 0; c < channels; ++c)
+        for (int64_t j = 0; j < n; ++j) to[c * n + j] = from[j * kTile + c];
+}
+
+// A vector of 64 parameters, 0 beyond the channels or where there are none.
+template <class S>
+void read_parameters(S* to, const void* from, Tile tile) {
+    const S* p = static_cast<const S*>(from);
+    for (int64_t c = 0; c < kTile; ++c) to[c] = p && c < tile.channels ? p[tile.first + c] : S(0);
+}
+
+// Element `from` + offset of a tensor of dtype T.
+template <class T>
+SSMZOO_INLINE const T* at(const void* from, int64_t offset) {
+    return static_cast<const T*>(from) + offset;
+}
+
+// How the input map B, or the output map C, is read at time t: one number for all lanes, or one a channel for all time.
+template <class S, bool fixed>
+struct Map {
+    const S* p;
+    int64_t stride;  // over time, or over n where fixed
+
+    SSMZOO_INLINE typename Lanes<S>::V operator()(int64_t t, int64_t j, int64_t c) const {
+        return fixed ? load(p + j * stride + c) : splat<S>(p[t * stride + j]);
+    }
+};
+
+// A tile of parameters and its walk through a sequence. All scratch arrays are (., 64).
+template <class S>
+struct Walk {
+    S *A, *A_log2e, *B, *C, *D, *bias, *h;  // B and C where fixed; h is the state (n 64)
+    S *dt, *dtu;                  // of the present chunk
+    S largest_A;
+
+    static int64_t size(int64_t n, int64_t chunk) { return (5 * n + 2 * chunk + 2) * kTile; }
+
+    S* take(S* p, int64_t n, int64_t chunk) {
+        A = p;
+        A_log2e = A + n * kTile;
+        B = A_log2e + n * kTile;
+        C = B + n * kTile;
+        h = C + n * kTile;
+        dt = h + n * kTile;
+        dtu = dt + chunk * kTile;
+        D = dtu + chunk * kTile;
+        bias = D + kTile;
+        return bias + kTile;
+    }
+
+    void read_tile(const ScanArguments& a, Tile tile) {
+        const int64_t offset = tile.first * a.n;
+        read_transposed(A, at<S>(a.A, offset), a.n, tile.channels, S(1));
+        read_transposed(A_log2e, at<S>(a.A, offset), a.n, tile.channels, Constants<S>::log2e);
+        if (a.fixed_B) read_transposed(B, at<S>(a.B, offset), a.n, tile.channels, S(1));
+        if (a.fixed_C) read_transposed(C, at<S>(a.C, offset), a.n, tile.channels, S(1));
+        read_parameters(D, a.D, tile);
+        read_parameters(bias, a.delta_bias, tile);
+        largest_A = S(0);
+        for (int64_t i = 0; i < a.n * kTile; ++i) {
+            const S size = A_log2e[i] < 0 ? -A_log2e[i] : A_log2e[i];
+            if (!(size <= largest_A)) largest_A = size;  // NaN counts as larger than anything
+        }
+    }
+
+    // u, delta → dt, dtu. Returns whether exp2 may go unguarded: |dt A| is small throughout, and nothing is NaN.
+    template <class T>
+    bool read_steps(const ScanArguments& a, Tile tile, const Sequence& s, int64_t t0, int64_t steps) {
+        using V = typename Lanes<S>::V;
+        const T* u = at<T>(a.u, s.batch * a.u_batch + (s.start + t0) * a.u_time + tile.first);
+        const T* delta = at<T>(a.delta, s.batch * a.delta_batch + (s.start + t0) * a.delta_time + tile.first);
+        const S limit = exp2_safe<S> / (largest_A + S(1));
+        const V bound = splat<S>(limit);
+        auto safe = bound == bound;
+        for (int64_t t = 0; t < steps; ++t)
+            for (int64_t c = 0; c < tile.channels; c += Lanes<S>::count) {
+                const int64_t i = t * kTile + c, count = tile.channels - c;
+                V step = read_some(delta + t * a.delta_time + c, count) + load(bias + c);
+                if (a.softplus) step = softplus<S>(step);
+                store(dt + i, step);
+                store(dtu + i, step * read_some(u + t * a.u_time + c, count));
+                safe &= absolute<S>(step) <= bound;
+            }
+        bool all = true;
+        for (int i = 0; i < Lanes<S>::count; ++i) all = all && safe[i] != 0;
+        return all;
+    }
+};
+
+}  // namespace SSMZOO_ISA
+}  // namespace ssmzoo

@@ -43,12 +43,15 @@ lint: $(READY)
 readme: $(READY)
 	$(BIN)/python docs/tables.py
 
-# PyTorch comes first and alone, so that a build of the user's choice is there before anything asks for one.
+# PyTorch comes first and alone, so that a build of the user's choice is there before anything asks for one. A build for
+# GPUs brings the triton that it was made for; only where it brings none does our own pin hold.
 $(READY): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "ssmzoo needs Python 3.10 or later; name one with: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt $(TORCH)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
+	@grep -v '^triton' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint $(VENV)/constraints.txt $(TORCH)
+	@$(BIN)/python -c 'import triton' 2> /dev/null || cp constraints.txt $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint $(VENV)/constraints.txt --editable '.[dev]'
 	@touch $@
 
 clean:

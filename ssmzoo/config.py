@@ -120,17 +120,9 @@ class ModelConfig:
 
     def entries_used(self) -> set[str]:
         """Names that the pattern, and the parallel entries in it, refer to; looks each mixer up."""
-        used: set[str] = set()
-        waiting = list(self.pattern)
-        while waiting:
-            entry = waiting.pop()
-            if entry in used:
-                continue
-            used.add(entry)
+        used = _reachable(self.pattern, self.mixers)
+        for entry in sorted(used):
             self.mixer_class(entry)
-            branches = self.mixers.get(entry, {}).get("branches")
-            if isinstance(branches, Sequence) and not isinstance(branches, str):
-                waiting += branches
         return used
 
     def entry_of_layer(self, layer: int) -> str:
@@ -208,7 +200,24 @@ class ModelConfig:
             values["output"] = None  # to be derived again
         for key, value in overrides.items():
             _merge(values, key.split("."), value)
+        if "pattern" in overrides:  # entries that only the old pattern used go with it
+            asked = {*(overrides.get("mixers") or {}), *(key.split(".")[1] for key in overrides if key.startswith("mixers."))}
+            kept = _reachable(values["pattern"], values["mixers"]) | asked
+            values["mixers"] = {name: options for name, options in values["mixers"].items() if name in kept}
         return ModelConfig.from_dict(values)
+
+
+def _reachable(pattern: Any, mixers: Mapping[str, Any]) -> set[str]:
+    """Names in the pattern, and those that parallel entries among them run."""
+    found: set[str] = set()
+    waiting = list(pattern) if isinstance(pattern, list | tuple) else []
+    while waiting:
+        entry = waiting.pop()
+        if entry not in found:
+            found.add(entry)
+            branches = (mixers.get(entry) or {}).get("branches")
+            waiting += branches if isinstance(branches, list | tuple) else []
+    return found
 
 
 def _merge(values: dict[str, Any], path: list[str], value: Any) -> None:

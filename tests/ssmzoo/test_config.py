@@ -75,6 +75,13 @@ def test_overrides_nested_and_dotted():
     assert nested.config.mixers["attention"]["n_kv_heads"] == 2, "what was not overridden stays"
 
 
+def test_another_pattern_drops_the_entries_of_the_old_one():
+    config = ssmzoo.build("mamba-hybrid-tiny", pattern=["gru", "attention"], device="meta").config
+    assert set(config.mixers) == {"attention"}
+    with pytest.raises(ValueError, match="`mixers.mamba` is used nowhere"):
+        ssmzoo.build("mamba-hybrid-tiny", pattern=["gru"], mixers={"mamba": {"d_state": 3}})
+
+
 def test_overriding_leaves_the_original_alone():
     config = load_config("mamba-hybrid-tiny")
     before = dataclasses.asdict(config)

@@ -1,7 +1,7 @@
 """A zoo of sequence models: S4, Mamba, attention and their hybrids behind one interface.
 
-Start with ``ssmzoo.build("mamba-hybrid", d_model=1024)`` for a model and ``ssmzoo.build_mixer("mamba", 1024)`` for one of
-its layers; ``list_models()`` and ``list_mixers()`` say what there is.
+Start with ``ssmzoo.build("mamba-hybrid", d_model=1024)`` for a model and ``ssmzoo.build_mixer("mamba", 1024)`` for one
+of its layers; ``list_models()`` and ``list_mixers()`` say what there is.
 """
 
 from ssmzoo.config import ModelConfig, list_models

@@ -33,9 +33,9 @@ class ModelConfig:
         vocab_size: number of token ids; None for real-valued features in and out.
         pad_vocab_size_multiple: the embedding's rows are rounded up to a multiple of it.
         d_input: width of real-valued input features, which replace token ids where it is set.
-        output: what comes out: "tokens" (a logit for each id and step), "classes" (a logit for each class and sequence) or
-            "features" (d_output numbers a step). If None: "classes" where n_classes is set, else "tokens" where vocab_size
-            is, else "features".
+        output: what comes out: "tokens" (a logit for each id and step), "classes" (a logit for each class and
+            sequence) or "features" (d_output numbers a step). If None: "classes" where n_classes is set, else "tokens"
+            where vocab_size is, else "features".
         n_classes: number of classes.
         pooling: which steps the classes are read from: the "mean" of all, or the "last".
         d_output: width of output features; d_input if None.
@@ -201,7 +201,8 @@ class ModelConfig:
         for key, value in overrides.items():
             _merge(values, key.split("."), value)
         if "pattern" in overrides:  # entries that only the old pattern used go with it
-            asked = {*(overrides.get("mixers") or {}), *(key.split(".")[1] for key in overrides if key.startswith("mixers."))}
+            asked = {*(overrides.get("mixers") or {})}
+            asked |= {key.split(".")[1] for key in overrides if key.startswith("mixers.")}
             kept = _reachable(values["pattern"], values["mixers"]) | asked
             values["mixers"] = {name: options for name, options in values["mixers"].items() if name in kept}
         return ModelConfig.from_dict(values)

@@ -106,8 +106,8 @@ class SequenceModel(nn.Module):
             cu_seqlens: int32 ``(s + 1)``, borders of sequences packed into a batch of one; not together with ``mask``.
 
         Returns:
-            Token logits ``(b, l, padded vocab_size)``, features ``(b, l, d_output)``, or class logits ``(s, n_classes)``
-            with s sequences (b without ``cu_seqlens``); with a state, the state after the last token too.
+            Token logits ``(b, l, padded vocab_size)``, features ``(b, l, d_output)``, or class logits ``(s,
+            n_classes)`` with s sequences (b without ``cu_seqlens``); with a state, the state after the last token too.
 
         Raises:
             TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name.
@@ -224,7 +224,7 @@ class SequenceModel(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, context: int) -> float:
-        """FLOPs of a forward pass for one token at ``context`` tokens: two a weight of every linear map, and the mixing."""
+        """FLOPs of a forward pass for a token at ``context`` tokens: two a weight of each linear map, and the mixing."""
         total = 2.0 * self.lm_head.weight.numel()
         if isinstance(self.embedding, nn.Linear):
             total += 2.0 * self.embedding.weight.numel()

@@ -85,7 +85,8 @@ def build_mixer(name: str, d_model: int, **options: Any) -> Mixer:
         options: its keyword options, checked by name and type.
 
     Raises:
-        ValueError, TypeError: an unknown mixer or option (with what exists and the nearest), or a value that does not fit.
+        ValueError, TypeError: an unknown mixer or option (with what exists and the nearest), or a value that does not
+            fit.
     """
     cls = mixer_class(name)
     return cls(d_model, **check_options(f"mixer {name!r}", cls, options))

@@ -27,15 +27,16 @@ def build(
     """A model by name, from a YAML file, from a config, or from a folder that one was saved in.
 
     Args:
-        name_or_path_or_config: one of :func:`list_models`; a path of a YAML file; a :class:`ModelConfig` or its dict; or the
-            path of a saved model's folder, which brings its weights (and takes no overrides).
+        name_or_path_or_config: one of :func:`list_models`; a path of a YAML file; a :class:`ModelConfig` or its dict;
+            or the path of a saved model's folder, which brings its weights (and takes no overrides).
         device: where the weights are made; ``"meta"`` makes none.
         dtype: their dtype; float32 if None. Weights that the papers keep in float32 stay there.
         overrides: config keys, nested or dotted: ``d_model=1024``, ``mixers={"mamba": {"d_state": 32}}``,
             ``**{"mixers.mamba.d_state": 32}``.
 
     Raises:
-        ValueError, TypeError: an unknown model, key, mixer or option (with what exists and the nearest), or a bad value.
+        ValueError, TypeError: an unknown model, key, mixer or option (with what exists and the nearest), or a bad
+            value.
         FileNotFoundError: a path where nothing is.
     """
     given = name_or_path_or_config

@@ -88,7 +88,8 @@ class Implementation:
     """One way to compute an op.
 
     ``function`` takes the op's arguments by name and returns a tensor or a tuple of tensors. ``missing()`` says what
-    this machine lacks, ``unsupported(arguments)`` what it cannot do about one call; each returns None where all is well.
+    this machine lacks, ``unsupported(arguments)`` what it cannot do about one call; each returns None where all is
+    well.
     """
 
     name: str
@@ -100,8 +101,9 @@ class Implementation:
 class Op:
     """An op: its name and its implementations, fastest first.
 
-    Implementation ``x`` lives in the module ``x`` of the op's own package, as a function of the op's name; beside it may
-    stand ``missing()`` and ``unsupported(arguments)`` (prefixed with ``step_`` for the op's step). ``fake`` computes
+    Implementation ``x`` lives in the module ``x`` of the op's own package, as a function of the op's name; beside it
+    may stand ``missing()`` and ``unsupported(arguments)`` (prefixed with ``step_`` for the op's step). ``fake``
+    computes
     empty outputs from the arguments: with it a plain PyTorch implementation becomes one opaque node under
     ``torch.compile``, backward included.
     """

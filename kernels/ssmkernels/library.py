@@ -20,8 +20,8 @@ def opaque(name: str, function: Callable[..., Any], fake: Callable[..., Any]) ->
     """The same function, which becomes the single node ``ssmkernels::name`` when a compiler traces it.
 
     Eager calls go straight to ``function``, with PyTorch's own autograd. Under a compiler its loops over time would be
-    unrolled and its reads of ``cu_seqlens`` would break the graph; there it is one operator of ``torch.library``, and its
-    backward runs it again under autograd.
+    unrolled and its reads of ``cu_seqlens`` would break the graph; there it is one operator of ``torch.library``, and
+    its backward runs it again under autograd.
 
     Args:
         function: annotated; takes tensors, None, bools, numbers and strings, returns a tensor or a tuple of tensors.

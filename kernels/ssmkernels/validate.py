@@ -24,8 +24,8 @@ def check_shapes(
     Args:
         op: the function's name, for the message.
         arguments: name → (value, shape). A shape is sizes in letters, ``"b l d"``; alternatives differ in rank and are
-            separated by ``|``; a number, or an expression of one letter such as ``w-1``, stands for itself. A value that
-            is None is passed over.
+            separated by ``|``; a number, or an expression of one letter such as ``w-1``, stands for itself. A value
+            that is None is passed over.
         required: names whose value must not be None.
         sizes: letters already known.
 
@@ -115,8 +115,8 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor | None, x: Tensor, name: str = 
     """Checks the borders of a packed batch; returns the number of sequences, which without packing is the batch size.
 
     Args:
-        cu_seqlens: None, or int32 ``(s + 1)``: sequence i takes positions ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``. Its
-            values are read where that costs nothing: on the CPU and outside of a compiler.
+        cu_seqlens: None, or int32 ``(s + 1)``: sequence i takes positions ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``.
+            Its values are read where that costs nothing: on the CPU and outside of a compiler.
         x: what is packed, ``(b, l, ...)``.
 
     Raises:

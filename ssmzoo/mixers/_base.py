@@ -45,7 +45,7 @@ class Mixer(nn.Module):
         self.d_model = d_model
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
-        """The mixing itself, on checked arguments; returns the output and the state after it, None where none came in."""
+        """The mixing itself, on checked arguments; returns the output, and the state after it if one came in."""
         raise NotImplementedError
 
     def initial_state(self, batch_size: int, max_length: int | None = None) -> State:
@@ -68,7 +68,8 @@ class Mixer(nn.Module):
 
         Args:
             x: ``(b, l, d_model)``; with ``cu_seqlens`` ``(1, l, d_model)``.
-            state: what an earlier call, or :meth:`initial_state`, gave. The call takes it over; ``clone()`` it first to branch.
+            state: what an earlier call, or :meth:`initial_state`, gave. The call takes it over; ``clone()`` it first
+                to branch.
             cu_seqlens: int32 ``(s + 1)``, borders of sequences packed one after another; the state then has s of them.
 
         Returns:

@@ -86,7 +86,7 @@ class S4D(Mixer):
         return S4DState(torch.zeros(batch_size, *self.A_log.shape, dtype=dtype, device=self.A_log.device))
 
     def mixing_flops(self, context: int) -> float:
-        """Eighteen a state and channel: eight for a complex product and sum on decay and on output, two for the input."""
+        """Eighteen a state and channel: a complex product and sum (8) each for decay and output, 2 for the input."""
         return self.d_model * 18 * self.A_log.shape[1]
 
     def mix(self, x: Tensor, state: S4DState | None, cu_seqlens: Tensor | None) -> tuple[Tensor, S4DState | None]:
@@ -156,7 +156,8 @@ class S4D(Mixer):
 
 
 def diagonal(init: str, d_state: int) -> Tensor:
-    """The diagonal of A, ``(d_state / 2)`` complex64 with positive imaginary parts, or ``(d_state)`` float32 for "real".
+    """The diagonal of A, ``(d_state / 2)`` complex64 with positive imaginary parts, or ``(d_state)`` float32 for
+    "real".
 
     S4D (arXiv 2206.11893), section 4: S4D-LegS, S4D-Inv (equation 8), S4D-Lin (equation 9), S4D-Real.
     """

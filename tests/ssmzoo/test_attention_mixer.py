@@ -465,7 +465,7 @@ class TestErrors:
 
     def test_a_state_of_another_mixer(self, plain):
         state = build_mixer("mamba", D_MODEL).double().initial_state(2)
-        with pytest.raises(TypeError, match=r"Attention: `state` must come from initial_state\(\) or an earlier call; got MambaState"):
+        with pytest.raises(TypeError, match="Attention: `state` must come from .* or an earlier call; got MambaState"):
             plain(inputs(2, 3), state)
 
     def test_a_wrong_call_leaves_the_state_alone(self, plain):

@@ -1,4 +1,4 @@
-"""Every mixer there is, and a few settings of each, must have every property; new mixers are picked up by themselves."""
+"""Every mixer there is, in a few settings, has every property; new mixers are picked up by themselves."""
 
 import dataclasses
 

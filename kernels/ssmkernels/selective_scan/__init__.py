@@ -41,15 +41,16 @@ def selective_scan(
         h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t
         y_t = Σ_n C_t h_t + D u_t,   times silu(z_t)
 
-    Sizes: b batch, l length, d channels, n state size, g groups of channels that share B and C, s sequences (b, or as many
-    as ``cu_seqlens`` packs).
+    Sizes: b batch, l length, d channels, n state size, g groups of channels that share B and C, s sequences (b, or as
+    many as ``cu_seqlens`` packs).
 
     Args:
         u: the input, ``(b, l, d)``.
         delta: the step size before bias and softplus, ``(b, l, d)``.
         A: the decay rates, ``(d, n)``, real or complex; their real part should be negative. A complex entry stands for
             itself and its conjugate: the output is twice the real part of the sum.
-        B, C: input and output maps, ``(b, l, n)`` or ``(b, l, g, n)``, or ``(d, n)`` when fixed; complex only where A is.
+        B, C: input and output maps, ``(b, l, n)`` or ``(b, l, g, n)``, or ``(d, n)`` when fixed; complex only where A
+            is.
         D: the skip, ``(d)``.
         z: a gate on the output, ``(b, l, d)``.
         delta_bias: ``(d)``, added to delta.
@@ -60,8 +61,8 @@ def selective_scan(
         implementation: force one by name; the fastest that can run this call if None.
 
     Returns:
-        y ``(b, l, d)`` in u's dtype; with ``return_final_state`` also h ``(s, d, n)``, float32 (float64 for float64 input),
-        complex where A is. Sums and states are kept in that precision whatever the input's.
+        y ``(b, l, d)`` in u's dtype; with ``return_final_state`` also h ``(s, d, n)``, float32 (float64 for float64
+        input), complex where A is. Sums and states are kept in that precision whatever the input's.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name.

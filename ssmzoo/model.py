@@ -224,7 +224,7 @@ class SequenceModel(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, context: int) -> float:
-        """FLOPs of a forward pass for a token at ``context`` tokens: two a weight of each linear map, and the mixing."""
+        """FLOPs of a forward pass a token at ``context`` tokens: two a weight of each linear map, and the mixing."""
         total = 2.0 * self.lm_head.weight.numel()
         if isinstance(self.embedding, nn.Linear):
             total += 2.0 * self.embedding.weight.numel()

@@ -272,7 +272,7 @@ def _environment(op: str) -> str | None:
 
 @_constant
 def _disabled(op: str, implementation: str) -> bool:
-    """Whether ``SSMZOO_DISABLE`` (``triton``, ``triton:ssd``, several by commas) takes the implementation from this op."""
+    """Whether ``SSMZOO_DISABLE`` (``triton``, ``triton:ssd``, several by commas) takes it from this op."""
     found = False
     for entry in filter(None, (part.strip() for part in os.environ.get("SSMZOO_DISABLE", "").split(","))):
         name, _, only = entry.partition(":")

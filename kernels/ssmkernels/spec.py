@@ -17,22 +17,23 @@ from ssmkernels.dispatch import OPS, unknown
 Case = Mapping[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Spec:
     """One op's specification.
 
     Attributes:
         op: the public function's name.
         base: the base case: sizes and switches, by names that ``make`` knows. ``layout`` is known to all: "contiguous",
-            "strided" (gaps between elements) or "far" (offsets beyond 2³¹ elements).
+            "strided" (gaps of NaN between elements) or "far" (offsets beyond 2³¹ elements).
         rows: further cases; each varies the base in one thing or few.
         make: case and source of randomness → the public function's arguments, as float64 or complex128 on the CPU.
         flops: case → floating-point operations of a forward pass.
-        results: what the function returns: name → its time axis.
+        results: what the function returns: name → its time axis, along which a packed batch is cut; -1 where it has a
+            row for each sequence.
         bench: sizes, over the base, that stand for real use.
-        batched: arguments that belong to single sequences: name → the argument with the borders that cut its axis 1 when it
-            is packed, or "" where it has a row for each sequence even then.
-        wide: arguments that stay float32 beside half-precision ones.
+        batched: case → arguments that belong to single sequences: name → the argument with the borders that cut its
+            axis 1 when it is packed, or "" where it has a row for each sequence even then.
+        wide: case → arguments that stay float32 beside half-precision ones.
         mutates: arguments that the function writes; they count as results.
         differentiable: whether gradients are part of it.
         dtypes: what it takes.
@@ -45,8 +46,8 @@ class Spec:
     flops: Callable[[Case], float]
     results: Mapping[str, int]
     bench: Case
-    batched: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    wide: tuple[str, ...] = ()
+    batched: Callable[[Case], Mapping[str, str]] = lambda case: {}
+    wide: Callable[[Case], Sequence[str]] = lambda case: ()
     mutates: tuple[str, ...] = ()
     differentiable: bool = True
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -74,8 +75,9 @@ class Spec:
     def inputs(self, case: Case, dtype: torch.dtype, device: torch.device | str, seed: int) -> dict[str, Any]:
         """The public function's arguments for a case: rounded to ``dtype``, in the case's layout, without gradients."""
         arguments = self.make(case, Draw(seed))
+        batched, wide = self.batched(case), self.wide(case)
         return {
-            name: _laid_out(_cast(value, dtype, name in self.wide).to(device), case["layout"], name in self.batched)
+            name: lay_out(_cast(value, dtype, name in wide).to(device), case["layout"], name in batched)
             if isinstance(value, Tensor)
             else value
             for name, value in arguments.items()
@@ -151,18 +153,19 @@ def _cast(value: Tensor, dtype: torch.dtype, wide: bool) -> Tensor:
     return value.to(torch.promote_types(dtype, torch.float32) if wide else dtype)
 
 
-def _laid_out(value: Tensor, layout: str, batched: bool) -> Tensor:
-    """The same values in another memory layout."""
+def lay_out(value: Tensor, layout: str, batched: bool = False) -> Tensor:
+    """The same values in another memory layout; "far" is for tensors that belong to single sequences."""
     if layout == "contiguous" or value.ndim == 0 or not (value.is_floating_point() or value.is_complex()):
         return value
     if layout == "strided":
-        spread = value.new_empty(*value.shape[:-1], 2 * value.shape[-1])[..., ::2]
-    elif not batched or value.ndim < 3 or value.shape[1] < 2:
+        gaps = value.new_full((*value.shape[:-1], 2 * value.shape[-1]), float("nan"))
+        return gaps[..., ::2].copy_(value)
+    axis = 1 if value.ndim > 2 else 0
+    if not batched or value.shape[axis] < 2:
         return value
-    else:  # memory that is set aside and, but for a few pages, never touched
-        step = 2**31 // (value.shape[1] - 1) + 1
-        inner = value[0, 0].numel()
-        storage = value.new_empty((value.shape[1] - 1) * step + value.shape[0] * inner)
-        strides = (inner, step, *value[0, 0].contiguous().stride())
-        spread = storage.as_strided(value.shape, strides)
-    return spread.copy_(value)
+    # Memory that is set aside and, but for a few pages, never touched.
+    rows = value.movedim(axis, 0)
+    step = max(2**31 // (len(rows) - 1) + 1, rows[0].numel())
+    storage = value.new_empty((len(rows) - 1) * step + rows[0].numel())
+    far = storage.as_strided(rows.shape, (step, *rows[0].contiguous().stride()))
+    return far.copy_(rows).movedim(0, axis)

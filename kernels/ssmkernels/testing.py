@@ -3,14 +3,14 @@
     ssmkernels.testing.check("selective_scan", "tiled")         # one of ours
     ssmkernels.testing.check("selective_scan", my_function)     # yours, under the public function's signature
 
-The rule is a budget, not a tolerance. The error of an implementation, in every output, gradient and final state, may be at
-most twice that of the reference run in the same dtype, plus a rounding band: how far the float64 reference itself moves
-when its inputs are rounded once more. Both the largest error and the root mean square count.
+The rule is a budget, not a tolerance (:mod:`ssmkernels.budget`): at most twice the error of the reference run in the
+same dtype, plus a rounding band.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -18,50 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssmkernels.budget import BAND, Rounding, Truth, differs, moved
 from ssmkernels.dispatch import OPS, explain, unknown
-from ssmkernels.running import Member, Results, run
+from ssmkernels.report import Check, Report
+from ssmkernels.running import Member, Results, is_real_or_complex, run, threads, with_gradients
 from ssmkernels.spec import Case, Draw, Spec, spec_of
 from ssmkernels.validate import HALF
 
-# The band is this many times the movement seen: that is of one rounding of each input, and a computation has several.
-BAND = 16.0
+__all__ = ["Check", "Examination", "Report", "check"]
 
-# Implementations whose every row must have the same bits whatever the batch; elsewhere a library's matrix product decides.
+# Implementations that must give each sequence the same bits whatever the batch, and whatever the number of threads;
+# elsewhere a library's matrix product decides.
 EXACT = ("cpu", "triton")
-
-
-@dataclasses.dataclass(frozen=True)
-class Check:
-    """One thing checked: its error as a fraction of what is allowed, and, where it failed, why."""
-
-    row: str
-    dtype: str
-    what: str
-    used: float
-    failure: str = ""
-
-
-@dataclasses.dataclass
-class Report:
-    """All checks of one implementation of an op. ``skipped`` says which cases it cannot run, and why."""
-
-    op: str
-    implementation: str
-    checks: list[Check] = dataclasses.field(default_factory=list)
-    skipped: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
-
-    @property
-    def failures(self) -> list[Check]:
-        return [check for check in self.checks if check.failure]
-
-    def __str__(self) -> str:
-        lines = [f"{self.op}: {self.implementation}: {len(self.checks)} checks, {len(self.failures)} failed"]
-        lines.append(f"  {'case':<44} {'dtype':<9} {'checks':>6} {'worst':>7}  (error as a part of its budget)")
-        for (row, dtype), group in _grouped(self.checks).items():
-            worst = max(group, key=lambda c: c.used)
-            lines.append(f"  {row:<44} {dtype:<9} {len(group):>6} {worst.used:>7.2f}  {worst.what}")
-        lines += [f"  {row:<44} {dtype:<9} skipped: {why}" for row, dtype, why in self.skipped]
-        return "\n".join(lines)
 
 
 def check(
@@ -77,12 +45,14 @@ def check(
 ) -> Report:
     """Checks an implementation over cases and dtypes.
 
-    For each: outputs, final states and every gradient against the budget; outputs are poisoned with NaN before they are
-    written; the same call twice gives the same bits; NaN in one sequence stays there.
+    For each: outputs, final states and every gradient against the budget, and outputs once more where no gradient is
+    wanted; memory is poisoned with NaN before it is written; the arguments stay as they were; the same call twice gives
+    the same bits; NaN in one sequence stays there.
 
     Args:
         op: the op's name.
-        implementation: one of its implementations by name, or a function that takes and returns what the public one does.
+        implementation: one of its implementations by name, or a function that takes and returns what the public one
+            does. It may raise NotImplementedError for what it does not do: the report lists that as skipped.
         cases: rows, that is changes of the op's base case such as ``{"l": 33}``; all of its spec's if None.
         dtypes: those of the spec if None.
         device: where it runs.
@@ -94,26 +64,27 @@ def check(
         A report, which prints as a table.
 
     Raises:
-        AssertionError: something is over its budget: the worst element's index, both values, and a line that reproduces it.
+        AssertionError: something is over its budget: the worst element's index, both values, and a line that reproduces
+            it. Or nothing could be checked at all.
         ValueError: no such op or implementation, or a case that it does not know.
     """
     spec = spec_of(op)
     if isinstance(implementation, str) and implementation not in OPS[op].names:
         raise ValueError(unknown(f"implementation of {op}", implementation, OPS[op].names))
-    name = implementation if isinstance(implementation, str) else getattr(implementation, "__name__", "function")
-    report = Report(op, name)
+    report = Report(op, _name(implementation))
     for case in spec.cases() if cases is None else [spec.case(row) for row in cases]:
         for dtype in spec.dtypes if dtypes is None else dtypes:
             examination = Examination(spec, implementation, case, dtype, torch.device(device), gradients, seed)
-            why = examination.impossible()
+            with threads(1):  # of tiny inputs several would only wait for one another
+                found, why = examination.checks()
+            report.checks += found
             if why:
                 report.skipped.append((examination.row, examination.dtype_name, why))
-                continue
-            found = examination.checks()
-            report.checks += found
             failed = [c for c in found if c.failure]
             if failed and raises:
-                raise AssertionError(f"{op}: {name}: {failed[0].failure}\n  {examination.line()}")
+                raise AssertionError(f"{op}: {report.implementation}: {failed[0]}")
+    if raises and report.skipped and not report.checks:
+        raise AssertionError(f"{op}: {report.implementation}: nothing was checked: {report.skipped[0][2]}")
     return report
 
 
@@ -131,8 +102,7 @@ class Examination:
 
     @property
     def row(self) -> str:
-        row = self.spec.row(self.case)
-        return ", ".join(f"{key}={value}" for key, value in row.items()) or "base"
+        return ", ".join(f"{key}={value}" for key, value in self.spec.row(self.case).items()) or "base"
 
     @property
     def dtype_name(self) -> str:
@@ -140,148 +110,170 @@ class Examination:
 
     def line(self) -> str:
         """A line of Python that does the same check again."""
-        given = repr(self.implementation) if isinstance(self.implementation, str) else self.implementation.__name__
-        where = "" if self.device.type == "cpu" else f", device={str(self.device)!r}"
+        given = repr(self.implementation) if isinstance(self.implementation, str) else _name(self.implementation)
+        more = "" if self.device.type == "cpu" else f", device={str(self.device)!r}"
+        more += "" if self.gradients else ", gradients=False"
         return (
             f"ssmkernels.testing.check({self.spec.op!r}, {given}, cases=[{self.spec.row(self.case)!r}], "
-            f"dtypes=[{self.dtype}]{where}, seed={self.seed})"
+            f"dtypes=[{self.dtype}]{more}, seed={self.seed})"
         )
 
     def inputs(self) -> dict[str, Any]:
         return self.spec.inputs(self.case, self.dtype, self.device, self.seed)
 
-    def impossible(self) -> str:
+    def checks(self) -> tuple[list[Check], str]:
+        """Runs everything: what was checked, and why something was not. An exception is a failure like any other."""
+        gradients = self.gradients and self.spec.differentiable
+        try:
+            why = self._impossible(gradients)
+        except RuntimeError as error:  # PyTorch's, of memory
+            if self.case["layout"] != "far":
+                raise
+            return [], f"this machine has no room for offsets beyond 2³¹ ({str(error).splitlines()[0]})"
+        if why and gradients and not self._impossible(False):
+            gradients, why = False, f"gradients: {why}"
+        elif why:
+            return [], why
+        truths = _truths(self.spec, tuple(self.case.items()), self.dtype, self.device, gradients, self.seed)
+        found: list[Check] = []
+        try:
+            arguments = self.inputs()
+            first = self._run(arguments, gradients)
+            found += [self._compare(what, first, truth) for what, truth in truths.items()]
+            found.append(self._left_alone(arguments))
+            second = self._run(self.inputs(), gradients, poison=False)
+            with threads(3 if self.implementation in EXACT else 1):
+                third = self._run(self.inputs(), gradients, poison=False)
+            found.append(self._same_bits("the same call twice", second, third))
+            if gradients:
+                forward = self._run(self.inputs(), False)
+                own = {what: truth for what, truth in truths.items() if what in self.spec.results}
+                found += [self._compare(what, forward, truth, ", no gradient wanted") for what, truth in own.items()]
+            found += self._alone(first, gradients)
+        except NotImplementedError as error:
+            if isinstance(self.implementation, str):
+                found.append(self._check("runs", math.inf, f"it raises NotImplementedError: {error}"))
+            else:
+                return [], str(error) or "not implemented"
+        except Exception as error:  # a kernel may raise anything
+            found.append(self._check("runs", math.inf, f"it raises {type(error).__name__}: {error}"))
+        return found, why
+
+    def _impossible(self, gradients: bool) -> str:
         """Why the implementation cannot run this case; empty where it can."""
+        arguments = self.inputs()
         if not isinstance(self.implementation, str):
             return ""
-        explanation = explain(self.spec.op, **self.inputs())
+        explanation = explain(self.spec.op, **(with_gradients(arguments) if gradients else arguments))
         return "" if self.implementation in explanation.able else explanation.reasons[self.implementation]
 
-    def checks(self) -> list[Check]:
-        """Runs everything. An exception in the implementation is a failure like any other."""
-        truth = self._run("reference", _widened(self.inputs()))
-        same = self._run("reference", self.inputs())
-        moved = [self._run("reference", self._moved(draw), noise=torch.finfo(self.dtype).eps) for draw in (1, 2)]
-        try:
-            first, second = (
-                self._run(self.implementation, self.inputs()),
-                self._run(self.implementation, self.inputs()),
-            )
-            found = [self._compare(what, first, truth, same, moved) for what in truth.tensors]
-            found.append(self._same_bits("the same call twice", first, second))
-            found += self._alone(first)
-        except Exception as error:  # a kernel may raise anything
-            return [self._check("runs", math.inf, f"it raises {type(error).__name__}: {error}")]
-        return found
+    def _run(self, arguments: Mapping[str, Any], gradients: bool, **how: Any) -> Results:
+        how = {"seed": self.seed, "layout": self.case["layout"], **how}
+        return run(self.spec, self.implementation, arguments, gradients=gradients, **how)
 
-    def _run(
-        self, implementation: str | Callable[..., Any], arguments: Mapping[str, Any], noise: float = 0.0
-    ) -> Results:
-        return run(self.spec, implementation, arguments, gradients=self.gradients, seed=self.seed, noise=noise)
-
-    def _moved(self, seed: int) -> dict[str, Any]:
-        """The float64 arguments with every number off by one rounding."""
-        draw = Draw(seed)
-        moved = {}
-        for name, value in _widened(self.inputs()).items():
-            moved[name] = value
-            if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
-                wide = name in self.spec.wide and self.dtype in HALF
-                eps = torch.finfo(torch.float32 if wide else self.dtype).eps
-                moved[name] = value * (1 + eps * draw.normal(*value.shape).sign().to(value.device))
-        return moved
-
-    def _compare(self, what: str, got: Results, truth: Results, same: Results, moved: Sequence[Results]) -> Check:
+    def _compare(self, what: str, got: Results, truth: Truth, how: str = "") -> Check:
         """One result or gradient against its budget."""
-        actual, expected, peer = got.tensors.get(what), truth.tensors[what], same.tensors[what]
-        if actual is None:
-            return self._check(what, math.inf, f"{what}: there is none")
-        if actual.shape != peer.shape or actual.dtype != peer.dtype:
-            came, wanted = (f"{t.dtype} {tuple(t.shape)}" for t in (actual, peer))
-            return self._check(what, math.inf, f"{what} is {came}, expected {wanted}")
-        if expected.numel() == 0:
-            return self._check(what, 0.0, "")
-        error, allowed = _distance(actual, expected), 2 * _distance(peer, expected)
-        band = BAND * torch.stack([_distance(m.tensors[what], expected) for m in moved]).amax(0)
-        floor = torch.finfo(peer.dtype).eps * float(expected.abs().nan_to_num(0, 0, 0).max())
-        used = max(_part(norm(error), norm(allowed) + norm(band) + floor) for norm in (_largest, _root_mean_square))
+        actual, peer = got.tensors.get(what), truth.peer
+        name = what + how
+        if actual is None or (what in got.missing and truth.exact.any()):
+            return self._check(name, math.inf, f"{name}: there is none")
+        if actual.shape != peer.shape or actual.dtype != peer.dtype or actual.device != peer.device:
+            came, wanted = (f"{t.dtype} {tuple(t.shape)} on {t.device}" for t in (actual, peer))
+            return self._check(name, math.inf, f"{name} is {came}, expected {wanted}")
+        used = truth.used(actual)
         if used <= 1:
-            return self._check(what, used, "")
-        place = tuple(int(i) for i in torch.unravel_index(error.argmax().cpu(), error.shape))
-        return self._check(
-            what,
-            used,
-            f"{what} is {_show(actual[place])} at {place}, expected {_show(expected[place])}: "
-            f"off by {used:.3g} times what is allowed",
-        )
+            return self._check(name, used)
+        place = truth.worst(actual)
+        shown = f"{name} is {_show(actual[place])} at {place}, expected {_show(truth.exact[place])}"
+        return self._check(name, used, f"{shown}: the error is {used:.3g} times what is allowed")
+
+    def _left_alone(self, arguments: Mapping[str, Any]) -> Check:
+        """Nothing may write to its arguments but what the op says."""
+        what = "arguments left alone"
+        for name, before in self.inputs().items():
+            if isinstance(before, Tensor) and name not in self.spec.mutates:
+                place = differs(arguments[name], before)
+                if place is not None:
+                    now, then = _show(arguments[name][place]), _show(before[place])
+                    return self._check(what, math.inf, f"it writes to its argument {name}: {then} at {place} is {now}")
+        return self._check(what, 0.0)
 
     def _same_bits(self, what: str, first: Results, second: Results) -> Check:
         for name in first.tensors:
-            if not _equal(first.tensors[name], second.tensors[name]):
-                return self._check(what, math.inf, f"{what} gives another {name}")
-        return self._check(what, 0.0, "")
+            a, b = first.tensors[name], second.tensors[name]
+            place = differs(a, b) if a.shape == b.shape else ()
+            if place is not None:
+                shown = (
+                    f"{_show(a[place])}, then {_show(b[place])} at {place}" if a.shape == b.shape else "another shape"
+                )
+                return self._check(what, math.inf, f"{what} gives another {name}: {shown}")
+        return self._check(what, 0.0)
 
-    def _alone(self, whole: Results) -> list[Check]:
+    def _alone(self, whole: Results, gradients: bool) -> list[Check]:
         """One sequence beside NaN, and for our own kernels by itself: the same bits as in the batch."""
-        inputs = self.inputs()
-        sequence = Member.of(self.spec, inputs)
+        sequence = Member.of(self.spec.batched(self.case), self.spec.results, self.inputs())
         if sequence is None:
             return []
-        own = [name for name in whole.tensors if sequence.place(name) is not None]
-        mine = Results({name: whole.tensors[name][sequence.place(name)] for name in own})
+        mine = sequence.own(whole)
         found = []
         if self.implementation in EXACT:
-            found.append(self._same_bits("the sequence alone", mine, self._run(self.implementation, sequence.alone())))
-        beside = self._run(self.implementation, sequence.poison_others())
-        beside = Results({name: beside.tensors[name][sequence.place(name)] for name in own})
+            alone = self._run(sequence.alone(), gradients, incoming=sequence.own_incoming(whole))
+            alone = Results({name: alone.tensors[name] for name in mine.tensors})
+            found.append(self._same_bits("the sequence alone", mine, alone))
+        beside = sequence.own(self._run(sequence.poison_others(), gradients))
         return [*found, self._same_bits("NaN in the other sequences", mine, beside)]
 
-    def _check(self, what: str, used: float, failure: str) -> Check:
-        return Check(self.row, self.dtype_name, what, used, failure and f"[{self.row}; {self.dtype_name}] {failure}")
+    def _check(self, what: str, used: float, failure: str = "") -> Check:
+        return Check(self.row, self.dtype_name, what, used, failure, self.line() if failure else "")
 
 
-def _widened(arguments: Mapping[str, Any]) -> dict[str, Any]:
+@functools.lru_cache(maxsize=4)  # for the next implementation of the same op
+def _truths(
+    spec: Spec, case: tuple[tuple[str, Any], ...], dtype: torch.dtype, device: torch.device, gradients: bool, seed: int
+) -> dict[str, Truth]:
+    """Every result and gradient of a case as it should be."""
+    named = dict(case)
+    wide = spec.wide(named)
+
+    def reference(arguments: Mapping[str, Any], noise: float = 0.0) -> dict[str, Tensor]:
+        return run(spec, "reference", arguments, gradients=gradients, seed=seed, noise=noise).tensors
+
+    def inputs() -> dict[str, Any]:
+        return spec.inputs(named, dtype, device, seed)
+
+    def rounded_inputs(eps: float) -> dict[str, Tensor]:
+        draw = Draw(seed + 1)
+        arguments = {
+            name: moved(value, eps, draw.normal) if is_real_or_complex(value) and name not in wide else value
+            for name, value in _doubled(inputs()).items()
+        }
+        return reference(arguments, noise=eps)
+
+    def rounded_operations(number: int) -> dict[str, Tensor]:
+        with Rounding(torch.finfo(torch.float32 if dtype in HALF else dtype).eps, number):
+            return reference(_doubled(inputs()))
+
+    exact, peer = reference(_doubled(inputs())), reference(inputs())
+    others = [(BAND / 2, rounded_operations(number)) for number in (1, 2)]
+    if dtype in HALF:
+        others.append((1.0, rounded_inputs(torch.finfo(dtype).eps)))
+    return {what: Truth(exact[what], peer[what], [(times, m[what]) for times, m in others]) for what in exact}
+
+
+def _doubled(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The same numbers in double precision."""
-    wider = {}
-    for name, value in arguments.items():
-        wider[name] = value
-        if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
-            wider[name] = value.to(torch.complex128 if value.is_complex() else torch.float64)
-    return wider
+    return {
+        name: value.to(torch.complex128 if value.is_complex() else torch.float64)
+        if is_real_or_complex(value)
+        else value
+        for name, value in arguments.items()
+    }
 
 
-def _distance(actual: Tensor, expected: Tensor) -> Tensor:
-    """|actual - expected| in float64; 0 where both are the same infinity or both NaN, ∞ where only one is."""
-    actual = actual.to(expected.dtype)
-    distance = (actual - expected).abs().nan_to_num(math.inf, math.inf)
-    return torch.where((actual == expected) | (actual.isnan() & expected.isnan()), 0, distance)
-
-
-def _largest(x: Tensor) -> float:
-    return float(x.max())
-
-
-def _root_mean_square(x: Tensor) -> float:
-    return float(x.square().mean().sqrt())
-
-
-def _part(error: float, budget: float) -> float:
-    if error == 0 or budget == math.inf:
-        return 0.0
-    return error / budget if budget > 0 else math.inf
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    """Bit for bit, but any NaN is as good as another."""
-    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+def _name(implementation: str | Callable[..., Any]) -> str:
+    name = implementation if isinstance(implementation, str) else getattr(implementation, "__name__", "")
+    return name if name.isidentifier() else "function"
 
 
 def _show(value: Tensor) -> str:
     return f"{value.item():.8g}"
-
-
-def _grouped(checks: Sequence[Check]) -> dict[tuple[str, str], list[Check]]:
-    groups: dict[tuple[str, str], list[Check]] = {}
-    for c in checks:
-        groups.setdefault((c.row, c.dtype), []).append(c)
-    return groups

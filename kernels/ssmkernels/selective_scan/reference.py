@@ -68,7 +68,7 @@ def _step(h, u, delta, A, B, C, B_fixed, C_fixed, D, z, delta_bias, delta_softpl
     if delta_bias is not None:
         delta = delta + delta_bias.to(wide)  # (b d)
     if delta_softplus:
-        delta = F.softplus(delta)
+        delta = F.softplus(delta, threshold=40)  # from PyTorch's own 20 on, x is not yet softplus(x) in float64
     B = B if B_fixed else _per_channel(B, u.shape[-1])  # (b d n)
     C = C if C_fixed else _per_channel(C, u.shape[-1])
     delta = delta[..., None]  # (b d 1)

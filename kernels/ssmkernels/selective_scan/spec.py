@@ -22,6 +22,7 @@ BASE = {
     "softplus": True,
     "state": True,
     "packed": False,
+    "weights": "float32",  # of A, D and the bias beside half precision; or "same"
     "delta": 1.0,  # scale of the step sizes
     "decay": 1.0,  # scale of A
     "x": 1.0,  # scale of u
@@ -55,6 +56,7 @@ ROWS = (
     {"state": False},
     {"b": 1, "packed": True, "l": 21},
     {"b": 1, "packed": True, "l": 21, "state": False, "g": 2},
+    {"weights": "same"},
     {"delta": 1e-4},
     {"delta": 30.0},
     {"decay": 1e-3},
@@ -103,8 +105,17 @@ def flops(case: Case) -> float:
     return 6.0 * case["b"] * case["l"] * case["d"] * case["n"]
 
 
+def batched(case: Case) -> dict[str, str]:
+    timed = ("u", "delta", "z") if case["fixed"] else ("u", "delta", "z", "B", "C")
+    return {**dict.fromkeys(timed, "cu_seqlens"), "initial_state": ""}
+
+
+def wide(case: Case) -> tuple[str, ...]:
+    return ("A", "D", "delta_bias") if case["weights"] == "float32" else ()
+
+
 STEP_BASE = {key: value for key, value in BASE.items() if key not in ("l", "fixed", "state", "packed")}
-STEP_ROWS = tuple(row for row in ROWS if set(row) <= {*STEP_BASE, "layout"} and row.get("layout") != "far")
+STEP_ROWS = (*(row for row in ROWS if set(row) <= {*STEP_BASE, "layout"}), {"layout": "far"})
 
 SPECS = (
     Spec(
@@ -115,8 +126,8 @@ SPECS = (
         flops=flops,
         results={"y": 1, "final_state": -1},
         bench={"b": 1, "l": 512, "d": 1536, "n": 16},
-        batched={"u": "cu_seqlens", "delta": "cu_seqlens", "z": "cu_seqlens", "initial_state": ""},
-        wide=("A", "D", "delta_bias", "initial_state"),
+        batched=batched,
+        wide=lambda case: (*wide(case), "initial_state"),
     ),
     Spec(
         op="selective_scan_step",
@@ -126,8 +137,8 @@ SPECS = (
         flops=lambda case: flops({**case, "l": 1}),
         results={"y": 1},
         bench={"b": 1, "d": 1536, "n": 16},
-        batched={"u": "", "delta": "", "B": "", "C": "", "z": "", "state": ""},
-        wide=("A", "D", "delta_bias", "state"),
+        batched=lambda case: dict.fromkeys(("u", "delta", "B", "C", "z", "state"), ""),
+        wide=lambda case: (*wide(case), "state"),
         mutates=("state",),
         differentiable=False,
     ),

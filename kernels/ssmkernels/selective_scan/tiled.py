@@ -47,7 +47,7 @@ def selective_scan(
     if delta_bias is not None:
         dt = dt + delta_bias.to(wide)
     if delta_softplus:
-        dt = F.softplus(dt)
+        dt = F.softplus(dt, threshold=40)
     B, C = (t.to(wide) if t.ndim == 4 else t.to(wide).unsqueeze(2) for t in (B, C))  # (b l g n)
     y, final_state, _ = scan(x, dt, A.to(wide), B, C, initial_state, cu_seqlens)
     if D is not None:
@@ -64,13 +64,12 @@ selective_scan.compiles = True  # type: ignore[attr-defined]  # its core is an o
 def scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x, dt (b l d), A (d n), B, C (b l g n), all of one dtype → y (b l d), final state (s d n), the chunks' first states."""
+    """x, dt (b l d), A (d n), B, C (b l g n), of one dtype → y (b l d), final state (s d n), the chunks' first states."""
     if cu_seqlens is not None:
         index, mask = pad(cu_seqlens)
         y, final_state, starts = scan(*_padded(x, dt, A, B, C, index, mask), initial_state, None)
         return y[mask][None], final_state, starts
-    b, l, d = x.shape
-    h = x.new_zeros(b, *A.shape) if initial_state is None else initial_state.clone()
+    h = x.new_zeros(x.shape[0], *A.shape) if initial_state is None else initial_state.clone()
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     starts = []
     for time in _chunks(x, A):
@@ -86,7 +85,11 @@ def scan(
 def _(x, dt, A, B, C, initial_state, cu_seqlens):
     s = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     chunks = torch.library.get_ctx().new_dynamic_size() if cu_seqlens is not None else len_chunks(x, A)
-    return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(s, *A.shape), x.new_empty(chunks, s, *A.shape)
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        x.new_empty(s, *A.shape),
+        x.new_empty(chunks, s, *A.shape),
+    )
 
 
 @torch.library.custom_op("ssmkernels::selective_scan_tiled_backward", mutates_args=())

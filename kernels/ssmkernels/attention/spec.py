@@ -1,0 +1,153 @@
+"""Cases, inputs and cost of attention."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+
+from ssmkernels.spec import Case, Draw, Spec
+
+BASE = {
+    "b": 2,
+    "l": 13,
+    "m": None,  # keys; None for l
+    "h": 4,
+    "h_kv": 2,
+    "k": 8,
+    "v": None,  # head dim of the values; None for k
+    "causal": True,
+    "window": None,
+    "scale": None,
+    "softcap": 0.0,
+    "alibi": False,
+    "sinks": False,
+    "lse": False,
+    "packed": False,
+    "packed_k": False,  # borders of their own for keys and values
+    "weights": "same",  # dtype of slopes and sinks; or "float32" beside half precision
+    "x": 1.0,  # scale of the logits
+}
+
+LONG = {"b": 1, "h": 2, "h_kv": 1}
+
+ROWS = (
+    {"causal": False},
+    {"l": 0},
+    {"l": 0, "m": 7},
+    {"l": 1},
+    {"l": 2},
+    {"l": 63, **LONG},
+    {"l": 64, **LONG},
+    {"l": 65, **LONG},
+    {"l": 65, "causal": False, **LONG},
+    {"l": 150, **LONG},
+    {"m": 29},
+    {"m": 29, "causal": False},
+    {"m": 5},  # the first queries see nothing
+    {"m": 5, "causal": False},
+    {"m": 0},
+    {"m": 1, "causal": False},
+    {"l": 1, "m": 65},
+    {"l": 3, "m": 65},
+    {"h_kv": 1},
+    {"h_kv": 4},
+    {"h": 1, "h_kv": 1},
+    {"h": 6, "h_kv": 2},
+    {"b": 1},
+    {"k": 1},
+    {"k": 16},
+    {"k": 33},
+    {"k": 64, **LONG},
+    {"v": 5},
+    {"v": 24},
+    {"window": (3, 0)},
+    {"window": (0, 0)},
+    {"window": (0, 0), "causal": False},
+    {"window": (2, 4), "causal": False},
+    {"window": (-1, 2), "causal": False},
+    {"window": (4, -1), "causal": False},
+    {"window": (3, 1), "causal": False, "m": 5},
+    {"window": (10, 3), "causal": False, "l": 280, **LONG},
+    {"window": (20, 0), "l": 260, "m": 270, **LONG},
+    {"window": (20, 0), "l": 257, "alibi": True, **LONG},
+    {"scale": 0.3},
+    {"softcap": 5.0},
+    {"softcap": 0.5, "causal": False, "lse": True},
+    {"alibi": True},
+    {"alibi": True, "m": 29, "causal": False},
+    {"sinks": True},
+    {"sinks": True, "m": 5, "lse": True},
+    {"lse": True},
+    {"lse": True, "m": 5},
+    {"lse": True, "softcap": 5.0, "alibi": True, "sinks": True, "window": (4, 0)},
+    {"alibi": True, "weights": "float32"},
+    {"alibi": True, "sinks": True, "weights": "float32"},
+    {"b": 1, "packed": True, "l": 21},
+    {"b": 1, "packed": True, "l": 21, "causal": False, "lse": True},
+    {"b": 1, "packed": True, "l": 21, "window": (3, 0), "alibi": True},
+    {"b": 1, "packed": True, "packed_k": True, "l": 21, "m": 30},
+    {"b": 1, "packed": True, "packed_k": True, "l": 21, "m": 30, "causal": False, "lse": True},
+    {"x": 30.0},
+    {"x": 1e3},
+    {"x": 1e-3},
+    {"layout": "strided"},
+    {"layout": "strided", "window": (3, 0), "alibi": True, "lse": True},
+    {"layout": "far", "b": 1, "l": 3, "h": 2, "h_kv": 1, "k": 4},
+)
+
+
+def make(case: Case, draw: Draw) -> dict[str, Any]:
+    b, l, h, h_kv, k = (case[key] for key in ("b", "l", "h", "h_kv", "k"))
+    m = l if case["m"] is None else case["m"]
+    v = k if case["v"] is None else case["v"]
+    return {
+        "q": draw.normal(b, l, h, k, scale=case["x"]),
+        "k": draw.normal(b, m, h_kv, k),
+        "v": draw.normal(b, m, h_kv, v),
+        "causal": case["causal"],
+        "window": case["window"],
+        "scale": case["scale"],
+        "softcap": case["softcap"],
+        "alibi_slopes": draw.uniform(0.05, 0.5, h) if case["alibi"] else None,
+        "sinks": draw.normal(h) if case["sinks"] else None,
+        "cu_seqlens": draw.borders(l) if case["packed"] else None,
+        "cu_seqlens_k": torch.tensor([0, 0, 3, m // 2 - 1, m], dtype=torch.int32) if case["packed_k"] else None,
+        "return_lse": case["lse"],
+    }
+
+
+def flops(case: Case) -> float:
+    """Two matrix products over the pairs of query and key that the mask leaves."""
+    arguments = make(case, Draw(0))
+    q, k, v = (arguments[name] for name in "qkv")
+    left, right = case["window"] or (-1, -1)
+    right = 0 if case["causal"] else right
+    ends = [[0, q.shape[1]], [0, k.shape[1]]]
+    if case["packed"]:
+        borders = arguments["cu_seqlens"].tolist()
+        ends = [borders, arguments["cu_seqlens_k"].tolist() if case["packed_k"] else borders]
+    pairs = 0
+    for (start, end), (start_k, end_k) in zip(*(itertools.pairwise(e) for e in ends), strict=True):
+        l, m = end - start, end_k - start_k
+        for p in range(m - l, m):
+            first = 0 if left < 0 else max(0, p - left)
+            last = m - 1 if right < 0 else min(m - 1, p + right)
+            pairs += max(0, last - first + 1)
+    return 2.0 * case["b"] * case["h"] * pairs * (k.shape[-1] + v.shape[-1])
+
+
+SPECS = (
+    Spec(
+        op="attention",
+        base=BASE,
+        rows=ROWS,
+        make=make,
+        flops=flops,
+        results={"out": 1, "lse": 2},
+        bench={"b": 1, "l": 1024, "h": 12, "h_kv": 12, "k": 64},
+        batched=lambda case: {"q": "cu_seqlens", "k": "cu_seqlens_k", "v": "cu_seqlens_k"},
+        wide=lambda case: ("alibi_slopes", "sinks") if case["weights"] == "float32" else (),
+    ),
+)

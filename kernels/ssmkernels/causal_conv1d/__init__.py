@@ -145,5 +145,5 @@ def _fake(
     return x.new_empty(x.shape), state
 
 
-_CONV = Op("causal_conv1d", __name__, ("reference",), fake=_fake)
-_STEP = Op("causal_conv1d_step", __name__, ("reference",))
+_CONV = Op("causal_conv1d", __name__, ("triton", "cpu", "reference"), fake=_fake)
+_STEP = Op("causal_conv1d_step", __name__, ("triton", "cpu", "reference"))

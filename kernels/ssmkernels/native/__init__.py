@@ -23,6 +23,8 @@ PATH = Path(__file__).resolve().parent.parent / NAME
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
+SMALL = 2**16  # multiply-adds that one thread does in the time that it takes to wake another, and to wait for it
+
 REBUILD = "install a C++ compiler (g++ or clang++) and install ssmzoo again, or run `python -m ssmkernels.native.build`"
 
 
@@ -104,6 +106,11 @@ def run(name: str, values: ctypes.Structure) -> None:
     """
     if kernel(name)(ctypes.byref(values)):
         raise MemoryError(f"{name}: no memory left for the kernel's own use")
+
+
+def threads(updates: int) -> int:
+    """How many threads a call of so many multiply-adds is worth: waking the others takes a few microseconds."""
+    return torch.get_num_threads() if updates >= SMALL else 1
 
 
 def address(x: Tensor | None) -> int:

@@ -154,6 +154,7 @@ SSMZOO_INLINE void write(double* p, VD v) {
     store(p, v);
 }
 
+// The first `count` values, 0 in the other lanes; a whole vector where there are as many.
 template <class T>
 SSMZOO_INLINE typename Lanes<typename Sum<T>::type>::V read_some(const T* p, int64_t count) {
     typedef typename Sum<T>::type S;
@@ -170,6 +171,17 @@ SSMZOO_INLINE void write_some(T* p, typename Lanes<typename Sum<T>::type>::V v, 
     S x[Lanes<S>::count];
     store(x, v);
     for (int64_t i = 0; i < count; ++i) narrow(x[i], p + i);
+}
+
+template <>
+SSMZOO_INLINE VF read_some(const float* p, int64_t count) {
+    return count >= Lanes<float>::count ? load(p) : load_some(p, count);
+}
+
+template <>
+SSMZOO_INLINE void write_some(float* p, VF v, int64_t count) {
+    if (count >= Lanes<float>::count) return store(p, v);
+    store_some(p, v, count);
 }
 
 }  // namespace SSMZOO_ISA

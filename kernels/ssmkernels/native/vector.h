@@ -50,7 +50,7 @@ SSMZOO_INLINE void store(S* p, typename Lanes<S>::V v) {
     memcpy(p, &v, sizeof v);
 }
 
-// The first `count` values; 0 in the other lanes.
+// The first `count` values, fewer than a vector has; 0 in the other lanes.
 template <class S>
 SSMZOO_INLINE typename Lanes<S>::V load_some(const S* p, int64_t count) {
     typename Lanes<S>::V v = {};
@@ -62,6 +62,18 @@ template <class S>
 SSMZOO_INLINE void store_some(S* p, typename Lanes<S>::V v, int64_t count) {
     memcpy(p, &v, static_cast<size_t>(count) * sizeof(S));
 }
+
+#if SSMZOO_VECTOR_BYTES == 64
+template <>
+SSMZOO_INLINE VF load_some(const float* p, int64_t count) {
+    return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+}
+
+template <>
+SSMZOO_INLINE void store_some(float* p, VF v, int64_t count) {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), v);
+}
+#endif
 
 template <class S>
 SSMZOO_INLINE typename Lanes<S>::V splat(S x) {

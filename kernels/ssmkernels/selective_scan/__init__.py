@@ -208,4 +208,4 @@ def _fake(
 
 
 _SCAN = Op("selective_scan", __name__, ("cpu", "tiled", "reference"), fake=_fake)
-_STEP = Op("selective_scan_step", __name__, ("reference",))
+_STEP = Op("selective_scan_step", __name__, ("cpu", "reference"))

@@ -5,9 +5,9 @@
 // the states of a few n at a time then stay in registers for the whole chunk.
 #pragma once
 
-#include "native/half.h"
 #include "native/math.h"
 #include "native/parallel.h"
+#include "native/tiles.h"
 
 namespace ssmzoo {
 
@@ -22,11 +22,6 @@ struct ScanArguments {
 };
 
 namespace SSMZOO_ISA {
-
-constexpr int64_t kTile = 64;  // channels
-
-inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // One sequence: where it lies, and which of the saved states are its own.
 struct Sequence {
@@ -50,40 +45,6 @@ inline Tile tile(const ScanArguments& a, int64_t i) {
     const int64_t per_group = tiles_per_group(a), size = a.d / a.groups;
     const int64_t group = i / per_group, within = i % per_group * kTile;
     return {group * size + within, minimum(kTile, size - within), group};
-}
-
-// (rows, channels) of any dtype → (rows, 64), 0 beyond the channels up to a whole vector.
-template <class T, class S>
-void read_rows(S* to, const T* from, int64_t stride, int64_t rows, int64_t channels) {
-    for (int64_t t = 0; t < rows; ++t)
-        for (int64_t c = 0; c < channels; c += Lanes<S>::count)
-            store(to + t * kTile + c, read_some(from + t * stride + c, channels - c));
-}
-
-// (channels, n) times factor → (n, 64)
-template <class S>
-void read_transposed(S* to, const S* from, int64_t n, int64_t channels, S factor) {
-    for (int64_t j = 0; j < n; ++j)
-        for (int64_t c = 0; c < kTile; ++c) to[j * kTile + c] = c < channels ? from[c * n + j] * factor : S(0);
-}
-
-template <class S>
-void write_transposed(S* to, const S* from, int64_t n, int64_t channels) {
-    for (int64_t c = 0; c < channels; ++c)
-        for (int64_t j = 0; j < n; ++j) to[c * n + j] = from[j * kTile + c];
-}
-
-// A vector of 64 parameters, 0 beyond the channels or where there are none.
-template <class S>
-void read_parameters(S* to, const void* from, Tile tile) {
-    const S* p = static_cast<const S*>(from);
-    for (int64_t c = 0; c < kTile; ++c) to[c] = p && c < tile.channels ? p[tile.first + c] : S(0);
-}
-
-// Element `from` + offset of a tensor of dtype T.
-template <class T>
-SSMZOO_INLINE const T* at(const void* from, int64_t offset) {
-    return static_cast<const T*>(from) + offset;
 }
 
 // How the input map B, or the output map C, is read at time t: one number for all lanes, or one a channel for all time.
@@ -125,8 +86,8 @@ struct Walk {
         read_transposed(A_log2e, at<S>(a.A, offset), a.n, tile.channels, Constants<S>::log2e);
         if (a.fixed_B) read_transposed(B, at<S>(a.B, offset), a.n, tile.channels, S(1));
         if (a.fixed_C) read_transposed(C, at<S>(a.C, offset), a.n, tile.channels, S(1));
-        read_parameters(D, a.D, tile);
-        read_parameters(bias, a.delta_bias, tile);
+        read_parameters(D, a.D, tile.first, tile.channels);
+        read_parameters(bias, a.delta_bias, tile.first, tile.channels);
         largest_A = S(0);
         for (int64_t i = 0; i < a.n * kTile; ++i) {
             const S size = A_log2e[i] < 0 ? -A_log2e[i] : A_log2e[i];

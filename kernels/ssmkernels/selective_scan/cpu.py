@@ -12,7 +12,7 @@ from ssmkernels import native
 from ssmkernels.native import address, missing, rows
 from ssmkernels.validate import precision
 
-__all__ = ["missing", "selective_scan", "unsupported"]
+__all__ = ["missing", "selective_scan", "selective_scan_step", "step_unsupported", "unsupported"]
 
 _FORWARD = """
     u delta z A B C D delta_bias initial cu_seqlens y final_state starts
@@ -21,8 +21,14 @@ _FORWARD = """
 """
 _BACKWARD = _FORWARD + "dy dfinal du ddelta dz dA dB dC dD ddelta_bias_ dinitial dy_batch dy_time"
 
+_STEP = """
+    state u delta z A B C D delta_bias y dtype batch d n groups_B groups_C softplus threads
+    u_batch delta_batch z_batch B_batch C_batch
+"""
+
 _Forward = native.arguments("_Forward", _FORWARD)
 _Backward = native.arguments("_Backward", _BACKWARD)
+_Step = native.arguments("_Step", _STEP)
 
 
 def unsupported(arguments: Mapping[str, Any]) -> str | None:
@@ -34,6 +40,13 @@ def unsupported(arguments: Mapping[str, Any]) -> str | None:
     if A.numel() == 0:
         return "no channels or no states"
     return None
+
+
+def step_unsupported(arguments: Mapping[str, Any]) -> str | None:
+    tensors = (t for t in arguments.values() if isinstance(t, Tensor))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return "a step has no gradient here; call it under torch.no_grad()"
+    return unsupported(arguments)
 
 
 def selective_scan(
@@ -231,3 +244,87 @@ def _backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: Tensor | No
 
 
 scan.register_autograd(_backward, setup_context=_setup_context)
+
+
+def selective_scan_step(
+    state: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> Tensor:
+    run = step if torch.compiler.is_compiling() else _step
+    return run(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+
+
+def _step(
+    state: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> Tensor:
+    own = state if state.is_contiguous() else state.contiguous()
+    wide = own.dtype
+    u, delta, A = rows(u), rows(delta), A.to(wide).contiguous()
+    B, C = (_step_map(t.to(wide)) for t in (B, C))
+    z = None if z is None else rows(z)
+    D = None if D is None else D.to(wide).contiguous()
+    delta_bias = None if delta_bias is None else delta_bias.to(wide).contiguous()
+    y = u.new_empty(u.shape)
+    batch, d, n = own.shape
+    native.run(
+        "selective_scan_step",
+        _Step(
+            own.data_ptr(),
+            u.data_ptr(),
+            delta.data_ptr(),
+            address(z),
+            A.data_ptr(),
+            B.data_ptr(),
+            C.data_ptr(),
+            address(D),
+            address(delta_bias),
+            y.data_ptr(),
+            native.DTYPES[u.dtype],
+            batch,
+            d,
+            n,
+            1 if B.ndim == 2 else B.shape[1],
+            1 if C.ndim == 2 else C.shape[1],
+            delta_softplus,
+            native.threads(batch * d * n),
+            u.stride(0),
+            delta.stride(0),
+            0 if z is None else z.stride(0),
+            B.stride(0),
+            C.stride(0),
+        ),
+    )
+    if own is not state:
+        state.copy_(own)
+    return y
+
+
+def _step_map(x: Tensor) -> Tensor:
+    """B or C (b n) or (b g n) with its groups and states side by side."""
+    beside = (x.stride(-1) == 1 or x.shape[-1] == 1) and (x.ndim == 2 or x.stride(1) == x.shape[2])
+    return x if beside else x.contiguous()
+
+
+step = torch.library.custom_op("ssmkernels::selective_scan_step_cpu", _step, mutates_args=("state",))
+
+
+@step.register_fake
+def _(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+    return u.new_empty(u.shape)

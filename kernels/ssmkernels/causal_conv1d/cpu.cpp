@@ -1,0 +1,105 @@
+// The causal depthwise convolution, forward, and its step: y_t = bias + sum_j weight_j x_{t-(w-1)+j}, through silu.
+#include "causal_conv1d/cpu.h"
+
+namespace ssmzoo {
+
+struct ConvStepArguments {
+    void* state;                      // S: (b w-1 d), contiguous
+    const void *x, *weight, *bias;    // (b d); S: (d w), (d) or null
+    void* y;                          // (b d)
+    int64_t dtype, batch, d, width, silu, threads, x_batch;
+};
+
+namespace SSMZOO_ISA {
+namespace {
+
+template <class T, int fixed_width>
+void conv_block(const ConvArguments& a, const Block& b, int64_t first, int64_t channels, char* scratch) {
+    typedef typename Sum<T>::type S;
+    S* rows = reinterpret_cast<S*>(scratch);
+    S* weight = rows + (kBlock + a.width - 1) * kTile;
+    S* bias = weight + a.width * kTile;
+    read_inputs<T>(a, b, first, channels, b.t0 - (a.width - 1), b.t0 + b.steps, rows);
+    read_transposed(weight, at<S>(a.weight, first * a.width), a.width, channels, S(1));
+    read_parameters(bias, a.bias, first, channels);
+    T* y = static_cast<T*>(a.y) + (b.batch * a.length + b.start + b.t0) * a.d + first;
+    for (int64_t c = 0; c < channels; c += Lanes<S>::count) {
+        const Taps<S, fixed_width> taps(weight + c, bias + c, a.width);
+        for (int64_t t = 0; t < b.steps; ++t) {
+            auto sum = taps(rows + c, t);
+            if (a.silu) sum = silu<S>(sum);
+            write_some(y + t * a.d + c, sum, channels - c);
+        }
+    }
+    if (!b.last) return;
+    S* state = static_cast<S*>(a.final_state) + b.sequence * (a.width - 1) * a.d + first;
+    for (int64_t k = 0; k < a.width - 1; ++k)
+        memcpy(state + k * a.d, rows + (b.steps + k) * kTile, sizeof(S) * static_cast<size_t>(channels));
+}
+
+template <class T>
+int conv(const ConvArguments& a) {
+    typedef typename Sum<T>::type S;
+    const int64_t tiles = ceil_div(a.d, kTile);
+    const size_t bytes = sizeof(S) * static_cast<size_t>((kBlock + 2 * a.width) * kTile);
+    return parallel_for(count_blocks(a) * tiles, a.threads, bytes, [&](int64_t i, char* scratch) {
+        Block b;
+        if (!find_block(a, i / tiles, &b)) return;
+        const int64_t first = i % tiles * kTile, channels = minimum(kTile, a.d - first);
+        if (a.width == 4) return conv_block<T, 4>(a, b, first, channels, scratch);
+        if (a.width == 3) return conv_block<T, 3>(a, b, first, channels, scratch);
+        if (a.width == 2) return conv_block<T, 2>(a, b, first, channels, scratch);
+        conv_block<T, 0>(a, b, first, channels, scratch);
+    });
+}
+
+template <class T>
+int conv_step(const ConvStepArguments& a) {
+    typedef typename Sum<T>::type S;
+    const int64_t tiles = ceil_div(a.d, kTile), w = a.width;
+    const size_t bytes = sizeof(S) * static_cast<size_t>((w + 1) * kTile);
+    return parallel_for(a.batch * tiles, a.threads, bytes, [&](int64_t i, char* scratch) {
+        const int64_t batch = i / tiles, first = i % tiles * kTile, channels = minimum(kTile, a.d - first);
+        S* weight = reinterpret_cast<S*>(scratch);
+        S* bias = weight + w * kTile;
+        read_transposed(weight, at<S>(a.weight, first * w), w, channels, S(1));
+        read_parameters(bias, a.bias, first, channels);
+        S* state = static_cast<S*>(a.state) + batch * (w - 1) * a.d + first;
+        for (int64_t c = 0; c < channels; c += Lanes<S>::count) {
+            auto now = read_some(at<T>(a.x, batch * a.x_batch + first + c), channels - c);
+            auto sum = fma(load(weight + (w - 1) * kTile + c), now, load(bias + c));
+            for (int64_t j = w - 2; j >= 0; --j) {  // the newest first: each input moves one place towards the oldest
+                const auto older = read_some(state + j * a.d + c, channels - c);
+                sum = fma(load(weight + j * kTile + c), older, sum);
+                write_some(state + j * a.d + c, now, channels - c);
+                now = older;
+            }
+            if (a.silu) sum = silu<S>(sum);
+            write_some(static_cast<T*>(a.y) + batch * a.d + first + c, sum, channels - c);
+        }
+    });
+}
+
+}  // namespace
+}  // namespace SSMZOO_ISA
+}  // namespace ssmzoo
+
+SSMZOO_EXPORT(causal_conv1d)(const ssmzoo::ConvArguments* a) {
+    using namespace ssmzoo::SSMZOO_ISA;
+    switch (a->dtype) {
+        case 0: return conv<float>(*a);
+        case 1: return conv<double>(*a);
+        case 2: return conv<bfloat16>(*a);
+        default: return conv<float16>(*a);
+    }
+}
+
+SSMZOO_EXPORT(causal_conv1d_step)(const ssmzoo::ConvStepArguments* a) {
+    using namespace ssmzoo::SSMZOO_ISA;
+    switch (a->dtype) {
+        case 0: return conv_step<float>(*a);
+        case 1: return conv_step<double>(*a);
+        case 2: return conv_step<bfloat16>(*a);
+        default: return conv_step<float16>(*a);
+    }
+}

@@ -186,5 +186,5 @@ class Member:
         changed: dict[str, Any] = {n: None if n.startswith("cu_seqlens") else v for n, v in self.arguments.items()}
         for name in self.batched:
             if changed.get(name) is not None:
-                changed[name] = changed[name][self.place(name)]
+                changed[name] = changed[name][self.place(name)].clone()  # a step writes to its state
         return changed

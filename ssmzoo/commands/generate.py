@@ -28,9 +28,7 @@ def command(
         Path | None,
         typer.Option(help="A `tokenizers` JSON file, where the folder has none and it is not a byte model."),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="As PyTorch names it; a GPU if there is one, by default.")
-    ] = None,
+    device: Annotated[str | None, typer.Option(help="As PyTorch names it; a GPU if there is one, by default.")] = None,
 ) -> None:
     """Continue a prompt with a trained model, and print the text as it comes."""
     import torch
@@ -41,7 +39,8 @@ def command(
     if not prompt:
         raise ValueError("the prompt is empty: give the model at least one character to go on from")
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        found = torch.accelerator.current_accelerator(check_available=True)
+        device = "cpu" if found is None else found.type
     built = build(model, device=device)
     if not Path(model).is_dir():
         print(f"{model} holds no trained weights: what follows is noise", file=sys.stderr)

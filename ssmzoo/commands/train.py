@@ -39,9 +39,7 @@ def command(
             help="A training setting, as steps=500, or a key of the model, as mixers.mamba.d_state=32.",
         ),
     ] = None,
-    resume: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Go on with the run in this folder.")
-    ] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Go on with the run in this folder.")] = None,
 ) -> None:
     """Train a language model on text.
 
@@ -55,9 +53,7 @@ def command(
     from ssmzoo.train.run import run_name
 
     if more_data and not data:
-        raise ValueError(
-            f"one model at a time; got {more_data[0]!r} as well. Text to train on goes after --data"
-        )
+        raise ValueError(f"one model at a time; got {more_data[0]!r} as well. Text to train on goes after --data")
     sources = [*(data or []), *(more_data or [])] or None
     changes, overrides = split_settings(parse_settings(settings or []))
     try:
@@ -65,9 +61,7 @@ def command(
             if out is not None:
                 raise ValueError("--resume goes on in its own folder: leave --out away")
             if overrides:
-                raise ValueError(
-                    f"--resume goes on with its own model; {next(iter(overrides))} cannot change"
-                )
+                raise ValueError(f"--resume goes on with its own model; {next(iter(overrides))} cannot change")
             if model is not None and run_name(model) != read_record(resume).model:
                 raise ValueError(f"the run in {resume} trains {read_record(resume).model}, not {model}")
             training.resume(resume, sources, **changes)
@@ -76,14 +70,10 @@ def command(
             raise ValueError("name a model, as in `ssmzoo train mamba-hybrid-tiny`; `ssmzoo list` shows them")
         if Path(model).is_dir():
             if overrides:
-                raise ValueError(
-                    f"{model} holds trained weights; {next(iter(overrides))} of it cannot change"
-                )
+                raise ValueError(f"{model} holds trained weights; {next(iter(overrides))} of it cannot change")
             training.train(model, sources, changes, out)
         else:
-            training.train(
-                load_config(model).override(overrides), sources, changes, out, name=run_name(model)
-            )
+            training.train(load_config(model).override(overrides), sources, changes, out, name=run_name(model))
     except training.Interrupted as interrupted:
         print(f"\n{interrupted}")
         raise typer.Exit(130) from None

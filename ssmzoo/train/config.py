@@ -42,10 +42,10 @@ class TrainConfig:
     """
 
     steps: int = 1000
-    batch_size: int = 16
+    batch_size: int = 8
     length: int = 256
     accumulate: int = 1
-    lr: float = 2e-3
+    lr: float = 3e-3
     min_lr_ratio: float = 0.1
     warmup_steps: int | None = None
     weight_decay: float = 0.1
@@ -57,7 +57,7 @@ class TrainConfig:
     tokenizer: str | None = None
     validation: float = 0.05
     eval_every: int = 100
-    eval_batches: int = 4
+    eval_batches: int = 8
     save_every: int = 250
     keep: int = 2
 

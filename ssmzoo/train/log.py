@@ -34,8 +34,7 @@ class Log:
         self._file = path.open("a", newline="")
         self._writer = csv.DictWriter(self._file, self.columns)
         self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=10),
             MofNCompleteColumn(),
             TextColumn("{task.fields[shown]}"),
             TimeRemainingColumn(),
@@ -45,8 +44,8 @@ class Log:
             transient=True,
             disable=not console.is_terminal,
         )
+        self._task = self._bar.add_task("", total=steps, completed=step, shown="")
         self._seconds_per_token: list[float] = []  # of the steps since the last line
-        self._task = self._bar.add_task("training", total=steps, completed=step, shown="")
 
     def __enter__(self) -> Log:
         self._bar.start()
@@ -64,24 +63,21 @@ class Log:
             self._writer.writerow(row)
             if "tokens_per_second" in row:
                 self._seconds_per_token.append(1 / row["tokens_per_second"])
+            if "loss" in row:
+                self._bar.update(self._task, completed=row["step"], shown=self._describe(row))
             if "validation_loss" in row:
-                self._console.print(f"step {row['step']:>6}   {self._describe(row)}")
+                validation = f"validation {row[self.columns[4]]:.3f} bits/{self._unit}"
+                self._console.print(f"step {row['step']:>6}   {validation}   {self._describe(row)}".rstrip())
                 self._seconds_per_token.clear()
         self._file.flush()
-        if rows:
-            self._bar.update(self._task, completed=rows[-1]["step"], shown=self._describe(rows[-1]))
 
     def _describe(self, row: Mapping[str, float]) -> str:
-        """ "loss 1.386   2.00 bits per byte   validation 2.10   12,345 tokens/s"."""
-        parts = []
-        if "loss" in row:
-            parts.append(f"loss {row['loss']:.3f}   {row[self.columns[2]]:.3f} bits per {self._unit}")
-        if "validation_loss" in row:
-            parts.append(f"validation {row[self.columns[4]]:.3f} bits per {self._unit}")
-        if self._seconds_per_token:
-            rate = len(self._seconds_per_token) / sum(self._seconds_per_token)
-            parts.append(f"{rate:,.0f} tokens/s")
-        return "   ".join(parts)
+        """A step as "loss 1.386   2.000 bits/byte   12,345 tokens/s"; empty before the first."""
+        if "loss" not in row:
+            return ""
+        rate = len(self._seconds_per_token) / sum(self._seconds_per_token)
+        bits = f"{row[self.columns[2]]:.3f} bits/{self._unit}"
+        return f"loss {row['loss']:.3f}   {bits}   {rate:,.0f} tokens/s"
 
 
 def columns(unit: str) -> list[str]:

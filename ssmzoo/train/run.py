@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 TOKENIZER = "tokenizer.json"
-SAMPLE = 300  # bytes of the sample at the end of a run; its prompt is a fifth of that
+PROMPT, SAMPLE = 200, 300  # bytes of the sample at the end of a run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ def train(
     name: str | None = None,
     quiet: bool = False,
 ) -> Result:
-    """Trains a language model on text, or on token ids.
+    """Trains a language model on text, or on token ids. Seeds PyTorch's global generator.
 
     Args:
         model: a model, whose weights are trained on from where they are; or a name, path or config, as
@@ -103,8 +103,8 @@ def train(
     if not isinstance(config, TrainConfig):
         config = TrainConfig.of(model_config.train, config or {})
     check_kind(model_config)
-    run = Path(out) if out is not None else Path("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     accelerator = _accelerator(config)
+    run = Path(out) if out is not None else _new_folder(name)
     if accelerator.is_main_process:
         check_empty(run)
     loaded, vocabulary = _load(data, model_config, config)
@@ -157,6 +157,13 @@ def resume(folder: str | os.PathLike[str], data: DataSource = None, *, quiet: bo
     return _finish(trainer, vocabulary, quiet)
 
 
+def _new_folder(name: str) -> Path:
+    """A folder by name and time, the same in all processes."""
+    from accelerate.utils import broadcast_object_list
+
+    return Path(*broadcast_object_list(["runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"]))
+
+
 def run_name(model: str | os.PathLike[str]) -> str:
     """What a run of a named model, a YAML file or a folder is called."""
     name = Path(model).name
@@ -192,16 +199,17 @@ def _finish(trainer: Trainer, vocabulary: Vocabulary | None, quiet: bool) -> Res
 
 
 def _sample(trainer: Trainer, vocabulary: Vocabulary) -> tuple[str, str]:
-    """The start of the held-out text, and the model's continuation of it."""
-    per_byte = trainer.data.tokens_per_byte or 1.0
-    length = min(max(1, round(SAMPLE * per_byte / 5)), len(trainer.data.validation))
-    start = trainer.data.validation.window(0, length).tolist()
-    prompt = decode(vocabulary, start)
-    lines = prompt[: prompt.rfind("\n") + 1]
+    """A few lines from the middle of the held-out text, and the model's continuation of them."""
+    data = trainer.data.validation
+    tokens_per_byte = trainer.data.tokens_per_byte or 1.0
+    length = min(max(1, round(PROMPT * tokens_per_byte)), len(data))
+    ids = data.window((len(data) - length) // 2, length).tolist()
+    prompt = decode(vocabulary, ids)
+    lines = prompt[prompt.find("\n") + 1 : prompt.rfind("\n") + 1]
     if lines.strip():
-        prompt, start = lines, vocabulary.encode(lines)
-    new = trainer.model.generate([start], round(SAMPLE * per_byte), temperature=0.8, seed=trainer.config.seed)
-    return prompt, decode(vocabulary, new[0][len(start) :])
+        prompt, ids = lines, vocabulary.encode(lines)
+    new = trainer.model.generate([ids], round(SAMPLE * tokens_per_byte), temperature=0.8, seed=trainer.config.seed)
+    return prompt, decode(vocabulary, new[0][len(ids) :])
 
 
 def _load(data: DataSource, model_config: ModelConfig, config: TrainConfig) -> tuple[Data, Vocabulary | None]:

@@ -114,9 +114,7 @@ def test_damaged_weights(tmp_path, damage):
     path = tmp_path / "model.safetensors"
     whole = path.read_bytes()
     path.write_bytes({"cut": whole[: len(whole) // 2], "noise": b"\xff" * 100, "empty": b""}[damage])
-    with pytest.raises(
-        ValueError, match=r"model\.safetensors is damaged or incomplete .*: copy it again"
-    ) as error:
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged or incomplete .*: copy it again") as error:
         pretrained.load(tmp_path)
     assert "\n" not in str(error.value)
 
@@ -125,9 +123,7 @@ def test_a_config_with_an_unknown_key(tmp_path):
     pretrained.save(tiny(), tmp_path)
     with (tmp_path / "config.yaml").open("a") as file:
         file.write("n_layer: 3\n")
-    with pytest.raises(
-        ValueError, match=r"unknown key of .*config\.yaml: 'n_layer'. Did you mean 'n_layers'"
-    ):
+    with pytest.raises(ValueError, match=r"unknown key of .*config\.yaml: 'n_layer'. Did you mean 'n_layers'"):
         pretrained.load(tmp_path)
 
 

@@ -93,7 +93,7 @@ class Rounding(TorchDispatchMode):
         if name.removesuffix("_") in ROUNDS and (result.is_floating_point() or result.is_complex()):
             noise = torch.empty(result.shape, dtype=result.real.dtype if result.is_complex() else result.dtype)
             noise = noise.to(result.device).uniform_(-self.eps, self.eps, generator=self._generator(result.device))
-            result.addcmul_(result, noise.to(result.dtype))
+            result.mul_(1 + noise)  # an infinity stays one
         return result
 
     def _generator(self, device: torch.device) -> torch.Generator:
@@ -129,6 +129,10 @@ def _root_mean_square(x: Tensor) -> float:
 
 
 def _part(error: float, allowed: float) -> float:
-    if error == 0 or allowed == math.inf:
+    if not math.isfinite(allowed):
+        raise ArithmeticError(
+            "the budget is not finite: the float64 reference overflows beside a finite value"
+        )
+    if error == 0:
         return 0.0
     return error / allowed if allowed > 0 else math.inf

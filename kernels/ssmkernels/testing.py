@@ -123,13 +123,20 @@ class Examination:
 
     def checks(self) -> tuple[list[Check], str]:
         """Runs everything: what was checked, and why something was not. An exception is a failure like any other."""
-        gradients = self.gradients and self.spec.differentiable
         try:
-            why = self._impossible(gradients)
-        except RuntimeError as error:  # PyTorch's, of memory
-            if self.case["layout"] != "far":
+            return self._checks()
+        except RuntimeError as error:
+            if not self._no_room(error):
                 raise
-            return [], f"this machine has no room for offsets beyond 2³¹ ({str(error).splitlines()[0]})"
+            return [], "this machine has no room for offsets beyond 2³¹"
+
+    def _no_room(self, error: Exception) -> bool:
+        out_of_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        return out_of_memory and self.case["layout"] == "far"
+
+    def _checks(self) -> tuple[list[Check], str]:
+        gradients = self.gradients and self.spec.differentiable
+        why = self._impossible(gradients)
         if why and gradients and not self._impossible(False):
             gradients, why = False, f"gradients: {why}"
         elif why:
@@ -156,6 +163,8 @@ class Examination:
             else:
                 return [], str(error) or "not implemented"
         except Exception as error:  # a kernel may raise anything
+            if self._no_room(error):
+                raise
             found.append(self._check("runs", math.inf, f"it raises {type(error).__name__}: {error}"))
         return found, why
 

@@ -1,0 +1,76 @@
+"""Other people's attention.
+
+What needs a GPU is written against its published signature and has not been run.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssmkernels.bench.peers import FLASH_ATTN, TORCH, Peer, refuse
+
+
+def sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: tuple[int, int] | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor:
+    """PyTorch's scaled_dot_product_attention, which wants heads before time."""
+    refuse(window is not None or softcap or alibi_slopes is not None or sinks is not None, "such masks and biases")
+    refuse(cu_seqlens is not None or cu_seqlens_k is not None or return_lse, "packed sequences or log-sum-exp")
+    refuse(causal and q.shape[1] != k.shape[1], "causal mask aligned to the last key")
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    shared = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=shared).transpose(1, 2)
+
+
+def flash_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: tuple[int, int] | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor:
+    """FlashAttention 2."""
+    from flash_attn import flash_attn_func
+
+    refuse(q.dtype not in (torch.float16, torch.bfloat16), "kernel but for float16 and bfloat16")
+    refuse(sinks is not None or cu_seqlens is not None or cu_seqlens_k is not None or return_lse, "such options here")
+    return flash_attn_func(
+        q,
+        k,
+        v,
+        softmax_scale=scale,
+        causal=causal,
+        window_size=(-1, -1) if window is None else window,
+        softcap=softcap,
+        alibi_slopes=None if alibi_slopes is None else alibi_slopes.float(),
+    )
+
+
+PEERS = {
+    "attention": (
+        Peer("SDPA", TORCH, sdpa, "wants heads before time: our layout is handed over as a transposed view"),
+        Peer("flash_attn", FLASH_ATTN, flash_attn),
+    )
+}

@@ -52,13 +52,14 @@ def _machine() -> list[list[str]]:
         ["ssmzoo", f"{ssmzoo.__version__} in {Path(ssmzoo.__file__).parent}"],
         ["Python", f"{platform.python_version()} in {sys.prefix}"],
         ["system", f"{platform.system()} {platform.release()} {platform.machine()}"],
-        ["CPU", f"{_cpu()}, PyTorch uses {torch.backends.cpu.get_cpu_capability()}, {threads}"],
-        ["GPU", _gpu()],
+        ["CPU", f"{cpu_name()}, PyTorch uses {torch.backends.cpu.get_cpu_capability()}, {threads}"],
+        ["GPU", gpu_name()],
         ["C++ compiler", _compiler() + " (torch.compile uses it)"],
     ]
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """What the processor calls itself."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -67,7 +68,8 @@ def _cpu() -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
-def _gpu() -> str:
+def gpu_name() -> str:
+    """The GPUs that PyTorch can use, or why there is none."""
     import torch
 
     if torch.cuda.is_available():

@@ -1,0 +1,123 @@
+"""Contests of one language model: reading a prompt, and writing token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssmkernels.bench import Contest, Contestant, Measurement, Plan, hold, refusal
+from ssmkernels.bench.contest import Results, first_line
+from ssmzoo.bench.peers import MODELS, on
+from ssmzoo.bench.products import NAME, products
+from ssmzoo.model import SequenceModel
+from ssmzoo.zoo import build
+
+DEFAULT = ("mamba-130m",)
+SIZES = {"length": 512, "batch": 1}
+QUICK = {"length": 64, "batch": 1}
+QUICK_LAYERS = 2
+SAME = 1e-3  # token by token against at once, relative to the largest logit, in float32
+
+PREFILL, DECODING = "prefill", "decoding"
+
+
+def bench_model(name: str, plan: Plan) -> Iterator[list[Measurement]]:
+    """Times a model and its peers: all logits of a prompt, and the logits of one more token.
+
+    ``plan.changes`` may hold length and batch; everything else in it overrides the model's config.
+    """
+    sizes = {key: plan.changes.get(key, value) for key, value in (QUICK if plan.quick else SIZES).items()}
+    overrides = {key: value for key, value in plan.changes.items() if key not in sizes}
+    if plan.quick:
+        overrides.setdefault("n_layers", QUICK_LAYERS)
+    plan.say(f"{name}: building")
+    torch.manual_seed(0)
+    model = build(name, device=plan.device, dtype=plan.dtype, **overrides).eval()
+    vocabulary = model.config.padded_vocab_size
+    if model.config.output not in (None, "tokens") or model.config.d_input is not None:
+        yield [refusal("models", name, "ssmzoo", "ours", "only models of tokens are timed", plan)]
+        return
+    ids = torch.randint(vocabulary, (sizes["batch"], sizes["length"]), device=plan.device)
+    plan.say(f"{name}: checking")
+    wrong = _fails(model, ids[:, :8], plan)
+    if wrong:
+        yield [refusal("models", name, "ssmzoo", "ours", f"fails its check: {wrong}", plan)]
+        return
+    rivals: list[tuple[str, str, nn.Module]] = []
+    for peer in on(plan.device.type, MODELS) if plan.peers else ():
+        try:
+            why = peer.package.missing
+            if not why:
+                rivals.append((peer.name, peer.note, peer.make(model)))
+        except Exception as error:  # whatever other people's code raises
+            why = f"cannot be built: {first_line(error)}"
+        if why:
+            yield [refusal("models", name, peer.name, "peer", why, plan)]
+    shape = f"{model.config.n_layers} layers, batch {sizes['batch']}"
+    for work in (PREFILL, DECODING):
+        prompt = f"{sizes['length']} tokens" if work == PREFILL else f"one token after {sizes['length']}"
+        plan.say(f"{name}, {work}: reading the prompt")
+        contestants = [Contestant("ssmzoo", "ours", _ours(model, ids, work))]
+        contestants += [Contestant(n, "peer", _theirs(rival, ids, work), note) for n, note, rival in rivals]
+        tokens = ids.numel() if work == PREFILL else sizes["batch"]
+        limit = products(model, tokens, backward=False)
+        contestants += [limit] if limit is not None else []
+        yield hold(
+            Contest("models", name, work, f"{prompt}, {shape}", contestants, limited_by=NAME, tokens=tokens), plan
+        )
+
+
+def _ours(model: SequenceModel, ids: Tensor, work: str) -> Callable[[], Results]:
+    @torch.no_grad()
+    def prefill() -> Results:
+        logits, _ = model(ids, model.initial_state(len(ids)))
+        return {"logits": logits}
+
+    if work == PREFILL:
+        return prefill
+    room = ids.shape[1] + 4096
+    with torch.no_grad():
+        state: Any = model(ids, model.initial_state(len(ids), max_length=room))[1]
+
+    @torch.no_grad()
+    def decode() -> Results:
+        nonlocal state
+        logits, state = model(ids[:, -1:], state)
+        return {"logits": logits}
+
+    return decode
+
+
+def _theirs(model: nn.Module, ids: Tensor, work: str) -> Callable[[], Results]:
+    """A model with the interface that transformers gives to Mamba."""
+
+    @torch.no_grad()
+    def prefill() -> Results:
+        return {"logits": model(ids, use_cache=True).logits}
+
+    if work == PREFILL:
+        return prefill
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).cache_params
+
+    @torch.no_grad()
+    def decode() -> Results:
+        return {"logits": model(ids[:, -1:], use_cache=True, cache_params=cache).logits}
+
+    return decode
+
+
+@torch.no_grad()
+def _fails(model: SequenceModel, ids: Tensor, plan: Plan) -> str:
+    """How token by token differs from at once; empty where it does not."""
+    whole = model(ids).double()
+    state, logits = model.initial_state(len(ids)), []
+    for t in range(ids.shape[1]):
+        out, state = model(ids[:, t : t + 1], state)
+        logits.append(out)
+    off = float((torch.cat(logits, dim=1).double() - whole).abs().max() / whole.abs().max())
+    allowed = SAME * max(1.0, torch.finfo(plan.dtype).eps / torch.finfo(torch.float32).eps / 64)
+    return "" if off <= allowed else f"token by token is off by {off:.2g} of the largest logit"

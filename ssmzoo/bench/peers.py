@@ -1,0 +1,225 @@
+"""Other people's mixers and models, with our weights in them.
+
+Each is made from one of ours: a function of x, and which of its weights is which of ours. What it has no counterpart
+for it refuses with NotImplementedError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssmkernels.bench.peers import MAMBA_SSM, MAMBAPY, TORCH, TRANSFORMERS, Package, refuse
+from ssmzoo.mixers._base import Mixer
+from ssmzoo.model import SequenceModel
+from ssmzoo.options import options_of
+
+
+@dataclass(frozen=True)
+class Twin:
+    """Another implementation of a mixer: ``call`` maps x to y; ``weights`` has its parameters under our names."""
+
+    call: Callable[[Tensor], Tensor]
+    weights: Mapping[str, nn.Parameter]
+
+
+@dataclass(frozen=True)
+class MixerPeer:
+    name: str
+    package: Package
+    make: Callable[[Any], Twin]
+    note: str = ""
+
+
+def transformers_mamba(mixer: Any) -> Twin:
+    """transformers' MambaMixer."""
+    from transformers import MambaConfig
+    from transformers.models.mamba.modeling_mamba import MambaMixer
+
+    config = MambaConfig(
+        hidden_size=mixer.d_model,
+        state_size=mixer.d_state,
+        conv_kernel=mixer.d_conv,
+        expand=_expand(mixer),
+        time_step_rank=mixer.dt_rank,
+        use_conv_bias=mixer.conv1d.bias is not None,
+        use_bias=mixer.in_proj.bias is not None,
+        num_hidden_layers=1,
+    )
+    return _same_names(MambaMixer(config, layer_idx=0), mixer)
+
+
+def mambapy(mixer: Any) -> Twin:
+    """mambapy's MambaBlock, with its parallel scan."""
+    from mambapy.mamba import MambaBlock, MambaConfig
+
+    config = MambaConfig(
+        d_model=mixer.d_model,
+        n_layers=1,
+        dt_rank=mixer.dt_rank,
+        d_state=mixer.d_state,
+        expand_factor=_expand(mixer),
+        d_conv=mixer.d_conv,
+        bias=mixer.in_proj.bias is not None,
+        conv_bias=mixer.conv1d.bias is not None,
+    )
+    return _same_names(MambaBlock(config), mixer)
+
+
+def mamba_ssm(mixer: Any) -> Twin:
+    """mamba_ssm's Mamba, by its fused path; written against its published signature and has not been run."""
+    from mamba_ssm.modules.mamba_simple import Mamba
+
+    theirs = Mamba(
+        mixer.d_model,
+        d_state=mixer.d_state,
+        d_conv=mixer.d_conv,
+        expand=_expand(mixer),
+        dt_rank=mixer.dt_rank,
+        conv_bias=mixer.conv1d.bias is not None,
+        bias=mixer.in_proj.bias is not None,
+    )
+    return _same_names(theirs, mixer)
+
+
+def llama_attention(mixer: Any) -> Twin:
+    """transformers' LlamaAttention through SDPA; its angles are computed in each call, as ours are."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
+
+    _defaults_but(mixer, "head_dim", "n_heads", "n_kv_heads", "rope_base", "bias", "out_bias")
+    bias = mixer.q_proj.bias is not None
+    refuse(bias != (mixer.out_proj.bias is not None), "biases on some projections alone")
+    config = LlamaConfig(
+        hidden_size=mixer.d_model,
+        num_attention_heads=mixer.n_heads,
+        num_key_value_heads=mixer.n_kv_heads,
+        head_dim=mixer.head_dim,
+        attention_bias=bias,
+        rope_parameters={"rope_type": "default", "rope_theta": float(mixer.rope_base)},
+        num_hidden_layers=1,
+    )
+    config._attn_implementation = "sdpa"
+    weight = mixer.q_proj.weight
+    theirs = LlamaAttention(config, layer_idx=0).to(weight.device, weight.dtype)
+    angles = LlamaRotaryEmbedding(config).to(weight.device)
+
+    def call(x: Tensor) -> Tensor:
+        positions = torch.arange(x.shape[1], device=x.device)[None]
+        return theirs(x, position_embeddings=angles(x, positions))[0]
+
+    names = {name.replace("o_proj", "out_proj"): p for name, p in theirs.named_parameters()}
+    return _filled(call, names, mixer)
+
+
+def torch_rnn(mixer: Any) -> Twin:
+    """PyTorch's own recurrent network and a linear map."""
+    network = mixer.rnn
+    weight = mixer.out_proj.weight
+    options = {name: getattr(network, name) for name in ("num_layers", "batch_first", "bidirectional")}
+    module = nn.ModuleDict(
+        {
+            "rnn": type(network)(network.input_size, network.hidden_size, **options),
+            "out_proj": nn.Linear(weight.shape[1], weight.shape[0], bias=False),
+        }
+    ).to(weight.device, weight.dtype)
+    return _filled(lambda x: module["out_proj"](module["rnn"](x)[0]), dict(module.named_parameters()), mixer)
+
+
+def transformers_model(model: SequenceModel) -> nn.Module:
+    """transformers' MambaForCausalLM on the very weights of ours."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = model.config
+    kinds = {config.mixer_options(config.entry_of_layer(i))["kind"] for i in range(config.n_layers)}
+    refuse(kinds != {"mamba"} or config.mlp.get("kind", "none") != "none", "model but Mamba's")
+    refuse(config.output not in (None, "tokens") or config.norm != "rms", "such head or norm")
+    mixer: Any = model.blocks[0].mixer
+    with torch.device("meta"):
+        theirs = MambaForCausalLM(
+            MambaConfig(
+                vocab_size=config.padded_vocab_size,
+                hidden_size=config.d_model,
+                num_hidden_layers=config.n_layers,
+                state_size=mixer.d_state,
+                conv_kernel=mixer.d_conv,
+                expand=_expand(mixer),
+                time_step_rank=mixer.dt_rank,
+                use_conv_bias=mixer.conv1d.bias is not None,
+                use_bias=mixer.in_proj.bias is not None,
+                layer_norm_epsilon=config.norm_eps,
+                residual_in_fp32=config.residual_in_fp32,
+                tie_word_embeddings=model.tied,
+            )
+        )
+    ours = {f"backbone.{name}": value for name, value in model.state_dict().items()}
+    ours["backbone.embeddings.weight"] = ours.pop("backbone.embedding.weight")
+    ours["lm_head.weight"] = ours.pop("backbone.lm_head.weight")
+    theirs.load_state_dict(ours, assign=True)
+    theirs.tie_weights()
+    return theirs.eval()
+
+
+def _expand(mixer: Any) -> int:
+    refuse(mixer.d_inner % mixer.d_model, "fractional `expand`")
+    return mixer.d_inner // mixer.d_model
+
+
+def _same_names(theirs: nn.Module, mixer: Mixer) -> Twin:
+    """A module whose weights have our names."""
+    weights = dict(theirs.named_parameters())
+    for name, ours in mixer.named_parameters():
+        weights[name].data = weights[name].data.to(ours.device, ours.dtype)
+    return _filled(theirs.eval(), weights, mixer)
+
+
+@torch.no_grad()
+def _filled(call: Callable[[Tensor], Tensor], weights: Mapping[str, nn.Parameter], mixer: Mixer) -> Twin:
+    ours = dict(mixer.named_parameters())
+    if set(ours) != set(weights):
+        raise NotImplementedError(f"it has other weights: {', '.join(sorted(set(ours) ^ set(weights)))}")
+    for name, value in ours.items():
+        weights[name].copy_(value)
+    return Twin(call, weights)
+
+
+def _defaults_but(mixer: Mixer, *allowed: str) -> None:
+    """Refuses options that differ from their defaults, as far as the mixer keeps them under their names."""
+    for name, parameter in options_of(type(mixer)).items():
+        value = getattr(mixer, name, parameter.default)
+        if name == "rope_dim" and value == getattr(mixer, "head_dim", None):
+            continue  # what the default stands for
+        refuse(name not in allowed and value != parameter.default, f"{name}={value}")
+
+
+RECURRENT = (MixerPeer("torch", TORCH, torch_rnn, "the same network, called directly"),)
+MIXERS: dict[str, tuple[MixerPeer, ...]] = {
+    "mamba": (
+        MixerPeer("transformers", TRANSFORMERS, transformers_mamba, "a loop over time where mamba_ssm is missing"),
+        MixerPeer("mambapy", MAMBAPY, mambapy),
+        MixerPeer("mamba_ssm", MAMBA_SSM, mamba_ssm),
+    ),
+    "attention": (MixerPeer("transformers", TRANSFORMERS, llama_attention, "LlamaAttention through SDPA"),),
+    "lstm": RECURRENT,
+    "gru": RECURRENT,
+}
+
+
+@dataclass(frozen=True)
+class ModelPeer:
+    name: str
+    package: Package
+    make: Callable[[SequenceModel], nn.Module]
+    note: str = ""
+
+
+MODELS = (ModelPeer("transformers", TRANSFORMERS, transformers_model, "a loop over time where mamba_ssm is missing"),)
+
+
+def on(device: str, peers: tuple[Any, ...]) -> list[Any]:
+    """Those whose package runs on a kind of device."""
+    return [peer for peer in peers if device in peer.package.devices]

@@ -1,0 +1,94 @@
+"""A whole benchmark: which contests, in which order, and what remains of one that was stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ssmkernels.bench import Measurement, Plan, bench_op, refusal
+from ssmkernels.bench.contest import first_line
+from ssmkernels.dispatch import unknown
+from ssmkernels.spec import spec_of, specs
+
+KINDS = ("ops", "mixers", "models")
+
+
+def names_of(kind: str) -> list[str]:
+    """Everything of a kind that can be timed."""
+    if kind == "ops":
+        return list(specs())
+    if kind == "mixers":
+        from ssmzoo.bench.mixers import candidates
+
+        return candidates()
+    from ssmzoo.config import list_models
+
+    return list_models()
+
+
+def chosen(kinds: Sequence[str], only: Sequence[str]) -> dict[str, list[str]]:
+    """Kind → the names to time: those in ``only``, or the usual ones.
+
+    Raises:
+        ValueError: a name that no kind has; says which there are and the nearest.
+    """
+    from ssmzoo.bench.models import DEFAULT
+
+    known = {kind: names_of(kind) for kind in kinds}
+    every = sorted({name for names in known.values() for name in names})
+    for name in only:
+        if name not in every:
+            raise ValueError(unknown(kinds[0].removesuffix("s") if len(kinds) == 1 else "name", name, every))
+    if only:
+        found = {kind: [name for name in dict.fromkeys(only) if name in names] for kind, names in known.items()}
+        return {kind: names for kind, names in found.items() if names}
+    return {kind: list(DEFAULT) if kind == "models" else names for kind, names in known.items()}
+
+
+def check_changes(kind: str, names: Iterable[str], changes: Mapping[str, Any]) -> None:
+    """Whether ``--set`` names sizes and options that something has. What a model knows, its config tells.
+
+    Raises:
+        ValueError: a name that nothing has, or a value of another type.
+    """
+    if kind == "models":
+        return
+    known: dict[str, Any] = {}
+    if kind == "ops":
+        for name in names:
+            known |= spec_of(name).case({})
+    else:
+        from ssmzoo.bench.mixers import SIZES
+        from ssmzoo.registry import list_mixers
+
+        known |= SIZES
+        options = {name: list_mixers()[name].options for name in names}
+        known |= {f"{name}.{key}": None for name, found in options.items() for key in found}
+    for key, value in changes.items():
+        if key not in known:
+            raise ValueError("--set: " + unknown(f"size or option of {kind}", key, known))
+        if isinstance(known[key], int) and type(value) is not type(known[key]):
+            raise ValueError(f"--set {key}: expected {type(known[key]).__name__}, such as {known[key]}; got {value!r}")
+
+
+def run(kind: str, names: Sequence[str], plan: Plan, done: Callable[[], None]) -> Iterator[list[Measurement]]:
+    """The contests of each name in turn; ``done`` is called after each name. Nothing that goes wrong stops the rest."""
+    for name in names:
+        try:
+            yield from _bench(kind)(name, plan)
+        except Exception as error:  # sizes that do not fit, too little memory, or whatever else a kernel raises
+            told = first_line(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            yield [refusal(kind, name, "ssmzoo", "ours", told, plan)]
+        done()
+
+
+def _bench(kind: str) -> Callable[[str, Plan], Iterator[list[Measurement]]]:
+    if kind == "ops":
+        return bench_op
+    if kind == "mixers":
+        from ssmzoo.bench.mixers import bench_mixer
+
+        return bench_mixer
+    from ssmzoo.bench.models import bench_model
+
+    return bench_model

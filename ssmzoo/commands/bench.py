@@ -1,0 +1,225 @@
+"""``ssmzoo bench``: how fast ops, mixers and models are, beside the limit and beside other people's."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ssmzoo.commands._output import console, size, table
+from ssmzoo.commands._settings import parse_settings
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from ssmkernels.bench import Limits, Measurement
+    from ssmzoo.bench.record import Machine
+
+KINDS = ("ops", "mixers", "models")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+SECONDS, QUICK_SECONDS = 1.0, 0.1  # for each contestant of a contest
+
+
+def command(
+    what: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[ops|mixers|models]", help="What to time; all three if not given."),
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="NAME ...", help="Only these ops, mixers or models.")
+    ] = None,
+    peers: Annotated[bool, typer.Option(help="Time other packages beside ours, those that are installed.")] = True,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one, by default.")] = None,
+    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "float32",
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="For table and figures; runs/bench-TIME if not given.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes, in about a minute: a look, no result.")] = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A size or an option, as l=1024 or length=1024."),
+    ] = None,
+) -> None:
+    """Time our ops, mixers and models beside the limit and beside other packages.
+
+    Only what passes its check is timed. Contestants run by turns, and medians count. The folder gets a CSV file with
+    every measurement and the machine, and figures. Ctrl-C keeps what is there. docs/bench.md explains how to read it.
+    """
+    kinds, names = _kinds_and_names(what or [], only or [])
+    if dtype not in DTYPES:
+        from ssmkernels.dispatch import unknown
+
+        raise ValueError(unknown("dtype", dtype, DTYPES))
+    changes = parse_settings(settings or [])
+    if changes and len(kinds) > 1:
+        raise ValueError("--set: name ops, mixers or models too, as their sizes have different names")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it says at each call that it is slow
+
+    import torch
+
+    from ssmkernels.bench import Plan, measure_limits
+    from ssmzoo.bench import session
+    from ssmzoo.bench.record import Log, Machine
+
+    todo = session.chosen(kinds, names)
+    for kind in todo:
+        session.check_changes(kind, todo[kind], changes)
+    place = _device(device)
+    folder = out or Path("runs") / f"bench-{datetime.datetime.now():%Y-%m-%d-%H%M%S}"
+    folder.mkdir(parents=True, exist_ok=True)
+    screen, machine = console(), Machine.here()
+    log = Log(folder / "bench.csv", machine)
+    rows: list[Measurement] = []
+    stopped = False
+    with _Progress(screen, sum(map(len, todo.values()))) as progress:
+        try:
+            progress.say("measuring what this machine can do")
+            kind_of = getattr(torch, dtype)
+            limits = measure_limits(place, kind_of, quick=quick)
+            screen.print(_limits_line(limits, machine, dtype, place))
+            seconds = QUICK_SECONDS if quick else SECONDS
+            plan = Plan(place, kind_of, limits, seconds, peers, quick, changes, progress.say)
+            for kind, wanted in todo.items():
+                for made in session.run(kind, wanted, plan, progress.done):
+                    log.write(made)
+                    rows += made
+                    progress.show(made)
+        except KeyboardInterrupt:
+            stopped = True
+    measured = sum(row.median is not None for row in rows)
+    screen.print(f"\n{measured} measurements in {log.path}")
+    if rows and not measured and not stopped:
+        raise ValueError(f"nothing was timed: {rows[0].what}, {rows[0].implementation}: {rows[0].refused}")
+    _draw(rows, machine, folder, screen)
+    if stopped:
+        screen.print("stopped; what was measured before is kept")
+        raise typer.Exit(130)
+
+
+class _Progress:
+    """What is being done, and the tables of what is done: a bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, screen: Console, total: int):
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+        self.screen = screen
+        self.bar = Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal)
+        self.task = self.bar.add_task("", total=total)
+        self.growing: list[Measurement] = []
+
+    def __enter__(self) -> _Progress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def say(self, text: str) -> None:
+        self.bar.update(self.task, description=text)
+
+    def done(self) -> None:
+        self.bar.advance(self.task)
+
+    def show(self, rows: Sequence[Measurement]) -> None:
+        """Prints a contest; those at several lengths together, once all of them are there."""
+        self.growing += [row for row in rows if row.length]
+        if rows[0].time_exponent is not None:
+            self.screen.print(_growth_table([*self.growing, *rows]))
+            self.growing = []
+        elif not rows[0].length:
+            self.screen.print(_table(rows))
+
+
+def _kinds_and_names(words: Sequence[str], only: Sequence[str]) -> tuple[list[str], list[str]]:
+    """``--only`` takes one word; those that follow it come as further arguments."""
+    names = [name for given in only for name in given.replace(",", " ").split()]
+    kinds = [words[0]] if words and words[0] in KINDS else list(KINDS)
+    rest = list(words[1:] if words and words[0] in KINDS else words)
+    if rest and not names:
+        from ssmkernels.dispatch import unknown
+
+        raise ValueError(unknown("thing to time", rest[0], KINDS) + " Single ones go after --only.")
+    return kinds, names + rest
+
+
+def _device(name: str | None) -> torch.device:
+    import torch
+
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device must be cpu or cuda; got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda; got {name!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this PyTorch finds no GPU; `ssmzoo env` shows what there is")
+    return device
+
+
+def _limits_line(limits: Limits, machine: Machine, dtype: str, place: torch.device) -> str:
+    from ssmzoo.bench.units import rate
+
+    where = machine.gpu if place.type == "cuda" else f"{machine.cpu}, {machine.threads} threads"
+    copies, multiplies = rate(limits.bandwidth, "B/s"), rate(limits.flops, "FLOP/s")
+    return f"{where}: copies {copies}, multiplies matrices of {dtype} at {multiplies}"
+
+
+def _table(rows: Sequence[Measurement]) -> Table:
+    """One contest, or somebody who did not take part."""
+    from ssmzoo.bench.units import ratio, seconds
+
+    first = rows[0]
+    lines = []
+    for row in rows:
+        if row.median is None:
+            lines.append([row.implementation, "not timed", row.refused, "", "", ""])
+            continue
+        spread = f"{seconds(row.low or 0)} to {seconds(row.high or 0)}"
+        speed = f", {row.tokens_per_second:,.0f} tokens/s" if row.tokens_per_second else ""
+        limit, ours = (ratio(value) if value else "" for value in (row.of_limit, row.of_ours))
+        memory = size(row.peak_bytes) if row.peak_bytes is not None else ""
+        lines.append([row.implementation, seconds(row.median), spread + speed, limit, ours, memory])
+    title = f"{first.what}, {first.work} ({first.shape})" if first.work else first.what
+    columns = ("implementation", "median", "quartiles", "of the limit", "of ours", "peak memory")
+    return table(title, columns, lines, numbers=("median", "of the limit", "of ours", "peak memory"))
+
+
+def _growth_table(rows: Sequence[Measurement]) -> Table:
+    """The same at several lengths, and the exponents of the power laws that fit."""
+    from ssmzoo.bench.units import seconds
+
+    *measured, fitted = rows
+    lines = [
+        [
+            f"{row.length:,}",
+            seconds(row.median or 0),
+            seconds((row.median or 0) / row.length),
+            size(row.peak_bytes or 0),
+        ]
+        for row in measured
+    ]
+    lines.append(["grows as", f"l^{fitted.time_exponent:.2f}", "", f"l^{fitted.memory_exponent:.2f}"])
+    columns = ("length", "median", "for each token", "peak memory")
+    return table(f"{fitted.what}, {fitted.work}: growth", columns, lines, numbers=columns)
+
+
+def _draw(rows: Sequence[Measurement], machine: Machine, folder: Path, screen: Console) -> None:
+    from ssmzoo.bench.figure import draw
+
+    try:
+        made = [path for kind in KINDS for path in draw(kind, rows, machine, folder)]
+    except ImportError:
+        screen.print("no figures: they need matplotlib (pip install matplotlib)")
+        return
+    for path in made:
+        if path.suffix == ".png":
+            screen.print(f"figure: {path}")

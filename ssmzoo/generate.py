@@ -68,6 +68,8 @@ def generate(
     _check_model(model)
     vocab = model.config.vocab_size or 0
     _check_options(vocab, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, eos_id, seed)
+    if stream is not None and not callable(stream):
+        raise TypeError(f"generate: `stream` must be a function of the new tokens (b); got {stream!r:.80}")
     device = model.lm_head.weight.device
     prompts, mask = _prompts(ids, mask, vocab, device)
     if max_new_tokens == 0:
@@ -81,11 +83,9 @@ def generate(
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        logits, state = model(prompts, model.initial_state(b, l + max_new_tokens), mask=mask)
-        last = torch.full((b,), l - 1, device=device) if mask is None else _last(mask)
-        logits = logits[torch.arange(b, device=device), last]  # (b padded vocab)
+        logits, state = model(prompts, model.initial_state(b, l + max_new_tokens), mask=mask, last_only=True)
         while True:
-            scores = logits[:, :vocab].float()
+            scores = logits[:, 0, :vocab].float()
             if seen is not None:
                 scores = penalise(scores, seen, repetition_penalty)
             if draws is None:
@@ -103,7 +103,6 @@ def generate(
             if seen is not None:
                 seen.scatter_(1, token[:, None], True)
             logits, state = model(token[:, None], state)
-            logits = logits[:, 0]
     finally:
         for module, training in modes:
             module.training = training
@@ -161,11 +160,6 @@ def _seen(prompts: Tensor, mask: Tensor | None, vocab: int) -> Tensor:
     seen = torch.zeros(len(prompts), vocab + 1, dtype=torch.bool, device=prompts.device)
     seen.scatter_(1, prompts if mask is None else prompts.masked_fill(~mask, vocab), True)
     return seen[:, :vocab].contiguous()
-
-
-def _last(mask: Tensor) -> Tensor:
-    """(b): the place of each row's last token."""
-    return mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
 
 
 def _until(row: list[int], eos_id: int | None) -> list[int]:

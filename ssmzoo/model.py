@@ -95,6 +95,7 @@ class SequenceModel(nn.Module):
         *,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        last_only: bool = False,
     ) -> Tensor | tuple[Tensor, ModelState]:
         """Runs whole sequences, or, with a state, the next tokens.
 
@@ -104,6 +105,8 @@ class SequenceModel(nn.Module):
             mask: bool ``(b, l)``, True where there is a token. Padding, on whichever side, is packed away before the
                 first layer; outputs there are 0.
             cu_seqlens: int32 ``(s + 1)``, borders of sequences packed into a batch of one; not together with ``mask``.
+            last_only: outputs for each sequence's last token alone, ``(s, 1, ...)``: all that a prefill needs,
+                without the cost of a vocabulary of logits at every other. Every sequence must have a token.
 
         Returns:
             Token logits ``(b, l, padded vocab_size)``, features ``(b, l, d_output)``, or class logits ``(s,
@@ -114,22 +117,24 @@ class SequenceModel(nn.Module):
         """
         self._check(inputs, state, mask, cu_seqlens)
         if mask is not None and not mask.all():
-            out, state = self._padded(inputs, state, mask)
+            out, state = self._padded(inputs, state, mask, last_only)
         else:
-            out, state = self._run(inputs, state, cu_seqlens)
+            out, state = self._run(inputs, state, cu_seqlens, last_only)
         return out if state is None else (out, state)
 
-    def _padded(self, inputs: Tensor, state: ModelState | None, mask: Tensor) -> tuple[Tensor, ModelState | None]:
+    def _padded(
+        self, inputs: Tensor, state: ModelState | None, mask: Tensor, last_only: bool
+    ) -> tuple[Tensor, ModelState | None]:
         cu_seqlens = F.pad(mask.sum(1).cumsum(0), (1, 0)).int()
-        out, state = self._run(inputs[mask][None], state, cu_seqlens)
-        if self.config.output != "classes":
+        out, state = self._run(inputs[mask][None], state, cu_seqlens, last_only)
+        if self.config.output != "classes" and not last_only:
             padded = out.new_zeros(*mask.shape, out.shape[-1])
             padded[mask] = out[0]
             out = padded
         return out, state
 
     def _run(
-        self, inputs: Tensor, state: ModelState | None, cu_seqlens: Tensor | None
+        self, inputs: Tensor, state: ModelState | None, cu_seqlens: Tensor | None, last_only: bool
     ) -> tuple[Tensor, ModelState | None]:
         x = self.embedding(inputs)
         if self.config.residual_in_fp32 and x.dtype in (torch.bfloat16, torch.float16):
@@ -142,6 +147,8 @@ class SequenceModel(nn.Module):
         after = None if state is None else ModelState(states, state.summed, state.count)
         if self.config.output == "classes":
             x = self._pool(x, after, cu_seqlens)
+        elif last_only:
+            x = _last(x, cu_seqlens)[:, None]
         return self.lm_head(x), after
 
     def _pool(self, x: Tensor, state: ModelState | None, cu_seqlens: Tensor | None) -> Tensor:
@@ -152,9 +159,7 @@ class SequenceModel(nn.Module):
         else:
             lengths = cu_seqlens.diff().long()
         if self.config.pooling == "last":
-            if bool((lengths == 0).any()):
-                raise ValueError("SequenceModel: `pooling: last` needs a token in every sequence; got an empty one")
-            return x[:, -1] if cu_seqlens is None else x[0, lengths.cumsum(0) - 1]
+            return _last(x, cu_seqlens)
         if cu_seqlens is None:
             summed = x.sum(1, dtype=wide)
         else:
@@ -232,3 +237,10 @@ class SequenceModel(nn.Module):
             total += 2.0 * sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
             total += block.mixer.mixing_flops(context)
         return total
+
+
+def _last(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Each sequence's last token: (b l d) → (s d)."""
+    if x.shape[1] == 0 or (cu_seqlens is not None and bool((cu_seqlens.diff() == 0).any())):
+        raise ValueError("SequenceModel: the last token is asked for of a sequence that has none")
+    return x[:, -1] if cu_seqlens is None else x[0, cu_seqlens[1:].long() - 1]

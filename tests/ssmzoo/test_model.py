@@ -95,6 +95,17 @@ class TestRandomModels:
             assert (logits[~mask] == 0).all()
 
     @torch.no_grad()
+    def test_the_last_tokens_alone(self, seed):
+        model, ids = random_model(seed), ids_like(3, 6)
+        mask = torch.ones(3, 6, dtype=torch.bool)
+        mask[0, :4], mask[2, 5:] = False, False
+        close(model(ids, last_only=True), model(ids)[:, -1:])
+        logits = model(ids, mask=mask)
+        close(model(ids, mask=mask, last_only=True)[:, 0], logits[[0, 1, 2], [5, 5, 4]])
+        with pytest.raises(ValueError, match="of a sequence that has none"):
+            model(ids[:, :0], last_only=True)
+
+    @torch.no_grad()
     def test_decoding_after_a_padded_prefill(self, seed):
         model = random_model(seed)
         ids, mask = ids_like(3, 6), torch.ones(3, 6, dtype=torch.bool)

@@ -1,0 +1,247 @@
+"""The causal convolution's Triton kernels.
+
+One program takes ``T`` steps of one sequence for ``BLOCK_D`` channels: it loads each row of inputs once, those of the
+``W - 1`` steps before it too, and every sum is over rows in registers. A sequence's first program also sees to its
+states. What is absent is None. Offsets are 64-bit; sums have the dtype of states; what is written is contiguous.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def place(tile, tiles, cu_seqlens, owners, length, T: tl.constexpr):
+    """A tile's sequence, the batch and time where that starts, its length, and the tile's first step within it."""
+    if cu_seqlens is not None:
+        sequence = tl.load(owners + tile).to(tl.int64)
+        start = tl.load(cu_seqlens + sequence).to(tl.int64)
+        end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
+        return sequence, sequence * 0, start, end - start, (tile - start // T - sequence) * T
+    sequence = tile // tiles
+    return sequence, sequence, sequence * 0, sequence * 0 + length, (tile - sequence * tiles) * T
+
+
+@triton.jit
+def rows(
+    x, x_time, initial, initial_time, here, first, length, COUNT: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr
+):
+    """``COUNT`` inputs from step ``first - (W - 1)`` on: the initial state before step 0, and 0 beyond the end."""
+    found = ()
+    for i in tl.static_range(COUNT):
+        t = first + i - (W - 1)
+        row = tl.load(x + t * x_time, mask=here & (t >= 0) & (t < length), other=0.0).to(WIDE)
+        if initial is not None and i < W - 1:
+            row += tl.load(initial + (t + W - 1) * initial_time, mask=here & (t < 0), other=0.0)
+        found = found + (row,)
+    return found
+
+
+@triton.jit
+def taps(weight, weight_w, here, W: tl.constexpr, WIDE: tl.constexpr):
+    """The weights, one tap after another."""
+    found = ()
+    for j in tl.static_range(W):
+        found = found + (tl.load(weight + tl.cast(j, tl.int64) * weight_w, mask=here, other=0.0).to(WIDE),)
+    return found
+
+
+@triton.jit
+def sigmoid(x):
+    return 1 / (1 + tl.exp(-x))
+
+
+@triton.jit(do_not_specialize=["length", "tiles", "d_blocks"])
+def forward(
+    x,
+    weight,
+    bias,
+    initial,
+    cu_seqlens,
+    owners,
+    y,
+    final,
+    x_batch,
+    x_time,
+    x_d,
+    weight_d,
+    weight_w,
+    bias_d,
+    initial_s,
+    initial_time,
+    initial_d,
+    length,
+    tiles,
+    d,
+    d_blocks,
+    W: tl.constexpr,
+    SILU: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    WIDE: tl.constexpr = final.dtype.element_ty
+    pid = tl.program_id(0).to(tl.int64)
+    sequence, batch, start, steps, first = place(pid // d_blocks, tiles, cu_seqlens, owners, length, T)
+    channel = pid % d_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    here = channel < d
+    y += (batch * length + start) * d + channel
+    x += batch * x_batch + start * x_time + channel * x_d
+    if initial is not None:
+        initial += sequence * initial_s + channel * initial_d
+    weights = taps(weight + channel * weight_d, weight_w, here, W, WIDE)
+    offset = tl.zeros([BLOCK_D], WIDE)
+    if bias is not None:
+        offset += tl.load(bias + channel * bias_d, mask=here, other=0.0).to(WIDE)
+
+    inputs = rows(x, x_time, initial, initial_time, here, first, steps, T + W - 1, W, WIDE)
+    for i in tl.static_range(T):
+        sum = offset
+        for j in tl.static_range(W):
+            sum += weights[j] * inputs[i + j]
+        if SILU:
+            sum = sum * sigmoid(sum)
+        tl.store(y + (first + i) * d, sum.to(y.dtype.element_ty), mask=here & (first + i < steps))
+
+    if first == 0:
+        last = rows(x, x_time, initial, initial_time, here, steps, steps, W - 1, W, WIDE)
+        for j in tl.static_range(W - 1):
+            tl.store(final + (sequence * (W - 1) + j) * d + channel, last[j], mask=here)
+
+
+@triton.jit(do_not_specialize=["length", "tiles", "d_blocks"])
+def backward(
+    x,
+    weight,
+    bias,
+    initial,
+    cu_seqlens,
+    owners,
+    dy,
+    dfinal,
+    dx,
+    dinitial,
+    dweights,
+    x_batch,
+    x_time,
+    x_d,
+    weight_d,
+    weight_w,
+    bias_d,
+    initial_s,
+    initial_time,
+    initial_d,
+    dy_batch,
+    dy_time,
+    dy_d,
+    length,
+    tiles,
+    d,
+    d_blocks,
+    W: tl.constexpr,
+    SILU: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Gradients of x and the initial state; of the weights, and last of the bias, each tile's part, (tile W+1 d)."""
+    WIDE: tl.constexpr = dweights.dtype.element_ty
+    pid = tl.program_id(0).to(tl.int64)
+    tile = pid // d_blocks
+    sequence, batch, start, steps, first = place(tile, tiles, cu_seqlens, owners, length, T)
+    channel = pid % d_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    here = channel < d
+    dx += (batch * length + start) * d + channel
+    dy += batch * dy_batch + start * dy_time + channel * dy_d
+    x += batch * x_batch + start * x_time + channel * x_d
+    if initial is not None:
+        initial += sequence * initial_s + channel * initial_d
+    if dfinal is not None:
+        dfinal += sequence * (W - 1) * d + channel
+    weights = taps(weight + channel * weight_d, weight_w, here, W, WIDE)
+    offset = tl.zeros([BLOCK_D], WIDE)
+    if bias is not None:
+        offset += tl.load(bias + channel * bias_d, mask=here, other=0.0).to(WIDE)
+
+    # Gradients of the sums of this tile and of the W - 1 after it, which its inputs reach too
+    inputs = rows(x, x_time, initial, initial_time, here, first, steps, T + 2 * (W - 1), W, WIDE)
+    dsums = ()
+    for i in tl.static_range(T + W - 1):
+        dsum = tl.load(dy + (first + i) * dy_time, mask=here & (first + i < steps), other=0.0).to(WIDE)
+        if SILU:
+            sum = offset
+            for j in tl.static_range(W):
+                sum += weights[j] * inputs[i + j]
+            gate = sigmoid(sum)
+            dsum = dsum * gate * (1 + sum * (1 - gate))
+        dsums = dsums + (dsum,)
+
+    dweights += tile * (W + 1) * d + channel
+    for j in tl.static_range(W + 1):
+        dweight = tl.zeros([BLOCK_D], WIDE)
+        for i in tl.static_range(T):
+            dweight += dsums[i] * inputs[i + j] if j < W else dsums[i]
+        tl.store(dweights + j * d, dweight, mask=here)
+
+    for i in tl.static_range(T):
+        dinput = tl.zeros([BLOCK_D], WIDE)
+        for j in tl.static_range(W):
+            dinput += weights[j] * dsums[i + W - 1 - j]
+        t = first + i
+        if dfinal is not None:
+            late = t - (steps - (W - 1))
+            dinput += tl.load(dfinal + late * d, mask=here & (late >= 0) & (t < steps), other=0.0)
+        tl.store(dx + t * d, dinput.to(dx.dtype.element_ty), mask=here & (t < steps))
+
+    if dinitial is not None:  # noqa: SIM102 (one is known to the compiler, the other is not)
+        if first == 0:
+            for i in tl.static_range(W - 1):
+                dinput = tl.zeros([BLOCK_D], WIDE)
+                for j in tl.static_range(i + 1):
+                    dinput += weights[j] * dsums[i - j]
+                if dfinal is not None:  # a sequence shorter than the state hands it on
+                    dinput += tl.load(dfinal + (i - steps) * d, mask=here & (i >= steps), other=0.0)
+                tl.store(dinitial + (sequence * (W - 1) + i) * d + channel, dinput, mask=here)
+
+
+@triton.jit(do_not_specialize=["d_blocks"])
+def step(
+    state,
+    x,
+    weight,
+    bias,
+    y,
+    state_batch,
+    state_time,
+    state_d,
+    x_batch,
+    x_d,
+    weight_d,
+    weight_w,
+    bias_d,
+    d,
+    d_blocks,
+    W: tl.constexpr,
+    SILU: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    WIDE: tl.constexpr = state.dtype.element_ty
+    pid = tl.program_id(0).to(tl.int64)
+    batch = pid // d_blocks
+    channel = pid % d_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    here = channel < d
+    state += batch * state_batch + channel * state_d
+    weights = taps(weight + channel * weight_d, weight_w, here, W, WIDE)
+    inputs = ()
+    for j in tl.static_range(W - 1):
+        inputs = inputs + (tl.load(state + tl.cast(j, tl.int64) * state_time, mask=here, other=0.0),)
+    inputs = inputs + (tl.load(x + batch * x_batch + channel * x_d, mask=here, other=0.0).to(WIDE),)
+    sum = tl.zeros([BLOCK_D], WIDE)
+    if bias is not None:
+        sum += tl.load(bias + channel * bias_d, mask=here, other=0.0).to(WIDE)
+    for j in tl.static_range(W):
+        sum += weights[j] * inputs[j]
+    if SILU:
+        sum = sum * sigmoid(sum)
+    tl.store(y + batch * d + channel, sum.to(y.dtype.element_ty), mask=here)
+    for j in tl.static_range(W - 1):
+        tl.store(state + tl.cast(j, tl.int64) * state_time, inputs[j + 1], mask=here)

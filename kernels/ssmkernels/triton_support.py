@@ -1,0 +1,59 @@
+"""What the bindings of all Triton kernels share. Imports no Triton: machines without it come here too."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+
+@functools.cache
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors. Triton reads the variable when it is imported."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+@functools.cache
+def missing() -> str | None:
+    """What this machine lacks for Triton kernels; None where all is well."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (there are builds for Linux only)"
+    if not interpreting() and not torch.cuda.is_available():
+        return "there is no GPU (TRITON_INTERPRET=1 runs Triton's kernels on the CPU, for tests)"
+    return None
+
+
+def wrong_device(name: str, tensor: Tensor) -> str | None:
+    """Why kernels cannot reach the tensor; None where they can."""
+    wanted, where = ("cpu", "the CPU, for Triton's interpreter") if interpreting() else ("cuda", "a GPU")
+    if tensor.device.type != wanted:
+        return f"its tensors must be on {where}; `{name}` is on {tensor.device}"
+    return None
+
+
+for _function in (interpreting, missing):
+    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a compiler need not look into them
+
+
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current GPU: inside, that is the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def next_power_of_2(x: int) -> int:
+    return 1 << max(0, x - 1).bit_length()
+
+
+def owners(cu_seqlens: Tensor, length: int, tile: int) -> Tensor:
+    """The sequence of each tile of a packed batch, int32 ``(length // tile + s)``, without reading borders on the host.
+
+    Sequence i's tiles have the numbers from ``cu_seqlens[i] // tile + i`` on: at least one, and as many as it needs.
+    """
+    s = cu_seqlens.shape[0] - 1
+    first = cu_seqlens[:-1] // tile + torch.arange(s, device=cu_seqlens.device, dtype=torch.int32)
+    tiles = torch.arange(length // tile + s, device=cu_seqlens.device, dtype=torch.int32)
+    return (torch.searchsorted(first, tiles, right=True, out_int32=True) - 1).to(torch.int32)

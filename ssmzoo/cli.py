@@ -75,7 +75,8 @@ def _message(error: Exception) -> str:
     if hasattr(error, "format_message"):  # typer's own, about the command line
         context = getattr(error, "ctx", None)
         hint = f". Try: {context.command_path} --help" if context is not None else ""
-        return " ".join(error.format_message().split()).rstrip(".") + hint
+        said = " ".join(error.format_message().split())
+        return said + hint.removeprefix(".") if said.endswith("?") else said.rstrip(".") + hint
     text = " ".join(str(error).split())
     if isinstance(error, ValueError | TypeError | OSError | ImportError):
         return text or type(error).__name__

@@ -1,0 +1,179 @@
+"""Everything that follows from the specs alone. A new op, case or implementation is tested here with no further code."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from ssmkernels import OPS
+from ssmkernels.running import is_real_or_complex, run, with_gradients
+from ssmkernels.spec import specs, tensors_of
+from ssmkernels.testing import check
+
+SPECS = specs()
+PAIRS = [(op, name) for op in sorted(OPS) for name in OPS[op].names]
+EVERY = pytest.mark.parametrize(("op", "implementation"), PAIRS, ids=map("-".join, PAIRS))
+DIFFERENTIABLE = [op for op in SPECS if SPECS[op].differentiable]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def need(op, implementation):
+    """Skips a test of what this machine lacks."""
+    why = OPS[op].why_not(implementation)
+    if why:
+        pytest.skip(f"{op}: {implementation}: {why}")
+
+
+def test_every_op_has_a_spec():
+    assert sorted(SPECS) == sorted(OPS)
+
+
+@pytest.mark.parametrize("op", SPECS)
+def test_a_spec_is_whole(op):
+    spec = SPECS[op]
+    cases = spec.cases()
+    assert len({str(case) for case in cases}) == len(cases), "a case stands there twice"
+    for case in (*cases, spec.case(spec.bench)):
+        assert spec.flops(case) >= 0
+    assert spec.flops(spec.case(spec.bench)) > 0
+    assert spec.bytes(spec.case({}), torch.bfloat16) < spec.bytes(spec.case({}), torch.float32)
+    returned = tensors_of(spec.function()(**spec.inputs(spec.case({}), torch.float32, "cpu", 0)))
+    assert len(returned) <= len(spec.results)
+    layouts = {case["layout"] for case in cases}
+    assert layouts == {"contiguous", "strided", *(["far"] if spec.batched(spec.case({})) else [])}
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_every_case(op, implementation, dtype):
+    need(op, implementation)
+    rows = [SPECS[op].row(case) for case in SPECS[op].cases()]
+    often = dtype in (torch.float32, torch.bfloat16)
+    report = check(op, implementation, cases=rows if often else rows[::3], dtypes=[dtype])
+    assert report.checks, "no case reaches this implementation"
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_gradcheck_of_the_reference(op):
+    spec = SPECS[op]
+    arguments = spec.inputs(spec.case({}), torch.float64, "cpu", 0)
+    names = [name for name, value in arguments.items() if is_real_or_complex(value)]
+
+    def reference(*values):
+        return spec.function()(**{**arguments, **dict(zip(names, values, strict=True))}, implementation="reference")
+
+    leaves = with_gradients(arguments)
+    assert torch.autograd.gradcheck(reference, [leaves[name] for name in names], fast_mode=True, atol=1e-6)
+
+
+def longer(spec):
+    """A row that changes one size along which calls differ from one another."""
+    for row in spec.rows:
+        if (
+            len(row) == 1
+            and row.keys() <= {"l", "m", "length", "d", "shape"}
+            and all(v not in (0, 1) for v in row.values())
+        ):
+            return row
+    raise AssertionError(f"{spec.op} has no row for another length")
+
+
+@EVERY
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiled_is_eager(op, implementation, dynamic):
+    need(op, implementation)
+    torch._dynamo.reset()
+    spec = SPECS[op]
+    eager = functools.partial(spec.function(), implementation=implementation)
+    compiled = torch.compile(lambda **a: eager(**a), fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for row in ({}, longer(spec)) if dynamic else ({},):
+        arguments = spec.inputs(spec.case(row), torch.float32, "cpu", 0)
+        expected = run(spec, eager, spec.inputs(spec.case(row), torch.float32, "cpu", 0), poison=False)
+        found = run(spec, compiled, arguments, poison=False)
+        assert found.tensors.keys() == expected.tensors.keys()
+        for name, value in expected.tensors.items():
+            torch.testing.assert_close(found.tensors[name], value, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@EVERY
+def test_autocast_does_not_reach_in(op, implementation):
+    need(op, implementation)
+    spec = SPECS[op]
+
+    def under_autocast(**arguments):
+        with torch.autocast("cpu", torch.bfloat16):
+            return spec.function()(**arguments, implementation=implementation)
+
+    def results(function):
+        return run(spec, function, spec.inputs(spec.case({}), torch.float32, "cpu", 0)).tensors
+
+    outside, inside = results(implementation), results(under_autocast)
+    for name, expected in outside.items():
+        assert inside[name].dtype == expected.dtype, name
+        assert torch.equal(inside[name], expected), name
+
+
+class Recorder(TorchDispatchMode):
+    """Remembers one call of each of our operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "ssmkernels":
+            self.calls.setdefault(func.name(), (func, args))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """One call of each operator that the cases reach, forward and backward, as under a compiler."""
+    recorder = Recorder()
+    with pytest.MonkeyPatch.context() as patch, recorder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)  # then ops go through their operators
+        for op, implementation in PAIRS:
+            if OPS[op].why_not(implementation):
+                continue
+            rows = SPECS[op].rows
+            for row in ({}, rows[0], *[row for row in rows if row.get("packed")][:1]):
+                try:
+                    run(SPECS[op], implementation, SPECS[op].inputs(SPECS[op].case(row), torch.float32, "cpu", 0))
+                except ValueError as error:
+                    assert "cannot run this call" in str(error)  # noqa: PT017 (what cannot run is no failure)
+    return recorder.calls
+
+
+def registered():
+    """Our operators, by what implementation of which op they are called; tests register some of their own."""
+    for op, implementation in PAIRS:
+        OPS[op].implementation(implementation)
+    names = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("ssmkernels::"))
+    return sorted(name for name in names if not name.startswith(("ssmkernels::test_", "ssmkernels::toy")))
+
+
+REGISTERED = registered()
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_opcheck(name, recorded):
+    lacking = [implementation for op, implementation in PAIRS if OPS[op].why_not(implementation)]
+    if name not in recorded and any(word in name.split("_") for word in lacking):
+        pytest.skip("needs what its implementation needs")
+    operator, args = recorded[name]
+    wanted = not name.endswith("_backward") and not operator._schema.is_mutable
+    leaf = lambda a: a.detach().requires_grad_(wanted) if is_real_or_complex(a) else a  # noqa: E731
+    torch.library.opcheck(operator, tree_map(leaf, args))

@@ -60,16 +60,12 @@ SSMZOO_INLINE void narrow(float x, float16* p) {
     memcpy(&p->bits, &h, sizeof h);
 }
 #else
-// 5 bits of exponent become 8: move them into place, then multiply by 2^112 to correct the bias, subnormal numbers included.
 SSMZOO_INLINE float widen(float16 x) {
-    const uint32_t magnitude = x.bits & 0x7fffu;
-    uint32_t bits = magnitude << 13;
-    float f;
-    memcpy(&f, &bits, sizeof f);
-    f *= 5.192296858534828e33f;
-    memcpy(&bits, &f, sizeof f);
-    if (magnitude >= 0x7c00u) bits = 0x7f800000u | (magnitude << 13);  // infinity, NaN
-    bits |= static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+    const uint32_t magnitude = x.bits & 0x7fffu, sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+    uint32_t bits = (magnitude << 13) + (magnitude < 0x7c00u ? 0x38000000u : 0x70000000u);  // the exponent's bias; infinity
+    float f = static_cast<float>(magnitude) * 5.9604645e-8f;                               // subnormal: times 2^-24
+    if (magnitude < 0x400u) memcpy(&bits, &f, sizeof f);
+    bits |= sign;
     memcpy(&f, &bits, sizeof f);
     return f;
 }

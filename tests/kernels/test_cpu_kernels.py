@@ -1,0 +1,276 @@
+"""The native kernels, beyond what every implementation must pass: each instruction set, threads, odd sizes, memory."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ssmkernels import causal_conv1d, causal_conv1d_step, explain, native, selective_scan, selective_scan_step
+from ssmkernels.causal_conv1d import cpu as conv_cpu
+from ssmkernels.selective_scan import cpu as scan_cpu
+from ssmkernels.testing import check
+
+pytestmark = pytest.mark.skipif(native.missing() is not None, reason=f"needs the native library: {native.missing()}")
+
+SCAN = functools.partial(selective_scan, return_final_state=True, delta_softplus=True)
+CONV = functools.partial(causal_conv1d, return_final_state=True, activation="silu")
+SCAN_REFERENCE, CONV_REFERENCE = (functools.partial(f, implementation="reference") for f in (SCAN, CONV))
+SCAN, CONV = (functools.partial(f, implementation="cpu") for f in (SCAN, CONV))
+
+# In a fresh process each: the library chooses its instruction set once.
+CHECKED = """
+from ssmkernels import native
+from ssmkernels.testing import check
+import torch
+torch.set_num_threads(1)
+assert native.info()["isa"] == "{isa}", native.info()
+base = dict(b=1, l=67, d=37)
+for n in (1, 2, 3, 5, 8, 16, 17, 32, 64, 100, 256):
+    check("selective_scan", "cpu", cases=[dict(b=1, l=9, d=5, n=n)], dtypes=[torch.float32])
+odd = [dict(b=1, l=67, d=37, n=7), dict(fixed=True), dict(delta=30.0), dict(packed=True, b=1, l=21), dict(g=3)]
+halves = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+check("selective_scan", "cpu", cases=odd, dtypes=halves)
+check("selective_scan_step", "cpu", cases=[dict(d=37, n=7), dict(d=5, n=17), dict(g=3)], dtypes=halves)
+small = [dict(w=3), dict(w=4, d=37, l=67), dict(w=7), dict(w=4, x=1e-3), dict(packed=True, b=1, l=21)]
+check("causal_conv1d", "cpu", cases=small, dtypes=halves)
+check("causal_conv1d_step", "cpu", cases=[dict(w=1), dict(w=4, d=37), dict(w=6)], dtypes=halves)
+"""
+
+
+@pytest.fixture
+def scan_inputs(randn):
+    def make(dtype=torch.float32, *, b=2, l=100, d=70, n=16, g=None, cu_seqlens=None, state=True):
+        wide = torch.promote_types(dtype, torch.float32)
+        s = b if cu_seqlens is None else len(cu_seqlens) - 1
+        groups = () if g is None else (g,)
+        made = {
+            "u": randn(b, l, d, dtype=dtype),
+            "delta": randn(b, l, d, dtype=dtype),
+            "A": -randn(d, n, dtype=wide).abs(),
+            "B": randn(b, l, *groups, n, dtype=dtype),
+            "C": randn(b, l, *groups, n, dtype=dtype),
+            "D": randn(d, dtype=wide),
+            "z": randn(b, l, d, dtype=dtype),
+            "delta_bias": randn(d, dtype=wide),
+            "initial_state": randn(s, d, n, dtype=wide) if state else None,
+        }
+        if cu_seqlens is not None:
+            made["cu_seqlens"] = torch.tensor(cu_seqlens, dtype=torch.int32)
+        return {name: value for name, value in made.items() if value is not None}
+
+    return make
+
+
+@pytest.fixture
+def conv_inputs(randn):
+    def make(dtype=torch.float32, *, b=2, l=100, d=70, w=4, cu_seqlens=None):
+        wide = torch.promote_types(dtype, torch.float32)
+        s = b if cu_seqlens is None else len(cu_seqlens) - 1
+        made = {
+            "x": randn(b, l, d, dtype=dtype),
+            "weight": randn(d, w, dtype=wide),
+            "bias": randn(d, dtype=wide),
+            "initial_state": randn(s, w - 1, d, dtype=wide),
+        }
+        if cu_seqlens is not None:
+            made["cu_seqlens"] = torch.tensor(cu_seqlens, dtype=torch.int32)
+        return made
+
+    return make
+
+
+@pytest.fixture
+def inputs(request, scan_inputs, conv_inputs):
+    return {SCAN: scan_inputs, CONV: conv_inputs}
+
+
+EACH = pytest.mark.parametrize("function", [SCAN, CONV], ids=["selective_scan", "causal_conv1d"])
+
+
+@pytest.fixture
+def on_threads():
+    before = torch.get_num_threads()
+
+    def call(number, function, *args, **kwargs):
+        torch.set_num_threads(number)
+        return function(*args, **kwargs)
+
+    yield call
+    torch.set_num_threads(before)
+
+
+def same_bits(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("isa", native.info().get("isas", []))
+def test_every_instruction_set(isa):
+    answer = subprocess.run(
+        [sys.executable, "-c", CHECKED.format(isa=isa)],
+        env={**os.environ, "SSMZOO_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+    if "cannot be run by this CPU" in answer.stderr:
+        pytest.skip(f"needs a CPU with {isa}")
+    assert answer.returncode == 0, answer.stderr[-4000:]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 16, 17, 32, 64, 100, 256])
+def test_any_state_size(n, scan_inputs, run, assert_same):
+    made = scan_inputs(torch.float64, b=1, l=11, d=5, n=n)
+    assert_same(run(SCAN, **made), run(SCAN_REFERENCE, **made))
+
+
+@pytest.mark.parametrize("n", [16, 40])
+def test_across_chunks(n, scan_inputs, run, assert_same):
+    made = scan_inputs(torch.float64, b=1, l=2 * scan_cpu._chunk(torch.empty(1, n)) + 3, d=66, n=n)
+    assert_same(run(SCAN, **made), run(SCAN_REFERENCE, **made))
+
+
+@pytest.mark.parametrize("w", range(1, 8))
+def test_any_width(w, conv_inputs, assert_same):
+    made = conv_inputs(torch.float64, l=130, d=67, w=w)
+    expected = CONV_REFERENCE(**made)
+    for found, wanted in zip(CONV(**made), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("w", [2, 3, 4, 5, 9])
+def test_gradients_across_blocks(w, conv_inputs, run, assert_same):
+    made = conv_inputs(torch.float64, l=130, d=67, w=w)
+    assert_same(run(CONV, **made), run(CONV_REFERENCE, **made))
+    packed = conv_inputs(torch.float64, b=1, l=200, d=5, w=w, cu_seqlens=[0, 0, 64, 65, 66, 68, 131, 200, 200])
+    assert_same(run(CONV, **packed), run(CONV_REFERENCE, **packed))
+
+
+@EACH
+def test_many_short_sequences(function, inputs, run, assert_same):
+    """More than one window of the scan's backward pass holds, and more than the convolution has groups of blocks."""
+    made = inputs[function](torch.float64, b=1, l=150, d=6, cu_seqlens=list(range(0, 151, 2)))
+    reference = functools.partial(function, implementation="reference")
+    assert_same(run(function, **made), run(reference, **made))
+
+
+def test_windows_of_positions(scan_inputs, run, assert_same):
+    """One sequence in several windows of the backward pass: each tile's sums over channels are large here."""
+    made = scan_inputs(torch.float64, b=1, l=1030, d=64, n=256, g=32, state=False)
+    assert_same(run(SCAN, **made), run(functools.partial(SCAN, implementation="tiled"), **made))
+
+
+@EACH
+@pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
+def test_the_same_bits_on_any_number_of_threads(function, packed, inputs, run, on_threads):
+    shape = {"b": 1, "l": 150, "cu_seqlens": [0, 5, 5, 100, 150]} if packed else {"b": 3, "l": 70}
+    made = inputs[function](**shape, d=130)
+    assert same_bits(*(on_threads(number, run, function, **made) for number in (1, 2)))
+
+
+@EACH
+def test_a_sequence_has_its_bits_in_any_company(function, inputs, run):
+    made = inputs[function](b=3, l=70, d=67)
+    timed = [name for name, value in made.items() if value.shape[0] == 3]
+    whole = function(**made)
+    for i in range(3):
+        alone = function(**{n: v[i : i + 1] if n in timed else v for n, v in made.items()})
+        assert all(torch.equal(a, w[i : i + 1]) for a, w in zip(alone, whole, strict=True))
+
+
+@EACH
+def test_half_precision_is_float32_rounded_at_the_end(function, inputs):
+    for dtype, wide in itertools.product((torch.bfloat16, torch.float16), (torch.float32,)):
+        made = inputs[function](dtype, l=70, d=37)
+        y, state = function(**made)
+        wide_y, wide_state = function(**{n: v.to(wide) for n, v in made.items()})
+        assert torch.equal(y, wide_y.to(dtype))
+        assert torch.equal(state, wide_state)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1.0, 65504.0, -65504.0, 6e-8, 6.1e-5, float("inf"), float("nan")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_every_kind_of_number(value, dtype):
+    x = torch.full((1, 3, 21), value).to(dtype)
+    y = causal_conv1d(x, torch.ones(21, 1), implementation="cpu")
+    assert torch.equal(y.nan_to_num(7.0), x.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("name", ["u", "delta", "A", "B", "C", "z", "initial_state"])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_goes_where_the_reference_lets_it(name, value, scan_inputs):
+    made = scan_inputs(b=1, l=9, d=5, n=3)
+    made[name][(0,) * (made[name].ndim - 1)][1] = value
+    for found, wanted in zip(SCAN(**made), SCAN_REFERENCE(**made), strict=True):
+        assert torch.equal(found.isnan(), wanted.isnan())
+        assert torch.equal(found.isinf(), wanted.isinf())
+        torch.testing.assert_close(found, wanted, equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("growth", [0.5, 3.0, 30.0, 200.0])
+def test_growing_states(growth, scan_inputs):
+    """A may be positive: up to the largest number, and then infinity, as in the reference."""
+    made = scan_inputs(b=1, l=5, d=5, n=3, state=False) | {"A": torch.full((5, 3), growth)}
+    for found, wanted in zip(SCAN(**made), SCAN_REFERENCE(**made), strict=True):
+        torch.testing.assert_close(found, wanted, equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
+def test_memory_above_inputs_and_outputs(scan_inputs):
+    """Saved for the backward pass: the states at the chunks' starts, a quarter of one activation at n 16."""
+    made = scan_inputs(b=1, l=640, d=64, n=16)
+    _, _, starts = scan_cpu._scan(
+        *(made[k] for k in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")), True, None, None, True
+    )
+    assert starts.numel() * 4 == made["u"].numel()
+
+
+def test_what_it_cannot_do_is_said(scan_inputs):
+    made = scan_inputs(l=3, d=2, n=2)
+    assert explain(selective_scan, **made).chosen == "cpu"
+    complex_A = made | {"A": made["A"].to(torch.complex64), "initial_state": made["initial_state"].to(torch.complex64)}
+    assert "complex A" in explain(selective_scan, **complex_A).reasons["cpu"]
+    on_meta = {name: value.to("meta") for name, value in made.items()}
+    assert "must be on the CPU; `u` is on meta" in explain(selective_scan, **on_meta).reasons["cpu"]
+    state, x, weight = torch.zeros(1, 3, 2), torch.zeros(1, 2), torch.zeros(2, 4, requires_grad=True)
+    assert "no gradient" in explain(causal_conv1d_step, state, x, weight).reasons["cpu"]
+    with torch.no_grad():
+        assert explain(causal_conv1d_step, state, x, weight).chosen == "cpu"
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, [0, 5, 5, 17]])
+def test_opcheck(cu_seqlens, scan_inputs, conv_inputs, opcheck):
+    shape = {"b": 2 if cu_seqlens is None else 1, "l": 17, "d": 5, "cu_seqlens": cu_seqlens}
+    made = {"cu_seqlens": None, **scan_inputs(**shape, n=3)}
+    opcheck(scan_cpu.scan, made | {"delta_softplus": True, "save": True})
+    opcheck(conv_cpu.conv, {"cu_seqlens": None, **conv_inputs(**shape)} | {"activation": "silu"})
+
+
+@EACH
+def test_compiles(function, inputs, assert_compiles):
+    assert_compiles(function, **inputs[function](b=1, l=9, d=5, cu_seqlens=[0, 4, 9]))
+
+
+@torch.no_grad()
+def test_the_steps_compile(scan_inputs, conv_inputs):
+    made = scan_inputs(b=2, l=1, d=5, n=3)
+    now = {n: v[:, 0] if n in ("u", "delta", "B", "C", "z") else v for n, v in made.items()}
+    scan_state = now.pop("initial_state")
+    conv = conv_inputs(b=2, l=1, d=5)
+    conv_state = conv.pop("initial_state")
+    conv["x"] = conv["x"][:, 0]
+    for step, state, rest in ((selective_scan_step, scan_state, now), (causal_conv1d_step, conv_state, conv)):
+        eager, compiled = state.clone(), state.clone()
+        torch._dynamo.reset()
+        found = torch.compile(step, fullgraph=True, backend="aot_eager")(compiled, **rest)
+        assert torch.equal(found, step(eager, **rest))
+        assert torch.equal(compiled, eager)
+        assert not torch.equal(compiled, state)
+
+
+@pytest.mark.parametrize("op", ["selective_scan_step", "causal_conv1d_step"])
+def test_the_whole_check_of_a_step(op):
+    check(op, "cpu")

@@ -1,0 +1,185 @@
+"""The native library: built, found, refused with a reason, and clean under the sanitizers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ssmkernels import native
+from ssmkernels.native import build
+
+# The library at another place, and what it says.
+ELSEWHERE = """
+import pathlib, sys
+from ssmkernels import native
+native.PATH = pathlib.Path(sys.argv[1])
+"""
+
+# Odd sizes of everything, so that a step beyond any array is a step beyond its memory.
+EXERCISE = (
+    ELSEWHERE
+    + """
+import torch
+from ssmkernels.testing import check
+assert native.missing() is None, native.missing()
+torch.set_num_threads(2)
+odd = dict(b=1, l=67, d=37, n=7)
+for op, cases in {
+    "selective_scan": [odd, dict(g=3), dict(fixed=True), dict(b=1, packed=True, l=21), dict(l=0), dict(n=17)],
+    "selective_scan_step": [dict(d=37, n=7), dict(n=17)],
+    "causal_conv1d": [dict(w=4, d=37, l=67), dict(w=7), dict(w=3, b=1, packed=True, l=21), dict(l=0)],
+    "causal_conv1d_step": [dict(w=4, d=37), dict(w=1)],
+}.items():
+    check(op, "cpu", cases=cases, dtypes=[torch.float32, torch.float16])
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    try:
+        return build.find_compiler()
+    except build.BuildError as error:
+        pytest.skip(f"needs a C++ compiler: {error}")
+
+
+def say(code, *arguments, **environment):
+    """What Python prints for the code, in a process of its own."""
+    answer = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert answer.returncode == 0, (answer.stdout + answer.stderr)[-6000:]
+    return answer.stdout.strip()
+
+
+def why_missing(path, **environment):
+    return say(ELSEWHERE + "print(native.missing())", path, **environment)
+
+
+def test_info():
+    info = native.info()
+    assert info["abi"] == native.ABI
+    if info["missing"]:
+        pytest.skip(f"needs the native library: {info['missing']}")
+    assert Path(info["path"]).exists()
+    assert info["isa"] in info["isas"]
+    assert info["isas"][0] == "baseline"
+    assert info["compiler"]
+    assert isinstance(info["openmp"], bool)
+
+
+def test_without_a_library(tmp_path):
+    said = why_missing(tmp_path / "none.so")
+    assert "was not built" in said
+    assert "install a C++ compiler" in said
+
+
+def test_a_file_that_is_no_library(tmp_path):
+    (tmp_path / "broken.so").write_text("not a library")
+    assert "does not load" in why_missing(tmp_path / "broken.so")
+
+
+def library_of(compiler, folder, source):
+    (folder / "other.cpp").write_text(source)
+    command = [*compiler, "-shared", "-fPIC", str(folder / "other.cpp"), "-o", str(folder / "other.so")]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder / "other.so"
+
+
+def test_a_library_of_another_version(compiler, tmp_path):
+    older = library_of(compiler, tmp_path, 'extern "C" int ssmzoo_abi() { return 0; }')
+    said = why_missing(older)
+    assert f"is of another version (ABI 0, not {native.ABI})" in said
+    assert "install ssmzoo again" in said
+
+
+def test_a_library_of_something_else(compiler, tmp_path):
+    assert "does not load" in why_missing(library_of(compiler, tmp_path, "int nothing;"))
+
+
+def test_calls_go_elsewhere_without_a_library(tmp_path):
+    code = (
+        ELSEWHERE
+        + """
+import torch
+from ssmkernels import explain, selective_scan
+x = torch.zeros(1, 3, 2)
+found = explain(selective_scan, x, x, torch.zeros(2, 4), torch.zeros(1, 3, 4), torch.zeros(1, 3, 4))
+print(found.chosen, found.reasons["cpu"])
+selective_scan(x, x, torch.zeros(2, 4), torch.zeros(1, 3, 4), torch.zeros(1, 3, 4))
+try:
+    selective_scan(x, x, torch.zeros(2, 4), torch.zeros(1, 3, 4), torch.zeros(1, 3, 4), implementation="cpu")
+except ValueError as error:
+    print(error)
+"""
+    )
+    first, second = say(code, tmp_path / "none.so").splitlines()
+    assert first.startswith("tiled the native CPU library was not built")
+    assert "implementation 'cpu'" in second
+    assert "was not built" in second
+
+
+@pytest.mark.skipif(native.missing() is not None, reason="needs the native library")
+@pytest.mark.parametrize(
+    ("isa", "said"), [("avx3", "'avx3' is none of its names; there are: baseline"), ("baseline", "None")]
+)
+def test_forced_instruction_set(isa, said):
+    assert said in say("from ssmkernels import native; print(native.missing())", SSMZOO_CPU_ISA=isa)
+
+
+def test_without_a_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(build.BuildError, match=r"named by CXX, 'no-such-compiler', was not found; install one"):
+        build.build(tmp_path / "library.so")
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(build.BuildError, match=r"no C\+\+ compiler was found; install one"):
+        build.build(tmp_path / "library.so")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_compiler_that_fails(monkeypatch, tmp_path):
+    failing = tmp_path / "c++"
+    failing.write_text("#!/bin/sh\necho it is broken >&2\nexit 1\n")
+    failing.chmod(0o755)
+    monkeypatch.setenv("CXX", str(failing))
+    with pytest.raises(build.BuildError, match="the C\\+\\+ compiler failed: (.|\n)*it is broken"):
+        build.build(tmp_path / "library.so")
+
+
+@pytest.mark.skipif(native.missing() is not None, reason="needs the native library")
+def test_no_second_openmp():
+    """Two runtimes would mean two pools of threads that wait for each other."""
+    if not sys.platform.startswith("linux") or not native.info()["openmp"]:
+        pytest.skip("needs Linux and a library with OpenMP")
+    code = "from ssmkernels import native; native.info(); print(open('/proc/self/maps').read())"
+    maps = say(code).splitlines()
+    runtimes = {line.split()[-1] for line in maps if "libgomp" in line or "libomp" in line or "libiomp" in line}
+    assert len(runtimes) == 1, runtimes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: the sanitizer is preloaded")
+def test_under_sanitizers(compiler, tmp_path):
+    library = subprocess.run(
+        [*compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    if not Path(library).is_absolute() or not Path(library).exists():
+        pytest.skip("needs a compiler with the address sanitizer")
+    target = tmp_path / "sanitized.so"
+    isa = native.info().get("isa", "baseline")
+    flags = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    build.build(target, isas=[isa], extra=flags)
+    say(
+        EXERCISE,
+        target,
+        LD_PRELOAD=str(Path(library).resolve()),
+        ASAN_OPTIONS="detect_leaks=0",  # Python's own
+        SSMZOO_CPU_ISA=isa,
+    )

@@ -89,6 +89,8 @@ def check_dtypes(op: str, arguments: Mapping[str, Any], allowed: Iterable[torch.
     """
     allowed = tuple(allowed)
     for name, value in arguments.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{op}: `{name}` must be a tensor; got {type(value).__name__}")
         if value is not None and value.dtype not in allowed:
             names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
             raise TypeError(f"{op}: `{name}` must be {names}; got {str(value.dtype).removeprefix('torch.')}")
@@ -109,6 +111,33 @@ def check_same_dtype(op: str, arguments: Mapping[str, Any], allowed: Iterable[to
                 f"{op}: `{name}` must be {str(leader.dtype).removeprefix('torch.')}, as `{first}` is; "
                 f"got {str(value.dtype).removeprefix('torch.')}"
             )
+
+
+def check_options(op: str, kind: str, /, **options: Any) -> None:
+    """Checks options that are no tensors.
+
+    Args:
+        op: the function's name, for the message.
+        kind: "bool", "int" or "number", with " or None" where None will do. A bool is no number here.
+        options: by name.
+
+    Raises:
+        TypeError: naming the option, what was expected and what came.
+    """
+    kinds = _KINDS[kind.removesuffix(" or None")]
+    for name, value in options.items():
+        if value is None and kind.endswith(" or None"):
+            continue
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kind != "bool"):
+            raise TypeError(f"{op}: `{name}` must be {kind}; got {type(value).__name__}")
+
+
+# While a compiler traces, numbers are symbols.
+_KINDS: dict[str, tuple[type, ...]] = {
+    "bool": (bool,),
+    "int": (int, torch.SymInt),
+    "number": (float, int, torch.SymFloat, torch.SymInt),
+}
 
 
 def check_cu_seqlens(op: str, cu_seqlens: Tensor | None, x: Tensor, name: str = "cu_seqlens") -> int:

@@ -1,4 +1,4 @@
-"""Everything that follows from the specs alone. A new op, case or implementation is tested here with no further code."""
+"""What follows from the specs alone: a new op, case or implementation is tested here with no further code."""
 
 from __future__ import annotations
 

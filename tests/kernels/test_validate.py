@@ -8,6 +8,7 @@ from ssmkernels.packing import pad, spans
 from ssmkernels.validate import (
     check_cu_seqlens,
     check_dtypes,
+    check_options,
     check_parameters,
     check_same_dtype,
     check_shapes,
@@ -24,9 +25,7 @@ def borders(*values):
 
 
 def test_shapes_give_the_size_of_every_letter():
-    sizes = check_shapes(
-        "op", {"x": (zeros(2, 5, 3), "b l d"), "w": (zeros(3, 4), "d w"), "none": (None, "q")}
-    )
+    sizes = check_shapes("op", {"x": (zeros(2, 5, 3), "b l d"), "w": (zeros(3, 4), "d w"), "none": (None, "q")})
     assert sizes == {"b": 2, "l": 5, "d": 3, "w": 4}
 
 
@@ -161,3 +160,21 @@ def test_unknown():
     text = unknown("fruit", "aple", ["pear", "apple"])
     assert text == "unknown fruit: 'aple'. Did you mean 'apple'? There are: apple, pear."
     assert unknown("fruit", "zzz", ["pear"]) == "unknown fruit: 'zzz'. There are: pear."
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        ("bool", [True, False], [1, None, "True"]),
+        ("int", [3, -1], [True, 3.0, None, "3"]),
+        ("int or None", [3, None], [True, 3.0]),
+        ("number", [3, 0.5], [True, None, "0.5", torch.ones(1)]),
+        ("number or None", [3, 0.5, None], [False, "0.5"]),
+    ],
+)
+def test_options(kind, good, bad):
+    for value in good:
+        check_options("toy", kind, size=value)
+    for value in bad:
+        with pytest.raises(TypeError, match=f"^toy: `size` must be {kind}; got {type(value).__name__}$"):
+            check_options("toy", kind, size=value)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ssmkernels.attention._arguments import bounds, check_logits
 from ssmkernels.dispatch import Op
-from ssmkernels.validate import check_cu_seqlens, check_same_dtype, check_shapes, precision
+from ssmkernels.validate import check_cu_seqlens, check_options, check_same_dtype, check_shapes, precision
 
 __all__ = ["attention"]
 
@@ -78,6 +78,7 @@ def attention(
         ("q", "k", "v"),
     )
     check_same_dtype(op, {"q": q, "k": k, "v": v})
+    check_options(op, "bool", causal=causal, return_lse=return_lse)
     scale = check_logits(op, sizes, q, scale, softcap, alibi_slopes, sinks)
     left, right = bounds(op, causal, window)
     sequences = check_cu_seqlens(op, cu_seqlens, q)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ssmkernels.validate import check_parameters
+from ssmkernels.validate import check_options, check_parameters
 
 
 def bounds(op: str, causal: bool, window: Any) -> tuple[int, int]:
@@ -40,10 +40,12 @@ def check_logits(
     """Checks the heads and whatever shapes the logits; returns the scale, 1/√k where none is given.
 
     Raises:
-        TypeError: ``alibi_slopes`` or ``sinks`` of another dtype than q's or the one of its sums.
+        TypeError: ``alibi_slopes`` or ``sinks`` of another dtype than q's or the one of its sums; no number.
         ValueError: h_kv does not divide h, no head dim, or a negative ``softcap``.
     """
     check_parameters(op, q, {"alibi_slopes": alibi_slopes, "sinks": sinks})
+    check_options(op, "number", softcap=softcap)
+    check_options(op, "number or None", scale=scale)
     h, h_kv, k = sizes["h"], sizes["h_kv"], sizes["k"]
     if h_kv == 0 or h % h_kv:
         raise ValueError(f"{op}: the {h_kv} heads of keys and values must divide the {h} heads of `q`")

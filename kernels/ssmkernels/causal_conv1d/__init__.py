@@ -8,6 +8,7 @@ from ssmkernels.dispatch import Op
 from ssmkernels.validate import (
     check_cu_seqlens,
     check_dtypes,
+    check_options,
     check_parameters,
     check_same_dtype,
     check_shapes,
@@ -62,10 +63,9 @@ def causal_conv1d(
         ("x", "weight"),
     )
     s = check_cu_seqlens("causal_conv1d", cu_seqlens, x)
+    check_options("causal_conv1d", "bool", return_final_state=return_final_state)
     _check_values("causal_conv1d", x, weight, bias, activation, initial_state, "initial_state")
-    check_shapes(
-        "causal_conv1d", {"x": (x, "b l d"), "initial_state": (initial_state, "s w-1 d")}, s=s, **sizes
-    )
+    check_shapes("causal_conv1d", {"x": (x, "b l d"), "initial_state": (initial_state, "s w-1 d")}, s=s, **sizes)
     y, final_state = _CONV(
         implementation,
         x=x,
@@ -128,7 +128,7 @@ def _check_values(
     check_dtypes(op, {state_name: state}, [precision(x)])
     if weight.shape[1] == 0:
         raise ValueError(f"{op}: `weight` (d w) must be at least 1 wide; got {tuple(weight.shape)}")
-    if activation not in (None, "silu"):
+    if activation is not None and not (isinstance(activation, str) and activation == "silu"):
         raise ValueError(f"{op}: `activation` must be None or 'silu'; got {activation!r}")
 
 

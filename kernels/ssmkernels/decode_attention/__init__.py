@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ssmkernels.attention._arguments import bounds, check_logits
 from ssmkernels.dispatch import Op
-from ssmkernels.validate import check_dtypes, check_same_dtype, check_shapes, precision
+from ssmkernels.validate import check_dtypes, check_options, check_same_dtype, check_shapes, precision
 
 __all__ = ["decode_attention"]
 
@@ -80,6 +80,8 @@ def decode_attention(
     )
     check_same_dtype(op, {"q": q, "k_cache": k_cache, "v_cache": v_cache})
     check_dtypes(op, {"lengths": lengths, "block_table": block_table}, [torch.int32])
+    check_options(op, "bool", return_lse=return_lse)
+    check_options(op, "int or None", num_splits=num_splits)
     scale = check_logits(op, sizes, q, scale, softcap, alibi_slopes, sinks)
     left, _ = bounds(op, True, window)
     if num_splits is not None and num_splits < 1:

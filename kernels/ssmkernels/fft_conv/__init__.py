@@ -58,9 +58,7 @@ def fft_conv(
     check_cu_seqlens("fft_conv", cu_seqlens, u)
     check_same_dtype("fft_conv", {"u": u})
     check_parameters("fft_conv", u, {"kernel": kernel, "D": D, "kernel_reverse": kernel_reverse})
-    return _FFT_CONV(
-        implementation, u=u, kernel=kernel, D=D, kernel_reverse=kernel_reverse, cu_seqlens=cu_seqlens
-    )
+    return _FFT_CONV(implementation, u=u, kernel=kernel, D=D, kernel_reverse=kernel_reverse, cu_seqlens=cu_seqlens)
 
 
 def _fake(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ssmkernels.dispatch import Op
-from ssmkernels.validate import check_parameters, check_same_dtype, check_shapes
+from ssmkernels.validate import check_options, check_parameters, check_same_dtype, check_shapes
 
 __all__ = ["rms_norm"]
 
@@ -60,10 +60,11 @@ def rms_norm(
     )
     check_same_dtype("rms_norm", {"x": x, "gate": gate})
     check_parameters("rms_norm", x, {"weight": weight, "residual": residual})
+    check_options("rms_norm", "number", eps=eps)
+    check_options("rms_norm", "bool", norm_before_gate=norm_before_gate)
+    check_options("rms_norm", "int or None", group_size=group_size)
     if group_size is not None and (group_size < 1 or sizes["d"] % group_size):
-        raise ValueError(
-            f"rms_norm: `group_size` must divide the {sizes['d']} channels of `x`; got {group_size}"
-        )
+        raise ValueError(f"rms_norm: `group_size` must divide the {sizes['d']} channels of `x`; got {group_size}")
     y, summed = _NORM(
         implementation,
         x=x,

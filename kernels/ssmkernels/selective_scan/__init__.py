@@ -9,6 +9,7 @@ from ssmkernels.dispatch import Op
 from ssmkernels.validate import (
     check_cu_seqlens,
     check_dtypes,
+    check_options,
     check_parameters,
     check_same_dtype,
     check_shapes,
@@ -83,6 +84,7 @@ def selective_scan(
     )
     s = check_cu_seqlens("selective_scan", cu_seqlens, u)
     check_shapes("selective_scan", {"u": (u, "b l d"), "initial_state": (initial_state, "s d n")}, s=s, **sizes)
+    check_options("selective_scan", "bool", delta_softplus=delta_softplus, return_final_state=return_final_state)
     _check_values("selective_scan", sizes, u, delta, A, B, C, D, z, delta_bias, initial_state, "initial_state")
     y, final_state = _SCAN(
         implementation,
@@ -147,6 +149,7 @@ def selective_scan_step(
         },
         ("u", "delta", "A", "B", "C", "state"),
     )
+    check_options("selective_scan_step", "bool", delta_softplus=delta_softplus)
     _check_values("selective_scan_step", sizes, u, delta, A, B, C, D, z, delta_bias, state, "state")
     return _STEP(
         implementation,

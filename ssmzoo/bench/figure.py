@@ -89,7 +89,9 @@ def _bars(kind: str, bars: Sequence[Measurement], failed: str, machine: Machine)
             y += BAR
         y += GAP
     notes = dict.fromkeys(f"{row.what}, {row.implementation}: {row.note}." for row in bars if row.note)
-    caption = _wrapped([*str(machine).splitlines(), " ".join(notes), *([f"Not timed: {failed}."] if failed else [])])
+    read = "Medians, whiskers at the quartiles. “× ours”: time over that of our fastest."
+    missing = [f"Not timed: {failed}."] if failed else []
+    caption = _wrapped([read, *str(machine).splitlines(), " ".join(notes), *missing])
     bottom = BOTTOM + LINE * len(caption)
     height = TOP + y + bottom
     figure = _new(height)
@@ -100,14 +102,12 @@ def _bars(kind: str, bars: Sequence[Measurement], failed: str, machine: Machine)
     first = columns[0]
     first.set_ylim(y, 0)
     first.set_yticks(list(places.values()), [name for _, name in places], fontsize=9, color=INK)
+    shapes = {row.what: row.shape for row in bars}
+    alike = len(set(shapes.values())) == 1
     for what, place in headings.items():
-        shape = next(row.shape for row in bars if row.what == what)
-        _heading(figure, first, what, shape.partition(", ")[2] if kind == "models" else shape, place)
-    dtypes = ", ".join(dict.fromkeys(f"{row.dtype} on {row.device}" for row in bars))
-    told = (
-        f"{dtypes}. Blue: ours, grey: others. Shorter is better; the dashed line is the limit; "
-        "“× ours” is time over that of our fastest. Medians, whiskers at the quartiles."
-    )
+        _heading(figure, first, what, "" if alike else shapes[what], place)
+    setting = (f"{bars[0].dtype} on {bars[0].device}", *([shapes[bars[0].what]] if alike else []))
+    told = f"{', '.join(setting)}. Blue: ours, grey: others. Shorter is better; the dashed line is the limit."
     _frame(figure, TITLES[kind], told, caption)
     return figure
 
@@ -134,7 +134,8 @@ def _column(
     least, most = min([1.0, *ends]) * 0.8, max([2.0, *ends])
     axes.set_xscale("log")
     axes.set_xlim(least, least * (most / least) ** (1 / share))
-    ticks = [10.0**power for power in range(-3, 7) if least <= 10.0**power <= most]
+    steps = (1, 2, 5) if most < 20 * least else (1,)
+    ticks = [step * 10.0**power for power in range(-3, 7) for step in steps if least <= step * 10.0**power <= most]
     axes.set_xticks(ticks, [f"{tick:g}×" for tick in ticks])
     axes.minorticks_off()
     for row in rows:
@@ -174,20 +175,24 @@ def _column(
 
 def _growth_lines(rows: Sequence[Measurement], fitted: Sequence[Measurement], machine: Machine) -> Figure:
     """Time for each token over the length: a level line is linear growth."""
+    from matplotlib.ticker import LogLocator
+
     caption = _wrapped(str(machine).splitlines())
     figure = _new(5.0)
     axes = figure.subplots()
-    figure.subplots_adjust(left=0.08, right=0.62, top=1 - 0.85 / 5, bottom=(0.75 + LINE * len(caption)) / 5)
+    figure.subplots_adjust(left=0.08, right=0.68, top=1 - 0.85 / 5, bottom=(0.75 + LINE * len(caption)) / 5)
     exponents = {row.what: (row.time_exponent, row.memory_exponent) for row in fitted}
     for what in dict.fromkeys(row.what for row in rows):
         mine = sorted((row.length, row.median / row.length) for row in rows if row.what == what and row.median)
         time, memory = exponents.get(what, (None, None))
-        label = what if time is None else f"{what}: time ∝ l^{time:.2f}, memory ∝ l^{memory:.2f}"
+        label = what if time is None else f"{what}: time ∝ $l^{{{time:.2f}}}$, memory ∝ $l^{{{memory:.2f}}}$"
         axes.plot(*zip(*mine, strict=True), marker="o", markersize=4, linewidth=1.6, label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(lambda value, _: seconds(value))
+    axes.minorticks_off()
     axes.set_xlabel("length l", fontsize=9, color=FAINT)
     axes.set_ylabel("time for each token", fontsize=9, color=FAINT)
     axes.tick_params(labelsize=8.5, colors=FAINT)

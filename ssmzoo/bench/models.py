@@ -56,18 +56,15 @@ def bench_model(name: str, plan: Plan) -> Iterator[list[Measurement]]:
             why = f"cannot be built: {first_line(error)}"
         if why:
             yield [refusal("models", name, peer.name, "peer", why, plan)]
-    shape = f"{model.config.n_layers} layers, batch {sizes['batch']}"
+    shape = f"prompt of {sizes['length']}, {model.config.n_layers} layers, batch {sizes['batch']}"
     for work in (PREFILL, DECODING):
-        prompt = f"{sizes['length']} tokens" if work == PREFILL else f"one token after {sizes['length']}"
         plan.say(f"{name}, {work}: reading the prompt")
         contestants = [Contestant("ssmzoo", "ours", _ours(model, ids, work))]
         contestants += [Contestant(n, "peer", _theirs(rival, ids, work), note) for n, note, rival in rivals]
         tokens = ids.numel() if work == PREFILL else sizes["batch"]
         limit = products(model, tokens, backward=False)
         contestants += [limit] if limit is not None else []
-        yield hold(
-            Contest("models", name, work, f"{prompt}, {shape}", contestants, limited_by=NAME, tokens=tokens), plan
-        )
+        yield hold(Contest("models", name, work, shape, contestants, limited_by=NAME, tokens=tokens), plan)
 
 
 def _ours(model: SequenceModel, ids: Tensor, work: str) -> Callable[[], Results]:

@@ -83,7 +83,8 @@ class Machine:
 
     def __str__(self) -> str:
         """Two lines for a figure's caption."""
-        where = f"{self.cpu}, {self.threads} threads of {self.cores} cores" + (f"; {self.gpu}" if self.gpu else "")
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        where = f"{self.cpu}, {threads} of {self.cores} cores" + (f"; {self.gpu}" if self.gpu else "")
         what = f"ssmzoo {self.ssmzoo}" + (f" ({self.commit})" if self.commit else "")
         versions = f"{what}, PyTorch {self.torch}, Python {self.python}" + (f", {self.peers}" if self.peers else "")
         return f"{where}\n{versions}; {self.date[:10]}"

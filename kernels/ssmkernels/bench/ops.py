@@ -47,19 +47,19 @@ def bench_op(op: str, plan: Plan) -> Iterator[list[Measurement]]:
     spec, setting = spec_of(op), setting_of(op)
     case = real_use(spec, setting, plan)
     arguments = make(spec, setting, case, plan)
-    rows = _checked_rows(spec, setting, case)
+    rows = checked_rows(spec, setting, case)
     admitted: list[tuple[Contestant, Callable[..., Any]]] = []
     for name in explain(op, **arguments).able:
         if name == "reference" and admitted:
             continue
-        why = _fails(op, name, rows, plan)
+        why = fails(op, name, rows, plan)
         if why:
             yield [refusal("ops", op, name, "ours", why, plan)]
         else:
             admitted.append((Contestant(name, "ours", dict), functools.partial(spec.function(), implementation=name)))
     chosen = admitted[0][1] if admitted else None
     for peer in peers_of(op, plan.device.type) if plan.peers else ():
-        why = peer.package.missing or _fails(op, peer, rows, plan)
+        why = peer.package.missing or fails(op, peer, rows, plan)
         if why:
             yield [refusal("ops", op, peer.name, "peer", why, plan)]
         else:
@@ -174,7 +174,7 @@ def shape(spec: Spec, case: Case, setting: Setting) -> str:
     return ", ".join(told) + (f"; {setting.note}" if setting.note else "")
 
 
-def _checked_rows(spec: Spec, setting: Setting, case: Case) -> list[Case]:
+def checked_rows(spec: Spec, setting: Setting, case: Case) -> list[Case]:
     """A small grid for the check: the switches of the timed case, with the base's sizes and with another length."""
     base = spec.case({})
     sizes = {name for name, value in base.items() if _is_size(value) or _is_size(case[name])}
@@ -188,7 +188,7 @@ def _is_size(value: object) -> bool:
     return all(isinstance(part, int) and not isinstance(part, bool) for part in parts)
 
 
-def _fails(op: str, contestant: str | Peer, rows: list[Case], plan: Plan) -> str:
+def fails(op: str, contestant: str | Peer, rows: list[Case], plan: Plan) -> str:
     """Why a contestant's check fails, in one line; empty where it passes."""
     name = contestant if isinstance(contestant, str) else contestant.name
     plan.say(f"{op}: checking {name}")

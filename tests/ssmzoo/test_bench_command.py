@@ -1,0 +1,251 @@
+"""``ssmzoo bench`` from end to end at tiny sizes: table, CSV, figures, and what remains when it is stopped."""
+
+from __future__ import annotations
+
+import csv
+import sys
+
+import pytest
+import torch
+
+import ssmzoo
+from ssmkernels import bench
+from ssmzoo import cli
+from ssmzoo.bench import mixers, models, products, session, units
+from ssmzoo.bench import peers as other
+from ssmzoo.bench.record import MEASURED, Log, Machine
+
+LIMITS = bench.Limits(bandwidth=1e10, flops=1e11)
+TINY = {"d_model": 64, "length": 8}
+TINY_MODEL = {"n_layers": 2, "d_model": 32, "vocab_size": 50, "length": 8}
+
+
+def plan(changes, **changed):
+    given = {"seconds": 1e-4, "quick": True, "changes": changes, **changed}
+    return bench.Plan(torch.device("cpu"), torch.float32, LIMITS, **given)
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Runs ``ssmzoo bench`` with the given arguments → exit status, standard output, standard error."""
+    monkeypatch.delenv("SSMZOO_DEBUG", raising=False)
+    monkeypatch.setattr("ssmkernels.bench.measure_limits", lambda *_, **__: LIMITS)
+    monkeypatch.setattr("ssmzoo.commands.bench.QUICK_SECONDS", 1e-4)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["ssmzoo", "bench", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+def read(folder):
+    with (folder / "bench.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_it_explains_itself(run):
+    status, out, _ = run("--help")
+    assert status == 0
+    assert "Usage: ssmzoo bench" in out
+    assert "--peers" in out
+
+
+def test_an_op_from_end_to_end(run, tmp_path):
+    small = ("--set", "l=16", "--set", "d=8")
+    status, out, err = run("ops", "--only", "causal_conv1d", "--quick", *small, "--out", str(tmp_path))
+    assert (status, err) == (0, "")
+    rows = read(tmp_path)
+    assert {row["what"] for row in rows} == {"causal_conv1d"}
+    assert {row["pass"] for row in rows} == {"forward", "forward + backward"}
+    assert any(row["implementation"] == "F.conv1d, F.silu" for row in rows)
+    assert all(float(row["median_s"]) > 0 and float(row["ratio_to_limit"]) > 0 for row in rows)
+    assert "causal_conv1d, forward" in out
+    assert "F.conv1d, F.silu" in out
+    for suffix in (".png", ".svg"):
+        assert (tmp_path / f"ops{suffix}").stat().st_size > 1000
+
+
+def test_a_mixer_from_end_to_end(run, tmp_path):
+    small = ("--set", "d_model=64", "--set", "length=8", "--set", "mamba.d_state=4")
+    status, out, _ = run("mixers", "--only", "mamba", "--quick", *small, "--out", str(tmp_path))
+    assert status == 0
+    rows = read(tmp_path)
+    ours = [row for row in rows if row["role"] == "ours"]
+    assert [row["pass"] for row in ours] == ["forward", "forward + backward"]
+    assert all(row["limited_by"] == products.NAME for row in ours)
+    assert "d_state 4" in ours[0]["shape"]
+    assert "matrix products alone" in out
+    assert (tmp_path / "mixers.png").exists()
+
+
+def test_several_names_after_only(run, tmp_path):
+    small = ("--set", "d_model=64", "--set", "length=4")
+    status, _, _ = run("mixers", "--no-peers", "--quick", *small, "--out", str(tmp_path), "--only", "lstm", "gru")
+    assert status == 0
+    assert {row["what"] for row in read(tmp_path)} == {"lstm", "gru"}
+    assert {row["role"] for row in read(tmp_path)} == {"ours", "limit"}
+
+
+def test_the_csv_says_what_and_where(tmp_path):
+    log = Log(tmp_path / "bench.csv", Machine.here())
+    log.write([bench.refusal("ops", "x", "y", "peer", "why not", plan({}))])
+    (row,) = read(tmp_path)
+    assert list(row) == [*MEASURED, *vars(Machine.here())]
+    assert (row["not_timed"], row["median_s"], row["torch"]) == ("why not", "", torch.__version__)
+    assert row["ssmzoo"] == ssmzoo.__version__
+    assert int(row["threads"]) == torch.get_num_threads()
+    assert row["cpu"]
+    assert row["date"]
+
+
+def test_a_stopped_run_keeps_what_it_has(run, tmp_path, monkeypatch):
+    made = mixers.bench_mixer
+
+    def stopped(name, given):
+        for rows in made(name, given):
+            yield rows
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(mixers, "bench_mixer", stopped)
+    small = ("--set", "d_model=64", "--set", "length=4")
+    status, out, _ = run("mixers", "--only", "gru", "--quick", "--no-peers", *small, "--out", str(tmp_path))
+    assert status == 130
+    assert "what was measured before is kept" in out
+    assert {row["pass"] for row in read(tmp_path)} == {"forward"}
+    assert (tmp_path / "mixers.png").exists()
+
+
+def test_without_matplotlib_there_is_still_a_csv(run, tmp_path, monkeypatch):
+    for module in ("matplotlib", "matplotlib.backends.backend_agg", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, module, None)
+    small = ("--set", "d_model=64", "--set", "length=4")
+    status, out, _ = run("mixers", "--only", "gru", "--quick", "--no-peers", *small, "--out", str(tmp_path))
+    assert status == 0
+    assert "no figures: they need matplotlib (pip install matplotlib)" in out
+    assert read(tmp_path)
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_one_that_cannot_be_built_does_not_stop_the_rest(run, tmp_path):
+    small = ("--set", "d_model=60", "--set", "length=4")  # 60 is no multiple of attention's head_dim
+    status, out, _ = run("mixers", "--only", "attention,gru", "--quick", "--no-peers", *small, "--out", str(tmp_path))
+    assert status == 0
+    refused = [row for row in read(tmp_path) if row["not_timed"]]
+    assert [row["what"] for row in refused] == ["attention"]
+    assert "head_dim" in refused[0]["not_timed"]
+    assert "not timed" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["op"], "unknown thing to time: 'op'. Did you mean 'ops'?"),
+        (["ops", "--only", "selective_scam"], "unknown op: 'selective_scam'. Did you mean 'selective_scan'?"),
+        (["mixers", "--only", "mambo"], "unknown mixer: 'mambo'. Did you mean 'mamba'?"),
+        (["models", "--only", "mamba-131m"], "Did you mean 'mamba-130m'?"),
+        (["--only", "selective_scam"], "Did you mean 'selective_scan'?"),
+        (["ops", "--dtype", "float33"], "unknown dtype: 'float33'. Did you mean 'float32'?"),
+        (["ops", "--device", "tpu"], "--device must be cpu or cuda; got 'tpu'"),
+        (["--set", "l=3"], "name ops, mixers or models too"),
+        (["ops", "--set", "dd=3"], "unknown size or option of ops: 'dd'"),
+        (["ops", "--set", "l=long"], "--set l: expected int, such as"),
+        (["mixers", "--only", "mamba", "--set", "mamba.d_stat=3"], "Did you mean 'mamba.d_state'?"),
+    ],
+)
+def test_an_error_is_one_line_and_leaves_nothing(run, arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(*arguments)
+    assert (status, out) == (1, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_if_nothing_can_be_timed_it_says_why(run, tmp_path):
+    out = ("--out", str(tmp_path))
+    status, _, err = run("models", "--quick", "--set", "n_layer=2", *out)
+    assert status == 1
+    assert "nothing was timed: mamba-130m, ssmzoo: " in err
+    assert "n_layers" in err
+
+
+def test_everything_that_exists_is_timed_by_itself():
+    from ssmkernels.spec import specs
+
+    todo = session.chosen(session.KINDS, [])
+    assert todo["ops"] == list(specs())
+    assert set(todo["mixers"]) == set(ssmzoo.list_mixers()) - {"parallel"}  # which needs to be told its branches
+    assert todo["models"] == ["mamba-130m"]
+
+
+@pytest.mark.parametrize("name", ["mamba", "attention", "lstm", "gru"])
+def test_a_peer_of_a_mixer_does_the_same_work(name):
+    rows = [row for rows in mixers.bench_mixer(name, plan(TINY)) for row in rows]
+    theirs = [row for row in rows if row.role == "peer"]
+    for peer in other.on("cpu", other.MIXERS[name]):
+        mine = [row for row in theirs if row.implementation == peer.name]
+        if peer.package.missing:
+            assert [row.refused for row in mine] == [peer.package.missing]
+        else:
+            assert [(row.work, row.refused) for row in mine] == [("forward", ""), ("forward + backward", "")]
+
+
+def test_a_peer_with_other_weights_is_refused(monkeypatch):
+    peer = other.MixerPeer("doubled", bench.Package(), lambda mixer: other.Twin(lambda x: 2 * mixer(x), {}))
+    monkeypatch.setitem(other.MIXERS, "gru", (peer,))
+    rows = [row for rows in mixers.bench_mixer("gru", plan(TINY)) for row in rows if row.role == "peer"]
+    assert [row.median for row in rows] == [None, None]
+    assert "its results are others: y is off" in rows[0].refused
+
+
+def test_a_mixer_that_fails_its_check_is_not_timed(monkeypatch):
+    def check(mixer):
+        raise AssertionError("causal: it sees the future\nat 3")
+
+    monkeypatch.setattr(mixers, "check_mixer", check)
+    (rows,) = mixers.bench_mixer("gru", plan(TINY))
+    assert [row.refused for row in rows] == ["fails its check: causal: it sees the future"]
+
+
+def test_a_model_beside_transformers():
+    pytest.importorskip("transformers", reason="needs transformers, the other implementation")
+    rows = [row for rows in models.bench_model("mamba-130m", plan(TINY_MODEL)) for row in rows]
+    assert not [row.refused for row in rows if row.refused and row.implementation == "transformers"]
+    assert [(row.work, row.implementation) for row in rows if row.median] == [
+        (work, name) for work in ("prefill", "decoding") for name in ("ssmzoo", "transformers", products.NAME)
+    ]
+    assert all(row.tokens_per_second for row in rows)
+
+
+def test_a_hybrid_has_no_peer_and_is_timed_alone():
+    rows = [row for rows in models.bench_model("mamba-hybrid-tiny", plan({"length": 8})) for row in rows]
+    assert [row.work for row in rows if row.role == "ours"] == ["prefill", "decoding"]
+    refused = [row for row in rows if row.refused]
+    assert all(row.implementation == "transformers" for row in refused)
+
+
+def test_the_matrix_products_are_those_of_all_linear_maps():
+    model = ssmzoo.build("mamba-hybrid-tiny", d_model=64)
+    flops = 2 * sum(weight.numel() for weight in products.weights_of(model))
+    mixing = sum(block.mixer.mixing_flops(1) for block in model.blocks)
+    assert flops + mixing == model.flops_per_token(1)
+    lstm = ssmzoo.build_mixer("lstm", 8)
+    assert sorted(tuple(w.shape) for w in products.weights_of(lstm)) == [(8, 8), (32, 8), (32, 8)]
+    assert products.products(torch.nn.Identity(), 4, backward=True) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(2.5, "2.50 s"), (0.0063, "6.30 ms"), (4.5e-5, "45.0 µs"), (9.996, "10.0 s"), (3e-8, "30.0 ns")]
+)
+def test_times_have_three_digits(value, text):
+    assert units.seconds(value) == text
+
+
+def test_ratios_and_rates():
+    assert (units.ratio(30.14), units.ratio(101.2)) == ("30.1×", "101×")
+    assert units.rate(1.12e10, "B/s") == "11.2 GB/s"

@@ -3,6 +3,7 @@
 #   make demo      train a small Mamba-attention hybrid on Python's standard library, then let it write
 #   make test      run every test
 #   make lint      ruff and mypy
+#   make bench     time ops, mixers and models beside other packages, into runs/
 #   make readme    write the README's tables anew
 #   make clean     remove the virtual environment and build outputs; runs/ stays
 #
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := runs/demo
 
-.PHONY: demo test lint readme clean
+.PHONY: demo test lint bench readme clean
 
 # A run that was stopped goes on; one that is complete only writes again.
 demo: $(READY)
@@ -39,6 +40,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/ssmzoo bench --peers
 
 readme: $(READY)
 	$(BIN)/python docs/tables.py

@@ -174,7 +174,7 @@ def test_under_sanitizers(compiler, tmp_path):
         pytest.skip("needs a compiler with the address sanitizer")
     target = tmp_path / "sanitized.so"
     isa = native.info().get("isa", "baseline")
-    flags = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    flags = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     build.build(target, isas=[isa], extra=flags)
     say(
         EXERCISE,

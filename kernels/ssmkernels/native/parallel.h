@@ -77,7 +77,7 @@ int parallel_for(int64_t tasks, int64_t threads, size_t scratch_bytes, const Tas
             result = kOutOfMemory;
         }
 #if defined(_OPENMP)
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
 #endif
         for (int64_t i = 0; i < tasks; ++i)
             if (scratch.data) task(i, scratch.data);

@@ -62,10 +62,8 @@ void scan_tile(const ScanArguments& a, const Sequence& s, Tile tile, char* scrat
         for (int64_t t = 0; t < steps; ++t)
             for (int64_t c = 0; c < tile.channels; c += Lanes<S>::count)
                 store(y + t * kTile + c, a.D ? load(w.D + c) * read_some(u + t * a.u_time + c, tile.channels - c) : V{});
-        const Map<S, fixed_B> B = {fixed_B ? w.B : at<S>(a.B, s.batch * a.B_batch + (s.start + t0) * a.B_time + tile.group * a.n),
-                                   fixed_B ? kTile : a.B_time};
-        const Map<S, fixed_C> C = {fixed_C ? w.C : at<S>(a.C, s.batch * a.C_batch + (s.start + t0) * a.C_time + tile.group * a.n),
-                                   fixed_C ? kTile : a.C_time};
+        const Map<S, fixed_B> B = w.template map_B<fixed_B>(a, tile, s, t0);
+        const Map<S, fixed_C> C = w.template map_C<fixed_C>(a, tile, s, t0);
         if (safe)
             advance_all<S, fixed_B, fixed_C, false>(w, B, C, y, a.n, tile.channels, steps);
         else

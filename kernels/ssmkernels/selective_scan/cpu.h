@@ -14,7 +14,8 @@ namespace ssmzoo {
 // As in cpu.py. Strides count elements; the last axis is contiguous. S is float, or double where activations are.
 struct ScanArguments {
     const void *u, *delta, *z;                          // (b l d), any floating dtype; z may be null
-    const void *A, *B, *C, *D, *delta_bias, *initial;   // S: (d n), (b l g n) or (d n), likewise, (d), (d), (s d n); the last three may be null
+    const void *A, *B, *C;                              // S: (d n); (b l g n), or (d n) where fixed
+    const void *D, *delta_bias, *initial;               // S: (d), (d), (s d n), or null
     const int32_t* cu_seqlens;                          // (s + 1) or null
     void *y, *final_state, *starts;                     // (b l d); S: (s d n); (chunks n d), or null if nothing is to be saved
     int64_t dtype, sequences, length, d, n, groups, softplus, fixed_B, fixed_C, chunk, threads;
@@ -93,6 +94,18 @@ struct Walk {
             const S size = A_log2e[i] < 0 ? -A_log2e[i] : A_log2e[i];
             if (!(size <= largest_A)) largest_A = size;  // NaN counts as larger than anything
         }
+    }
+
+    template <bool fixed>
+    Map<S, fixed> map_B(const ScanArguments& a, Tile tile, const Sequence& s, int64_t t0) const {
+        if (fixed) return {B, kTile};
+        return {at<S>(a.B, s.batch * a.B_batch + (s.start + t0) * a.B_time + tile.group * a.n), a.B_time};
+    }
+
+    template <bool fixed>
+    Map<S, fixed> map_C(const ScanArguments& a, Tile tile, const Sequence& s, int64_t t0) const {
+        if (fixed) return {C, kTile};
+        return {at<S>(a.C, s.batch * a.C_batch + (s.start + t0) * a.C_time + tile.group * a.n), a.C_time};
     }
 
     // u, delta → dt, dtu. Returns whether exp2 may go unguarded: |dt A| is small throughout, and nothing is NaN.

@@ -4,66 +4,13 @@
 //     dC_t = sum_d h_t e_t      dB_t = sum_d g_t dt_t u_t      du_t = dt_t q_t + D e_t,   q_t = sum_n g_t B_t
 //     ddt_t = u_t q_t + sum_n p_t A      dA = sum_t p_t dt_t      p_t = g_t a_t h_{t-1}
 //
-// Chunks are taken from the last to the first: from its saved first state a chunk's states are computed again. Sums over
-// channels are made in two steps: each tile adds up its own channels, into a buffer for a window of positions; when all
-// tiles are through the window, the tiles are added up in their order. So the result never depends on the threads.
-#include "selective_scan/cpu.h"
+// Chunks are taken from the last to the first: from its saved first state a chunk's states are computed again.
+#include "selective_scan/cpu_windows.h"
 
 namespace ssmzoo {
 
-struct ScanBackwardArguments {
-    ScanArguments forward;  // y, final_state and initial unused
-    const void *dy, *dfinal;             // (b l d); S: (s d n) or null
-    void *du, *ddelta, *dz;              // (b l d), contiguous; dz where z is
-    void *dA, *dB, *dC, *dD, *ddelta_bias, *dinitial;  // S; contiguous, shaped as what they are gradients of; the last two may be null
-    int64_t dy_batch, dy_time;
-};
-
 namespace SSMZOO_ISA {
 namespace {
-
-constexpr int64_t kItems = 16;               // parts of sequences in a window, at most
-constexpr int64_t kWindowBytes = 8 << 20;    // of the tiles' sums, about
-
-// A part of a sequence: chunks [first, last) of it, whose positions start at `offset` in the window.
-struct Item {
-    Sequence s;
-    int64_t first, last, offset;
-};
-
-struct Window {
-    Item items[kItems];
-    int64_t count, positions;
-};
-
-// Walks through all sequences, each from its last chunk to its first.
-struct Cursor {
-    int64_t index, chunks_left;
-
-    Window next(const ScanArguments& a, int64_t most_positions) {
-        Window w;
-        w.count = w.positions = 0;
-        while (index < a.sequences && w.count < kItems && w.positions + a.chunk <= most_positions) {
-            const Sequence s = sequence(a, index);
-            if (chunks_left < 0) chunks_left = ceil_div(s.length, a.chunk);
-            const int64_t taken = minimum(chunks_left, (most_positions - w.positions) / a.chunk);
-            w.items[w.count++] = {s, chunks_left - taken, chunks_left, w.positions};
-            w.positions += taken * a.chunk;
-            chunks_left -= taken;
-            if (chunks_left == 0) ++index, chunks_left = -1;
-        }
-        return w;
-    }
-};
-
-// Sums of one window before they are added up. S arrays.
-template <class S>
-struct Partial {
-    S *maps;        // (tiles, positions, 2 n): dB and dC of each tile's channels
-    S *parameters;  // (items, tiles, 3 n + 2, 64): dA, fixed dB and dC, dD, ddelta_bias
-    S *carry;       // (tiles, n, 64): the gradient that enters the next window's last chunk
-    int64_t positions, parameters_size;
-};
 
 // What a task has beside its walk. All arrays are (., 64).
 template <class S>
@@ -98,7 +45,8 @@ struct Adjoint {
 
 // N states from the j-th on, for M vectors of channels from c on, through a chunk: forward once more, then backward.
 template <class S, int N, int M, bool fixed_B, bool fixed_C, bool guarded>
-void chunk_adjoint(const Walk<S>& w, const Adjoint<S>& r, Map<S, fixed_B> B, Map<S, fixed_C> C, int64_t n, int64_t j, int64_t c, int64_t steps) {
+void chunk_adjoint(const Walk<S>& w, const Adjoint<S>& r, Map<S, fixed_B> B, Map<S, fixed_C> C, int64_t n, int64_t j,
+                   int64_t c, int64_t steps) {
     using V = typename Lanes<S>::V;
     constexpr int lanes = Lanes<S>::count;
     V h[N][M];
@@ -159,7 +107,8 @@ void chunk_adjoint(const Walk<S>& w, const Adjoint<S>& r, Map<S, fixed_B> B, Map
             for (int first = 0; first < 2 * N; first += at_once) {
                 S total[lanes];
                 store(total, sum_lanes<S, at_once>(sums + first));
-                for (int i = first; i < first + at_once; ++i) r.maps[t * 2 * n + (i < N ? 0 : n) + j + i % N] += total[i - first];
+                for (int i = first; i < first + at_once; ++i)
+                    r.maps[t * 2 * n + (i < N ? 0 : n) + j + i % N] += total[i - first];
             }
     }
     for (int i = 0; i < N; ++i)
@@ -173,7 +122,8 @@ void chunk_adjoint(const Walk<S>& w, const Adjoint<S>& r, Map<S, fixed_B> B, Map
 }
 
 template <class S, int M, bool fixed_B, bool fixed_C, bool guarded>
-void all_states(const Walk<S>& w, const Adjoint<S>& r, Map<S, fixed_B> B, Map<S, fixed_C> C, int64_t n, int64_t c, int64_t steps) {
+void all_states(const Walk<S>& w, const Adjoint<S>& r, Map<S, fixed_B> B, Map<S, fixed_C> C, int64_t n, int64_t c,
+                int64_t steps) {
     int64_t j = 0;
     for (; j + 4 <= n; j += 4) chunk_adjoint<S, 4, M, fixed_B, fixed_C, guarded>(w, r, B, C, n, j, c, steps);
     if (n & 2) chunk_adjoint<S, 2, M, fixed_B, fixed_C, guarded>(w, r, B, C, n, j, c, steps), j += 2;
@@ -181,7 +131,8 @@ void all_states(const Walk<S>& w, const Adjoint<S>& r, Map<S, fixed_B> B, Map<S,
 }
 
 template <class S, bool fixed_B, bool fixed_C, bool guarded>
-void all_channels(const Walk<S>& w, const Adjoint<S>& r, Map<S, fixed_B> B, Map<S, fixed_C> C, int64_t n, int64_t channels, int64_t steps) {
+void all_channels(const Walk<S>& w, const Adjoint<S>& r, Map<S, fixed_B> B, Map<S, fixed_C> C, int64_t n,
+                  int64_t channels, int64_t steps) {
     constexpr int64_t lanes = Lanes<S>::count;
     int64_t c = 0;
     for (; c + lanes < channels; c += 2 * lanes) all_states<S, 2, fixed_B, fixed_C, guarded>(w, r, B, C, n, c, steps);
@@ -189,7 +140,8 @@ void all_channels(const Walk<S>& w, const Adjoint<S>& r, Map<S, fixed_B> B, Map<
 }
 
 template <class T, bool fixed_B, bool fixed_C>
-void item_adjoint(const ScanBackwardArguments& b, const Item& item, int64_t item_index, int64_t tile_index, const Partial<typename Sum<T>::type>& partial, char* scratch) {
+void item_adjoint(const ScanBackwardArguments& b, const Item& item, int64_t item_index, int64_t tile_index,
+                  const Partial<typename Sum<T>::type>& partial, char* scratch) {
     typedef typename Sum<T>::type S;
     using V = typename Lanes<S>::V;
     constexpr int lanes = Lanes<S>::count;
@@ -235,10 +187,11 @@ void item_adjoint(const ScanBackwardArguments& b, const Item& item, int64_t item
                 store(r.q + i, V{});
                 store(r.ddt + i, V{});
             }
-        r.maps = partial.maps + (tile_index * partial.positions + item.offset + (chunk - item.first) * a.chunk) * 2 * n;
+        const int64_t position = item.offset + (chunk - item.first) * a.chunk;
+        r.maps = partial.maps + (tile_index * partial.positions + position) * 2 * n;
         memset(r.maps, 0, sizeof(S) * static_cast<size_t>(steps * 2 * n));
-        const Map<S, fixed_B> B = {fixed_B ? w.B : at<S>(a.B, s.batch * a.B_batch + row * a.B_time + tile_.group * n), fixed_B ? kTile : a.B_time};
-        const Map<S, fixed_C> C = {fixed_C ? w.C : at<S>(a.C, s.batch * a.C_batch + row * a.C_time + tile_.group * n), fixed_C ? kTile : a.C_time};
+        const Map<S, fixed_B> B = w.template map_B<fixed_B>(a, tile_, s, t0);
+        const Map<S, fixed_C> C = w.template map_C<fixed_C>(a, tile_, s, t0);
         if (safe)
             all_channels<S, fixed_B, fixed_C, false>(w, r, B, C, n, tile_.channels, steps);
         else
@@ -251,14 +204,16 @@ void item_adjoint(const ScanBackwardArguments& b, const Item& item, int64_t item
                 if (a.D) du = fma(load(w.D + c), e, du);
                 write_some(static_cast<T*>(b.du) + o, du, count);
                 V ddelta = fma(x, q, load(r.ddt + i));
-                if (a.softplus) ddelta = ddelta * sigmoid<S>(read_some(delta + t * a.delta_time + c, count) + load(w.bias + c));
+                if (a.softplus)
+                    ddelta = ddelta * sigmoid<S>(read_some(delta + t * a.delta_time + c, count) + load(w.bias + c));
                 write_some(static_cast<T*>(b.ddelta) + o, ddelta, count);
                 store(r.dD + c, fma(e, x, load(r.dD + c)));
                 store(r.dbias + c, load(r.dbias + c) + ddelta);
                 if (z) {
                     const V gate = read_some(z + t * a.z_time + c, count), sigma = sigmoid<S>(gate);
                     const V slope = sigma * fma(gate, splat<S>(S(1)) - sigma, splat<S>(S(1)));
-                    write_some(static_cast<T*>(b.dz) + o, read_some(dy + t * b.dy_time + c, count) * load(r.y + i) * slope, count);
+                    const V dz = read_some(dy + t * b.dy_time + c, count) * load(r.y + i) * slope;
+                    write_some(static_cast<T*>(b.dz) + o, dz, count);
                 }
             }
     }
@@ -266,41 +221,8 @@ void item_adjoint(const ScanBackwardArguments& b, const Item& item, int64_t item
         memcpy(carry, r.g, sizeof(S) * static_cast<size_t>(n * kTile));
     else if (b.dinitial)
         write_transposed(static_cast<S*>(b.dinitial) + state, r.g, n, tile_.channels);
-    memcpy(partial.parameters + (item_index * tiles + tile_index) * partial.parameters_size, r.dA, sizeof(S) * static_cast<size_t>(partial.parameters_size));
-}
-
-// dB or dC of one sequence's part: over the tiles of each group, in their order.
-template <class S>
-void add_tiles(const ScanArguments& a, const Partial<S>& partial, const Item& item, int64_t position, S* to, bool C) {
-    const int64_t per_group = tiles_per_group(a), n = a.n;
-    const int64_t row = item.s.batch * a.length + item.s.start + item.first * a.chunk + position;
-    for (int64_t group = 0; group < a.groups; ++group)
-        for (int64_t i = 0; i < per_group; ++i) {
-            const S* from = partial.maps + ((group * per_group + i) * partial.positions + item.offset + position) * 2 * n + (C ? n : 0);
-            S* sum = to + (row * a.groups + group) * n;
-            for (int64_t j = 0; j < n; ++j) sum[j] = (i ? sum[j] : S(0)) + from[j];
-        }
-}
-
-// dA, fixed dB and dC, dD and ddelta_bias of one tile: over the window's parts, in their order.
-template <class S>
-void add_items(const ScanBackwardArguments& b, const Partial<S>& partial, const Window& window, int64_t tile_index) {
-    const ScanArguments& a = b.forward;
-    const Tile t = tile(a, tile_index);
-    const int64_t n = a.n, tiles = a.groups * tiles_per_group(a);
-    for (int64_t i = 0; i < window.count; ++i) {
-        const S* from = partial.parameters + (i * tiles + tile_index) * partial.parameters_size;
-        for (int64_t c = 0; c < t.channels; ++c) {
-            const int64_t to = (t.first + c) * n;
-            for (int64_t j = 0; j < n; ++j) {
-                static_cast<S*>(b.dA)[to + j] += from[j * kTile + c];
-                if (a.fixed_B) static_cast<S*>(b.dB)[to + j] += from[(n + j) * kTile + c];
-                if (a.fixed_C) static_cast<S*>(b.dC)[to + j] += from[(2 * n + j) * kTile + c];
-            }
-            if (b.dD) static_cast<S*>(b.dD)[t.first + c] += from[3 * n * kTile + c];
-            if (b.ddelta_bias) static_cast<S*>(b.ddelta_bias)[t.first + c] += from[(3 * n + 1) * kTile + c];
-        }
-    }
+    memcpy(partial.parameters + (item_index * tiles + tile_index) * partial.parameters_size, r.dA,
+           sizeof(S) * static_cast<size_t>(partial.parameters_size));
 }
 
 template <class T>
@@ -316,30 +238,24 @@ int scan_backward(const ScanBackwardArguments& b) {
     const Scratch sums(sizeof(S) * static_cast<size_t>(minimum(kItems, a.sequences) * tiles * parameters));
     const Scratch carry(sizeof(S) * static_cast<size_t>(tiles * n * kTile));
     if (!maps.data || !sums.data || !carry.data) return kOutOfMemory;
-    const Partial<S> partial = {reinterpret_cast<S*>(maps.data), reinterpret_cast<S*>(sums.data), reinterpret_cast<S*>(carry.data), positions, parameters};
+    const Partial<S> partial = {reinterpret_cast<S*>(maps.data), reinterpret_cast<S*>(sums.data),
+                                reinterpret_cast<S*>(carry.data), positions, parameters};
     const size_t bytes = sizeof(S) * static_cast<size_t>(Walk<S>::size(n, a.chunk) + Adjoint<S>::size(n, a.chunk));
     Cursor cursor = {0, -1};
     while (cursor.index < a.sequences) {
         const Window window = cursor.next(a, positions);
         int failed = parallel_for(window.count * tiles, a.threads, bytes, [&](int64_t i, char* scratch) {
-            const Item& item = window.items[i / tiles];
-            if (a.fixed_B && a.fixed_C) return item_adjoint<T, true, true>(b, item, i / tiles, i % tiles, partial, scratch);
-            if (a.fixed_B) return item_adjoint<T, true, false>(b, item, i / tiles, i % tiles, partial, scratch);
-            if (a.fixed_C) return item_adjoint<T, false, true>(b, item, i / tiles, i % tiles, partial, scratch);
-            return item_adjoint<T, false, false>(b, item, i / tiles, i % tiles, partial, scratch);
+            const int64_t part = i / tiles, tile_index = i % tiles;
+            const Item& item = window.items[part];
+            if (a.fixed_B && a.fixed_C) return item_adjoint<T, true, true>(b, item, part, tile_index, partial, scratch);
+            if (a.fixed_B) return item_adjoint<T, true, false>(b, item, part, tile_index, partial, scratch);
+            if (a.fixed_C) return item_adjoint<T, false, true>(b, item, part, tile_index, partial, scratch);
+            return item_adjoint<T, false, false>(b, item, part, tile_index, partial, scratch);
         });
-        failed = failed || parallel_for(tiles, a.threads, 0, [&](int64_t i, char*) { add_items(b, partial, window, i); });
         const int64_t chunks = ceil_div(window.positions, a.chunk);
-        failed = failed || parallel_for(chunks, a.threads, 0, [&](int64_t i, char*) {
-            int64_t k = window.count - 1;
-            while (window.items[k].offset > i * a.chunk || window.items[k].first == window.items[k].last) --k;
-            const Item& item = window.items[k];
-            const int64_t begin = i * a.chunk - item.offset;
-            const int64_t end = minimum(begin + a.chunk, item.s.length - item.first * a.chunk);
-            for (int64_t position = begin; position < end; ++position) {
-                if (!a.fixed_B) add_tiles(a, partial, item, position, static_cast<S*>(b.dB), false);
-                if (!a.fixed_C) add_tiles(a, partial, item, position, static_cast<S*>(b.dC), true);
-            }
+        failed = failed || parallel_for(tiles + chunks, a.threads, 0, [&](int64_t i, char*) {
+            if (i < tiles) return add_items(b, partial, window, i);
+            add_chunk(b, partial, window, i - tiles);
         });
         if (failed) return failed;
     }

@@ -1,4 +1,4 @@
-"""Random calls of every op: valid ones are right, invalid ones name the argument that is wrong, before anything runs."""
+"""Random calls of every op: valid ones are right, invalid ones name the argument at fault before anything runs."""
 
 from __future__ import annotations
 

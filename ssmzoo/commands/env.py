@@ -55,6 +55,7 @@ def _machine() -> list[list[str]]:
         ["CPU", f"{cpu_name()}, PyTorch uses {torch.backends.cpu.get_cpu_capability()}, {threads}"],
         ["GPU", gpu_name()],
         ["C++ compiler", _compiler() + " (torch.compile uses it)"],
+        ["native library", _native()],
     ]
 
 
@@ -80,6 +81,16 @@ def gpu_name() -> str:
         return "Apple's (mps)"
     built = torch.version.cuda or torch.version.hip
     return "none found" if built else "none usable: this PyTorch is built for the CPU alone"
+
+
+def _native() -> str:
+    from ssmkernels import native
+
+    info = native.info()
+    if info["missing"]:
+        return f"none: {info['missing']}"
+    threads = "OpenMP" if info["openmp"] else "one thread: built without OpenMP"
+    return f"{info['isa']} of {', '.join(info['isas'])}; {threads}; built by {info['compiler']}"
 
 
 def _compiler() -> str:

@@ -13,6 +13,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 # Script → arguments that make it short, and what its output must hold.
 CASES = {
+    "check_my_kernel.py": ([], "gradient of x is -0.19"),
     "mixer_in_pytorch.py": (["--steps", "3"], "squared error"),
     "own_mixer.py": ([], "token by token and at once"),
     "stream_text.py": (["--bytes", "4096", "--chunk", "512"], "bits per byte"),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +39,28 @@ def wrong_device(name: str, tensor: Tensor) -> str | None:
 
 for _function in (interpreting, missing):
     _function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a compiler need not look into them
+
+
+@functools.cache
+def kernels(package: str) -> Any:
+    """The module ``triton_kernels`` of an op's package."""
+    module = importlib.import_module(f"{package}.triton_kernels")
+    if interpreting():
+        _repair_interpreter()
+    return module
+
+
+@functools.cache
+def _repair_interpreter() -> None:
+    """Loop bounds in Triton 3.6's interpreter are arrays of one element, of which NumPy from 2.4 on makes no ints."""
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patched
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

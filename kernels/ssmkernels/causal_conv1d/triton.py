@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssmkernels.triton_support import missing, next_power_of_2, on_device_of, owners, wrong_device
+from ssmkernels.triton_support import kernels, missing, next_power_of_2, on_device_of, owners, wrong_device
 from ssmkernels.validate import precision
 
 __all__ = ["causal_conv1d", "causal_conv1d_step", "missing", "offline_cases", "step_unsupported", "unsupported"]
@@ -54,13 +54,11 @@ def _conv(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    from ssmkernels.causal_conv1d import triton_kernels
-
     y, final_state = _outputs(x, weight, bias, activation, initial_state, cu_seqlens)
     programs, values, options = _launch(x, weight, bias, activation, initial_state, cu_seqlens, forward=True)
     if programs:
         with on_device_of(x):
-            triton_kernels.forward[(programs,)](**values, y=y, final=final_state, **options)
+            kernels(__package__).forward[(programs,)](**values, y=y, final=final_state, **options)
     return y, final_state
 
 
@@ -84,8 +82,6 @@ def _conv_backward(
     dfinal: Tensor | None,
 ) -> list[Tensor]:
     """Gradients of x and weight, then of those of bias and the initial state that are given."""
-    from ssmkernels.causal_conv1d import triton_kernels
-
     programs, values, options = _launch(x, weight, bias, activation, initial_state, cu_seqlens, forward=False)
     d, w = weight.shape
     dx = x.new_empty(x.shape)
@@ -102,7 +98,7 @@ def _conv_backward(
         }
         values |= dict(zip(("dy_batch", "dy_time", "dy_d"), dy.stride(), strict=True))
         with on_device_of(x):
-            triton_kernels.backward[(programs,)](**values, **options)
+            kernels(__package__).backward[(programs,)](**values, **options)
     total = parts.sum(0)
     gradients = [dx, total[:w].T.to(weight.dtype, memory_format=torch.contiguous_format, copy=True)]
     if bias is not None:
@@ -137,15 +133,13 @@ conv.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    from ssmkernels.causal_conv1d import triton_kernels
-
     y = x.new_empty(x.shape)
     b, d = x.shape
     block = _block(d)
     d_blocks = -(-d // block)
     if y.numel():
         with on_device_of(x):
-            triton_kernels.step[(b * d_blocks,)](
+            kernels(__package__).step[(b * d_blocks,)](
                 state,
                 x,
                 weight,

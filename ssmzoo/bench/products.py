@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ssmkernels.bench import Contestant
 from ssmzoo.model import SequenceModel
 
-NAME = "matrix products alone"
+NAME = "matrix products"
 
 
 def weights_of(module: nn.Module) -> list[Tensor]:

@@ -11,6 +11,12 @@ def seconds(value: float) -> str:
     return f"{_three(value / 1e-9)} ns"
 
 
+def span(low: float, high: float) -> str:
+    """0.0063, 0.0071 → "6.30-7.10 ms"."""
+    (first, unit), (last, other) = (seconds(value).split() for value in (low, high))
+    return f"{first}-{last} {unit}" if unit == other else f"{first} {unit}-{last} {other}"
+
+
 def ratio(value: float) -> str:
     """30.14 → "30.1×"."""
     return f"{_three(value)}×"

@@ -134,7 +134,15 @@ class _Progress:
             self.screen.print(_growth_table([*self.growing, *rows]))
             self.growing = []
         elif not rows[0].length:
-            self.screen.print(_table(rows))
+            timed = [row for row in rows if row.median is not None]
+            if timed:
+                self.screen.print(_table(timed))
+            for row in rows:
+                if row.median is None:
+                    work = f", {row.work}" if row.work else ""
+                    self.screen.print(
+                        f"{row.what}{work}: {row.implementation} not timed: {row.refused}\n", markup=False
+                    )
 
 
 def _kinds_and_names(words: Sequence[str], only: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -174,23 +182,22 @@ def _limits_line(limits: Limits, machine: Machine, dtype: str, place: torch.devi
 
 
 def _table(rows: Sequence[Measurement]) -> Table:
-    """One contest, or somebody who did not take part."""
-    from ssmzoo.bench.units import ratio, seconds
+    """One contest."""
+    from ssmzoo.bench.units import ratio, seconds, span
 
     first = rows[0]
+    columns = ("implementation", "median", "quartiles", "of limit", "of ours", "memory")
+    if first.kind == "models":
+        columns = ("implementation", "median", "tokens/s", "of limit", "of ours", "memory")
     lines = []
     for row in rows:
-        if row.median is None:
-            lines.append([row.implementation, "not timed", row.refused, "", "", ""])
-            continue
-        spread = f"{seconds(row.low or 0)} to {seconds(row.high or 0)}"
-        speed = f", {row.tokens_per_second:,.0f} tokens/s" if row.tokens_per_second else ""
+        detail = span(row.low or 0.0, row.high or 0.0)
+        if first.kind == "models":
+            detail = f"{row.tokens_per_second:,.0f}"
         limit, ours = (ratio(value) if value else "" for value in (row.of_limit, row.of_ours))
         memory = size(row.peak_bytes) if row.peak_bytes is not None else ""
-        lines.append([row.implementation, seconds(row.median), spread + speed, limit, ours, memory])
-    title = f"{first.what}, {first.work} ({first.shape})" if first.work else first.what
-    columns = ("implementation", "median", "quartiles", "of the limit", "of ours", "peak memory")
-    return table(title, columns, lines, numbers=("median", "of the limit", "of ours", "peak memory"))
+        lines.append([row.implementation, seconds(row.median or 0.0), detail, limit, ours, memory])
+    return table(f"{first.what}, {first.work} ({first.shape})", columns, lines, numbers=columns[1:])
 
 
 def _growth_table(rows: Sequence[Measurement]) -> Table:

@@ -78,7 +78,7 @@ def test_a_mixer_from_end_to_end(run, tmp_path):
     assert [row["pass"] for row in ours] == ["forward", "forward + backward"]
     assert all(row["limited_by"] == products.NAME for row in ours)
     assert "d_state 4" in ours[0]["shape"]
-    assert "matrix products alone" in out
+    assert products.NAME in out
     assert (tmp_path / "mixers.png").exists()
 
 
@@ -248,4 +248,5 @@ def test_times_have_three_digits(value, text):
 
 def test_ratios_and_rates():
     assert (units.ratio(30.14), units.ratio(101.2)) == ("30.1×", "101×")
+    assert (units.span(1e-3, 2e-3), units.span(9e-4, 2e-3)) == ("1.00-2.00 ms", "900 µs-2.00 ms")
     assert units.rate(1.12e10, "B/s") == "11.2 GB/s"

@@ -127,6 +127,9 @@ def hold(contest: Contest, plan: Plan) -> list[Measurement]:
         plan.say(f"{contest.what}, {contest.work}: comparing {one.name}")
         try:
             results, peak = peak_memory(one.call, plan.device)
+        except NotImplementedError as error:
+            refused[one.name] = f"cannot do this: {first_line(error)}"
+            continue
         except Exception as error:  # whatever other people's code raises
             refused[one.name] = f"raises {type(error).__name__}: {first_line(error)}"
             continue
@@ -138,7 +141,7 @@ def hold(contest: Contest, plan: Plan) -> list[Measurement]:
         peaks[one.name] = peak, sum(t.nbytes for t in results.values())
         admitted.append(one)
     del truth
-    plan.say(f"{contest.what}, {contest.work}: timing {', '.join(one.name for one in admitted)}")
+    plan.say(f"{contest.what}, {contest.work}: timing")
     timings = compete({one.name: one.call for one in admitted}, device=plan.device, seconds=plan.seconds)
     ours = min((timings[one.name].median for one in admitted if one.role == "ours"), default=None)
     limit = next((timings[one.name].median for one in admitted if one.role == "limit"), contest.limit)

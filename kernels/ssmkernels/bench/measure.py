@@ -16,6 +16,7 @@ import torch
 T = TypeVar("T")
 
 LEAST, MOST = 3, 50  # samples of one contestant
+SLOW = 10  # times the seconds that a contestant has: from there on, two samples must do
 SHORTEST = 2e-3  # seconds that a sample lasts at least: quicker calls are repeated within it
 CACHE = 2**28  # bytes; more than any GPU's caches hold
 
@@ -44,8 +45,8 @@ def compete(
 ) -> dict[str, Timing]:
     """Times functions against one another: they run by turns, so that what slows the machine down slows all of them.
 
-    Each is called once to warm up, then about as often as fits into ``seconds``, and at least three times. The call
-    that warms up counts where it alone takes longer than ``seconds``.
+    Each is called once to warm up, then about as often as fits into ``seconds``, and at least three times. Where the
+    call that warms up alone takes longer than ``seconds`` it counts; where it takes ten times that, one more is enough.
 
     Args:
         calls: name → what is timed.
@@ -56,10 +57,10 @@ def compete(
     first = {name: watch(call, 1) for name, call in calls.items()}
     samples = {name: [taken] if taken > seconds else [] for name, taken in first.items()}
     repeats = {name: max(1, math.ceil(SHORTEST / max(taken, 1e-9))) for name, taken in first.items()}
-    counts = {
-        name: min(MOST, max(LEAST - len(samples[name]), round(seconds / (taken * repeats[name]))))
-        for name, taken in first.items()
-    }
+    counts = {}
+    for name, taken in first.items():
+        least = 1 if taken > SLOW * seconds else LEAST - len(samples[name])
+        counts[name] = min(MOST, max(least, round(seconds / (taken * repeats[name]))))
     for name in schedule(counts):
         samples[name].append(watch(calls[name], repeats[name]))
     return {name: Timing(tuple(taken)) for name, taken in samples.items()}

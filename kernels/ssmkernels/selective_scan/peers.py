@@ -101,7 +101,9 @@ def transformers(
         delta_softplus=delta_softplus,
         return_last_state=return_final_state,
     )
-    return (found[0].transpose(1, 2), found[1]) if return_final_state else found.transpose(1, 2)
+    y, last = found if return_final_state else (found, None)
+    y = y.transpose(1, 2).to(u.dtype)  # as their mixer does
+    return y if last is None else (y, last)
 
 
 def mamba_ssm(

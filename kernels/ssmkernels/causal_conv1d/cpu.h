@@ -63,15 +63,17 @@ inline bool find_block(const ConvArguments& a, int64_t number, Block* found) {
 // The inputs of steps [from, to) of the block's sequence, from - (w-1) at the earliest, → (time, 64). Before the
 // sequence stands the initial state, behind it 0.
 template <class T, class S>
-void read_inputs(const ConvArguments& a, const Block& b, int64_t first, int64_t channels, int64_t from, int64_t to, S* rows) {
+void read_inputs(const ConvArguments& a, const Block& b, int64_t first, int64_t channels, int64_t from, int64_t to,
+                 S* rows) {
     const T* x = at<T>(a.x, b.batch * a.x_batch + b.start * a.x_time + first);
     for (int64_t t = from; t < to; ++t, rows += kTile) {
-        const S* state = a.initial ? at<S>(a.initial, (b.sequence * (a.width - 1) + a.width - 1 + t) * a.d + first) : nullptr;
+        const int64_t row = b.sequence * (a.width - 1) + a.width - 1 + t;
+        const S* state = a.initial && t < 0 ? at<S>(a.initial, row * a.d + first) : nullptr;
         for (int64_t c = 0; c < channels; c += Lanes<S>::count) {
             typename Lanes<S>::V v = {};
             if (t >= 0 && t < b.length)
                 v = read_some(x + t * a.x_time + c, channels - c);
-            else if (t < 0 && state)
+            else if (state)
                 v = read_some(state + c, channels - c);
             store(rows + c, v);
         }

@@ -2,8 +2,8 @@
 //
 //     dx_t = sum_j weight_j p_{t+(w-1)-j}      dweight_j = sum_t p_t x_{t-(w-1)+j}      dbias = sum_t p_t
 //
-// A block computes p for its own steps and the w-1 behind them. Sums over time are made in two steps: over the blocks of
-// one of at most 64 fixed groups, then over the groups in their order, so that threads change nothing.
+// A block computes p for its own steps and the w-1 behind them. Sums over time are made in two steps: over the blocks
+// of one of at most 64 fixed groups, then over the groups in their order, so that threads change nothing.
 #include "causal_conv1d/cpu.h"
 
 namespace ssmzoo {
@@ -21,8 +21,9 @@ namespace {
 constexpr int64_t kGroups = 64;
 
 template <class T, int fixed_width>
-void block_backward(const ConvBackwardArguments& args, const Block& b, int64_t first, int64_t channels, const typename Sum<T>::type* weight,
-                    const typename Sum<T>::type* bias, typename Sum<T>::type* sums, typename Sum<T>::type* rows) {
+void block_backward(const ConvBackwardArguments& args, const Block& b, int64_t first, int64_t channels,
+                    const typename Sum<T>::type* weight, const typename Sum<T>::type* bias,
+                    typename Sum<T>::type* sums, typename Sum<T>::type* rows) {
     typedef typename Sum<T>::type S;
     using V = typename Lanes<S>::V;
     const ConvArguments& a = args.forward;
@@ -60,11 +61,14 @@ void block_backward(const ConvBackwardArguments& args, const Block& b, int64_t f
         };
         for (int64_t t = 0; t < b.steps; ++t) write_some(dx + t * a.d + c, of_input(t), count);
         if (b.t0 == 0 && args.dinitial)
-            for (int64_t t = -before; t < 0; ++t)
-                write_some(static_cast<S*>(args.dinitial) + (b.sequence * before + before + t) * a.d + first + c, of_input(t), count);
+            for (int64_t t = -before; t < 0; ++t) {
+                S* to = static_cast<S*>(args.dinitial) + (b.sequence * before + before + t) * a.d + first + c;
+                write_some(to, of_input(t), count);
+            }
         for (int64_t j = 0; j < w; ++j) {
             V sum = load(sums + j * kTile + c);
-            for (int64_t t = 0; t < b.steps; ++t) sum = fma(load(p + t * kTile + c), load(rows + (t + j) * kTile + c), sum);
+            for (int64_t t = 0; t < b.steps; ++t)
+                sum = fma(load(p + t * kTile + c), load(rows + (t + j) * kTile + c), sum);
             store(sums + j * kTile + c, sum);
         }
         V sum = load(sums + w * kTile + c);
@@ -106,7 +110,8 @@ int conv_backward(const ConvBackwardArguments& args) {
         for (int64_t c = 0; c < minimum(kTile, a.d - i * kTile); ++c)
             for (int64_t j = 0; j <= w; ++j) {
                 S sum = 0;
-                for (int64_t group = 0; group < groups; ++group) sum += all_sums[(group * tiles + i) * sums_size + j * kTile + c];
+                for (int64_t group = 0; group < groups; ++group)
+                    sum += all_sums[(group * tiles + i) * sums_size + j * kTile + c];
                 if (j < w) static_cast<S*>(args.dweight)[(i * kTile + c) * w + j] = sum;
                 else if (args.dbias) static_cast<S*>(args.dbias)[i * kTile + c] = sum;
             }

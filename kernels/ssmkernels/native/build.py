@@ -1,6 +1,6 @@
 """Builds the native CPU library: a C++ compiler is all that it needs.
 
-Imports nothing but the standard library, since ``setup.py`` runs it before PyTorch is there. To build it again by hand::
+Imports only the standard library, since ``setup.py`` runs it before PyTorch is there. To build it again by hand::
 
     python kernels/ssmkernels/native/build.py
 """

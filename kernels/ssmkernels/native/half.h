@@ -62,8 +62,9 @@ SSMZOO_INLINE void narrow(float x, float16* p) {
 #else
 SSMZOO_INLINE float widen(float16 x) {
     const uint32_t magnitude = x.bits & 0x7fffu, sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
-    uint32_t bits = (magnitude << 13) + (magnitude < 0x7c00u ? 0x38000000u : 0x70000000u);  // the exponent's bias; infinity
-    float f = static_cast<float>(magnitude) * 5.9604645e-8f;                               // subnormal: times 2^-24
+    const uint32_t bias = magnitude < 0x7c00u ? 0x38000000u : 0x70000000u;  // of the exponent; or infinity's
+    uint32_t bits = (magnitude << 13) + bias;
+    float f = static_cast<float>(magnitude) * 5.9604645e-8f;  // subnormal: times 2^-24
     if (magnitude < 0x400u) memcpy(&bits, &f, sizeof f);
     bits |= sign;
     memcpy(&f, &bits, sizeof f);

@@ -15,7 +15,7 @@
 namespace ssmzoo {
 namespace SSMZOO_ISA {
 
-// Subnormal numbers count as 0 while one of these lives: a state that has decayed so far would cost a hundred times more.
+// Subnormal numbers count as 0 while one of these lives: a state that has decayed so far would cost many times more.
 class FlushSubnormals {
 #if defined(__x86_64__)
     unsigned before_ = _mm_getcsr();

@@ -28,7 +28,8 @@ void advance(const Walk<S>& w, Map<S, fixed_B> B, Map<S, fixed_C> C, S* y, int64
 }
 
 template <class S, bool fixed_B, bool fixed_C, bool guarded>
-void advance_all(const Walk<S>& w, Map<S, fixed_B> B, Map<S, fixed_C> C, S* y, int64_t n, int64_t channels, int64_t steps) {
+void advance_all(const Walk<S>& w, Map<S, fixed_B> B, Map<S, fixed_C> C, S* y, int64_t n, int64_t channels,
+                 int64_t steps) {
     for (int64_t c = 0; c < channels; c += Lanes<S>::count) {
         int64_t j = 0;
         for (; j + 8 <= n; j += 8) advance<S, 8, fixed_B, fixed_C, guarded>(w, B, C, y, j, c, steps);
@@ -60,8 +61,10 @@ void scan_tile(const ScanArguments& a, const Sequence& s, Tile tile, char* scrat
         const bool safe = w.template read_steps<T>(a, tile, s, t0, steps);
         const T* u = at<T>(a.u, s.batch * a.u_batch + (s.start + t0) * a.u_time + tile.first);
         for (int64_t t = 0; t < steps; ++t)
-            for (int64_t c = 0; c < tile.channels; c += Lanes<S>::count)
-                store(y + t * kTile + c, a.D ? load(w.D + c) * read_some(u + t * a.u_time + c, tile.channels - c) : V{});
+            for (int64_t c = 0; c < tile.channels; c += Lanes<S>::count) {
+                const V x = read_some(u + t * a.u_time + c, tile.channels - c);
+                store(y + t * kTile + c, a.D ? load(w.D + c) * x : V{});
+            }
         const Map<S, fixed_B> B = w.template map_B<fixed_B>(a, tile, s, t0);
         const Map<S, fixed_C> C = w.template map_C<fixed_C>(a, tile, s, t0);
         if (safe)

@@ -1,8 +1,8 @@
 // What the selective scan's forward and backward passes share: arguments, tiles of channels, and the walk over time.
 //
 // Lanes are channels. A task takes one sequence and one tile of up to 64 channels of one group, and walks over time in
-// chunks. What is read per (position, channel) is read once a chunk, widened, and laid out (time, 64) in scratch memory;
-// the states of a few n at a time then stay in registers for the whole chunk.
+// chunks. What is read per (position, channel) is read once a chunk, widened, and laid out (time, 64) in scratch
+// memory; the states of a few n at a time then stay in registers for the whole chunk.
 #pragma once
 
 #include "native/math.h"
@@ -17,7 +17,7 @@ struct ScanArguments {
     const void *A, *B, *C;                              // S: (d n); (b l g n), or (d n) where fixed
     const void *D, *delta_bias, *initial;               // S: (d), (d), (s d n), or null
     const int32_t* cu_seqlens;                          // (s + 1) or null
-    void *y, *final_state, *starts;                     // (b l d); S: (s d n); (chunks n d), or null if nothing is to be saved
+    void *y, *final_state, *starts;                     // (b l d); S: (s d n); (chunks n d) or null
     int64_t dtype, sequences, length, d, n, groups, softplus, fixed_B, fixed_C, chunk, threads;
     int64_t u_batch, u_time, delta_batch, delta_time, z_batch, z_time, B_batch, B_time, C_batch, C_time;
 };

@@ -86,7 +86,7 @@ def _scan(
     cu_seqlens: Tensor | None,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (b l d), the final state (s d n) and, if they are to be saved, the states at the chunks' starts (chunks n d)."""
+    """y (b l d), the final state (s d n) and, where they are to be saved, the chunks' first states (chunks n d)."""
     y, final_state, starts = _outputs(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, save
     )
@@ -117,7 +117,7 @@ def _outputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state,
 
 
 def _chunk(A: Tensor) -> int:
-    """Steps between saved states: the states, n numbers a channel, take at most half as much memory as one activation."""
+    """Steps between saved states, which take at most half as much memory as one activation."""
     return min(max(64, 4 * A.shape[1] // 64 * 64), 512)
 
 
@@ -219,7 +219,8 @@ def scan_backward(
     values["dy_batch"], values["dy_time"] = dy.stride()[:2]
     native.run("selective_scan_backward", _Backward(**values))
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    return [g.to(x.dtype) for g, x in zip(gradients.values(), inputs, strict=True) if x is not None]
+    pairs = zip(gradients.values(), inputs, strict=True)
+    return [g.to(x.dtype) for g, x in pairs if g is not None and x is not None]
 
 
 @scan_backward.register_fake

@@ -19,7 +19,8 @@ namespace {
 
 // Up to as many channels as a vector has lanes, from the first on: their sums over n of C h, one in each lane.
 template <class S>
-typename Lanes<S>::V advance(const ScanStepArguments& a, int64_t batch, int64_t first, int64_t channels, const S* dt, const S* dtu) {
+typename Lanes<S>::V advance(const ScanStepArguments& a, int64_t batch, int64_t first, int64_t channels, const S* dt,
+                             const S* dtu) {
     using V = typename Lanes<S>::V;
     constexpr int lanes = Lanes<S>::count;
     const int64_t per_B = a.d / a.groups_B, per_C = a.d / a.groups_C;

@@ -69,7 +69,7 @@ missing._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a compil
 
 
 def info() -> dict[str, Any]:
-    """The library as it is: path, what is missing, ABI; where it loads also ISA in use, ISAs built, OpenMP, compiler."""
+    """The library: its path, ABI and what is missing; where it loads also ``isa`` (in use), ``isas``, OpenMP, compiler."""
     handle, isa, why = library()
     found: dict[str, Any] = {"path": str(PATH), "missing": why, "abi": ABI}
     if handle is not None:

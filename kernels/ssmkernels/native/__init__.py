@@ -69,7 +69,7 @@ missing._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a compil
 
 
 def info() -> dict[str, Any]:
-    """The library: its path, ABI and what is missing; where it loads also ``isa`` (in use), ``isas``, OpenMP, compiler."""
+    """The library: path, ABI and what is missing; where it loads also the ISA in use, those built, OpenMP, compiler."""
     handle, isa, why = library()
     found: dict[str, Any] = {"path": str(PATH), "missing": why, "abi": ABI}
     if handle is not None:

@@ -236,7 +236,7 @@ class Examination:
         return Check(self.row, self.dtype_name, what, used, failure, self.line() if failure else "")
 
 
-@functools.lru_cache(maxsize=4)  # for the next implementation of the same op
+@functools.lru_cache(maxsize=128)  # for the next implementation of the same op: small tensors, all of them
 def _truths(
     spec: Spec, case: tuple[tuple[str, Any], ...], dtype: torch.dtype, device: torch.device, gradients: bool, seed: int
 ) -> dict[str, Truth]:

@@ -130,9 +130,7 @@ def _root_mean_square(x: Tensor) -> float:
 
 def _part(error: float, allowed: float) -> float:
     if not math.isfinite(allowed):
-        raise ArithmeticError(
-            "the budget is not finite: the float64 reference overflows beside a finite value"
-        )
+        raise ArithmeticError("the budget is not finite: the float64 reference overflows beside a finite value")
     if error == 0:
         return 0.0
     return error / allowed if allowed > 0 else math.inf

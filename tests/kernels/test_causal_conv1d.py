@@ -47,9 +47,7 @@ def arguments(randn):
     return make
 
 
-def by_torch(
-    x, weight, bias=None, activation=None, *, initial_state=None, return_final_state, cu_seqlens=None
-):
+def by_torch(x, weight, bias=None, activation=None, *, initial_state=None, return_final_state, cu_seqlens=None):
     """The convolution of PyTorch, one sequence after another; both results."""
     w = weight.shape[1]
     borders = [0, x.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()

@@ -161,9 +161,7 @@ def test_errors_in_the_environment(variable, value, match, toy, monkeypatch):
 
 
 def test_unknown_names(toy):
-    with pytest.raises(
-        ValueError, match=rf"unknown implementation of {toy.name}: 'qick'. Did you mean 'quick'"
-    ):
+    with pytest.raises(ValueError, match=rf"unknown implementation of {toy.name}: 'qick'. Did you mean 'quick'"):
         toy(EVEN, implementation="qick")
     with pytest.raises(ValueError, match=r"unknown implementation of .* There are: quick, reference, steady"):
         toy(EVEN, implementation="zzz")
@@ -186,14 +184,10 @@ def test_unknown_names(toy):
 
 def test_forced_but_impossible_says_why(toy, monkeypatch):
     toy.lacks = "no such machine"
-    with pytest.raises(
-        ValueError, match=r"'quick' \(by the argument `implementation`\) cannot run .*: an odd length"
-    ):
+    with pytest.raises(ValueError, match=r"'quick' \(by the argument `implementation`\) cannot run .*: an odd length"):
         toy(ODD, implementation="quick")
     with (
-        pytest.raises(
-            ValueError, match=r"'steady' \(by ssmkernels.use\) cannot run this call: no such machine"
-        ),
+        pytest.raises(ValueError, match=r"'steady' \(by ssmkernels.use\) cannot run this call: no such machine"),
         use("steady"),
     ):
         toy(EVEN)

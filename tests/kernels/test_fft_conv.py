@@ -125,9 +125,7 @@ def test_the_future_changes_nothing_without_a_reverse_kernel(convolve, arguments
 @EITHER
 def test_packed_is_one_by_one(convolve, arguments, run, assert_same):
     def one_by_one(u, cu_seqlens, **rest):
-        return torch.cat(
-            [convolve(part, **rest) for part in u.split(cu_seqlens.diff().tolist(), dim=1)], dim=1
-        )
+        return torch.cat([convolve(part, **rest) for part in u.split(cu_seqlens.diff().tolist(), dim=1)], dim=1)
 
     made = arguments(cu_seqlens=[0, 5, 5, 6, 17])
     assert_same(run(convolve, **made), run(one_by_one, **made))

@@ -21,9 +21,7 @@ CASES = {
 
 @pytest.fixture
 def arguments(randn):
-    def make(
-        dtype=torch.float64, *, shape=(2, 5, 12), residual_dtype=None, gate=False, residual=False, **options
-    ):
+    def make(dtype=torch.float64, *, shape=(2, 5, 12), residual_dtype=None, gate=False, residual=False, **options):
         made = {"x": randn(*shape, dtype=dtype), "weight": randn(shape[-1], dtype=dtype)}
         if gate:
             made["gate"] = randn(*shape, dtype=dtype)
@@ -67,9 +65,7 @@ def test_half_precision_rounds_once(case, dtype, arguments):
         made["x"], made["residual"] = r, torch.zeros_like(r)  # r is normalised as it was rounded
         exact, _ = rms_norm(**{k: v.double() if isinstance(v, torch.Tensor) else v for k, v in made.items()})
     assert found.dtype == dtype
-    torch.testing.assert_close(
-        found.double(), exact, rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).tiny
-    )
+    torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).tiny)
 
 
 def test_a_float32_residual_beside_half_precision(arguments, run):

@@ -64,7 +64,7 @@ selective_scan.compiles = True  # type: ignore[attr-defined]  # its core is an o
 def scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x, dt (b l d), A (d n), B, C (b l g n), of one dtype → y (b l d), final state (s d n), the chunks' first states."""
+    """x, dt (b l d), A (d n), B, C (b l g n), of one dtype → y (b l d), final state (s d n), the chunks' first ones."""
     if cu_seqlens is not None:
         index, mask = pad(cu_seqlens)
         y, final_state, starts = scan(*_padded(x, dt, A, B, C, index, mask), initial_state, None)

@@ -20,7 +20,9 @@ DEMO := runs/demo
 
 .PHONY: demo test lint bench readme clean
 
-# A run that was stopped goes on; one that is complete only writes again.
+# A run that was stopped goes on; one that is complete only writes again. Threads that wait sleep: where other programs
+# use the cores as well, spinning ones would hold each other up many times over.
+demo: export OMP_WAIT_POLICY ?= PASSIVE
 demo: $(READY)
 	@if [ -e $(DEMO)/.complete ]; then \
 		echo "$(DEMO) is trained; to train it again: rm -r $(DEMO)"; \

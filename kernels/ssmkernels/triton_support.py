@@ -68,6 +68,14 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
+def all_registers() -> dict[str, int]:
+    """Launch options that let a thread have all registers: NVIDIA's assembler may spill to fit more threads in."""
+    if interpreting():
+        return {}
+    target = importlib.import_module("triton.runtime").driver.active.get_current_target()
+    return {"maxnreg": 255} if target.backend == "cuda" else {}
+
+
 def next_power_of_2(x: int) -> int:
     return 1 << max(0, x - 1).bit_length()
 

@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssmkernels.triton_support import kernels, missing, next_power_of_2, on_device_of, owners, wrong_device
+from ssmkernels.triton_support import (
+    all_registers,
+    kernels,
+    missing,
+    next_power_of_2,
+    on_device_of,
+    owners,
+    wrong_device,
+)
 from ssmkernels.validate import precision
 
 __all__ = ["causal_conv1d", "causal_conv1d_step", "missing", "offline_cases", "step_unsupported", "unsupported"]
@@ -207,6 +215,7 @@ def _launch(
         "SILU": activation == "silu",
         "T": T,
         "BLOCK_D": block,
+        **all_registers(),
         "num_warps": _warps(block, 2 if forward and x.dtype != torch.float64 else 1),
     }
     return programs, values, options

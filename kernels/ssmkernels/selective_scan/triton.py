@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssmkernels.triton_support import kernels, missing, next_power_of_2, on_device_of, wrong_device
+from ssmkernels.triton_support import all_registers, kernels, missing, next_power_of_2, on_device_of, wrong_device
 from ssmkernels.validate import precision
 
 __all__ = ["missing", "offline_cases", "selective_scan", "selective_scan_step", "step_unsupported", "unsupported"]
@@ -101,6 +101,7 @@ def _scan(
             "final": final_state,
             "blocks": blocks,
             "d_blocks": groups * blocks,
+            "zero": 0,
         }
         with on_device_of(u):
             kernels(__package__).forward[(programs,)](**values, **options)
@@ -243,7 +244,7 @@ def _step(
         values |= {"state": state, "y": y, "blocks": blocks, "d_blocks": groups * blocks}
         for name in ("FIXED_B", "FIXED_C"):
             del values[name]
-        options = {name: options[name] for name in ("N", "BLOCK_D", "num_warps")}
+        options = {name: option for name, option in options.items() if name not in ("CHUNK", "T")}
         with on_device_of(u):
             kernels(__package__).step[(programs,)](**values, **options)
     return y
@@ -339,31 +340,33 @@ def _forward_options(n: int, per_group: int, dtype: torch.dtype) -> dict[str, An
     N = next_power_of_2(n)
     warps = 1 if N <= 32 else 4
     block = min(next_power_of_2(per_group), 64, max(1, 128 * warps // N))
-    return _options(N, block, warps, T=4 if dtype == torch.float64 else 8)
+    return _options(N, block, warps, T=2 if dtype == torch.float64 else 8)
 
 
 def _backward_options(n: int, per_group: int, dtype: torch.dtype) -> dict[str, Any]:
     """Launch settings: four states a thread, where n allows it; two in float64."""
     N = next_power_of_2(n)
     block = min(next_power_of_2(per_group), 32 if N <= 4 else 16 if N == 8 else 8 if N <= 64 else 4)
-    warps = max(1, block * N // 128)
-    return _options(N, block, warps, T=2)
+    double = dtype == torch.float64
+    return _options(N, block, max(1, block * N // (64 if double else 128)), T=1 if double else 2)
 
 
 def _options(N: int, block: int, warps: int, T: int) -> dict[str, Any]:
-    return {"CHUNK": _chunk(N), "N": N, "T": T, "BLOCK_D": block, "num_warps": warps}
+    return {"CHUNK": _chunk(N), "N": N, "T": T, "BLOCK_D": block, "num_warps": warps, **all_registers()}
 
 
 def offline_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     """Launches on meta tensors, by name, for compiling without a GPU."""
 
-    def launches(dtype: torch.dtype, n: int, packed: bool, fixed: bool, plain: bool) -> None:
+    def launches(dtype: torch.dtype, n: int, packed: bool, fixed: bool, plain: bool, strided: bool) -> None:
         def meta(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
 
         wide = precision(meta(1))
         x, A, vector = meta(1, 64, 512), meta(512, n, dtype=wide), meta(512, dtype=wide)
         B = A if fixed else meta(1, 64, 2, n)
+        if strided:
+            x, B = meta(1, 64, 1024)[..., ::2], meta(1, 64, 2, 2 * n)[..., ::2]
         D, z, bias = (None, None, None) if plain else (vector, x, vector)
         cu_seqlens = meta(4, dtype=torch.int32) if packed else None
         initial = None if plain else meta(3 if packed else 1, 512, n, dtype=wide)
@@ -373,14 +376,15 @@ def offline_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         if not fixed:
             _step(final[:1], x[:, 0], x[:, 0], A, B[:, 0], B[:, 0], D, None if z is None else z[:, 0], bias, not plain)
 
-    for dtype, n, packed, fixed, plain in (
-        (torch.float32, 16, False, False, False),
-        (torch.bfloat16, 16, True, False, False),
-        (torch.float16, 16, False, True, True),
-        (torch.bfloat16, 1, False, False, False),
-        (torch.float32, 64, False, False, False),
-        (torch.bfloat16, 256, False, False, False),
-        (torch.float64, 16, False, False, False),
+    for dtype, n, option in (
+        (torch.float32, 16, ""),
+        (torch.bfloat16, 16, "packed"),
+        (torch.bfloat16, 16, "fixed maps"),
+        (torch.float16, 17, "plain"),
+        (torch.float32, 64, "strided"),
+        (torch.bfloat16, 256, ""),
+        (torch.float64, 16, ""),
     ):
-        name = f"{str(dtype).removeprefix('torch.')}, n {n}" + ", packed" * packed + ", fixed maps, plain" * fixed
-        yield name, lambda a=(dtype, n, packed, fixed, plain): launches(*a)
+        flags = (option == "packed", option == "fixed maps", option == "plain", option == "strided")
+        name = f"{str(dtype).removeprefix('torch.')}, n {n}{', ' * bool(option)}{option}"
+        yield name, lambda a=(dtype, n, *flags): launches(*a)

@@ -5,7 +5,8 @@ a time: the inputs of all ``T`` are loaded before any of them is used. ``N`` is 
 states beyond n stay 0. Steps beyond a sequence's end have Δ = 0 and leave the state as it is.
 
 ``A2`` is A / log 2, so that exp(ΔA) = exp2(Δ A2). What is absent is None. Offsets are 64-bit; sums have the dtype of
-A2. A2, D, bias, fixed B and C, states, and all that is written are contiguous.
+A2. A2, D, bias, fixed B and C, states, and all that is written are contiguous. ``zero`` is 0, which the compiler may
+not know: it would carry a pointer for every row of every tensor through the loops, in more registers than there are.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def step_sizes(raw, bias, first, steps, T: tl.constexpr, SOFTPLUS: tl.constexpr)
     return before, found
 
 
-@triton.jit(do_not_specialize=["length", "blocks", "d_blocks", "per_group"])
+@triton.jit(do_not_specialize=["length", "blocks", "d_blocks", "per_group", "zero"])
 def forward(
     u,
     delta,
@@ -126,6 +127,7 @@ def forward(
     blocks,
     d_blocks,
     per_group,
+    zero,
     d,
     n: tl.constexpr,
     SOFTPLUS: tl.constexpr,
@@ -170,7 +172,8 @@ def forward(
     if initial is not None:
         h += tl.load(initial + sequence * d * n + at, mask=live, other=0.0)
 
-    for first in range(0, steps, T):
+    for begin in range(0, steps, T):
+        first = begin ^ zero
         if starts is not None:  # noqa: SIM102 (one is known to the compiler, the other is not)
             if first % CHUNK == 0:
                 tl.store(starts + (chunk + first // CHUNK) * d * n + at, h, mask=live)
@@ -261,8 +264,7 @@ def backward(
 
     Program (worker, group, part) takes every ``workers``-th sequence and every ``parts``-th block of the group's
     channels, one after another. dA, dD, dbias and those of fixed B and C are one sum for each worker, (worker d [n]);
-    those of B and C over time are one for each part. ``zero`` is 0, which the compiler may not know: it would carry a
-    pointer for every row of every tensor through the loops, in more registers than there are.
+    those of B and C over time are one for each part.
     """
     WIDE: tl.constexpr = A2.dtype.element_ty
     pid = tl.program_id(0).to(tl.int64)

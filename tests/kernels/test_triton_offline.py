@@ -1,0 +1,108 @@
+"""Every Triton kernel compiles for chips that are not there, spills nothing, and its shared memory fits."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+# In a process of its own: there Triton has no driver but the stand-in, and nothing has imported it for the interpreter
+PROGRAM = """
+import sys
+import torch
+from ssmkernels.offline import CHIPS, compiling_for, offline_cases
+
+torch.set_num_threads(1)
+chip, found = sys.argv[1], 0
+for name, launch in offline_cases():
+    with compiling_for(chip) as reports:
+        launch()
+    assert reports, f"{name}: no kernel"
+    for report in reports:
+        print(f"{name}: {report}")
+        assert report.spills == 0, f"{name}: {report}"
+        assert report.shared <= CHIPS[chip].shared, f"{name}: {report}"
+    found += len(reports)
+print(f"{found} kernels")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_compiles_without_spills(chip, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "SSMZOO_DISABLE")}
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM, chip],
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    print(run.stdout)
+
+
+@pytest.mark.slow
+def test_the_report_sees_spills(tmp_path):
+    """A kernel that is forced to spill is reported as one."""
+    (tmp_path / "greedy.py").write_text(
+        """
+import torch, triton, triton.language as tl
+from ssmkernels.offline import compiling_for
+
+@triton.jit
+def kernel(x, y):
+    at = tl.arange(0, 4096)
+    rows = ()
+    for i in tl.static_range(8):
+        rows = rows + (tl.load(x + i * 4096 + at),)
+    total = tl.sum(rows[0], 0)
+    for i in tl.static_range(8):
+        tl.store(y + i * 4096 + at, rows[7 - i] * total)
+
+for chip in ("sm_90", "gfx942"):
+    with compiling_for(chip) as reports:
+        kernel[(1,)](torch.empty(1, device="meta"), torch.empty(1, device="meta"), num_warps=1)
+    assert reports[0].spills > 0, reports[0]
+"""
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "greedy.py"],
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_an_unknown_chip_is_named():
+    from ssmkernels.offline import compiling_for
+
+    with pytest.raises(ValueError, match="sm_90"), compiling_for("sm_91"):
+        pass
+
+
+def test_importing_brings_no_triton_along():
+    lines = (
+        "import sys, torch, ssmkernels",
+        "ssmkernels.causal_conv1d(torch.ones(1, 2, 3), torch.ones(3, 2))",
+        "assert 'triton' not in sys.modules or torch.cuda.is_available()",
+    )
+    run = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(monkeypatch):
+    import ssmkernels
+
+    arguments = torch.ones(1, 2, 3), torch.ones(3, 2)
+    if os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
+        assert "no GPU" in ssmkernels.explain("causal_conv1d", *arguments).reasons["triton"]

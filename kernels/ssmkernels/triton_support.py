@@ -13,15 +13,18 @@ import torch
 from torch import Tensor
 
 
-@functools.cache
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors. Triton reads the variable when it is imported."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
-@functools.cache
 def missing() -> str | None:
     """What this machine lacks for Triton kernels; None where all is well."""
+    return _missing()
+
+
+@functools.cache
+def _missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (there are builds for Linux only)"
     if not interpreting() and not torch.cuda.is_available():
@@ -37,8 +40,9 @@ def wrong_device(name: str, tensor: Tensor) -> str | None:
     return None
 
 
-for _function in (interpreting, missing):
-    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a compiler need not look into them
+# A compiler need not look into them
+interpreting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -53,7 +57,7 @@ def kernels(package: str) -> Any:
 @functools.cache
 def _repair_interpreter() -> None:
     """Loop bounds in Triton 3.6's interpreter are arrays of one element, of which NumPy from 2.4 on makes no ints."""
-    interpreter = importlib.import_module("triton.runtime.interpreter")
+    interpreter: Any = importlib.import_module("triton.runtime.interpreter")
     patch = interpreter._patch_lang_tensor
 
     def patched(tensor: Any, scope: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -254,4 +255,4 @@ def offline_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         (torch.float32, 7, False, False),
     ):
         name = f"{str(dtype).removeprefix('torch.')}, width {w}" + ", packed" * packed + ", plain" * plain
-        yield name, lambda a=(dtype, w, packed, plain): launches(*a)
+        yield name, functools.partial(launches, dtype, w, packed, plain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -237,8 +238,9 @@ def _step(
     blocks = -(-per_group // options["BLOCK_D"])
     programs = u.shape[0] * groups * blocks
     if programs:
-        once = [None if t is None else t.unsqueeze(1) for t in (u, delta, B, C, z)]  # a length of 1
-        values = _values(once[0], once[1], A, once[2], once[3], D, once[4], delta_bias, delta_softplus, None, groups)
+        u1, delta1, B1, C1 = (t.unsqueeze(1) for t in (u, delta, B, C))  # a length of 1
+        z1 = None if z is None else z.unsqueeze(1)
+        values = _values(u1, delta1, A, B1, C1, D, z1, delta_bias, delta_softplus, None, groups)
         values = {k: v for k, v in values.items() if not k.endswith("_time") and k not in ("length", "cu_seqlens")}
         values |= dict(zip(("state_batch", "state_d", "state_n"), state.stride(), strict=True))
         values |= {"state": state, "y": y, "blocks": blocks, "d_blocks": groups * blocks}
@@ -274,7 +276,8 @@ def _values(
     """What all kernels take of the arguments."""
     wide = precision(u)
     D, delta_bias = (None if t is None else t.to(wide).contiguous() for t in (D, delta_bias))
-    values = {"u": u, "delta": delta, "z": z, "A2": (A.to(wide) / math.log(2)).contiguous(), "D": D, "bias": delta_bias}
+    A2 = (A.to(wide) / math.log(2)).contiguous()
+    values: dict[str, Any] = {"u": u, "delta": delta, "z": z, "A2": A2, "D": D, "bias": delta_bias}
     for name, x in (("u", u), ("delta", delta), ("z", z)):
         strides = (0, 0, 0) if x is None else x.stride()
         values |= {f"{name}_{axis}": stride for axis, stride in zip(("batch", "time", "d"), strides, strict=True)}
@@ -387,4 +390,4 @@ def offline_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     ):
         flags = (option == "packed", option == "fixed maps", option == "plain", option == "strided")
         name = f"{str(dtype).removeprefix('torch.')}, n {n}{', ' * bool(option)}{option}"
-        yield name, lambda a=(dtype, n, *flags): launches(*a)
+        yield name, functools.partial(launches, dtype, n, *flags)

@@ -9,6 +9,9 @@ A2. A2, D, bias, fixed B and C, states, and all that is written are contiguous. 
 not know: it would carry a pointer for every row of every tensor through the loops, in more registers than there are.
 """
 
+# mypy: disable-error-code="assignment"
+# (tuples of registers grow in unrolled loops)
+
 from __future__ import annotations
 
 import triton

@@ -33,9 +33,7 @@ def randn() -> Callable[..., Tensor]:
 
 def _run(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Tensor]:
     leaves = {
-        name: a.detach().requires_grad_(a.is_floating_point() or a.is_complex())
-        if isinstance(a, Tensor)
-        else a
+        name: a.detach().requires_grad_(a.is_floating_point() or a.is_complex()) if isinstance(a, Tensor) else a
         for name, a in arguments.items()
     }
     outputs = function(**leaves)
@@ -134,9 +132,7 @@ def opcheck() -> Callable[..., None]:
 
     def check(operator: Any, arguments: dict[str, Any]) -> None:
         leaves = {
-            name: a.detach().requires_grad_(a.is_floating_point() or a.is_complex())
-            if isinstance(a, Tensor)
-            else a
+            name: a.detach().requires_grad_(a.is_floating_point() or a.is_complex()) if isinstance(a, Tensor) else a
             for name, a in arguments.items()
         }
         torch.library.opcheck(operator, (), leaves)

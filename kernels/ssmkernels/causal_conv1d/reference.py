@@ -32,9 +32,7 @@ def causal_conv1d(
     return torch.cat(ys, dim=1), torch.cat(states)
 
 
-def causal_conv1d_step(
-    state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
-) -> Tensor:
+def causal_conv1d_step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     y, last = _one_batch(x[:, None], weight, bias, activation, state)
     state.copy_(last)
     return y[:, 0]

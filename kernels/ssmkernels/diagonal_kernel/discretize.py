@@ -11,9 +11,7 @@ from ssmkernels.validate import COMPLEX, REAL, check_dtypes, check_shapes, preci
 DISCRETIZATIONS = ("bilinear", "zoh")
 
 
-def discretize_diagonal(
-    A: Tensor, B: Tensor, dt: Tensor, *, discretization: str = "zoh"
-) -> tuple[Tensor, Tensor]:
+def discretize_diagonal(A: Tensor, B: Tensor, dt: Tensor, *, discretization: str = "zoh") -> tuple[Tensor, Tensor]:
     """Turns h' = A h + B u with diagonal A into h_t = Ā h_{t-1} + B̄ u_t, at a step size per channel.
 
     S4D (Gu, Gupta, Goel and Ré 2022, arXiv 2206.11893, section 3.1)::

@@ -12,9 +12,7 @@ from ssmkernels.validate import precision
 def diagonal_kernel(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, discretization: str) -> Tensor:
     wide = precision(A, B, C, dt)
     A, B, C = (widen(x, wide) for x in (A, B, C))
-    A_bar, h = discretize_diagonal(
-        A, B, dt.to(wide), discretization=discretization
-    )  # h = B̄: the impulse went in
+    A_bar, h = discretize_diagonal(A, B, dt.to(wide), discretization=discretization)  # h = B̄: the impulse went in
     taps = []
     for _ in range(max(length, 1)):
         tap = (C * h).sum(-1)  # (d)

@@ -198,6 +198,8 @@ class ModelConfig:
         values = dataclasses.asdict(self)
         if "output" not in overrides and {"n_classes", "d_output", "vocab_size"} & set(overrides):
             values["output"] = None  # to be derived again
+        if "d_input" in overrides and self.d_output == self.d_input:
+            values["d_output"] = None  # likewise
         for key, value in overrides.items():
             _merge(values, key.split("."), value)
         if "pattern" in overrides:  # entries that only the old pattern used go with it

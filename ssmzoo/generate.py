@@ -218,7 +218,8 @@ def _check_model(model: SequenceModel) -> None:
         )
     for name, module in model.named_modules():
         if isinstance(module, Mixer) and not (module.causal and module.has_state):
-            raise ValueError(f"generate: every mixer must be causal and have a state; {name} is bidirectional")
+            why = "has no state" if module.causal else "is bidirectional"
+            raise ValueError(f"generate: every mixer must be causal and have a state; {name} {why}")
 
 
 def _check_options(

@@ -1,4 +1,4 @@
-"""What the bindings of all Triton kernels share. Imports no Triton: machines without it come here too."""
+"""What the bindings of all Triton kernels share. Imports Triton where it can be used, and not at its own import."""
 
 from __future__ import annotations
 
@@ -29,6 +29,10 @@ def _missing() -> str | None:
         return "triton is not installed (there are builds for Linux only)"
     if not interpreting() and not torch.cuda.is_available():
         return "there is no GPU (TRITON_INTERPRET=1 runs Triton's kernels on the CPU, for tests)"
+    try:
+        importlib.import_module("triton")
+    except Exception as error:  # a build for another machine may raise anything
+        return f"triton is installed but does not import ({error}): install it again"
     return None
 
 

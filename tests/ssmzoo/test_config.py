@@ -118,6 +118,8 @@ def test_real_valued_features_in_and_out():
     model = ssmzoo.build({"d_model": 16, "n_layers": 1, "pattern": ["s4d"], "d_input": 3})
     assert model.config.output == "features"
     assert model(torch.randn(2, 5, 3)).shape == (2, 5, 3)
+    assert ssmzoo.build(model.config, d_input=4)(torch.randn(2, 5, 4)).shape == (2, 5, 4)
+    assert ssmzoo.build(model.config, d_output=1)(torch.randn(2, 5, 3)).shape == (2, 5, 1)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from ssmkernels.bench.contest import (
     refusal,
 )
 from ssmkernels.bench.peers import Peer, Setting, peers_of, setting_of
-from ssmkernels.dispatch import OPS, explain
+from ssmkernels.dispatch import explain
 from ssmkernels.spec import Case, Draw, Spec, spec_of, tensors_of
 from ssmkernels.testing import check
 
@@ -224,8 +224,3 @@ def _gradient_for(value: Tensor) -> Tensor:
     draw = Draw(1)
     made = draw.complex_normal(*value.shape) if value.is_complex() else draw.normal(*value.shape)
     return made.to(value.device, value.dtype)
-
-
-def all_sizes() -> set[str]:
-    """Every name that ``changes`` may hold for some op."""
-    return {name for op in OPS for name in spec_of(op).case({})}

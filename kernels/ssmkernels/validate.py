@@ -187,3 +187,11 @@ def check_parameters(op: str, x: Tensor, arguments: Mapping[str, Any], also: Ite
         TypeError: naming the argument, what is allowed and what came.
     """
     check_dtypes(op, arguments, dict.fromkeys((x.dtype, precision(x), *also)))
+
+
+def gradient_wanted(arguments: Mapping[str, Any]) -> str | None:
+    """Why a step without a backward pass cannot run a call: it would lose the gradient. None where none is wanted."""
+    tensors = (value for value in arguments.values() if isinstance(value, Tensor))
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return "a step has no gradient here; call it under torch.no_grad()"
+    return None

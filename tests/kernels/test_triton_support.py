@@ -1,8 +1,14 @@
-"""What is said of a Triton that is broken or missing, each in a process where it is so."""
+"""What is said of a Triton that is broken, and of calls that its kernels refuse, in processes of their own."""
 
+import importlib.util
 import os
 import subprocess
 import sys
+
+import pytest
+import torch
+
+import ssmkernels
 
 PROGRAM = """
 import torch, ssmkernels
@@ -25,3 +31,31 @@ def test_a_broken_triton_is_passed_over_with_its_reason(tmp_path):
     said = explained(tmp_path, "raise OSError('made for another machine')")
     assert "not triton: triton is installed but does not import (made for another machine): install it again" in said
     assert "torch.Size([1, 4, 2])" in said
+
+
+STEPS = """
+import torch, ssmkernels
+r = torch.randn
+scan = (torch.zeros(1, 2, 3), r(1, 2), r(1, 2), -torch.rand(2, 3).requires_grad_(), r(1, 3), r(1, 3))
+convolution = (torch.zeros(1, 2, 2), r(1, 2), r(2, 3, requires_grad=True))
+for op, arguments in (("selective_scan_step", scan), ("causal_conv1d_step", convolution)):
+    print(ssmkernels.explain(op, *arguments))
+    with torch.no_grad():
+        print(ssmkernels.explain(op, *arguments).chosen)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_steps_do_not_lose_a_gradient_in_silence():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    said = subprocess.run([sys.executable, "-c", STEPS], env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout.count("not triton: a step has no gradient here; call it under torch.no_grad()") == 2
+    assert said.stdout.count("\ntriton\n") == 2
+
+
+def test_a_forced_step_says_why_it_has_no_gradient():
+    weight = torch.randn(2, 3, requires_grad=True)
+    if ssmkernels.OPS["causal_conv1d_step"].why_not("cpu"):
+        pytest.skip("needs the native library")
+    with pytest.raises(ValueError, match="'cpu' .* cannot run this call: a step has no gradient here"):
+        ssmkernels.causal_conv1d_step(torch.zeros(1, 2, 2), torch.randn(1, 2), weight, implementation="cpu")

@@ -18,7 +18,7 @@ from ssmkernels.triton_support import (
     owners,
     wrong_device,
 )
-from ssmkernels.validate import precision
+from ssmkernels.validate import gradient_wanted, precision
 
 __all__ = ["causal_conv1d", "causal_conv1d_step", "missing", "offline_cases", "step_unsupported", "unsupported"]
 
@@ -31,7 +31,8 @@ def unsupported(arguments: Mapping[str, Any]) -> str | None:
     return wrong_device("x", arguments["x"])
 
 
-step_unsupported = unsupported
+def step_unsupported(arguments: Mapping[str, Any]) -> str | None:
+    return gradient_wanted(arguments) or unsupported(arguments)
 
 
 def causal_conv1d(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ssmkernels import native
 from ssmkernels.native import address, missing, rows
-from ssmkernels.validate import precision
+from ssmkernels.validate import gradient_wanted, precision
 
 __all__ = ["missing", "selective_scan", "selective_scan_step", "step_unsupported", "unsupported"]
 
@@ -43,10 +43,7 @@ def unsupported(arguments: Mapping[str, Any]) -> str | None:
 
 
 def step_unsupported(arguments: Mapping[str, Any]) -> str | None:
-    tensors = (t for t in arguments.values() if isinstance(t, Tensor))
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return "a step has no gradient here; call it under torch.no_grad()"
-    return unsupported(arguments)
+    return gradient_wanted(arguments) or unsupported(arguments)
 
 
 def selective_scan(

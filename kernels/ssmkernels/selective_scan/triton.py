@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ssmkernels.triton_support import all_registers, kernels, missing, next_power_of_2, on_device_of, wrong_device
-from ssmkernels.validate import precision
+from ssmkernels.validate import gradient_wanted, precision
 
 __all__ = ["missing", "offline_cases", "selective_scan", "selective_scan_step", "step_unsupported", "unsupported"]
 
@@ -29,7 +29,8 @@ def unsupported(arguments: Mapping[str, Any]) -> str | None:
     return wrong_device("u", arguments["u"])
 
 
-step_unsupported = unsupported
+def step_unsupported(arguments: Mapping[str, Any]) -> str | None:
+    return gradient_wanted(arguments) or unsupported(arguments)
 
 
 def selective_scan(

@@ -15,7 +15,9 @@ if TYPE_CHECKING:  # for type checkers and editors alone
     from ssmkernels.causal_conv1d import causal_conv1d, causal_conv1d_step
     from ssmkernels.decode_attention import decode_attention
     from ssmkernels.diagonal_kernel import diagonal_kernel, discretize_diagonal
+    from ssmkernels.dplr_kernel import bilinear_dplr, bilinear_step, discretize_dplr, dplr_kernel
     from ssmkernels.fft_conv import fft_conv
+    from ssmkernels.mamba_step import mamba_step
     from ssmkernels.rms_norm import rms_norm
     from ssmkernels.selective_scan import selective_scan, selective_scan_step
 

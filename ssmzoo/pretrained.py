@@ -1,4 +1,4 @@
-"""Models on disk: our own folders, and the published Mamba checkpoints.
+"""Models on disk: our own folders, and published checkpoints of Mamba and Falcon Mamba.
 
 A saved model is a folder with ``config.yaml``, the architecture, and ``model.safetensors``, the weights. A
 weight used at several places (a tied embedding, a shared mixer) is stored once.
@@ -12,7 +12,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from ssmzoo.config import ModelConfig
 from ssmzoo.model import SequenceModel
+from ssmzoo.published import published_config
 
 CONFIG, WEIGHTS = "config.yaml", "model.safetensors"
 SHOWN = 3  # tensors that an error names
@@ -50,9 +50,9 @@ def load(
     """The model that a folder holds.
 
     Args:
-        folder: what :func:`save` or a training run wrote; or a published Mamba-1 checkpoint, as state-spaces
-            (``config.json``, ``pytorch_model.bin``) or transformers (``config.json``, ``model.safetensors``)
-            store it.
+        folder: what :func:`save` or a training run wrote; or a published checkpoint with a ``config.json``: Mamba-1
+            as state-spaces store it (``pytorch_model.bin``), Mamba-1 or Falcon Mamba as transformers stores it
+            (``model.safetensors``). Weights may be cut into shards, with their index beside them.
         device: where the weights go; PyTorch's default device if None.
         dtype: their dtype; the one they were saved in if None. What the papers keep in float32 stays there.
 
@@ -68,11 +68,9 @@ def load(
         config, source = ModelConfig.from_yaml(folder / CONFIG), folder / WEIGHTS
         weights = read_tensors(source)
     elif (folder / "config.json").is_file():
-        config = _published_config(folder / "config.json")
-        source = folder / WEIGHTS
-        if not source.is_file():
-            source = folder / "pytorch_model.bin"
-        weights = convert_mamba_state_dict(read_tensors(source))
+        config = published_config(folder / "config.json")
+        source, found = _published_weights(folder)
+        weights = convert_mamba_state_dict(found)
     else:
         raise FileNotFoundError(f"{folder} holds no model: there is no {CONFIG} in it, nor a config.json")
     from ssmzoo.zoo import build  # which comes here for folders
@@ -87,7 +85,8 @@ def convert_mamba_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tens
 
     Args:
         state_dict: of a state-spaces checkpoint (``backbone.embedding.weight``), or of transformers'
-            ``MambaForCausalLM`` or ``MambaModel`` (``backbone.embeddings.weight``, ``embeddings.weight``).
+            ``MambaForCausalLM``, ``MambaModel`` or their Falcon Mamba twins (``backbone.embeddings.weight``,
+            ``embeddings.weight``).
 
     Raises:
         ValueError: keys of another kind of model, the first of them by name.
@@ -161,6 +160,34 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return found
 
 
+def _published_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """The file that says what the weights are, and all of them: one file, or shards with their index."""
+    for name in (WEIGHTS, "pytorch_model.bin"):
+        whole, index = folder / name, folder / f"{name}.index.json"
+        if whole.is_file():
+            return whole, read_tensors(whole)
+        if index.is_file():
+            return index, _shards(index)
+    raise FileNotFoundError(f"no weights: {folder} holds neither {WEIGHTS} nor pytorch_model.bin, whole or in shards")
+
+
+def _shards(index: Path) -> dict[str, Tensor]:
+    """The tensors of all shards that an index (``{"weight_map": {tensor: file}}``) names."""
+    try:
+        places = dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} is no index of shards ({type(error).__name__}: {_line(error)})") from None
+    weights: dict[str, Tensor] = {}
+    for shard in sorted(set(map(str, places.values()))):
+        if Path(shard).name != shard:
+            raise ValueError(f"{index} must name files beside it; got {shard!r}")
+        weights |= read_tensors(index.with_name(shard))
+    lacking = sorted(set(places) - set(weights))
+    if lacking:
+        raise ValueError(f"{index} names tensors that its shards do not hold: {_some(lacking)}")
+    return weights
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path``, which takes its place on disk once the block has succeeded."""
@@ -199,64 +226,6 @@ def _main_dtype(weights: Mapping[str, Tensor]) -> torch.dtype | None:
     """That of the largest floating-point tensor: some small ones are float32 whatever the others are."""
     floating = [tensor for tensor in weights.values() if tensor.is_floating_point()]
     return max(floating, key=Tensor.numel).dtype if floating else None
-
-
-def _published_config(path: Path) -> ModelConfig:
-    """Our config from a published ``config.json``.
-
-    Raises:
-        ValueError: it is damaged, or describes something other than Mamba-1.
-    """
-    try:
-        given = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON: {_line(error)}") from None
-    try:
-        values = _from_transformers(given) if "model_type" in given else _from_state_spaces(given)
-    except KeyError as error:
-        raise ValueError(f"{path}: the key {error} is missing") from None
-    if values is None:
-        raise ValueError(f"{path} describes no Mamba-1: other published architectures cannot be loaded")
-    return ModelConfig.from_dict({"pattern": ["mamba"], **values}, str(path))
-
-
-def _from_state_spaces(given: Mapping[str, Any]) -> dict[str, Any] | None:
-    mixer = dict(given.get("ssm_cfg") or {})
-    if mixer.pop("layer", "Mamba1") != "Mamba1" or given.get("attn_layer_idx") or given.get("d_intermediate"):
-        return None
-    mixer.pop("use_fast_path", None)  # which of their kernels runs
-    return {
-        "d_model": given["d_model"],
-        "n_layers": given["n_layer"],
-        "mixers": {"mamba": mixer},
-        "vocab_size": given["vocab_size"],
-        "pad_vocab_size_multiple": given.get("pad_vocab_size_multiple", 8),
-        "norm": "rms" if given.get("rms_norm", True) else "layer",
-        "residual_in_fp32": given.get("residual_in_fp32", True),
-        "tie_embeddings": given.get("tie_embeddings", True),
-    }
-
-
-def _from_transformers(given: Mapping[str, Any]) -> dict[str, Any] | None:
-    if given["model_type"] != "mamba" or given.get("hidden_act", "silu") != "silu":
-        return None
-    mixer = {
-        "d_state": given.get("state_size", 16),
-        "d_conv": given.get("conv_kernel", 4),
-        "expand": given.get("expand", 2),
-        "dt_rank": given.get("time_step_rank", "auto"),
-        "conv_bias": given.get("use_conv_bias", True),
-        "bias": given.get("use_bias", False),
-    }
-    return {
-        "d_model": given["hidden_size"],
-        "n_layers": given["num_hidden_layers"],
-        "mixers": {"mamba": mixer},
-        "vocab_size": given["vocab_size"],
-        "norm_eps": given.get("layer_norm_epsilon", 1e-5),
-        "residual_in_fp32": given.get("residual_in_fp32", True),
-        "tie_embeddings": given.get("tie_word_embeddings", True),
-    }
 
 
 def _some(names: list[str]) -> str:

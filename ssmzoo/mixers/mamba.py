@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from ssmkernels import causal_conv1d, causal_conv1d_step, selective_scan, selective_scan_step
+from ssmkernels import causal_conv1d, causal_conv1d_step, rms_norm, selective_scan, selective_scan_step
 from ssmzoo.mixers._base import Mixer
 from ssmzoo.mixers._init import inverse_softplus_of_log_uniform
 from ssmzoo.registry import register_mixer
@@ -22,6 +22,16 @@ class MambaState(State):
 
     conv: Tensor  # (s, d_conv - 1, d_inner), the last inputs
     ssm: Tensor  # (s, d_inner, d_state), float32
+
+
+class Direction(NamedTuple):
+    """The weights that belong to one direction of time."""
+
+    conv1d: nn.Conv1d  # (d_inner, 1, d_conv)
+    x_proj: nn.Linear  # d_inner → dt_rank + 2 d_state
+    dt_proj: nn.Linear  # dt_rank → d_inner
+    A_log: Tensor  # (d_inner, d_state)
+    D: Tensor  # (d_inner)
 
 
 @register_mixer("mamba")
@@ -41,13 +51,18 @@ class Mamba(Mixer):
         dt_init_floor: no Δ starts below it.
         conv_bias: a bias on the convolution.
         bias: biases on the input and output projections.
+        bcdt_norm: divides B, C and the dt_rank numbers that Δ is made of by their root mean square, without weights, as
+            Falcon Mamba does to train stably (Zuo et al. 2024, arXiv 2410.05355).
+        bcdt_norm_eps: added to the mean of squares in those norms.
+        bidirectional: a second convolution and scan, with weights of their own, read every sequence from its end; the
+            projections in and out and the gate are shared, and the two outputs are added before the last of them
+            (Vision Mamba, Zhu et al. 2024, arXiv 2401.09417, algorithm 1). Then it is not causal and has no state.
 
-    The names of its weights are those of the published checkpoints. A (as ``A_log``), D and Δ's bias stay float32.
+    The names of its weights are those of the published checkpoints; the second direction has Vision Mamba's. A (as
+    ``A_log``), D and Δ's bias stay float32.
     """
 
     state_class = MambaState
-    float32_parameters = ("A_log", "D", "dt_proj.bias")
-    no_weight_decay = ("A_log", "D", "dt_proj.bias")
 
     def __init__(
         self,
@@ -64,6 +79,9 @@ class Mamba(Mixer):
         dt_init_floor: float = 1e-4,
         conv_bias: bool = True,
         bias: bool = False,
+        bcdt_norm: bool = False,
+        bcdt_norm_eps: float = 1e-6,
+        bidirectional: bool = False,
     ):
         super().__init__(d_model)
         for name, value in (("d_state", d_state), ("d_conv", d_conv)):
@@ -77,24 +95,42 @@ class Mamba(Mixer):
         self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
         if self.dt_rank < 1:
             raise ValueError(f"Mamba: `dt_rank` must be at least 1; got {dt_rank}")
+        if bcdt_norm_eps < 0:
+            raise ValueError(f"Mamba: `bcdt_norm_eps` must not be negative; got {bcdt_norm_eps}")
         self.d_state, self.d_conv = d_state, d_conv
+        self.bcdt_norm, self.bcdt_norm_eps, self.bidirectional = bcdt_norm, bcdt_norm_eps, bidirectional
+        self.causal = not bidirectional
 
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias)
-        # Holds the weight (d_inner, 1, d_conv) and bias under their published names; the op does the convolution.
-        self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner, bias=conv_bias)
-        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
-        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
-        self.A_log = nn.Parameter(torch.arange(1, d_state + 1).float().log().repeat(self.d_inner, 1))  # S4D-real
-        self.D = nn.Parameter(torch.ones(self.d_inner))
+        self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D = self._new_direction(conv_bias)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
+        directions = [self.dt_proj]
+        if bidirectional:
+            self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b = self._new_direction(conv_bias)
+            directions.append(self.dt_proj_b)
+        own = ("A_log", "D", "dt_proj.bias", *(("A_b_log", "D_b", "dt_proj_b.bias") if bidirectional else ()))
+        self.float32_parameters = self.no_weight_decay = own
 
         bound = dt_scale * self.dt_rank**-0.5
         with torch.no_grad():
-            if dt_init == "constant":
-                self.dt_proj.weight.fill_(bound)
-            else:
-                self.dt_proj.weight.uniform_(-bound, bound)
-            self.dt_proj.bias.copy_(inverse_softplus_of_log_uniform(self.d_inner, dt_min, dt_max, dt_init_floor))
+            for dt_proj in directions:
+                if dt_init == "constant":
+                    dt_proj.weight.fill_(bound)
+                else:
+                    dt_proj.weight.uniform_(-bound, bound)
+                dt_proj.bias.copy_(inverse_softplus_of_log_uniform(self.d_inner, dt_min, dt_max, dt_init_floor))
+
+    def _new_direction(self, conv_bias: bool) -> tuple[nn.Conv1d, nn.Linear, nn.Linear, nn.Parameter, nn.Parameter]:
+        """Fresh weights in the order of :class:`Direction`; those of Δ are set afterwards."""
+        d_inner, n = self.d_inner, self.d_state
+        return (
+            # Holds the weight and bias under their published names; the op does the convolution.
+            nn.Conv1d(d_inner, d_inner, self.d_conv, groups=d_inner, bias=conv_bias),
+            nn.Linear(d_inner, self.dt_rank + 2 * n, bias=False),
+            nn.Linear(self.dt_rank, d_inner),
+            nn.Parameter(torch.arange(1, n + 1).float().log().repeat(d_inner, 1)),  # S4D-real
+            nn.Parameter(torch.ones(d_inner)),
+        )
 
     def initial_state(self, batch_size: int, max_length: int | None = None) -> MambaState:
         new = self.A_log.new_zeros
@@ -103,48 +139,78 @@ class Mamba(Mixer):
         )
 
     def mixing_flops(self, context: int) -> float:
-        """Six a state and channel for the scan (decay, input, output), two a tap for the convolution."""
-        return self.d_inner * (6 * self.d_state + 2 * self.d_conv)
+        """Six a state and channel for the scan (decay, input, output), two a tap for the convolution; each way."""
+        return self.d_inner * (6 * self.d_state + 2 * self.d_conv) * (2 if self.bidirectional else 1)
 
     def mix(self, x: Tensor, state: MambaState | None, cu_seqlens: Tensor | None) -> tuple[Tensor, MambaState | None]:
         if state is not None and x.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
             return self._step(x, state), state
-        x, z = self.in_proj(x).chunk(2, dim=-1)  # (b l d_inner) each
+        xz = self.in_proj(x)  # (b l 2 d_inner)
+        forward = Direction(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
+        y, after = self._along(forward, xz, state, cu_seqlens)
+        if self.bidirectional:
+            order = None if cu_seqlens is None else backwards(cu_seqlens, x.shape[1])
+            reverse = Direction(self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
+            y = y + _in_order(self._along(reverse, _in_order(xz, order), None, cu_seqlens)[0], order)
+        return self.out_proj(y), None if state is None else after
+
+    def _along(
+        self, w: Direction, xz: Tensor, state: MambaState | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, MambaState]:
+        """Convolution and gated scan in one direction: x beside z (b l 2 d_inner) → y (b l d_inner), state after."""
+        x, z = xz.chunk(2, dim=-1)  # (b l d_inner) each
         x, conv = causal_conv1d(
             x,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
+            w.conv1d.weight.squeeze(1),
+            w.conv1d.bias,
             "silu",
             initial_state=None if state is None else state.conv,
             return_final_state=True,
             cu_seqlens=cu_seqlens,
         )
-        dt, B, C = self._dt_B_C(x)
+        dt, B, C = self._dt_B_C(x, w.x_proj, w.dt_proj)
         y, ssm = selective_scan(
             x,
             dt,
-            -torch.exp(self.A_log),
+            -torch.exp(w.A_log),
             B,
             C,
-            self.D,
+            w.D,
             z,
-            self.dt_proj.bias,
+            w.dt_proj.bias,
             delta_softplus=True,
             initial_state=None if state is None else state.ssm,
             return_final_state=True,
             cu_seqlens=cu_seqlens,
         )
-        return self.out_proj(y), None if state is None else MambaState(conv, ssm)
+        return y, MambaState(conv, ssm)
 
     def _step(self, x: Tensor, state: MambaState) -> Tensor:
         x, z = self.in_proj(x[:, 0]).chunk(2, dim=-1)  # (b d_inner) each
         x = causal_conv1d_step(state.conv, x, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu")
-        dt, B, C = self._dt_B_C(x)
+        dt, B, C = self._dt_B_C(x, self.x_proj, self.dt_proj)
         A = -torch.exp(self.A_log)
         y = selective_scan_step(state.ssm, x, dt, A, B, C, self.D, z, self.dt_proj.bias, delta_softplus=True)
         return self.out_proj(y)[:, None]
 
-    def _dt_B_C(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _dt_B_C(self, x: Tensor, x_proj: nn.Linear, dt_proj: nn.Linear) -> tuple[Tensor, Tensor, Tensor]:
         """(..., d_inner) → Δ before its bias (..., d_inner), B and C (..., d_state)."""
-        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        return nn.functional.linear(dt, self.dt_proj.weight), B, C
+        dt, B, C = x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        if self.bcdt_norm:
+            dt, B, C = (self._normed(t) for t in (dt, B, C))
+        return nn.functional.linear(dt, dt_proj.weight), B, C
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return cast(Tensor, rms_norm(x, x.new_ones(x.shape[-1]), eps=self.bcdt_norm_eps))
+
+
+def backwards(cu_seqlens: Tensor, length: int) -> Tensor:
+    """int64 ``(length)``: for each position of a packed batch, the one that mirrors it within its own sequence."""
+    position = torch.arange(length, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    sequence = torch.searchsorted(cu_seqlens[1:], position, right=True)
+    return (cu_seqlens[sequence] + cu_seqlens[sequence + 1] - 1 - position).long()
+
+
+def _in_order(x: Tensor, order: Tensor | None) -> Tensor:
+    """(b l d) with its time axis in another order; mirrored if None."""
+    return x.flip(1) if order is None else x.index_select(1, order)

@@ -17,6 +17,9 @@ NEEDED = {"parallel": {"branches": {"mamba": {"d_state": 4}, "attention": {"head
 SETTINGS = [
     ("mamba", {"d_state": 5, "d_conv": 3, "expand": 1, "conv_bias": False, "bias": True, "dt_init": "constant"}),
     ("mamba", {"d_state": 1, "d_conv": 1, "dt_rank": 1}),
+    ("mamba", {"d_state": 4, "dt_rank": 3, "bcdt_norm": True}),
+    ("mamba", {"d_state": 4, "bidirectional": True}),
+    ("mamba", {"d_state": 3, "d_conv": 3, "bidirectional": True, "bcdt_norm": True, "conv_bias": False}),
     ("s4d", {"init": "real", "d_state": 7, "discretization": "bilinear"}),
     ("s4d", {"init": "lin", "d_state": 8}),
     ("s4d", {"init": "inv", "d_state": 8, "bidirectional": True}),
@@ -210,6 +213,7 @@ class TestErrors:
             ({"d_state": 0}, "`d_state` must be at least 1; got 0"),
             ({"expand": 0.3}, "whole number of channels"),
             ({"dt_min": 0.2}, "`dt_min` <= `dt_max` must hold"),
+            ({"bcdt_norm_eps": -1.0}, "`bcdt_norm_eps` must not be negative; got -1.0"),
         ],
     )
     def test_values(self, options, message):

@@ -1,4 +1,4 @@
-"""The same weights in `transformers`' Mamba give the same logits, gradients and greedy continuation."""
+"""The same weights in `transformers`' Mamba and Falcon Mamba give the same logits, gradients and continuation."""
 
 import pytest
 import torch
@@ -8,22 +8,39 @@ from ssmzoo.pretrained import convert_mamba_state_dict
 
 transformers = pytest.importorskip("transformers", reason="needs transformers, the other implementation")
 
+# Ours and theirs round differently: relative to a tensor's largest value.
+TOLERANCE = 1e-4
 
-def pair(d_model, n_layers, vocab_size, **options):
-    """A `transformers` model and ours, with its weights."""
+ODD = {"d_state": 8, "d_conv": 3, "conv_bias": False, "bias": True, "expand": 1, "dt_rank": 5}
+FALCON = {"bcdt_norm": True}
+SETTINGS = [
+    pytest.param({}, id="mamba"),
+    pytest.param(ODD, id="mamba-odd"),
+    pytest.param({"d_state": 1, "d_conv": 2, "expand": 3, "dt_rank": 1}, id="mamba-least"),
+    pytest.param(FALCON, id="falcon"),
+    pytest.param(FALCON | ODD | {"bcdt_norm_eps": 1e-2}, id="falcon-odd"),  # an eps that makes a difference
+    pytest.param(FALCON | {"d_state": 3, "dt_rank": 1, "bias": True}, id="falcon-least"),
+]
+
+
+def pair(d_model, n_layers, vocab_size, *, tied=True, **options):
+    """A `transformers` model, Falcon Mamba where `options` ask for its norms, and ours, with the same weights."""
     torch.manual_seed(0)
-    config = transformers.MambaConfig(
+    falcon = options.get("bcdt_norm", False)
+    config = (transformers.FalconMambaConfig if falcon else transformers.MambaConfig)(
         vocab_size=vocab_size,
         hidden_size=d_model,
         num_hidden_layers=n_layers,
         state_size=options.get("d_state", 16),
         conv_kernel=options.get("d_conv", 4),
         expand=options.get("expand", 2),
+        time_step_rank=options.get("dt_rank", "auto"),
         use_conv_bias=options.get("conv_bias", True),
         use_bias=options.get("bias", False),
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
+        **({"mixer_rms_eps": options.get("bcdt_norm_eps", 1e-6)} if falcon else {}),
     )
-    theirs = transformers.MambaForCausalLM(config).eval()
+    theirs = (transformers.FalconMambaForCausalLM if falcon else transformers.MambaForCausalLM)(config).eval()
     ours = ssmzoo.build(
         {
             "d_model": d_model,
@@ -32,6 +49,7 @@ def pair(d_model, n_layers, vocab_size, **options):
             "mixers": {"mamba": options},
             "vocab_size": vocab_size,
             "residual_in_fp32": True,
+            "tie_embeddings": tied,
         }
     ).eval()
     # Our published start, with biases and norms moved so that they matter; theirs starts five times larger.
@@ -45,25 +63,42 @@ def pair(d_model, n_layers, vocab_size, **options):
     return theirs, ours
 
 
-ODD = {"d_state": 8, "d_conv": 3, "conv_bias": False, "bias": True, "expand": 1}
+def close(what, actual, expected):
+    size = expected.abs().max()
+    assert size > 0, f"{what} is 0 throughout"
+    off = (actual - expected).abs().max() / size
+    assert off <= TOLERANCE, f"{what} is off by {off:.1e} of its largest value"
 
 
-@pytest.mark.parametrize("options", [{}, ODD], ids=["published", "odd"])
+@pytest.mark.parametrize("options", SETTINGS)
 def test_logits_and_gradients(options):
     theirs, ours = pair(32, 3, 50, **options)
     ids = torch.randint(0, 50, (2, 19))
     a, b = theirs(ids).logits, ours(ids)
-    torch.testing.assert_close(b, a, atol=1e-4, rtol=1e-4)
-    a.square().mean().backward()
-    b.square().mean().backward()
+    close("the logits", b, a)
+    weight = torch.randn(a.shape)
+    (a * weight).sum().backward()
+    (b * weight).sum().backward()
     expected = convert_mamba_state_dict({n: p.grad for n, p in theirs.named_parameters() if p.grad is not None})
-    for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5, rtol=1e-3, msg=name)
+    found = dict(ours.named_parameters())
+    assert set(expected) == set(found)
+    for name, parameter in found.items():
+        close(f"the gradient of {name}", parameter.grad, expected[name])
+
+
+def test_an_untied_head_has_a_gradient_of_its_own():
+    theirs, ours = pair(32, 1, 50, tied=False, **FALCON)
+    ids = torch.randint(0, 50, (1, 9))
+    theirs(ids).logits.square().sum().backward()
+    ours(ids).square().sum().backward()
+    close("the gradient of the head", ours.lm_head.weight.grad, theirs.lm_head.weight.grad)
+    close("the gradient of the embedding", ours.embedding.weight.grad, theirs.backbone.embeddings.weight.grad)
 
 
 @torch.no_grad()
-def test_greedy_continuation():
-    theirs, ours = pair(32, 3, 50)
+@pytest.mark.parametrize("options", [{}, ODD, FALCON, FALCON | ODD], ids=["mamba", "odd", "falcon", "falcon-odd"])
+def test_greedy_continuation(options):
+    theirs, ours = pair(32, 3, 50, **options)
     ids = torch.randint(0, 50, (1, 7))
     expected = theirs.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=0, eos_token_id=None)
     assert torch.equal(ours.generate(ids, 24, temperature=0), expected)
@@ -78,3 +113,16 @@ def test_mamba_130m():
     torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
     expected = theirs.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None)
     assert torch.equal(ours.generate(ids, 4, temperature=0), expected)
+
+
+def test_falcon_mamba_7b_has_the_published_shapes():
+    config = transformers.FalconMambaConfig(
+        vocab_size=65024, hidden_size=4096, num_hidden_layers=64, time_step_rank=256, tie_word_embeddings=False
+    )
+    with torch.device("meta"):
+        theirs = transformers.FalconMambaForCausalLM(config)
+    ours = ssmzoo.build("falcon-mamba-7b", device="meta")
+    expected = convert_mamba_state_dict(dict(theirs.named_parameters()))
+    assert {n: p.shape for n, p in ours.named_parameters()} == {n: p.shape for n, p in expected.items()}
+    assert ours.num_parameters() == 7_272_665_088
+    assert ours.blocks[0].mixer.bcdt_norm_eps == config.mixer_rms_eps

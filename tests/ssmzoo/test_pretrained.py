@@ -182,9 +182,10 @@ def test_original_checkpoints_of_other_architectures(tmp_path):
     (tmp_path / "config.json").write_text('{"vocab_size": 20}')
     with pytest.raises(ValueError, match=r"config\.json: the key 'd_model' is missing"):
         pretrained.load(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="is no valid JSON"):
-        pretrained.load(tmp_path)
+    for damage, message in (("{", "is no valid JSON"), ("[]", "must hold a JSON object; got list")):
+        (tmp_path / "config.json").write_text(damage)
+        with pytest.raises(ValueError, match=message):
+            pretrained.load(tmp_path)
 
 
 def test_a_pickle_with_code_in_it_is_not_run(tmp_path):
@@ -224,13 +225,61 @@ def test_converting_names():
         pretrained.convert_mamba_state_dict({"transformer.wte.weight": x})
 
 
-def test_a_checkpoint_of_transformers_gives_the_same_logits(tmp_path):
+def transformers_checkpoint(kind, folder, **options):
+    """A small model of `transformers`, "Mamba" or "FalconMamba", saved as it does."""
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     torch.manual_seed(0)
-    config = transformers.MambaConfig(hidden_size=32, num_hidden_layers=3, state_size=4, vocab_size=50)
-    theirs = transformers.MambaForCausalLM(config).eval()
-    theirs.save_pretrained(tmp_path)
-    ours = pretrained.load(tmp_path)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "state_size": 4, "vocab_size": 50} | options
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**sizes)).eval()
+    model.save_pretrained(folder, max_shard_size="20KB" if kind == "FalconMamba" else "5GB")
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("Mamba", {}),
+        ("Mamba", {"tie_word_embeddings": False, "use_bias": True, "conv_kernel": 3}),
+        ("FalconMamba", {}),
+        ("FalconMamba", {"tie_word_embeddings": False, "mixer_rms_eps": 1e-2, "time_step_rank": 3}),
+    ],
+)
+def test_a_checkpoint_of_transformers_gives_the_same_logits(kind, options, tmp_path):
+    theirs = transformers_checkpoint(kind, tmp_path, **options)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (kind == "FalconMamba")  # Falcon's comes in shards
+    ours = ssmzoo.build(tmp_path)
     ids = torch.randint(50, (2, 12))
-    with torch.no_grad():
-        torch.testing.assert_close(ours(ids), theirs(ids, use_cache=False).logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours(ids), theirs(ids, use_cache=False).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_the_inner_width_counts_and_not_expand(tmp_path):
+    """tiiuae/falcon-mamba-7b says `expand` 16 and `intermediate_size` 8192, which is twice its hidden_size."""
+    transformers_checkpoint("FalconMamba", tmp_path)
+    given = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(given | {"expand": 16, "intermediate_size": 64}))
+    assert pretrained.load(tmp_path).config.mixers["mamba"]["expand"] == 2
+
+
+def test_damaged_shards(tmp_path):
+    transformers_checkpoint("FalconMamba", tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    given = json.loads(index.read_text())
+    places = given["weight_map"]
+    shard = next(iter(places.values()))
+    for damage, message in (
+        ({"weight_map": places | {"x": "../x.safetensors"}}, r"must name files beside it; got '\.\./x\.safetensors'"),
+        ({"weight_map": places | {"backbone.layers.9.mixer.D": shard}}, "do not hold: backbone.layers.9.mixer.D"),
+        ({"weight_map": 3}, "is no index of shards"),
+        ({}, "is no index of shards"),
+    ):
+        index.write_text(json.dumps(damage))
+        with pytest.raises(ValueError, match=message):
+            pretrained.load(tmp_path)
+    index.write_text(json.dumps(given))
+    (tmp_path / shard).unlink()
+    with pytest.raises(FileNotFoundError, match=f"no weights: .*{shard} is missing"):
+        pretrained.load(tmp_path)
+    index.unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds neither model\.safetensors nor pytorch_model\.bin"):
+        pretrained.load(tmp_path)

@@ -5,7 +5,7 @@ All that needs only shapes, dtypes and devices costs microseconds and is traced 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -195,3 +195,34 @@ def gradient_wanted(arguments: Mapping[str, Any]) -> str | None:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return "a step has no gradient here; call it under torch.no_grad()"
     return None
+
+
+def once(check: Callable[..., None], *arguments: Any) -> None:
+    """Calls ``check(*arguments)``, unless arguments of the same shapes, dtypes, devices and values have passed before.
+
+    For checks that look at nothing else of a tensor, in calls so short that the check itself would take the time.
+    """
+    if torch.compiler.is_compiling():
+        return check(*arguments)
+    key = (check, *(_looks(argument) for argument in arguments))
+    try:
+        if key in _passed:
+            return None
+    except TypeError:  # an argument that cannot be hashed, which is none that passes
+        return check(*arguments)
+    check(*arguments)
+    if len(_passed) >= MOST_PASSED:
+        _passed.clear()
+    _passed.add(key)
+    return None
+
+
+MOST_PASSED = 4096
+
+_passed: set[tuple[Any, ...]] = set()
+
+
+def _looks(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return argument.shape, argument.dtype, argument.device
+    return type(argument), argument

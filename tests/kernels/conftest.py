@@ -157,3 +157,16 @@ def spread() -> Callable[[dict[str, Any]], dict[str, Any]]:
         return arguments | {k: noncontiguous(arguments[k]) for k in floating}
 
     return apply
+
+
+@pytest.fixture
+def on_threads():
+    """Calls a function on so many threads; the number before comes back at the end."""
+    before = torch.get_num_threads()
+
+    def call(number, function, *args, **kwargs):
+        torch.set_num_threads(number)
+        return function(*args, **kwargs)
+
+    yield call
+    torch.set_num_threads(before)

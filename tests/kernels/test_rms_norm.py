@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ssmkernels import OPS, rms_norm
+from ssmkernels import OPS, native, rms_norm, use
+from ssmkernels.rms_norm import cpu
 
 CASES = {
     "plain": {},
@@ -17,6 +18,14 @@ CASES = {
     "residual": {"residual": True},
     "everything": {"residual": True, "gate": True, "group_size": 4, "norm_before_gate": False, "eps": 0.1},
 }
+
+
+@pytest.fixture(params=["cpu", "reference"], autouse=True)
+def implementation(request):
+    if request.param == "cpu" and native.missing():
+        pytest.skip(f"needs the native CPU library: {native.missing()}")
+    with use(rms_norm=request.param):
+        yield request.param
 
 
 @pytest.fixture
@@ -109,11 +118,18 @@ def test_compiles(case, arguments, assert_compiles):
 
 @pytest.mark.parametrize("case", ["plain", "gate", "everything"])
 @pytest.mark.parametrize("dense", [True, False])
-def test_opcheck(case, dense, arguments, opcheck, spread):
+def test_opcheck(case, dense, arguments, opcheck, spread, implementation):
     made = arguments(**CASES[case]) if dense else spread(arguments(**CASES[case]))
     made["x"] = made["x"] if dense else made["x"].transpose(0, 1).contiguous().transpose(0, 1)
     defaults = {"eps": 1e-5, "gate": None, "norm_before_gate": True, "group_size": None, "residual": None}
-    opcheck(OPS["rms_norm"].implementation("reference").function.operator, defaults | made)
+    operator = cpu.norm if implementation == "cpu" else OPS["rms_norm"].implementation("reference").function.operator
+    opcheck(operator, defaults | made)
+
+
+def test_the_same_bits_on_any_number_of_threads(arguments, run, on_threads):
+    made = arguments(torch.float32, shape=(3, 67, 129), gate=True, residual=True)
+    one, three = (on_threads(n, lambda: run(rms_norm, **made)) for n in (1, 3))
+    assert all(torch.equal(one[name], three[name]) for name in one)
 
 
 @pytest.mark.parametrize(

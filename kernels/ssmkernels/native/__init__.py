@@ -82,9 +82,13 @@ def info() -> dict[str, Any]:
     return found
 
 
-def arguments(name: str, fields: str) -> type[ctypes.Structure]:
-    """A kernel's argument structure: the named addresses and 64-bit integers, in the order of its C++ source."""
-    return type(name, (ctypes.Structure,), {"_fields_": [(field, ctypes.c_int64) for field in fields.split()]})
+def arguments(name: str, fields: str, numbers: tuple[str, ...] = ()) -> type[ctypes.Structure]:
+    """A kernel's argument structure: the named addresses and 64-bit integers, in the order of its C++ source.
+
+    Those in ``numbers`` are doubles.
+    """
+    kinds = [(field, ctypes.c_double if field in numbers else ctypes.c_int64) for field in fields.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": kinds})
 
 
 @functools.cache

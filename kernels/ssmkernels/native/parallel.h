@@ -4,6 +4,7 @@
 // give the same bits on one thread and on many.
 #pragma once
 
+#include <cstdint>
 #include <cstdlib>
 
 #include "isa.h"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ssmkernels.dispatch import Op
-from ssmkernels.validate import check_options, check_parameters, check_same_dtype, check_shapes
+from ssmkernels.validate import check_options, check_parameters, check_same_dtype, check_shapes, once
 
 __all__ = ["rms_norm"]
 
@@ -49,6 +49,29 @@ def rms_norm(
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, or groups that do not
             divide d.
     """
+    once(_check, x, weight, eps, gate, norm_before_gate, group_size, residual)
+    y, summed = _NORM(
+        implementation,
+        x=x,
+        weight=weight,
+        eps=eps,
+        gate=gate,
+        norm_before_gate=norm_before_gate,
+        group_size=group_size,
+        residual=residual,
+    )
+    return y if residual is None else (y, summed)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    gate: Tensor | None,
+    norm_before_gate: bool,
+    group_size: int | None,
+    residual: Tensor | None,
+) -> None:
     if not isinstance(x, Tensor) or x.ndim == 0:
         came = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"rms_norm: `x` must be a tensor of shape (..., d); got {came}")
@@ -65,17 +88,6 @@ def rms_norm(
     check_options("rms_norm", "int or None", group_size=group_size)
     if group_size is not None and (group_size < 1 or sizes["d"] % group_size):
         raise ValueError(f"rms_norm: `group_size` must divide the {sizes['d']} channels of `x`; got {group_size}")
-    y, summed = _NORM(
-        implementation,
-        x=x,
-        weight=weight,
-        eps=eps,
-        gate=gate,
-        norm_before_gate=norm_before_gate,
-        group_size=group_size,
-        residual=residual,
-    )
-    return y if residual is None else (y, summed)
 
 
 def _fake(
@@ -91,4 +103,4 @@ def _fake(
     return torch.empty_like(x, memory_format=torch.contiguous_format), summed
 
 
-_NORM = Op("rms_norm", __name__, ("reference",), fake=_fake)
+_NORM = Op("rms_norm", __name__, ("cpu", "reference"), fake=_fake)

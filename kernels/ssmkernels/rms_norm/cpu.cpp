@@ -1,0 +1,60 @@
+// Root-mean-square normalisation, forward: y = v / sqrt(mean(v^2) + eps) * weight, with v = x, plus a residual, and a
+// gate through silu before or after.
+#include "rms_norm/cpu.h"
+
+namespace ssmzoo {
+namespace SSMZOO_ISA {
+namespace {
+
+template <class T, class R>
+void norm_row(const NormArguments& a, int64_t row) {
+    typedef typename Sum<T>::type S;
+    using V = typename Lanes<S>::V;
+    constexpr int64_t lanes = Lanes<S>::count;
+    const T* gate = a.gate ? at<T>(a.gate, row * a.gate_row) : nullptr;
+    const S* weight = at<S>(a.weight, 0);
+    T* y = static_cast<T*>(a.y) + row * a.d;
+    const T* x = at<T>(a.x, row * a.x_row);
+    const auto groups = [&](const auto* r) {
+        for (int64_t first = 0; first < a.d; first += a.group) {
+            V squares = {};
+            for (int64_t c = first; c < first + a.group; c += lanes) {
+                const V v = inside<T>(r, gate, a.gate_first, c, first + a.group - c);
+                squares = fma(v, v, squares);
+            }
+            const V scale = splat(inverse_root<S>(sum_of<S>(squares), a.group, a.eps));
+            for (int64_t c = first; c < first + a.group; c += lanes) {
+                const int64_t count = first + a.group - c;
+                V v = inside<T>(r, gate, a.gate_first, c, count) * scale * read_some(weight + c, count);
+                if (gate && !a.gate_first) v = v * silu<S>(read_some(gate + c, count));
+                write_some(y + c, v, count);
+            }
+        }
+    };
+    if (!a.residual) return groups(x);
+    const R* residual = at<R>(a.residual, row * a.residual_row);
+    R* summed = static_cast<R*>(a.summed) + row * a.d;
+    for (int64_t c = 0; c < a.d; c += lanes) write_some(summed + c, read_some(x + c, a.d - c) + read_some(residual + c, a.d - c), a.d - c);
+    groups(static_cast<const R*>(summed));
+}
+
+template <class T, class R>
+int norm(const NormArguments& a) {
+    return parallel_for(ceil_div(a.rows, kRows), a.threads, 0, [&](int64_t i, char*) {
+        for (int64_t row = i * kRows; row < minimum(a.rows, (i + 1) * kRows); ++row) norm_row<T, R>(a, row);
+    });
+}
+
+}  // namespace
+}  // namespace SSMZOO_ISA
+}  // namespace ssmzoo
+
+SSMZOO_EXPORT(rms_norm)(const ssmzoo::NormArguments* a) {
+    using namespace ssmzoo::SSMZOO_ISA;
+    switch (a->dtype) {
+        case 0: return norm<float, float>(*a);
+        case 1: return norm<double, double>(*a);
+        case 2: return a->residual_wide ? norm<bfloat16, float>(*a) : norm<bfloat16, bfloat16>(*a);
+        default: return a->residual_wide ? norm<float16, float>(*a) : norm<float16, float16>(*a);
+    }
+}

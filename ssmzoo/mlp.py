@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmzoo.linear import Linear
+
 
 class SwiGLU(nn.Module):
     """fc2(silu(a) · b) with a, b = fc1(x) (Shazeer 2020, arXiv 2002.05202).
@@ -21,8 +23,8 @@ class SwiGLU(nn.Module):
     ) -> None:
         super().__init__()
         inside = d_intermediate or -(-8 * d_model // (3 * multiple_of)) * multiple_of
-        self.fc1 = nn.Linear(d_model, 2 * inside, bias=bias)
-        self.fc2 = nn.Linear(inside, d_model, bias=bias)
+        self.fc1 = Linear(d_model, 2 * inside, bias=bias)
+        self.fc2 = Linear(inside, d_model, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.fc1(x).chunk(2, dim=-1)
@@ -41,8 +43,8 @@ class GELU(nn.Module):
     def __init__(self, d_model: int, *, d_intermediate: int | None = None, bias: bool = True) -> None:
         super().__init__()
         inside = d_intermediate or 4 * d_model
-        self.fc1 = nn.Linear(d_model, inside, bias=bias)
-        self.fc2 = nn.Linear(inside, d_model, bias=bias)
+        self.fc1 = Linear(d_model, inside, bias=bias)
+        self.fc2 = Linear(inside, d_model, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))

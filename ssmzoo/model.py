@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ssmkernels.validate import check_cu_seqlens
 from ssmzoo.block import Block, entry_mixer
 from ssmzoo.config import ModelConfig
+from ssmzoo.linear import Linear
 from ssmzoo.mixers._base import Mixer
 from ssmzoo.norm import NORMS
 from ssmzoo.state import State
@@ -42,7 +43,7 @@ class SequenceModel(nn.Module):
         if config.d_input is None:
             self.embedding: nn.Module = nn.Embedding(config.padded_vocab_size, config.d_model)
         else:
-            self.embedding = nn.Linear(config.d_input, config.d_model)
+            self.embedding = Linear(config.d_input, config.d_model)
         shared: dict[str, Mixer] = {}
         self.layers = nn.ModuleList()
         for i in range(config.n_layers):
@@ -55,7 +56,7 @@ class SequenceModel(nn.Module):
                 self.layers.append(Block(config, i))
         self.norm_f = NORMS[config.norm](config.d_model, eps=config.norm_eps)
         width = {"tokens": config.padded_vocab_size, "classes": config.n_classes, "features": config.d_output}
-        self.lm_head = nn.Linear(config.d_model, width[config.output or "tokens"] or 0, bias=config.output != "tokens")
+        self.lm_head = Linear(config.d_model, width[config.output or "tokens"] or 0, bias=config.output != "tokens")
         if self.tied:
             self.lm_head.weight = self.embedding.weight
         if isinstance(self.embedding, nn.Embedding):

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ssmzoo.linear import Linear
 from ssmzoo.mixers._base import Mixer
 from ssmzoo.state import State
 
@@ -39,7 +40,7 @@ class RNNMixer(Mixer):
         self.rnn = self.network(
             d_model, self.d_hidden, num_layers=n_rnn_layers, batch_first=True, bidirectional=bidirectional
         )
-        self.out_proj = nn.Linear(self.d_hidden * (2 if bidirectional else 1), d_model, bias=False)
+        self.out_proj = Linear(self.d_hidden * (2 if bidirectional else 1), d_model, bias=False)
 
     def initial_state(self, batch_size: int, max_length: int | None = None) -> RNNState:
         rows = self.out_proj.weight.new_zeros(batch_size, self.n_rnn_layers, self.d_hidden)

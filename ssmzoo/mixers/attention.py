@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssmkernels import attention, decode_attention
 from ssmkernels.validate import precision
+from ssmzoo.linear import Linear
 from ssmzoo.mixers._base import Mixer
 from ssmzoo.mixers._kv_cache import KVCache, owners
 from ssmzoo.mixers._rope import rotary_angles, rotate
@@ -101,10 +102,10 @@ class Attention(Mixer):
         self.rope_dim, self.rope_base = rope_dim, rope_base
         self.window, self.softcap = window, softcap
         self.causal = not bidirectional
-        self.q_proj = nn.Linear(d_model, n_heads * head_dim, bias=bias)
-        self.k_proj = nn.Linear(d_model, n_kv_heads * head_dim, bias=bias)
-        self.v_proj = nn.Linear(d_model, n_kv_heads * head_dim, bias=bias)
-        self.out_proj = nn.Linear(n_heads * head_dim, d_model, bias=out_bias)
+        self.q_proj = Linear(d_model, n_heads * head_dim, bias=bias)
+        self.k_proj = Linear(d_model, n_kv_heads * head_dim, bias=bias)
+        self.v_proj = Linear(d_model, n_kv_heads * head_dim, bias=bias)
+        self.out_proj = Linear(n_heads * head_dim, d_model, bias=out_bias)
         self.q_norm = RMSNorm(head_dim) if qk_norm else None
         self.k_norm = RMSNorm(head_dim) if qk_norm else None
 

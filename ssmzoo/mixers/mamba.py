@@ -9,7 +9,8 @@ from typing import Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ssmkernels import causal_conv1d, causal_conv1d_step, rms_norm, selective_scan, selective_scan_step
+from ssmkernels import causal_conv1d, mamba_step, rms_norm, selective_scan
+from ssmzoo.linear import Linear
 from ssmzoo.mixers._base import Mixer
 from ssmzoo.mixers._init import inverse_softplus_of_log_uniform
 from ssmzoo.registry import register_mixer
@@ -101,9 +102,9 @@ class Mamba(Mixer):
         self.bcdt_norm, self.bcdt_norm_eps, self.bidirectional = bcdt_norm, bcdt_norm_eps, bidirectional
         self.causal = not bidirectional
 
-        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias)
+        self.in_proj = Linear(d_model, 2 * self.d_inner, bias=bias)
         self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D = self._new_direction(conv_bias)
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
+        self.out_proj = Linear(self.d_inner, d_model, bias=bias)
         directions = [self.dt_proj]
         if bidirectional:
             self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b = self._new_direction(conv_bias)
@@ -143,7 +144,7 @@ class Mamba(Mixer):
         return self.d_inner * (6 * self.d_state + 2 * self.d_conv) * (2 if self.bidirectional else 1)
 
     def mix(self, x: Tensor, state: MambaState | None, cu_seqlens: Tensor | None) -> tuple[Tensor, MambaState | None]:
-        if state is not None and x.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
+        if state is not None and x.shape[1] == 1 and cu_seqlens is None and self._may_step(x):
             return self._step(x, state), state
         xz = self.in_proj(x)  # (b l 2 d_inner)
         forward = Direction(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
@@ -185,12 +186,32 @@ class Mamba(Mixer):
         )
         return y, MambaState(conv, ssm)
 
+    def _may_step(self, x: Tensor) -> bool:
+        """Whether one call may stand for everything between the outer projections, ``x_proj`` included."""
+        return (
+            not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled(x.device.type)
+            and type(self.x_proj) is nn.Linear  # no adapter or quantised map in its place
+            and not self.x_proj._forward_hooks
+            and not self.x_proj._forward_pre_hooks
+        )
+
     def _step(self, x: Tensor, state: MambaState) -> Tensor:
         x, z = self.in_proj(x[:, 0]).chunk(2, dim=-1)  # (b d_inner) each
-        x = causal_conv1d_step(state.conv, x, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu")
-        dt, B, C = self._dt_B_C(x, self.x_proj, self.dt_proj)
-        A = -torch.exp(self.A_log)
-        y = selective_scan_step(state.ssm, x, dt, A, B, C, self.D, z, self.dt_proj.bias, delta_softplus=True)
+        y = mamba_step(
+            state.conv,
+            state.ssm,
+            x,
+            z,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            self.x_proj.weight,
+            self.dt_proj.weight,
+            self.dt_proj.bias,
+            self.A_log,
+            self.D,
+            norm_eps=self.bcdt_norm_eps if self.bcdt_norm else None,
+        )
         return self.out_proj(y)[:, None]
 
     def _dt_B_C(self, x: Tensor, x_proj: nn.Linear, dt_proj: nn.Linear) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ssmkernels import causal_conv1d, explain, mamba_step, native, selective_scan
+from ssmkernels.mamba_step import cpu
+from ssmkernels.spec import spec_of
+
+STATES = ("conv_state", "ssm_state")
+needs_native = pytest.mark.skipif(bool(native.missing()), reason=f"needs the native CPU library: {native.missing()}")
+
+
+@pytest.fixture
+def arguments():
+    def make(dtype=torch.float32, **case):
+        spec = spec_of("mamba_step")
+        return spec.inputs(spec.case(case), dtype, "cpu", seed=0)
+
+    return make
+
+
+def step(made, **options):
+    """y and the two states, of copies."""
+    own = {name: v.clone() if name in STATES else v for name, v in made.items()}
+    return mamba_step(**own, **options), *(own[name] for name in STATES)
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "steps", "reference"])
+@pytest.mark.parametrize("norm_eps", [None, 1e-3])
+def test_tokens_one_by_one_are_the_whole(implementation, norm_eps, arguments, assert_close64):
+    if implementation == "cpu" and native.missing():
+        pytest.skip(f"needs the native CPU library: {native.missing()}")
+    made = arguments(torch.float64, b=3, d=70, n=5, r=4, norm_eps=norm_eps)
+    torch.manual_seed(0)
+    x, z = torch.randn(2, 3, 9, 70, dtype=torch.float64)
+    states = {name: made[name].clone() for name in STATES}
+    rest = {name: v for name, v in made.items() if name not in (*STATES, "x", "z")}
+    ys = [mamba_step(**states, x=x[:, t], z=z[:, t], **rest, implementation=implementation) for t in range(9)]
+
+    u, conv = causal_conv1d(
+        x, made["conv_weight"], made["conv_bias"], "silu", initial_state=made["conv_state"], return_final_state=True
+    )
+    dt, B, C = F.linear(u, made["x_proj"]).split([4, 5, 5], dim=-1)
+    if norm_eps is not None:
+        dt, B, C = (F.rms_norm(t, t.shape[-1:], eps=norm_eps) for t in (dt, B, C))
+    y, ssm = selective_scan(
+        u,
+        F.linear(dt, made["dt_proj"]),
+        -made["A_log"].exp(),
+        B,
+        C,
+        made["D"],
+        z,
+        made["dt_bias"],
+        True,
+        initial_state=made["ssm_state"],
+        return_final_state=True,
+    )
+    assert_close64(torch.stack(ys, dim=1), y)
+    assert_close64(states["conv_state"], conv)
+    assert_close64(states["ssm_state"], ssm)
+
+
+@pytest.fixture
+def assert_close64():
+    return functools.partial(torch.testing.assert_close, rtol=1e-11, atol=1e-11)
+
+
+@needs_native
+@pytest.mark.parametrize("b", [1, 9, 20])
+def test_the_same_bits_on_any_number_of_threads_and_in_any_company(b, arguments, on_threads):
+    made = arguments(b=b, d=330, n=16, r=20)
+    one, three = (on_threads(n, step, made, implementation="cpu") for n in (1, 3))
+    assert all(torch.equal(p, q) for p, q in zip(one, three, strict=True))
+    last = {name: v[-1:] if name in (*STATES, "x", "z") else v for name, v in made.items()}
+    assert all(torch.equal(p[-1:], q) for p, q in zip(one, step(last, implementation="cpu"), strict=True))
+
+
+@needs_native
+def test_it_runs_natively_without_gradients_alone(arguments):
+    made = arguments()
+    assert explain(mamba_step, **made).chosen == "cpu"
+    made["D"] = made["D"].requires_grad_()
+    found = explain(mamba_step, **made)
+    assert found.chosen == "steps"
+    assert "no gradient" in found.reasons["cpu"]
+    with torch.no_grad():
+        assert explain(mamba_step, **made).chosen == "cpu"
+
+
+@needs_native
+@torch.no_grad()
+def test_opcheck_and_compile(arguments):
+    made = arguments()
+    torch.library.opcheck(cpu.step, tuple(made.values()))
+    compiled = torch.compile(mamba_step, fullgraph=True, backend="aot_eager")
+    own = {name: v.clone() if name in STATES else v for name, v in made.items()}
+    y = compiled(**own)
+    for found, wanted in zip((y, own["conv_state"], own["ssm_state"]), step(made), strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "match"),
+    [
+        ({"x": torch.zeros(2, 5)}, ValueError, r"`z` must have shape \(b d\) with b=2, d=5; got \(2, 6\)"),
+        (
+            {"x_proj": torch.zeros(10, 6)},
+            ValueError,
+            r"`x_proj` must have shape \(r \+ 2n, d\) = \(11, 6\); got \(10, 6\)",
+        ),
+        ({"x_proj": None}, TypeError, "`x_proj` must be a tensor"),
+        ({"conv_state": torch.zeros(2, 4, 6)}, ValueError, r"`conv_state` must have shape \(b w-1 d\)"),
+        ({"ssm_state": torch.zeros(2, 6, 4).double()}, TypeError, "`ssm_state` must be float32; got float64"),
+        ({"dt_proj": torch.zeros(6, 3).half()}, TypeError, "`dt_proj` must be float32, as `x` is; got float16"),
+        ({"A_log": torch.zeros(6, 4).bfloat16()}, TypeError, "`A_log` must be float32; got bfloat16"),
+        ({"norm_eps": "small"}, TypeError, "`norm_eps` must be number or None; got str"),
+        ({"norm_eps": [1e-5]}, TypeError, "`norm_eps` must be number or None; got list"),
+    ],
+)
+def test_errors(changes, error, match, arguments):
+    made = arguments()
+    step(made)  # what passed once is not checked again
+    with pytest.raises(error, match="mamba_step: " + match):
+        step(made | changes)
+
+
+def test_what_passed_once_is_told_from_what_only_equals_it(arguments):
+    made = arguments(norm_eps=1)
+    step(made)
+    with pytest.raises(TypeError, match="`norm_eps` must be number or None; got bool"):
+        step(made | {"norm_eps": True})

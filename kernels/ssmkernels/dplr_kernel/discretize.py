@@ -46,7 +46,7 @@ def discretize_dplr(
     """
     check_dplr("discretize_dplr", A, P, Q, {"B": B}, dt, discretization)
     wide = precision(A, P, Q, B, dt)
-    A, P, Q, B = _doubled(A, ranked(P), ranked(Q), B)
+    A, P, Q, B = doubled(A, ranked(P), ranked(Q), B)
     dt = dt.double()
     system = dense(A, P, Q) * dt[:, None, None]  # (d N N)
     push = (column(B) * dt[:, None])[..., None]  # (d N 1)
@@ -106,7 +106,7 @@ def bilinear_dplr(A: Tensor, P: Tensor, Q: Tensor, B: Tensor, dt: Tensor) -> Str
         the system in float64 (complex128 where A is complex), on the same device.
     """
     check_dplr("bilinear_dplr", A, P, Q, {"B": B}, dt, "bilinear")
-    A, P, Q, B = _doubled(A, ranked(P), ranked(Q), B)
+    A, P, Q, B = doubled(A, ranked(P), ranked(Q), B)
     dt = dt.double()[:, None]  # (d 1)
     inverse = 1 / (1 - dt * A / 2)  # 1/M (d n)
     solved = P * inverse[:, None]  # P/M (d r n)
@@ -155,6 +155,12 @@ def check_dplr(
         raise ValueError(f"{op}: " + unknown("discretization", discretization, DISCRETIZATIONS))
 
 
+def doubled(A: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """All in double precision, and complex if A is."""
+    dtype = torch.complex128 if A.is_complex() else torch.float64
+    return tuple(x.to(dtype) for x in (A, *others))
+
+
 def ranked(P: Tensor) -> Tensor:
     """P or Q as ``(d, r, n)``."""
     return P if P.ndim == 3 else P[:, None]
@@ -183,12 +189,6 @@ def functional(Q: Tensor) -> Tensor:
 def output(C: Tensor, A: Tensor) -> Tensor:
     """The row that takes a state's real numbers to Σ C h, 2 Re of it where A is complex: ``(d, n)`` → ``(d, N)``."""
     return functional(C.to(torch.promote_types(C.dtype, A.dtype)).conj())
-
-
-def _doubled(A: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """All in double precision, and complex if A is."""
-    dtype = torch.complex128 if A.is_complex() else torch.float64
-    return tuple(x.to(dtype) for x in (A, *others))
 
 
 def _inner(Q: Tensor, h: Tensor) -> Tensor:

@@ -1,0 +1,170 @@
+"""What the functions of :mod:`ssmkernels.compat.causal_conv1d` do: the package's layout into ours and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ssmkernels import causal_conv1d
+from ssmkernels.compat._dtypes import INDICES, beside
+from ssmkernels.validate import check_dtypes, check_options, check_shapes, precision
+
+
+def conv(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seq_idx: Tensor | None,
+    initial_states: Tensor | None,
+    return_final_states: bool,
+    final_states_out: Tensor | None,
+    activation: str | None,
+    implementation: str | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """As :func:`ssmkernels.compat.causal_conv1d.causal_conv1d_fn`; ``op`` is what errors call it."""
+    check_shapes(
+        op,
+        {
+            "x": (x, "b d l"),
+            "weight": (weight, "d w"),
+            "bias": (bias, "d"),
+            "seq_idx": (seq_idx, "b l"),
+            "initial_states": (initial_states, "b d w-1"),
+            "final_states_out": (final_states_out, "b d w-1"),
+        },
+        ("x", "weight"),
+    )
+    check_options(op, "bool", return_final_states=return_final_states)
+    activation = _activation(op, activation)
+    time_major, weight, bias = x.transpose(1, 2), beside(weight, x), beside(bias, x)
+    state = None if initial_states is None else initial_states.transpose(1, 2).to(precision(x))
+    if seq_idx is not None:
+        if return_final_states or final_states_out is not None:
+            raise ValueError(f"{op}: with `seq_idx` there are no final states: leave away `return_final_states`")
+        y = _by_sequence(op, time_major, weight, bias, activation, seq_idx, state, implementation)
+        return y.transpose(1, 2)
+    y, last = causal_conv1d(
+        time_major,
+        weight,
+        bias,
+        activation,
+        initial_state=state,
+        return_final_state=True,
+        implementation=implementation,
+    )
+    final = last.transpose(1, 2).to(x.dtype)
+    if final_states_out is not None:
+        final = final_states_out.copy_(final)
+    return (y.transpose(1, 2), final) if return_final_states else y.transpose(1, 2)
+
+
+def _by_sequence(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    seq_idx: Tensor,
+    initial_state: Tensor | None,
+    implementation: str | None,
+) -> Tensor:
+    """x (b l d), initial state (b w-1 d) or None → y (b l d): all rows packed, a border at each change of number."""
+    check_dtypes(op, {"seq_idx": seq_idx}, INDICES)
+    (b, l, d), w = x.shape, weight.shape[1]
+    first = torch.ones_like(seq_idx, dtype=torch.bool)
+    first[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    run = first.flatten().cumsum(0).view(b, l) - 1
+    for k in range(2, min(w, l)):
+        again = (seq_idx[:, k:] == seq_idx[:, :-k]) & (run[:, k:] != run[:, :-k]) & (seq_idx[:, k:] >= 0)
+        if again.any():
+            row, time = again.nonzero()[0].tolist()
+            raise ValueError(
+                f"{op}: the tokens of a sequence must stand together; in `seq_idx`, row {row}, number "
+                f"{int(seq_idx[row, time])} stops after position {time} and comes back by position {time + k}"
+            )
+    starts = first.flatten().nonzero().flatten()
+    cu_seqlens = torch.cat([starts, starts.new_tensor([b * l])]).to(torch.int32)
+    state = None
+    if initial_state is not None and l > 0:
+        state = initial_state.new_zeros(len(starts), w - 1, d).index_copy(0, run[:, 0], initial_state)
+    y, _ = causal_conv1d(
+        x.reshape(1, b * l, d),
+        weight,
+        bias,
+        activation,
+        initial_state=state,
+        return_final_state=True,
+        cu_seqlens=cu_seqlens,
+        implementation=implementation,
+    )
+    return torch.where(seq_idx[..., None] >= 0, y.view(b, l, d), 0)
+
+
+def update(
+    op: str,
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    cache_seqlens: Tensor | None,
+    conv_state_indices: Tensor | None,
+    implementation: str | None,
+) -> Tensor:
+    """As :func:`ssmkernels.compat.causal_conv1d.causal_conv1d_update`; ``op`` is what errors call it."""
+    sizes = check_shapes(
+        op,
+        {
+            "x": (x, "b d | b d l"),
+            "weight": (weight, "d w"),
+            "bias": (bias, "d"),
+            "conv_state": (conv_state, "b d m" if conv_state_indices is None else "s d m"),
+            "cache_seqlens": (cache_seqlens, "b"),
+            "conv_state_indices": (conv_state_indices, "b"),
+        },
+        ("x", "weight", "conv_state"),
+    )
+    check_dtypes(op, {"cache_seqlens": cache_seqlens, "conv_state_indices": conv_state_indices}, INDICES)
+    before, m = sizes["w"] - 1, sizes["m"]
+    if m < before:
+        raise ValueError(f"{op}: `conv_state` must hold at least {before} inputs, w - 1; got {tuple(conv_state.shape)}")
+    rows = conv_state_indices
+    held = conv_state if rows is None else conv_state[rows.clamp(min=0)]  # (b d m)
+    new = x[..., None] if x.ndim == 2 else x
+    if cache_seqlens is None:
+        state = held[..., m - before :]
+        held = torch.cat([held, new.to(held.dtype)], dim=-1)[..., new.shape[-1] :]
+    else:
+        state = held.gather(2, _ring(cache_seqlens, -before, 0, held))
+        last = min(new.shape[-1], m)  # earlier ones would be overwritten by later ones
+        places = _ring(cache_seqlens, new.shape[-1] - last, new.shape[-1], held)
+        held = held.scatter(2, places, new[..., new.shape[-1] - last :].to(held.dtype))
+    y, _ = causal_conv1d(
+        new.transpose(1, 2),
+        beside(weight, x),
+        beside(bias, x),
+        _activation(op, activation),
+        initial_state=state.transpose(1, 2).to(precision(x), copy=True),  # the state itself is about to change
+        return_final_state=True,
+        implementation=implementation,
+    )
+    if rows is None:
+        conv_state.copy_(held)
+    else:
+        kept = rows >= 0
+        conv_state[rows[kept]] = held[kept]
+        y = torch.where(kept[:, None, None], y, 0)
+    return y[:, 0] if x.ndim == 2 else y.transpose(1, 2)
+
+
+def _ring(cache_seqlens: Tensor, start: int, end: int, state: Tensor) -> Tensor:
+    """Places in a ring (b d m) of the tokens from ``start`` to ``end``, counted from the next one: (b d end-start)."""
+    tokens = cache_seqlens[:, None].long() + torch.arange(start, end, device=state.device)
+    return (tokens % max(1, state.shape[2]))[:, None].expand(-1, state.shape[1], -1)
+
+
+def _activation(op: str, name: str | None) -> str | None:
+    if name not in (None, "silu", "swish"):
+        raise ValueError(f"{op}: `activation` must be None, 'silu' or 'swish'; got {name!r}")
+    return None if name is None else "silu"

@@ -1,0 +1,249 @@
+"""mamba_ssm's functions: its signatures and its layout, channels before time, on a CPU as well as on a GPU.
+
+Written after mamba-ssm 2.3.2. Imports change like this::
+
+    mamba_ssm                                  → ssmkernels.compat.mamba_ssm
+    mamba_ssm.ops.selective_scan_interface     → ssmkernels.compat.mamba_ssm
+    mamba_ssm.ops.triton.selective_state_update → ssmkernels.compat.mamba_ssm
+
+The package's modules (``Mamba``, ``Mamba2``, ``MambaLMHeadModel``) are not here: ``ssmzoo`` has its own.
+
+Where these do more than the package: a gradient goes through the last state, and, in ``mamba_inner_fn``, through the
+norms of B, C and Δ and to their weights; ``selective_state_update`` has a gradient; float64 works.
+
+Sizes: b batch, l length, d channels, n state size, g groups, h heads, p channels of a head, r rank of Δ, w width.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ssmkernels.compat._scan import inner, scan
+from ssmkernels.compat._update import update
+
+__all__ = [
+    "mamba_inner_fn",
+    "mamba_inner_ref",
+    "selective_scan_fn",
+    "selective_scan_ref",
+    "selective_state_update",
+    "selective_state_update_ref",
+]
+
+
+def selective_scan_fn(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`ssmkernels.selective_scan` with channels before time.
+
+    Args:
+        u, delta, z: ``(b, d, l)``.
+        A: ``(d, n)``, real or complex; complex entries stand for themselves and their conjugates, so that the output is
+            twice the real part.
+        B, C: ``(d, n)`` when fixed, else ``(b, n, l)`` or ``(b, g, n, l)``. Where A is complex, fixed ones may be
+            complex, and the others hold real and imaginary parts by turns along the last axis, of length 2l.
+        D, delta_bias: ``(d)``.
+        delta_softplus: whether Δ = delta + delta_bias passes through softplus.
+        return_last_state: whether to return the state after the last step as well.
+
+    Returns:
+        y ``(b, d, l)`` in u's dtype, a view of a time-major tensor; with ``return_last_state`` also the state
+        ``(b, d, n)``, float32 (float64 for float64 input), complex where A is.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name.
+    """
+    arguments = u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state
+    return scan("selective_scan_fn", *arguments, implementation=None)
+
+
+def selective_scan_ref(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`selective_scan_fn` by our reference."""
+    arguments = u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state
+    return scan("selective_scan_ref", *arguments, implementation="reference")
+
+
+def mamba_inner_fn(
+    xz: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    delta_proj_weight: Tensor,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    A: Tensor,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    B_proj_bias: Tensor | None = None,
+    C_proj_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+    checkpoint_lvl: int = 1,
+    b_rms_weight: Tensor | None = None,
+    c_rms_weight: Tensor | None = None,
+    dt_rms_weight: Tensor | None = None,
+    b_c_dt_rms_eps: float = 1e-6,
+) -> Tensor:
+    """Mamba's block between its two projections, and the second one: convolution, projections of Δ, B, C, scan, gate.
+
+    Args:
+        xz: the first projection's output, ``(b, 2d, l)``: the input of the convolution, then the gate.
+        conv1d_weight: ``(d, 1, w)``.
+        conv1d_bias: ``(d)``.
+        x_proj_weight: ``(r + n + n, d)``, which gives Δ's r numbers, then B, then C. Rows of a B or C that is given may
+            be missing. Where A is complex, B and C have 2n rows each, real and imaginary parts by turns.
+        delta_proj_weight: ``(d, r)``.
+        out_proj_weight: ``(o, d)``.
+        out_proj_bias: ``(o)``.
+        A, B, C, D, delta_bias, delta_softplus: as :func:`selective_scan_fn`; B and C come from the input if None.
+        B_proj_bias, C_proj_bias: added to B and C that come from the input, ``(n)``, or ``(2n)`` where A is complex.
+        checkpoint_lvl: 0, or 1 to compute the convolution and Δ again in the backward pass instead of keeping them.
+        b_rms_weight, c_rms_weight: ``(n)``: B and C are divided by their root mean square over n, and multiplied by
+            these. For real A alone.
+        dt_rms_weight: ``(d)``, likewise for Δ before its bias, over the channels.
+        b_c_dt_rms_eps: added to the mean of squares.
+
+    Returns:
+        ``(b, l, o)``.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, or one that another one makes
+            meaningless.
+    """
+    return inner(
+        "mamba_inner_fn",
+        xz,
+        conv1d_weight,
+        conv1d_bias,
+        x_proj_weight,
+        delta_proj_weight,
+        out_proj_weight,
+        out_proj_bias,
+        A,
+        B,
+        C,
+        D,
+        delta_bias,
+        B_proj_bias,
+        C_proj_bias,
+        delta_softplus,
+        checkpoint_lvl=checkpoint_lvl,
+        b_rms_weight=b_rms_weight,
+        c_rms_weight=c_rms_weight,
+        dt_rms_weight=dt_rms_weight,
+        b_c_dt_rms_eps=b_c_dt_rms_eps,
+        implementation=None,
+    )
+
+
+def mamba_inner_ref(
+    xz: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    delta_proj_weight: Tensor,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    A: Tensor,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    B_proj_bias: Tensor | None = None,
+    C_proj_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+) -> Tensor:
+    """:func:`mamba_inner_fn` by our references."""
+    return inner(
+        "mamba_inner_ref",
+        xz,
+        conv1d_weight,
+        conv1d_bias,
+        x_proj_weight,
+        delta_proj_weight,
+        out_proj_weight,
+        out_proj_bias,
+        A,
+        B,
+        C,
+        D,
+        delta_bias,
+        B_proj_bias,
+        C_proj_bias,
+        delta_softplus,
+        implementation="reference",
+    )
+
+
+def selective_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    state_batch_indices: Tensor | None = None,
+) -> Tensor:
+    """One token of the selective scan, or of Mamba-2's with heads; updates ``state`` in place.
+
+    Args:
+        state: ``(b, p, n)`` or, with heads, ``(b, h, p, n)``, of any floating-point dtype; sums are float32 (float64).
+            Overwritten.
+        x, dt, z: ``(b, p)`` or ``(b, h, p)``.
+        A: ``(p, n)`` or ``(h, p, n)``; one number for a head may be expanded.
+        B, C: ``(b, n)`` or ``(b, g, n)``, where g divides h; without heads it is 1.
+        D, dt_bias: ``(p)`` or ``(h, p)``.
+        dt_softplus: whether dt + dt_bias passes through softplus.
+        state_batch_indices: integers ``(b)``: the state is ``(s, ...)``, and these are the rows of it to use. Where one
+            is negative, nothing is read or written and the output is 0.
+
+    Returns:
+        y in x's shape and dtype.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name.
+    """
+    arguments = state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices
+    return update("selective_state_update", *arguments, implementation=None)
+
+
+def selective_state_update_ref(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+) -> Tensor:
+    """:func:`selective_state_update` by our reference."""
+    arguments = state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, None
+    return update("selective_state_update_ref", *arguments, implementation="reference")

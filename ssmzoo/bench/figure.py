@@ -185,7 +185,8 @@ def _growth_lines(rows: Sequence[Measurement], fitted: Sequence[Measurement], ma
     for what in dict.fromkeys(row.what for row in rows):
         mine = sorted((row.length, row.median / row.length) for row in rows if row.what == what and row.median)
         time, memory = exponents.get(what, (None, None))
-        label = what if time is None else f"{what}: time ∝ $l^{{{time:.2f}}}$, memory ∝ $l^{{{memory:.2f}}}$"
+        label = what if time is None else f"{what}: time ∝ $l^{{{time:.2f}}}$"
+        label += "" if memory is None else f", memory ∝ $l^{{{memory:.2f}}}$"
         axes.plot(*zip(*mine, strict=True), marker="o", markersize=4, linewidth=1.6, label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")

@@ -37,20 +37,9 @@ def bench_mixer(name: str, plan: Plan) -> Iterator[list[Measurement]]:
 
     ``plan.changes`` may hold d_model, length and batch, and options of the mixer as ``mamba.d_state``.
     """
-    missing = list_mixers()[name].missing
-    if missing:
-        yield [refusal("mixers", name, "ssmzoo", "ours", f"{ABSENT}: pip install {' '.join(missing)}", plan)]
-        return
-    sizes = {key: plan.changes.get(key, value) for key, value in (QUICK if plan.quick else SIZES).items()}
-    options = {k.partition(".")[2]: v for k, v in plan.changes.items() if k.partition(".")[0] == name and "." in k}
-    torch.manual_seed(0)
-    with torch.device(plan.device):
-        mixer = build_mixer(name, sizes["d_model"], **options).to(plan.dtype).eval()
-    plan.say(f"{name}: checking")
-    try:
-        check_mixer(mixer)
-    except AssertionError as error:
-        yield [refusal("mixers", name, "ssmzoo", "ours", f"fails its check: {first_line(error)}", plan)]
+    mixer, sizes, told, why = prepared(name, plan)
+    if mixer is None:
+        yield [refusal("mixers", name, "ssmzoo", "ours", why, plan)]
         return
     twins: list[tuple[str, str, Twin]] = []
     for peer in on(plan.device.type, MIXERS.get(name, ())) if plan.peers else ():
@@ -62,28 +51,44 @@ def bench_mixer(name: str, plan: Plan) -> Iterator[list[Measurement]]:
             why = f"cannot be built: {first_line(error)}"
         if why:
             yield [refusal("mixers", name, peer.name, "peer", why, plan)]
-    own = Twin(mixer, dict(mixer.named_parameters()))
-    told = "".join(f", {key} {value}" for key, value in options.items())
     for work in (FORWARD, BOTH):
-        yield hold(_contest(name, mixer, own, twins, sizes, told, work, plan), plan)
+        yield hold(contest_of(name, mixer, twins, sizes, told, work, plan), plan)
     if not plan.quick:
         plan.say(f"{name}: growth with the length")
         longer = ({**sizes, "length": max(1, round(sizes["length"] * factor))} for factor in GROWTH)
-        contests = (_contest(name, mixer, own, None, one, told, BOTH, plan) for one in longer)
+        contests = (contest_of(name, mixer, None, one, told, BOTH, plan) for one in longer)
         yield from grow(contests, plan)
 
 
-def _contest(
+def prepared(name: str, plan: Plan) -> tuple[Mixer | None, dict[str, Any], str, str]:
+    """The mixer with the plan's options, its sizes, those options for people; None and why not where it cannot be."""
+    missing = list_mixers()[name].missing
+    if missing:
+        return None, {}, "", f"{ABSENT}: pip install {' '.join(missing)}"
+    sizes = {key: plan.changes.get(key, value) for key, value in (QUICK if plan.quick else SIZES).items()}
+    options = {k.partition(".")[2]: v for k, v in plan.changes.items() if k.partition(".")[0] == name and "." in k}
+    torch.manual_seed(0)
+    with torch.device(plan.device):
+        mixer = build_mixer(name, sizes["d_model"], **options).to(plan.dtype).eval()
+    plan.say(f"{name}: checking")
+    try:
+        check_mixer(mixer)
+    except AssertionError as error:
+        return None, {}, "", f"fails its check: {first_line(error)}"
+    return mixer, sizes, "".join(f", {key} {value}" for key, value in options.items()), ""
+
+
+def contest_of(
     name: str,
     mixer: Mixer,
-    own: Twin,
     twins: list[tuple[str, str, Twin]] | None,
     sizes: dict[str, Any],
     told: str,
     work: str,
     plan: Plan,
 ) -> Contest:
-    """``twins`` None: ours alone."""
+    """What is timed of a mixer; ``twins`` None: ours alone, as one of several lengths."""
+    own = Twin(mixer, dict(mixer.named_parameters()))
     shape = sizes["batch"], sizes["length"], sizes["d_model"]
     x, gradient = (torch.randn(*shape, device=plan.device, dtype=plan.dtype) for _ in range(2))
     contestants = [Contestant("ssmzoo", "ours", _work(own, x, gradient, work))]

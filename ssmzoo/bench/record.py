@@ -42,6 +42,8 @@ MEASURED = {
     "length": "length",
     "time_exponent": "time_exponent",
     "memory_exponent": "memory_exponent",
+    "per_token_ratio": "per_token",
+    "resident_bytes": "resident_bytes",
     "note": "note",
     "not_timed": "refused",
 }

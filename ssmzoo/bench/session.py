@@ -10,7 +10,9 @@ from ssmkernels.bench.contest import first_line
 from ssmkernels.dispatch import unknown
 from ssmkernels.spec import spec_of, specs
 
-KINDS = ("ops", "mixers", "models")
+USUAL = ("ops", "mixers", "models")
+KINDS = (*USUAL, "scaling")
+ONE_OF = {"ops": "op", "mixers": "mixer", "models": "model", "scaling": "op or mixer"}
 
 
 def names_of(kind: str) -> list[str]:
@@ -21,6 +23,10 @@ def names_of(kind: str) -> list[str]:
         from ssmzoo.bench.mixers import candidates
 
         return candidates()
+    if kind == "scaling":
+        from ssmzoo.bench.scaling import scalable
+
+        return scalable()
     from ssmzoo.config import list_models
 
     return list_models()
@@ -32,17 +38,18 @@ def chosen(kinds: Sequence[str], only: Sequence[str]) -> dict[str, list[str]]:
     Raises:
         ValueError: a name that no kind has; says which there are and the nearest.
     """
-    from ssmzoo.bench.models import DEFAULT
+    from ssmzoo.bench import models, scaling
 
+    usual = {"models": models.DEFAULT, "scaling": scaling.DEFAULT}
     known = {kind: names_of(kind) for kind in kinds}
     every = sorted({name for names in known.values() for name in names})
     for name in only:
         if name not in every:
-            raise ValueError(unknown(kinds[0].removesuffix("s") if len(kinds) == 1 else "name", name, every))
+            raise ValueError(unknown(ONE_OF[kinds[0]] if len(kinds) == 1 else "name", name, every))
     if only:
         found = {kind: [name for name in dict.fromkeys(only) if name in names] for kind, names in known.items()}
         return {kind: names for kind, names in found.items() if names}
-    return {kind: list(DEFAULT) if kind == "models" else names for kind, names in known.items()}
+    return {kind: list(usual.get(kind, names)) for kind, names in known.items()}
 
 
 def check_changes(kind: str, names: Iterable[str], changes: Mapping[str, Any]) -> None:
@@ -54,15 +61,15 @@ def check_changes(kind: str, names: Iterable[str], changes: Mapping[str, Any]) -
     if kind == "models":
         return
     known: dict[str, Any] = {}
-    if kind == "ops":
-        for name in names:
+    if kind in ("ops", "scaling"):
+        for name in set(names) & set(specs()):
             known |= spec_of(name).case({})
-    else:
+    if kind in ("mixers", "scaling"):
         from ssmzoo.bench.mixers import SIZES
         from ssmzoo.registry import list_mixers
 
-        known |= SIZES
-        options = {name: list_mixers()[name].options for name in names}
+        options = {name: list_mixers()[name].options for name in names if name in list_mixers()}
+        known |= SIZES if options else {}
         known |= {f"{name}.{key}": None for name, found in options.items() for key in found}
     for key, value in changes.items():
         if key not in known:
@@ -89,6 +96,10 @@ def _bench(kind: str) -> Callable[[str, Plan], Iterator[list[Measurement]]]:
         from ssmzoo.bench.mixers import bench_mixer
 
         return bench_mixer
+    if kind == "scaling":
+        from ssmzoo.bench.scaling import bench_scaling
+
+        return bench_scaling
     from ssmzoo.bench.models import bench_model
 
     return bench_model

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from ssmkernels.bench import Limits, Measurement
     from ssmzoo.bench.record import Machine
 
-KINDS = ("ops", "mixers", "models")
+USUAL = ("ops", "mixers", "models")
+KINDS = (*USUAL, "scaling")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SECONDS, QUICK_SECONDS = 1.0, 0.1  # for each contestant of a contest
 
@@ -29,7 +30,7 @@ SECONDS, QUICK_SECONDS = 1.0, 0.1  # for each contestant of a contest
 def command(
     what: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[ops|mixers|models]", help="What to time; all three if not given."),
+        typer.Argument(metavar="[ops|mixers|models|scaling]", help="What to time; the first three if not given."),
     ] = None,
     only: Annotated[
         list[str] | None, typer.Option(metavar="NAME ...", help="Only these ops, mixers or models.")
@@ -46,7 +47,7 @@ def command(
         typer.Option("--set", metavar="KEY=VALUE", help="A size or an option, as l=1024 or length=1024."),
     ] = None,
 ) -> None:
-    """Time our ops, mixers and models beside the limit and beside other packages.
+    """Time our ops, mixers and models beside the limit and beside other packages; or how they scale.
 
     Only what passes its check is timed. Contestants run by turns, and medians count. The folder gets a CSV file with
     every measurement and the machine, and figures. Ctrl-C keeps what is there. docs/bench.md explains how to read it.
@@ -92,7 +93,7 @@ def command(
                     progress.show(made)
         except KeyboardInterrupt:
             stopped = True
-    measured = sum(row.median is not None for row in rows)
+    measured = sum(row.median is not None or row.resident_bytes is not None for row in rows)
     screen.print(f"\n{measured} measurements in {log.path}")
     if rows and not measured and not stopped:
         raise ValueError(f"nothing was timed: {rows[0].what}, {rows[0].implementation}: {rows[0].refused}")
@@ -129,16 +130,19 @@ class _Progress:
 
     def show(self, rows: Sequence[Measurement]) -> None:
         """Prints a contest; those at several lengths together, once all of them are there."""
-        self.growing += [row for row in rows if row.length]
+        self.growing += [row for row in rows if row.length and row.median is not None]
         if rows[0].time_exponent is not None:
             self.screen.print(_growth_table([*self.growing, *rows]))
             self.growing = []
-        elif not rows[0].length:
+        elif not (rows[0].length and rows[0].median is not None):
             timed = [row for row in rows if row.median is not None]
             if timed:
                 self.screen.print(_table(timed))
             for row in rows:
-                if row.median is None:
+                if row.resident_bytes is not None:
+                    used = f"{row.what}, {row.work}: {size(row.resident_bytes)} of memory ({row.shape})"
+                    self.screen.print(f"{used}\n{row.note}; those results: {size(row.result_bytes or 0)}\n")
+                elif row.median is None:
                     work = f", {row.work}" if row.work else ""
                     self.screen.print(
                         f"{row.what}{work}: {row.implementation} not timed: {row.refused}\n", markup=False
@@ -148,7 +152,7 @@ class _Progress:
 def _kinds_and_names(words: Sequence[str], only: Sequence[str]) -> tuple[list[str], list[str]]:
     """``--only`` takes one word; those that follow it come as further arguments."""
     names = [name for given in only for name in given.replace(",", " ").split()]
-    kinds = [words[0]] if words and words[0] in KINDS else list(KINDS)
+    kinds = [words[0]] if words and words[0] in KINDS else list(USUAL)
     rest = list(words[1:] if words and words[0] in KINDS else words)
     if rest and not names:
         from ssmkernels.dispatch import unknown
@@ -214,7 +218,8 @@ def _growth_table(rows: Sequence[Measurement]) -> Table:
         ]
         for row in measured
     ]
-    lines.append(["grows as", f"l^{fitted.time_exponent:.2f}", "", f"l^{fitted.memory_exponent:.2f}"])
+    held = "" if fitted.memory_exponent is None else f"l^{fitted.memory_exponent:.2f}"
+    lines.append(["grows as", f"l^{fitted.time_exponent:.2f}", f"{fitted.per_token:.2f}× the first", held])
     columns = ("length", "median", "for each token", "peak memory")
     return table(f"{fitted.what}, {fitted.work}: growth", columns, lines, numbers=columns)
 

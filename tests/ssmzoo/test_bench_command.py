@@ -82,6 +82,24 @@ def test_a_mixer_from_end_to_end(run, tmp_path):
     assert (tmp_path / "mixers.png").exists()
 
 
+def test_how_things_scale_from_end_to_end(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("ssmkernels.bench.scaling.resident_memory", lambda *_, **__: (3 * 2**20, 2**20))
+    small = ("--set", "d=8", "--set", "l=16", "--set", "d_model=64", "--set", "length=8")
+    names = ("--only", "causal_conv1d", "mamba")
+    status, out, _ = run("scaling", "--quick", *small, "--out", str(tmp_path), *names)
+    assert status == 0
+    rows = read(tmp_path)
+    assert {row["kind"] for row in rows} == {"scaling"}
+    lengths = {what: [int(row["length"]) for row in rows if row["what"] == what] for what in ("causal_conv1d", "mamba")}
+    assert lengths["causal_conv1d"][:3] == [4, 16, 0]
+    assert lengths["mamba"] == [2, 8, 0]
+    assert [row["what"] for row in rows if row["per_token_ratio"]] == ["causal_conv1d", "mamba"]
+    assert [row["resident_bytes"] for row in rows if row["resident_bytes"]] == [str(3 * 2**20)]
+    assert "causal_conv1d, forward + backward: 3.0 MiB of memory" in out
+    assert "× the first" in out
+    assert (tmp_path / "scaling-growth.png").stat().st_size > 1000
+
+
 def test_several_names_after_only(run, tmp_path):
     small = ("--set", "d_model=64", "--set", "length=4")
     status, _, _ = run("mixers", "--no-peers", "--quick", *small, "--out", str(tmp_path), "--only", "lstm", "gru")
@@ -152,6 +170,8 @@ def test_one_that_cannot_be_built_does_not_stop_the_rest(run, tmp_path):
         (["ops", "--device", "tpu"], "--device must be cpu or cuda; got 'tpu'"),
         (["--set", "l=3"], "name ops, mixers or models too"),
         (["ops", "--set", "dd=3"], "unknown size or option of ops: 'dd'"),
+        (["scaling", "--only", "rms_norm"], "unknown op or mixer: 'rms_norm'"),
+        (["scaling", "--only", "mamba", "--set", "l=3"], "unknown size or option of scaling: 'l'"),
         (["ops", "--set", "l=long"], "--set l: expected int, such as"),
         (["mixers", "--only", "mamba", "--set", "mamba.d_stat=3"], "Did you mean 'mamba.d_state'?"),
     ],
@@ -181,6 +201,7 @@ def test_everything_that_exists_is_timed_by_itself():
     assert todo["ops"] == list(specs())
     assert set(todo["mixers"]) == set(ssmzoo.list_mixers()) - {"parallel"}  # which needs to be told its branches
     assert todo["models"] == ["mamba-130m"]
+    assert todo["scaling"] == ["selective_scan", "mamba"]
 
 
 @pytest.mark.parametrize("name", ["mamba", "attention", "lstm", "gru"])

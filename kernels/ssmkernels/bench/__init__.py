@@ -25,6 +25,8 @@ from ssmkernels.bench.limits import Limits, measure_limits
 from ssmkernels.bench.measure import Timing, compete, exponent, peak_memory, schedule
 from ssmkernels.bench.ops import bench_op
 from ssmkernels.bench.peers import Package, Peer, Setting
+from ssmkernels.bench.resident import Resident, resident_memory
+from ssmkernels.bench.scaling import scale_op
 
 __all__ = [
     "BOTH",
@@ -36,6 +38,7 @@ __all__ = [
     "Package",
     "Peer",
     "Plan",
+    "Resident",
     "Setting",
     "Timing",
     "bench_op",
@@ -47,5 +50,7 @@ __all__ = [
     "measure_limits",
     "peak_memory",
     "refusal",
+    "resident_memory",
+    "scale_op",
     "schedule",
 ]

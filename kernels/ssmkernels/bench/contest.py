@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ssmkernels.bench.limits import Limits
-from ssmkernels.bench.measure import compete, exponent, peak_memory
+from ssmkernels.bench.measure import Timing, compete, exponent, peak_memory
 
 Results = Mapping[str, Tensor]
 Role = Literal["ours", "peer", "limit"]
@@ -62,7 +62,7 @@ class Contest:
     """What is to be done, and by whom.
 
     Attributes:
-        kind: "ops", "mixers" or "models".
+        kind: "ops", "mixers", "models" or "scaling".
         what: the op's, mixer's or model's name.
         work: "forward", "forward + backward", "prefill" or "decoding".
         shape: the sizes, for people.
@@ -110,6 +110,8 @@ class Measurement:
     length: int = 0  # where it is one of several that show growth
     time_exponent: float | None = None
     memory_exponent: float | None = None
+    per_token: float | None = None  # time for each token at the longest of them over that at the shortest
+    resident_bytes: int | None = None  # of the whole process at its peak, above inputs and results
     note: str = ""
     refused: str = ""
 
@@ -147,29 +149,36 @@ def hold(contest: Contest, plan: Plan) -> list[Measurement]:
     limit = next((timings[one.name].median for one in admitted if one.role == "limit"), contest.limit)
     rows = []
     for one in contest.contestants:
-        row = blank(contest, plan, one)
         if one.name in refused:
-            rows.append(dataclasses.replace(row, refused=refused[one.name]))
+            rows.append(dataclasses.replace(blank(contest, plan, one), refused=refused[one.name]))
             continue
-        timing = timings[one.name]
-        low, high = timing.quartiles
-        memory, result = peaks.get(one.name, (None, None))
+        row = _timed(contest, plan, one, timings[one.name], peaks.get(one.name, (None, None)))
         rows.append(
             dataclasses.replace(
                 row,
-                median=timing.median,
-                low=low,
-                high=high,
-                samples=len(timing.samples),
                 limit=limit,
-                of_limit=timing.median / limit if limit else None,
-                of_ours=timing.median / ours if ours else None,
-                tokens_per_second=contest.tokens / timing.median if contest.tokens else None,
-                peak_bytes=memory,
-                result_bytes=result,
+                of_limit=timings[one.name].median / limit if limit else None,
+                of_ours=timings[one.name].median / ours if ours else None,
             )
         )
     return rows
+
+
+def _timed(
+    contest: Contest, plan: Plan, one: Contestant, timing: Timing, memory: tuple[int | None, int | None]
+) -> Measurement:
+    """The line of somebody who was timed; ``memory`` is the peak and the results' part of it."""
+    low, high = timing.quartiles
+    return dataclasses.replace(
+        blank(contest, plan, one),
+        median=timing.median,
+        low=low,
+        high=high,
+        samples=len(timing.samples),
+        tokens_per_second=contest.tokens / timing.median if contest.tokens else None,
+        peak_bytes=memory[0],
+        result_bytes=memory[1],
+    )
 
 
 def blank(contest: Contest, plan: Plan, one: Contestant) -> Measurement:
@@ -196,23 +205,45 @@ def refusal(kind: str, what: str, implementation: str, role: Role, why: str, pla
 
 
 def grow(contests: Iterable[Contest], plan: Plan) -> Iterator[list[Measurement]]:
-    """Holds the same contest of one contestant at several lengths; at last comes a line with the fitted exponents."""
-    measured: list[Measurement] = []
+    """Times one contestant at several lengths, which take turns; at last comes a line with what fits all of them."""
+    admitted: list[tuple[Contest, tuple[int | None, int | None]]] = []
     for contest in contests:
-        rows = hold(contest, plan)
-        yield rows
-        measured += [row for row in rows if row.median and row.peak_bytes]
+        one = contest.contestants[0]
+        plan.say(f"{contest.what}, {contest.work}: length {contest.length}")
+        try:
+            results, peak = peak_memory(one.call, plan.device)
+        except Exception as error:  # too little memory, or whatever a kernel raises
+            told = f"raises {type(error).__name__}: {first_line(error)}"
+            yield [dataclasses.replace(blank(contest, plan, one), refused=told)]
+            continue
+        admitted.append((contest, (peak, sum(t.nbytes for t in results.values()))))
+        del results
+    calls = {str(contest.length): contest.contestants[0].call for contest, _ in admitted}
+    timings = compete(calls, device=plan.device, seconds=plan.seconds)
+    measured = []
+    for contest, memory in admitted:
+        one = contest.contestants[0]
+        row = _timed(contest, plan, one, timings[str(contest.length)], memory)
+        limit = contest.limit
+        of_limit = timings[str(contest.length)].median / limit if limit else None
+        measured.append(dataclasses.replace(row, limit=limit, of_limit=of_limit))
+        yield [measured[-1]]
     if len(measured) > 1:
-        lengths = [row.length for row in measured]
-        first = measured[0]
-        whole = Contest(first.kind, first.what, first.work, f"length {lengths[0]} to {lengths[-1]}", ())
-        yield [
-            dataclasses.replace(
-                blank(whole, plan, Contestant(first.implementation, first.role, dict)),
-                time_exponent=exponent(lengths, [row.median or 0.0 for row in measured]),
-                memory_exponent=exponent(lengths, [row.peak_bytes or 0 for row in measured]),
-            )
-        ]
+        yield [_fit(measured, plan)]
+
+
+def _fit(measured: Sequence[Measurement], plan: Plan) -> Measurement:
+    """How time and memory grow over lengths, which rise."""
+    first, last = measured[0], measured[-1]
+    lengths, times = [row.length for row in measured], [row.median or 0.0 for row in measured]
+    peaks = [row.peak_bytes or 0 for row in measured]
+    whole = Contest(first.kind, first.what, first.work, f"length {first.length} to {last.length}", ())
+    return dataclasses.replace(
+        blank(whole, plan, Contestant(first.implementation, first.role, dict)),
+        time_exponent=exponent(lengths, times),
+        memory_exponent=exponent(lengths, peaks) if all(peaks) else None,
+        per_token=(times[-1] / lengths[-1]) / (times[0] / lengths[0]),
+    )
 
 
 def differs(results: Results, truth: Results, dtype: torch.dtype) -> str:

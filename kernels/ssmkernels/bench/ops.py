@@ -46,7 +46,7 @@ def bench_op(op: str, plan: Plan) -> Iterator[list[Measurement]]:
     """
     spec, setting = spec_of(op), setting_of(op)
     case = real_use(spec, setting, plan)
-    arguments = make(spec, setting, case, plan)
+    arguments = make(spec, setting, case, plan.dtype, plan.device)
     rows = checked_rows(spec, setting, case)
     admitted: list[tuple[Contestant, Callable[..., Any]]] = []
     for name in explain(op, **arguments).able:
@@ -67,15 +67,15 @@ def bench_op(op: str, plan: Plan) -> Iterator[list[Measurement]]:
     if chosen is None:
         return
     for work in (FORWARD, BOTH) if spec.differentiable and setting.backward else (FORWARD,):
-        yield hold(_contest(spec, setting, case, work, admitted, plan), plan)
+        yield hold(contest_of(spec, setting, case, work, admitted, plan), plan)
     del arguments
-    lengths = _lengths(case)
+    lengths = lengths_of(case)
     if lengths and not plan.quick:
         work = BOTH if spec.differentiable and setting.backward else FORWARD
         plan.say(f"{op}: growth with the length")
         only = [(Contestant("ssmzoo", "ours", dict), spec.function())]
         longer = ({**case, **{name: round(case[name] * factor) for name in lengths}} for factor in GROWTH)
-        yield from grow((_contest(spec, setting, one, work, only, plan, one[lengths[0]]) for one in longer), plan)
+        yield from grow((contest_of(spec, setting, one, work, only, plan, one[lengths[0]]) for one in longer), plan)
 
 
 def real_use(spec: Spec, setting: Setting, plan: Plan) -> Case:
@@ -83,14 +83,19 @@ def real_use(spec: Spec, setting: Setting, plan: Plan) -> Case:
     case = dict(spec.case({**spec.bench, **setting.case}))
     case.update({name: value for name, value in plan.changes.items() if name in case})
     if plan.quick:
-        short = {name: min(case[name], QUICK) for name in _lengths(case) if name not in plan.changes}
+        short = {name: min(case[name], QUICK) for name in lengths_of(case) if name not in plan.changes}
         case.update(short)
     return case
 
 
-def make(spec: Spec, setting: Setting, case: Case, plan: Plan) -> dict[str, Any]:
+def make(spec: Spec, setting: Setting, case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """The arguments of the timed call."""
-    return {**spec.inputs(case, plan.dtype, plan.device, seed=0), **setting.arguments}
+    return {**spec.inputs(case, dtype, device, seed=0), **setting.arguments}
+
+
+def gradients_for(results: Results) -> dict[str, Tensor]:
+    """What comes into the backward pass of the timed call."""
+    return {name: _gradient_for(value) for name, value in results.items()}
 
 
 def work_of(
@@ -139,7 +144,7 @@ def least(spec: Spec, case: Case, arguments: Mapping[str, Any], results: Results
     return 3 * spec.flops(case), 2 * read + differentiable + 2 * written
 
 
-def _contest(
+def contest_of(
     spec: Spec,
     setting: Setting,
     case: Case,
@@ -148,9 +153,10 @@ def _contest(
     plan: Plan,
     length: int = 0,
 ) -> Contest:
-    arguments = make(spec, setting, case, plan)
+    """What is timed of an op in one case; each of ``admitted`` with the function that does it."""
+    arguments = make(spec, setting, case, plan.dtype, plan.device)
     results = work_of(spec, admitted[0][1], arguments)()
-    incoming = None if work == FORWARD else {name: _gradient_for(value) for name, value in results.items()}
+    incoming = None if work == FORWARD else gradients_for(results)
     flops, nbytes = least(spec, case, arguments, results, work)
     return Contest(
         kind="ops",
@@ -179,7 +185,7 @@ def checked_rows(spec: Spec, setting: Setting, case: Case) -> list[Case]:
     base = spec.case({})
     sizes = {name for name, value in base.items() if _is_size(value) or _is_size(case[name])}
     switches = {name: value for name, value in spec.row(case).items() if name not in sizes} | dict(setting.case)
-    lengths = [name for name in _lengths(case) if isinstance(base[name], int)]
+    lengths = [name for name in lengths_of(case) if isinstance(base[name], int)]
     return [switches, {**switches, **dict.fromkeys(lengths, CHECKED)}] if lengths else [switches]
 
 
@@ -207,7 +213,8 @@ def fails(op: str, contestant: str | Peer, rows: list[Case], plan: Plan) -> str:
     return ""
 
 
-def _lengths(case: Case) -> list[str]:
+def lengths_of(case: Case) -> list[str]:
+    """Which sizes of a case are a length."""
     return [name for name in LENGTHS if isinstance(case.get(name), int) and case[name] > SHORT]
 
 

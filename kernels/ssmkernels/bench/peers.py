@@ -71,12 +71,14 @@ class Setting:
         case: changes of the spec's ``bench`` case.
         arguments: changes of the arguments that the case makes.
         backward: whether the backward pass is timed too, where there is one.
+        long: the length up to which it is scaled.
         note: what these leave away.
     """
 
     case: Case = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
     backward: bool = True
+    long: int = 65_536
     note: str = ""
 
 

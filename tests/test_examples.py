@@ -14,6 +14,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 # Script → arguments that make it short, and what its output must hold.
 CASES = {
     "check_my_kernel.py": ([], "gradient of x is -0.19"),
+    "long_sequence.py": (["--length", "4096", "--chunk", "512", "--d-model", "16"], "4,096 steps"),
     "mixer_in_pytorch.py": (["--steps", "3"], "squared error"),
     "own_mixer.py": ([], "token by token and at once"),
     "stream_text.py": (["--bytes", "4096", "--chunk", "512"], "bits per byte"),

@@ -34,10 +34,13 @@ class Block(nn.Module):
         mixed = self.mixer(self.norm(x), state, cu_seqlens=cu_seqlens)
         if state is not None:
             mixed, state = mixed
-        x = x + self.dropout(mixed)
+        x = x + self._dropped(mixed)
         if self.mlp is not None and self.norm2 is not None:
-            x = x + self.dropout(self.mlp(self.norm2(x)))
+            x = x + self._dropped(self.mlp(self.norm2(x)))
         return x, state
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        return self.dropout(x) if self.training else x  # a call less for each token
 
 
 def entry_mixer(config: ModelConfig, entry: str) -> Mixer:

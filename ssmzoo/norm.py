@@ -24,8 +24,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(d))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = cast(Tensor, rms_norm(x, self.weight.to(x.dtype), eps=self.eps))
-        return y.to(self.weight.dtype)
+        weight = self.weight
+        if x.dtype == weight.dtype:
+            return cast(Tensor, rms_norm(x, weight, eps=self.eps))
+        return cast(Tensor, rms_norm(x, weight.to(x.dtype), eps=self.eps)).to(weight.dtype)
 
 
 class LayerNorm(nn.LayerNorm):

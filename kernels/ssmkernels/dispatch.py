@@ -265,16 +265,21 @@ def _load_all(op: str) -> None:
 @_constant
 def _environment(op: str) -> str | None:
     """The implementation that ``SSMZOO_IMPLEMENTATION`` names for this op."""
-    text = os.environ.get("SSMZOO_IMPLEMENTATION", "")
-    table = _parse(text, "SSMZOO_IMPLEMENTATION") if text else {}
+    text = os.environ.get("SSMZOO_IMPLEMENTATION")
+    if not text:
+        return None
+    table = _parse(text, "SSMZOO_IMPLEMENTATION")
     return table.get(op) or table.get("*")
 
 
 @_constant
 def _disabled(op: str, implementation: str) -> bool:
     """Whether ``SSMZOO_DISABLE`` (``triton``, ``triton:ssd``, several by commas) takes it from this op."""
+    text = os.environ.get("SSMZOO_DISABLE")
+    if not text:
+        return False
     found = False
-    for entry in filter(None, (part.strip() for part in os.environ.get("SSMZOO_DISABLE", "").split(","))):
+    for entry in filter(None, (part.strip() for part in text.split(","))):
         name, _, only = entry.partition(":")
         if name == "reference":
             raise ValueError("SSMZOO_DISABLE: the reference cannot be disabled: the others are checked against it")

@@ -188,26 +188,28 @@ class Mamba(Mixer):
 
     def _may_step(self, x: Tensor) -> bool:
         """Whether one call may stand for everything between the outer projections, ``x_proj`` included."""
+        x_proj = self.x_proj
         return (
             not torch.is_grad_enabled()
             and not torch.is_autocast_enabled(x.device.type)
-            and type(self.x_proj) is nn.Linear  # no adapter or quantised map in its place
-            and not self.x_proj._forward_hooks
-            and not self.x_proj._forward_pre_hooks
+            and type(x_proj) is nn.Linear  # no adapter or quantised map in its place
+            and not x_proj._forward_hooks
+            and not x_proj._forward_pre_hooks
         )
 
     def _step(self, x: Tensor, state: MambaState) -> Tensor:
         x, z = self.in_proj(x[:, 0]).chunk(2, dim=-1)  # (b d_inner) each
+        conv1d, dt_proj = self.conv1d, self.dt_proj
         y = mamba_step(
             state.conv,
             state.ssm,
             x,
             z,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
+            conv1d.weight.squeeze(1),
+            conv1d.bias,
             self.x_proj.weight,
-            self.dt_proj.weight,
-            self.dt_proj.bias,
+            dt_proj.weight,
+            dt_proj.bias,
             self.A_log,
             self.D,
             norm_eps=self.bcdt_norm_eps if self.bcdt_norm else None,

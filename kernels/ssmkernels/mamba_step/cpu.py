@@ -14,6 +14,8 @@ from ssmkernels.validate import gradient_wanted
 
 __all__ = ["mamba_step", "missing", "step_unsupported"]
 
+WAKINGS = 4  # of the other threads in one call, for what lies between must be done in order
+
 _Step = native.arguments(
     "_Step",
     """
@@ -100,7 +102,7 @@ def _step(
             conv_weight.shape[1],
             dt_proj.shape[1],
             norm_eps is not None,
-            native.threads(batch * d * (3 * n + 2 * dt_proj.shape[1])),
+            native.threads(batch * d * (3 * n + 2 * dt_proj.shape[1]) // WAKINGS),
             x.stride(0),
             z.stride(0),
             norm_eps or 0.0,

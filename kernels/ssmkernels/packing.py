@@ -28,3 +28,11 @@ def pad(cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     mask = offset < lengths[:, None]
     index = torch.where(mask, cu_seqlens[:-1, None] + offset, 0)
     return index.long(), mask
+
+
+def last_of_each(x: Tensor, cu_seqlens: Tensor, count: int) -> Tensor:
+    """The last ``count`` rows of each sequence in ``x (l, d)``, zeros before its first: ``(s, count, d)``."""
+    source = cu_seqlens[1:, None] + torch.arange(-count, 0, device=x.device)  # (s count)
+    inside = source >= cu_seqlens[:-1, None]
+    rows = x[torch.where(inside, source, 0)] if len(x) else x.new_zeros(*source.shape, x.shape[1])
+    return torch.where(inside[..., None], rows, 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 from torch import Tensor
 
 from ssmkernels.dispatch import Op
@@ -16,6 +18,9 @@ from ssmkernels.validate import (
 )
 
 __all__ = ["causal_conv1d", "causal_conv1d_step"]
+
+# The module that calls the package of this name. Were it loaded later, it would take the place of the function below.
+importlib.import_module(f"{__name__}.causal_conv1d")
 
 
 def causal_conv1d(
@@ -145,5 +150,5 @@ def _fake(
     return x.new_empty(x.shape), state
 
 
-_CONV = Op("causal_conv1d", __name__, ("triton", "cpu", "reference"), fake=_fake)
+_CONV = Op("causal_conv1d", __name__, ("triton", "cpu", "causal_conv1d", "reference"), fake=_fake)
 _STEP = Op("causal_conv1d_step", __name__, ("triton", "cpu", "reference"))

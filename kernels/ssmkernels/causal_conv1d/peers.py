@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmkernels.bench.peers import CAUSAL_CONV1D, FLA, TORCH, TRANSFORMERS, Peer, Setting, refuse
+from ssmkernels.causal_conv1d.causal_conv1d import call
 from ssmkernels.validate import precision
 
 SETTINGS = {
@@ -48,10 +49,8 @@ def causal_conv1d(
     cu_seqlens: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The CUDA kernel of the package causal_conv1d, which takes time-major tensors as transposed views."""
-    from causal_conv1d import causal_conv1d_fn
-
     refuse(initial_state is not None or cu_seqlens is not None, "initial state or packed sequences")
-    y = causal_conv1d_fn(x.transpose(1, 2), weight, bias, activation=activation).transpose(1, 2)
+    y = call(x, weight, bias, activation, None, None)
     return (y, _last(x, weight.shape[1])) if return_final_state else y
 
 

@@ -14,11 +14,11 @@ Sizes: b batch, l length, d channels, w width, m length of a decoding state (at 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ssmkernels.compat._conv import conv, update
 from ssmkernels.compat._dtypes import INDICES
+from ssmkernels.packing import last_of_each
 from ssmkernels.validate import check_dtypes, check_options, check_shapes
 
 __all__ = [
@@ -160,7 +160,4 @@ def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -
     check_shapes(op, {"x": (x, "l d"), "cu_seqlens": (cu_seqlens, "s+1")}, ("x", "cu_seqlens"), s=len(cu_seqlens) - 1)
     check_dtypes(op, {"cu_seqlens": cu_seqlens}, INDICES)
     check_options(op, "int", state_len=state_len)
-    source = cu_seqlens[1:, None] + torch.arange(-state_len, 0, device=x.device)  # (s state_len)
-    inside = source >= cu_seqlens[:-1, None]
-    found = x[torch.where(inside, source, 0)] if len(x) else x.new_zeros(*source.shape, x.shape[1])
-    return torch.where(inside[..., None], found, 0).transpose(1, 2)
+    return last_of_each(x, cu_seqlens, state_len).transpose(1, 2)

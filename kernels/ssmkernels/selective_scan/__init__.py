@@ -210,5 +210,5 @@ def _fake(
     return torch.empty_like(u, memory_format=torch.contiguous_format), u.new_empty((s, *A.shape), dtype=dtype)
 
 
-_SCAN = Op("selective_scan", __name__, ("triton", "cpu", "tiled", "reference"), fake=_fake)
+_SCAN = Op("selective_scan", __name__, ("triton", "cpu", "mamba_ssm", "tiled", "reference"), fake=_fake)
 _STEP = Op("selective_scan_step", __name__, ("triton", "cpu", "reference"))

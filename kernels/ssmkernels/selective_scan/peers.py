@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmkernels.bench.peers import MAMBA_SSM, MAMBAPY, TORCH, TRANSFORMERS, Peer, Setting, refuse
+from ssmkernels.selective_scan import mamba_ssm as package
 
 SETTINGS = {
     "selective_scan": Setting(
@@ -122,23 +123,10 @@ def mamba_ssm(
     cu_seqlens: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """mamba_ssm's CUDA kernel, which wants channels before time."""
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-
     refuse(initial_state is not None or cu_seqlens is not None, "initial state or packed sequences")
     refuse(A.is_complex() or B.ndim != 3, "complex A, fixed maps or groups in this adapter")
-    found = selective_scan_fn(
-        u.transpose(1, 2),
-        delta.transpose(1, 2),
-        A,
-        B.transpose(1, 2),
-        C.transpose(1, 2),
-        D=None if D is None else D.float(),
-        z=None if z is None else z.transpose(1, 2),
-        delta_bias=None if delta_bias is None else delta_bias.float(),
-        delta_softplus=delta_softplus,
-        return_last_state=return_final_state,
-    )
-    return (found[0].transpose(1, 2), found[1]) if return_final_state else found.transpose(1, 2)
+    y, last = package.call(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    return (y, last) if return_final_state else y
 
 
 def transformers_step(

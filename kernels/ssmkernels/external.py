@@ -1,0 +1,48 @@
+"""Other people's packages as implementations: whether they are there, and whether they work."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+
+import torch
+from torch import Tensor
+
+
+def missing(module: str) -> str | None:
+    """What this machine lacks to run a package's CUDA kernels; None where all is well.
+
+    Imports ``module`` only where its package is installed and there is a GPU. A package's name may also stand for one
+    of our own modules (:mod:`ssmkernels.compat`), which must not call itself.
+    """
+    return _missing(module)
+
+
+@functools.cache
+def _missing(module: str) -> str | None:
+    package = module.partition(".")[0]
+    try:
+        spec = importlib.util.find_spec(package)
+    except ValueError:  # a module without a spec has taken its place
+        spec = None
+    if spec is None:
+        return f"package {package} is not installed"
+    if spec.name != package:
+        return f"the name {package} stands for {spec.name} here"
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a build for another PyTorch may raise anything
+        return f"package {package} is installed but does not import ({error}): install it again"
+    return None
+
+
+def wrong_device(name: str, tensor: Tensor) -> str | None:
+    """Why CUDA kernels cannot reach the tensor; None where they can."""
+    return None if tensor.is_cuda else f"its tensors must be on a GPU; `{name}` is on {tensor.device}"
+
+
+# A compiler need not look into it
+missing._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -37,6 +37,45 @@ void conv_block(const ConvArguments& a, const Block& b, int64_t first, int64_t c
         memcpy(state + k * a.d, rows + (b.steps + k) * kTile, sizeof(S) * static_cast<size_t>(channels));
 }
 
+// A whole tile at a time, as in conv_block bit for bit, but straight from the input: the w-1 rows before the present one
+// stay in registers, and only those before the block go through scratch memory.
+template <class T, int w>
+void conv_stream(const ConvArguments& a, const Block& b, int64_t first, char* scratch) {
+    typedef typename Sum<T>::type S;
+    using V = typename Lanes<S>::V;
+    constexpr int lanes = Lanes<S>::count, side = 4;  // vectors side by side
+    static_assert(kTile % (side * lanes) == 0, "vectors fill a tile");
+    S* before = reinterpret_cast<S*>(scratch);
+    S* weight = before + (w - 1) * kTile;
+    S* bias = weight + w * kTile;
+    read_inputs<T>(a, b, first, kTile, b.t0 - (w - 1), b.t0, before);
+    read_transposed(weight, at<S>(a.weight, first * w), w, kTile, S(1));
+    read_parameters(bias, a.bias, first, kTile);
+    const T* x = at<T>(a.x, b.batch * a.x_batch + (b.start + b.t0) * a.x_time + first);
+    T* y = static_cast<T*>(a.y) + (b.batch * a.length + b.start + b.t0) * a.d + first;
+    for (int64_t c = 0; c < kTile; c += side * lanes) {
+        V rows[w][side], taps[w][side];
+        for (int j = 0; j < w; ++j)
+            for (int i = 0; i < side; ++i) {
+                taps[j][i] = load(weight + j * kTile + c + i * lanes);
+                if (j < w - 1) rows[j][i] = load(before + j * kTile + c + i * lanes);
+            }
+        for (int64_t t = 0; t < b.steps; ++t)
+            for (int i = 0; i < side; ++i) {
+                rows[w - 1][i] = read(x + t * a.x_time + c + i * lanes);
+                V sum = load(bias + c + i * lanes);
+                for (int j = 0; j < w; ++j) sum = fma(taps[j][i], rows[j][i], sum);
+                for (int j = 0; j < w - 1; ++j) rows[j][i] = rows[j + 1][i];
+                write(y + t * a.d + c + i * lanes, a.silu ? silu<S>(sum) : sum);
+            }
+    }
+    if (!b.last) return;
+    S* state = static_cast<S*>(a.final_state) + b.sequence * (w - 1) * a.d + first;
+    S* ends = weight;  // no longer needed
+    read_inputs<T>(a, b, first, kTile, b.t0 + b.steps - (w - 1), b.t0 + b.steps, ends);
+    for (int64_t k = 0; k < w - 1; ++k) memcpy(state + k * a.d, ends + k * kTile, sizeof(S) * kTile);
+}
+
 template <class T>
 int conv(const ConvArguments& a) {
     typedef typename Sum<T>::type S;
@@ -46,6 +85,7 @@ int conv(const ConvArguments& a) {
         Block b;
         if (!find_block(a, i / tiles, &b)) return;
         const int64_t first = i % tiles * kTile, channels = minimum(kTile, a.d - first);
+        if (a.width == 4 && channels == kTile) return conv_stream<T, 4>(a, b, first, scratch);
         if (a.width == 4) return conv_block<T, 4>(a, b, first, channels, scratch);
         if (a.width == 3) return conv_block<T, 3>(a, b, first, channels, scratch);
         if (a.width == 2) return conv_block<T, 2>(a, b, first, channels, scratch);

@@ -1,0 +1,120 @@
+"""transformers' Mamba through our functions, by its own look-up of the packages' names, beside its plain PyTorch."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+
+import ssmkernels.compat.causal_conv1d
+import ssmkernels.compat.mamba_ssm
+
+transformers = pytest.importorskip("transformers")
+
+
+def modeling(name, monkeypatch, ours):
+    """A copy of transformers' module of this name that finds our functions for the packages', or nothing."""
+    for package in ("mamba_ssm", "causal_conv1d"):
+        monkeypatch.setitem(sys.modules, package, getattr(ssmkernels.compat, package) if ours else None)
+    original = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    spec = importlib.util.spec_from_file_location(f"{original.__name__}_{ours}", original.__file__)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+CONFIGS = {
+    "mamba": {"state_size": 16},
+    "mamba, odd": {"state_size": 8, "conv_kernel": 3, "expand": 1, "use_bias": True, "use_conv_bias": False},
+    "falcon_mamba": {"state_size": 16},
+    "falcon_mamba, odd": {"state_size": 8, "conv_kernel": 3, "expand": 1, "use_bias": True, "use_conv_bias": False},
+}
+EVERY = pytest.mark.parametrize("case", CONFIGS)
+
+
+@pytest.fixture
+def models(monkeypatch):
+    """Two models of the same weights: transformers' plain PyTorch, and the same with our functions."""
+
+    def make(case):
+        name = case.split(",")[0]
+        plain, ours = (modeling(name, monkeypatch, found) for found in (False, True))
+        family = {"mamba": "Mamba", "falcon_mamba": "FalconMamba"}[name]
+        config = getattr(transformers, f"{family}Config")(
+            vocab_size=40, hidden_size=12, num_hidden_layers=2, use_mambapy=False, **CONFIGS[case]
+        )
+        torch.manual_seed(0)
+        built = [getattr(module, f"{family}ForCausalLM")(config) for module in (plain, ours)]
+        with torch.no_grad():
+            for p in built[0].parameters():
+                p.add_(0.1 * torch.randn_like(p))
+        built[1].load_state_dict(built[0].state_dict())
+        return built
+
+    return make
+
+
+IDS = torch.randint(0, 40, (2, 11), generator=torch.Generator().manual_seed(1))
+
+
+@EVERY
+def test_logits_and_gradients(case, models):
+    plain, ours = models(case)
+    results = []
+    for model in (plain, ours):
+        model.eval()
+        logits = model(IDS).logits
+        logits.logsumexp(-1).sum().backward()
+        results.append((logits, [p.grad for p in model.parameters()]))
+    (expected, gradients), (found, others) = results
+    torch.testing.assert_close(found, expected)
+    for (name, _), f, e in zip(plain.named_parameters(), others, gradients, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-5, atol=1e-5 * float(e.abs().max()), msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("case", ["mamba", "mamba, odd"])
+def test_training_takes_the_whole_block(case, models, monkeypatch):
+    plain, ours = models(case)
+    calls, inner = [], ssmkernels.compat.mamba_ssm.inner
+    monkeypatch.setattr(ssmkernels.compat.mamba_ssm, "inner", lambda *a, **k: calls.append(1) or inner(*a, **k))
+    losses = []
+    for model in (plain, ours):
+        loss = model.train()(IDS, labels=IDS).loss
+        loss.backward()
+        losses.append(loss)
+    assert len(calls) == 2  # layers
+    torch.testing.assert_close(*losses)
+    for (name, p), q in zip(plain.named_parameters(), ours.parameters(), strict=True):
+        scale = float(p.grad.abs().max())
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-5, atol=1e-5 * scale, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@EVERY
+def test_decoding(case, models):
+    plain, ours = models(case)
+    results = []
+    for model in (plain, ours):
+        model.eval()
+        with torch.no_grad():
+            out = model(IDS[:, :6], use_cache=True)
+            logits = [out.logits]
+            for t in range(6, IDS.shape[1]):
+                out = model(IDS[:, t : t + 1], cache_params=out.cache_params, use_cache=True)
+                logits.append(out.logits)
+        results.append(torch.cat(logits, dim=1))
+    torch.testing.assert_close(results[1], results[0])
+    torch.testing.assert_close(results[1], ours(IDS).logits)
+
+
+@pytest.mark.parametrize("case", ["mamba", "mamba, odd"])
+def test_half_precision(case, models):
+    """No further from the float32 model than transformers' plain path is, twice over."""
+    plain, ours = models(case)
+    exact = plain.eval()(IDS).logits
+    found, expected = (
+        (model.eval().to(torch.bfloat16)(IDS).logits.float() - exact).abs().max() for model in (ours, plain)
+    )
+    assert found <= 2 * expected

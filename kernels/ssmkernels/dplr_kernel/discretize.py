@@ -116,7 +116,7 @@ def bilinear_dplr(A: Tensor, P: Tensor, Q: Tensor, B: Tensor, dt: Tensor) -> Str
     S = torch.linalg.inv(eye + dt[..., None] / 2 * gram)
     left = dt[..., None] * (S.mT.to(solved.dtype) @ solved)  # Δ P/M S
     pushed = inverse * B - (left * _inner(right, B[:, None])[..., None]).sum(1) / 2
-    return Structured(2 * inverse - 1, left, right, dt * pushed)
+    return Structured(1 + dt * A * inverse, left, right, dt * pushed)  # of 2/M - 1, which rounds more
 
 
 def bilinear_step(h: Tensor, u: Tensor, A: Tensor, P: Tensor, Q: Tensor, B: Tensor, dt: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def cauchy(
     row = (row - row @ torch.linalg.matrix_power(dense, length))[:, 0]
     C = torch.complex(row[:, : A.shape[1]], -row[:, A.shape[1] :]) / 2
     omega = torch.exp(-2j * torch.pi / length * torch.arange(length // 2 + 1, device=A.device))
-    omega[-1] = -1 + 1e-6j  # the bilinear rule's pole is at -1
+    omega[-1] = torch.tensor(-1 + 1e-6j)  # the bilinear rule's pole is at -1
     z = 2 * (1 - omega) / (1 + omega)
     step = dt[:, None]
     v = torch.stack([torch.stack([X * Y for Y in (B, P)]) for X in (C, Q.conj())])  # (2 2 d n)

@@ -1,17 +1,33 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from ssmkernels import OPS, diagonal_kernel, discretize_diagonal
+from ssmkernels import OPS, diagonal_kernel, discretize_diagonal, explain, native
 from ssmkernels.diagonal_kernel import tiled
 
 REFERENCE = functools.partial(diagonal_kernel, implementation="reference")
 TILED = functools.partial(diagonal_kernel, implementation="tiled")
-EITHER = pytest.mark.parametrize("kernel", [REFERENCE, TILED], ids=["reference", "tiled"])
+NATIVE = functools.partial(diagonal_kernel, implementation="cpu")
+NEEDS_NATIVE = pytest.mark.skipif(native.missing() is not None, reason=f"needs the native library: {native.missing()}")
+EITHER = pytest.mark.parametrize(
+    "kernel",
+    [
+        pytest.param(REFERENCE, id="reference"),
+        pytest.param(TILED, id="tiled"),
+        pytest.param(NATIVE, id="cpu", marks=NEEDS_NATIVE),
+    ],
+)
+FAST = pytest.mark.parametrize(
+    "kernel", [pytest.param(TILED, id="tiled"), pytest.param(NATIVE, id="cpu", marks=NEEDS_NATIVE)]
+)
 RULES = pytest.mark.parametrize("discretization", ["zoh", "bilinear"])
+EVERY_RULE = pytest.mark.parametrize("discretization", ["zoh", "bilinear", "dss"])
 COMPLEX = pytest.mark.parametrize("complex", [False, True], ids=["real", "complex"])
 
 
@@ -59,12 +75,60 @@ def test_it_is_powers_of_matrices(kernel, discretization, complex, arguments, ru
     assert_same(run(kernel, **made), run(by_matrices, **made))
 
 
-@RULES
+@FAST
+@EVERY_RULE
 @COMPLEX
-@pytest.mark.parametrize("length", [0, 1, 2, 3, 4, 15, 16, 17, 63, 64, 65, 131])
-def test_tiled_is_the_reference(discretization, complex, length, arguments, run, assert_same):
+@pytest.mark.parametrize("length", [0, 1, 2, 3, 15, 16, 17, 63, 64, 65, 131])
+def test_it_is_the_reference(kernel, discretization, complex, length, arguments, run, assert_same):
     made = arguments(complex=complex, discretization=discretization, length=length)
-    assert_same(run(TILED, **made), run(REFERENCE, **made))
+    assert_same(run(kernel, **made), run(REFERENCE, **made))
+
+
+@EITHER
+@COMPLEX
+def test_dss_is_a_softmax_over_time(kernel, complex, arguments):
+    """Whatever the signs of Re A, which is why the published form treats what grows by itself."""
+    made = arguments(complex=complex, length=31)
+    made["A"][:, ::2] *= -1
+    made["dt"] = made["dt"] * 4
+    A, B, C, dt = (made[name] for name in ("A", "B", "C", "dt"))
+    exponents = dt[:, None, None] * A[..., None] * torch.arange(31)
+    powers = torch.exp(exponents - exponents.real.amax(-1, keepdim=True))
+    exact = (C * B / A)[..., None] * powers / powers.sum(-1, keepdim=True)
+    exact = 2 * exact.sum(1).real if complex else exact.sum(1)
+    torch.testing.assert_close(kernel(**made | {"discretization": "dss"}), exact, rtol=1e-5, atol=1e-6)
+
+
+@EITHER
+@COMPLEX
+def test_dss_neither_overflows_nor_divides_by_zero(kernel, complex, arguments, run):
+    made = arguments(torch.float32, complex=complex, discretization="dss", d=1, n=4, length=40)
+    made["A"][0] = torch.tensor([0.0, 1e3, -1e3, 0.0])
+    if complex:
+        made["A"][0, 3] = 2j * torch.pi / (made["dt"][0] * 40)  # a whole turn
+    assert all(r.isfinite().all() for r in run(kernel, **made).values())
+
+
+@COMPLEX
+def test_dss_follows_growth_back_from_the_last_tap(complex, arguments):
+    """The recurrence's B̄ has what the kernel does not compute by powers of a growing number."""
+    made = arguments(complex=complex, length=9, discretization="dss")
+    made["A"] = -made["A"]
+    A_bar, B_bar = discretize_diagonal(made["A"], made["B"], made["dt"], discretization="dss", length=9)
+    taps = torch.stack([(made["C"] * A_bar**t * B_bar).sum(-1) for t in range(9)], dim=-1)
+    torch.testing.assert_close(REFERENCE(**made), 2 * taps.real if complex else taps)
+
+
+@pytest.mark.parametrize(
+    ("length", "error", "match"),
+    [
+        (None, TypeError, "discretize_diagonal: `length` must be an int; got NoneType"),
+        (-1, ValueError, "discretize_diagonal: `length` must be at least 0; got -1"),
+    ],
+)
+def test_dss_wants_a_length(length, error, match, randn):
+    with pytest.raises(error, match=match):
+        discretize_diagonal(randn(3, 4), randn(3, 4), randn(3), discretization="dss", length=length)
 
 
 @pytest.mark.parametrize("size", [{"d": 0}, {"n": 0}, {"d": 1, "n": 1}], ids=str)
@@ -80,21 +144,87 @@ def test_real_maps_beside_a_complex_A(arguments, run, assert_same):
     assert_same(run(TILED, **made), run(REFERENCE, **made))
 
 
-def test_tiled_keeps_float32_accuracy_at_a_long_range(arguments):
+@FAST
+def test_float32_accuracy_at_a_long_range(kernel, arguments):
     """At S4D-Lin's A_n = -1/2 + iπn, the last of n = 64 turns through 3000 radians in 16384 steps of 1e-3."""
     n = torch.arange(64, dtype=torch.float64)
     A = torch.complex(torch.full_like(n, -0.5), torch.pi * n).expand(2, 64).to(torch.complex64)
     ones, dt = torch.ones_like(A), torch.tensor([1e-3, 1e-1])
     exact = TILED(A.to(torch.complex128), ones, ones, dt.double(), 16384)
-    found = TILED(A, ones, ones, dt, 16384)
+    found = kernel(A, ones, ones, dt, 16384)
     assert found.dtype == torch.float32
     assert (found - exact).abs().max() <= 4 * torch.finfo(torch.float32).eps * exact.abs().max()
 
 
+@FAST
+@COMPLEX
+def test_high_powers_and_their_gradients(kernel, complex):
+    """K_t = 2 Re exp(ΔA t) at B̄ = 1 in float64, through several blocks and more than one span of them."""
+    A = torch.complex(torch.tensor([[-1e-4]]), torch.tensor([[3.0]])).to(torch.complex128)
+    A = (A if complex else A.real.clone()).requires_grad_()
+    dt, one, length = torch.tensor([0.3], dtype=torch.float64), torch.ones_like(A), 12345
+    gain = (torch.exp(dt * A) - 1) / A
+    t = torch.arange(length, dtype=torch.float64)
+    exact = torch.exp(dt * A * t)
+    exact = 2 * exact.real if complex else exact
+    weights = torch.cos(t)
+    found = kernel(A, one / gain, one, dt, length)
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-10)
+    gradients = [torch.autograd.grad(K, A, weights[None], retain_graph=True)[0] for K in (found, exact)]
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=0)
+
+
+@NEEDS_NATIVE
+@COMPLEX
+@pytest.mark.parametrize("length", [5, 100, 7000])
+def test_native_bits_do_not_depend_on_threads(complex, length, arguments, run, monkeypatch):
+    monkeypatch.setattr(native, "SMALL", 0)
+    made = arguments(torch.float32, complex=complex, d=2, n=5, length=length)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(run(NATIVE, **made))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(results[0][name], other[name]) for name in other)
+
+
+ISA_PROGRAM = """
+from ssmkernels import native
+from ssmkernels.testing import check
+import torch
+torch.set_num_threads(1)
+assert native.info()["isa"] == "{isa}", native.info()
+rows = [dict(n=1), dict(n=9, length=70), dict(n=17, complex=False), dict(length=500, d=1), dict(discretization="dss")]
+check("diagonal_kernel", "cpu", cases=rows, dtypes=[torch.float32, torch.float64])
+"""
+
+
+@pytest.mark.slow
+@NEEDS_NATIVE
+@pytest.mark.parametrize("isa", native.info().get("isas", ()))
+def test_every_instruction_set(isa):
+    run = subprocess.run(
+        [sys.executable, "-c", ISA_PROGRAM.format(isa=isa)],
+        env={**os.environ, "SSMZOO_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@NEEDS_NATIVE
+def test_native_is_the_first_choice_on_the_CPU(arguments):
+    assert explain("diagonal_kernel", **arguments()).chosen == "cpu"
+    assert explain("diagonal_kernel", **arguments(n=0)).reasons["cpu"] == "no channels or no states"
+
+
 def test_tiled_never_holds_all_powers(arguments, monkeypatch):
     counts = []
-    powers = tiled._powers
-    monkeypatch.setattr(tiled, "_powers", lambda a, count: counts.append(count) or powers(a, count))
+    powers = tiled.power_table
+    monkeypatch.setattr(tiled, "power_table", lambda a, count: counts.append(count) or powers(a, count))
     TILED(**arguments(length=5000))
     assert len(counts) == 2
     assert sum(counts) <= 4 * 5000**0.5
@@ -140,28 +270,31 @@ def test_zoh_at_zero(run):
     assert gradient.item() == pytest.approx(3 * 0.5**2 / 2)  # of Δ (1 + ΔA/2 + ...) B
 
 
-@RULES
+@EVERY_RULE
 @COMPLEX
 def test_discretize_gradcheck(discretization, complex, arguments):
     made = arguments(complex=complex)
+    made["A"][:, 0] *= -1
     values = [made[name].requires_grad_() for name in ("A", "B", "dt")]
-    torch.autograd.gradcheck(lambda *v: discretize_diagonal(*v, discretization=discretization), values)
+    torch.autograd.gradcheck(lambda *v: discretize_diagonal(*v, discretization=discretization, length=7), values)
 
 
 @EITHER
 @COMPLEX
-def test_gradcheck(kernel, complex, arguments):
+@pytest.mark.parametrize("discretization", ["zoh", "dss"])
+def test_gradcheck(kernel, complex, discretization, arguments):
     made = arguments(complex=complex, d=2, n=2, length=6)
+    made["A"][:, 0] *= -1
     values = [made[name].requires_grad_() for name in ("A", "B", "C", "dt")]
-    torch.autograd.gradcheck(lambda *v: kernel(*v, 6), values)
+    torch.autograd.gradcheck(lambda *v: kernel(*v, 6, discretization=discretization), values)
 
 
 @EITHER
-@RULES
+@EVERY_RULE
 @COMPLEX
 def test_the_kernel_is_what_the_step_does(kernel, discretization, complex, arguments):
     made = arguments(complex=complex, discretization=discretization)
-    A_bar, B_bar = discretize_diagonal(made["A"], made["B"], made["dt"], discretization=discretization)
+    A_bar, B_bar = discretize_diagonal(made["A"], made["B"], made["dt"], discretization=discretization, length=17)
     h, y = torch.zeros_like(A_bar), []
     for t in range(17):
         h = A_bar * h + B_bar * (t == 0)
@@ -194,12 +327,13 @@ def test_half_precision_parameters(kernel, dtype, arguments):
 
 @EITHER
 @COMPLEX
-def test_compiles(kernel, complex, arguments, assert_compiles):
-    assert_compiles(kernel, **arguments(torch.float32, complex=complex))
+@pytest.mark.parametrize("discretization", ["zoh", "dss"])
+def test_compiles(kernel, complex, discretization, arguments, assert_compiles):
+    assert_compiles(kernel, **arguments(torch.float32, complex=complex, discretization=discretization))
 
 
-@pytest.mark.parametrize("implementation", ["tiled", "reference"])
-@pytest.mark.parametrize("variant", [{}, {"complex": False}, {"length": 0}], ids=str)
+@pytest.mark.parametrize("implementation", [pytest.param("cpu", marks=NEEDS_NATIVE), "tiled", "reference"])
+@pytest.mark.parametrize("variant", [{}, {"complex": False}, {"length": 0}, {"discretization": "dss"}], ids=str)
 def test_opcheck(implementation, variant, arguments, opcheck):
     operator = OPS["diagonal_kernel"].implementation(implementation).function.operator
     opcheck(operator, arguments(**variant))
@@ -219,7 +353,7 @@ def test_opcheck(implementation, variant, arguments, opcheck):
         (
             {"discretization": "zho"},
             ValueError,
-            "unknown discretization: 'zho'. Did you mean 'zoh'.* bilinear, zoh",
+            "unknown discretization: 'zho'. Did you mean 'zoh'.* bilinear, dss, zoh",
         ),
     ],
 )
@@ -229,7 +363,7 @@ def test_errors(changes, error, match, arguments):
 
 
 def test_errors_of_discretize(randn):
-    with pytest.raises(ValueError, match="discretize_diagonal: unknown discretization: 'dss'"):
-        discretize_diagonal(randn(3, 4), randn(3, 4), randn(3), discretization="dss")
+    with pytest.raises(ValueError, match="discretize_diagonal: unknown discretization: 'foh'"):
+        discretize_diagonal(randn(3, 4), randn(3, 4), randn(3), discretization="foh")
     with pytest.raises(ValueError, match=r"discretize_diagonal: `B` must have shape \(d n\)"):
         discretize_diagonal(randn(3, 4), randn(4, 3), randn(3))

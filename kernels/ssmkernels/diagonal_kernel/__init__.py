@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ssmkernels.diagonal_kernel.discretize import check_diagonal, discretize_diagonal
+from ssmkernels.diagonal_kernel.discretize import check_diagonal, check_length, discretize_diagonal
 from ssmkernels.dispatch import Op
 from ssmkernels.validate import check_shapes, precision
 
@@ -25,16 +25,17 @@ def diagonal_kernel(
 
         K_t = Σ_n C_n B̄_n Ā_n^t,   twice the real part where A is complex
 
-    With complex A an entry stands for itself and its conjugate. :func:`discretize_diagonal` gives Ā and B̄.
+    With complex A an entry stands for itself and its conjugate. :func:`discretize_diagonal` gives Ā and B̄; with
+    ``"dss"`` they depend on the length, and K_t = Σ_n C_n B_n/A_n softmax_t(Δ A_n t) over the times 0 to length - 1.
 
     Sizes: d channels, n state size (of conjugate pairs where A is complex).
 
     Args:
         A, B, C: ``(d, n)``, real or complex; B and C complex only where A is. The real part of A should be
-            negative.
+            negative, but for ``"dss"``, whose kernel is bounded whatever its sign.
         dt: the step size Δ, ``(d)``, real.
         length: the number of taps.
-        discretization: ``"zoh"`` (zero-order hold) or ``"bilinear"``.
+        discretization: ``"zoh"`` (zero-order hold), ``"bilinear"`` or ``"dss"``.
         implementation: force one by name; the fastest that can run this call if None.
 
     Returns:
@@ -50,10 +51,7 @@ def diagonal_kernel(
         ("A", "B", "C", "dt"),
     )
     check_diagonal("diagonal_kernel", A, {"B": B, "C": C}, dt, discretization)
-    if not isinstance(length, int):
-        raise TypeError(f"diagonal_kernel: `length` must be an int; got {type(length).__name__}")
-    if length < 0:
-        raise ValueError(f"diagonal_kernel: `length` must be at least 0; got {length}")
+    check_length("diagonal_kernel", length)
     return _KERNEL(implementation, A=A, B=B, C=C, dt=dt, length=length, discretization=discretization)
 
 
@@ -61,4 +59,4 @@ def _fake(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, discretizati
     return dt.new_empty((A.shape[0], length), dtype=precision(A, B, C, dt))
 
 
-_KERNEL = Op("diagonal_kernel", __name__, ("tiled", "reference"), fake=_fake)
+_KERNEL = Op("diagonal_kernel", __name__, ("triton", "cpu", "tiled", "reference"), fake=_fake)

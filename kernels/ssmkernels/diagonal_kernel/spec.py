@@ -16,7 +16,7 @@ BASE = {
     "real_maps": False,  # real B and C beside a complex A
     "discretization": "zoh",
     "dt": 0.1,
-    "decay": 1.0,  # scale of the real part of A
+    "decay": 1.0,  # scale of the real part of -A
     "frequency": 3.0,  # scale of its imaginary part
 }
 
@@ -30,7 +30,9 @@ ROWS = (
     {"length": 63},
     {"length": 64},
     {"length": 65},
+    {"length": 257, "d": 2},
     {"length": 500, "d": 2},
+    {"length": 1000, "d": 1, "n": 64},
     {"n": 1},
     {"n": 17},
     {"n": 64, "d": 2},
@@ -42,6 +44,13 @@ ROWS = (
     {"discretization": "bilinear"},
     {"discretization": "bilinear", "complex": False},
     {"discretization": "bilinear", "length": 65, "real_maps": True},
+    {"discretization": "dss"},
+    {"discretization": "dss", "complex": False},
+    {"discretization": "dss", "length": 1},
+    {"discretization": "dss", "length": 127, "d": 2, "real_maps": True},
+    {"discretization": "dss", "decay": -1.0},  # it grows
+    {"discretization": "dss", "decay": -100.0, "complex": False},
+    {"discretization": "dss", "decay": 0.0, "frequency": 0.0},
     {"dt": 1e-4},
     {"dt": 3.0},
     {"decay": 0.0, "frequency": 0.0},  # A = 0: the limit of the zero-order hold
@@ -80,6 +89,6 @@ SPECS = (
         make=make,
         flops=flops,
         results={"K": 1},
-        bench={"d": 256, "n": 32, "length": 4096, "dt": 0.01},
+        bench={"d": 256, "n": 32, "length": 16384, "dt": 0.01},
     ),
 )

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssmkernels.diagonal_kernel.discretize import discretize_diagonal, widen
-from ssmkernels.validate import precision
+from ssmkernels.diagonal_kernel.modes import power_table, sum_of_powers
 
 
 def unsupported(arguments: Mapping[str, Any]) -> str | None:
@@ -23,25 +22,18 @@ def unsupported(arguments: Mapping[str, Any]) -> str | None:
 
 
 def diagonal_kernel(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, discretization: str) -> Tensor:
+    return sum_of_powers(_taps, A, B, C, dt, length, discretization)
+
+
+def _taps(ratio: Tensor, weight: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     block = 1 << (max(length, 1) - 1).bit_length() // 2
     blocks = -(-length // block)
-    A_bar, B_bar = discretize_diagonal(widen(A, torch.float64), B, dt, discretization=discretization)
-    powers, A_block = _powers(A_bar, block)  # (d n block), (d n)
-    starts = C[..., None] * B_bar[..., None] * _powers(A_block, blocks)[0]  # (d n blocks)
-    if A.is_complex():  # 2 Re(xy) = 2 Re x Re y - 2 Im x Im y: one real product over 2n
+    powers, leap = power_table(ratio, block)  # (d n block), (d n)
+    starts = weight[..., None] * power_table(leap, blocks)[0]  # (d n blocks)
+    if ratio.is_complex():  # 2 Re(xy) = 2 Re x Re y - 2 Im x Im y: one real product over 2n
         starts = torch.cat([2 * starts.real, -2 * starts.imag], dim=1)
         powers = torch.cat([powers.real, powers.imag], dim=1)
-    wide = precision(A, B, C, dt)
-    taps = torch.bmm(starts.mT.to(wide), powers.to(wide))  # (d blocks block)
+    taps = torch.bmm(starts.mT.to(dtype), powers.to(dtype))  # (d blocks block)
     if taps.requires_grad:  # bmm is very slow on strides of 0, which the gradient of a sum has
         taps.register_hook(lambda g: None if g is None else g.contiguous())
     return taps.flatten(1)[:, :length].contiguous()
-
-
-def _powers(a: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """a (d n) → a^0, ..., a^{count-1} (d n count), and a^m for the power of two m ≥ count."""
-    powers = torch.ones_like(a)[..., None]
-    while powers.shape[-1] < count:
-        powers = torch.cat([powers, powers * a[..., None]], dim=-1)
-        a = a * a
-    return powers[..., :count], a

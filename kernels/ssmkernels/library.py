@@ -12,7 +12,8 @@ from torch import Tensor
 
 NAMESPACE = "ssmkernels"
 
-# Inside an operator PyTorch switches autograd off below the reach of `enable_grad`; its backward needs it once more.
+# Inside an operator PyTorch switches autograd off below the reach of `enable_grad`; its backward needs it once more. In
+# compiled code it also passes over what takes the conjugates that `conj` has put off, which would then be wrong.
 _INCLUDED, _EXCLUDED = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
 
 
@@ -33,7 +34,7 @@ def opaque(name: str, function: Callable[..., Any], fake: Callable[..., Any]) ->
     arguments = schema.rsplit("->", 1)[0].strip()[1:-1]
 
     def forward(*args: Any) -> Any:
-        with torch.no_grad():
+        with torch._C._ForceDispatchKeyGuard(_INCLUDED, _EXCLUDED), torch.no_grad():
             outputs = function(*args)
         fresh = _unaliased(outputs if several else (outputs,), args)
         return fresh if several else fresh[0]
@@ -95,10 +96,10 @@ def opaque(name: str, function: Callable[..., Any], fake: Callable[..., Any]) ->
 
 
 def _unaliased(outputs: Sequence[Tensor], inputs: Sequence[Any]) -> tuple[Tensor, ...]:
-    """An operator's outputs may share no memory with its inputs, nor with each other."""
+    """An operator's outputs may share no memory with its inputs, nor with each other, nor put off a conjugate."""
     taken = {a.untyped_storage().data_ptr() for a in inputs if isinstance(a, Tensor)}
     fresh = []
-    for o in outputs:
+    for o in (o.resolve_conj().resolve_neg() for o in outputs):
         fresh.append(o.clone() if o.untyped_storage().data_ptr() in taken else o)
         taken.add(o.untyped_storage().data_ptr())
     return tuple(fresh)

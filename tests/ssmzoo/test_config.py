@@ -45,6 +45,8 @@ def test_names_asked_for_exist():
         "samba",
         "transformer++-130m",
         "transformer++-tiny",
+        "s4-lm-tiny",
+        "s4-classifier",
         "s4d-lm-tiny",
         "s4d-classifier",
         "lstm-tiny",

@@ -1,0 +1,288 @@
+"""What S4 and S4D share: all of the layer but the form of A."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import ClassVar, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssmkernels import fft_conv
+from ssmkernels.dispatch import unknown
+from ssmkernels.packing import spans
+from ssmzoo.linear import Linear
+from ssmzoo.mixers._base import Mixer
+from ssmzoo.mixers._init import log_uniform
+from ssmzoo.mixers._s4_recurrence import Dense, Diagonal, run_chunk
+from ssmzoo.state import State
+
+# Where HiPPO has no damping, A's real part starts here: below 0, as its logarithm is what is trained.
+LEAST_DAMPING = 1e-4
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "relu": F.relu,
+    "tanh": torch.tanh,
+    "none": lambda x: x,
+}
+
+# The names of the learning rates → the weights that they are for.
+RATES = {"A": ("A_log", "A_imag", "P"), "B": ("B",), "C": ("C", "C_reverse"), "dt": ("log_dt",)}
+
+
+@dataclasses.dataclass
+class S4State(State):
+    """The system's state, ``(s, d, n)``: one of each conjugate pair, or real where A is."""
+
+    ssm: Tensor
+
+
+class Stepper(Protocol):
+    """A discrete system, one token at a time."""
+
+    def step(self, h: Tensor, u: Tensor) -> Tensor:
+        """h (s d n) and one token u (s d) → the state after it."""
+
+
+class Continuous(NamedTuple):
+    """The continuous system of each channel: A = diag(``A``) - P Q*, with Δ of its own; all by channel, ``(d ...)``."""
+
+    A: Tensor  # (d n)
+    B: Tensor  # (d n)
+    dt: Tensor  # (d)
+    P: Tensor  # (d r n), with r = 0 where A is diagonal
+    Q: Tensor  # (d r n)
+
+
+class S4Layer(Mixer):
+    """The layer around a linear time-invariant system: convolution, skip, activation, then a gated linear unit.
+
+    A subclass says how the system starts, what its kernel is, and what it is in discrete time.
+
+    Attributes:
+        rate: stretches Δ. A model trained at one sampling rate runs at half of it, on every second sample, with 2.0;
+            see :func:`set_rate`. It is no weight: it is not saved.
+    """
+
+    state_class = S4State
+    residual_projections = ()
+    rate: float = 1.0
+    discretization: str
+    length_dependent: ClassVar[tuple[str, ...]] = ()  # discretisations whose kernel depends on the whole length
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        A: Tensor,
+        B: Tensor,
+        P: Tensor | None,
+        discretization: str,
+        dt_min: float,
+        dt_max: float,
+        dt_tie: bool,
+        n_ssm: int | None,
+        channels: int,
+        bidirectional: bool,
+        gate: int | None,
+        bottleneck: int | None,
+        activation: str,
+        dropout: float,
+        lr: float | Mapping[str, float | None] | None,
+    ):
+        super().__init__(d_model)
+        name = type(self).__name__
+        for option, value in (("channels", channels), ("gate", gate), ("bottleneck", bottleneck), ("n_ssm", n_ssm)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: `{option}` must be at least 1; got {value}")
+        if not 0 < dt_min <= dt_max:
+            raise ValueError(f"{name}: 0 < `dt_min` <= `dt_max` must hold; got {dt_min} and {dt_max}")
+        if d_model % (bottleneck or 1):
+            raise ValueError(f"{name}: `bottleneck` must divide d_model={d_model}; got {bottleneck}")
+        d = d_model // (bottleneck or 1)
+        if d % (n_ssm or d):
+            raise ValueError(f"{name}: `n_ssm` must divide the {d} channels; got {n_ssm}")
+        self.d_inner, self.channels, self.discretization = d, channels, discretization
+        self.causal = not bidirectional
+        self.has_state = discretization not in self.length_dependent
+        self.activation = ACTIVATIONS[activation]
+        self._kept: tuple[float, list[Tensor], Stepper] | None = None
+
+        place = torch.get_default_device()
+        n, copies = len(A), n_ssm or d
+        repeated = [None if x is None else x.to(place).expand(copies, *x.shape) for x in (A, B, P)]
+        A, B, P = repeated  # type: ignore[assignment]
+        self.log_dt = nn.Parameter(log_uniform(d if dt_tie else d * n, dt_min, dt_max).log())
+        if not dt_tie:
+            self.log_dt = nn.Parameter(self.log_dt.detach().view(d, n))
+        self.A_log = nn.Parameter((-A.real).clamp(min=LEAST_DAMPING).log().contiguous())
+        self.A_imag = nn.Parameter(A.imag.contiguous()) if A.is_complex() else None
+        self.P = None if P is None else _pairs(P)
+        self.B = _pairs(B)
+        self.C = _pairs(torch.randn(channels * d, n, dtype=A.dtype))
+        self.C_reverse = _pairs(torch.randn(channels * d, n, dtype=A.dtype)) if bidirectional else None
+        self.D = nn.Parameter(torch.randn(channels * d))
+        self.float32_parameters = tuple(name for name, _ in self.named_parameters(recurse=False))
+        self._set_rates(lr)
+
+        self.in_proj = None if bottleneck is None else Linear(d_model, d)
+        self.gate_in = None if gate is None else Linear(d_model, gate * d)
+        self.gate_out = None if gate is None else Linear(channels * d, gate * d)
+        self.dropout = nn.Dropout(dropout)
+        self.out_proj = Linear((gate or channels) * d, 2 * d_model)
+
+    def kernel(self, system: Continuous, C: Tensor, length: int) -> Tensor:
+        """The response to an impulse, ``(d length)``, for C ``(d n)``."""
+        raise NotImplementedError
+
+    def discrete(self, system: Continuous) -> Diagonal | Dense:
+        """Ā in float64 and B̄ in the weights' precision, for whole chunks."""
+        raise NotImplementedError
+
+    def stepper(self, system: Continuous) -> Stepper:
+        """The same in the weights' precision, in the form that is cheapest for one token."""
+        raise NotImplementedError
+
+    def initial_state(self, batch_size: int, max_length: int | None = None) -> S4State:
+        name = type(self).__name__
+        if not self.causal:
+            raise ValueError(f"{name} has no state: it sees the whole sequence at once (bidirectional)")
+        if not self.has_state:
+            raise ValueError(
+                f"{name} has no state with discretization={self.discretization!r}: it divides by a sum over the whole "
+                "length, which no chunk knows. Choose 'zoh': but for its sign it is the limit of great length"
+            )
+        wide = self.A_log.dtype
+        dtype = wide if self.A_imag is None else torch.promote_types(wide, torch.complex64)
+        return S4State(self.A_log.new_zeros(batch_size, self.d_inner, self.A_log.shape[1], dtype=dtype))
+
+    def mixing_flops(self, context: int) -> float:
+        """A token's by recurrence, a state and channel: complex product and sum (8) for the decay, each output and each
+        way through the low rank, 2 for the input."""
+        rank = 0 if self.P is None else self.P.shape[1]
+        return self.d_inner * self.A_log.shape[1] * (10 + 8 * self.channels + 16 * rank)
+
+    def mix(self, x: Tensor, state: S4State | None, cu_seqlens: Tensor | None) -> tuple[Tensor, S4State | None]:
+        u = x if self.in_proj is None else self.in_proj(x)  # (b l d)
+        if state is None:
+            return self._output(self._convolve(u, cu_seqlens), x), None
+        wide = self.A_log.dtype
+        if u.shape[1] == 1 and cu_seqlens is None:
+            h = self._stepper().step(state.ssm, u[:, 0].to(wide))
+            y = (_joined(self.C, self.A_imag).view(self.channels, *h.shape[1:]) * h[:, None]).sum(-1).flatten(1)
+            y = (2 * y.real if y.is_complex() else y) + self.D * u[:, 0].repeat(1, self.channels)
+            return self._output(y[:, None].to(u.dtype), x), S4State(h)
+        y = self._convolve(u, cu_seqlens)
+        C = _joined(self.C, self.A_imag).view(self.channels, self.d_inner, -1).transpose(0, 1)  # (d c n)
+        inherited, h = run_chunk(self.discrete(self._continuous()), C, u.to(wide), state.ssm, cu_seqlens)
+        return self._output((y + inherited.flatten(2)).to(u.dtype), x), S4State(h)
+
+    def _convolve(self, u: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """u (b l d) → y (b l c·d) with the skip, before the activation."""
+        if cu_seqlens is not None and not self.has_state:  # each sequence has a kernel of its own
+            parts = [self._convolve(u[:, time], None) for _, time in spans(cu_seqlens)]
+            return torch.cat([u[:, :0].repeat(1, 1, self.channels), *parts], dim=1)
+        length = u.shape[1]
+        if cu_seqlens is not None and len(cu_seqlens) > 1 and not torch.compiler.is_compiling():
+            length = int(cu_seqlens.diff().max())
+        ways = [_joined(C, self.A_imag) for C in (self.C, self.C_reverse) if C is not None]
+        copies = self.channels * len(ways)
+        repeated = Continuous(*(x.repeat(copies, *[1] * (x.ndim - 1)) for x in self._continuous()))
+        kernels = self.kernel(repeated, torch.cat(ways), length).chunk(len(ways))
+        reverse = kernels[1] if len(ways) == 2 else None
+        u = u.repeat(1, 1, self.channels) if self.channels > 1 else u
+        return fft_conv(u, kernels[0], self.D, kernel_reverse=reverse, cu_seqlens=cu_seqlens)
+
+    def _output(self, y: Tensor, x: Tensor) -> Tensor:
+        """y (b l c·d) out of the system, x (b l d_model) into the layer → (b l d_model)."""
+        y = self.activation(y)
+        if self.gate_in is not None and self.gate_out is not None:
+            y = self.gate_out(y) * self.gate_in(x)
+        return F.glu(self.out_proj(self.dropout(y)), dim=-1)
+
+    def _continuous(self) -> Continuous:
+        """Where each state has a Δ of its own, Δ ∘ (A h + B u) is another system, with Δ = 1."""
+        d = self.d_inner
+        A = -torch.exp(self.A_log)
+        if self.A_imag is not None:
+            A = torch.complex(A, self.A_imag)
+        dt = torch.exp(self.log_dt) * self.rate
+        P = A.new_zeros(len(A), 0, A.shape[1]) if self.P is None else _joined(self.P, self.A_imag)
+        A, B, P = (x.repeat(d // len(x), *[1] * (x.ndim - 1)) for x in (A, _joined(self.B, self.A_imag), P))
+        if dt.ndim == 2:
+            return Continuous(dt * A, dt * B, torch.ones_like(dt[:, 0]), dt[:, None] * P, P)
+        return Continuous(A, B, dt, P, P)
+
+    def _stepper(self) -> Stepper:
+        """The system for one token. Decoding keeps it as long as every weight has the value that it was made from.
+
+        To compare values would make a GPU wait, and a compiler cannot; there it is made for each token.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.A_log.device.type != "cpu":
+            return self.stepper(self._continuous())
+        weights = [w for w in (self.log_dt, self.A_log, self.A_imag, self.P, self.B) if w is not None]
+        if self._kept is not None:
+            rate, values, system = self._kept
+            if rate == self.rate and all(map(_same, weights, values)):
+                return system
+        system = self.stepper(self._continuous())
+        self._kept = (self.rate, [w.clone() for w in weights], system)
+        return system
+
+    def _set_rates(self, lr: float | Mapping[str, float | None] | None) -> None:
+        """``learning_rates`` and ``no_weight_decay``; what has a rate of 0 is not trained."""
+        given = lr if isinstance(lr, Mapping) else dict.fromkeys(("A", "B", "dt"), lr)
+        self.no_weight_decay = tuple(n for k in ("dt", "A", "B") for n in RATES[k] if n in self.float32_parameters)
+        self.learning_rates = {}
+        for key, rate in given.items():
+            if key not in RATES:
+                raise ValueError(f"{type(self).__name__}: " + unknown("name in `lr`", key, RATES))
+            if rate is not None and (not isinstance(rate, int | float) or not 0 <= rate < math.inf):
+                raise ValueError(f"{type(self).__name__}: `lr` of {key} must be a number >= 0, or None; got {rate!r}")
+            for name in RATES[key]:
+                if rate is not None and name in self.float32_parameters:
+                    self.learning_rates[name] = float(rate)
+                    self.get_parameter(name).requires_grad_(rate > 0)
+
+
+def set_rate(model: nn.Module, rate: float) -> None:
+    """Resamples the time axis of every S4 and S4D layer in a model.
+
+    Args:
+        model: any module; layers of other kinds stay as they are.
+        rate: the spacing of its inputs over that in training: 2.0 for every second sample, 0.5 for twice as many.
+
+    Raises:
+        ValueError: rate is not above 0, or there is no such layer.
+    """
+    if not 0 < rate < math.inf:
+        raise ValueError(f"set_rate: `rate` must be above 0; got {rate!r}")
+    layers = [module for module in model.modules() if isinstance(module, S4Layer)]
+    if not layers:
+        raise ValueError(f"set_rate: `model` must have an S4 or S4D layer; got {type(model).__name__} without one")
+    for layer in layers:
+        layer.rate = float(rate)
+
+
+def check_state_size(name: str, d_state: int, pairs: bool) -> None:
+    """Raises ValueError unless d_state is positive, and even where it is made of conjugate pairs."""
+    if d_state < 1 or (pairs and d_state % 2):
+        raise ValueError(f"{name}: `d_state` must be positive, and even unless init='real'; got {d_state}")
+
+
+def _pairs(x: Tensor) -> nn.Parameter:
+    """Complex weights are stored as (..., 2) real numbers, which every optimiser and file format takes."""
+    return nn.Parameter((torch.view_as_real(x.resolve_conj()) if x.is_complex() else x).float().contiguous())
+
+
+def _joined(x: Tensor, A_imag: Tensor | None) -> Tensor:
+    return x if A_imag is None else torch.view_as_complex(x)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.device == b.device and a.dtype == b.dtype and torch.equal(a, b)

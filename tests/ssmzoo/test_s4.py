@@ -1,0 +1,424 @@
+"""S4 and S4D as layers: one function in three views, every option, training in half precision, and decoding."""
+
+import copy
+
+import pytest
+import torch
+
+import ssmzoo
+from ssmkernels import fft_conv
+from ssmzoo.mixers.s4 import set_rate
+from ssmzoo.testing import check_mixer
+from ssmzoo.train.config import TrainConfig
+from ssmzoo.train.optimizer import parameter_groups
+
+SYSTEMS = [
+    *(("s4", init, how) for init in ("legs", "legt", "fourier") for how in ("bilinear", "zoh")),
+    *(("s4d", init, how) for init in ("legs", "lin", "inv", "real") for how in ("zoh", "bilinear")),
+]
+OPTIONS = [
+    {"channels": 3},
+    {"gate": 2, "channels": 2},
+    {"bottleneck": 2},
+    {"dt_tie": False},
+    {"n_ssm": 2},
+    {"n_ssm": 1, "dt_tie": False, "channels": 2, "gate": 1, "bottleneck": 2, "activation": "tanh"},
+    {"bidirectional": True},
+    {"bidirectional": True, "channels": 2, "gate": 2, "n_ssm": 4},
+    {"activation": "none", "dropout": 0.5},
+]
+
+
+def build(name, d_model=8, **options):
+    torch.manual_seed(0)
+    return ssmzoo.build_mixer(name, d_model, **{"d_state": 8, **options})
+
+
+def plain(mixer):
+    """The system alone: what stands around it in the layer would hide small differences."""
+    mixer = copy.deepcopy(mixer)
+    mixer._output = lambda y, x: y
+    return mixer
+
+
+def run(mixer, x, cuts):
+    """The pieces of x one after another through a state → outputs, the state after."""
+    state = mixer.initial_state(len(x))
+    outputs = []
+    for piece in x.tensor_split(cuts, dim=1):
+        y, state = mixer(piece, state)
+        outputs.append(y)
+    return torch.cat(outputs, dim=1), state
+
+
+def dense(mixer):
+    """The continuous system of each channel as real matrices (d N N), (d N), its C (c d N), all in float64."""
+    A, B, dt, P, Q = (x.to(torch.promote_types(x.dtype, torch.float64)) for x in mixer._continuous())
+    C = mixer.C.double() if mixer.A_imag is None else torch.view_as_complex(mixer.C.double())
+    C = C.view(mixer.channels, *A.shape)
+    if not A.is_complex():
+        return torch.diag_embed(A), B, C, dt
+    A = torch.diag_embed(A)
+    A = torch.cat([torch.cat([A.real, -A.imag], 2), torch.cat([A.imag, A.real], 2)], 1)
+    column, row = torch.cat([P.real, P.imag], -1), torch.cat([2 * Q.real, 2 * Q.imag], -1)
+    return A - column.mT @ row, torch.cat([B.real, B.imag], -1), torch.cat([2 * C.real, -2 * C.imag], -1), dt
+
+
+@torch.no_grad()
+def recurrence(mixer, x):
+    """The outputs (b l c·d) with the skip, one token at a time by dense matrices in float64."""
+    A, B, C, dt = dense(mixer)
+    eye = torch.eye(A.shape[-1], dtype=A.dtype)
+    system, push = A * dt[:, None, None], B * dt[:, None]
+    if mixer.discretization == "bilinear":
+        step, push = (torch.linalg.solve(eye - system / 2, m) for m in (eye + system / 2, push[..., None]))
+    else:
+        both = torch.linalg.matrix_exp(torch.nn.functional.pad(torch.cat([system, push[..., None]], -1), (0, 0, 0, 1)))
+        step, push = both[:, :-1, :-1], both[:, :-1, -1:]
+    h, outputs = torch.zeros(len(x), *B.shape, dtype=A.dtype), []
+    for u in x.double().unbind(1):
+        h = torch.einsum("dmn,bdn->bdm", step, h) + push[..., 0] * u[..., None]
+        outputs.append(torch.einsum("cdn,bdn->bcd", C, h).flatten(1) + mixer.D.double() * u.repeat(1, mixer.channels))
+    return torch.stack(outputs, dim=1)
+
+
+@pytest.mark.parametrize(("name", "init", "how"), SYSTEMS)
+def test_three_views_of_one_function(name, init, how):
+    mixer = plain(build(name, 4, d_state=64, init=init, discretization=how))
+    x = torch.randn(2, 601, 4)
+    with torch.no_grad():
+        at_once = mixer(x)
+        steps, after_steps = run(mixer, x, list(range(1, 601)))
+        chunks, after_chunks = run(mixer, x, [0, 97, 98, 354, 354])
+    largest = at_once.abs().max()
+    assert (at_once - recurrence(mixer, x)).abs().max() <= 1e-5 * largest
+    assert (steps - at_once).abs().max() <= 1e-5 * largest
+    assert (chunks - at_once).abs().max() <= 1e-5 * largest
+    assert (after_steps.ssm - after_chunks.ssm).abs().max() <= 1e-5 * after_steps.ssm.abs().max()
+
+
+@pytest.mark.parametrize(("name", "init", "how"), SYSTEMS)
+def test_the_layer_is_the_dense_system_in_float64(name, init, how):
+    mixer = plain(build(name, 4, init=init, discretization=how, channels=2, dt_tie=False, n_ssm=2).double())
+    x = torch.randn(2, 40, 4, dtype=torch.float64)
+    torch.testing.assert_close(mixer(x), recurrence(mixer, x), rtol=0, atol=1e-10)
+    torch.testing.assert_close(run(mixer, x, [1, 18])[0], recurrence(mixer, x), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("name", "init", "how"), SYSTEMS)
+def test_every_init_and_discretization_has_every_property(name, init, how):
+    check_mixer(build(name, 4, init=init, discretization=how))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("name", ["s4", "s4d"])
+def test_every_option_has_every_property(name, options):
+    init = {"init": "legt"} if name == "s4" else {"init": "lin"}
+    check_mixer(build(name, **init, **options))
+
+
+def test_dss_has_every_property_but_a_state():
+    mixer = build("s4d", discretization="dss")
+    check_mixer(mixer)
+    with pytest.raises(ValueError, match="no state with discretization='dss'"):
+        mixer.initial_state(1)
+    with pytest.raises(ValueError, match="has no state"):
+        mixer(torch.randn(1, 2, 8), build("s4d").initial_state(1))
+
+
+def test_dss_nears_zoh_as_the_length_grows():
+    dss, zoh = plain(build("s4d", discretization="dss", init="lin")).double(), plain(build("s4d", init="lin")).double()
+    torch.nn.init.zeros_(dss.D), torch.nn.init.zeros_(zoh.D)
+    x = torch.randn(1, 20000, 8, dtype=torch.float64)
+    x[:, 50:] = 0
+    torch.testing.assert_close(dss(x)[:, :50], -zoh(x)[:, :50], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["s4", "s4d"])
+@pytest.mark.parametrize("length", [1, 2, 3, 13, 16, 17, 97, 128])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_lengths_odd_and_prime(name, length, bidirectional):
+    """Against the sums themselves; with a kernel ahead, its first tap meets the next input."""
+    mixer = plain(build(name, 4, bidirectional=bidirectional).double())
+    x = torch.randn(2, length, 4, dtype=torch.float64)
+    expected = recurrence(mixer, x)
+    if bidirectional:
+        ahead = copy.deepcopy(mixer)
+        ahead.C = mixer.C_reverse
+        torch.nn.init.zeros_(ahead.D)
+        back = recurrence(ahead, x.flip(1)).flip(1)
+        expected[:, :-1] += back[:, 1:]
+    torch.testing.assert_close(mixer(x), expected, rtol=0, atol=1e-10)
+    if bidirectional:
+        return
+    for t in range(0, length, max(1, length // 5)):
+        changed = x.clone()
+        changed[:, t:] += 1e3
+        torch.testing.assert_close(mixer(changed)[:, :t], expected[:, :t], rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["s4", "s4d"])
+@pytest.mark.parametrize("taps", [1, 2, 7, 12, 13, 14, 29])
+@pytest.mark.parametrize("both_ways", [False, True])
+def test_kernels_of_other_lengths_than_the_input(name, taps, both_ways):
+    mixer = build(name, 4).double()
+    system = mixer._continuous()
+    kernels = [mixer.kernel(system, torch.view_as_complex(C), taps) for C in torch.randn(2, 4, 4, 2).double()]
+    u = torch.randn(2, 13, 4, dtype=torch.float64)
+    expected = torch.zeros_like(u)
+    for t in range(13):
+        for j in range(taps):
+            if t - j >= 0:
+                expected[:, t] += kernels[0][:, j] * u[:, t - j]
+            if both_ways and t + 1 + j < 13:
+                expected[:, t] += kernels[1][:, j] * u[:, t + 1 + j]
+    y = fft_conv(u, kernels[0], kernel_reverse=kernels[1] if both_ways else None)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["s4", "s4d"])
+def test_packed_chunks_have_the_gradients_of_each_alone(name):
+    mixer = build(name, 4, init="legs").double()
+    cu = torch.tensor([0, 3, 3, 20, 31], dtype=torch.int32)
+    x = torch.randn(1, 31, 4, dtype=torch.float64)
+    before = torch.randn_like(mixer.initial_state(4).ssm).requires_grad_()
+    weights = [before, *mixer.parameters()]
+
+    def loss(y, state):
+        return y.square().sum() + state.ssm.abs().square().sum()
+
+    kind = mixer.state_class
+    packed = torch.autograd.grad(loss(*mixer(x, kind(before), cu_seqlens=cu)), weights)
+    alone = sum(
+        loss(*mixer(x[:, a:b], kind(before[i : i + 1])))
+        for i, (a, b) in enumerate(zip(cu.tolist(), cu.tolist()[1:], strict=False))
+    )
+    for got, expected in zip(packed, torch.autograd.grad(alone, weights), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+class TestRate:
+    @pytest.mark.parametrize("name", ["s4", "s4d"])
+    @pytest.mark.parametrize("dt_tie", [True, False])
+    def test_it_resamples_the_time_axis(self, name, dt_tie):
+        """A smooth signal, sampled twice as finely and run at half the rate, gives the same outputs in between."""
+        mixer = plain(build(name, 4, dt_max=0.01, dt_tie=dt_tie).double())
+        torch.nn.init.zeros_(mixer.D)
+        time = torch.arange(0, 400, dtype=torch.float64)[None, :, None].expand(1, 400, 4)
+        coarse = mixer(torch.sin(time / 40))
+        set_rate(mixer, 0.5)
+        fine = mixer(torch.sin(torch.arange(0, 800, dtype=torch.float64)[None, :, None].expand(1, 800, 4) / 80))
+        assert (fine[:, ::2] - coarse)[:, 50:].abs().max() < 0.03 * coarse.abs().max()
+        set_rate(mixer, 1.0)
+        assert torch.equal(mixer(torch.sin(time / 40)), coarse)
+
+    def test_it_reaches_decoding_too(self):
+        mixer = build("s4d", 4)
+        x = torch.randn(1, 9, 4)
+        with torch.no_grad():
+            for rate in (1.0, 2.0):
+                set_rate(mixer, rate)
+                torch.testing.assert_close(run(mixer, x, list(range(1, 9)))[0], mixer(x), rtol=1e-5, atol=1e-5)
+
+    def test_every_layer_of_a_model(self):
+        model = ssmzoo.build("s4-lm-tiny", d_model=16, n_layers=2)
+        set_rate(model, 2)
+        assert [block.mixer.rate for block in model.blocks] == [2.0, 2.0]
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match="`rate` must be above 0; got 0"):
+            set_rate(build("s4"), 0)
+        with pytest.raises(ValueError, match="must have an S4 or S4D layer; got LSTM without one"):
+            set_rate(ssmzoo.build_mixer("lstm", 4), 2.0)
+
+
+class TestDecoding:
+    @pytest.mark.parametrize(("name", "how"), [("s4", "bilinear"), ("s4", "zoh"), ("s4d", "zoh")])
+    @pytest.mark.parametrize("weight", ["log_dt", "A_log", "A_imag", "B", "C", "D"])
+    def test_a_changed_weight_changes_the_next_token(self, name, how, weight):
+        """However it is changed: what decoding keeps from one token to the next never goes stale."""
+        mixer, x = build(name, 4, discretization=how), torch.randn(1, 1, 4)
+        with torch.no_grad():
+            _, state = mixer(x, mixer.initial_state(1))
+            mixer(x, state.clone())
+            mixer.get_parameter(weight).data.mul_(1.5)
+            now, _ = mixer(x, state.clone())
+            fresh = build(name, 4, discretization=how)
+            fresh.load_state_dict(mixer.state_dict())
+            torch.testing.assert_close(now, fresh(x, state.clone())[0], rtol=0, atol=0)
+
+    @pytest.mark.parametrize("name", ["s4", "s4d"])
+    def test_it_keeps_the_system_only_without_gradients(self, name):
+        mixer, x = build(name, 4), torch.randn(1, 1, 4)
+        with torch.no_grad():
+            mixer(x, mixer.initial_state(1))
+        kept = mixer._kept
+        assert kept is not None
+        y, _ = mixer(x, mixer.initial_state(1))
+        y.sum().backward()
+        assert mixer.log_dt.grad is not None
+        assert mixer._kept is kept
+        with torch.no_grad():
+            mixer(x, mixer.initial_state(1))
+        assert mixer._kept is kept
+
+    def test_memory_does_not_grow(self):
+        mixer = build("s4", 4)
+        state = mixer.initial_state(2, max_length=10_000)
+        before = state.nbytes
+        with torch.no_grad():
+            _, state = mixer(torch.randn(2, 1000, 4), state)
+        assert state.nbytes == before == 2 * 4 * 4 * 8
+
+
+class TestTraining:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize(("name", "init"), [("s4", "legs"), ("s4", "fourier"), ("s4d", "legs"), ("s4d", "real")])
+    def test_half_precision_modules_learn(self, name, init, dtype):
+        torch.manual_seed(0)
+        mixer = build(name, 16, init=init).to(dtype)
+        x = torch.randn(4, 32, 16, dtype=dtype)
+        target = x.roll(1, dims=1).float()
+        target[:, 0] = 0
+        optimizer = torch.optim.SGD(mixer.parameters(), lr=2.0)
+        losses = []
+        for _ in range(30):
+            loss = (mixer(x).float() - target).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert all(torch.isfinite(p).all() for p in mixer.parameters())
+        assert losses[-1] < 0.96 * losses[0]
+
+    @pytest.mark.parametrize("name", ["s4", "s4d"])
+    def test_a_state_with_gradients_compiles(self, name):
+        torch._dynamo.reset()
+        mixer = build(name, 4).double()
+        state = torch.randn_like(mixer.initial_state(2).ssm).requires_grad_()
+        x = torch.randn(2, 19, 4, dtype=torch.float64)
+
+        def function(x, ssm):
+            y, after = mixer(x, mixer.state_class(ssm))
+            return y, after.ssm
+
+        results = []
+        for call in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+            y, after = call(x, state)
+            loss = y.square().sum() + torch.view_as_real(after).square().sum()
+            results.append([y, after, *torch.autograd.grad(loss, [state, *mixer.parameters()])])
+        torch.testing.assert_close(*results)
+
+    def test_the_system_has_its_own_rate_and_no_decay(self):
+        mixer = build("s4", lr=0.002)
+        assert mixer.learning_rates == dict.fromkeys(("A_log", "A_imag", "P", "B", "log_dt"), 0.002)
+        assert set(mixer.no_weight_decay) == set(mixer.learning_rates)
+        mixer = build("s4d", bidirectional=True, lr={"A": 0.001, "B": None, "C": 0.01})
+        assert mixer.learning_rates == {"A_log": 0.001, "A_imag": 0.001, "C": 0.01, "C_reverse": 0.01}
+        assert set(mixer.no_weight_decay) == {"A_log", "A_imag", "B", "log_dt"}
+        assert build("s4d", lr=None).learning_rates == {}
+
+    def test_a_rate_of_zero_keeps_a_weight(self):
+        mixer = build("s4", lr={"A": 0, "dt": 0.001})
+        assert [n for n, p in mixer.named_parameters() if not p.requires_grad] == ["A_log", "A_imag", "P"]
+
+    def test_the_trainer_honours_them(self):
+        lr = {"A": 0.0005, "B": 0.002}
+        model = ssmzoo.build("s4-lm-tiny", d_model=16, n_layers=1, **{"mixers.s4.lr": lr, "mixers.s4.dt_tie": False})
+        groups = parameter_groups(model, TrainConfig(lr=0.01, weight_decay=0.1))
+        found = {id(p): (g["weight_decay"], g["peak"]) for g in groups for p in g["params"]}
+        mixer = model.blocks[0].mixer
+        for name in ("A_log", "A_imag", "P"):
+            assert found[id(mixer.get_parameter(name))] == (0.0, 0.0005), name
+        assert found[id(mixer.B)] == (0.0, 0.002)
+        assert found[id(mixer.log_dt)] == (0.0, 0.01)
+        assert found[id(mixer.C)] == (0.1, 0.01)
+        assert found[id(mixer.D)] == (0.0, 0.01)
+        assert found[id(mixer.out_proj.weight)] == (0.1, 0.01)
+
+
+class TestOptions:
+    def test_sizes(self):
+        mixer = build("s4", 8, init="legt", n_ssm=2, channels=3, gate=2, bottleneck=2, dt_tie=False)
+        shapes = {name: tuple(p.shape) for name, p in mixer.named_parameters()}
+        assert shapes == {
+            "log_dt": (4, 4),
+            "A_log": (2, 4),
+            "A_imag": (2, 4),
+            "P": (2, 2, 4, 2),
+            "B": (2, 4, 2),
+            "C": (12, 4, 2),
+            "D": (12,),
+            "in_proj.weight": (4, 8),
+            "in_proj.bias": (4,),
+            "gate_in.weight": (8, 8),
+            "gate_in.bias": (8,),
+            "gate_out.weight": (8, 12),
+            "gate_out.bias": (8,),
+            "out_proj.weight": (16, 8),
+            "out_proj.bias": (16,),
+        }
+
+    def test_channels_are_kernels_on_one_state(self):
+        """Two channels with the maps of two layers give the outputs of both."""
+        both, one, two = (plain(build("s4", 4, channels=c)) for c in (2, 1, 1))
+        for i, single in enumerate((one, two)):
+            single.load_state_dict(
+                both.state_dict()
+                | single.state_dict()
+                | {"C": both.C[4 * i :][:4], "D": both.D[4 * i :][:4]}
+                | {n: both.state_dict()[n] for n in ("log_dt", "A_log", "A_imag", "P", "B")},
+                strict=False,
+            )
+        x = torch.randn(1, 10, 4)
+        torch.testing.assert_close(both(x), torch.cat([one(x), two(x)], dim=-1), rtol=1e-4, atol=1e-5)
+
+    def test_a_gate_closes(self):
+        mixer = build("s4d", gate=2)
+        torch.nn.init.zeros_(mixer.gate_in.weight), torch.nn.init.zeros_(mixer.gate_in.bias)
+        y = mixer(torch.randn(1, 5, 8))
+        torch.testing.assert_close(y, y[:, :1].expand_as(y))  # the last map's bias alone
+
+    def test_step_sizes_lie_in_their_range(self):
+        for tie in (True, False):
+            dt = build("s4", 64, dt_min=0.01, dt_max=0.02, dt_tie=tie).log_dt.exp()
+            assert dt.min() >= 0.01 * (1 - 1e-5)
+            assert dt.max() <= 0.02 * (1 + 1e-5)
+            assert dt.std() > 0
+
+    @pytest.mark.parametrize(
+        ("name", "options", "message"),
+        [
+            ("s4", {"d_state": 5}, "S4: `d_state` must be positive, and even"),
+            ("s4d", {"d_state": 5}, "S4D: `d_state` must be positive, and even unless init='real'; got 5"),
+            ("s4d", {"d_state": 0}, "`d_state` must be positive"),
+            ("s4d", {"dt_min": 0.2}, "`dt_min` <= `dt_max` must hold"),
+            ("s4", {"channels": 0}, "`channels` must be at least 1; got 0"),
+            ("s4", {"gate": 0}, "`gate` must be at least 1; got 0"),
+            ("s4", {"bottleneck": 3}, "`bottleneck` must divide d_model=8; got 3"),
+            ("s4", {"n_ssm": 3}, "`n_ssm` must divide the 8 channels; got 3"),
+            ("s4", {"lr": {"AA": 0.1}}, "unknown name in `lr`: 'AA'. Did you mean 'A'"),
+            ("s4", {"lr": {"A": -1.0}}, "`lr` of A must be a number >= 0, or None; got -1.0"),
+        ],
+    )
+    def test_bad_values(self, name, options, message):
+        with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+            build(name, **options)
+
+    @pytest.mark.parametrize("options", [{"init": "lin"}, {"discretization": "dss"}, {"activation": "glu"}])
+    def test_bad_names(self, options):
+        with pytest.raises(TypeError, match="must be "):
+            build("s4", **options)
+
+    def test_both_ways_has_no_state(self):
+        with pytest.raises(ValueError, match="S4 has no state: it sees the whole sequence at once"):
+            build("s4", bidirectional=True).initial_state(1)
+
+
+def test_the_models_of_the_long_range_arena():
+    sizes = {"listops": (8, 128), "imdb": (6, 256), "aan": (6, 256), "cifar": (6, 512), "pathfinder": (6, 256)}
+    for task, size in (sizes | {"pathx": (6, 256)}).items():
+        model = ssmzoo.build(f"lra-{task}", device="meta")
+        assert (len(model.blocks), model.config.d_model) == size
+        assert not model.blocks[0].mixer.causal
+        TrainConfig.of(model.config.train)

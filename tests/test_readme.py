@@ -53,7 +53,18 @@ def test_python_blocks_run(page):
 def test_tables_are_those_of_the_command():
     command = [sys.executable, str(ROOT / "docs" / "tables.py"), "--check"]
     result = subprocess.run(command, capture_output=True, text=True)
-    assert (result.returncode, result.stderr, result.stdout) == (0, "", "2 tables\n")
+    tables = sum(read(page).count("<!-- end -->") for page in PAGES)
+    assert (result.returncode, result.stderr, result.stdout) == (0, "", f"{tables} tables\n")
+    assert tables > 2
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "docs" / "figures").glob("*.py")))
+def test_figures_are_drawn_by_their_scripts(script, tmp_path):
+    subprocess.run([sys.executable, str(ROOT / "docs" / "figures" / script), str(tmp_path)], check=True)
+    drawn = [path.name for path in tmp_path.iterdir()]
+    assert drawn
+    for name in drawn:
+        assert (ROOT / "docs" / "figures" / name).stat().st_size > 1000
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ssmkernels import OPS, fft_conv
-from ssmkernels.fft_conv.fft import fft_size
+from ssmkernels.fft_conv.circle import Circles, fft_size, lay_out
 
 REFERENCE = functools.partial(fft_conv, implementation="reference")
 FFT = functools.partial(fft_conv, implementation="fft")
@@ -212,3 +212,61 @@ def test_opcheck(implementation, case, arguments, opcheck):
 def test_errors(changes, error, match, arguments):
     with pytest.raises(error, match=match):
         fft_conv(**arguments(torch.float32) | changes)
+
+
+@pytest.mark.parametrize(
+    ("length", "taps", "reverse"), [(3000, 5, 0), (3111, 40, 0), (2500, 30, 17), (4000, 1, 9), (2001, 8, 8)]
+)
+def test_many_blocks_are_one(length, taps, reverse, randn):
+    circles = lay_out(length, taps, reverse)
+    assert circles.blocks > 1
+    made = {"u": randn(2, length, 3), "kernel": randn(3, taps), "D": randn(3)}
+    if reverse:
+        made["kernel_reverse"] = randn(3, reverse)
+    for value in made.values():
+        value.requires_grad_()
+    weight = randn(2, length, 3)
+    results = []
+    for name in ("fft", "reference"):
+        y = fft_conv(**made, implementation=name)
+        results.append([y, *torch.autograd.grad((y * weight).sum(), list(made.values()))])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", ["spread", "overlap"])
+@pytest.mark.parametrize(
+    ("length", "after", "before", "block", "size"), [(10, 9, 0, 10, 20), (23, 3, 2, 7, 12), (21, 0, 4, 7, 12)]
+)
+def test_layouts_beside_their_adjoints(method, length, after, before, block, size, randn):
+    circles = Circles(length, after, before, block, size)
+    u, g = randn(2, length, 3), randn(2, 3, circles.blocks, size)
+    if method == "spread":
+        there, back = (circles.spread(u, u.dtype) * g).sum(), (circles.collect(g) * u.mT).sum()
+    else:
+        there, back = (circles.underlap(u, u.dtype) * g).sum(), (circles.overlap(g.clone()) * u.mT).sum()
+    torch.testing.assert_close(there, back)
+
+
+def test_a_long_kernel_takes_one_block_and_a_short_one_many():
+    assert lay_out(16384, 16384, 0).blocks == 1
+    assert lay_out(16384, 16384, 0).size == 32768
+    short = lay_out(2**20, 64, 0)
+    assert short.blocks * short.size < 1.6 * 2**20
+    assert short.size <= 2048
+
+
+def test_memory_beside_a_long_input_stays_small(randn):
+    """A few channels at a time: what lies between does not grow with the number of channels."""
+    peaks = []
+    for d in (16, 128):
+        u, kernel = randn(1, 2**15, d, dtype=torch.float32).requires_grad_(), randn(d, 2**15, dtype=torch.float32)
+        with torch.profiler.profile(profile_memory=True) as profile:
+            fft_conv(u, kernel).sum().backward()
+        at, peak = 0, 0
+        for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+            if event.name() == "[memory]":
+                at += event.nbytes()
+                peak = max(peak, at)
+        peaks.append(peak - 3 * u.nbytes)  # the output, its gradient and that of u
+    assert peaks[1] < 1.5 * peaks[0]

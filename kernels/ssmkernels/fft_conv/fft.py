@@ -1,13 +1,26 @@
-"""The long convolution by real FFTs: O(l log l) instead of O(l l_k)."""
+"""The long convolution by real FFTs: O(l log l) instead of O(l l_k).
+
+A few channels at a time, so that what lies between stays small: on a CPU in its cache, and in memory that the allocator
+has at hand, where fresh pages would cost more than the transforms. The backward pass transforms its inputs once more
+instead of keeping their spectra, which take four times the memory of the inputs.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ssmkernels.fft_conv import reference
+from ssmkernels.fft_conv.circle import Circles, lay_out
 from ssmkernels.packing import pad
 from ssmkernels.validate import precision
+
+CACHED = 2**20  # points of all circles that are under way at once, on a CPU
+RESIDENT = 2**28  # likewise on a GPU, which wants much work at once
 
 
 def fft_conv(
@@ -15,50 +28,86 @@ def fft_conv(
 ) -> Tensor:
     if u.numel() == 0:  # no FFT library takes an empty batch
         return reference.fft_conv(u, kernel, D, kernel_reverse, cu_seqlens)
-    wide = precision(u)
-    x = u.to(wide)
     if cu_seqlens is None:
-        y = _convolve(x, kernel.to(wide), kernel_reverse)
-    else:
-        index, mask = pad(cu_seqlens)
-        padded = torch.where(mask[..., None], x[0, index], 0)  # (s longest d)
-        y = _convolve(padded, kernel.to(wide), kernel_reverse)[mask][None]
-    if D is not None:
-        y = y + D.to(wide) * x
-    return y.to(u.dtype).contiguous()
+        return _convolve(u, kernel, D, kernel_reverse)
+    index, mask = pad(cu_seqlens)
+    padded = torch.where(mask[..., None], u[0, index], 0)  # (s longest d)
+    return _convolve(padded, kernel, D, kernel_reverse)[mask][None]
 
 
-def _convolve(x: Tensor, kernel: Tensor, kernel_reverse: Tensor | None) -> Tensor:
-    """x (b l d), kernel (d l_k), kernel_reverse (d l_r) → y (b l d), one circle of n points that nothing goes
-    around.
-
-    The lags reach from -l_r to l_k-1. Outputs past the end, up to l + l_k - 2, must not wrap onto position 0,
-    nor those before the start, from -l_r, onto position l-1: n ≥ l + max(l_k - 1, l_r).
-    """
-    l = x.shape[1]
-    kernel = reference.trim(kernel, l)
-    l_k, l_r = kernel.shape[1], 0
+def _convolve(u: Tensor, kernel: Tensor, D: Tensor | None, kernel_reverse: Tensor | None) -> Tensor:
+    wide, l = precision(u), u.shape[1]
+    kernel = reference.trim(kernel, l).to(wide)
+    D = None if D is None else D.to(wide)
     if kernel_reverse is not None:
-        kernel_reverse = reference.trim(kernel_reverse, l - 1).to(kernel.dtype)
-        l_r = kernel_reverse.shape[1]
-    n = fft_size(l + max(l_k - 1, l_r))
-    if kernel_reverse is not None:  # lag -1 sits at the circle's end, lag -l_r at n - l_r
-        between = kernel.new_zeros(kernel.shape[0], n - l_k - l_r)
-        kernel = torch.cat([kernel, between, kernel_reverse.flip(1)], dim=1)
-    product = torch.fft.rfft(x.mT, n) * torch.fft.rfft(kernel, n)  # (b d n/2+1)
-    return torch.fft.irfft(product, n)[..., :l].mT
+        kernel_reverse = reference.trim(kernel_reverse, l - 1).to(wide)
+    return _Convolution.apply(u, kernel, D, kernel_reverse)
 
 
-def fft_size(least: int) -> int:
-    """The smallest even size with no prime factor above 5, at least ``least``: fast in every FFT library."""
-    half = -(-least // 2)
-    best = 1 << max(half - 1, 0).bit_length()
-    five = 1
-    while five < best:
-        three = five
-        while three < best:
-            two = 1 << max(-(-half // three) - 1, 0).bit_length()
-            best = min(best, three * two)
-            three *= 3
-        five *= 5
-    return 2 * best
+class _Convolution(torch.autograd.Function):
+    """u (b l d), kernel (d l_k), D (d), kernel_reverse (d l_r) → y (b l d)."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, kernel: Tensor, D: Tensor | None, reverse: Tensor | None) -> Tensor:
+        ctx.save_for_backward(u, kernel, D, reverse)
+        circles = _layout(u, kernel, reverse)
+        y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+        for c in _groups(u, circles):
+            x = circles.spread(u[..., c], kernel.dtype)  # (b c blocks n)
+            spectrum = torch.fft.rfft(x)
+            spectrum *= _taps(circles, kernel, reverse, c)
+            out = circles.overlap(torch.fft.irfft(spectrum, circles.size))  # (b c l)
+            if D is not None:
+                out = torch.addcmul(out, D[c, None], circles.collect(x))
+            y[..., c] = out.mT
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        u, kernel, D, reverse = ctx.saved_tensors
+        circles = _layout(u, kernel, reverse)
+        wants_u, wants_taps = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
+        du = torch.empty(u.shape, dtype=u.dtype, device=u.device) if wants_u else None
+        dD = torch.empty_like(D) if D is not None and ctx.needs_input_grad[2] else None
+        dkernel = torch.empty_like(kernel) if wants_taps else None
+        dreverse = torch.empty_like(reverse) if wants_taps and reverse is not None else None
+        for c in _groups(u, circles):
+            g = circles.underlap(dy[..., c], kernel.dtype)  # (b c blocks n)
+            x = circles.spread(u[..., c], kernel.dtype) if wants_taps or dD is not None else None
+            spectrum = torch.fft.rfft(g)
+            if dkernel is not None:
+                products = (spectrum * torch.fft.rfft(x).conj()).sum((0, 2))  # (c n/2+1)
+                dtaps, dbefore = circles.unwind(torch.fft.irfft(products, circles.size))
+                dkernel[c] = dtaps[:, : kernel.shape[1]]
+                if dreverse is not None:
+                    dreverse[c] = dbefore
+            if dD is not None:
+                dD[c] = (circles.collect(g) * circles.collect(x)).sum((0, 2))
+            if du is not None:
+                spectrum *= _taps(circles, kernel, reverse, c).conj()
+                dx = circles.collect(torch.fft.irfft(spectrum, circles.size))  # (b c l)
+                if D is not None:
+                    dx = torch.addcmul(dx, D[c, None], circles.collect(g))
+                du[..., c] = dx.mT
+        return du, dkernel, dD, dreverse
+
+
+def _layout(u: Tensor, kernel: Tensor, reverse: Tensor | None) -> Circles:
+    return lay_out(u.shape[1], kernel.shape[1], 0 if reverse is None else reverse.shape[1])
+
+
+def _groups(u: Tensor, circles: Circles) -> Iterator[slice]:
+    """The channels, a few at a time."""
+    budget = CACHED if u.device.type == "cpu" else RESIDENT
+    step = max(1, budget // (len(u) * circles.blocks * circles.size))
+    if u.device.type == "cpu" and step > 4:
+        step = step // 4 * 4
+    for first in range(0, u.shape[-1], step):
+        yield slice(first, first + step)
+
+
+def _taps(circles: Circles, kernel: Tensor, reverse: Tensor | None, c: slice) -> Tensor:
+    """The spectrum of the taps: (c 1 n/2+1)."""
+    taps = circles.wind(kernel[c], None if reverse is None else reverse[c])
+    return torch.fft.rfft(taps, circles.size)[:, None]

@@ -215,7 +215,7 @@ def test_errors(changes, error, match, arguments):
 
 
 @pytest.mark.parametrize(
-    ("length", "taps", "reverse"), [(3000, 5, 0), (3111, 40, 0), (2500, 30, 17), (4000, 1, 9), (2001, 8, 8)]
+    ("length", "taps", "reverse"), [(3000, 5, 0), (3111, 40, 0), (2500, 30, 17), (4000, 1, 9), (2600, 8, 8)]
 )
 def test_many_blocks_are_one(length, taps, reverse, randn):
     circles = lay_out(length, taps, reverse)

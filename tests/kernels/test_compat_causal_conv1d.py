@@ -234,6 +234,10 @@ def test_last_inputs_of_packed_sequences(randn):
     assert causal_conv1d_varlen_states(x[:0], torch.tensor([0, 0]), 2).shape == (1, 3, 2)
 
 
+def test_it_compiles(arguments, assert_compiles):
+    assert_compiles(lambda **a: causal_conv1d_fn(**a, return_final_states=True), **arguments())
+
+
 @pytest.mark.parametrize(
     ("function", "published"),
     [

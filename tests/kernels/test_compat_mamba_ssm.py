@@ -355,6 +355,11 @@ def test_a_step_has_gradients(token, run, assert_same):
     assert_same(run(found, **made), run(lambda **a: update_formula(**a, dt_softplus=True), **made))
 
 
+def test_they_compile(arguments, inner, assert_compiles):
+    assert_compiles(lambda **a: selective_scan_fn(**a, return_last_state=True), **arguments(g=2))
+    assert_compiles(mamba_inner_fn, **{PUBLISHED.get(k, k): v for k, v in inner("norms").items()})
+
+
 @pytest.mark.parametrize(
     ("function", "published"),
     [

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,3 +121,22 @@ def test_half_precision(case, models):
         (model.eval().to(torch.bfloat16)(IDS).logits.float() - exact).abs().max() for model in (ours, plain)
     )
     assert found <= 2 * expected
+
+
+PROGRAM = """
+calls, ours = [], ssmkernels.compat.mamba_ssm
+scan = ours.scan
+ours.scan = lambda *a, **k: calls.append(1) or scan(*a, **k)
+import torch, transformers
+config = transformers.MambaConfig(vocab_size=8, hidden_size=4, num_hidden_layers=3)
+transformers.MambaForCausalLM(config).eval()(torch.tensor([[1, 2, 3]]))
+print(len(calls))
+"""
+
+
+def test_the_lines_in_the_documentation_do_that():
+    """In a process of their own: transformers elsewhere stays what others wrote, which ours is compared with."""
+    page = (Path(__file__).parents[2] / "docs" / "compat.md").read_text()
+    (block,) = re.findall(r"^```py\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    run = subprocess.run([sys.executable, "-c", block + PROGRAM], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["3"]

@@ -171,7 +171,7 @@ REGISTERED = registered()
 @pytest.mark.parametrize("name", REGISTERED)
 def test_opcheck(name, recorded):
     lacking = [implementation for op, implementation in PAIRS if OPS[op].why_not(implementation)]
-    if name not in recorded and any(word in name.split("_") for word in lacking):
+    if name not in recorded and any(f"_{word}_" in f"{name}_" for word in lacking):
         pytest.skip("needs what its implementation needs")
     operator, args = recorded[name]
     wanted = not name.endswith("_backward") and not operator._schema.is_mutable

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssmkernels import causal_conv1d
+from ssmkernels import causal_conv1d, causal_conv1d_step
 from ssmkernels.compat._dtypes import INDICES, beside
-from ssmkernels.validate import check_dtypes, check_options, check_shapes, precision
+from ssmkernels.validate import check_dtypes, check_options, check_shapes, gradient_wanted, precision
 
 
 def conv(
@@ -140,15 +140,21 @@ def update(
         last = min(new.shape[-1], m)  # earlier ones would be overwritten by later ones
         places = _ring(cache_seqlens, new.shape[-1] - last, new.shape[-1], held)
         held = held.scatter(2, places, new[..., new.shape[-1] - last :].to(held.dtype))
-    y, _ = causal_conv1d(
-        new.transpose(1, 2),
-        beside(weight, x),
-        beside(bias, x),
-        _activation(op, activation),
-        initial_state=state.transpose(1, 2).to(precision(x), copy=True),  # the state itself is about to change
-        return_final_state=True,
-        implementation=implementation,
-    )
+    weight, bias, activation = beside(weight, x), beside(bias, x), _activation(op, activation)
+    initial = state.transpose(1, 2).to(precision(x), copy=True)  # the state itself is about to change
+    inputs = {"x": x, "weight": weight, "bias": bias, "state": initial}
+    if new.shape[-1] == 1 and gradient_wanted(inputs) is None:
+        y = causal_conv1d_step(initial, new[..., 0], weight, bias, activation, implementation=implementation)[:, None]
+    else:
+        y, _ = causal_conv1d(
+            new.transpose(1, 2),
+            weight,
+            bias,
+            activation,
+            initial_state=initial,
+            return_final_state=True,
+            implementation=implementation,
+        )
     if rows is None:
         conv_state.copy_(held)
     else:

@@ -32,8 +32,7 @@ def update(
     Heads become channels: a head's p channels have their own rows of A, and g groups of heads are g groups of channels.
     """
     of_state = "b p n | b h p n" if state_batch_indices is None else "s p n | s h p n"
-    check_shapes(op, {"state": (state, of_state)}, ("state",))
-    heads = state.shape[1] if state.ndim == 4 else 1
+    heads = state.shape[1] if isinstance(state, Tensor) and state.ndim == 4 else 1
     each = "b h p" if heads > 1 else "b p | b 1 p"
     weight = "h p" if heads > 1 else "p | 1 p"
     sizes = check_shapes(

@@ -171,16 +171,26 @@ class S4Layer(Mixer):
         u = x if self.in_proj is None else self.in_proj(x)  # (b l d)
         if state is None:
             return self._output(self._convolve(u, cu_seqlens), x), None
-        wide = self.A_log.dtype
+        kind = u.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):  # states keep their precision
+                y, h = self._recur(u, state.ssm, cu_seqlens)
+        else:
+            y, h = self._recur(u, state.ssm, cu_seqlens)
+        return self._output(y, x), S4State(h)
+
+    def _recur(self, u: Tensor, h: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        """u (b l d) and the state before (s d n) → y (b l c·d) as of :meth:`_convolve`, the state after."""
+        wide, C = self.A_log.dtype, _joined(self.C, self.A_imag).unflatten(0, (self.channels, self.d_inner))  # (c d n)
         if u.shape[1] == 1 and cu_seqlens is None:
-            h = self._stepper().step(state.ssm, u[:, 0].to(wide))
-            y = (_joined(self.C, self.A_imag).view(self.channels, *h.shape[1:]) * h[:, None]).sum(-1).flatten(1)
+            h = self._stepper().step(h, u[:, 0].to(wide))
+            y = (C * h[:, None]).sum(-1).flatten(1)  # (b c·d)
             y = (2 * y.real if y.is_complex() else y) + self.D * u[:, 0].repeat(1, self.channels)
-            return self._output(y[:, None].to(u.dtype), x), S4State(h)
-        y = self._convolve(u, cu_seqlens)
-        C = _joined(self.C, self.A_imag).view(self.channels, self.d_inner, -1).transpose(0, 1)  # (d c n)
-        inherited, h = run_chunk(self.discrete(self._continuous()), C, u.to(wide), state.ssm, cu_seqlens)
-        return self._output((y + inherited.flatten(2)).to(u.dtype), x), S4State(h)
+            return y[:, None].to(u.dtype), h
+        y = self._convolve(u, cu_seqlens).unflatten(-1, C.shape[:2])  # (b l c d)
+        system = self.discrete(self._continuous())
+        inherited, h = run_chunk(system, C.transpose(0, 1), u.to(wide), h, cu_seqlens)
+        return (y + inherited).flatten(2).to(u.dtype), h
 
     def _convolve(self, u: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """u (b l d) → y (b l c·d) with the skip, before the activation."""

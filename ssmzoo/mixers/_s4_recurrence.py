@@ -187,24 +187,26 @@ def _run(system: Diagonal | Dense, C: Tensor, u: Tensor, h: Tensor, lengths: int
     power = A.to(state.dtype)  # of Ā
     heads = system.forwards(power, state)[:, :, None]  # (d s q n): Ā^{q r + 1} h
     maps = system.maps(C)[:, :, None]  # (d c i n): C Ā^i
-    gains = system.B[:, None]  # (d i n): Ā^i B̄
+    gains = system.B[:, None]  # (d i n): Ā^{r-1-i} B̄
     for k in range(inner):
         maps = torch.cat([maps, _each(system.backwards, power, maps)], dim=2)
-        gains = torch.cat([gains, system.forwards(power, gains)], dim=1)
-        state = _where_bit(lengths, k, system.forwards(power, state), state)
+        gains = torch.cat([system.forwards(power, gains), gains], dim=1)
+        state = _if_bit(lengths, k, system.forwards, power, state)
         A = system.square(A, False)
         power = A.to(state.dtype)
     tails = F.pad(u, (0, 0, (blocks << inner) - l, 0)).permute(2, 0, 1).contiguous()
     tails = tails.view(d, s * blocks, -1)  # (d s·q i)
-    tails = system.weighted(tails, gains.flip(1)).unflatten(1, (s, blocks))  # (d s q n): what blocks leave at their end
-    for k in range(inner, max(inner + outer, l.bit_length())):
+    tails = system.weighted(tails, gains).unflatten(1, (s, blocks))  # (d s q n): what blocks leave at their end
+    levels = max(inner + outer, l.bit_length())
+    for k in range(inner, levels):
         if k < inner + outer:
             heads = torch.cat([heads, _each(system.forwards, power, heads)], dim=2)
             tails = tails if tails.shape[2] % 2 == 0 else F.pad(tails, (0, 0, 1, 0))
             tails = _each(system.forwards, power, tails[:, :, 0::2]) + tails[:, :, 1::2]  # of blocks twice as long
-        state = _where_bit(lengths, k, system.forwards(power, state), state)
-        A = system.square(A, True)
-        power = A.to(state.dtype)
+        state = _if_bit(lengths, k, system.forwards, power, state)
+        if k + 1 < levels:
+            A = system.square(A, True)
+            power = A.to(state.dtype)
     inherited = system.products(heads[:, :, :blocks].flatten(1, 2), maps.flatten(1, 2)).view(d, s, blocks, c, -1)
     inherited = inherited.permute(1, 2, 4, 3, 0).flatten(1, 2)[:, :l]  # (s l c d)
     return inherited, system.leave(state + tails[:, :, 0])
@@ -215,8 +217,10 @@ def _each(function: Callable[[Tensor, Tensor], Tensor], A: Tensor, rows: Tensor)
     return function(A, rows.flatten(1, 2)).unflatten(1, rows.shape[1:3])
 
 
-def _where_bit(lengths: int | Tensor, k: int, one: Tensor, zero: Tensor) -> Tensor:
-    """The rows (d s n) of ``one`` where a sequence's length has bit k, else those of ``zero``."""
+def _if_bit(
+    lengths: int | Tensor, k: int, function: Callable[[Tensor, Tensor], Tensor], A: Tensor, rows: Tensor
+) -> Tensor:
+    """A function of the rows (d s n) of the sequences whose length has bit k; the others as they are."""
     if isinstance(lengths, Tensor):
-        return torch.where((lengths >> k & 1).bool()[:, None], one, zero)
-    return one if lengths >> k & 1 else zero
+        return torch.where((lengths >> k & 1).bool()[:, None], function(A, rows), rows)
+    return function(A, rows) if lengths >> k & 1 else rows

@@ -291,6 +291,16 @@ class TestTraining:
         assert all(torch.isfinite(p).all() for p in mixer.parameters())
         assert losses[-1] < 0.96 * losses[0]
 
+    @pytest.mark.parametrize(("name", "how"), [("s4", "bilinear"), ("s4", "zoh"), ("s4d", "zoh")])
+    def test_states_keep_their_precision_under_autocast(self, name, how):
+        mixer, x = plain(build(name, 4, discretization=how)), torch.randn(1, 40, 4)
+        with torch.no_grad():
+            expected, after = run(mixer, x, [1, 2])
+            with torch.autocast("cpu", torch.bfloat16):
+                y, state = run(mixer, x, [1, 2])
+        assert torch.equal(state.ssm, after.ssm)
+        assert torch.equal(y, expected)
+
     @pytest.mark.parametrize("name", ["s4", "s4d"])
     def test_a_state_with_gradients_compiles(self, name):
         torch._dynamo.reset()

@@ -19,9 +19,9 @@ transformers = pytest.importorskip("transformers")
 
 def modeling(name, monkeypatch, ours):
     """A copy of transformers' module of this name that finds our functions for the packages', or nothing."""
+    original = importlib.import_module(f"transformers.models.{name}.modeling_{name}")  # before names are changed
     for package in ("mamba_ssm", "causal_conv1d"):
         monkeypatch.setitem(sys.modules, package, getattr(ssmkernels.compat, package) if ours else None)
-    original = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     spec = importlib.util.spec_from_file_location(f"{original.__name__}_{ours}", original.__file__)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)

@@ -17,6 +17,7 @@ import ssmkernels
 from ssmkernels import causal_conv1d, explain, external, selective_scan, triton_support
 from ssmkernels.bench.peers import peers_of
 from ssmkernels.causal_conv1d import causal_conv1d as public
+from ssmkernels.spec import spec_of
 from ssmkernels.testing import check
 
 HALF = (torch.float16, torch.bfloat16)
@@ -77,6 +78,7 @@ def causal_conv1d_fn(
     assert x.stride(0) % 8 == 0
     assert x.stride(2) % 8 == 0
     assert x.data_ptr() % 16 == 0
+    assert b * x.stride(0) + l * x.stride(2) < 2**32
     assert 2 <= w <= 4
     assert bias is None or bias.dtype == weight.dtype
     assert not return_final_states
@@ -146,6 +148,7 @@ ROWS = {
             {"l": 2},
             {"b": 1, "packed": True, "l": 21},
             {"layout": "strided"},
+            {"layout": "far", "b": 1, "l": 3},
             {"d": 24},
             {"state": True},
             {"state": True, "l": 1},
@@ -163,10 +166,13 @@ def test_it_passes_the_whole_check(op, package, packages):
 
 def test_what_was_checked(packages):
     """The check is not quiet because everything was skipped."""
-    rows = {"g": 3}, {"complex": True}, {"fixed": True}, {"complex": True, "fixed": True}, {"n": 17}, {"l": 1}
-    rows = [{"state": False, **row} for row in rows]
+    maps = {"g", "complex", "fixed"}
+    rows = [
+        {**row, "state": False} for row in spec_of("selective_scan").rows if maps & set(row) and "packed" not in row
+    ]
+    assert maps <= {key for row in rows for key in row}
     report = check("selective_scan", "mamba_ssm", cases=rows, dtypes=[torch.float32])
-    assert not report.skipped
+    assert {why for *_, why in report.skipped} <= {"groups of `C` beside a fixed `B`"}
     assert check("causal_conv1d", "causal_conv1d", cases=ROWS["causal_conv1d"], dtypes=[torch.float32]).skipped == []
 
 
@@ -264,6 +270,18 @@ def test_packed_scans_are_refused(packages, randn):
     made = {k: v[:1] if isinstance(v, torch.Tensor) and v.ndim > 2 else v for k, v in scan_arguments(randn).items()}
     made["cu_seqlens"] = torch.tensor([0, 3, 7], dtype=torch.int32)
     assert explain("selective_scan", **made).reasons["mamba_ssm"] == "packed sequences"
+
+
+def test_what_32_bits_cannot_reach_is_refused():
+    x, weight = torch.empty(4, 2**20, 1024, device="meta"), torch.empty(1024, 4, device="meta")
+    made = {"x": x, "weight": weight, "initial_state": None, "cu_seqlens": None}
+    scan, conv = (importlib.import_module(f"ssmkernels.{op}.{package}") for op, package in OPS.items())
+    assert conv.lacking(made) == "inputs of more than 2³¹ elements"
+    assert conv.lacking(made | {"x": x[:1]}) is None
+    made = {"u": x, "A": weight, "B": x[..., :4], "C": x[..., :4], "initial_state": None, "cu_seqlens": None}
+    assert scan.lacking(made) is None
+    made |= {"u": torch.cat([x] * 4), "A": weight.new_empty(1024, 256)}
+    assert scan.lacking(made) == "records of more than 2³¹ numbers"
 
 
 @BOTH

@@ -15,6 +15,8 @@ from ssmkernels import external
 from ssmkernels.packing import last_of_each
 from ssmkernels.validate import precision
 
+FARTHEST = 2**31  # its offsets have 32 bits
+
 
 def missing() -> str | None:
     return external.missing("causal_conv1d")
@@ -33,6 +35,8 @@ def lacking(arguments: Mapping[str, Any]) -> str | None:
         return "widths but 2, 3 and 4"
     if x.numel() == 0:
         return "empty inputs"
+    if x.numel() > FARTHEST:
+        return "inputs of more than 2³¹ elements"
     if x.shape[2] % 8:
         return "channels that are no multiple of 8"
     if initial_state is not None and x.dtype != torch.float32:
@@ -83,9 +87,10 @@ def call(
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """The same values where the package can load eight channels at once."""
+    """The same values where the package can load eight channels at once, and reach them all."""
     steps = x.stride(1) >= x.shape[2] and x.stride(2) == 1 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0
-    return x if steps and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+    near = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) < FARTHEST
+    return x if steps and near and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _final_state(x: Tensor, before: int, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:

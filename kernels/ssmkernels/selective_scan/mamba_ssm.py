@@ -15,6 +15,7 @@ from ssmkernels import external
 from ssmkernels.selective_scan import reference, tiled
 
 MOST_STATES = 256
+CHUNK = 2048  # steps; two numbers of each state and chunk are kept, in a tensor with 32-bit offsets
 
 
 def missing() -> str | None:
@@ -38,6 +39,8 @@ def lacking(arguments: Mapping[str, Any]) -> str | None:
         return f"more than {MOST_STATES} states"
     if u.numel() == 0 or A.numel() == 0:
         return "empty inputs"
+    if 2 * u.shape[0] * -(-u.shape[1] // CHUNK) * A.numel() > 2**31:
+        return "records of more than 2³¹ numbers"
     takes = (u.dtype, torch.complex64) if u.dtype == torch.float32 else (u.dtype,)
     if any(t.ndim > 2 and t.dtype not in takes for t in (B, C)):
         return "`B` or `C` in another precision than `u`"

@@ -1,0 +1,83 @@
+"""Functions that the selective scan's Triton kernels are made of."""
+
+# mypy: disable-error-code="assignment"
+# (tuples of registers grow in unrolled loops)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sigmoid(x):
+    return 1 / (1 + tl.exp(-x))
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)) to a few roundings. With e = exp(-abs(x)), log(1 + e) = 2 atanh(e / (2 + e)), a short series."""
+    e = tl.exp(-tl.abs(x))
+    if x.dtype == tl.float64:
+        one = 1 + e
+        log = tl.where(one == 1, e, tl.log(one) * (e / (one - 1)))
+    else:
+        s = e / (2 + e)  # at most 1/3
+        q = s * s
+        series = 1 / 13 + q * (1 / 15)
+        series = 1 / 9 + q * (1 / 11 + q * series)
+        series = 1 / 5 + q * (1 / 7 + q * series)
+        log = 2 * s * (1 + q * (1 / 3 + q * series))
+    return tl.maximum(x, 0.0) + log
+
+
+@triton.jit
+def extent(sequence, cu_seqlens, length, CHUNK: tl.constexpr):
+    """A sequence's batch, the time where it starts there, its length, and the number of its first chunk."""
+    sequence = tl.cast(sequence, tl.int64)
+    if cu_seqlens is not None:
+        start = tl.load(cu_seqlens + sequence).to(tl.int64)
+        end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
+        return sequence * 0, start, end - start, start // CHUNK + sequence
+    steps = sequence * 0 + length
+    return sequence, sequence * 0, steps, sequence * ((steps + CHUNK - 1) // CHUNK)
+
+
+@triton.jit
+def rows(x, x_time, here, first, steps, T: tl.constexpr, WIDE: tl.constexpr):
+    """``T`` rows (BLOCK_D) from step ``first`` on; 0 beyond the end."""
+    found = ()
+    x += tl.cast(first, tl.int64) * x_time
+    for i in tl.static_range(T):
+        found = found + (tl.load(x, mask=here & (first + i < steps), other=0.0).to(WIDE),)
+        x += x_time
+    return found
+
+
+@triton.jit
+def maps(x, x_time, there, first, steps, T: tl.constexpr, FIXED: tl.constexpr, WIDE: tl.constexpr):
+    """``T`` rows (1, N) of B or C from step ``first`` on, 0 beyond the end; if fixed, ``T`` times (BLOCK_D, N)."""
+    found = ()
+    if FIXED:
+        same = tl.load(x, mask=there, other=0.0).to(WIDE)
+        for _ in tl.static_range(T):
+            found = found + (same,)
+    else:
+        x += tl.cast(first, tl.int64) * x_time
+        for i in tl.static_range(T):
+            found = found + (tl.load(x, mask=there & (first + i < steps), other=0.0).to(WIDE)[None, :],)
+            x += x_time
+    return found
+
+
+@triton.jit
+def step_sizes(raw, bias, first, steps, T: tl.constexpr, SOFTPLUS: tl.constexpr):
+    """What Δ is computed from, and Δ, both ``T`` times (BLOCK_D)."""
+    before, found = (), ()
+    for i in tl.static_range(T):
+        dt = raw[i] + bias
+        before = before + (dt,)
+        if SOFTPLUS:
+            dt = softplus(dt)
+        found = found + (tl.where(first + i < steps, dt, 0.0),)
+    return before, found

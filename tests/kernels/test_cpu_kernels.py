@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import os
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import torch
 from ssmkernels import causal_conv1d, causal_conv1d_step, explain, native, selective_scan, selective_scan_step
 from ssmkernels.causal_conv1d import cpu as conv_cpu
 from ssmkernels.selective_scan import cpu as scan_cpu
+from ssmkernels.selective_scan.cpu_arguments import chunk_length
 from ssmkernels.testing import check
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=f"needs the native library: {native.missing()}")
@@ -22,6 +22,7 @@ SCAN = functools.partial(selective_scan, return_final_state=True, delta_softplus
 CONV = functools.partial(causal_conv1d, return_final_state=True, activation="silu")
 SCAN_REFERENCE, CONV_REFERENCE = (functools.partial(f, implementation="reference") for f in (SCAN, CONV))
 SCAN, CONV = (functools.partial(f, implementation="cpu") for f in (SCAN, CONV))
+COMPLEX = functools.partial(SCAN)  # of a complex A
 
 # In a fresh process each: the library chooses its instruction set once.
 CHECKED = """
@@ -31,12 +32,14 @@ import torch
 torch.set_num_threads(1)
 assert native.info()["isa"] == "{isa}", native.info()
 base = dict(b=1, l=67, d=37)
-for n in (1, 2, 3, 5, 8, 16, 17, 32, 64, 100, 256):
-    check("selective_scan", "cpu", cases=[dict(b=1, l=9, d=5, n=n)], dtypes=[torch.float32])
-odd = [dict(b=1, l=67, d=37, n=7), dict(fixed=True), dict(delta=30.0), dict(packed=True, b=1, l=21), dict(g=3)]
+for n in (1, 2, 3, 5, 7, 8, 16, 17, 32, 64, 100, 255, 256):
+    check("selective_scan", "cpu", cases=[dict(b=1, l=9, d=5, n=n, complex=n % 2 == 1)], dtypes=[torch.float32])
+odd = [dict(b=1, l=67, d=37, n=7), dict(fixed="BC"), dict(delta=30.0), dict(packed=True, b=1, l=21), dict(g=3)]
+odd += [dict(b=1, l=67, d=37, n=7, complex=True), dict(fixed="C", complex=True, frequency=1e3)]
 halves = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 check("selective_scan", "cpu", cases=odd, dtypes=halves)
-check("selective_scan_step", "cpu", cases=[dict(d=37, n=7), dict(d=5, n=17), dict(g=3)], dtypes=halves)
+now = [dict(d=37, n=7), dict(d=5, n=17), dict(g=3), dict(d=5, n=17, complex=True)]
+check("selective_scan_step", "cpu", cases=now, dtypes=halves)
 small = [dict(w=3), dict(w=4, d=37, l=67), dict(w=7), dict(w=4, x=1e-3), dict(packed=True, b=1, l=21)]
 check("causal_conv1d", "cpu", cases=small, dtypes=halves)
 check("causal_conv1d_step", "cpu", cases=[dict(w=1), dict(w=4, d=37), dict(w=6)], dtypes=halves)
@@ -45,20 +48,22 @@ check("causal_conv1d_step", "cpu", cases=[dict(w=1), dict(w=4, d=37), dict(w=6)]
 
 @pytest.fixture
 def scan_inputs(randn):
-    def make(dtype=torch.float32, *, b=2, l=100, d=70, n=16, g=None, cu_seqlens=None, state=True):
+    def make(dtype=torch.float32, *, b=2, l=100, d=70, n=16, g=None, cu_seqlens=None, state=True, complex=False):
         wide = torch.promote_types(dtype, torch.float32)
+        number = torch.promote_types(wide, torch.complex64) if complex else wide
+        A = -randn(d, n, dtype=wide).abs()
         s = b if cu_seqlens is None else len(cu_seqlens) - 1
         groups = () if g is None else (g,)
         made = {
             "u": randn(b, l, d, dtype=dtype),
             "delta": randn(b, l, d, dtype=dtype),
-            "A": -randn(d, n, dtype=wide).abs(),
-            "B": randn(b, l, *groups, n, dtype=dtype),
-            "C": randn(b, l, *groups, n, dtype=dtype),
+            "A": torch.complex(A, 3 * randn(d, n, dtype=wide)) if complex else A,
+            "B": randn(b, l, *groups, n, dtype=number if complex else dtype),
+            "C": randn(b, l, *groups, n, dtype=number if complex else dtype),
             "D": randn(d, dtype=wide),
             "z": randn(b, l, d, dtype=dtype),
             "delta_bias": randn(d, dtype=wide),
-            "initial_state": randn(s, d, n, dtype=wide) if state else None,
+            "initial_state": randn(s, d, n, dtype=number) if state else None,
         }
         if cu_seqlens is not None:
             made["cu_seqlens"] = torch.tensor(cu_seqlens, dtype=torch.int32)
@@ -87,10 +92,15 @@ def conv_inputs(randn):
 
 @pytest.fixture
 def inputs(request, scan_inputs, conv_inputs):
-    return {SCAN: scan_inputs, CONV: conv_inputs}
+    return {SCAN: scan_inputs, COMPLEX: functools.partial(scan_inputs, complex=True), CONV: conv_inputs}
 
 
-EACH = pytest.mark.parametrize("function", [SCAN, CONV], ids=["selective_scan", "causal_conv1d"])
+EACH = pytest.mark.parametrize(
+    "function", [SCAN, COMPLEX, CONV], ids=["selective_scan", "complex selective_scan", "causal_conv1d"]
+)
+
+
+REAL_AND_COMPLEX = pytest.mark.parametrize("complex", [False, True], ids=["real", "complex"])
 
 
 @pytest.fixture
@@ -122,15 +132,19 @@ def test_every_instruction_set(isa):
     assert answer.returncode == 0, answer.stderr[-4000:]
 
 
+@REAL_AND_COMPLEX
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 16, 17, 32, 64, 100, 256])
-def test_any_state_size(n, scan_inputs, run, assert_same):
-    made = scan_inputs(torch.float64, b=1, l=11, d=5, n=n)
+def test_any_state_size(n, complex, scan_inputs, run, assert_same):
+    made = scan_inputs(torch.float64, b=1, l=11, d=5, n=n, complex=complex)
     assert_same(run(SCAN, **made), run(SCAN_REFERENCE, **made))
 
 
+@REAL_AND_COMPLEX
 @pytest.mark.parametrize("n", [16, 40])
-def test_across_chunks(n, scan_inputs, run, assert_same):
-    made = scan_inputs(torch.float64, b=1, l=2 * scan_cpu._chunk(torch.empty(1, n)) + 3, d=66, n=n)
+def test_across_chunks(n, complex, scan_inputs, run, assert_same):
+    n = n // 2 if complex else n
+    A = scan_inputs(d=1, n=n, complex=complex)["A"]
+    made = scan_inputs(torch.float64, b=1, l=2 * chunk_length(A) + 3, d=66, n=n, complex=complex)
     assert_same(run(SCAN, **made), run(SCAN_REFERENCE, **made))
 
 
@@ -164,6 +178,16 @@ def test_windows_of_positions(scan_inputs, run, assert_same):
     assert_same(run(SCAN, **made), run(functools.partial(SCAN, implementation="tiled"), **made))
 
 
+def test_windows_of_positions_of_complex_states(scan_inputs, run, assert_same):
+    """A complex A without an imaginary part, which stands for itself and its conjugate, is twice the real one."""
+    made = scan_inputs(torch.float64, b=1, l=1030, d=64, n=128, g=32, state=False)
+    scan = functools.partial(SCAN, return_final_state=False)
+    found = run(scan, **{name: v + 0j if name in ("A", "B", "C") else v for name, v in made.items()})
+    expected = run(functools.partial(scan, implementation="tiled"), **made | {"C": 2 * made["C"]})
+    expected["gradient of C"] *= 2
+    assert_same({name: f.real for name, f in found.items()}, expected)
+
+
 @EACH
 @pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
 def test_the_same_bits_on_any_number_of_threads(function, packed, inputs, run, on_threads):
@@ -184,10 +208,11 @@ def test_a_sequence_has_its_bits_in_any_company(function, inputs, run):
 
 @EACH
 def test_half_precision_is_float32_rounded_at_the_end(function, inputs):
-    for dtype, wide in itertools.product((torch.bfloat16, torch.float16), (torch.float32,)):
+    for dtype in (torch.bfloat16, torch.float16):
         made = inputs[function](dtype, l=70, d=37)
         y, state = function(**made)
-        wide_y, wide_state = function(**{n: v.to(wide) for n, v in made.items()})
+        wide = {n: v.to(torch.promote_types(v.dtype, torch.float32)) for n, v in made.items()}
+        wide_y, wide_state = function(**wide)
         assert torch.equal(y, wide_y.to(dtype))
         assert torch.equal(state, wide_state)
 
@@ -201,14 +226,66 @@ def test_half_precision_keeps_every_kind_of_number(value, dtype):
 
 
 @pytest.mark.parametrize("name", ["u", "delta", "A", "B", "C", "z", "initial_state"])
-@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-def test_what_is_not_finite_goes_where_the_reference_lets_it(name, value, scan_inputs):
-    made = scan_inputs(b=1, l=9, d=5, n=3)
+@pytest.mark.parametrize(
+    ("value", "complex"),
+    [(torch.inf, False), (-torch.inf, False), (torch.nan, False), (torch.nan, True)],
+    ids=["inf", "-inf", "nan", "nan, complex"],
+)
+def test_what_is_not_finite_goes_where_the_reference_lets_it(name, value, complex, scan_inputs):
+    made = scan_inputs(b=1, l=9, d=5, n=3, complex=complex)
     made[name][(0,) * (made[name].ndim - 1)][1] = value
     for found, wanted in zip(SCAN(**made), SCAN_REFERENCE(**made), strict=True):
         assert torch.equal(found.isnan(), wanted.isnan())
         assert torch.equal(found.isinf(), wanted.isinf())
         torch.testing.assert_close(found, wanted, equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("turns", [1.0, 1e3, 1e5])
+def test_angles_of_many_turns(turns, scan_inputs, assert_in_budget):
+    """One step turns the state by about so many radians, an angle that float32 knows, in the end, to 0.1 or so."""
+    made = scan_inputs(b=1, l=9, d=37, n=5, complex=True)
+    made["A"] = torch.complex(made["A"].real / 100, made["A"].imag * turns)
+    made["delta"] = made["delta"].abs()
+    exact = {"delta_softplus": False, "delta_bias": None}  # a Δ of one rounding more is an angle of one more
+    assert_in_budget(SCAN, SCAN_REFERENCE, **made | exact)
+
+
+def test_a_whole_turn_is_none():
+    """exp(2 pi i k) = 1, where the angle is a product that float32 would round."""
+    k = torch.arange(1, 33, dtype=torch.float64)
+    A = torch.complex(torch.zeros(1, 32, dtype=torch.float64), (2 * torch.pi * k)[None])
+    one = torch.ones(1, 1, 1, dtype=torch.float64)
+    state = torch.ones(1, 1, 32, dtype=torch.complex128)
+    B = torch.zeros(1, 1, 32, dtype=torch.float64)
+    _, found = SCAN(one, one, A, B, B, initial_state=state, delta_softplus=False)
+    torch.testing.assert_close(found, state, rtol=0, atol=1e-13)
+
+
+def test_conjugate_views(scan_inputs, run, assert_same):
+    """Conjugates that PyTorch has not yet computed count as such, also in the final state's gradient."""
+    made = scan_inputs(torch.float64, l=5, d=3, n=2, complex=True)
+
+    def of_conjugates(**arguments):
+        y, state = SCAN(**{n: v.conj() if v.is_complex() else v for n, v in arguments.items()})
+        return y, state.conj()
+
+    def of_copies(**arguments):
+        y, state = SCAN_REFERENCE(**{n: v.conj().resolve_conj() for n, v in arguments.items()})
+        return y, state.conj().resolve_conj()
+
+    assert_same(run(of_conjugates, **made), run(of_copies, **made))
+
+
+@torch.no_grad()
+def test_complex_steps_are_the_scan(scan_inputs):
+    made = scan_inputs(l=7, d=37, n=5, g=1, complex=True)
+    y, final_state = SCAN(**made)
+    state = made.pop("initial_state").conj().resolve_conj().conj()  # a view, which is to be written all the same
+    for t in range(7):
+        now = {k: v[:, t] if k in ("u", "delta", "B", "C", "z") else v for k, v in made.items()}
+        found = selective_scan_step(state, **now, delta_softplus=True, implementation="cpu")
+        torch.testing.assert_close(found, y[:, t])
+    torch.testing.assert_close(state.resolve_conj(), final_state)
 
 
 @pytest.mark.parametrize("growth", [0.5, 3.0, 30.0, 200.0])
@@ -231,8 +308,8 @@ def test_memory_above_inputs_and_outputs(scan_inputs):
 def test_what_it_cannot_do_is_said(scan_inputs):
     made = scan_inputs(l=3, d=2, n=2)
     assert explain(selective_scan, **made).chosen == "cpu"
-    complex_A = made | {"A": made["A"].to(torch.complex64), "initial_state": made["initial_state"].to(torch.complex64)}
-    assert "complex A" in explain(selective_scan, **complex_A).reasons["cpu"]
+    stateless = made | {name: made[name][..., :0] for name in ("A", "B", "C", "initial_state")}
+    assert "no states" in explain(selective_scan, **stateless).reasons["cpu"]
     on_meta = {name: value.to("meta") for name, value in made.items()}
     assert "must be on the CPU; `u` is on meta" in explain(selective_scan, **on_meta).reasons["cpu"]
     state, x, weight = torch.zeros(1, 3, 2), torch.zeros(1, 2), torch.zeros(2, 4, requires_grad=True)
@@ -246,6 +323,8 @@ def test_opcheck(cu_seqlens, scan_inputs, conv_inputs, opcheck):
     shape = {"b": 2 if cu_seqlens is None else 1, "l": 17, "d": 5, "cu_seqlens": cu_seqlens}
     made = {"cu_seqlens": None, **scan_inputs(**shape, n=3)}
     opcheck(scan_cpu.scan, made | {"delta_softplus": True, "save": True})
+    made = {"cu_seqlens": None, **scan_inputs(**shape, n=3, complex=True)}
+    opcheck(scan_cpu.scan, made | {"B": made["B"].real.clone(), "delta_softplus": True, "save": True})
     opcheck(conv_cpu.conv, {"cu_seqlens": None, **conv_inputs(**shape)} | {"activation": "silu"})
 
 
@@ -262,7 +341,12 @@ def test_the_steps_compile(scan_inputs, conv_inputs):
     conv = conv_inputs(b=2, l=1, d=5)
     conv_state = conv.pop("initial_state")
     conv["x"] = conv["x"][:, 0]
-    for step, state, rest in ((selective_scan_step, scan_state, now), (causal_conv1d_step, conv_state, conv)):
+    turning = now | {"A": now["A"] * (1 + 1j)}
+    for step, state, rest in (
+        (selective_scan_step, scan_state, now),
+        (selective_scan_step, scan_state + 1j, turning),
+        (causal_conv1d_step, conv_state, conv),
+    ):
         eager, compiled = state.clone(), state.clone()
         torch._dynamo.reset()
         found = torch.compile(step, fullgraph=True, backend="aot_eager")(compiled, **rest)

@@ -51,7 +51,7 @@ SCAN = [
     {"n": 256, "l": 2, "d": 2, "b": 1},
     {"d": 9, "g": 3, "l": 3, "n": 2},
     {"d": 33, "l": 2, "n": 16, "b": 1},  # several blocks of channels
-    {"fixed": True, "l": 3, "d": 2},
+    {"fixed": "BC", "l": 3, "d": 2},
     {"b": 1, "packed": True, "l": 7, "d": 2, "g": 2},
     {"layout": "strided", "l": 3},
     {"layout": "far", "b": 1, "l": 3, "d": 2},

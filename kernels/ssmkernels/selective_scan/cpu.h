@@ -7,11 +7,12 @@
 
 #include "native/math.h"
 #include "native/parallel.h"
-#include "native/tiles.h"
+#include "selective_scan/cpu_numbers.h"
 
 namespace ssmzoo {
 
-// As in cpu.py. Strides count elements; the last axis is contiguous. S is float, or double where activations are.
+// As in cpu_arguments.py. S is float, or double where activations are. A, B, C and all states are real or complex; if
+// complex, two reals a number: n and strides count reals. The last axis is contiguous.
 struct ScanArguments {
     const void *u, *delta, *z;                          // (b l d), any floating dtype; z may be null
     const void *A, *B, *C;                              // S: (d n); (b l g n), or (d n) where fixed
@@ -49,29 +50,34 @@ inline Tile tile(const ScanArguments& a, int64_t i) {
 }
 
 // How the input map B, or the output map C, is read at time t: one number for all lanes, or one a channel for all time.
-template <class S, bool fixed>
+template <class K, bool fixed>
 struct Map {
-    const S* p;
-    int64_t stride;  // over time, or over n where fixed
+    const typename K::S* p;
+    int64_t stride;  // over time, where there is one
 
-    SSMZOO_INLINE typename Lanes<S>::V operator()(int64_t t, int64_t j, int64_t c) const {
-        return fixed ? load(p + j * stride + c) : splat<S>(p[t * stride + j]);
+    SSMZOO_INLINE typename K::Number operator()(int64_t t, int64_t j, int64_t c) const {
+        return fixed ? K::load(p + j * K::parts * kTile + c, kTile) : K::splat(p + t * stride + j * K::parts);
     }
 };
 
 // A tile of parameters and its walk through a sequence. All scratch arrays are (., 64).
-template <class S>
+template <class K>
 struct Walk {
-    S *A, *A_log2e, *B, *C, *D, *bias, *h;  // B and C where fixed; h is the state (n 64)
-    S *dt, *dtu;                  // of the present chunk
-    S largest_A;
+    typedef typename K::S S;
+    typedef typename K::V V;
 
-    static int64_t size(int64_t n, int64_t chunk) { return (5 * n + 2 * chunk + 2) * kTile; }
+    S *A, *rates, *B, *C, *D, *bias, *h;  // B and C where fixed; h is the state (n 64)
+    S *dt, *dtu;                          // of the present chunk
+    S limit;                              // of |dt|, for decays to go unguarded
+
+    static int64_t size(int64_t n, int64_t chunk) {
+        return (4 * n + n / K::parts * K::rate_parts + 2 * chunk + 2) * kTile;
+    }
 
     S* take(S* p, int64_t n, int64_t chunk) {
         A = p;
-        A_log2e = A + n * kTile;
-        B = A_log2e + n * kTile;
+        rates = A + n * kTile;
+        B = rates + n / K::parts * K::rate_parts * kTile;
         C = B + n * kTile;
         h = C + n * kTile;
         dt = h + n * kTile;
@@ -81,40 +87,50 @@ struct Walk {
         return bias + kTile;
     }
 
+    SSMZOO_INLINE typename K::Rate rate(int64_t j, int64_t c) const {
+        return K::load_rate(rates + j * K::rate_parts * kTile + c);
+    }
+
     void read_tile(const ScanArguments& a, Tile tile) {
         const int64_t offset = tile.first * a.n;
         read_transposed(A, at<S>(a.A, offset), a.n, tile.channels, S(1));
-        read_transposed(A_log2e, at<S>(a.A, offset), a.n, tile.channels, Constants<S>::log2e);
         if (a.fixed_B) read_transposed(B, at<S>(a.B, offset), a.n, tile.channels, S(1));
         if (a.fixed_C) read_transposed(C, at<S>(a.C, offset), a.n, tile.channels, S(1));
         read_parameters(D, a.D, tile.first, tile.channels);
         read_parameters(bias, a.delta_bias, tile.first, tile.channels);
-        largest_A = S(0);
-        for (int64_t i = 0; i < a.n * kTile; ++i) {
-            const S size = A_log2e[i] < 0 ? -A_log2e[i] : A_log2e[i];
-            if (!(size <= largest_A)) largest_A = size;  // NaN counts as larger than anything
-        }
+        S largest = S(0);
+        bool finite = true;
+        for (int64_t j = 0; j < a.n / K::parts; ++j)
+            for (int64_t c = 0; c < kTile; c += Lanes<S>::count) {
+                const typename K::Rate rate = K::rate(K::load(A + j * K::parts * kTile + c, kTile));
+                K::store_rate(rates + j * K::rate_parts * kTile + c, rate);
+                S reach[Lanes<S>::count];
+                store(reach, K::reach(rate));
+                for (const S size : reach) {
+                    finite = finite && size - size == S(0);
+                    if (size > largest) largest = size;
+                }
+            }
+        limit = finite ? exp2_safe<S> / (largest + S(1)) : S(-1);
     }
 
     template <bool fixed>
-    Map<S, fixed> map_B(const ScanArguments& a, Tile tile, const Sequence& s, int64_t t0) const {
-        if (fixed) return {B, kTile};
+    Map<K, fixed> map_B(const ScanArguments& a, Tile tile, const Sequence& s, int64_t t0) const {
+        if (fixed) return {B, 0};
         return {at<S>(a.B, s.batch * a.B_batch + (s.start + t0) * a.B_time + tile.group * a.n), a.B_time};
     }
 
     template <bool fixed>
-    Map<S, fixed> map_C(const ScanArguments& a, Tile tile, const Sequence& s, int64_t t0) const {
-        if (fixed) return {C, kTile};
+    Map<K, fixed> map_C(const ScanArguments& a, Tile tile, const Sequence& s, int64_t t0) const {
+        if (fixed) return {C, 0};
         return {at<S>(a.C, s.batch * a.C_batch + (s.start + t0) * a.C_time + tile.group * a.n), a.C_time};
     }
 
-    // u, delta → dt, dtu. Returns whether exp2 may go unguarded: |dt A| is small throughout, and nothing is NaN.
+    // u, delta → dt, dtu. Returns whether decays may go unguarded: |dt A| is small throughout, and nothing is NaN.
     template <class T>
     bool read_steps(const ScanArguments& a, Tile tile, const Sequence& s, int64_t t0, int64_t steps) {
-        using V = typename Lanes<S>::V;
         const T* u = at<T>(a.u, s.batch * a.u_batch + (s.start + t0) * a.u_time + tile.first);
         const T* delta = at<T>(a.delta, s.batch * a.delta_batch + (s.start + t0) * a.delta_time + tile.first);
-        const S limit = exp2_safe<S> / (largest_A + S(1));
         const V bound = splat<S>(limit);
         auto safe = bound == bound;
         for (int64_t t = 0; t < steps; ++t)

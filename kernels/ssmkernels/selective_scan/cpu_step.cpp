@@ -1,10 +1,11 @@
 // One step of the selective scan. Bound by memory: the state (d n) is read and written as it lies, lanes over n.
 #include "native/math.h"
 #include "native/parallel.h"
-#include "native/tiles.h"
+#include "selective_scan/cpu_numbers.h"
 
 namespace ssmzoo {
 
+// As in cpu_step.py; as in cpu.h, n and strides count reals.
 struct ScanStepArguments {
     void* state;                            // S: (b d n), contiguous
     const void *u, *delta, *z;              // (b d); z may be null
@@ -18,12 +19,13 @@ namespace SSMZOO_ISA {
 namespace {
 
 // Up to as many channels as a vector has lanes, from the first on: their sums over n of C h, one in each lane.
-template <class S>
-typename Lanes<S>::V advance(const ScanStepArguments& a, int64_t batch, int64_t first, int64_t channels, const S* dt,
-                             const S* dtu) {
-    using V = typename Lanes<S>::V;
+template <class K>
+typename K::V advance(const ScanStepArguments& a, int64_t batch, int64_t first, int64_t channels,
+                      const typename K::S* dt, const typename K::S* dtu) {
+    typedef typename K::S S;
+    using V = typename K::V;
     constexpr int lanes = Lanes<S>::count;
-    const int64_t per_B = a.d / a.groups_B, per_C = a.d / a.groups_C;
+    const int64_t states = a.n / K::parts, per_B = a.d / a.groups_B, per_C = a.d / a.groups_C;
     V sums[lanes];
     for (int c = 0; c < lanes; ++c) {
         sums[c] = V{};
@@ -34,22 +36,22 @@ typename Lanes<S>::V advance(const ScanStepArguments& a, int64_t batch, int64_t 
         const S* C = at<S>(a.C, batch * a.C_batch + channel / per_C * a.n);
         S* h = static_cast<S*>(a.state) + (batch * a.d + channel) * a.n;
         const V step = splat(dt[c]), input = splat(dtu[c]);
-        for (int64_t j = 0; j < a.n; j += lanes) {
-            const int64_t count = a.n - j;
-            const V decay = exp2_product<S, true>(step, read_some(A + j, count) * splat(Constants<S>::log2e));
-            const V now = fma(decay, read_some(h + j, count), input * read_some(B + j, count));
-            write_some(h + j, now, count);
-            sums[c] = fma(now, read_some(C + j, count), sums[c]);
+        for (int64_t j = 0; j < states; j += lanes) {
+            const int64_t i = j * K::parts, count = states - j;
+            const auto decay = K::template decay<true>(step, K::rate(K::read_some(A + i, count)));
+            const auto now = fma(decay, K::read_some(h + i, count), input * K::read_some(B + i, count));
+            K::write_some(h + i, now, count);
+            sums[c] = fma_real(now, K::read_some(C + i, count), sums[c]);
         }
     }
     return sum_lanes<S, lanes>(sums);
 }
 
-template <class T>
-int scan_step(const ScanStepArguments& a) {
-    typedef typename Sum<T>::type S;
+template <class K, class T>
+int scan_step_as(const ScanStepArguments& a) {
+    typedef typename K::S S;
     constexpr int lanes = Lanes<S>::count;
-    using V = typename Lanes<S>::V;
+    using V = typename K::V;
     const int64_t tiles = ceil_div(a.d, kTile);
     return parallel_for(a.batch * tiles, a.threads, 0, [&](int64_t i, char*) {
         const int64_t batch = i / tiles, tile = i % tiles * kTile;
@@ -62,12 +64,22 @@ int scan_step(const ScanStepArguments& a) {
             S steps[lanes], inputs[lanes];
             store(steps, dt);
             store(inputs, dt * u);
-            V y = advance(a, batch, first, minimum(count, lanes), steps, inputs);
+            V y = advance<K>(a, batch, first, minimum(count, lanes), steps, inputs);
             if (a.D) y = fma(read_some(at<S>(a.D, first), count), u, y);
             if (a.z) y = y * silu<S>(read_some(at<T>(a.z, batch * a.z_batch + first), count));
             write_some(static_cast<T*>(a.y) + batch * a.d + first, y, count);
         }
     });
+}
+
+template <template <class> class Numbers>
+int scan_step(const ScanStepArguments& a) {
+    switch (a.dtype) {
+        case 0: return scan_step_as<Numbers<float>, float>(a);
+        case 1: return scan_step_as<Numbers<double>, double>(a);
+        case 2: return scan_step_as<Numbers<float>, bfloat16>(a);
+        default: return scan_step_as<Numbers<float>, float16>(a);
+    }
 }
 
 }  // namespace
@@ -76,10 +88,10 @@ int scan_step(const ScanStepArguments& a) {
 
 SSMZOO_EXPORT(selective_scan_step)(const ssmzoo::ScanStepArguments* a) {
     using namespace ssmzoo::SSMZOO_ISA;
-    switch (a->dtype) {
-        case 0: return scan_step<float>(*a);
-        case 1: return scan_step<double>(*a);
-        case 2: return scan_step<bfloat16>(*a);
-        default: return scan_step<float16>(*a);
-    }
+    return scan_step<Real>(*a);
+}
+
+SSMZOO_EXPORT(selective_scan_complex_step)(const ssmzoo::ScanStepArguments* a) {
+    using namespace ssmzoo::SSMZOO_ISA;
+    return scan_step<Complex>(*a);
 }

@@ -14,8 +14,10 @@ BASE = {
     "d": 6,
     "n": 4,
     "g": None,  # groups of B and C; None for (b l n)
-    "fixed": False,  # B and C without time
+    "fixed": "",  # which of B and C have no time
     "complex": False,
+    "real_maps": False,  # real B and C beside a complex A
+    "frequency": 1.0,  # scale of a complex A's imaginary part
     "D": True,
     "z": True,
     "bias": True,
@@ -46,9 +48,25 @@ ROWS = (
     {"g": 1},
     {"g": 3},
     {"g": 6},
-    {"fixed": True},
+    {"fixed": "BC"},
+    {"fixed": "B"},
+    {"fixed": "C", "g": 2},
+    {"fixed": "C", "b": 1, "packed": True, "l": 21},
     {"complex": True},
-    {"complex": True, "fixed": True},
+    {"complex": True, "fixed": "BC"},
+    {"complex": True, "fixed": "B", "g": 3},
+    {"complex": True, "fixed": "C"},
+    {"complex": True, "real_maps": True},
+    {"complex": True, "b": 1, "packed": True, "l": 21, "g": 2},
+    {"complex": True, "b": 1, "packed": True, "l": 21, "state": False, "fixed": "BC", "real_maps": True},
+    {"complex": True, "n": 1},
+    {"complex": True, "n": 17},
+    {"complex": True, "n": 64, "d": 2, "z": False},
+    {"complex": True, "l": 65, "d": 33, "b": 1},
+    {"complex": True, "frequency": 1e3},
+    {"complex": True, "frequency": 1e3, "decay": 1e-3},
+    {"complex": True, "delta": 30.0},
+    {"complex": True, "layout": "strided"},
     {"z": False},
     {"D": False},
     {"bias": False},
@@ -70,17 +88,18 @@ ROWS = (
 def make(case: Case, draw: Draw) -> dict[str, Any]:
     b, l, d, n, g = (case[key] for key in "bldng")
     number = draw.complex_normal if case["complex"] else draw.normal
+    map_number = draw.normal if case["real_maps"] else number
     borders = draw.borders(l) if case["packed"] else None
     s = b if borders is None else len(borders) - 1
-    shape = (d, n) if case["fixed"] else (b, l, n) if g is None else (b, l, g, n)
+    timed = (b, l, n) if g is None else (b, l, g, n)
     A = -draw.uniform(0.1, 1.0, d, n) * case["decay"]
     delta = draw.normal(b, l, d) if case["softplus"] else draw.uniform(0.05, 0.5, b, l, d)
     return {
         "u": draw.normal(b, l, d, scale=case["x"]),
         "delta": delta * case["delta"],
-        "A": torch.complex(A, draw.normal(d, n)) if case["complex"] else A,
-        "B": number(*shape),
-        "C": number(*shape),
+        "A": torch.complex(A, draw.normal(d, n, scale=case["frequency"])) if case["complex"] else A,
+        "B": map_number(*((d, n) if "B" in case["fixed"] else timed)),
+        "C": map_number(*((d, n) if "C" in case["fixed"] else timed)),
         "D": draw.normal(d) if case["D"] else None,
         "z": draw.normal(b, l, d) if case["z"] else None,
         "delta_bias": draw.normal(d) if case["bias"] else None,
@@ -92,7 +111,7 @@ def make(case: Case, draw: Draw) -> dict[str, Any]:
 
 
 def make_step(case: Case, draw: Draw) -> dict[str, Any]:
-    scan = make({**case, "l": 1, "packed": False, "fixed": False, "state": True}, draw)
+    scan = make({**case, "l": 1, "packed": False, "fixed": "", "state": True}, draw)
     timed = ("u", "delta", "B", "C", "z")
     step = {name: value[:, 0] if name in timed and value is not None else value for name, value in scan.items()}
     step["state"] = step.pop("initial_state")
@@ -101,12 +120,15 @@ def make_step(case: Case, draw: Draw) -> dict[str, Any]:
 
 
 def flops(case: Case) -> float:
-    """Six for each state and step: Δ·A and its exponential counted as one each, decay, input, output."""
-    return 6.0 * case["b"] * case["l"] * case["d"] * case["n"]
+    """Six for each state and step: Δ·A and its exponential counted as one each, decay, input, output.
+
+    Complex ones count as twenty: a product of two is six, the exponential is one with sine and cosine beside it.
+    """
+    return (20.0 if case["complex"] else 6.0) * case["b"] * case["l"] * case["d"] * case["n"]
 
 
 def batched(case: Case) -> dict[str, str]:
-    timed = ("u", "delta", "z") if case["fixed"] else ("u", "delta", "z", "B", "C")
+    timed = [name for name in ("u", "delta", "z", "B", "C") if name not in case["fixed"]]
     return {**dict.fromkeys(timed, "cu_seqlens"), "initial_state": ""}
 
 

@@ -1,0 +1,7 @@
+// The selective scan of complex states, backward.
+#include "selective_scan/cpu_backward.h"
+
+SSMZOO_EXPORT(selective_scan_complex_backward)(const ssmzoo::ScanBackwardArguments* b) {
+    using namespace ssmzoo::SSMZOO_ISA;
+    return scan_backward<Complex>(*b);
+}

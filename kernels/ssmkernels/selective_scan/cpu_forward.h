@@ -1,0 +1,113 @@
+// The selective scan, forward: h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t,  y_t = C_t h_t + D u_t, times silu(z_t).
+#pragma once
+
+#include "selective_scan/cpu.h"
+
+namespace ssmzoo {
+namespace SSMZOO_ISA {
+
+// N states from the j-th on, for one vector of channels c, through a chunk: adds their part to y.
+template <class K, int N, bool fixed_B, bool fixed_C, bool guarded>
+void advance(const Walk<K>& w, Map<K, fixed_B> B, Map<K, fixed_C> C, typename K::S* y, int64_t j, int64_t c,
+             int64_t steps) {
+    using V = typename K::V;
+    typename K::Rate A[N];
+    typename K::Number h[N];
+    for (int i = 0; i < N; ++i) {
+        A[i] = w.rate(j + i, c);
+        h[i] = K::load(w.h + (j + i) * K::parts * kTile + c, kTile);
+    }
+    for (int64_t t = 0; t < steps; ++t) {
+        const V dt = load(w.dt + t * kTile + c), dtu = load(w.dtu + t * kTile + c);
+        V sum = load(y + t * kTile + c);
+        for (int i = 0; i < N; ++i) {
+            h[i] = fma(K::template decay<guarded>(dt, A[i]), h[i], dtu * B(t, j + i, c));
+            sum = fma_real(h[i], C(t, j + i, c), sum);
+        }
+        store(y + t * kTile + c, sum);
+    }
+    for (int i = 0; i < N; ++i) K::store(w.h + (j + i) * K::parts * kTile + c, kTile, h[i]);
+}
+
+template <class K, bool fixed_B, bool fixed_C, bool guarded>
+void advance_all(const Walk<K>& w, Map<K, fixed_B> B, Map<K, fixed_C> C, typename K::S* y, int64_t n,
+                 int64_t channels, int64_t steps) {
+    for (int64_t c = 0; c < channels; c += Lanes<typename K::S>::count)
+        in_groups<K::forward_states>(n / K::parts, [&](auto count, int64_t j) {
+            advance<K, decltype(count)::value, fixed_B, fixed_C, guarded>(w, B, C, y, j, c, steps);
+        });
+}
+
+template <class K, class T, bool fixed_B, bool fixed_C>
+void scan_tile(const ScanArguments& a, const Sequence& s, Tile tile, char* scratch) {
+    typedef typename K::S S;
+    using V = typename K::V;
+    Walk<K> w;
+    S* y = w.take(reinterpret_cast<S*>(scratch), a.n, a.chunk);
+    const int64_t state = (s.index * a.d + tile.first) * a.n;
+    w.read_tile(a, tile);
+    if (a.initial)
+        read_transposed(w.h, at<S>(a.initial, state), a.n, tile.channels, S(1));
+    else
+        memset(w.h, 0, sizeof(S) * static_cast<size_t>(a.n * kTile));
+    for (int64_t t0 = 0; t0 < s.length; t0 += a.chunk) {
+        const int64_t steps = minimum(a.chunk, s.length - t0);
+        if (a.starts) {
+            S* start = static_cast<S*>(a.starts) + (s.first_chunk + t0 / a.chunk) * a.n * a.d + tile.first;
+            for (int64_t j = 0; j < a.n; ++j)
+                memcpy(start + j * a.d, w.h + j * kTile, sizeof(S) * static_cast<size_t>(tile.channels));
+        }
+        const bool safe = w.template read_steps<T>(a, tile, s, t0, steps);
+        const T* u = at<T>(a.u, s.batch * a.u_batch + (s.start + t0) * a.u_time + tile.first);
+        for (int64_t t = 0; t < steps; ++t)
+            for (int64_t c = 0; c < tile.channels; c += Lanes<S>::count) {
+                const V x = read_some(u + t * a.u_time + c, tile.channels - c);
+                store(y + t * kTile + c, a.D ? load(w.D + c) * x : V{});
+            }
+        const Map<K, fixed_B> B = w.template map_B<fixed_B>(a, tile, s, t0);
+        const Map<K, fixed_C> C = w.template map_C<fixed_C>(a, tile, s, t0);
+        if (safe)
+            advance_all<K, fixed_B, fixed_C, false>(w, B, C, y, a.n, tile.channels, steps);
+        else
+            advance_all<K, fixed_B, fixed_C, true>(w, B, C, y, a.n, tile.channels, steps);
+        T* out = static_cast<T*>(a.y) + (s.batch * a.length + s.start + t0) * a.d + tile.first;
+        const T* z = a.z ? at<T>(a.z, s.batch * a.z_batch + (s.start + t0) * a.z_time + tile.first) : nullptr;
+        for (int64_t t = 0; t < steps; ++t)
+            for (int64_t c = 0; c < tile.channels; c += Lanes<S>::count) {
+                V sum = load(y + t * kTile + c);
+                if (z) sum = sum * silu<S>(read_some(z + t * a.z_time + c, tile.channels - c));
+                write_some(out + t * a.d + c, sum, tile.channels - c);
+            }
+    }
+    write_transposed(static_cast<S*>(a.final_state) + state, w.h, a.n, tile.channels);
+}
+
+template <class K, class T>
+int scan_as(const ScanArguments& a) {
+    typedef typename K::S S;
+    const int64_t tiles = a.groups * tiles_per_group(a);
+    const size_t bytes = sizeof(S) * static_cast<size_t>(Walk<K>::size(a.n, a.chunk) + a.chunk * kTile);
+    return parallel_for(a.sequences * tiles, a.threads, bytes, [&](int64_t i, char* scratch) {
+        const Sequence s = sequence(a, i / tiles);
+        const Tile t = tile(a, i % tiles);
+        if (a.fixed_B && a.fixed_C) return scan_tile<K, T, true, true>(a, s, t, scratch);
+        if (a.fixed_B) return scan_tile<K, T, true, false>(a, s, t, scratch);
+        if (a.fixed_C) return scan_tile<K, T, false, true>(a, s, t, scratch);
+        return scan_tile<K, T, false, false>(a, s, t, scratch);
+    });
+}
+
+// Numbers are Real or Complex.
+template <template <class> class Numbers>
+int scan(const ScanArguments& a) {
+    switch (a.dtype) {
+        case 0: return scan_as<Numbers<float>, float>(a);
+        case 1: return scan_as<Numbers<double>, double>(a);
+        case 2: return scan_as<Numbers<float>, bfloat16>(a);
+        default: return scan_as<Numbers<float>, float16>(a);
+    }
+}
+
+}  // namespace SSMZOO_ISA
+}  // namespace ssmzoo
+

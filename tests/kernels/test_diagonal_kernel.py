@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import subprocess
 import sys
@@ -209,6 +210,35 @@ def test_every_instruction_set(isa):
     run = subprocess.run(
         [sys.executable, "-c", ISA_PROGRAM.format(isa=isa)],
         env={**os.environ, "SSMZOO_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+INTERPRETED = """
+from ssmkernels import OPS
+from ssmkernels.testing import check
+import torch
+torch.set_num_threads(1)
+rows = [dict(length=0), dict(length=65), dict(length=1), dict(n=17, complex=False), dict(length=1100, d=1, n=1)]
+rows += [dict(discretization="dss", decay=-1.0), dict(layout="strided"), dict(real_maps=True)]
+for cases, dtype in ((rows, torch.float32), (rows[1:4], torch.float64)):
+    report = check("diagonal_kernel", "triton", cases=cases, dtypes=[dtype])
+    assert not report.skipped, report
+arguments = torch.full((2, 3), -0.5 + 1j), *torch.randn(2, 2, 3, dtype=torch.complex64), torch.ones(2), 4, "dss"
+arguments = [a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments]
+torch.library.opcheck(OPS["diagonal_kernel"].implementation("triton").function.operator, tuple(arguments))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_triton_in_the_interpreter():
+    """In a process of its own: Triton reads the variable when it is imported."""
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", INTERPRETED],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
     )

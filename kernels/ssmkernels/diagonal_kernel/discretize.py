@@ -129,8 +129,8 @@ def _input_gain(A: Tensor, dt: Tensor) -> Tensor:
     z = dt * A
     small = z.abs() < 0.5
     near = torch.where(small, z, 0)  # here and below: neither branch sees what would spoil its gradient
-    series = torch.ones_like(z)
+    one = series = torch.ones_like(z)
     for k in range(16, 1, -1):
-        series = 1 + near / k * series
+        series = torch.addcmul(one, near, series, value=1 / k)
     quotient = (torch.exp(torch.where(small, 1, z)) - 1) / torch.where(small, 1, A)
     return torch.where(small, dt * series, quotient)

@@ -28,11 +28,12 @@ from ssmkernels.testing import check
 assert native.missing() is None, native.missing()
 torch.set_num_threads(2)
 odd = dict(b=1, l=67, d=37, n=7)
-scans = [odd, dict(g=3), dict(fixed="BC"), dict(fixed="C"), dict(b=1, packed=True, l=21), dict(l=0), dict(n=17)]
-steps = [dict(d=37, n=7), dict(n=17), dict(n=1)]
+scans = [odd, dict(g=3), dict(fixed="BC"), dict(b=1, packed=True, l=21), dict(l=0), dict(n=17)]
+scans += [dict(complex=True, **odd), dict(complex=True, fixed="C"), dict(complex=True, packed=True, b=1, l=21, g=2)]
+steps = [dict(d=37, n=7), dict(n=17), dict(n=17, complex=True), dict(n=1, complex=True)]
 for op, cases in {
-    "selective_scan": scans + [dict(complex=True, **row) for row in scans],
-    "selective_scan_step": steps + [dict(complex=True, **row) for row in steps],
+    "selective_scan": scans,
+    "selective_scan_step": steps,
     "causal_conv1d": [dict(w=4, d=37, l=67), dict(w=7), dict(w=3, b=1, packed=True, l=21), dict(l=0)],
     "causal_conv1d_step": [dict(w=4, d=37), dict(w=1)],
 }.items():

@@ -6,6 +6,7 @@ for it refuses with NotImplementedError.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,11 +37,11 @@ class MixerPeer:
 
 
 def transformers_mamba(mixer: Any) -> Twin:
-    """transformers' MambaMixer."""
-    from transformers import MambaConfig
-    from transformers.models.mamba.modeling_mamba import MambaMixer
-
-    config = MambaConfig(
+    """transformers' MambaMixer, or FalconMambaMixer where ours has its norms."""
+    kind, options = _kind(mixer)
+    folder = "falcon_mamba" if mixer.bcdt_norm else "mamba"
+    module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+    config = getattr(importlib.import_module("transformers"), f"{kind}Config")(
         hidden_size=mixer.d_model,
         state_size=mixer.d_state,
         conv_kernel=mixer.d_conv,
@@ -49,14 +50,17 @@ def transformers_mamba(mixer: Any) -> Twin:
         use_conv_bias=mixer.conv1d.bias is not None,
         use_bias=mixer.in_proj.bias is not None,
         num_hidden_layers=1,
+        **options,
     )
-    return _same_names(MambaMixer(config, layer_idx=0), mixer)
+    theirs = getattr(module, f"{kind}Mixer")(config, layer_idx=0, initialize_mixer_weights=False)
+    return _same_names(theirs, mixer)
 
 
 def mambapy(mixer: Any) -> Twin:
     """mambapy's MambaBlock, with its parallel scan."""
     from mambapy.mamba import MambaBlock, MambaConfig
 
+    refuse(mixer.bcdt_norm or mixer.bidirectional, "norms within, nor a second direction")
     config = MambaConfig(
         d_model=mixer.d_model,
         n_layers=1,
@@ -74,6 +78,7 @@ def mamba_ssm(mixer: Any) -> Twin:
     """mamba_ssm's Mamba, by its fused path; written against its published signature and has not been run."""
     from mamba_ssm.modules.mamba_simple import Mamba
 
+    refuse(mixer.bcdt_norm or mixer.bidirectional, "norms within, nor a second direction")
     theirs = Mamba(
         mixer.d_model,
         d_state=mixer.d_state,
@@ -131,17 +136,17 @@ def torch_rnn(mixer: Any) -> Twin:
 
 
 def transformers_model(model: SequenceModel) -> nn.Module:
-    """transformers' MambaForCausalLM on the very weights of ours."""
-    from transformers import MambaConfig, MambaForCausalLM
-
+    """transformers' MambaForCausalLM, or FalconMambaForCausalLM, on the very weights of ours."""
+    transformers = importlib.import_module("transformers")
     config = model.config
     kinds = {config.mixer_options(config.entry_of_layer(i))["kind"] for i in range(config.n_layers)}
     refuse(kinds != {"mamba"} or config.mlp.get("kind", "none") != "none", "model but Mamba's")
     refuse(config.output not in (None, "tokens") or config.norm != "rms", "such head or norm")
     mixer: Any = model.blocks[0].mixer
+    kind, options = _kind(mixer)
     with torch.device("meta"):
-        theirs = MambaForCausalLM(
-            MambaConfig(
+        theirs = getattr(transformers, f"{kind}ForCausalLM")(
+            getattr(transformers, f"{kind}Config")(
                 vocab_size=config.padded_vocab_size,
                 hidden_size=config.d_model,
                 num_hidden_layers=config.n_layers,
@@ -154,6 +159,7 @@ def transformers_model(model: SequenceModel) -> nn.Module:
                 layer_norm_epsilon=config.norm_eps,
                 residual_in_fp32=config.residual_in_fp32,
                 tie_word_embeddings=model.tied,
+                **options,
             )
         )
     ours = {f"backbone.{name}": value for name, value in model.state_dict().items()}
@@ -162,6 +168,12 @@ def transformers_model(model: SequenceModel) -> nn.Module:
     theirs.load_state_dict(ours, assign=True)
     theirs.tie_weights()
     return theirs.eval()
+
+
+def _kind(mixer: Any) -> tuple[str, dict[str, float]]:
+    """How transformers calls such a Mamba, and what its config has beside that of the plain one."""
+    refuse(mixer.bidirectional, "second direction")
+    return ("FalconMamba", {"mixer_rms_eps": mixer.bcdt_norm_eps}) if mixer.bcdt_norm else ("Mamba", {})
 
 
 def _expand(mixer: Any) -> int:

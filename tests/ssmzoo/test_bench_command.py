@@ -216,6 +216,27 @@ def test_a_peer_of_a_mixer_does_the_same_work(name):
             assert [(row.work, row.refused) for row in mine] == [("forward", ""), ("forward + backward", "")]
 
 
+@pytest.mark.parametrize("option", ["bcdt_norm", "bidirectional"])
+def test_who_lacks_an_option_of_mamba_does_not_take_part(option):
+    rows = [row for rows in mixers.bench_mixer("mamba", plan(TINY | {f"mamba.{option}": True})) for row in rows]
+    theirs = {row.implementation: row.refused for row in rows if row.role == "peer"}
+    assert all(row.median for row in rows if row.role == "ours")
+    if not other.TRANSFORMERS.missing:
+        assert theirs["transformers"] == (
+            "" if option == "bcdt_norm" else "cannot be built: it has no second direction"
+        )
+    if not other.MAMBAPY.missing:
+        assert "norms within, nor a second direction" in theirs["mambapy"]
+
+
+def test_a_falcon_mamba_beside_transformers():
+    pytest.importorskip("transformers", reason="needs transformers, the other implementation")
+    tiny = TINY_MODEL | {"d_model": 32, "n_layers": 1}
+    rows = [row for rows in models.bench_model("falcon-mamba-7b", plan(tiny)) for row in rows]
+    theirs = [row for row in rows if row.implementation == "transformers"]
+    assert [(row.work, row.refused) for row in theirs] == [("prefill", ""), ("decoding", "")]
+
+
 def test_a_peer_with_other_weights_is_refused(monkeypatch):
     peer = other.MixerPeer("doubled", bench.Package(), lambda mixer: other.Twin(lambda x: 2 * mixer(x), {}))
     monkeypatch.setitem(other.MIXERS, "gru", (peer,))

@@ -35,6 +35,8 @@ CHUNK = 2**20  # complex numbers that are worked on at a time
 def unsupported(arguments: Mapping[str, Any]) -> str | None:
     if arguments["discretization"] != "bilinear":
         return "the resolvent of the continuous system is that of the bilinear rule"
+    if arguments["A"].shape[0] == 0:
+        return "no channels"
     return "no float64 on this device" if arguments["A"].device.type == "mps" else None
 
 

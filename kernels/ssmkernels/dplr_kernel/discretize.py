@@ -46,18 +46,17 @@ def discretize_dplr(
     """
     check_dplr("discretize_dplr", A, P, Q, {"B": B}, dt, discretization)
     wide = precision(A, P, Q, B, dt)
+    if discretization == "bilinear":
+        structured = bilinear_dplr(A, P, Q, B, dt)
+        matrix = dense(structured.diagonal, structured.left, structured.right)
+        return matrix.to(wide), column(structured.input).to(wide)
     A, P, Q, B = doubled(A, ranked(P), ranked(Q), B)
     dt = dt.double()
     system = dense(A, P, Q) * dt[:, None, None]  # (d N N)
     push = (column(B) * dt[:, None])[..., None]  # (d N 1)
-    if discretization == "zoh":  # exp of [[ΔF, ΔB], [0, 0]] is [[Ā, B̄], [0, 1]], whether F has an inverse or not
-        both = torch.linalg.matrix_exp(torch.nn.functional.pad(torch.cat([system, push], dim=-1), (0, 0, 0, 1)))
-        A_bar, B_bar = both[:, :-1, :-1], both[:, :-1, -1:]
-    else:
-        eye = torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
-        both = torch.linalg.solve(eye - system / 2, torch.cat([eye + system / 2, push], dim=-1))
-        A_bar, B_bar = both[..., :-1], both[..., -1:]
-    return A_bar.to(wide), B_bar[..., 0].to(wide)
+    # exp of [[ΔF, ΔB], [0, 0]] is [[Ā, B̄], [0, 1]], whether F has an inverse or not
+    both = torch.linalg.matrix_exp(torch.nn.functional.pad(torch.cat([system, push], dim=-1), (0, 0, 0, 1)))
+    return both[:, :-1, :-1].to(wide), both[:, :-1, -1].to(wide)
 
 
 class Structured(NamedTuple):
@@ -167,7 +166,7 @@ def ranked(P: Tensor) -> Tensor:
 
 
 def dense(A: Tensor, P: Tensor, Q: Tensor) -> Tensor:
-    """The continuous matrix, ``(d, N, N)`` and real, from A ``(d, n)`` and P, Q ``(d, r, n)`` of one dtype."""
+    """h ↦ A h - Σ_r P_r ⟨Q_r, h⟩ as a real matrix (d N N), from A (d n) and P, Q (d r n), all of one dtype."""
     matrix = torch.diag_embed(A)
     if A.is_complex():
         matrix = torch.cat(

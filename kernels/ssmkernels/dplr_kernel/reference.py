@@ -13,8 +13,8 @@ def dplr_kernel(
     A: Tensor, P: Tensor, Q: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, discretization: str
 ) -> Tensor:
     wide = precision(A, P, Q, B, C, dt)
-    A_bar, h = discretize_dplr(A, P, Q, B, dt, discretization=discretization)  # h = B̄: the impulse went in
-    A_bar, h = A_bar.to(wide), h.to(wide)[..., None]  # (d N N), (d N 1)
+    A_bar, h = discretize_dplr(A, P, Q, B, dt.to(wide), discretization=discretization)  # h = B̄: the impulse went in
+    h = h[..., None]  # (d N 1)
     C = output(C, A).to(wide)[:, None]  # (d 1 N)
     taps = []
     for _ in range(max(length, 1)):

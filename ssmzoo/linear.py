@@ -1,55 +1,14 @@
-"""Linear maps: PyTorch's own, by the faster of the two libraries that it ships for the CPU."""
+"""Linear maps."""
 
 from __future__ import annotations
 
-import functools
-
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Weights from which oneDNN's longer way to a call is worth it. On two cores it then takes 0.9 of the time of PyTorch's
-# default library for many rows, 0.6 for one (`ssmzoo bench models` has both beside each other, as "matrix products").
-LARGE = 2**19
+from ssmkernels.products import linear
 
 
 class Linear(nn.Linear):
-    """PyTorch's linear map; without gradients, large float32 ones on a CPU go through oneDNN.
-
-    PyTorch sends float32 products to whichever BLAS it was built with, and half precision to oneDNN, which serves
-    float32 as well and reads a weight at memory speed where there is a single row. ``torch.backends.mkldnn.enabled =
-    False`` turns it off.
-    """
+    """PyTorch's, but for large float32 products without gradients on a CPU: see :func:`ssmkernels.products.linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x ``(..., in)``, weight ``(out, in)``, bias ``(out)`` → ``(..., out)``; see :class:`Linear`."""
-    if _by_onednn(x, weight):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
-
-
-def _by_onednn(x: Tensor, weight: Tensor) -> bool:
-    return (
-        weight.numel() >= LARGE
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and type(weight) in (Tensor, nn.Parameter)  # a quantised weight, say, has a product of its own
-        and type(x) is Tensor
-        and x.shape[-1] == weight.shape[1]  # or else PyTorch has the clearer error
-        and x.numel() > 0
-        and not torch.is_autocast_enabled("cpu")
-        and bool(torch.backends.mkldnn.enabled)
-        and _available()
-    )
-
-
-@functools.cache
-def _available() -> bool:
-    """Whether this PyTorch has oneDNN, with the product that its own compiler uses."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

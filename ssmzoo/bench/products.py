@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmkernels.bench import Contestant
-from ssmzoo.linear import linear
+from ssmkernels.products import linear
 from ssmzoo.model import SequenceModel
 
 NAME = "matrix products"

@@ -187,24 +187,22 @@ class Mamba(Mixer):
         return y, MambaState(conv, ssm)
 
     def _may_step(self, x: Tensor) -> bool:
-        """Whether one call may stand for everything between the outer projections, ``x_proj`` included."""
-        x_proj = self.x_proj
+        """Whether one call may stand for the whole layer: all of its maps are plain, and nobody listens to them."""
+        modules = self._modules
         return (
             not torch.is_grad_enabled()
             and not torch.is_autocast_enabled(x.device.type)
-            and type(x_proj) is nn.Linear  # no adapter or quantised map in its place
-            and not x_proj._forward_hooks
-            and not x_proj._forward_pre_hooks
+            and all(_plain(modules[name]) for name in ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj"))
         )
 
     def _step(self, x: Tensor, state: MambaState) -> Tensor:
-        x, z = self.in_proj(x[:, 0]).chunk(2, dim=-1)  # (b d_inner) each
-        conv1d, dt_proj = self.conv1d, self.dt_proj
+        in_proj, conv1d, dt_proj, out_proj = self.in_proj, self.conv1d, self.dt_proj, self.out_proj
         y = mamba_step(
             state.conv,
             state.ssm,
-            x,
-            z,
+            x[:, 0],
+            in_proj.weight,
+            in_proj.bias,
             conv1d.weight.squeeze(1),
             conv1d.bias,
             self.x_proj.weight,
@@ -212,9 +210,11 @@ class Mamba(Mixer):
             dt_proj.bias,
             self.A_log,
             self.D,
+            out_proj.weight,
+            out_proj.bias,
             norm_eps=self.bcdt_norm_eps if self.bcdt_norm else None,
         )
-        return self.out_proj(y)[:, None]
+        return y[:, None]
 
     def _dt_B_C(self, x: Tensor, x_proj: nn.Linear, dt_proj: nn.Linear) -> tuple[Tensor, Tensor, Tensor]:
         """(..., d_inner) → Δ before its bias (..., d_inner), B and C (..., d_state)."""
@@ -225,6 +225,13 @@ class Mamba(Mixer):
 
     def _normed(self, x: Tensor) -> Tensor:
         return cast(Tensor, rms_norm(x, x.new_ones(x.shape[-1]), eps=self.bcdt_norm_eps))
+
+
+def _plain(module: nn.Module | None) -> bool:
+    """No adapter, no quantised or parametrised map in its place, and no hooks."""
+    return (
+        type(module) in (Linear, nn.Linear, nn.Conv1d) and not module._forward_hooks and not module._forward_pre_hooks
+    )
 
 
 def backwards(cu_seqlens: Tensor, length: int) -> Tensor:

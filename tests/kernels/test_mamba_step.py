@@ -34,13 +34,14 @@ def step(made, **options):
 def test_tokens_one_by_one_are_the_whole(implementation, norm_eps, arguments, assert_close64):
     if implementation == "cpu" and native.missing():
         pytest.skip(f"needs the native CPU library: {native.missing()}")
-    made = arguments(torch.float64, b=3, d=70, n=5, r=4, norm_eps=norm_eps)
+    made = arguments(torch.float64, b=3, m=7, d=70, n=5, r=4, norm_eps=norm_eps)
     torch.manual_seed(0)
-    x, z = torch.randn(2, 3, 9, 70, dtype=torch.float64)
+    inputs = torch.randn(3, 9, 7, dtype=torch.float64)
     states = {name: made[name].clone() for name in STATES}
-    rest = {name: v for name, v in made.items() if name not in (*STATES, "x", "z")}
-    ys = [mamba_step(**states, x=x[:, t], z=z[:, t], **rest, implementation=implementation) for t in range(9)]
+    rest = {name: v for name, v in made.items() if name not in (*STATES, "x")}
+    ys = [mamba_step(**states, x=inputs[:, t], **rest, implementation=implementation) for t in range(9)]
 
+    x, z = F.linear(inputs, made["in_proj"], made["in_bias"]).chunk(2, dim=-1)
     u, conv = causal_conv1d(
         x, made["conv_weight"], made["conv_bias"], "silu", initial_state=made["conv_state"], return_final_state=True
     )
@@ -60,7 +61,7 @@ def test_tokens_one_by_one_are_the_whole(implementation, norm_eps, arguments, as
         initial_state=made["ssm_state"],
         return_final_state=True,
     )
-    assert_close64(torch.stack(ys, dim=1), y)
+    assert_close64(torch.stack(ys, dim=1), F.linear(y, made["out_proj"], made["out_bias"]))
     assert_close64(states["conv_state"], conv)
     assert_close64(states["ssm_state"], ssm)
 
@@ -71,12 +72,12 @@ def assert_close64():
 
 
 @needs_native
-@pytest.mark.parametrize("b", [1, 9, 20])
+@pytest.mark.parametrize("b", [1, 3, 8])
 def test_the_same_bits_on_any_number_of_threads_and_in_any_company(b, arguments, on_threads):
-    made = arguments(b=b, d=330, n=16, r=20)
+    made = arguments(b=b, m=150, d=330, n=16, r=20)
     one, three = (on_threads(n, step, made, implementation="cpu") for n in (1, 3))
     assert all(torch.equal(p, q) for p, q in zip(one, three, strict=True))
-    last = {name: v[-1:] if name in (*STATES, "x", "z") else v for name, v in made.items()}
+    last = {name: v[-1:] if name in (*STATES, "x") else v for name, v in made.items()}
     assert all(torch.equal(p[-1:], q) for p, q in zip(one, step(last, implementation="cpu"), strict=True))
 
 
@@ -90,6 +91,9 @@ def test_it_runs_natively_without_gradients_alone(arguments):
     assert "no gradient" in found.reasons["cpu"]
     with torch.no_grad():
         assert explain(mamba_step, **made).chosen == "cpu"
+        assert (
+            explain(mamba_step, **arguments(b=9)).chosen == "steps"
+        )  # a matrix product reads each weight once for all
 
 
 @needs_native
@@ -107,7 +111,15 @@ def test_opcheck_and_compile(arguments):
 @pytest.mark.parametrize(
     ("changes", "error", "match"),
     [
-        ({"x": torch.zeros(2, 5)}, ValueError, r"`z` must have shape \(b d\) with b=2, d=5; got \(2, 6\)"),
+        ({"x": torch.zeros(2, 4)}, ValueError, r"`out_proj` must have shape \(m d\) with m=4, d=6; got \(5, 6\)"),
+        (
+            {"in_proj": torch.zeros(11, 5)},
+            ValueError,
+            r"`in_proj` must have shape \(2d, m\) = \(12, 5\); got \(11, 5\)",
+        ),
+        ({"in_proj": None}, TypeError, "`in_proj` must be a tensor"),
+        ({"in_bias": torch.zeros(6)}, ValueError, r"`in_bias` must have shape \(2d\) = \(12,\); got \(6,\)"),
+        ({"out_bias": torch.zeros(5).half()}, TypeError, "`out_bias` must be float32, as `x` is; got float16"),
         (
             {"x_proj": torch.zeros(10, 6)},
             ValueError,

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import ssmzoo.linear
-from ssmzoo.linear import LARGE, Linear, linear
+from ssmkernels import products
+from ssmkernels.products import LARGE, linear
+from ssmzoo.linear import Linear
 
 OUT, IN = 1024, 640  # large enough
 
@@ -14,7 +15,7 @@ OUT, IN = 1024, 640  # large enough
 @pytest.fixture
 def onednn(monkeypatch):
     """Counts the products that go through oneDNN."""
-    if not ssmzoo.linear._available():
+    if not products._available():
         pytest.skip("needs a PyTorch with oneDNN")
     calls = []
     product = torch.ops.mkldnn._linear_pointwise

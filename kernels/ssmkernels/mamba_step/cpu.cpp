@@ -1,5 +1,5 @@
-// One token of Mamba's inner block: convolution, projections, scan and gate. Bound by memory: every weight and state
-// is read once, as it lies, and nothing that lies between is written but for a few vectors a sequence.
+// One token of a Mamba layer: projection, convolution, projections of Δ, B and C, scan, gate, projection. Bound by
+// memory: every weight and state is read once, as it lies, and what lies between is a few vectors a sequence.
 #include "native/math.h"
 #include "native/parallel.h"
 #include "native/tiles.h"
@@ -7,32 +7,76 @@
 namespace ssmzoo {
 
 struct MambaStepArguments {
-    void *conv_state, *ssm_state;                  // S: (b w-1 d), (b d n), contiguous
-    const void *x, *z;                             // T: (b d)
-    const void *conv_weight, *conv_bias;           // S: (d w), (d) or null
-    const void *x_proj, *dt_proj;                  // T: (r + 2n, d), (d r), contiguous
-    const void *dt_bias, *A_log, *D;               // S: (d), (d n), (d)
-    void* y;                                       // T: (b d)
-    void *inputs, *maps;                           // S: scratch (b d), (b r+2n)
-    int64_t dtype, batch, d, n, width, rank, normalised, threads, x_batch, z_batch;
+    void *conv_state, *ssm_state;                            // S: (b w-1 d), (b d n), contiguous
+    const void* x;                                           // T: (b m)
+    const void *in_proj, *in_bias, *conv_weight, *conv_bias; // T: (2d m); S: (2d) or null, (d w), (d) or null
+    const void *x_proj, *dt_proj, *dt_bias, *A_log, *D;      // T: (r+2n d), (d r), contiguous; S: (d), (d n), (d)
+    const void *out_proj, *out_bias;                         // T: (m d); S: (m) or null
+    void* y;                                                 // T: (b m)
+    void* scratch;                                           // S: (b, m + 4d + r + 2n), then (threads, (w+1) 64)
+    int64_t dtype, batch, m, d, n, width, rank, normalised, threads, x_batch;
     double eps;
 };
 
 namespace SSMZOO_ISA {
 namespace {
 
+// What lies between the stages, for all sequences.
+template <class S>
+struct Between {
+    S *x, *xz, *inputs, *maps, *y, *spare;
+
+    explicit Between(const MambaStepArguments& a)
+        : x(static_cast<S*>(a.scratch)), xz(x + a.batch * a.m), inputs(xz + a.batch * 2 * a.d),
+          maps(inputs + a.batch * a.d), y(maps + a.batch * (a.rank + 2 * a.n)), spare(y + a.batch * a.d) {}
+};
+
+constexpr int64_t kOutputs = 4;  // of a product at once: they share each read of the input
+
+// weight (outputs size) times `from` (b size), plus a bias, for outputs [first, last); put(batch, output, value) takes
+// each. The order of the additions depends on the size alone.
+template <class T, class S, class Store>
+void product(const void* weight, const void* bias, const S* from, int64_t batch, int64_t size, int64_t first,
+             int64_t last, const Store& put) {
+    using V = typename Lanes<S>::V;
+    constexpr int64_t lanes = Lanes<S>::count;
+    for (int64_t o = first; o < last; o += kOutputs) {
+        const T* rows[kOutputs];
+        for (int64_t i = 0; i < kOutputs; ++i) rows[i] = at<T>(weight, minimum(o + i, last - 1) * size);
+        for (int64_t b = 0; b < batch; ++b) {
+            const S* x = from + b * size;
+            V sums[2][kOutputs] = {};
+            int64_t k = 0;
+            for (; k + 2 * lanes <= size; k += 2 * lanes)
+                for (int half = 0; half < 2; ++half) {
+                    const V v = load(x + k + half * lanes);
+                    for (int i = 0; i < kOutputs; ++i)
+                        sums[half][i] = fma(read(rows[i] + k + half * lanes), v, sums[half][i]);
+                }
+            for (; k < size; k += lanes) {
+                const V v = read_some(x + k, size - k);
+                for (int i = 0; i < kOutputs; ++i)
+                    sums[0][i] = fma(read_some(rows[i] + k, size - k), v, sums[0][i]);
+            }
+            for (int i = 0; i < kOutputs && o + i < last; ++i) {
+                V sum = sums[0][i] + sums[1][i];
+                put(b, o + i, sum_lanes<S, 1>(&sum)[0] + (bias ? *at<S>(bias, o + i) : S(0)));
+            }
+        }
+    }
+}
+
 // x of one tile of channels through the convolution and silu → inputs.
-template <class T>
-void convolve(const MambaStepArguments& a, int64_t batch, int64_t first, int64_t channels, char* scratch) {
-    typedef typename Sum<T>::type S;
+template <class S>
+void convolve(const MambaStepArguments& a, const Between<S>& between, int64_t batch, int64_t first, int64_t channels,
+              S* weight) {
     const int64_t w = a.width;
-    S* weight = reinterpret_cast<S*>(scratch);
     S* bias = weight + w * kTile;
     read_transposed(weight, at<S>(a.conv_weight, first * w), w, channels, S(1));
     read_parameters(bias, a.conv_bias, first, channels);
     S* state = static_cast<S*>(a.conv_state) + batch * (w - 1) * a.d + first;
     for (int64_t c = 0; c < channels; c += Lanes<S>::count) {
-        auto now = read_some(at<T>(a.x, batch * a.x_batch + first + c), channels - c);
+        auto now = read_some(between.xz + batch * 2 * a.d + first + c, channels - c);
         auto sum = fma(load(weight + (w - 1) * kTile + c), now, load(bias + c));
         for (int64_t j = w - 2; j >= 0; --j) {  // the newest first: each input moves one place towards the oldest
             const auto older = read_some(state + j * a.d + c, channels - c);
@@ -40,22 +84,8 @@ void convolve(const MambaStepArguments& a, int64_t batch, int64_t first, int64_t
             write_some(state + j * a.d + c, now, channels - c);
             now = older;
         }
-        write_some(static_cast<S*>(a.inputs) + batch * a.d + first + c, silu<S>(sum), channels - c);
+        write_some(between.inputs + batch * a.d + first + c, silu<S>(sum), channels - c);
     }
-}
-
-// The sum over k of row_k x_k, in four interleaved parts.
-template <class T, class S>
-S dot(const T* row, const S* x, int64_t size) {
-    using V = typename Lanes<S>::V;
-    constexpr int64_t lanes = Lanes<S>::count;
-    V sums[4] = {};
-    int64_t k = 0;
-    for (; k + 4 * lanes <= size; k += 4 * lanes)
-        for (int i = 0; i < 4; ++i) sums[i] = fma(read(row + k + i * lanes), load(x + k + i * lanes), sums[i]);
-    for (; k < size; k += lanes) sums[0] = fma(read_some(row + k, size - k), read_some(x + k, size - k), sums[0]);
-    V sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    return sum_lanes<S, 1>(&sum)[0];
 }
 
 // Each of Δ's part, B and C over its root mean square.
@@ -63,7 +93,8 @@ template <class S>
 void normalise(const MambaStepArguments& a, S* maps) {
     const int64_t sizes[3] = {a.rank, a.n, a.n};
     for (int64_t size : sizes) {
-        const S squares = dot(maps, maps, size);
+        S squares = S(0);
+        for (int64_t i = 0; i < size; ++i) squares += maps[i] * maps[i];
         const S scale = S(1) / S(__builtin_sqrt(double(squares / S(size) + S(a.eps))));
         for (int64_t i = 0; i < size; ++i) maps[i] *= scale;
         maps += size;
@@ -71,13 +102,12 @@ void normalise(const MambaStepArguments& a, S* maps) {
 }
 
 // As many channels as a vector has lanes, or fewer, from the first on: Δ, the recurrence, skip and gate → y.
-template <class T>
-void advance(const MambaStepArguments& a, int64_t batch, int64_t first, int64_t channels) {
-    typedef typename Sum<T>::type S;
+template <class T, class S>
+void advance(const MambaStepArguments& a, const Between<S>& between, int64_t batch, int64_t first, int64_t channels) {
     using V = typename Lanes<S>::V;
     constexpr int lanes = Lanes<S>::count;
     const int64_t n = a.n, r = a.rank;
-    const S* delta = static_cast<const S*>(a.maps) + batch * (r + 2 * n);
+    const S* delta = between.maps + batch * (r + 2 * n);
     const S *B = delta + r, *C = B + n;
     V sums[lanes];
     for (int c = 0; c < lanes; ++c) {
@@ -88,7 +118,7 @@ void advance(const MambaStepArguments& a, int64_t batch, int64_t first, int64_t 
             sums[c] = fma(read_some(row + k, r - k), read_some(delta + k, r - k), sums[c]);
     }
     const V dt = softplus<S>(sum_lanes<S, lanes>(sums) + read_some(at<S>(a.dt_bias, first), channels));
-    const V u = read_some(static_cast<const S*>(a.inputs) + batch * a.d + first, channels);
+    const V u = read_some(between.inputs + batch * a.d + first, channels);
     S steps[lanes], inputs[lanes];
     store(steps, dt);
     store(inputs, dt * u);
@@ -107,38 +137,48 @@ void advance(const MambaStepArguments& a, int64_t batch, int64_t first, int64_t 
             sums[c] = fma(now, read_some(C + j, count), sums[c]);
         }
     }
-    V y = fma(read_some(at<S>(a.D, first), channels), u, sum_lanes<S, lanes>(sums));
-    y = y * silu<S>(read_some(at<T>(a.z, batch * a.z_batch + first), channels));
-    write_some(static_cast<T*>(a.y) + batch * a.d + first, y, channels);
+    const V y = fma(read_some(at<S>(a.D, first), channels), u, sum_lanes<S, lanes>(sums));
+    const V z = read_some(between.xz + batch * 2 * a.d + a.d + first, channels);
+    write_some(between.y + batch * a.d + first, y * silu<S>(z), channels);
 }
 
 template <class T>
 int mamba_step(const MambaStepArguments& a) {
     typedef typename Sum<T>::type S;
-    const int64_t tiles = ceil_div(a.d, kTile), outputs = a.rank + 2 * a.n;
-    const size_t bytes = sizeof(S) * static_cast<size_t>((a.width + 1) * kTile);
-    // For one sequence the convolution is too little work to be worth waking threads for.
-    int result = parallel_for(a.batch * tiles, a.batch > 8 ? a.threads : 1, bytes, [&](int64_t i, char* scratch) {
-        const int64_t first = i % tiles * kTile;
-        convolve<T>(a, i / tiles, first, minimum(kTile, a.d - first), scratch);
+    constexpr int64_t lanes = Lanes<S>::count;
+    const Between<S> between(a);
+    const int64_t tiles = ceil_div(a.d, kTile), rows = a.rank + 2 * a.n;
+    for (int64_t b = 0; b < a.batch; ++b)
+        for (int64_t k = 0; k < a.m; k += lanes)
+            write_some(between.x + b * a.m + k, read_some(at<T>(a.x, b * a.x_batch + k), a.m - k), a.m - k);
+    parallel_team(a.threads, [&](const Team& team) {
+        team.each(ceil_div(2 * a.d, kTile), [&](int64_t i) {
+            product<T>(a.in_proj, a.in_bias, between.x, a.batch, a.m, i * kTile, minimum(2 * a.d, (i + 1) * kTile),
+                       [&](int64_t b, int64_t o, S value) { between.xz[b * 2 * a.d + o] = value; });
+        });
+        team.each(a.batch * tiles, [&](int64_t i) {
+            const int64_t first = i % tiles * kTile;
+            convolve(a, between, i / tiles, first, minimum(kTile, a.d - first),
+                     between.spare + team.index * (a.width + 1) * kTile);
+        });
+        team.each(ceil_div(rows, 2 * kOutputs), [&](int64_t i) {
+            product<T>(a.x_proj, nullptr, between.inputs, a.batch, a.d, i * 2 * kOutputs,
+                       minimum(rows, (i + 1) * 2 * kOutputs),
+                       [&](int64_t b, int64_t o, S value) { between.maps[b * rows + o] = value; });
+        });
+        if (a.normalised) team.each(a.batch, [&](int64_t b) { normalise(a, between.maps + b * rows); });
+        team.each(a.batch * tiles, [&](int64_t i) {
+            const int64_t batch = i / tiles, tile = i % tiles * kTile;
+            for (int64_t first = tile; first < minimum(a.d, tile + kTile); first += lanes)
+                advance<T>(a, between, batch, first, minimum(a.d - first, lanes));
+        });
+        team.each(ceil_div(a.m, 4 * kOutputs), [&](int64_t i) {
+            product<T>(a.out_proj, a.out_bias, between.y, a.batch, a.d, i * 4 * kOutputs,
+                       minimum(a.m, (i + 1) * 4 * kOutputs),
+                       [&](int64_t b, int64_t o, S value) { narrow(value, static_cast<T*>(a.y) + b * a.m + o); });
+        });
     });
-    if (result) return result;
-    S* maps = static_cast<S*>(a.maps);
-    constexpr int64_t rows = 8;  // a task's
-    result = parallel_for(ceil_div(outputs, rows), a.threads, 0, [&](int64_t task, char*) {
-        for (int64_t row = task * rows; row < minimum(outputs, (task + 1) * rows); ++row)
-            for (int64_t batch = 0; batch < a.batch; ++batch)
-                maps[batch * outputs + row] = dot(at<T>(a.x_proj, row * a.d),
-                                                  static_cast<const S*>(a.inputs) + batch * a.d, a.d);
-    });
-    if (result) return result;
-    if (a.normalised)
-        for (int64_t batch = 0; batch < a.batch; ++batch) normalise(a, maps + batch * outputs);
-    return parallel_for(a.batch * tiles, a.threads, 0, [&](int64_t i, char*) {
-        const int64_t batch = i / tiles, tile = i % tiles * kTile;
-        for (int64_t first = tile; first < minimum(a.d, tile + kTile); first += Lanes<S>::count)
-            advance<T>(a, batch, first, minimum(a.d - first, Lanes<S>::count));
-    });
+    return 0;
 }
 
 }  // namespace

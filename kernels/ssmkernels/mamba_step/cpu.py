@@ -1,4 +1,4 @@
-"""One token of Mamba's inner block in the native CPU library (``cpu.cpp``): one call, each weight read once."""
+"""One token of a Mamba layer in the native CPU library (``cpu.cpp``): one call, each weight read once."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from ssmkernels.validate import gradient_wanted
 
 __all__ = ["mamba_step", "missing", "step_unsupported"]
 
-WAKINGS = 4  # of the other threads in one call, for what lies between must be done in order
+TILE = 64  # channels: kTile in tiles.h
+FEW = 8  # sequences; from there on a matrix product of a library does better by the weights than row by row
 
 _Step = native.arguments(
     "_Step",
     """
-    conv_state ssm_state x z conv_weight conv_bias x_proj dt_proj dt_bias A_log D y inputs maps
-    dtype batch d n width rank normalised threads x_batch z_batch eps
+    conv_state ssm_state x in_proj in_bias conv_weight conv_bias x_proj dt_proj dt_bias A_log D out_proj out_bias
+    y scratch dtype batch m d n width rank normalised threads x_batch eps
     """,
     numbers=("eps",),
 )
@@ -32,6 +33,8 @@ def step_unsupported(arguments: Mapping[str, Any]) -> str | None:
         return f"its tensors must be on the CPU; `x` is on {x.device}"
     if 0 in arguments["A_log"].shape or arguments["dt_proj"].shape[1] == 0:
         return "no channels, no states or no rank"
+    if len(x) > FEW:
+        return f"more than {FEW} sequences, for which matrix products are faster"
     return gradient_wanted(arguments)
 
 
@@ -39,7 +42,8 @@ def mamba_step(
     conv_state: Tensor,
     ssm_state: Tensor,
     x: Tensor,
-    z: Tensor,
+    in_proj: Tensor,
+    in_bias: Tensor | None,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
     x_proj: Tensor,
@@ -47,17 +51,21 @@ def mamba_step(
     dt_bias: Tensor,
     A_log: Tensor,
     D: Tensor,
+    out_proj: Tensor,
+    out_bias: Tensor | None,
     norm_eps: float | None,
 ) -> Tensor:
     run = step if torch.compiler.is_compiling() else _step
-    return run(conv_state, ssm_state, x, z, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, norm_eps)
+    weights = (in_proj, in_bias, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj, out_bias)
+    return run(conv_state, ssm_state, x, *weights, norm_eps)
 
 
 def _step(
     conv_state: Tensor,
     ssm_state: Tensor,
     x: Tensor,
-    z: Tensor,
+    in_proj: Tensor,
+    in_bias: Tensor | None,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
     x_proj: Tensor,
@@ -65,26 +73,33 @@ def _step(
     dt_bias: Tensor,
     A_log: Tensor,
     D: Tensor,
+    out_proj: Tensor,
+    out_bias: Tensor | None,
     norm_eps: float | None,
 ) -> Tensor:
     states = (conv_state, ssm_state)
     own = [state.contiguous() for state in states]
     wide = ssm_state.dtype
-    x, z = rows(x), rows(z)
-    x_proj, dt_proj = x_proj.contiguous(), dt_proj.contiguous()
+    x = rows(x)
+    in_proj, x_proj, dt_proj, out_proj = (t.contiguous() for t in (in_proj, x_proj, dt_proj, out_proj))
     conv_weight, dt_bias, A_log, D = (t.to(wide).contiguous() for t in (conv_weight, dt_bias, A_log, D))
-    conv_bias = None if conv_bias is None else conv_bias.to(wide).contiguous()
+    in_bias, conv_bias, out_bias = (
+        None if t is None else t.to(wide).contiguous() for t in (in_bias, conv_bias, out_bias)
+    )
     y = x.new_empty(x.shape)
-    batch, d, n = ssm_state.shape
-    inputs = ssm_state.new_empty(batch, d)
-    maps = ssm_state.new_empty(batch, x_proj.shape[0])
+    (batch, d, n), (width, rank) = ssm_state.shape, (conv_weight.shape[1], dt_proj.shape[1])
+    m = x.shape[1]
+    threads = native.threads(in_proj.numel() + out_proj.numel())
+    between = batch * (m + 4 * d + rank + 2 * n)
+    scratch = ssm_state.new_empty(between + threads * (width + 1) * TILE)
     native.run(
         "mamba_step",
         _Step(
             own[0].data_ptr(),
             own[1].data_ptr(),
             x.data_ptr(),
-            z.data_ptr(),
+            in_proj.data_ptr(),
+            address(in_bias),
             conv_weight.data_ptr(),
             address(conv_bias),
             x_proj.data_ptr(),
@@ -92,19 +107,20 @@ def _step(
             dt_bias.data_ptr(),
             A_log.data_ptr(),
             D.data_ptr(),
+            out_proj.data_ptr(),
+            address(out_bias),
             y.data_ptr(),
-            inputs.data_ptr(),
-            maps.data_ptr(),
+            scratch.data_ptr(),
             native.DTYPES[x.dtype],
             batch,
+            m,
             d,
             n,
-            conv_weight.shape[1],
-            dt_proj.shape[1],
+            width,
+            rank,
             norm_eps is not None,
-            native.threads(batch * d * (3 * n + 2 * dt_proj.shape[1]) // WAKINGS),
+            threads,
             x.stride(0),
-            z.stride(0),
             norm_eps or 0.0,
         ),
     )
@@ -118,5 +134,5 @@ step = torch.library.custom_op("ssmkernels::mamba_step_cpu", _step, mutates_args
 
 
 @step.register_fake
-def _(conv_state, ssm_state, x, z, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, norm_eps):
+def _(conv_state, ssm_state, x, *_):
     return x.new_empty(x.shape)

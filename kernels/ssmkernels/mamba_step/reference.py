@@ -1,4 +1,4 @@
-"""One token of Mamba's inner block as its definition reads."""
+"""One token of a Mamba layer as its definition reads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def mamba_step(
     conv_state: Tensor,
     ssm_state: Tensor,
     x: Tensor,
-    z: Tensor,
+    in_proj: Tensor,
+    in_bias: Tensor | None,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
     x_proj: Tensor,
@@ -26,15 +27,19 @@ def mamba_step(
     dt_bias: Tensor,
     A_log: Tensor,
     D: Tensor,
+    out_proj: Tensor,
+    out_bias: Tensor | None,
     norm_eps: float | None,
 ) -> Tensor:
     return compose(
+        F.linear,
         causal_conv1d_step,
         selective_scan_step,
         conv_state,
         ssm_state,
         x,
-        z,
+        in_proj,
+        in_bias,
         conv_weight,
         conv_bias,
         x_proj,
@@ -42,17 +47,21 @@ def mamba_step(
         dt_bias,
         A_log,
         D,
+        out_proj,
+        out_bias,
         norm_eps,
     )
 
 
 def compose(
+    linear: Callable[..., Tensor],
     conv_step: Callable[..., Tensor],
     scan_step: Callable[..., Tensor],
     conv_state: Tensor,
     ssm_state: Tensor,
     x: Tensor,
-    z: Tensor,
+    in_proj: Tensor,
+    in_bias: Tensor | None,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
     x_proj: Tensor,
@@ -60,15 +69,19 @@ def compose(
     dt_bias: Tensor,
     A_log: Tensor,
     D: Tensor,
+    out_proj: Tensor,
+    out_bias: Tensor | None,
     norm_eps: float | None,
 ) -> Tensor:
-    x = conv_step(conv_state, x, conv_weight, conv_bias, "silu")  # (b d)
+    x, z = linear(x, in_proj, in_bias).chunk(2, dim=-1)  # (b d) each
+    x = conv_step(conv_state, x, conv_weight, conv_bias, "silu")
     r, n = dt_proj.shape[1], A_log.shape[1]
     dt, B, C = F.linear(x, x_proj).split([r, n, n], dim=-1)  # (b r), (b n), (b n)
     if norm_eps is not None:
         dt, B, C = (_normalised(t, norm_eps) for t in (dt, B, C))
     A = -torch.exp(A_log.to(precision(x)))
-    return scan_step(ssm_state, x, F.linear(dt, dt_proj), A, B, C, D, z, dt_bias, True)
+    y = scan_step(ssm_state, x, F.linear(dt, dt_proj), A, B, C, D, z, dt_bias, True)
+    return linear(y, out_proj, out_bias)
 
 
 def _normalised(x: Tensor, eps: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Cases, inputs and cost of one token of Mamba's inner block."""
+"""Cases, inputs and cost of one token of a Mamba layer."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from ssmkernels.spec import Case, Draw, Spec
 
 BASE = {
     "b": 2,
+    "m": 5,  # width of the layer
     "d": 6,
     "n": 4,
     "w": 4,
     "r": 3,  # rank of Δ
     "bias": True,  # of the convolution
+    "biases": True,  # of the outer projections
     "norm_eps": None,
     "weights": "same",  # or "float32" beside half precision: convolution, biases, A and D
     "x": 1.0,  # scale of x and the convolution's state
@@ -39,6 +41,10 @@ ROWS = (
     {"r": 16},
     {"r": 33},
     {"bias": False},
+    {"biases": False},
+    {"m": 1},
+    {"m": 64, "d": 128, "b": 3},
+    {"m": 37, "d": 33},
     {"norm_eps": 1e-6},
     {"norm_eps": 0.1, "n": 16, "r": 17, "b": 3},
     {"weights": "float32"},
@@ -52,12 +58,13 @@ ROWS = (
 
 
 def make(case: Case, draw: Draw) -> dict[str, Any]:
-    b, d, n, w, r = (case[key] for key in "bdnwr")
+    b, m, d, n, w, r = (case[key] for key in "bmdnwr")
     return {
         "conv_state": draw.normal(b, w - 1, d, scale=case["x"]),
         "ssm_state": draw.normal(b, d, n),
-        "x": draw.normal(b, d, scale=case["x"]),
-        "z": draw.normal(b, d),
+        "x": draw.normal(b, m, scale=case["x"]),
+        "in_proj": draw.normal(2 * d, m, scale=m**-0.5),
+        "in_bias": draw.normal(2 * d) if case["biases"] else None,
         "conv_weight": draw.normal(d, w, scale=w**-0.5),
         "conv_bias": draw.normal(d) if case["bias"] else None,
         "x_proj": draw.normal(r + 2 * n, d, scale=d**-0.5),
@@ -65,14 +72,16 @@ def make(case: Case, draw: Draw) -> dict[str, Any]:
         "dt_bias": draw.normal(d),
         "A_log": draw.uniform(-1.0, 2.0, d, n),
         "D": draw.normal(d),
+        "out_proj": draw.normal(m, d, scale=d**-0.5),
+        "out_bias": draw.normal(m) if case["biases"] else None,
         "norm_eps": case["norm_eps"],
     }
 
 
 def flops(case: Case) -> float:
     """Two for each tap and each weight of the projections, eight for each state."""
-    b, d, n, w, r = (case[key] for key in "bdnwr")
-    return b * d * (2.0 * (w + r + 2 * n + r) + 8.0 * n)
+    b, m, d, n, w, r = (case[key] for key in "bmdnwr")
+    return b * d * (2.0 * (3 * m + w + r + 2 * n + r) + 8.0 * n)
 
 
 def wide(case: Case) -> tuple[str, ...]:
@@ -88,8 +97,8 @@ SPECS = (
         make=make,
         flops=flops,
         results={"y": 1},
-        bench={"b": 1, "d": 1536, "n": 16, "r": 48},
-        batched=lambda case: dict.fromkeys(("conv_state", "ssm_state", "x", "z"), ""),
+        bench={"b": 1, "m": 768, "d": 1536, "n": 16, "r": 48, "biases": False},
+        batched=lambda case: dict.fromkeys(("conv_state", "ssm_state", "x"), ""),
         wide=wide,
         mutates=("conv_state", "ssm_state"),
         differentiable=False,

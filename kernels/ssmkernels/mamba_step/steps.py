@@ -1,4 +1,4 @@
-"""One token of Mamba's inner block by the convolution's step and the scan's, whichever implementations they take."""
+"""One token of a Mamba layer by the convolution's step and the scan's, whichever implementations they take."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ssmkernels.causal_conv1d import causal_conv1d_step
 from ssmkernels.mamba_step.reference import compose
+from ssmkernels.products import linear
 from ssmkernels.selective_scan import selective_scan_step
 
 
@@ -13,7 +14,8 @@ def mamba_step(
     conv_state: Tensor,
     ssm_state: Tensor,
     x: Tensor,
-    z: Tensor,
+    in_proj: Tensor,
+    in_bias: Tensor | None,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
     x_proj: Tensor,
@@ -21,15 +23,19 @@ def mamba_step(
     dt_bias: Tensor,
     A_log: Tensor,
     D: Tensor,
+    out_proj: Tensor,
+    out_bias: Tensor | None,
     norm_eps: float | None,
 ) -> Tensor:
     return compose(
+        linear,
         causal_conv1d_step,
         selective_scan_step,
         conv_state,
         ssm_state,
         x,
-        z,
+        in_proj,
+        in_bias,
         conv_weight,
         conv_bias,
         x_proj,
@@ -37,5 +43,7 @@ def mamba_step(
         dt_bias,
         A_log,
         D,
+        out_proj,
+        out_bias,
         norm_eps,
     )

@@ -9,6 +9,9 @@
 
 #include "isa.h"
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -84,6 +87,38 @@ int parallel_for(int64_t tasks, int64_t threads, size_t scratch_bytes, const Tas
             if (scratch.data) task(i, scratch.data);
     }
     return result;
+}
+
+// The threads of one call, which go through its stages side by side and wait for each other in between: for stages so
+// short that waking the threads for each would take longer.
+struct Team {
+    int index, count;
+
+    // task(i) for i in [0, tasks), each on one of the threads; all of them are done when any thread returns.
+    template <class Task>
+    void each(int64_t tasks, const Task& task) const {
+        for (int64_t i = index; i < tasks; i += count) task(i);
+#if defined(_OPENMP)
+#pragma omp barrier
+#endif
+    }
+};
+
+template <class Body>
+void parallel_team(int64_t threads, const Body& body) {
+    const int team = static_cast<int>(threads);
+    (void)team;  // unused without OpenMP
+#if defined(_OPENMP)
+#pragma omp parallel num_threads(team) if (team > 1)
+#endif
+    {
+        FlushSubnormals flush;
+#if defined(_OPENMP)
+        body(Team{omp_get_thread_num(), omp_get_num_threads()});
+#else
+        body(Team{0, 1});
+#endif
+    }
 }
 
 }  // namespace SSMZOO_ISA

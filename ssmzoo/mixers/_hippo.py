@@ -8,6 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ssmkernels.dispatch import unknown
+
+HIPPO = ("legs", "legt", "fourier")
+DIAGONALS = ("legs", "lin", "inv", "real")
+
 
 class NPLR(NamedTuple):
     """A = V (diag(Λ) - P P*) V*, B = V B̃ in a unitary basis, of which one of each conjugate pair of columns is kept.
@@ -33,6 +38,8 @@ def hippo(init: str, n: int) -> tuple[Tensor, Tensor]:
       the frequencies π k between cosine 2k and sine 2k+1, minus B Bᵀ; B is 1 for the mean, √2 for the other cosines,
       0 for sines.
     """
+    if init not in HIPPO:
+        raise ValueError("S4: " + unknown("init", init, HIPPO))
     index = torch.arange(n, dtype=torch.float64, device="cpu")
     root = torch.sqrt(2 * index + 1)
     if init == "legs":
@@ -87,6 +94,8 @@ def diagonal(init: str, d_state: int) -> Tensor:
 
     S4D (arXiv 2206.11893), section 4: S4D-LegS, S4D-Inv (equation 8), S4D-Lin (equation 9), S4D-Real.
     """
+    if init not in DIAGONALS:
+        raise ValueError("S4D: " + unknown("init", init, DIAGONALS))
     if init == "real":
         return -(torch.arange(d_state, dtype=torch.float32, device="cpu") + 1)
     n = torch.arange(d_state // 2, dtype=torch.float64, device="cpu")

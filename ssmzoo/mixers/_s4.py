@@ -28,7 +28,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "relu": F.relu,
     "tanh": torch.tanh,
-    "none": lambda x: x,
+    "none": torch.positive,
 }
 
 # The names of the learning rates → the weights that they are for.
@@ -100,6 +100,8 @@ class S4Layer(Mixer):
         for option, value in (("channels", channels), ("gate", gate), ("bottleneck", bottleneck), ("n_ssm", n_ssm)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}: `{option}` must be at least 1; got {value}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"{name}: " + unknown("activation", activation, ACTIVATIONS))
         if not 0 < dt_min <= dt_max:
             raise ValueError(f"{name}: 0 < `dt_min` <= `dt_max` must hold; got {dt_min} and {dt_max}")
         if d_model % (bottleneck or 1):
@@ -110,19 +112,17 @@ class S4Layer(Mixer):
         self.d_inner, self.channels, self.discretization = d, channels, discretization
         self.causal = not bidirectional
         self.has_state = discretization not in self.length_dependent
-        self.activation = ACTIVATIONS[activation]
+        self.activation = activation
         self._kept: tuple[float, list[Tensor], Stepper] | None = None
 
         place = torch.get_default_device()
         n, copies = len(A), n_ssm or d
-        repeated = [None if x is None else x.to(place).expand(copies, *x.shape) for x in (A, B, P)]
-        A, B, P = repeated  # type: ignore[assignment]
-        self.log_dt = nn.Parameter(log_uniform(d if dt_tie else d * n, dt_min, dt_max).log())
-        if not dt_tie:
-            self.log_dt = nn.Parameter(self.log_dt.detach().view(d, n))
+        A, B = (x.to(place).expand(copies, n) for x in (A, B))
+        log_dt = log_uniform(d if dt_tie else d * n, dt_min, dt_max).log()
+        self.log_dt = nn.Parameter(log_dt if dt_tie else log_dt.view(d, n))
         self.A_log = nn.Parameter((-A.real).clamp(min=LEAST_DAMPING).log().contiguous())
         self.A_imag = nn.Parameter(A.imag.contiguous()) if A.is_complex() else None
-        self.P = None if P is None else _pairs(P)
+        self.P = None if P is None else _pairs(P.to(place).expand(copies, *P.shape))
         self.B = _pairs(B)
         self.C = _pairs(torch.randn(channels * d, n, dtype=A.dtype))
         self.C_reverse = _pairs(torch.randn(channels * d, n, dtype=A.dtype)) if bidirectional else None
@@ -210,7 +210,7 @@ class S4Layer(Mixer):
 
     def _output(self, y: Tensor, x: Tensor) -> Tensor:
         """y (b l c·d) out of the system, x (b l d_model) into the layer → (b l d_model)."""
-        y = self.activation(y)
+        y = ACTIVATIONS[self.activation](y)
         if self.gate_in is not None and self.gate_out is not None:
             y = self.gate_out(y) * self.gate_in(x)
         return F.glu(self.out_proj(self.dropout(y)), dim=-1)
@@ -282,7 +282,7 @@ def set_rate(model: nn.Module, rate: float) -> None:
 def check_state_size(name: str, d_state: int, pairs: bool) -> None:
     """Raises ValueError unless d_state is positive, and even where it is made of conjugate pairs."""
     if d_state < 1 or (pairs and d_state % 2):
-        raise ValueError(f"{name}: `d_state` must be positive, and even unless init='real'; got {d_state}")
+        raise ValueError(f"{name}: `d_state` must be positive{', and even, as pairs' * pairs}; got {d_state}")
 
 
 def _pairs(x: Tensor) -> nn.Parameter:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -227,7 +227,7 @@ class Mamba(Mixer):
         return cast(Tensor, rms_norm(x, x.new_ones(x.shape[-1]), eps=self.bcdt_norm_eps))
 
 
-def _plain(module: nn.Module | None) -> bool:
+def _plain(module: Any) -> bool:
     """No adapter, no quantised or parametrised map in its place, and no hooks."""
     return (
         type(module) in (Linear, nn.Linear, nn.Conv1d) and not module._forward_hooks and not module._forward_pre_hooks

@@ -83,6 +83,7 @@ class _Convolution(torch.autograd.Function):
                 if dreverse is not None:
                     dreverse[c] = dbefore
             if dD is not None:
+                assert x is not None
                 dD[c] = (circles.collect(g) * circles.collect(x)).sum((0, 2))
             if du is not None:
                 spectrum *= _taps(circles, kernel, reverse, c).conj()

@@ -13,8 +13,8 @@ where each sum is over both of a conjugate pair. An inverse FFT takes the values
 
 The paper has z^l = 1: there C̃ is nearly 0, and the resolvent nearly infinite, for all that does not decay within l. It
 also divides by 1 + z, which is 0 at the highest frequency. Here neither costs a digit. Frequencies go through in chunks
-that the backward pass computes again: no (d n l) tensor is kept. All is in double precision, and the error is relative to
-the largest tap: of taps far smaller than that, an FFT keeps fewer digits than the recurrence does.
+that the backward pass computes again: no (d n l) tensor is kept. All is in double precision, and the error is relative
+to the largest tap: of taps far smaller than that, an FFT keeps fewer digits than the recurrence does.
 """
 
 from __future__ import annotations

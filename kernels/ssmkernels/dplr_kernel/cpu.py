@@ -80,7 +80,7 @@ def _values(diagonal, left, right, B, C, length, pairs, single) -> tuple[dict[st
     values = {name: t.data_ptr() for name, t in tensors.items()}
     d, rank, N = left.shape
     sizes = {"d": d, "n": N // 2 if pairs else N, "rank": rank, "length": length, "pairs": pairs, "single": single}
-    return values | sizes | {"threads": torch.get_num_threads()}, list(tensors.values())
+    return values | sizes | {"threads": native.threads(d * N * length)}, list(tensors.values())
 
 
 @torch.library.custom_op("ssmkernels::dplr_kernel_cpu_backward", mutates_args=())

@@ -284,6 +284,18 @@ def test_opcheck(name, variant, arguments, opcheck):
     opcheck(OPS["dplr_kernel"].implementation(name).function.operator, arguments(**variant))
 
 
+@pytest.mark.parametrize("pairs", [False, True])
+def test_opcheck_of_the_native_operators(pairs, randn):
+    if why := OPS["dplr_kernel"].why_not("cpu"):
+        pytest.skip(why)
+    shapes = ((2, 6), (2, 1, 6), (2, 1, 6), (2, 6), (2, 6))
+    tensors = [(randn(*shape) / 4).requires_grad_() for shape in shapes]
+    operators = torch.ops.ssmkernels
+    torch.library.opcheck(operators.dplr_kernel_cpu, (*tensors, 40, pairs, False))
+    tensors = [t.detach() for t in tensors]
+    torch.library.opcheck(operators.dplr_kernel_cpu_backward, (*tensors, 40, pairs, False, randn(2, 40)))
+
+
 def test_the_fastest_runs_and_the_others_say_why(arguments):
     assert explain("dplr_kernel", **arguments()).chosen in ("cpu", "tiled")
     told = explain("dplr_kernel", **arguments(discretization="zoh"))

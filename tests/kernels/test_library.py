@@ -31,7 +31,14 @@ def added(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x + y, x * 2
 
 
+def conjugate(x: Tensor, y: Tensor) -> Tensor:
+    """Complex products of what PyTorch only marks as conjugate, forwards and, by its gradients, backwards."""
+    z = torch.view_as_complex(x)
+    return torch.view_as_real(z.conj() * torch.fft.ifft(torch.fft.fft(z) * z.conj())).sum(-1) * y
+
+
 FAKES = {
+    conjugate: lambda x, y: torch.empty_like(y),
     scaled: lambda x, y, factor: torch.empty_like(x),
     itself: torch.empty_like,
     views: lambda x: (x.new_empty(1), torch.empty_like(x), torch.empty_like(x)),
@@ -42,6 +49,7 @@ CASES = {
     "an input left out": (scaled, {"x": torch.full((3,), 0.7), "y": None, "factor": 2.0}),
     "the input itself": (itself, {"x": torch.ones(3)}),
     "the input in parts, twice": (views, {"x": torch.ones(3)}),
+    "conjugates put off": (conjugate, {"x": torch.tensor([[1.0, 2.0], [3.0, -4.0], [0.5, 6.0]]), "y": torch.ones(3)}),
     "a gradient for two": (added, {"x": torch.ones(3), "y": torch.ones(3)}),
 }
 EVERY = pytest.mark.parametrize("case", CASES)

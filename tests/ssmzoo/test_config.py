@@ -136,12 +136,23 @@ def test_real_valued_features_in_and_out():
         ({"mixers": {"attention": {"head_dim": 8}}}, "`mixers.attention` is used nowhere"),
         ({"vocab_size": None}, "set `vocab_size` for token ids in, or `d_input`"),
         ({"output": "classes"}, "`output: classes` needs `n_classes`"),
-        ({"bidirectional": True}, "mixer 'mamba' can only look back"),
     ],
 )
 def test_bad_values(change, message):
     with pytest.raises(ValueError, match=message):
         ssmzoo.build({**TINY, **change})
+
+
+def test_a_mixer_that_can_only_look_back():
+    @ssmzoo.register_mixer("test-backwards")
+    class Backwards(ssmzoo.Mixer):
+        """Nothing, and in one direction."""
+
+        def mix(self, x, state, cu_seqlens):
+            return x, state
+
+    with pytest.raises(ValueError, match="mixer 'test-backwards' can only look back"):
+        ssmzoo.build({**TINY, "pattern": ["test-backwards"], "mixers": {}, "bidirectional": True})
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""``ssmzoo train``: a language model on text, from scratch or from where it stopped."""
+"""``ssmzoo train``: a language model or a classifier, from scratch or from where it stopped."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def command(
         list[str] | None,
         typer.Option(
             metavar="FILES|FOLDERS",
-            help="UTF-8 text, and folders of it. Without it, the source of Python's standard library.",
+            help="UTF-8 text, and folders of it. Without it, the source of Python's standard library. For a "
+            "classifier a .npz file, and perhaps a second one that is held out.",
         ),
     ] = None,
     out: Annotated[
@@ -41,10 +42,11 @@ def command(
     ] = None,
     resume: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Go on with the run in this folder.")] = None,
 ) -> None:
-    """Train a language model on text.
+    """Train a language model on text, or a classifier on labelled sequences.
 
-    Text is read as bytes, unless `--set tokenizer=FILE` names a file of the tokenizers library. The run's
-    folder gets config, weights, log and loss curve. Ctrl-C saves, and says how to go on.
+    Text is read as bytes, unless `--set tokenizer=FILE` names a file of the tokenizers library. A classifier's .npz
+    file has `inputs` (n, l) of token ids or (n, l, d_input) of numbers, `labels` (n), and `lengths` (n) if they differ.
+    The run's folder gets config, weights, log and loss curve. Ctrl-C saves, and says how to go on.
     """
     from ssmzoo import train as training
     from ssmzoo.config import load_config

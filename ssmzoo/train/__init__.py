@@ -1,4 +1,4 @@
-"""Training language models, on top of `accelerate`.
+"""Training language models and classifiers, on top of `accelerate`.
 
 from ssmzoo.train import TrainConfig, train
 

@@ -36,27 +36,27 @@ def check_empty(run: Path) -> None:
 
 
 def check_kind(config: ModelConfig) -> None:
-    """The model goes from tokens to tokens.
+    """The model goes from tokens to tokens, or is a classifier.
 
     Raises:
-        ValueError: it does not.
+        ValueError: it is neither.
     """
-    if config.output != "tokens" or config.d_input is not None:
+    if config.output != "classes" and (config.output != "tokens" or config.d_input is not None):
         into = "features" if config.d_input is not None else "tokens"
         raise ValueError(
-            f"training is for language models, from tokens to tokens; this one goes from {into} to "
-            f"{config.output}: train it with a loop of your own"
+            f"training is for language models, from tokens to tokens, and for classifiers; this one goes from {into} "
+            f"to {config.output}: train it with a loop of your own"
         )
 
 
 def check_trainable(model: SequenceModel) -> None:
-    """No token is predicted with the help of later ones, and the weights are precise enough to learn.
+    """No next token is predicted with the help of later ones, and the weights are precise enough to learn.
 
     Raises:
         ValueError: one of the two does not hold.
     """
     for name, module in model.named_modules():
-        if isinstance(module, Mixer) and not module.causal:
+        if model.config.output == "tokens" and isinstance(module, Mixer) and not module.causal:
             raise ValueError(f"a language model must be causal; {name} is bidirectional and sees the answer")
     for name, parameter in model.named_parameters():
         if parameter.dtype in (torch.float16, torch.bfloat16):

@@ -22,7 +22,7 @@ class TrainConfig:
         steps: optimiser steps.
         batch_size: sequences in one forward pass of one process; a step sees batch_size · accumulate ·
             processes.
-        length: tokens of a sequence.
+        length: tokens of a sequence; the most that a classifier's may have.
         accumulate: forward passes whose gradients are added up into one step.
         lr: peak learning rate. Weights with a rate of their own (S4's A, B and Δ) keep theirs.
         min_lr_ratio: every rate ends at this fraction of its peak.
@@ -34,7 +34,7 @@ class TrainConfig:
         precision: "fp32", or mixed: "bf16", "fp16".
         cpu: train on the CPU even where there is a GPU.
         tokenizer: path of a `tokenizers` JSON file; text is read as bytes if None.
-        validation: fraction of the data that is held out.
+        validation: fraction of the data that is held out, unless a classifier has a file for that.
         eval_every: steps between evaluations on held-out data; one more stands at the start and at the end.
         eval_batches: batches in one evaluation, always the same ones.
         save_every: steps between checkpoints; one more stands at the end.

@@ -10,7 +10,7 @@ import sysconfig
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -47,6 +47,23 @@ class Tokens:
             parts.append(part)
             start, length, i = start + len(part), length - len(part), i + 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def width(self, length: int) -> int:
+        """Tokens of one sequence."""
+        return length
+
+    def places(self, length: int) -> int:
+        """How many windows :meth:`take` can choose from."""
+        return len(self) - length
+
+    def spread(self, most: int, length: int) -> np.ndarray:
+        """Up to ``most`` starts of windows that lie evenly apart."""
+        room = max(1, (len(self) - 1) // length)
+        return np.linspace(0, len(self) - length - 1, min(most, room)).astype(np.int64)
+
+    def take(self, places: np.ndarray, length: int) -> Tensor:
+        """The windows that start at some places, ``(b, length + 1)`` int64."""
+        return torch.from_numpy(np.stack([self.window(int(s), length + 1) for s in places]).astype(np.int64))
 
     def fingerprint(self) -> str:
         """A number that another text will hardly share: length and checksum of 64 samples."""
@@ -121,22 +138,39 @@ def load_ids(ids: Tensor | np.ndarray, held_out: float) -> Data:
     return Data(Tokens([array[:place]]), Tokens([array[place:]]), None)
 
 
-def batch(tokens: Tokens, size: int, length: int, key: Sequence[int]) -> Tensor:
-    """``(size, length + 1)`` int64: windows at places that depend on ``key`` alone."""
-    starts = np.random.default_rng(key).integers(0, len(tokens) - length, size)
-    return _windows(tokens, starts, length + 1)
+class Labelled(NamedTuple):
+    """What a classifier is given, and should answer."""
+
+    inputs: Tensor  # (b l) ids, or (b l d_input) features
+    labels: Tensor  # (b)
+    mask: Tensor | None  # (b l), True where there is a step; None if everywhere
+
+    def to(self, device: torch.device) -> Labelled:
+        """On a device."""
+        mask = None if self.mask is None else self.mask.to(device)
+        return Labelled(self.inputs.to(device), self.labels.to(device), mask)
 
 
-def fixed_batches(tokens: Tokens, count: int, size: int, length: int) -> Iterator[Tensor]:
-    """Up to ``count`` batches ``(≤ size, length + 1)`` int64 of windows that lie evenly apart."""
-    room = max(1, (len(tokens) - 1) // length)
-    starts = np.linspace(0, len(tokens) - length - 1, min(count * size, room)).astype(np.int64)
-    for first in range(0, len(starts), size):
-        yield _windows(tokens, starts[first : first + size], length + 1)
+class Part(Protocol):
+    """Data from which sequences of some length are taken: :class:`Tokens`, or a classifier's examples."""
+
+    def places(self, length: int) -> int: ...
+
+    def spread(self, most: int, length: int) -> np.ndarray: ...
+
+    def take(self, places: np.ndarray, length: int) -> Tensor | Labelled: ...
 
 
-def _windows(tokens: Tokens, starts: np.ndarray, length: int) -> Tensor:
-    return torch.from_numpy(np.stack([tokens.window(int(s), length) for s in starts]).astype(np.int64))
+def batch(part: Part, size: int, length: int, key: Sequence[int]) -> Tensor | Labelled:
+    """``size`` sequences from places that depend on ``key`` alone; of tokens ``(size, length + 1)``."""
+    return part.take(np.random.default_rng(key).integers(0, part.places(length), size), length)
+
+
+def fixed_batches(part: Part, count: int, size: int, length: int) -> Iterator[Tensor | Labelled]:
+    """Up to ``count`` batches of up to ``size`` sequences, from places that lie evenly apart."""
+    places = part.spread(count * size, length)
+    for first in range(0, len(places), size):
+        yield part.take(places[first : first + size], length)
 
 
 def text_files(sources: Sequence[Source]) -> list[Path]:

@@ -21,7 +21,7 @@ class Log:
 
     Args:
         path: the CSV file. What stands in it after ``step`` is taken out.
-        unit: what losses are counted by: "byte" or "token".
+        unit: what losses are counted by: "byte", "token" or "label".
         step, steps: how many are done, and how many there are.
         console: where the bar and the lines go.
     """
@@ -67,6 +67,8 @@ class Log:
                 self._bar.update(self._task, completed=row["step"], shown=self._describe(row))
             if "validation_loss" in row:
                 validation = f"validation {row[self.columns[4]]:.3f} bits/{self._unit}"
+                if "validation_accuracy" in row:
+                    validation += f", {row['validation_accuracy']:.2%} right"
                 self._console.print(f"step {row['step']:>6}   {validation}   {self._describe(row)}".rstrip())
                 self._seconds_per_token.clear()
         self._file.flush()
@@ -81,7 +83,8 @@ class Log:
 
 
 def columns(unit: str) -> list[str]:
-    """The log's columns: losses in nats a token, and in bits a byte (or token); tokens of all processes."""
+    """The log's columns: losses in nats a token or label, and in bits a ``unit``; tokens of all processes."""
+    accuracy = ["validation_accuracy"] if unit == "label" else []
     return [
         "step",
         "loss",
@@ -91,6 +94,7 @@ def columns(unit: str) -> list[str]:
         "lr",
         "gradient_norm",
         "tokens_per_second",
+        *accuracy,
     ]
 
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from ssmzoo.model import SequenceModel
 from ssmzoo.train import checkpoint, plot
 from ssmzoo.train.config import TrainConfig
-from ssmzoo.train.data import Data, batch, fixed_batches
+from ssmzoo.train.data import Data, Labelled, batch, fixed_batches
 from ssmzoo.train.interrupt import Interrupt, Interrupted
+from ssmzoo.train.labelled import LabelledData
 from ssmzoo.train.log import Log, Row
 from ssmzoo.train.optimizer import build_optimizer, lr_factor, set_lr
 
@@ -36,7 +37,7 @@ class Trainer:
     def __init__(
         self,
         model: SequenceModel,
-        data: Data,
+        data: Data | LabelledData,
         config: TrainConfig,
         run: Path,
         accelerator: Accelerator,
@@ -59,8 +60,8 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(found.scaler)
         self.step, self._fresh = found.step, False
 
-    def fit(self, log: Log | None) -> float:
-        """Takes all steps that are left; returns the last validation loss in nats a token.
+    def fit(self, log: Log | None) -> Row:
+        """Takes all steps that are left; returns the last validation: the log's columns that it fills.
 
         Args:
             log: given in the main process.
@@ -70,12 +71,12 @@ class Trainer:
             Interrupted: on SIGINT or SIGTERM, after saving.
         """
         steps = self.config.steps
-        validation = math.nan
+        validation: Row = {}
         self.model.train()
         with Interrupt() as interrupt:
             if self._fresh:
                 validation = self._evaluate()
-                self._write(log, [{"step": 0, **self._validation_row(validation)}])
+                self._write(log, [{"step": 0, **validation}])
                 self._save(log)
             self._clock = time.perf_counter()
             while self.step < steps:
@@ -89,7 +90,7 @@ class Trainer:
                 self._check_finite(rows, log)
                 if evaluates:
                     validation = self._evaluate()
-                    rows[-1].update(self._validation_row(validation))
+                    rows[-1].update(validation)
                 self._write(log, rows)
                 if saves or stop:
                     self._save(log)
@@ -108,9 +109,9 @@ class Trainer:
         for i in range(config.accumulate):
             part = process * config.accumulate + i  # a step has the same parts however many processes share them
             key = (config.seed, self.step, part)
-            ids = batch(self.data.train, config.batch_size, config.length, key)
+            drawn = batch(self.data.train, config.batch_size, config.length, key)
             with self.accelerator.accumulate(self._wrapped):
-                loss = self._loss(self._wrapped, ids)
+                loss = F.cross_entropy(*self._predict(self._wrapped, drawn))
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
@@ -119,30 +120,35 @@ class Trainer:
             losses.append(loss.detach())
         self._pending.append((config.lr * factor, torch.stack([torch.stack(losses).mean(), norm.detach().float()])))
 
-    def _loss(self, model: torch.nn.Module, ids: Tensor, reduction: str = "mean") -> Tensor:
-        """Next-token cross entropy in nats; ids (b l+1)."""
-        ids = ids.to(self.accelerator.device)
-        logits = model(ids[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction=reduction)
+    def _predict(self, model: torch.nn.Module, drawn: Tensor | Labelled) -> tuple[Tensor, Tensor]:
+        """Logits (m c), and the m ids or labels that they should tell; ids come as (b l+1)."""
+        drawn = drawn.to(self.accelerator.device)
+        if isinstance(drawn, Labelled):
+            return model(drawn.inputs, mask=drawn.mask).float(), drawn.labels
+        return model(drawn[:, :-1]).flatten(0, 1).float(), drawn[:, 1:].flatten()
 
     @torch.no_grad()
-    def _evaluate(self) -> float:
-        """Nats a token over the fixed validation batches, which the processes share out."""
+    def _evaluate(self) -> Row:
+        """The log's columns of the fixed validation batches, which the processes share out."""
         config, processes, process = (
             self.config,
             self.accelerator.num_processes,
             self.accelerator.process_index,
         )
-        totals = torch.zeros(2, device=self.accelerator.device)  # nats, tokens
+        labelled = isinstance(self.data, LabelledData)
+        totals = torch.zeros(3, device=self.accelerator.device)  # nats, tokens or labels, right ones
         self.model.eval()
         batches = fixed_batches(self.data.validation, config.eval_batches, config.batch_size, config.length)
-        for i, ids in enumerate(batches):
+        for i, drawn in enumerate(batches):
             if i % processes == process:
-                totals[0] += self._loss(self.model, ids, "sum")
-                totals[1] += ids[:, 1:].numel()
+                logits, answers = self._predict(self.model, drawn)
+                totals[0] += F.cross_entropy(logits, answers, reduction="sum")
+                totals[1] += len(answers)
+                totals[2] += (logits.argmax(1) == answers).sum() if labelled else 0
         self.model.train()
-        nats, tokens = self.accelerator.reduce(totals, "sum").tolist()
-        return nats / tokens
+        nats, count, right = self.accelerator.reduce(totals, "sum").tolist()
+        row = {"validation_loss": nats / count, f"validation_bits_per_{self.data.unit}": self.data.bits(nats / count)}
+        return row | {"validation_accuracy": right / count} if labelled else row
 
     def _collect(self, asked: bool) -> tuple[list[Row], bool]:
         """The rows of the steps since the last look, and whether any process was asked to stop."""
@@ -152,7 +158,8 @@ class Trainer:
         seconds = time.perf_counter() - self._clock
         self._pending.clear()
         config = self.config
-        tokens = config.batch_size * config.length * config.accumulate * self.accelerator.num_processes
+        sequences = config.batch_size * config.accumulate * self.accelerator.num_processes
+        tokens = sequences * self.data.train.width(config.length)
         rows = [
             {
                 "step": self.step - len(rates) + 1 + i,
@@ -179,9 +186,6 @@ class Trainer:
                 f"training came apart: the {what} is {row[bad]} at step {row['step']:.0f}; go on from {good} "
                 f"with --resume {self.run} and a smaller --set lr=..."
             )
-
-    def _validation_row(self, nats: float) -> Row:
-        return {"validation_loss": nats, f"validation_bits_per_{self.data.unit}": self.data.bits(nats)}
 
     def _write(self, log: Log | None, rows: list[Row]) -> None:
         if log is not None:

@@ -31,6 +31,7 @@ from ssmzoo.train.checks import (
 )
 from ssmzoo.train.config import TrainConfig
 from ssmzoo.train.data import Data, load_ids, load_text
+from ssmzoo.train.labelled import LabelledData, load_labelled
 from ssmzoo.train.log import Log
 from ssmzoo.train.loop import Trainer
 from ssmzoo.train.record import IDS, DataSource, Record, describe, read_record, write_record
@@ -52,9 +53,10 @@ class Result:
         model: the trained model, on the device that it was trained on.
         folder: config, weights, settings, log, curve and checkpoints.
         steps: steps taken in all.
-        validation_loss: nats a token, at the end.
-        validation_bits: the same in bits a byte (a token where the data were ids).
-        sample: a piece of held-out text and how the model goes on from it; None where the data were ids.
+        validation_loss: nats a token, or a label, at the end.
+        validation_bits: the same in bits a byte (a token where the data were ids; a label).
+        validation_accuracy: the fraction of labels that a classifier got right; None for a language model.
+        sample: a piece of held-out text and how the model goes on from it; None where there was no text.
     """
 
     model: SequenceModel
@@ -62,6 +64,7 @@ class Result:
     steps: int
     validation_loss: float
     validation_bits: float
+    validation_accuracy: float | None
     sample: str | None
 
 
@@ -74,12 +77,14 @@ def train(
     name: str | None = None,
     quiet: bool = False,
 ) -> Result:
-    """Trains a language model on text, or on token ids. Seeds PyTorch's global generator.
+    """Trains a language model on text or token ids, or a classifier on labelled sequences. Seeds PyTorch's global
+    generator.
 
     Args:
         model: a model, whose weights are trained on from where they are; or a name, path or config, as
             :func:`ssmzoo.build` takes it.
-        data: text files and folders; or token ids ``(n)``; or None for the Python standard library's source.
+        data: text files and folders; or token ids ``(n)``; or None for the Python standard library's source. For a
+            classifier a ``.npz`` file, or two: see :func:`ssmzoo.train.labelled.load_labelled`.
         config: settings, or some of them: the others come from the model config's ``train``, then from
             :class:`TrainConfig`.
         out: the run's folder, new or empty; ``runs/<name>-<time>`` if None.
@@ -174,9 +179,11 @@ def _finish(trainer: Trainer, vocabulary: Vocabulary | None, quiet: bool) -> Res
     """All the steps that are left, and the sample."""
     run, data, main = trainer.run, trainer.data, trainer.accelerator.is_main_process
     console = Console(quiet=quiet or not main, markup=False, highlight=False, soft_wrap=True)
+    what = "sequences" if isinstance(data, LabelledData) else "tokens"
     console.print(
         f"{trainer.name}: {trainer.model.num_parameters():,} parameters on {trainer.accelerator.device}, "
-        f"{len(data.train):,} tokens to train on, {len(data.validation):,} held out; writes to {run}"
+        f"{len(data.train):,} {what} to train on, {len(data.validation):,} held out; "
+        f"writes to {run}"
     )
     if (run / checkpoint.FOLDER).is_dir():
         console.print(f"goes on from step {trainer.step} of {trainer.config.steps}")
@@ -187,23 +194,25 @@ def _finish(trainer: Trainer, vocabulary: Vocabulary | None, quiet: bool) -> Res
         if main:
             log = Log(run / "log.csv", data.unit, trainer.step, trainer.config.steps, console)
             stack.enter_context(log)
-        loss = trainer.fit(log)
+        validation = trainer.fit(log)
     sample = None
     if vocabulary is not None:
-        prompt, text = _sample(trainer, vocabulary)
+        assert isinstance(data, Data)
+        prompt, text = _sample(trainer, data, vocabulary)
         sample = prompt + text
         console.print("\nA sample, which goes on from the held-out text in bold:\n")
         console.print(Text.assemble((prompt, "bold"), text))
         console.print(f'\nAll of it is in {run}. Try: ssmzoo generate {run} "def "')
-    return Result(trainer.model, run, trainer.step, loss, data.bits(loss), sample)
+    loss = validation["validation_loss"]
+    accuracy = validation.get("validation_accuracy")
+    return Result(trainer.model, run, trainer.step, loss, data.bits(loss), accuracy, sample)
 
 
-def _sample(trainer: Trainer, vocabulary: Vocabulary) -> tuple[str, str]:
+def _sample(trainer: Trainer, data: Data, vocabulary: Vocabulary) -> tuple[str, str]:
     """A few lines from the middle of the held-out text, and the model's continuation of them."""
-    data = trainer.data.validation
-    tokens_per_byte = trainer.data.tokens_per_byte or 1.0
-    length = min(max(1, round(PROMPT * tokens_per_byte)), len(data))
-    ids = data.window((len(data) - length) // 2, length).tolist()
+    tokens, tokens_per_byte = data.validation, data.tokens_per_byte or 1.0
+    length = min(max(1, round(PROMPT * tokens_per_byte)), len(tokens))
+    ids = tokens.window((len(tokens) - length) // 2, length).tolist()
     prompt = decode(vocabulary, ids)
     lines = prompt[prompt.find("\n") + 1 : prompt.rfind("\n") + 1]
     if lines.strip():
@@ -212,10 +221,19 @@ def _sample(trainer: Trainer, vocabulary: Vocabulary) -> tuple[str, str]:
     return prompt, decode(vocabulary, new[0][len(ids) :])
 
 
-def _load(data: DataSource, model_config: ModelConfig, config: TrainConfig) -> tuple[Data, Vocabulary | None]:
+def _load(
+    data: DataSource, model_config: ModelConfig, config: TrainConfig
+) -> tuple[Data | LabelledData, Vocabulary | None]:
     """The data, and the vocabulary where they are text; both checked against the model."""
     size = model_config.vocab_size or 0
     vocabulary = None
+    if model_config.output == "classes":
+        if isinstance(data, Tensor | np.ndarray):
+            raise ValueError(
+                "train: `data` of a classifier must be a .npz file with `inputs` and `labels`; got an array"
+            )
+        files = [data] if isinstance(data, str | os.PathLike) else data or []
+        return load_labelled(files, model_config, config.length, config.validation), None
     if isinstance(data, Tensor | np.ndarray):
         loaded = load_ids(data, config.validation)
     else:

@@ -290,9 +290,9 @@ def test_other_data_than_before(text, run, tmp_path):
 def test_models_that_are_no_language_models(text, run):
     with pytest.raises(
         ValueError,
-        match="training is for language models, from tokens to tokens; this one goes from features",
+        match="training is for language models, from tokens to tokens, and for classifiers; this one goes",
     ):
-        train("s4d-classifier", text, QUICK, run, quiet=True)
+        train(LSTM.override({"d_input": 2, "vocab_size": None}), text, QUICK, run, quiet=True)
     both_ways = {"pattern": ["s4d"], "mixers": {}, "bidirectional": True}
     with pytest.raises(ValueError, match=r"must be causal; layers\.0\.mixer is bidirectional and sees the answer"):
         train(LSTM.override(both_ways), text, QUICK, run, quiet=True)

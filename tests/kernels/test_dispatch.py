@@ -326,3 +326,15 @@ def test_every_implementation_loads(op):
     for name in OPS[op].names:
         assert callable(OPS[op].implementation(name).function)
         assert isinstance(OPS[op].why_not(name), str)
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+def test_signs_that_pytorch_puts_off(implementation):
+    if OPS["causal_conv1d"].why_not(implementation):
+        pytest.skip(f"needs {implementation}: {OPS['causal_conv1d'].why_not(implementation)}")
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 3, dtype=torch.complex64).conj().imag
+    assert x.is_neg()
+    weight = torch.randn(3, 4)
+    found = ssmkernels.causal_conv1d(x, weight, implementation=implementation)
+    assert torch.equal(found, ssmkernels.causal_conv1d(x.resolve_neg(), weight, implementation=implementation))

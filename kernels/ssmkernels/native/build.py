@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # Raised whenever an argument structure or an exported function changes: a library of another number is refused.
-ABI = 1
+ABI = 2
 
 PACKAGE = Path(__file__).resolve().parent.parent
 NAME = "_native.dylib" if sys.platform == "darwin" else "_native.so"
@@ -89,7 +89,7 @@ def build(target: Path, package: Path = PACKAGE, isas: Sequence[str] | None = No
         objects = [job[-1] for job in jobs]
         _run([*compiler, *flags, "-shared", *objects, "-o", str(linked), *shlex.split(os.environ.get("LDFLAGS", ""))])
         target.parent.mkdir(parents=True, exist_ok=True)
-        staged = target.with_name(target.name + ".new")
+        staged = target.with_name(f"{target.name}.{os.getpid()}")  # two builds at once must not write into one file
         shutil.copy(linked, staged)
         os.replace(staged, target)  # a process that has the old one loaded keeps it
 

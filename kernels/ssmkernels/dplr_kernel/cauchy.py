@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from ssmkernels.dplr_kernel.discretize import discretize_dplr, doubled, functional, output
 from ssmkernels.validate import precision
 
+PRECISE = 256  # taps in float64
 CHUNK = 2**20  # complex numbers that are worked on at a time
 
 
@@ -38,6 +39,9 @@ def unsupported(arguments: Mapping[str, Any]) -> str | None:
         return "the resolvent of the continuous system is that of the bilinear rule"
     if arguments["A"].shape[0] == 0:
         return "no channels"
+    wide = precision(*(arguments[name] for name in ("A", "P", "Q", "B", "C", "dt")))
+    if wide == torch.float64 and arguments["length"] > PRECISE:
+        return f"in float64 beyond {PRECISE} taps: its FFT rounds all taps alike, too much for small ones"
     return "no float64 on this device" if arguments["A"].device.type == "mps" else None
 
 

@@ -31,6 +31,7 @@ ROWS = (
     {"length": 17},
     {"length": 64},
     {"length": 127},
+    {"length": 300, "d": 2},
     {"length": 300, "d": 2, "dt": 0.02},  # alive at its end
     {"n": 1},
     {"n": 17},

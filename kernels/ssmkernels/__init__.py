@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ssmkernels.dispatch import OPS, Explanation, explain, use
 
 if TYPE_CHECKING:  # for type checkers and editors alone
-    from ssmkernels.attention import attention
+    from ssmkernels.attention import attention, merge_attention
     from ssmkernels.causal_conv1d import causal_conv1d, causal_conv1d_step
     from ssmkernels.decode_attention import decode_attention
     from ssmkernels.diagonal_kernel import diagonal_kernel, discretize_diagonal

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssmkernels.block_mask import BlockMask
 from ssmkernels.dispatch import OPS, unknown
 
 Case = Mapping[str, Any]
@@ -79,6 +80,8 @@ class Spec:
         return {
             name: lay_out(_cast(value, dtype, name in wide).to(device), case["layout"], name in batched)
             if isinstance(value, Tensor)
+            else value.to(device)
+            if isinstance(value, BlockMask)
             else value
             for name, value in arguments.items()
         }

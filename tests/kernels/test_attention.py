@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from ssmkernels import OPS, attention, explain
-from ssmkernels.attention import sdpa
+from ssmkernels.attention import _parts, sdpa
+from ssmkernels.masks import from_function, window
 
 REFERENCE = functools.partial(attention, implementation="reference")
 SDPA = functools.partial(attention, implementation="sdpa")
-EITHER = pytest.mark.parametrize("attend", [REFERENCE, SDPA], ids=["reference", "sdpa"])
+TILED = functools.partial(attention, implementation="tiled")
+EITHER = pytest.mark.parametrize("attend", [REFERENCE, SDPA, TILED], ids=["reference", "sdpa", "tiled"])
 
 # A base case, and what each further one varies.
 CASES = {
@@ -70,6 +72,28 @@ OF_REFERENCE = {
 }
 
 
+MASKED = {
+    "mask": {"mask": "shared", "l": 18, "m": 21},
+    "mask, heads": {"mask": "heads", "l": 21, "m": 18},
+    "mask, causal, fewer keys": {"mask": "heads", "l": 21, "m": 11, "causal": True},
+    "mask, no keys": {"mask": "heads", "m": 0},
+    "mask, no queries": {"mask": "shared", "l": 0},
+    "mask, everything": OF_REFERENCE["everything"] | {"mask": "heads", "l": 13, "m": 21, "window": (9, 4)},
+    "mask, packed": {"mask": "heads", "l": 17, "packed": [0, 3, 3, 13, 17]},
+    "mask, packed, everything": OF_REFERENCE["everything, packed"]
+    | {"mask": "shared", "l": 21, "packed": [0, 13, 13, 21], "packed_k": [0, 15, 17, 29], "window": (7, 2)},
+}
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of so few queries and keys, and parts of so few heads, that short calls have many."""
+    monkeypatch.setattr(_parts, "ROWS", 4)
+    monkeypatch.setattr(_parts, "LEAST_ROWS", 3)
+    monkeypatch.setattr(_parts, "COLUMNS", 5)
+    monkeypatch.setattr(_parts, "ELEMENTS", 64)
+
+
 @pytest.fixture
 def arguments(randn):
     def make(
@@ -86,6 +110,7 @@ def arguments(randn):
         packed_k=None,
         alibi=False,
         sinks=False,
+        mask=None,
         **options,
     ):
         b = b if packed is None else 1
@@ -101,12 +126,24 @@ def arguments(randn):
             made["alibi_slopes"] = randn(h, dtype=torch.promote_types(dtype, torch.float32)).abs()
         if sinks:
             made["sinks"] = randn(h, dtype=torch.promote_types(dtype, torch.float32))
+        if mask is not None:
+            made["block_mask"] = random_mask(l, m, h if mask == "heads" else 1)
         for name, borders in (("cu_seqlens", packed), ("cu_seqlens_k", packed_k)):
             if borders is not None:
                 made[name] = torch.tensor(borders, dtype=torch.int32)
         return made
 
     return make
+
+
+def random_mask(l, m, heads):
+    """A third of all pairs visible; of blocks of 4 by 8, a third as a whole and a third not at all."""
+    generator = torch.Generator().manual_seed(2)
+    kind = torch.rand(heads, l // 4 + 1, m // 8 + 1, generator=generator)
+    pair = torch.rand(heads, l + 1, m + 1, generator=generator)
+    return from_function(
+        lambda h, i, j: pair[h, i, j] < 3 * kind[h, i // 4, j // 8] - 1, l, m, heads=heads, block_size=(4, 8)
+    )
 
 
 def naive(
@@ -119,19 +156,24 @@ def naive(
     softcap=0.0,
     alibi_slopes=None,
     sinks=None,
+    block_mask=None,
     cu_seqlens=None,
     cu_seqlens_k=None,
 ):
     """One query of one head at a time, over a list of the keys that it sees."""
     options = {"causal": causal, "window": window, "scale": scale, "softcap": softcap}
     options |= {"alibi_slopes": alibi_slopes, "sinks": sinks}
+    shown = (
+        None if block_mask is None else getattr(block_mask, "dense", lambda: block_mask)().expand(q.shape[2], -1, -1)
+    )
     if cu_seqlens is not None:
         borders = cu_seqlens.tolist()
         borders_k = borders if cu_seqlens_k is None else cu_seqlens_k.tolist()
         parts = [naive(q[:, :0], k[:, :0], v[:, :0], **options)]
         for i in range(len(borders) - 1):
             queries, keys = slice(*borders[i : i + 2]), slice(*borders_k[i : i + 2])
-            parts.append(naive(q[:, queries], k[:, keys], v[:, keys], **options))
+            mask = None if shown is None else shown[:, queries, keys]
+            parts.append(naive(q[:, queries], k[:, keys], v[:, keys], block_mask=mask, **options))
         return torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 2)
     (b, l, h, _), m = q.shape, k.shape[1]
     connected = 0 * sum(x.sum() for x in (q, k, v, alibi_slopes, sinks) if x is not None)
@@ -144,6 +186,8 @@ def naive(
             if causal and j > position:
                 continue
             if (window[0] >= 0 and j < position - window[0]) or (window[1] >= 0 and j > position + window[1]):
+                continue
+            if shown is not None and not shown[head, i, j]:
                 continue
             s = q[n, i, head].dot(k[n, j, shared]) * (q.shape[3] ** -0.5 if scale is None else scale)
             s = softcap * torch.tanh(s / softcap) if softcap else s
@@ -159,15 +203,22 @@ def naive(
     return out, lse
 
 
-def with_lse(**made):
-    out, lse = REFERENCE(**made, return_lse=True)
+def with_lse(implementation="reference", **made):
+    out, lse = attention(**made, return_lse=True, implementation=implementation)
     return out, lse.masked_fill(lse == -torch.inf, 0)
 
 
-@pytest.mark.parametrize("case", CASES | OF_REFERENCE)
+@pytest.mark.parametrize("case", CASES | OF_REFERENCE | MASKED)
 def test_reference_is_the_formula(case, arguments, run, assert_same):
-    made = arguments(**(CASES | OF_REFERENCE)[case])
+    made = arguments(**(CASES | OF_REFERENCE | MASKED)[case])
     assert_same(run(with_lse, **made), run(naive, **made))
+
+
+@pytest.mark.parametrize("case", CASES | OF_REFERENCE | MASKED)
+def test_tiled_is_the_reference(case, arguments, run, assert_same, small_tiles):
+    made = arguments(**(CASES | OF_REFERENCE | MASKED)[case])
+    assert_same(run(with_lse, implementation="tiled", **made), run(with_lse, **made))
+    assert_same(run(TILED, **made), run(REFERENCE, **made))  # no gradient comes through the log-sum-exp
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -330,15 +381,22 @@ def test_everything_compiles(arguments, assert_compiles):
     assert_compiles(with_lse, **arguments(torch.float32, **OF_REFERENCE["everything, packed"]))
 
 
+@pytest.mark.parametrize("attend", [REFERENCE, TILED], ids=["reference", "tiled"])
+def test_block_masks_compile(attend, arguments, assert_compiles):
+    assert_compiles(attend, **arguments(torch.float32, **MASKED["mask, everything"]))
+
+
 def test_windows_in_blocks_compile(arguments, assert_compiles, monkeypatch):
     monkeypatch.setattr(sdpa, "BLOCK", 16)
     assert_compiles(SDPA, **arguments(torch.float32, l=99, window=(5, 0)))
 
 
-@pytest.mark.parametrize("case", ["base", "no keys", "packed", "sinks, fewer keys", "everything, packed"])
+@pytest.mark.parametrize("implementation", ["reference", "tiled"])
+@pytest.mark.parametrize("case", ["base", "no keys", "packed", "sinks, fewer keys", "everything, packed", "mask"])
 @pytest.mark.parametrize("return_lse", [False, True])
-def test_opcheck_of_the_reference(case, return_lse, arguments, opcheck):
-    made = arguments(**(CASES | OF_REFERENCE)[case])
+def test_opcheck(implementation, case, return_lse, arguments, opcheck):
+    made = arguments(**(CASES | OF_REFERENCE | MASKED)[case])
+    mask = made.get("block_mask")
     left, right = made.get("window", (-1, -1))
     operator_arguments = {
         "left": left,
@@ -347,9 +405,10 @@ def test_opcheck_of_the_reference(case, return_lse, arguments, opcheck):
         "softcap": made.get("softcap", 0.0),
         "return_lse": return_lse,
         **{name: made.get(name) for name in ("q", "k", "v", "alibi_slopes", "sinks", "cu_seqlens")},
+        **{f"block_{name}": getattr(mask, name, None) for name in ("offsets", "columns", "patterns", "bits")},
         "cu_seqlens_k": made.get("cu_seqlens_k", made.get("cu_seqlens")),
     }
-    opcheck(OPS["attention"].implementation("reference").function.operator, operator_arguments)
+    opcheck(OPS["attention"].implementation(implementation).function.operator, operator_arguments)
 
 
 @pytest.mark.parametrize("case", ["packed, other keys", "packed, window, alibi", "packed, nothing"])
@@ -406,6 +465,7 @@ class TestParity:
     [
         ({"softcap": 1.0}, "has no softcap"),
         ({"sinks": torch.zeros(4, dtype=torch.float64)}, "has no sinks"),
+        ({"block_mask": window(7, left=1, right=0)}, "has no block masks"),
         ({"return_lse": True}, "does not return the log-sum-exp"),
     ],
     ids=str,
@@ -413,7 +473,7 @@ class TestParity:
 def test_what_sdpa_cannot_do(options, reason, arguments):
     made = arguments() | options
     found = explain(attention, **made)
-    assert found.chosen == "reference"
+    assert found.chosen == "tiled"
     assert reason in found.reasons["sdpa"]
     with pytest.raises(ValueError, match="attention: implementation 'sdpa' .* cannot run this call: .*" + reason):
         SDPA(**made)
@@ -450,6 +510,9 @@ def test_sdpa_is_taken_where_it_can_run(arguments):
             TypeError,
             "`cu_seqlens` must be an int32 tensor; got torch.int64",
         ),
+        ({"block_mask": torch.ones(7, 7).bool()}, TypeError, "`block_mask` must be a BlockMask.*; got Tensor"),
+        ({"block_mask": window(7, 8, left=1, right=0)}, ValueError, "7 queries and 7 keys; got one for 7 and 8"),
+        ({"block_mask": random_mask(7, 7, 2)}, ValueError, "must have 1 head, or 4 as `q`; got 2"),
         ({"cu_seqlens": torch.tensor([0, 7], dtype=torch.int32)}, ValueError, "a batch of 2"),
         (
             {"cu_seqlens_k": torch.tensor([0, 7], dtype=torch.int32)},

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ssmkernels.attention._arguments import bounds, check_logits
+from ssmkernels.attention._arguments import bounds, check_block_mask, check_logits
+from ssmkernels.attention.merge import merge_attention
 from ssmkernels.dispatch import Op
+from ssmkernels.masks import BlockMask
 from ssmkernels.validate import check_cu_seqlens, check_options, check_same_dtype, check_shapes, precision
 
-__all__ = ["attention"]
+__all__ = ["attention", "merge_attention"]
 
 
 def attention(
@@ -22,6 +24,7 @@ def attention(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    block_mask: BlockMask | None = None,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     return_lse: bool = False,
@@ -34,7 +37,8 @@ def attention(
 
         s_ij ← softcap · tanh(s_ij / softcap)    where softcap > 0
         s_ij ← s_ij - slope_h · |p - j|          with alibi_slopes
-        s_ij ← -∞                                where j is outside of the window, or j > p and causal
+        s_ij ← -∞                                where j is outside of the window, or j > p and causal,
+                                                 or the block mask hides (i, j)
         lse_i = log(Σ_j exp(s_ij) + exp(sink_h)),   out_i = Σ_j exp(s_ij - lse_i) v_j
 
     Sizes: b batch, l queries, m keys, h heads, h_kv heads of keys and values (h a multiple of it; query heads
@@ -51,6 +55,9 @@ def attention(
         softcap: bounds the scaled products smoothly to ± softcap (Gemma 2, arXiv 2408.00118); 0 for none.
         alibi_slopes: ``(h)``, linear penalties on distance (ALiBi, arXiv 2108.12409).
         sinks: ``(h)``, one more logit per head that takes weight and has no value (gpt-oss).
+        block_mask: one more condition on which keys a query sees, made by ``ssmkernels.masks``; for all heads
+            alike or for each its own. Its indices are those of ``q`` and ``k`` themselves: with ``cu_seqlens``
+            too they count over all sequences.
         cu_seqlens: int32 ``(s + 1)``, borders of sequences packed one after another in a batch of one.
             Queries see the keys of their own sequence.
         cu_seqlens_k: the same for keys and values, where their lengths differ; as for the queries if None.
@@ -81,6 +88,7 @@ def attention(
     check_options(op, "bool", causal=causal, return_lse=return_lse)
     scale = check_logits(op, sizes, q, scale, softcap, alibi_slopes, sinks)
     left, right = bounds(op, causal, window)
+    check_block_mask(op, block_mask, sizes, q)
     sequences = check_cu_seqlens(op, cu_seqlens, q)
     if cu_seqlens_k is None:
         if cu_seqlens is not None and sizes["l"] != sizes["m"]:
@@ -106,6 +114,10 @@ def attention(
         softcap=float(softcap),
         alibi_slopes=alibi_slopes,
         sinks=sinks,
+        block_offsets=None if block_mask is None else block_mask.offsets,
+        block_columns=None if block_mask is None else block_mask.columns,
+        block_patterns=None if block_mask is None else block_mask.patterns,
+        block_bits=None if block_mask is None else block_mask.bits,
         cu_seqlens=cu_seqlens,
         cu_seqlens_k=cu_seqlens_k,
         return_lse=return_lse,
@@ -123,6 +135,10 @@ def fake(
     softcap: float,
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
+    block_offsets: Tensor | None,
+    block_columns: Tensor | None,
+    block_patterns: Tensor | None,
+    block_bits: Tensor | None,
     cu_seqlens: Tensor | None,
     cu_seqlens_k: Tensor | None,
     return_lse: bool,
@@ -132,4 +148,4 @@ def fake(
     return q.new_empty(b, l, h, v.shape[-1]), q.new_empty((b, h, l) if return_lse else (0,), dtype=precision(q))
 
 
-_ATTENTION = Op("attention", __name__, ("sdpa", "reference"), fake=fake)
+_ATTENTION = Op("attention", __name__, ("sdpa", "tiled", "reference"), fake=fake)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ssmkernels.block_mask import BlockMask
 from ssmkernels.validate import check_options, check_parameters
 
 
@@ -54,3 +55,27 @@ def check_logits(
     if softcap < 0:
         raise ValueError(f"{op}: `softcap` must be positive, or 0 for none; got {softcap!r}")
     return 1 / math.sqrt(k) if scale is None else float(scale)
+
+
+def check_block_mask(op: str, block_mask: Any, sizes: Mapping[str, int], q: Tensor) -> None:
+    """Checks that a mask, if there is one, fits queries, keys and heads.
+
+    Raises:
+        TypeError: it is no BlockMask.
+        ValueError: it is for other lengths or heads, or lies on another device.
+    """
+    if block_mask is None:
+        return
+    if not isinstance(block_mask, BlockMask):
+        raise TypeError(
+            f"{op}: `block_mask` must be a BlockMask, which ssmkernels.masks makes; got {type(block_mask).__name__}"
+        )
+    if (block_mask.q_len, block_mask.k_len) != (sizes["l"], sizes["m"]):
+        raise ValueError(
+            f"{op}: `block_mask` must be for {sizes['l']} queries and {sizes['m']} keys; "
+            f"got one for {block_mask.q_len} and {block_mask.k_len}"
+        )
+    if block_mask.heads not in (1, sizes["h"]):
+        raise ValueError(f"{op}: `block_mask` must have 1 head, or {sizes['h']} as `q`; got {block_mask.heads}")
+    if block_mask.device != q.device:
+        raise ValueError(f"{op}: `block_mask` must be on {q.device}, where `q` is; got {block_mask.device}")

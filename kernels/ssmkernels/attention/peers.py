@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmkernels.bench.peers import FLASH_ATTN, TORCH, Peer, refuse
+from ssmkernels.block_mask import BlockMask
 
 
 def sdpa(
@@ -23,12 +24,14 @@ def sdpa(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    block_mask: BlockMask | None = None,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor:
     """PyTorch's scaled_dot_product_attention, which wants heads before time."""
     refuse(window is not None or softcap or alibi_slopes is not None or sinks is not None, "such masks and biases")
+    refuse(block_mask is not None, "block masks")
     refuse(cu_seqlens is not None or cu_seqlens_k is not None or return_lse, "packed sequences or log-sum-exp")
     refuse(causal and q.shape[1] != k.shape[1], "causal mask aligned to the last key")
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -47,6 +50,7 @@ def flash_attn(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    block_mask: BlockMask | None = None,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     return_lse: bool = False,
@@ -55,6 +59,7 @@ def flash_attn(
     from flash_attn import flash_attn_func
 
     refuse(q.dtype not in (torch.float16, torch.bfloat16), "kernel but for float16 and bfloat16")
+    refuse(block_mask is not None, "block masks")
     refuse(sinks is not None or cu_seqlens is not None or cu_seqlens_k is not None or return_lse, "such options here")
     return flash_attn_func(
         q,

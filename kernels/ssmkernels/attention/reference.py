@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ssmkernels.block_mask import BlockMask
 from ssmkernels.packing import spans
 from ssmkernels.validate import precision
 
@@ -19,20 +20,33 @@ def attention(
     softcap: float,
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
+    block_offsets: Tensor | None,
+    block_columns: Tensor | None,
+    block_patterns: Tensor | None,
+    block_bits: Tensor | None,
     cu_seqlens: Tensor | None,
     cu_seqlens_k: Tensor | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    def one_batch(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        distance = distances(q.shape[1], k.shape[1], q.device)
-        return attend(q, k, v, distance, in_window(distance, left, right), scale, softcap, alibi_slopes, sinks)
+    shown = None
+    if block_offsets is not None:
+        members = (block_offsets, block_columns, block_patterns, block_bits)
+        shown = BlockMask(q.shape[1], k.shape[1], *members).dense()  # type: ignore[arg-type]  # all or none
+
+    def one_batch(queries: slice, keys: slice) -> tuple[Tensor, Tensor]:
+        qs, ks, vs = q[:, queries], k[:, keys], v[:, keys]
+        distance = distances(qs.shape[1], ks.shape[1], q.device)
+        seen = in_window(distance, left, right)
+        if shown is not None:
+            seen = seen & shown[:, queries, keys]  # (1 l m) or (h l m)
+        return attend(qs, ks, vs, distance, seen, scale, softcap, alibi_slopes, sinks)
 
     if cu_seqlens is None or cu_seqlens_k is None:
-        out, lse = one_batch(q, k, v)
+        out, lse = one_batch(slice(None), slice(None))
     else:
-        parts = [one_batch(q[:, :0], k[:, :0], v[:, :0])]
+        parts = [one_batch(slice(0), slice(0))]
         for (_, queries), (_, keys) in zip(spans(cu_seqlens), spans(cu_seqlens_k), strict=True):
-            parts.append(one_batch(q[:, queries], k[:, keys], v[:, keys]))
+            parts.append(one_batch(queries, keys))
         out = torch.cat([out for out, _ in parts], dim=1)
         lse = torch.cat([lse for _, lse in parts], dim=2)
     return out, lse if return_lse else lse.new_empty(0)
@@ -64,7 +78,10 @@ def attend(
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention for a given ``distance`` and ``seen``, (l m) or (b 1 l m): out (b l h v) and lse (b h l)."""
+    """Attention for a given ``distance``, (l m) or (b 1 l m), and ``seen``, these or (h l m).
+
+    Gives out (b l h v) and lse (b h l).
+    """
     wide = precision(q)
     h, h_kv = q.shape[2], k.shape[2]
     grouped = q.to(wide).unflatten(2, (h_kv, h // h_kv))  # (b l c g k): g query heads share the keys of head c

@@ -25,6 +25,8 @@ def unsupported(arguments: Mapping[str, Any]) -> str | None:
         return "PyTorch's attention has no softcap"
     if arguments["sinks"] is not None:
         return "PyTorch's attention has no sinks"
+    if arguments["block_offsets"] is not None:
+        return "PyTorch's attention has no block masks"
     if arguments["return_lse"]:
         return "PyTorch's attention does not return the log-sum-exp"
     return None
@@ -40,6 +42,10 @@ def attention(
     softcap: float,
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
+    block_offsets: Tensor | None,
+    block_columns: Tensor | None,
+    block_patterns: Tensor | None,
+    block_bits: Tensor | None,
     cu_seqlens: Tensor | None,
     cu_seqlens_k: Tensor | None,
     return_lse: bool,

@@ -6,7 +6,10 @@ import itertools
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ssmkernels.attention import attention
+from ssmkernels.masks import BlockMask, from_function
 from ssmkernels.spec import Case, Draw, Spec
 
 BASE = {
@@ -23,6 +26,7 @@ BASE = {
     "softcap": 0.0,
     "alibi": False,
     "sinks": False,
+    "mask": None,  # "shared" by all heads, or one for each of the "heads"
     "lse": False,
     "packed": False,
     "packed_k": False,  # borders of their own for keys and values
@@ -89,6 +93,14 @@ ROWS = (
     {"b": 1, "packed": True, "l": 21, "window": (3, 0), "alibi": True},
     {"b": 1, "packed": True, "packed_k": True, "l": 21, "m": 30},
     {"b": 1, "packed": True, "packed_k": True, "l": 21, "m": 30, "causal": False, "lse": True},
+    {"mask": "shared", "l": 45, "causal": False},
+    {"mask": "heads", "l": 45, "causal": False},
+    {"mask": "shared", "l": 45, "m": 70, "lse": True},
+    {"mask": "heads", "l": 70, "m": 45, "lse": True},
+    {"mask": "heads", "l": 37, "window": (9, 5), "causal": False, "alibi": True, "sinks": True, "softcap": 5.0},
+    {"mask": "heads", "l": 0, "m": 7},
+    {"mask": "shared", "m": 0},
+    {"mask": "heads", "l": 33, "layout": "strided"},
     {"x": 30.0},
     {"x": 1e3},
     {"x": 1e-3},
@@ -96,6 +108,24 @@ ROWS = (
     {"layout": "strided", "window": (3, 0), "alibi": True, "lse": True},
     {"layout": "far", "b": 1, "l": 3, "h": 2, "h_kv": 1, "k": 4},
 )
+
+
+BLOCK = (8, 16)  # of masks
+
+
+def block_mask(case: Case, l: int, m: int, draw: Draw) -> BlockMask | None:
+    """Random blocks, of which some are visible as a whole, some in part, and some not at all."""
+    if case["mask"] is None:
+        return None
+    heads = case["h"] if case["mask"] == "heads" else 1
+    rows, columns = (-(-length // block) for length, block in zip((l, m), BLOCK, strict=True))
+    kind = draw.uniform(0, 1, heads, rows, columns)
+    pair = draw.uniform(0, 1, heads, max(1, l), max(1, m))
+
+    def seen(h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return pair[h, i, j] < 3 * kind[h, i // BLOCK[0], j // BLOCK[1]] - 1
+
+    return from_function(seen, l, m, heads=heads, block_size=BLOCK)
 
 
 def make(case: Case, draw: Draw) -> dict[str, Any]:
@@ -112,6 +142,7 @@ def make(case: Case, draw: Draw) -> dict[str, Any]:
         "softcap": case["softcap"],
         "alibi_slopes": draw.uniform(0.05, 0.5, h) if case["alibi"] else None,
         "sinks": draw.normal(h) if case["sinks"] else None,
+        "block_mask": block_mask(case, l, m, draw),
         "cu_seqlens": draw.borders(l) if case["packed"] else None,
         "cu_seqlens_k": torch.tensor([0, 0, 3, m // 2 - 1, m], dtype=torch.int32) if case["packed_k"] else None,
         "return_lse": case["lse"],
@@ -128,6 +159,8 @@ def flops(case: Case) -> float:
     if case["packed"]:
         borders = arguments["cu_seqlens"].tolist()
         ends = [borders, arguments["cu_seqlens_k"].tolist() if case["packed_k"] else borders]
+    if arguments["block_mask"] is not None:
+        return _masked_flops(arguments)
     pairs = 0
     for (start, end), (start_k, end_k) in zip(*(itertools.pairwise(e) for e in ends), strict=True):
         l, m = end - start, end_k - start_k
@@ -136,6 +169,14 @@ def flops(case: Case) -> float:
             last = m - 1 if right < 0 else min(m - 1, p + right)
             pairs += max(0, last - first + 1)
     return 2.0 * case["b"] * case["h"] * pairs * (k.shape[-1] + v.shape[-1])
+
+
+def _masked_flops(arguments: dict[str, Any]) -> float:
+    """How many keys each query of each head sees is its sum of exponentials."""
+    q, k, v = (torch.zeros_like(arguments[name]) for name in "qkv")
+    rest = {name: arguments[name] for name in ("causal", "window", "block_mask", "cu_seqlens", "cu_seqlens_k")}
+    _, lse = attention(q, k, v, **rest, return_lse=True, implementation="reference")
+    return 2.0 * float(lse.exp().sum()) * (k.shape[-1] + v.shape[-1])
 
 
 SPECS = (

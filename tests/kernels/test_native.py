@@ -186,3 +186,19 @@ def test_under_sanitizers(compiler, tmp_path):
         ASAN_OPTIONS="detect_leaks=0",  # Python's own
         SSMZOO_CPU_ISA=isa,
     )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, which has the call")
+def test_large_pages_are_asked_for_under_whole_pages_of_large_tensors_alone(monkeypatch):
+    asked = []
+    monkeypatch.setattr(native, "_madvise", lambda: lambda *call: asked.append(call))
+    large, small = torch.empty(native.MAPPED // 4 + 1000), torch.empty(100)
+    native.large_pages(large, small, None, large[:-1])
+    assert len(asked) == 1 + (large[:-1].nbytes >= native.MAPPED)
+    start, size, advice = asked[0]
+    assert advice == 14
+    assert start % native.PAGE == size % native.PAGE == 0
+    assert large.data_ptr() <= start < start + size <= large.data_ptr() + large.nbytes
+    monkeypatch.undo()
+    native.large_pages(large)  # the system's own answer
+    assert torch.equal(large.fill_(1.0), torch.ones_like(large))

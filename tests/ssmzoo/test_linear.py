@@ -37,7 +37,8 @@ def test_it_is_torchs_product(shape, bias, onednn):
     torch.manual_seed(0)
     module, x = Linear(IN, OUT, bias=bias), torch.randn(shape)
     found, expected = module(x), F.linear(x, module.weight, module.bias)
-    assert found.shape == expected.shape and found.is_contiguous()
+    assert found.shape == expected.shape
+    assert found.is_contiguous()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert len(onednn) == (0 if 0 in shape else 1)
 
@@ -54,7 +55,9 @@ def test_any_strides(onednn):
 def test_gradients_go_torchs_own_way(onednn):
     module, x = Linear(IN, OUT), torch.randn(2, IN, requires_grad=True)
     module(x).sum().backward()
-    assert x.grad is not None and module.weight.grad is not None and not onednn
+    assert x.grad is not None
+    assert module.weight.grad is not None
+    assert not onednn
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from ssmkernels.fft_conv import reference
 from ssmkernels.fft_conv.circle import Circles, lay_out
+from ssmkernels.native import large_pages
 from ssmkernels.packing import pad
 from ssmkernels.validate import precision
 
@@ -52,6 +53,7 @@ class _Convolution(torch.autograd.Function):
         ctx.save_for_backward(u, kernel, D, reverse)
         circles = _layout(u, kernel, reverse)
         y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+        large_pages(y)
         for c in _groups(u, circles):
             x = circles.spread(u[..., c], kernel.dtype)  # (b c blocks n)
             spectrum = torch.fft.rfft(x)
@@ -69,6 +71,7 @@ class _Convolution(torch.autograd.Function):
         circles = _layout(u, kernel, reverse)
         wants_u, wants_taps = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
         du = torch.empty(u.shape, dtype=u.dtype, device=u.device) if wants_u else None
+        large_pages(du)
         dD = torch.empty_like(D) if D is not None and ctx.needs_input_grad[2] else None
         dkernel = torch.empty_like(kernel) if wants_taps else None
         dreverse = torch.empty_like(reverse) if wants_taps and reverse is not None else None

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,6 +122,34 @@ def threads(updates: int) -> int:
 def address(x: Tensor | None) -> int:
     """The tensor's first element's address; 0, which is null, without a tensor."""
     return 0 if x is None else x.data_ptr()
+
+
+def large_pages(*tensors: Tensor | None) -> None:
+    """Asks for large pages under large tensors that nobody has written to yet; does nothing where there are none.
+
+    The allocator maps memory of this size afresh for every call. In pages of 4 KiB the system's work on the first touch
+    takes longer than a kernel that is bound by memory; in those of 2 MiB a fraction of it.
+    """
+    advise = _madvise()
+    for x in tensors:
+        if advise is not None and x is not None and x.nbytes >= MAPPED and x.device.type == "cpu":
+            start = -(-x.data_ptr() // PAGE) * PAGE
+            advise(start, (x.data_ptr() + x.nbytes - start) // PAGE * PAGE, MADV_HUGEPAGE)
+
+
+MAPPED = 2**25  # bytes from which glibc maps memory for each allocation
+PAGE = mmap.PAGESIZE
+MADV_HUGEPAGE = 14  # Linux
+
+
+@functools.cache
+def _madvise() -> Callable[[int, int, int], int] | None:
+    if sys.platform != "linux":
+        return None
+    function = getattr(ctypes.CDLL(None), "madvise", None)
+    if function is not None:
+        function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return function
 
 
 def rows(x: Tensor) -> Tensor:

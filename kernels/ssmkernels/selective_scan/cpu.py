@@ -75,6 +75,7 @@ def _scan(
     y, final_state, starts = _outputs(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, save
     )
+    native.large_pages(y, starts)
     fields, _kept = values(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, starts if save else None
     )

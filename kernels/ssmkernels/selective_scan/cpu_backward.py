@@ -55,6 +55,7 @@ def scan_backward(
         "ddelta_bias_": zeros(delta_bias, wide),
         "dinitial": empty(initial_state),
     }
+    native.large_pages(gradients["du"], gradients["ddelta"], gradients["dz"])
     fields |= {name: address(g) for name, g in gradients.items()}
     fields |= {"dy": dy.data_ptr(), "dfinal": address(dfinal)}
     fields["dy_batch"], fields["dy_time"] = dy.stride()[:2]

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from ssmkernels import native
 from ssmkernels.native import build

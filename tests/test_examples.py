@@ -17,9 +17,13 @@ CASES = {
     "long_sequence.py": (["--length", "4096", "--chunk", "512", "--d-model", "16"], "4,096 steps"),
     "mixer_in_pytorch.py": (["--steps", "3"], "squared error"),
     "own_mixer.py": ([], "token by token and at once"),
+    "s4_digits.py": (["--steps", "2"], "test digits; the same answers pixel by pixel"),
+    "s4_forecast.py": (["--steps", "1"], "S4: "),
     "stream_text.py": (["--bytes", "4096", "--chunk", "512"], "bits per byte"),
     "swap_mixer.py": (["--steps", "2"], "mamba, mamba, mamba, lstm"),
 }
+# Script → the optional packages that it imports.
+NEEDS = {"s4_digits.py": ("sklearn", "matplotlib", "accelerate"), "s4_forecast.py": ("statsmodels", "matplotlib")}
 
 
 def test_every_example_is_run():
@@ -29,12 +33,14 @@ def test_every_example_is_run():
 @pytest.mark.parametrize("script", sorted(CASES))
 def test_example(script, tmp_path):
     arguments, expected = CASES[script]
+    for package in NEEDS.get(script, ()):
+        pytest.importorskip(package, reason=f"needs {package}")
     result = subprocess.run(
         [sys.executable, str(EXAMPLES / script), *arguments],
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"},
     )
     assert result.returncode == 0, result.stderr
     assert expected in result.stdout

@@ -20,18 +20,19 @@ def cauchy(
     *,
     discretization: str = "bilinear",
 ) -> Tensor:
-    """All frequencies and all states at once; conjugate pairs and rank one alone, an even length."""
+    """All frequencies and all states at once; conjugate pairs and rank one alone."""
     refuse(discretization != "bilinear", "discretization but bilinear")
     refuse(not A.is_complex(), "real A")
     refuse(P.ndim == 3 and P.shape[1] != 1, "rank but one")
-    refuse(length % 2 or length == 0, "odd length")
+    refuse(length == 0, "length 0")
     P, Q = (x.reshape(A.shape) for x in (P, Q))
     dense, _ = discretize_dplr(A, P, Q, B, dt)
     row = torch.cat([2 * C.real, -2 * C.imag], dim=-1)[:, None]
     row = (row - row @ torch.linalg.matrix_power(dense, length))[:, 0]
     C = torch.complex(row[:, : A.shape[1]], -row[:, A.shape[1] :]) / 2
     omega = torch.exp(-2j * torch.pi / length * torch.arange(length // 2 + 1, device=A.device))
-    omega[-1] = torch.tensor(-1 + 1e-6j)  # the bilinear rule's pole is at -1
+    if length % 2 == 0:
+        omega[-1] = torch.tensor(-1 + 1e-6j)  # the bilinear rule's pole is at -1
     z = 2 * (1 - omega) / (1 + omega)
     step = dt[:, None]
     v = torch.stack([torch.stack([X * Y for Y in (B, P)]) for X in (C, Q.conj())])  # (2 2 d n)
@@ -41,4 +42,4 @@ def cauchy(
     return torch.fft.irfft(k * 2 / (1 + omega), n=length)
 
 
-PEERS = {"dplr_kernel": (Peer("Cauchy", TORCH, cauchy, "holds (d n length) complex numbers in memory"),)}
+PEERS = {"dplr_kernel": (Peer("Cauchy", TORCH, cauchy, "holds (d n length) complex numbers in memory", gradients=False),)}

@@ -42,4 +42,6 @@ def cauchy(
     return torch.fft.irfft(k * 2 / (1 + omega), n=length)
 
 
-PEERS = {"dplr_kernel": (Peer("Cauchy", TORCH, cauchy, "holds (d n length) complex numbers in memory", gradients=False),)}
+PEERS = {
+    "dplr_kernel": (Peer("Cauchy", TORCH, cauchy, "holds (d n length) complex numbers in memory", gradients=False),)
+}

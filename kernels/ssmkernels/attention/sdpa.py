@@ -25,7 +25,7 @@ def unsupported(arguments: Mapping[str, Any]) -> str | None:
         return "PyTorch's attention has no softcap"
     if arguments["sinks"] is not None:
         return "PyTorch's attention has no sinks"
-    if arguments["block_offsets"] is not None:
+    if arguments.get("block_offsets") is not None:  # attention alone has them; its rules serve decode_attention too
         return "PyTorch's attention has no block masks"
     if arguments["return_lse"]:
         return "PyTorch's attention does not return the log-sum-exp"

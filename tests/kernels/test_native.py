@@ -203,3 +203,18 @@ def test_large_pages_are_asked_for_under_whole_pages_of_large_tensors_alone(monk
     monkeypatch.undo()
     native.large_pages(large)  # the system's own answer
     assert torch.equal(large.fill_(1.0), torch.ones_like(large))
+
+
+@pytest.mark.skipif(bool(native.missing()), reason=f"needs the native CPU library: {native.missing()}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 400, 200), (3, 33, 1001), (2, 32768, 2), (1, 70001, 3)], ids=str)
+def test_channels_before_time_are_turned_over(shape, dtype):
+    torch.manual_seed(0)
+    b, l, d = shape
+    x = torch.randn(b, d, l).to(dtype).mT
+    assert x.stride(1) == 1
+    found = native.rows(x)
+    assert found.is_contiguous()
+    assert torch.equal(found, x)
+    part = torch.randn(b, d + 5, l + 7).to(dtype)[:, 2 : 2 + d, 3 : 3 + l].mT
+    assert torch.equal(native.rows(part), part)

@@ -93,6 +93,9 @@ def arguments(name: str, fields: str, numbers: tuple[str, ...] = ()) -> type[cty
     return type(name, (ctypes.Structure,), {"_fields_": kinds})
 
 
+_Transpose = arguments("_Transpose", "from to bytes batch rows columns from_batch from_row from_column threads")
+
+
 @functools.cache
 def kernel(name: str) -> Callable[[Any], int]:
     """The named function of the library, for the instruction set in use."""
@@ -154,4 +157,13 @@ def _madvise() -> Callable[[int, int, int], int] | None:
 
 def rows(x: Tensor) -> Tensor:
     """x with a contiguous last axis: itself where it has one, else a copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+    if x.stride(-1) == 1 or x.shape[-1] <= 1:
+        return x
+    if x.ndim != 3 or x.stride(1) != 1 or x.numel() < SMALL or x.element_size() > 8:
+        return x.contiguous()
+    to = x.new_empty(x.shape)  # from channels before time, which is how mamba_ssm's callers hold activations
+    large_pages(to)
+    batch, length, d = x.shape
+    places = (x.data_ptr(), to.data_ptr(), x.element_size(), batch, length, d, x.stride(0), 1, x.stride(2))
+    run("transpose", _Transpose(*places, torch.get_num_threads()))
+    return to

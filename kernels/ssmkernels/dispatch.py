@@ -88,21 +88,23 @@ class Implementation:
     """One way to compute an op.
 
     ``function`` takes the op's arguments by name and returns a tensor or a tuple of tensors. ``missing()`` says what
-    this machine lacks, ``unsupported(arguments)`` what it cannot do about one call; each returns None where all is
-    well.
+    this machine lacks, ``unsupported(arguments)`` what it cannot do about one call, ``slow(arguments)`` why a later one
+    does it better, so that this one runs where it is forced alone; each returns None where all is well.
     """
 
     name: str
     function: Callable[..., Any]
     missing: Callable[[], str | None] = _nothing
     unsupported: Callable[[Mapping[str, Any]], str | None] = _nothing
+    slow: Callable[[Mapping[str, Any]], str | None] = _nothing
 
 
 class Op:
     """An op: its name and its implementations, fastest first.
 
     Implementation ``x`` lives in the module ``x`` of the op's own package, as a function of the op's name; beside it
-    may stand ``missing()`` and ``unsupported(arguments)`` (prefixed with ``step_`` for the op's step). ``fake``
+    may stand ``missing()``, ``unsupported(arguments)`` and ``slow(arguments)`` (prefixed with ``step_`` for the op's
+    step). ``fake``
     computes
     empty outputs from the arguments: with it a plain PyTorch implementation becomes one opaque node under
     ``torch.compile``, backward included.
@@ -137,6 +139,7 @@ class Op:
             function,
             getattr(module, "missing", _nothing),
             getattr(module, prefix + "unsupported", _nothing),
+            getattr(module, prefix + "slow", _nothing),
         )
 
     def why_not(self, name: str, arguments: Mapping[str, Any] | None = None) -> str:
@@ -161,12 +164,24 @@ class Op:
             if reason:
                 raise ValueError(f"{self.name}: implementation {forced!r} ({origin}) cannot run this call: {reason}")
             return self._run(forced, arguments)
-        for name in self.names:
-            if not self.why_not(name, arguments):
-                if name == "reference" and len(self.names) > 1 and not torch.compiler.is_compiling():
-                    self._warn_if_large(arguments)
-                return self._run(name, arguments)
+        name = self._fastest(arguments)
+        if name is not None:
+            if name == "reference" and len(self.names) > 1 and not torch.compiler.is_compiling():
+                self._warn_if_large(arguments)
+            return self._run(name, arguments)
         raise RuntimeError(f"{self.name}: no implementation can run this call\n{self._explain(None, '', arguments)}")
+
+    def _fastest(self, arguments: Mapping[str, Any]) -> str | None:
+        """The first that can run the call and is not slow at it; a slow one rather than the reference."""
+        slow = None
+        for name in self.names:
+            if self.why_not(name, arguments):
+                continue
+            if self.implementation(name).slow(arguments):
+                slow = slow or name
+            else:
+                return slow if slow and name == "reference" else name
+        return slow
 
     def _run(self, name: str, arguments: Mapping[str, Any]) -> Any:
         """Calls the implementation out of autocast's reach: an op chooses the precision of its sums itself."""
@@ -198,13 +213,15 @@ class Op:
     def _explain(self, forced: str | None, origin: str, arguments: Mapping[str, Any]) -> Explanation:
         choices = [Choice(name, self.why_not(name, arguments)) for name in self.names]
         able = [c.implementation for c in choices if not c.reason]
-        chosen = forced if forced is not None else (able[0] if able else "nothing")
+        chosen = forced if forced is not None else (self._fastest(arguments) or "nothing")
         if forced is not None:
             choices = [c if c.reason else c._replace(reason=f"{forced!r} is forced {origin}") for c in choices]
             if forced not in able:
                 origin += ", but it cannot: " + self.why_not(forced, arguments)
         else:
-            choices = [c if c.reason else c._replace(reason=f"slower than {chosen!r}") for c in choices]
+            slower = f"slower than {chosen!r}"
+            slow = {name: self.implementation(name).slow(arguments) for name in able}
+            choices = [c if c.reason else c._replace(reason=slow[c.implementation] or slower) for c in choices]
         return Explanation(self.name, chosen, origin, tuple(choices), tuple(able))
 
     def _warn_if_large(self, arguments: Mapping[str, Any]) -> None:

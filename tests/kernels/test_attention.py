@@ -484,6 +484,30 @@ def test_sdpa_is_taken_where_it_can_run(arguments):
 
 
 @pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ({"window": (2, 1), "l": 15}, 15 * 15),
+        ({"causal": True, "m": 9}, 7 * 9),
+        ({"alibi": True}, 4 * 7 * 7),
+        ({"causal": True, "packed": [0, 3, 7], "packed_k": [0, 5, 11]}, 3 * 5 + 4 * 6),
+        ({"window": (1, 1), "l": 40}, 2 * 40 * 4),
+        ({"causal": True}, 0),
+        ({"window": (99, 99)}, 0),
+    ],
+    ids=str,
+)
+def test_sdpa_is_passed_over_where_its_mask_is_large(options, size, arguments, monkeypatch):
+    monkeypatch.setattr(sdpa, "BLOCK", 4)
+    made = arguments(**options)
+    for most, chosen in ((size, "sdpa"), (size - 1, "tiled")):
+        monkeypatch.setattr(sdpa, "LARGE", most)
+        found = explain(attention, **made)
+        assert found.chosen == chosen
+        assert "sdpa" in found.able
+    assert f"would need a mask of {size} numbers" in found.reasons["sdpa"]
+
+
+@pytest.mark.parametrize(
     ("changes", "error", "match"),
     [
         ({"q": None}, TypeError, r"`q` must be a tensor of shape \(b l h k\); got NoneType"),

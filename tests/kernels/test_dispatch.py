@@ -24,7 +24,7 @@ serial = itertools.count()  # operators cannot be registered twice in a process
 def toy(monkeypatch):
     """A new op whose implementations can be told apart: quick gives x + 1, steady x + 2, the reference x + 3.
 
-    quick takes no odd length, steady runs where ``toy.lacks`` is None.
+    quick takes no odd length and is slow beyond 10, steady runs where ``toy.lacks`` is None.
     """
     name = f"toy{next(serial)}"
     package = types.ModuleType(f"package_of_{name}")
@@ -42,6 +42,7 @@ def toy(monkeypatch):
     for function in (quick, steady, reference):
         setattr(modules[function.__name__], name, function)
     modules["quick"].unsupported = lambda a: "an odd length" if a["x"].shape[0] % 2 else None
+    modules["quick"].slow = lambda a: "a long way" if a["x"].shape[0] > 10 else None
     modules["steady"].missing = lambda: toy.lacks
     for module in (package, *modules.values()):
         monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -73,6 +74,19 @@ def test_the_first_that_can_run_is_taken(toy):
     assert ran(toy, ODD) == STEADY
     toy.lacks = "no such machine"
     assert ran(toy, ODD) == REFERENCE
+
+
+def test_one_that_is_slow_at_a_call_is_passed_over(toy):
+    far = torch.zeros(12)
+    assert ran(toy, far) == STEADY
+    found = explain(toy, far)
+    assert found.chosen == "steady"
+    assert found.able == ("quick", "steady", "reference")
+    assert found.reasons == {"quick": "a long way", "reference": "slower than 'steady'"}
+    assert ran(toy, far, implementation="quick") == QUICK
+    toy.lacks = "no such machine"
+    assert ran(toy, far) == QUICK  # still better than the reference
+    assert explain(toy, far).chosen == "quick"
 
 
 def test_the_argument_forces(toy):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,7 +15,9 @@ from ssmkernels.validate import precision
 
 ROWS, COLUMNS = 256, 512  # queries and keys of a tile, at most
 LEAST_ROWS = 64  # even where a window is narrower
-ELEMENTS = 2**19  # logits of a tile over all heads of a part
+ELEMENTS = 2**20  # logits of a tile over all heads of a part
+COPIED = 2**23  # keys' elements of a part, which is laid out anew
+LOG2E, LN2 = math.log2(math.e), math.log(2)
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,8 @@ class Call:
 
     @property
     def factor(self) -> float:
-        """Of queries times keys: the scale, over the softcap where there is one."""
-        return self.scale / self.softcap if self.softcap > 0 else self.scale
+        """Of queries times keys: what gives logits to base 2, or what goes into the softcap's tanh."""
+        return self.scale / self.softcap if self.softcap > 0 else self.scale * LOG2E
 
 
 @dataclass(frozen=True)
@@ -157,13 +160,14 @@ def parts(call: Call, q: Tensor, k: Tensor, distances: bool) -> Iterator[Part]:
         distances: whether tiles are to tell how far their keys are.
     """
     h, h_kv = q.shape[2], k.shape[2]
+    like = torch.empty(0, dtype=precision(q), device=q.device)
     own = call.lists is not None and call.lists.heads > 1  # masks of their own, not to be shared in a group
     for queries, keys in call.sequences:
         l, m = queries.stop - queries.start, keys.stop - keys.start
         rows, columns = tile_size(l, m, call.left, call.right)
-        window = Window(l, m, call.left, call.right, rows, columns, q.device, distances)
+        window = Window(l, m, call.left, call.right, rows, columns, like, distances)
         plan = window if call.lists is None else Blocks(window, call.lists, queries.start, keys.start)
-        at_once = max(1, ELEMENTS // (h // h_kv * rows * columns))
+        at_once = max(1, min(ELEMENTS // (h // h_kv * rows * columns), COPIED // max(1, m * k.shape[3])))
         heads_at_once, batch_at_once = min(h_kv, at_once), max(1, at_once // h_kv)
         for row in range(0, q.shape[0], batch_at_once):
             for head in range(0, h_kv, heads_at_once):
@@ -181,10 +185,10 @@ def parts(call: Call, q: Tensor, k: Tensor, distances: bool) -> Iterator[Part]:
 
 
 def tile_size(l: int, m: int, left: int, right: int) -> tuple[int, int]:
-    """Queries and keys of a tile: within a narrow window all keys at once, and no more queries than it is wide."""
+    """Queries and keys of a tile: within a narrow window all keys at once, and half as many queries as it is wide."""
     rows, columns = ROWS, COLUMNS
     if left >= 0 and right >= 0:
-        rows = min(rows, max(LEAST_ROWS, left + right))
+        rows = min(rows, max(LEAST_ROWS, (left + right) // 2))
         columns = max(columns, rows + left + right) if rows + left + right <= 2 * COLUMNS else columns
         columns = min(columns, rows + left + right)
     return max(1, min(rows, l)), max(1, min(columns, m))

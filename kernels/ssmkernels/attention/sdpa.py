@@ -5,6 +5,7 @@ comes through."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from ssmkernels.library import opaque
 from ssmkernels.packing import spans
 from ssmkernels.validate import HALF, precision
 
+LARGE = 2**21  # numbers of a mask that is better not written
 BLOCK = 64  # a window's blocks are multiples of it: aligned for vectors, and large enough to be worth a block
 
 
@@ -30,6 +32,31 @@ def unsupported(arguments: Mapping[str, Any]) -> str | None:
     if arguments["return_lse"]:
         return "PyTorch's attention does not return the log-sum-exp"
     return None
+
+
+def slow(arguments: Mapping[str, Any]) -> str | None:
+    q, k, slopes = (arguments[name] for name in ("q", "k", "alibi_slopes"))
+    if q.device.type != "cpu":
+        return None
+    lengths = [(q.shape[1], k.shape[1])]
+    if arguments["cu_seqlens"] is not None and not torch.compiler.is_compiling():
+        borders = (arguments[name].tolist() for name in ("cu_seqlens", "cu_seqlens_k"))
+        lengths = list(zip(*([end - start for start, end in itertools.pairwise(b)] for b in borders), strict=True))
+    left, right = arguments["left"], arguments["right"]
+    size = sum(mask_size(l, m, left, right, slopes is not None) for l, m in lengths)
+    size *= 1 if slopes is None else q.shape[2]
+    return f"PyTorch's attention would need a mask of {size} numbers" if size > LARGE else None
+
+
+def mask_size(l: int, m: int, left: int, right: int, alibi: bool) -> int:
+    """Numbers in the mask that one sequence needs, for one head."""
+    left = left if left < m - 1 else -1
+    right = right if right < l - 1 else -1
+    if left >= 0 and right >= 0 and m >= 4 * _block_size(left, right):
+        return 2 * l * _block_size(left, right)
+    if not alibi and left < 0 and (right < 0 or (right == 0 and l == m)):
+        return 0
+    return l * m
 
 
 def attention(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ssmkernels.attention._parts import Call, Part, parts
+from ssmkernels.attention._parts import LN2, LOG2E, Call, Part, parts
 from ssmkernels.attention._tiles import Lists, Tile
 from ssmkernels.packing import spans
 from ssmkernels.validate import precision
@@ -40,7 +40,8 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     lists = None
     if block_offsets is not None:
-        lists = Lists(block_offsets, block_columns, block_patterns, block_bits)  # type: ignore[arg-type]
+        members = (block_offsets, block_columns, block_patterns, block_bits)
+        lists = Lists(*members, dtype=precision(q))  # type: ignore[arg-type]  # all or none
     sequences = [(slice(0, q.shape[1]), slice(0, k.shape[1]))]
     if cu_seqlens is not None and cu_seqlens_k is not None:
         both = zip(spans(cu_seqlens), spans(cu_seqlens_k), strict=True)
@@ -107,25 +108,24 @@ def _forward(
     """q (n r k), k (n c k), v (n c v) → out (n r v), lse (n r)."""
     out, lse = q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2])
     lowest = torch.finfo(q.dtype).min  # and not -∞, as -∞ less -∞ is NaN
-    q = q * part.call.factor
     for rows, tiles in part.tiles():
-        q_i = q[:, rows]
+        q_i = q[:, rows] * part.call.factor
         top = q.new_full(q_i.shape[:2], lowest)
         total, mean = torch.zeros_like(top), torch.zeros_like(out[:, rows])
         if sinks is not None:
-            sinks_i = part.per_row(sinks, rows)
+            sinks_i = part.per_row(sinks * LOG2E, rows)
             top = sinks_i.clamp(min=lowest)
-            total = torch.exp(sinks_i - top)
+            total = torch.exp2(sinks_i - top)
         for tile in tiles:
             k_j, v_j = part.take(k, tile), part.take(v, tile)
             s = _logits(part, q_i, k_j, tile, slopes)
             higher = torch.maximum(top, s.amax(-1))
-            p = s.sub_(higher[..., None]).exp_()
-            decay = torch.exp(top - higher)
+            p = s.sub_(higher[..., None]).exp2_()
+            decay = torch.exp2(top - higher)
             total = total.mul_(decay).add_(p.sum(-1))
             mean = mean.mul_(decay[..., None]).baddbmm_(p, v_j)
             top = higher
-        lse[:, rows] = top + total.log()  # -∞ where nothing was seen
+        lse[:, rows] = (top + total.log2()) * LN2  # -∞ where nothing was seen
         out[:, rows] = mean / total.masked_fill(total == 0, 1)[..., None]
     return out, lse
 
@@ -144,32 +144,32 @@ def _backward(
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     dslopes = None if slopes is None else torch.zeros_like(slopes)
     softcap, factor = part.call.softcap, part.call.factor
-    q = q * factor
+    unit = 1.0 if softcap > 0 else LN2  # what ``factor`` has too much
     for rows, tiles in part.tiles():
-        q_i, do_i = q[:, rows], do[:, rows]
+        q_i, do_i, lse_i, delta_i = q[:, rows] * factor, do[:, rows], lse[:, rows, None] * LOG2E, delta[:, rows, None]
         for tile in tiles:
             k_j, v_j = part.take(k, tile), part.take(v, tile)
             s = _logits(part, q_i, k_j, tile, slopes)
             tanh = torch.bmm(q_i, k_j.transpose(1, 2)).tanh_() if softcap > 0 else None
-            p = s.sub_(lse[:, rows, None]).exp_()
+            p = s.sub_(lse_i).exp2_()
             part.add(dv, tile, p.transpose(1, 2), do_i)
-            ds = torch.bmm(do_i, v_j.transpose(1, 2)).sub_(delta[:, rows, None]).mul_(p)
-            if dslopes is not None:
-                dslopes -= (part.spread(ds) * tile.far()).sum((0, 2, 4))
+            ds = torch.bmm(do_i, v_j.transpose(1, 2)).sub_(delta_i).mul_(p)
+            if dslopes is not None and tile.far is not None:
+                dslopes -= (part.spread(ds) * tile.far).sum((0, 2, 4))
             if tanh is not None:
                 ds.mul_(tanh.square_().neg_().add_(1)).mul_(softcap)
             part.add(dk, tile, ds.transpose(1, 2), q_i)
             dq[:, rows].baddbmm_(ds, k_j)
-    return dq.mul_(factor), dk, dv, None if dslopes is None else dslopes.flatten()
+    return dq.mul_(factor * unit), dk.mul_(unit), dv, None if dslopes is None else dslopes.flatten()
 
 
 def _logits(part: Part, q: Tensor, k: Tensor, tile: Tile, slopes: Tensor | None) -> Tensor:
-    """Of one tile, (n r c), from queries that are scaled already; -∞ where the query does not see the key."""
+    """Of one tile, (n r c), to base 2, from queries that are scaled already; -∞ where a query does not see the key."""
     s = torch.bmm(q, k.transpose(1, 2))
     if part.call.softcap > 0:
-        s.tanh_().mul_(part.call.softcap)
-    if slopes is not None:
-        part.spread(s).addcmul_(slopes[:, None, :, None], tile.far().to(s.dtype), value=-1)
-    if tile.hidden is not None:
-        part.spread(s).masked_fill_(tile.hidden[:, :, None], -torch.inf)
+        s.tanh_().mul_(part.call.softcap * LOG2E)
+    if slopes is not None and tile.far is not None:
+        part.spread(s).addcmul_(slopes[:, None, :, None] * LOG2E, tile.far, value=-1)
+    if tile.bias is not None:
+        part.spread(s).add_(tile.bias)
     return s

@@ -1,0 +1,269 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssmkernels import attention, decode_attention
+from ssmkernels.validate import precision
+from ssmzoo.linear import Linear
+from ssmzoo.mixers._base import Mixer
+from ssmzoo.mixers._kv_cache import KVCache, owners
+from ssmzoo.mixers._rope import halves, rotary_angles, rotate, scaling_of
+from ssmzoo.norm import RMSNorm
+from ssmzoo.registry import register_mixer
+
+FEW = 8  # new tokens up to which a call on a filled cache counts as decoding
+
+
+@dataclasses.dataclass
+class LatentCache(KVCache):
+    """A :class:`~ssmzoo.mixers._kv_cache.KVCache` of one shared head.
+
+    ``keys`` ``(s, capacity, 1, kv_lora_rank + qk_rope_head_dim)`` holds each token's latent, normalised, and after it
+    its rotary key; the values are part of the latents, so that ``values`` has width 0.
+    """
+
+
+@register_mixer("mla")
+class MLA(Mixer):
+    """Multi-head latent attention: softmax attention whose cache is one small vector a token.
+
+    With the paper's symbols (equations 9 to 19; the norms as in its section 3.1.2)::
+
+        c_kv = RMSNorm(W_dkv x),  k_r = RoPE(W_kr x)              all that the state keeps: d_c + d_r numbers
+        c_q = RMSNorm(W_dq x),  [q_c, q_r] = W_uq c_q,  q_r ← RoPE(q_r)    for each head
+        k_c = W_uk c_kv,  v = W_uv c_kv                                    for each head
+        out = softmax((q_c·k_c + q_r·k_r) / √(d_h + d_r)) v
+
+    A whole sequence expands k_c and v. A few new tokens on a filled cache use that q_c·(W_uk c_kv) = (W_ukᵀ q_c)·c_kv
+    and Σ p W_uv c_kv = W_uv Σ p c_kv: attention of all heads over the latents themselves, which takes fewer
+    operations up to about :attr:`absorbs_up_to` new tokens.
+
+    Args:
+        d_model: width of input and output.
+        n_heads: heads; d_model / v_head_dim of them if None.
+        q_lora_rank: width of the queries' latent c_q; None for a plain projection of x.
+        kv_lora_rank: width d_c of the latent c_kv; the smaller of 4 · v_head_dim, as the paper chooses it, and
+            d_model / 2 if None.
+        qk_nope_head_dim: width d_h of each head's queries and keys that know no position.
+        qk_rope_head_dim: width d_r of each head's rotary queries, and of the rotary key that all heads share.
+        v_head_dim: width of each head's values.
+        rope_base: base of the rotary embedding.
+        rope_interleave: pairs of the rotary channels are (2i, 2i + 1), as in published weights; otherwise i and
+            i + qk_rope_head_dim / 2.
+        rope_scaling: ``{"rope_type": "linear", "factor": …}`` or ``{"rope_type": "yarn", …}``, with the fields of
+            :mod:`ssmzoo.mixers._rope`.
+        norm_eps: of the norms of both latents.
+        bias: biases on the projections down to the latents.
+        out_bias: a bias on the output projection.
+
+    Its state is a :class:`LatentCache`.
+
+    Raises:
+        ValueError: sizes or scaling that do not fit.
+        TypeError: a key of ``rope_scaling`` that does not exist, or a value of the wrong type.
+    """
+
+    state_class = LatentCache
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        n_heads: int | None = None,
+        q_lora_rank: int | None = None,
+        kv_lora_rank: int | None = None,
+        qk_nope_head_dim: int = 64,
+        qk_rope_head_dim: int = 32,
+        v_head_dim: int = 64,
+        rope_base: float = 10000.0,
+        rope_interleave: bool = True,
+        rope_scaling: dict[str, Any] | None = None,
+        norm_eps: float = 1e-6,
+        bias: bool = False,
+        out_bias: bool = False,
+    ):
+        super().__init__(d_model)
+        for name, size in (
+            ("n_heads", n_heads),
+            ("q_lora_rank", q_lora_rank),
+            ("kv_lora_rank", kv_lora_rank),
+            ("qk_nope_head_dim", qk_nope_head_dim),
+            ("v_head_dim", v_head_dim),
+        ):
+            if size is not None and size < 1:
+                raise ValueError(f"MLA: `{name}` must be at least 1; got {size}")
+        if qk_rope_head_dim < 2 or qk_rope_head_dim % 2:
+            raise ValueError(f"MLA: `qk_rope_head_dim` must be even and at least 2; got {qk_rope_head_dim}")
+        if rope_base <= 1:
+            raise ValueError(f"MLA: `rope_base` must be above 1; got {rope_base}")
+        if norm_eps < 0:
+            raise ValueError(f"MLA: `norm_eps` must not be negative; got {norm_eps}")
+        if n_heads is None:
+            if d_model % v_head_dim:
+                raise ValueError(
+                    f"MLA: `v_head_dim` must divide d_model, or `n_heads` be given; got "
+                    f"v_head_dim={v_head_dim} and d_model={d_model}"
+                )
+            n_heads = d_model // v_head_dim
+        if kv_lora_rank is None:
+            kv_lora_rank = max(1, min(4 * v_head_dim, d_model // 2))
+
+        self.n_heads, self.kv_lora_rank = n_heads, kv_lora_rank
+        self.nope, self.rope, self.v_head_dim = qk_nope_head_dim, qk_rope_head_dim, v_head_dim
+        self.rope_base, self.rope_interleave = rope_base, rope_interleave
+        self.scaling = scaling_of(rope_scaling)
+        self.scale = (self.nope + self.rope) ** -0.5 * (1.0 if self.scaling is None else self.scaling.logit_factor)
+
+        if q_lora_rank is not None:
+            self.q_a_proj = Linear(d_model, q_lora_rank, bias=bias)
+            self.q_a_norm = RMSNorm(q_lora_rank, norm_eps)
+            self.q_b_proj = Linear(q_lora_rank, n_heads * (self.nope + self.rope), bias=False)
+        else:
+            self.q_proj = Linear(d_model, n_heads * (self.nope + self.rope), bias=False)
+        self.kv_a_proj = Linear(d_model, kv_lora_rank + self.rope, bias=bias)
+        self.kv_a_norm = RMSNorm(kv_lora_rank, norm_eps)
+        self.kv_b_proj = Linear(kv_lora_rank, n_heads * (self.nope + v_head_dim), bias=False)
+        self.out_proj = Linear(n_heads * v_head_dim, d_model, bias=out_bias)
+        self.q_lora_rank = q_lora_rank
+
+    @property
+    def absorbs_up_to(self) -> float:
+        """New tokens of a sequence up to which attention over its cached latents takes fewer operations.
+
+        Over m tokens and for each head, expanding them takes 2 m d_c (d_h + d_v) operations, and each query then
+        2 m (2 d_c - d_h - d_v) less than over the latents.
+        """
+        wider = 2 * self.kv_lora_rank - self.nope - self.v_head_dim
+        return self.kv_lora_rank * (self.nope + self.v_head_dim) / wider if wider > 0 else float("inf")
+
+    def initial_state(self, batch_size: int, max_length: int | None = None) -> LatentCache:
+        weight = self.kv_a_proj.weight
+        shape = (batch_size, max_length or 0, 1)
+        lengths = torch.zeros(batch_size, dtype=torch.int32, device=weight.device)
+        return LatentCache(
+            weight.new_zeros(*shape, self.kv_lora_rank + self.rope), weight.new_zeros(*shape, 0), lengths
+        )
+
+    def mixing_flops(self, context: int) -> float:
+        """2 · n_heads · (d_h + d_r + d_v) for each token seen, in the mean over the context, (context + 1) / 2."""
+        return self.n_heads * (self.nope + self.rope + self.v_head_dim) * (max(context, 1) + 1)
+
+    def mix(self, x: Tensor, state: LatentCache | None, cu_seqlens: Tensor | None) -> tuple[Tensor, LatentCache | None]:
+        b, l, _ = x.shape
+        if state is not None and not state.even and cu_seqlens is None and l > FEW:
+            cu_seqlens = torch.arange(0, b * l + 1, l, dtype=torch.int32, device=x.device)
+            y, state = self.mix(x.reshape(1, b * l, -1), state, cu_seqlens)
+            return y.view(b, l, -1), state
+        q, new = self._project(x, _positions(x, state, cu_seqlens))
+        if state is None:
+            out = self._expanded(q, new, cu_seqlens, cu_seqlens)
+        elif cu_seqlens is None:
+            out = self._with_cache(q, new, state)
+        else:
+            out = self._packed_with_cache(q, new, state, cu_seqlens)
+        return self.out_proj(out.flatten(2)), state
+
+    def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """q (b l h d_h+d_r), and what is kept of each token (b l 1 d_c+d_r); of one dtype."""
+        q = self.q_proj(x) if self.q_lora_rank is None else self.q_b_proj(self.q_a_norm(self.q_a_proj(x)))
+        q_c, q_r = q.unflatten(-1, (self.n_heads, -1)).split([self.nope, self.rope], dim=-1)
+        c_kv, k_r = self.kv_a_proj(x)[:, :, None].split([self.kv_lora_rank, self.rope], dim=-1)
+        if self.rope_interleave:
+            q_r, k_r = halves(q_r), halves(k_r)
+        cos, sin = rotary_angles(positions, self.rope, self.rope_base, precision(x), self.scaling)
+        kept = torch.cat([self.kv_a_norm(c_kv).to(q.dtype), rotate(k_r, cos, sin)], dim=-1)
+        return torch.cat([q_c, rotate(q_r, cos, sin)], dim=-1), kept
+
+    def _with_cache(self, q: Tensor, new: Tensor, state: LatentCache) -> Tensor:
+        """The next l tokens of each sequence; on the device alone."""
+        l, before = q.shape[1], state.longest
+        state.append(new, new[..., :0], _differentiable(q, new))
+        if before == 0:
+            return self._expanded(q, new)
+        kept = state.keys[:, : state.longest]
+        if l > max(FEW, self.absorbs_up_to):
+            return self._expanded(q, kept)
+        return self._absorbed(q, kept, state.lengths if l <= FEW else None)
+
+    def _packed_with_cache(self, q: Tensor, new: Tensor, state: LatentCache, cu_seqlens: Tensor) -> Tensor:
+        """Of each sequence its own number of next tokens, possibly none."""
+        before = state.longest
+        state.append_packed(new, new[..., :0], cu_seqlens, _differentiable(q, new))
+        if before == 0:
+            return self._expanded(q, new, cu_seqlens, cu_seqlens)
+        kept, _, cu_seqlens_k = state.packed(cu_seqlens.diff() > 0)
+        if q.shape[1] > self.absorbs_up_to * state.n_sequences:
+            return self._expanded(q, kept, cu_seqlens, cu_seqlens_k)
+        return self._absorbed(q, kept, None, cu_seqlens, cu_seqlens_k)
+
+    def _expanded(
+        self, q: Tensor, kept: Tensor, cu_seqlens: Tensor | None = None, cu_seqlens_k: Tensor | None = None
+    ) -> Tensor:
+        """Each head with keys and values of its own: (b l h d_v)."""
+        c_kv, k_r = kept.split([self.kv_lora_rank, self.rope], dim=-1)
+        kv = self.kv_b_proj(c_kv[:, :, 0]).unflatten(-1, (self.n_heads, -1))
+        k_c, v = kv.split([self.nope, self.v_head_dim], dim=-1)
+        k = torch.cat([k_c, k_r.to(k_c.dtype).expand(-1, -1, self.n_heads, -1)], dim=-1)
+        # PyTorch's fused kernels want keys and values of one width; without them it writes all logits to memory.
+        width = max(k.shape[-1], self.v_head_dim)
+        out = self._attention(
+            _widened(q.to(v.dtype), width), _widened(k, width), _widened(v, width), cu_seqlens, cu_seqlens_k
+        )
+        return out[..., : self.v_head_dim]
+
+    def _absorbed(
+        self,
+        q: Tensor,
+        kept: Tensor,
+        lengths: Tensor | None,
+        cu_seqlens: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+    ) -> Tensor:
+        """All heads over the latents themselves: (b l h d_v). ``lengths`` of the cache where few queries decode."""
+        q_c, q_r = q.split([self.nope, self.rope], dim=-1)
+        up = self.kv_b_proj.weight.view(self.n_heads, self.nope + self.v_head_dim, self.kv_lora_rank)
+        w_uk, w_uv = up.split([self.nope, self.v_head_dim], dim=1)
+        q_c = torch.einsum("blhn,hnc->blhc", q_c, w_uk)
+        q = torch.cat([q_c, q_r.to(q_c.dtype)], dim=-1)
+        kept = kept.to(q.dtype)
+        # The rotary keys ride along as values: keys and values are then one tensor, of one width, read in place.
+        if lengths is None:
+            out = self._attention(q, kept, kept, cu_seqlens, cu_seqlens_k)
+        else:
+            decoded = decode_attention(q, kept, kept, lengths, scale=self.scale)
+            assert isinstance(decoded, Tensor)
+            out = decoded
+        return torch.einsum("blhc,hvc->blhv", out[..., : self.kv_lora_rank], w_uv)
+
+    def _attention(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None
+    ) -> Tensor:
+        out = attention(q, k, v, causal=True, scale=self.scale, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k)
+        assert isinstance(out, Tensor)
+        return out
+
+
+def _widened(x: Tensor, width: int) -> Tensor:
+    """Zeros after the last channel, up to ``width`` of them: they change no product."""
+    return F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x
+
+
+def _positions(x: Tensor, state: LatentCache | None, cu_seqlens: Tensor | None) -> Tensor:
+    """Where in its sequence each token stands: (b l), or (1 l) where that is the same for all."""
+    l = x.shape[1]
+    if cu_seqlens is None:
+        steps = torch.arange(l, device=x.device)
+        return steps[None] if state is None else state.lengths[:, None] + steps
+    positions = owners(cu_seqlens, l)[1] if state is None else state.places(cu_seqlens, l)[1]
+    return positions[None]
+
+
+def _differentiable(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

@@ -31,6 +31,16 @@ SETTINGS = [
     ("attention", {"head_dim": 16, "n_kv_heads": 2, "qk_norm": True}),
     ("attention", {"head_dim": 16, "window": 4, "rope_dim": 8, "bias": True}),
     ("attention", {"head_dim": 16, "rope": False, "bidirectional": True}),
+    ("mla", {"n_heads": 3, "q_lora_rank": 10, "kv_lora_rank": 6, "v_head_dim": 7, "bias": True, "out_bias": True}),
+    ("mla", {"n_heads": 2, "kv_lora_rank": 24, "qk_nope_head_dim": 4, "v_head_dim": 12, "rope_interleave": False}),
+    ("mla", {"n_heads": 2, "rope_scaling": {"rope_type": "linear", "factor": 3.0}}),
+    (
+        "mla",
+        {
+            "n_heads": 2,
+            "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
+        },
+    ),
     ("lstm", {"d_hidden": 24, "n_rnn_layers": 2}),
     ("lstm", {"bidirectional": True}),
     ("gru", {"bidirectional": True}),

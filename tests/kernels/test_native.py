@@ -32,13 +32,21 @@ odd = dict(b=1, l=67, d=37, n=7)
 scans = [odd, dict(g=3), dict(fixed="BC"), dict(b=1, packed=True, l=21), dict(l=0), dict(n=17)]
 scans += [dict(complex=True, **odd), dict(complex=True, fixed="C"), dict(complex=True, packed=True, b=1, l=21, g=2)]
 steps = [dict(d=37, n=7), dict(n=17), dict(n=17, complex=True), dict(n=1, complex=True)]
+convolutions = [dict(w=4, d=37, l=67), dict(w=4, d=129, l=67, b=1), dict(w=4, d=64, l=2, b=1), dict(w=7)]
+convolutions += [dict(w=3, b=1, packed=True, l=21), dict(l=0)]
 for op, cases in {
     "selective_scan": scans,
     "selective_scan_step": steps,
-    "causal_conv1d": [dict(w=4, d=37, l=67), dict(w=7), dict(w=3, b=1, packed=True, l=21), dict(l=0)],
+    "causal_conv1d": convolutions,
     "causal_conv1d_step": [dict(w=4, d=37), dict(w=1)],
+    "mamba_step": [dict(b=3, m=37, d=67, n=17, r=5), dict(b=1, d=1, m=1, n=1, w=1, r=1, norm_eps=1e-5, biases=False)],
+    "rms_norm": [dict(shape=(5, 37)), dict(shape=(3, 7, 12), before=False, group_size=3), dict(shape=(1, 1))],
+    "diagonal_kernel": [dict(length=67, n=7), dict(length=257, complex=False), dict(discretization="dss")],
+    "dplr_kernel": [dict(length=67, n=7, rank=2), dict(length=127, n=3, complex=False), dict(length=1, d=1, n=1)],
 }.items():
     check(op, "cpu", cases=cases, dtypes=[torch.float32, torch.float16])
+for dtype in (torch.float32, torch.bfloat16, torch.float64):
+    native.rows(torch.randn(3, 33, 1001).to(dtype).mT)
 """
 )
 

@@ -1,0 +1,196 @@
+"""Performer: attention with random features in place of the softmax (Choromanski et al. 2020, arXiv 2009.14794)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ssmkernels.packing import spans
+from ssmkernels.validate import precision
+from ssmzoo.linear import Linear
+from ssmzoo.mixers._base import Mixer
+from ssmzoo.mixers._favor import CHUNK, LOWEST, FeatureSums, absorb, causal, read
+from ssmzoo.registry import register_mixer
+
+R = TypeVar("R")
+
+SEGMENT = 256  # tokens whose features are held at a time; they should fit in a cache
+
+
+@register_mixer("performer")
+class Performer(Mixer):
+    """FAVOR+: attention whose cost grows linearly with length, with a state of a fixed size.
+
+    It approximates softmax attention. With queries and keys divided by d^¼ and random w_1 … w_m, the kernel
+    exp(q · k) is the expectation of φ(q) · φ(k), for either kind of features (lemma 1)::
+
+        φ_r(x) = exp(w_r · x - |x|²/2) / √m                    "positive"
+        φ_±r(x) = exp(± w_r · x - |x|²/2) / √(2 m)             "hyperbolic", of less variance
+
+    so the estimate of the kernel is unbiased; the quotient of two such estimates, the output, is off by O(1/√m), and by
+    more the longer queries and keys are. The w_r are normal, and orthogonal in groups of d (section 2.4).
+
+    Args:
+        d_model: width of input and output.
+        head_dim: d, width of each head.
+        n_heads: heads; d_model / head_dim of them if None.
+        n_features: how many features each head has; the same for all heads.
+        features: their kind; "hyperbolic" ones come in pairs.
+        bias: biases on the query, key and value projections.
+        out_bias: a bias on the output projection.
+        bidirectional: every token sees later ones too; there is then no state.
+
+    ``projection``, the w_r, is a buffer: saved with the weights, not trained, and redrawn by :meth:`redraw` alone.
+    Unlike the authors' code no ε is added to features or normaliser: see ``_favor.py`` for what keeps them in range.
+
+    Raises:
+        ValueError: sizes that do not fit together.
+    """
+
+    state_class = FeatureSums
+    projection: Tensor  # (m, d), or (m / 2, d) for pairs
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        head_dim: int = 64,
+        n_heads: int | None = None,
+        n_features: int = 256,
+        features: Literal["positive", "hyperbolic"] = "positive",
+        bias: bool = False,
+        out_bias: bool = False,
+        bidirectional: bool = False,
+    ):
+        super().__init__(d_model)
+        for name, size in (("head_dim", head_dim), ("n_heads", n_heads), ("n_features", n_features)):
+            if size is not None and size < 1:
+                raise ValueError(f"Performer: `{name}` must be at least 1; got {size}")
+        if n_heads is None:
+            if d_model % head_dim:
+                raise ValueError(
+                    f"Performer: `head_dim` must divide d_model, or `n_heads` be given; got head_dim={head_dim} and "
+                    f"d_model={d_model}"
+                )
+            n_heads = d_model // head_dim
+        self.hyperbolic = features == "hyperbolic"
+        if self.hyperbolic and n_features % 2:
+            raise ValueError(f"Performer: `n_features` must be even for hyperbolic features; got {n_features}")
+        self.head_dim, self.n_heads, self.n_features = head_dim, n_heads, n_features
+        self.causal = not bidirectional
+        inner = n_heads * head_dim
+        self.q_proj, self.k_proj, self.v_proj = (Linear(d_model, inner, bias=bias) for _ in range(3))
+        self.out_proj = Linear(inner, d_model, bias=out_bias)
+        rows = n_features // 2 if self.hyperbolic else n_features
+        self.register_buffer("projection", torch.empty(rows, head_dim))
+        self.redraw()
+
+    @torch.no_grad()
+    def redraw(self) -> None:
+        """Draws new random features in place, from PyTorch's generator. States made before mean nothing after."""
+        rows, d = self.projection.shape
+        blocks = [_random_rotation(d, self.projection.device) for _ in range(-(-rows // d))]
+        # A row of d independent normals has a norm of its own beside its direction.
+        norms = torch.randn(rows, d, device=self.projection.device).norm(dim=1, keepdim=True)
+        self.projection.copy_(torch.cat(blocks)[:rows] * norms)
+
+    def initial_state(self, batch_size: int, max_length: int | None = None) -> FeatureSums:
+        if not self.causal:
+            raise ValueError("Performer: with `bidirectional` it has no state, as it sees the whole sequence at once")
+        return self._nothing(batch_size)
+
+    def mixing_flops(self, context: int) -> float:
+        """For each head 4 m d for the features, 4 m (d + 1) to add to the sums and to read them.
+
+        Causal, also (c - 1) (m + d + 1) for the queries and keys of a chunk of c tokens, in the mean over it.
+        """
+        d, m = self.head_dim, self.n_features
+        projected = 4 * len(self.projection) * d
+        within = (min(CHUNK, max(context, 1)) - 1) * (m + d + 1) if self.causal else 0
+        return self.n_heads * (projected + 4 * m * (d + 1) + within)
+
+    def mix(self, x: Tensor, state: FeatureSums | None, cu_seqlens: Tensor | None) -> tuple[Tensor, FeatureSums | None]:
+        queries, keys, values = self._project(x)
+        if cu_seqlens is None:
+            before = self._nothing(x.shape[0]) if state is None else state
+            out, after = self._along(before, queries, keys, values)
+        else:
+            before = self._nothing(len(cu_seqlens) - 1) if state is None else state
+            outs, afters = [values[..., :0, :-1]], [before.select([])]
+            for i, time in spans(cu_seqlens):
+                of_one = (t[:, :, time] for t in (queries, keys, values))
+                found, rest = self._along(before.select([i]), *of_one)
+                outs.append(found)
+                afters.append(rest)
+            out = torch.cat(outs, dim=-2)
+            after = FeatureSums(torch.cat([a.sums for a in afters]), torch.cat([a.logs for a in afters]))
+        y = self.out_proj(out.transpose(1, 2).flatten(2).to(x.dtype))
+        return y, None if state is None else after
+
+    def _along(self, state: FeatureSums, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, FeatureSums]:
+        """Queries and keys (b h l d) and values beside a 1 (b h l d+1) → (b h l d), and the sums after."""
+        if queries.shape[-2] == 0:
+            return values[..., :-1], state
+        parts = list(zip(*(t.split(SEGMENT, dim=-2) for t in (queries, keys, values)), strict=True))
+        outs = []
+        if self.causal:
+            for part in parts:
+                out, state = _recomputed(self._advance, state, *part)
+                outs.append(out)
+        else:
+            for _, k, v in parts:
+                state = _recomputed(self._absorb, state, k, v)
+            outs = [_recomputed(self._read, state, q) for q, _, _ in parts]
+        return torch.cat(outs, dim=-2), state
+
+    def _advance(self, state: FeatureSums, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, FeatureSums]:
+        if q.shape[-2] == 1:
+            state = self._absorb(state, k, v)
+            return self._read(state, q), state
+        return causal(state, self._log_features(q), self._log_features(k) - _half_square(k), v)
+
+    def _absorb(self, state: FeatureSums, k: Tensor, v: Tensor) -> FeatureSums:
+        return absorb(state, self._log_features(k) - _half_square(k), v)
+
+    def _read(self, state: FeatureSums, q: Tensor) -> Tensor:
+        return read(state, self._log_features(q))
+
+    def _log_features(self, x: Tensor) -> Tensor:
+        """(b h l d) → (b h l m), but for -|x|²/2, which cancels in the quotient for queries."""
+        along = x @ self.projection.to(x.dtype).mT
+        return torch.cat([along, -along], dim=-1) if self.hyperbolic else along
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys divided by d^¼ (b h l d), and values beside a 1 (b h l d+1)."""
+        q, k, v = (
+            p(x).unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2).to(precision(x))
+            for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return q * self.head_dim**-0.25, k * self.head_dim**-0.25, torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
+
+    def _nothing(self, sequences: int) -> FeatureSums:
+        shape = (sequences, self.n_heads, self.n_features, self.head_dim + 1)
+        weight = self.k_proj.weight
+        sums = weight.new_zeros(shape, dtype=precision(weight))
+        return FeatureSums(sums, torch.full_like(sums[..., 0], LOWEST))
+
+
+def _half_square(x: Tensor) -> Tensor:
+    return x.square().sum(-1, keepdim=True) / 2
+
+
+def _recomputed(function: Callable[..., R], *inputs: Any) -> R:
+    """The function's result; where gradients are wanted it keeps only the inputs, and runs again on the way back."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler chooses for itself what to keep
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def _random_rotation(size: int, device: torch.device) -> Tensor:
+    """An orthogonal matrix, all equally likely; the signs of R make it so (Mezzadri 2006, arXiv math-ph/0609050)."""
+    q, r = torch.linalg.qr(torch.randn(size, size, device=device))
+    return q * r.diagonal().sign()

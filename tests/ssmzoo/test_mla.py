@@ -270,14 +270,14 @@ class TestParity:
         kwargs = {"position_embeddings": angles, "attention_mask": mask}
         expected, _ = theirs(x, **kwargs)
         found = ours(x)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
         weight = torch.randn_like(expected)
         wanted = torch.autograd.grad((expected * weight).sum(), list(theirs.parameters()))
         named = {self.our_name(name): g for (name, _), g in zip(theirs.named_parameters(), wanted, strict=True)}
         (found * weight).sum().backward()
         for name, parameter in ours.named_parameters():
-            torch.testing.assert_close(parameter.grad, named.pop(name), rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(parameter.grad, named.pop(name), rtol=1e-4, atol=1e-4)
         assert not named
 
     def our_name(self, name):

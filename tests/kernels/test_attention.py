@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import functools
+import pathlib
+import re
 import types
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssmkernels import OPS, attention, explain
+from ssmkernels import OPS, attention, explain, merge_attention
 from ssmkernels.attention import _parts, sdpa
-from ssmkernels.masks import from_function, window
+from ssmkernels.masks import from_function, random_blocks, window
 
 REFERENCE = functools.partial(attention, implementation="reference")
 SDPA = functools.partial(attention, implementation="sdpa")
@@ -422,6 +425,112 @@ def test_opcheck_of_packed_sdpa(case, arguments, opcheck):
         "cu_seqlens_k": made.get("cu_seqlens_k", made["cu_seqlens"]).clone(),
     }
     opcheck(sdpa._packed.operator, operator_arguments)
+
+
+class Watch(TorchDispatchMode):
+    """Notes the largest tensor that any operator gives, and how many weights of tiles are computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = self.weights = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            self.largest = max(self.largest, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
+        if func.overloadpacket.__name__ == "exp2_":
+            self.weights += result.numel()
+        return result
+
+
+def watched(made):
+    leaves = {name: made[name].requires_grad_() for name in "qkv"}
+    with Watch() as watch:
+        TILED(**made | leaves).sum().backward()
+    return watch
+
+
+@pytest.mark.parametrize("options", [{"causal": True}, {"window": (9, 3)}, {"softcap": 3.0, "alibi": True}], ids=str)
+def test_nothing_in_tiled_grows_faster_than_the_length(options, arguments, small_tiles):
+    short, long = (watched(arguments(torch.float32, l=l, **options)).largest for l in (48, 96))
+    assert long <= 2 * short
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_tiled_visits_visible_blocks_alone(heads, arguments, monkeypatch):
+    """In either pass each visible pair once, and no other."""
+    mask = random_blocks(64, count=3, heads=heads, block_size=8)
+    for columns in (8, 16, 512):
+        monkeypatch.setattr(_parts, "COLUMNS", columns)
+        made = arguments(torch.float32, l=64, b=1) | {"block_mask": mask}
+        assert watched(made).weights == 2 * 4 * 8 * 3 * 64
+
+
+def test_tiled_visits_the_window_alone(arguments, small_tiles):
+    made = arguments(torch.float32, l=120, b=1, window=(10, 0))
+    assert watched(made).weights <= 2 * 4 * 120 * (11 + _parts.ROWS)
+
+
+def test_the_page_quotes_the_code():
+    root = pathlib.Path(__file__).parents[2]
+    quotes = re.findall(r"^```py\n(.*?)^```", (root / "docs" / "attention.md").read_text(), re.DOTALL | re.MULTILINE)
+    code = (root / "kernels" / "ssmkernels" / "attention" / "tiled.py").read_text()
+    assert len(quotes) > 1
+    assert all(quote in code for quote in quotes)
+
+
+class TestMerge:
+    def test_parts_are_the_whole(self, arguments, run, assert_same):
+        made = arguments(m=9, sinks=True)
+
+        def merged(q, k, v, sinks):
+            parts = [(0, 4, sinks), (4, 5, None), (5, 9, None)]
+            found = [attention(q, k[:, a:b], v[:, a:b], sinks=own, return_lse=True) for a, b, own in parts]
+            return merge_attention(*zip(*found, strict=True))
+
+        assert_same(run(merged, **made), run(with_lse, **made))
+
+    def test_parts_that_show_nothing(self, arguments, run, assert_same):
+        """Some queries see keys of one part alone, some of none."""
+        made = arguments(mask="heads", l=13, m=18)
+        even, odd = (from_function(lambda h, i, j, p=p: j % 2 == p, 13, 18, block_size=(4, 8)) for p in (0, 1))
+        half = made["block_mask"] & window(13, 18, left=3, right=0, block_size=(4, 8))
+
+        def merged(block_mask, **rest):
+            parts = [attention(block_mask=half & part, **rest, return_lse=True) for part in (even, odd)]
+            assert any((lse == -torch.inf).any() for _, lse in parts)
+            out, lse = merge_attention(*zip(*parts, strict=True))
+            assert (lse == -torch.inf).any()
+            return out, lse.masked_fill(lse == -torch.inf, 0)
+
+        assert_same(run(merged, **made), run(with_lse, **made | {"block_mask": half}))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision(self, dtype, arguments):
+        made = arguments(dtype, m=9)
+        parts = [
+            attention(made["q"], made["k"][:, s], made["v"][:, s], return_lse=True) for s in (slice(5), slice(5, 9))
+        ]
+        out, lse = merge_attention(*zip(*parts, strict=True))
+        assert (out.dtype, lse.dtype) == (dtype, torch.float32)
+        whole, its_lse = REFERENCE(**made, return_lse=True)
+        rounding = torch.finfo(dtype).eps / 2 * made["v"].abs().max()
+        assert (out - whole).abs().max() <= 3 * rounding  # of the parts, of the sum, and of the whole
+        torch.testing.assert_close(lse, its_lse, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("outs", "lses", "error", "match"),
+        [
+            ([], [], ValueError, ".* must be as many, at least 1; got 0 and 0"),
+            ([torch.zeros(1, 2, 3, 4)], [], ValueError, ".* must be as many, at least 1; got 1 and 0"),
+            ([torch.zeros(1, 2, 3, 4)], [torch.zeros(1, 2, 3)], ValueError, r"`lses\[0\]` must have shape \(b h l\)"),
+            ([torch.zeros(1, 2, 3, 4)], [torch.zeros(1, 3, 2).half()], TypeError, r"`lses\[0\]` must be float32"),
+            ([torch.zeros(1, 2, 3, 4).int()], [torch.zeros(1, 3, 2)], TypeError, r"`outs\[0\]` must be"),
+        ],
+    )
+    def test_refuses(self, outs, lses, error, match):
+        with pytest.raises(error, match="merge_attention: " + match):
+            merge_attention(outs, lses)
 
 
 class TestParity:

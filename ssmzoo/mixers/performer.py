@@ -104,7 +104,7 @@ class Performer(Mixer):
         return self._nothing(batch_size)
 
     def mixing_flops(self, context: int) -> float:
-        """For each head 4 m d for the features, 4 m (d + 1) to add to the sums and to read them.
+        """For each head 4 m d for the features (2 m d for pairs), 4 m (d + 1) to add to the sums and to read them.
 
         Causal, also (c - 1) (m + d + 1) for the queries and keys of a chunk of c tokens, in the mean over it.
         """
@@ -114,22 +114,27 @@ class Performer(Mixer):
         return self.n_heads * (projected + 4 * m * (d + 1) + within)
 
     def mix(self, x: Tensor, state: FeatureSums | None, cu_seqlens: Tensor | None) -> tuple[Tensor, FeatureSums | None]:
-        queries, keys, values = self._project(x)
-        if cu_seqlens is None:
-            before = self._nothing(x.shape[0]) if state is None else state
-            out, after = self._along(before, queries, keys, values)
-        else:
-            before = self._nothing(len(cu_seqlens) - 1) if state is None else state
-            outs, afters = [values[..., :0, :-1]], [before.select([])]
-            for i, time in spans(cu_seqlens):
-                of_one = (t[:, :, time] for t in (queries, keys, values))
-                found, rest = self._along(before.select([i]), *of_one)
-                outs.append(found)
-                afters.append(rest)
-            out = torch.cat(outs, dim=-2)
-            after = FeatureSums(torch.cat([a.sums for a in afters]), torch.cat([a.logs for a in afters]))
+        inputs = self._project(x)
+        before = state
+        if before is None:
+            before = self._nothing(x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
+        with torch.autocast(x.device.type, enabled=False):  # it would round exponents to half precision
+            out, after = (
+                self._along(before, *inputs) if cu_seqlens is None else self._packed(before, *inputs, cu_seqlens)
+            )
         y = self.out_proj(out.transpose(1, 2).flatten(2).to(x.dtype))
         return y, None if state is None else after
+
+    def _packed(
+        self, state: FeatureSums, queries: Tensor, keys: Tensor, values: Tensor, cu_seqlens: Tensor
+    ) -> tuple[Tensor, FeatureSums]:
+        outs, states = [values[..., :0, :-1]], [state.select([])]
+        for i, time in spans(cu_seqlens):
+            out, after = self._along(state.select([i]), *(t[:, :, time] for t in (queries, keys, values)))
+            outs.append(out)
+            states.append(after)
+        sums, logs = torch.cat([s.sums for s in states]), torch.cat([s.logs for s in states])
+        return torch.cat(outs, dim=-2), FeatureSums(sums, logs)
 
     def _along(self, state: FeatureSums, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, FeatureSums]:
         """Queries and keys (b h l d) and values beside a 1 (b h l d+1) → (b h l d), and the sums after."""

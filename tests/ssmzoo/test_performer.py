@@ -198,3 +198,18 @@ def test_unknown_features_name_the_option():
 def test_bidirectional_has_no_state():
     with pytest.raises(ValueError, match="sees the whole sequence at once"):
         make(bidirectional=True).initial_state(1)
+
+
+@torch.no_grad()
+def test_autocast_rounds_projections_but_no_exponents():
+    mixer = make().float()
+    x = inputs(1, 40, 16).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, state = mixer(x, mixer.initial_state(1))
+        seen = mixer.q_proj(x), mixer.k_proj(x), mixer.v_proj(x)
+    assert y.dtype == torch.bfloat16
+    assert state.sums.dtype == state.logs.dtype == torch.float32
+    for name, value in zip(("q_proj", "k_proj", "v_proj"), seen, strict=True):
+        getattr(mixer, name).forward = lambda _, value=value: value.float()
+    torch.testing.assert_close(y.float(), mixer(x), rtol=0, atol=2**-8 * float(y.abs().max()) * 2)
+    torch.testing.assert_close(state.logs, mixer(x, mixer.initial_state(1))[1].logs, rtol=1e-6, atol=1e-6)

@@ -6,10 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ssmkernels import OPS, attention, decode_attention, explain
+from ssmkernels import OPS, attention, decode_attention, explain, native
+from ssmkernels.decode_attention import cpu
 
 REFERENCE = functools.partial(decode_attention, implementation="reference")
 SDPA = functools.partial(decode_attention, implementation="sdpa")
+CPU = functools.partial(decode_attention, implementation="cpu")
+needs_native = pytest.mark.skipif(bool(native.missing()), reason=f"needs the native CPU library: {native.missing()}")
 EITHER = pytest.mark.parametrize("decode", [REFERENCE, SDPA], ids=["reference", "sdpa"])
 
 # A base case, and what each further one varies.
@@ -234,6 +237,82 @@ def test_a_sequence_alone_is_itself_in_a_batch(decode, arguments):
 def test_splits_change_nothing(arguments):
     made = arguments()
     torch.testing.assert_close(decode_attention(**made, num_splits=3), decode_attention(**made))
+
+
+@needs_native
+class TestNative:
+    """The native kernel: its numbers are checked by its spec; here what is its own."""
+
+    def long(self, arguments, **options):
+        return arguments(torch.float32, **{"m": 1400, "k": 20, "v": 24, "l": 2, "lengths": (1400, 0, 777)} | options)
+
+    @pytest.mark.parametrize("options", [{}, {"window": (900, 0), "alibi": True}, {"num_splits": 5}], ids=str)
+    def test_the_same_bits_on_any_number_of_threads_in_any_company_and_in_pages(self, options, arguments, on_threads):
+        made = self.long(arguments, **options)
+        one, three = (on_threads(n, CPU, **made, return_lse=True) for n in (1, 3))
+        in_pages = CPU(**paged(made, 7), return_lse=True)
+        assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(one, three, in_pages, strict=True))
+        own = {"q", "k_cache", "v_cache", "lengths"}
+        for i in range(3):
+            alone = CPU(**{name: a[i : i + 1] if name in own else a for name, a in made.items()})
+            assert torch.equal(alone[0], one[0][i])
+
+    @pytest.mark.parametrize("page_size", [1, 3, 16, 1000])
+    def test_reads_no_page_but_its_own(self, page_size, arguments):
+        """NaN lies in all other pages and past the lengths; past a sequence's pages the table holds anything."""
+        made = self.long(arguments)
+        pages = paged(made, page_size)
+        used = torch.arange(pages["block_table"].shape[1]) * page_size < made["lengths"][:, None]
+        for garbage in (2**31 - 1, -(2**31)):
+            pages["block_table"] = torch.where(used, pages["block_table"], garbage)
+            assert torch.equal(CPU(**pages), CPU(**made))
+
+    def test_any_strides_give_the_same_bits(self, arguments, spread):
+        made = self.long(arguments, sinks=True)
+        spread_out = spread(made) | {"lengths": made["lengths"].repeat_interleave(2)[::2]}
+        assert torch.equal(CPU(**spread_out), CPU(**made))
+        by_head = {name: made[name].transpose(1, 2).contiguous().transpose(1, 2) for name in ("k_cache", "v_cache")}
+        assert torch.equal(CPU(**made | by_head), CPU(**made))
+        pages = paged(made, 5)
+        table = {"block_table": pages["block_table"].t().contiguous().t()}
+        assert torch.equal(CPU(**pages | table), CPU(**pages))
+
+    def test_softcap_of_small_and_large_logits(self, arguments):
+        """Below it a softcap changes nothing, to the last digits; far beyond it all logits are equal."""
+        for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-14)):
+            made = arguments(dtype, m=300, lengths=(300, 2, 40))
+            torch.testing.assert_close(CPU(**made, softcap=1e9), CPU(**made), rtol=tolerance, atol=tolerance)
+            made["q"], made["k_cache"] = made["q"].abs() * 1e4, made["k_cache"].abs() + 1
+            mean = made["v_cache"][1, :2].mean(0).repeat_interleave(2, 0)[None]
+            torch.testing.assert_close(CPU(**made, softcap=3.0)[1], mean, rtol=10 * tolerance, atol=10 * tolerance)
+
+    def test_runs_where_no_gradient_is_wanted(self, arguments):
+        made = arguments(torch.float32)
+        assert explain(decode_attention, **made).chosen == "cpu"
+        found = explain(decode_attention, **made | {"q": made["q"].requires_grad_()})
+        assert found.chosen == "sdpa"
+        assert "no gradient" in found.reasons["cpu"]
+
+    @pytest.mark.parametrize("case", ["base", "everything", "no queries", "no sequences", "no cache"])
+    def test_opcheck_and_compile(self, case, arguments):
+        made = arguments(torch.float32, **CASES[case])
+        for given in (made, paged(made) if made["k_cache"].numel() else made):
+            names = ("q", "k_cache", "v_cache", "lengths", "block_table")
+            biases = (given.get("alibi_slopes"), given.get("sinks"))
+            values = (*(given.get(name) for name in names), 4, 0.3, 0.0, *biases, None, True)
+            torch.library.opcheck(cpu.decode, values)
+            torch._dynamo.reset()
+            compiled = torch.compile(CPU, fullgraph=True, backend="aot_eager")
+            assert torch.equal(compiled(**given), CPU(**given))
+
+    def test_compiled_code_checks_lengths_and_pages_too(self, arguments):
+        made = paged(arguments(torch.float32))
+        torch._dynamo.reset()
+        compiled = torch.compile(CPU, fullgraph=True, backend="aot_eager")
+        compiled(**made)
+        for name, value in (("lengths", 13), ("block_table", 10**6)):
+            with pytest.raises(ValueError, match=f"`{name}` must"):
+                compiled(**made | {name: torch.full_like(made[name], value)})
 
 
 def test_gradcheck(arguments):

@@ -87,7 +87,7 @@ def decode_attention(
     if num_splits is not None and num_splits < 1:
         raise ValueError(f"{op}: `num_splits` must be at least 1, or None; got {num_splits}")
     if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_places(lengths, block_table, sizes)
+        check_places(lengths, block_table, k_cache)
     out, lse = _DECODE(
         implementation,
         q=q,
@@ -106,18 +106,25 @@ def decode_attention(
     return (out, lse) if return_lse else out
 
 
-def _check_places(lengths: Tensor, block_table: Tensor | None, sizes: dict[str, int]) -> None:
-    """Whether all tokens lie within the cache, as far as that can be read at no cost."""
+def check_places(lengths: Tensor, block_table: Tensor | None, k_cache: Tensor) -> None:
+    """Whether all tokens lie within the cache; reads them, which on a GPU would mean to wait for it.
+
+    Raises:
+        ValueError: a length beyond the cache, or a page that does not exist.
+    """
     op = "decode_attention"
-    room = sizes["m"] if block_table is None else sizes["blocks"] * sizes["page_size"]
+    pages, size = k_cache.shape[:2]
+    room = size if block_table is None else block_table.shape[1] * size
     for i, length in enumerate(lengths.tolist()):
         if not 0 <= length <= room:
             raise ValueError(f"{op}: `lengths` must lie between 0 and the cache's {room}; got {length} at {i}")
-        if block_table is not None and length > 0:
-            for page in block_table[i, : -(-length // sizes["page_size"])].tolist():
-                if not 0 <= page < sizes["pages"]:
-                    last = sizes["pages"] - 1
-                    raise ValueError(f"{op}: `block_table` must name pages 0 to {last}; got {page} in row {i}")
+    if block_table is not None:
+        used = torch.arange(block_table.shape[1]) * size < lengths[:, None]
+        wrong = (used & ((block_table < 0) | (block_table >= pages))).nonzero().tolist()
+        if wrong:
+            i, j = wrong[0]
+            page = int(block_table[i, j])
+            raise ValueError(f"{op}: `block_table` must name pages 0 to {pages - 1}; got {page} in row {i}")
 
 
 def _fake(
@@ -138,4 +145,4 @@ def _fake(
     return q.new_empty(s, l, h, v_cache.shape[-1]), q.new_empty((s, h, l) if return_lse else (0,), dtype=precision(q))
 
 
-_DECODE = Op("decode_attention", __name__, ("sdpa", "reference"), fake=_fake)
+_DECODE = Op("decode_attention", __name__, ("cpu", "sdpa", "reference"), fake=_fake)

@@ -17,7 +17,7 @@ def unsupported(arguments: Mapping[str, Any]) -> str | None:
         return "PyTorch's attention has no pages"
     if arguments["lengths"].device.type != "cpu":
         return "it reads the lengths on the host, which would hold up a GPU"
-    return sdpa.unsupported(arguments)
+    return sdpa.unsupported({**arguments, "block_offsets": None})  # a cache has no block masks
 
 
 def decode_attention(

@@ -47,6 +47,12 @@ ROWS = (
     {"m": 65},
     {"m": 300, "lengths": "full"},
     {"m": 300, "page_size": 16},
+    {"m": 1300, "s": 2, "l": 2, "lse": True, "sinks": True},
+    {"m": 1300, "s": 2, "page_size": 3, "window": (700, 0), "lse": True},
+    {"m": 601, "num_splits": 4, "page_size": 16, "alibi": True},
+    {"m": 90, "h": 16, "h_kv": 2, "k": 64, "l": 3, "v": 24},
+    {"m": 90, "h": 15, "h_kv": 3, "k": 40, "v": 65, "l": 2},
+    {"m": 40, "h": 9, "h_kv": 9, "k": 256},
     {"h_kv": 1},
     {"h_kv": 4},
     {"h": 1, "h_kv": 1},
@@ -56,10 +62,12 @@ ROWS = (
     {"k": 64},
     {"v": 5},
     {"page_size": 1},
+    {"page_size": 3, "m": 35},
     {"page_size": 4},
     {"page_size": 16},
     {"page_size": 4, "l": 3, "window": (5, 0)},
     {"page_size": 4, "lengths": "empty"},
+    {"page_size": 16, "m": 77, "window": (20, 0), "sinks": True},
     {"window": (5, 0)},
     {"window": (0, 0), "lengths": "full"},
     {"window": (5, 0), "l": 3, "lengths": "full"},
@@ -77,6 +85,7 @@ ROWS = (
     {"x": 1e3},
     {"layout": "strided"},
     {"layout": "strided", "page_size": 4, "lse": True},
+    {"layout": "strided", "m": 70, "k": 17, "v": 6, "l": 2},
     {"layout": "far", "m": 3, "h": 2, "h_kv": 1, "k": 4},
     {"layout": "far", "m": 5, "h": 2, "h_kv": 1, "k": 4, "page_size": 4, "s": 1, "lengths": "full"},
 )
@@ -84,8 +93,7 @@ ROWS = (
 
 def make(case: Case, draw: Draw) -> dict[str, Any]:
     s, l, m, h, h_kv, k = (case[key] for key in ("s", "l", "m", "h", "h_kv", "k"))
-    mixed = [m - i * m // max(s - 1, 1) for i in range(s)]
-    lengths = torch.tensor({"mixed": mixed, "full": [m] * s, "empty": [0] * s}[case["lengths"]], dtype=torch.int32)
+    lengths = lengths_of(case)
     unwritten = torch.arange(m) >= lengths[:, None]  # (s m)
     caches, block_table = [], None
     for size in (k, k if case["v"] is None else case["v"]):
@@ -107,6 +115,12 @@ def make(case: Case, draw: Draw) -> dict[str, Any]:
         "num_splits": case["num_splits"],
         "return_lse": case["lse"],
     }
+
+
+def lengths_of(case: Case) -> Tensor:
+    s, m = case["s"], case["m"]
+    mixed = [m - i * m // max(s - 1, 1) for i in range(s)]
+    return torch.tensor({"mixed": mixed, "full": [m] * s, "empty": [0] * s}[case["lengths"]], dtype=torch.int32)
 
 
 def pages(cache: Tensor, lengths: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -134,10 +148,8 @@ def batched(case: Case) -> dict[str, str]:
 
 def flops(case: Case) -> float:
     """Two matrix products over each sequence's tokens; a window is not taken off."""
-    arguments = make(case, Draw(0))
-    tokens = float(arguments["lengths"].sum())
-    dims = arguments["k_cache"].shape[-1] + arguments["v_cache"].shape[-1]
-    return 2.0 * case["l"] * case["h"] * tokens * dims
+    dims = case["k"] + (case["k"] if case["v"] is None else case["v"])
+    return 2.0 * case["l"] * case["h"] * float(lengths_of(case).sum()) * dims
 
 
 SPECS = (
@@ -148,7 +160,7 @@ SPECS = (
         make=make,
         flops=flops,
         results={"out": 1, "lse": -1},
-        bench={"s": 8, "m": 2048, "h": 12, "h_kv": 4, "k": 64, "lengths": "full"},
+        bench={"s": 1, "m": 32768, "h": 32, "h_kv": 4, "k": 128, "lengths": "full"},
         batched=batched,
         wide=lambda case: ("alibi_slopes", "sinks") if case["weights"] == "float32" else (),
     ),

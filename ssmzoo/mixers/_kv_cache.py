@@ -1,4 +1,4 @@
-"""The state of attention: keys and values of all tokens so far."""
+"""The state of attention: keys and values of all tokens so far, or of those that can still be seen."""
 
 from __future__ import annotations
 
@@ -15,22 +15,47 @@ SMALLEST = 64  # positions that a cache sets aside when it first grows
 
 @dataclasses.dataclass
 class KVCache(State):
-    """Keys and values of each sequence, from position 0 on; sequences may differ in length.
+    """Keys and values of each sequence's tokens; sequences may differ in length.
 
     Attributes:
-        keys: ``(s, capacity, h_kv, k)``, in the activations' dtype; what lies past ``lengths`` has no
-            meaning.
+        keys: ``(s, capacity, h_kv, k)``, in the activations' dtype. Of a sequence's tokens those from ``starts``
+            on lie here, one after another; what lies past them has no meaning.
         values: ``(s, capacity, h_kv, v)``.
-        lengths: int32 ``(s)``, tokens of each sequence.
-        longest: no sequence has more tokens; known without asking the device.
-        even: each sequence has exactly ``longest`` tokens.
+        lengths: int32 ``(s)``, tokens of each sequence so far.
+        starts: int32 ``(s)``, how many of them have been dropped.
+        keep: how many of the newest tokens those to come will see; None for all.
+        longest: no sequence holds more tokens; known without asking the device.
+        even: each sequence holds exactly ``longest`` tokens.
     """
 
     keys: Tensor
     values: Tensor
     lengths: Tensor
+    starts: Tensor
+    keep: int | None = None
     longest: int = 0
     even: bool = True
+
+    @classmethod
+    def empty(cls, like: Tensor, shape: tuple[int, int, int], capacity: int, keep: int | None) -> KVCache:
+        """No tokens yet.
+
+        Args:
+            like: gives dtype and device.
+            shape: s, h_kv and the head dim of keys and values.
+            capacity: positions to set aside, but never more than it will use.
+            keep: as the attribute.
+        """
+        s, h_kv, head_dim = shape
+        capacity = capacity if keep is None else min(capacity, _room(keep))
+        keys, values = (like.new_zeros(s, capacity, h_kv, head_dim) for _ in range(2))
+        lengths, starts = (torch.zeros(s, dtype=torch.int32, device=like.device) for _ in range(2))
+        return cls(keys, values, lengths, starts, keep)
+
+    @property
+    def held(self) -> Tensor:
+        """int32 ``(s)``: tokens of each sequence that are here."""
+        return self.lengths - self.starts
 
     def append(self, k: Tensor, v: Tensor, differentiable: bool) -> None:
         """Adds the same number of tokens to each sequence, at its own end.
@@ -46,7 +71,7 @@ class KVCache(State):
             self.values[:, self.longest : self.longest + l] = v
         else:
             row = torch.arange(k.shape[0], device=k.device)[:, None]
-            position = self.lengths[:, None] + torch.arange(l, device=k.device)
+            position = self.held[:, None] + torch.arange(l, device=k.device)
             self.keys[row, position] = k
             self.values[row, position] = v
         self.lengths = self.lengths + l  # not in place: a backward pass may still need the old ones
@@ -61,10 +86,11 @@ class KVCache(State):
             differentiable: as in :meth:`append`.
         """
         lengths = self.lengths + cu_seqlens.diff()
-        on_host = lengths.tolist()
+        on_host = (lengths - self.starts).tolist()
         longest = max(on_host, default=0)
         self._make_room(longest, k.dtype, differentiable)
         row, position = self.places(cu_seqlens, k.shape[1])
+        position = position - self.starts[row]
         self.keys[row, position] = k[0]
         self.values[row, position] = v[0]
         self.lengths, self.longest, self.even = lengths, longest, min(on_host, default=0) == longest
@@ -75,7 +101,7 @@ class KVCache(State):
         return row, self.lengths[row] + step
 
     def packed(self, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The chosen sequences one after another. Reads their lengths on the host.
+        """What is held of the chosen sequences, one after another. Reads their lengths on the host.
 
         Args:
             which: bool ``(s)``; the others count as empty.
@@ -83,9 +109,30 @@ class KVCache(State):
         Returns:
             keys ``(1, total, h_kv, k)``, values ``(1, total, h_kv, v)`` and their borders, int32 ``(s + 1)``.
         """
-        cu_seqlens = F.pad(torch.where(which, self.lengths, 0).cumsum(0), (1, 0)).int()
+        cu_seqlens = F.pad(torch.where(which, self.held, 0).cumsum(0), (1, 0)).int()
         row, position = owners(cu_seqlens, int(cu_seqlens[-1]))
         return self.keys[row, position][None], self.values[row, position][None], cu_seqlens
+
+    def trim(self) -> None:
+        """Drops what no token to come will see, once that is as much as what it will: each token is moved about once.
+
+        Nothing is written into what a backward pass may still need, nor is anything asked of the device.
+        """
+        if self.keep is None or self.longest < _room(self.keep):
+            return
+        first = (self.held - self.keep).clamp(min=0)
+        self.keys, self.values = (self._newest(x, first, self.keep) for x in (self.keys, self.values))
+        self.starts, self.longest = self.starts + first, self.keep
+
+    def _newest(self, x: Tensor, first: Tensor, keep: int) -> Tensor:
+        """Of each sequence ``keep`` tokens from ``first`` on, with room for more."""
+        if self.even:
+            kept = x[:, self.longest - keep : self.longest]
+        else:
+            row = torch.arange(x.shape[0], device=x.device)[:, None]
+            place = first[:, None] + torch.arange(keep, device=x.device)  # within: longest ≥ keep
+            kept = x[row, place]
+        return torch.cat([kept, kept.new_zeros(x.shape[0], _room(keep) - keep, *x.shape[2:])], dim=1)
 
     def _make_room(self, needed: int, dtype: torch.dtype, differentiable: bool) -> None:
         """Room for ``needed`` positions, in a new cache where gradients flow through the old or the new."""
@@ -94,11 +141,18 @@ class KVCache(State):
         if needed <= capacity and self.keys.dtype == dtype and not renew:
             return
         room = needed if renew else capacity if needed <= capacity else max(needed, 2 * capacity, SMALLEST)
+        if self.keep is not None:
+            room = max(needed, min(room, _room(self.keep)))
         self.keys, self.values = (self._moved(x, room, dtype) for x in (self.keys, self.values))
 
     def _moved(self, x: Tensor, room: int, dtype: torch.dtype) -> Tensor:
         kept = x[:, : min(self.longest, room)].to(dtype)
         return torch.cat([kept, kept.new_zeros(x.shape[0], room - kept.shape[1], *x.shape[2:])], dim=1)
+
+
+def _room(keep: int) -> int:
+    """Positions that a cache has where ``keep`` of them can still be seen."""
+    return keep + max(keep, SMALLEST)
 
 
 def owners(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:

@@ -37,8 +37,8 @@ class Attention(Mixer):
         softcap: bounds the logits smoothly to ± softcap (arXiv 2408.00118); 0 for none.
         bidirectional: every token sees later ones too; there is then no state.
 
-    Its state is a :class:`~ssmzoo.mixers._kv_cache.KVCache`, which keeps all tokens, also those that have
-    left the window.
+    Its state is a :class:`~ssmzoo.mixers._kv_cache.KVCache`. With a window it keeps what can still be seen, and
+    about as much again, however many tokens come.
 
     Raises:
         ValueError: sizes that do not fit together.
@@ -119,10 +119,9 @@ class Attention(Mixer):
     def initial_state(self, batch_size: int, max_length: int | None = None) -> KVCache:
         if not self.causal:
             raise ValueError("Attention: with `bidirectional` it has no state, as it sees the whole sequence at once")
-        weight = self.k_proj.weight
-        shape = (batch_size, max_length or 0, self.n_kv_heads, self.head_dim)
-        lengths = torch.zeros(batch_size, dtype=torch.int32, device=weight.device)
-        return KVCache(weight.new_zeros(shape), weight.new_zeros(shape), lengths)
+        keep = None if self.window is None else self.window - 1
+        shape = (batch_size, self.n_kv_heads, self.head_dim)
+        return KVCache.empty(self.k_proj.weight, shape, max_length or 0, keep)
 
     def mixing_flops(self, context: int) -> float:
         """4 · n_heads · head_dim for each token seen (keys, then values), in the mean over the context.
@@ -144,10 +143,12 @@ class Attention(Mixer):
         q, k, v = self._project(x, _positions(x, state, cu_seqlens))
         if state is None:
             out = self._attention(q, k, v, cu_seqlens)
-        elif cu_seqlens is None:
-            out = self._with_cache(q, k, v, state)
         else:
-            out = self._packed_with_cache(q, k, v, state, cu_seqlens)
+            if cu_seqlens is None:
+                out = self._with_cache(q, k, v, state)
+            else:
+                out = self._packed_with_cache(q, k, v, state, cu_seqlens)
+            state.trim()
         return self.out_proj(out.flatten(2)), state
 
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,7 +194,7 @@ class Attention(Mixer):
         keys, values = state.keys[:, start : state.longest], state.values[:, start : state.longest]
         if l > FEW:
             return self._attention(q, keys, values)
-        out = decode_attention(q, keys, values, state.lengths - start, window=self.bounds, softcap=self.softcap)
+        out = decode_attention(q, keys, values, state.held - start, window=self.bounds, softcap=self.softcap)
         assert isinstance(out, Tensor)
         return out
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ssmzoo import build_mixer
+from ssmzoo.mixers._kv_cache import SMALLEST
 from ssmzoo.mixers.attention import FEW, Attention
 
 D_MODEL = 32
@@ -137,7 +138,8 @@ class TestState:
         x = inputs(2, 12)
         _, state = plain(x, plain.initial_state(2, 100))
         branch = state.clone()
-        assert branch.nbytes == state.nbytes == 2 * 2 * 100 * 2 * 8 * 8 + 2 * 4
+        capacity = 5 + SMALLEST  # of the 100 asked for: with its window it will never need more
+        assert branch.nbytes == state.nbytes == 2 * 2 * capacity * 2 * 8 * 8 + 2 * 2 * 4
         plain(-x, state)
         y, _ = plain(x[:, :1], branch)
         same(y, plain(torch.cat([x, x[:, :1]], dim=1))[:, 12:])
@@ -153,16 +155,18 @@ class TestState:
 
 class TestMemory:
     @torch.no_grad()
-    def test_grows_by_doubling(self, plain):
-        _, state = plain(inputs(1, 100), plain.initial_state(1))
+    def test_grows_by_doubling(self):
+        mixer = make(n_kv_heads=2)
+        _, state = mixer(inputs(1, 100), mixer.initial_state(1))
         capacities = set()
         for _ in range(250):
-            _, state = plain(inputs(1, 1), state)
+            _, state = mixer(inputs(1, 1), state)
             capacities.add(state.keys.shape[1])
         assert capacities == {200, 400}
 
     @torch.no_grad()
-    def test_set_aside_it_stays_in_place(self, plain):
+    def test_set_aside_it_stays_in_place(self):
+        plain = make(n_kv_heads=2)
         x = inputs(2, 51)
         state = plain.initial_state(2, max_length=50)
         place = state.keys.data_ptr(), state.values.data_ptr()
@@ -197,6 +201,82 @@ class TestMemory:
         for length in (1, 1, 3):
             y, state = mixer(x[:, :length], state)
             assert y.shape == (2, length, D_MODEL)
+
+
+class TestBoundedMemory:
+    """With a window the cache stays small for ever, and nobody can tell."""
+
+    WINDOWS = pytest.mark.parametrize("window", [1, 2, 30, 70])
+
+    def bytes_for(self, window, sequences=2):
+        return 2 * sequences * (window - 1 + max(window - 1, SMALLEST)) * 1 * 8 * 8 + 2 * sequences * 4
+
+    @WINDOWS
+    @torch.no_grad()
+    def test_token_by_token_over_ten_windows(self, window):
+        mixer = make(window=window, n_kv_heads=1)
+        x = inputs(2, 10 * window + 2 * SMALLEST)
+        state, outputs = mixer.initial_state(2), []
+        for piece in x.split([1, 3] + [1] * (x.shape[1] - 4), dim=1):
+            y, state = mixer(piece, state)
+            outputs.append(y)
+            assert state.nbytes <= self.bytes_for(window)
+        same(torch.cat(outputs, dim=1), mixer(x))
+        assert state.lengths.tolist() == [x.shape[1]] * 2
+
+    @WINDOWS
+    @torch.no_grad()
+    def test_long_and_short_chunks(self, window):
+        mixer = make(window=window, n_kv_heads=1)
+        lengths = [4 * window + 100, 1, FEW + 1, 1, 200, 3, 5 * window, *[FEW] * 20, 1]
+        x = inputs(2, sum(lengths))
+        state, outputs = mixer.initial_state(2, 10**6), []
+        for piece in x.split(lengths, dim=1):
+            y, state = mixer(piece, state)
+            outputs.append(y)
+            assert state.nbytes <= self.bytes_for(window) + 2 * 2 * FEW * 8 * 8
+        same(torch.cat(outputs, dim=1), mixer(x))
+
+    @WINDOWS
+    @torch.no_grad()
+    def test_sequences_of_several_lengths(self, window):
+        """Packed chunks, tokens, a selection and clones, where each sequence has dropped another number of tokens."""
+        mixer = make(window=window, n_kv_heads=1)
+        calls = [[3, 190, 0], [0, 11, 1], *[1] * 80, [150, 0, 2], "select", 3, *[1] * 90, FEW + 3, [9, 0, 170], 2]
+        state, fed = mixer.initial_state(3), [inputs(0) for _ in range(3)]
+        for number, call in enumerate(calls):
+            if call == "select":
+                state, fed = state.select([2, 0, 2]), [fed[i] for i in (2, 0, 2)]
+                continue
+            lengths = [call] * 3 if isinstance(call, int) else call
+            pieces = inputs(sum(lengths), seed=number).split(lengths)
+            fed = [torch.cat(both) for both in zip(fed, pieces, strict=True)]
+            branch = state.clone()
+            if isinstance(call, int):
+                y, state = mixer(torch.stack(pieces), state)
+                found = list(y)
+                mixer(-torch.stack(pieces), branch)  # must not reach the state
+            else:
+                y, state = mixer(torch.cat(pieces)[None], state, cu_seqlens=packed(lengths))
+                found = y[0].split(lengths)
+                mixer(-torch.cat(pieces)[None], branch, cu_seqlens=packed(lengths))
+            if number % 20 == 0 or not isinstance(call, int):
+                for out, whole in zip(found, fed, strict=True):
+                    same(out, mixer(whole[None])[0, len(whole) - len(out) :])
+            assert state.nbytes <= self.bytes_for(window, 3) + 3 * 2 * FEW * 8 * 8
+        assert state.lengths.tolist() == [len(whole) for whole in fed]
+
+    def test_gradients_across_what_has_been_dropped(self):
+        mixer = make(window=4, n_kv_heads=1)
+        x = inputs(2, 120).requires_grad_()
+        state, outputs = mixer.initial_state(2), []
+        for piece in x.split([60, 1, 20, 1, 1, 30, 7], dim=1):
+            y, state = mixer(piece, state)
+            outputs.append(y)
+        wanted = [x, *mixer.parameters()]
+        found = torch.autograd.grad(torch.cat(outputs, dim=1).square().sum(), wanted)
+        assert state.starts.min() > 0
+        same(found, torch.autograd.grad(mixer(x).square().sum(), wanted))
 
 
 class TestGradients:

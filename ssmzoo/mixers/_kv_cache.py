@@ -22,8 +22,8 @@ class KVCache(State):
             on lie here, one after another; what lies past them has no meaning.
         values: ``(s, capacity, h_kv, v)``.
         lengths: int32 ``(s)``, tokens of each sequence so far.
-        starts: int32 ``(s)``, how many of them have been dropped.
-        keep: how many of the newest tokens those to come will see; None for all.
+        starts: int32 ``(s)``, how many of them have been dropped; None if they never are.
+        keep: how many of the newest tokens those to come will see; None, as ``starts`` is then, for all.
         longest: no sequence holds more tokens; known without asking the device.
         even: each sequence holds exactly ``longest`` tokens.
     """
@@ -31,7 +31,7 @@ class KVCache(State):
     keys: Tensor
     values: Tensor
     lengths: Tensor
-    starts: Tensor
+    starts: Tensor | None = None
     keep: int | None = None
     longest: int = 0
     even: bool = True
@@ -49,13 +49,13 @@ class KVCache(State):
         s, h_kv, head_dim = shape
         capacity = capacity if keep is None else min(capacity, _room(keep))
         keys, values = (like.new_zeros(s, capacity, h_kv, head_dim) for _ in range(2))
-        lengths, starts = (torch.zeros(s, dtype=torch.int32, device=like.device) for _ in range(2))
-        return cls(keys, values, lengths, starts, keep)
+        lengths = torch.zeros(s, dtype=torch.int32, device=like.device)
+        return cls(keys, values, lengths, None if keep is None else torch.zeros_like(lengths), keep)
 
     @property
     def held(self) -> Tensor:
         """int32 ``(s)``: tokens of each sequence that are here."""
-        return self.lengths - self.starts
+        return self.lengths if self.starts is None else self.lengths - self.starts
 
     def append(self, k: Tensor, v: Tensor, differentiable: bool) -> None:
         """Adds the same number of tokens to each sequence, at its own end.
@@ -85,15 +85,15 @@ class KVCache(State):
             cu_seqlens: int32 ``(s + 1)``.
             differentiable: as in :meth:`append`.
         """
-        lengths = self.lengths + cu_seqlens.diff()
-        on_host = (lengths - self.starts).tolist()
+        on_host = (self.held + cu_seqlens.diff()).tolist()
         longest = max(on_host, default=0)
         self._make_room(longest, k.dtype, differentiable)
-        row, position = self.places(cu_seqlens, k.shape[1])
-        position = position - self.starts[row]
+        row, step = owners(cu_seqlens, k.shape[1])
+        position = self.held[row] + step
         self.keys[row, position] = k[0]
         self.values[row, position] = v[0]
-        self.lengths, self.longest, self.even = lengths, longest, min(on_host, default=0) == longest
+        self.lengths = self.lengths + cu_seqlens.diff()
+        self.longest, self.even = longest, min(on_host, default=0) == longest
 
     def places(self, cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
         """Sequence and position, ``(total)`` each, of packed tokens that are about to come."""
@@ -118,7 +118,7 @@ class KVCache(State):
 
         Nothing is written into what a backward pass may still need, nor is anything asked of the device.
         """
-        if self.keep is None or self.longest < _room(self.keep):
+        if self.keep is None or self.starts is None or self.longest < _room(self.keep):
             return
         first = (self.held - self.keep).clamp(min=0)
         self.keys, self.values = (self._newest(x, first, self.keep) for x in (self.keys, self.values))

@@ -130,7 +130,7 @@ def address(x: Tensor | None) -> int:
 def large_pages(*tensors: Tensor | None) -> None:
     """Asks for large pages under large tensors that nobody has written to yet; does nothing where there are none.
 
-    The allocator maps memory of this size afresh for every call. In pages of 4 KiB the system's work on the first touch
+    The allocator maps such memory afresh for many a call. In pages of 4 KiB the system's work on the first touch
     takes longer than a kernel that is bound by memory; in those of 2 MiB a fraction of it.
     """
     advise = _madvise()
@@ -140,7 +140,7 @@ def large_pages(*tensors: Tensor | None) -> None:
             advise(start, (x.data_ptr() + x.nbytes - start) // PAGE * PAGE, MADV_HUGEPAGE)
 
 
-MAPPED = 2**25  # bytes from which glibc maps memory for each allocation
+MAPPED = 2**22  # bytes from which this is worth a call: two large pages
 PAGE = mmap.PAGESIZE
 MADV_HUGEPAGE = 14  # Linux
 

@@ -9,6 +9,9 @@ from ssmkernels.bench.peers import TORCH, Peer, refuse
 from ssmkernels.dplr_kernel.discretize import discretize_dplr
 
 
+LARGEST = 2**25  # of (d n length) with gradients
+
+
 def cauchy(
     A: Tensor,
     P: Tensor,
@@ -25,6 +28,8 @@ def cauchy(
     refuse(not A.is_complex(), "real A")
     refuse(P.ndim == 3 and P.shape[1] != 1, "rank but one")
     refuse(length == 0, "length 0")
+    graph = torch.is_grad_enabled() and A.requires_grad
+    refuse(graph and A.numel() * length > LARGEST, "gradients at this size, which take more than 20 GB of memory")
     P, Q = (x.reshape(A.shape) for x in (P, Q))
     dense, _ = discretize_dplr(A, P, Q, B, dt)
     row = torch.cat([2 * C.real, -2 * C.imag], dim=-1)[:, None]

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from ssmkernels import OPS
+from ssmkernels import OPS, explain
 from ssmkernels.running import is_real_or_complex, run, with_gradients
 from ssmkernels.spec import specs, tensors_of
 from ssmkernels.testing import check
@@ -34,6 +34,13 @@ def need(op, implementation):
     why = OPS[op].why_not(implementation)
     if why:
         pytest.skip(f"{op}: {implementation}: {why}")
+
+
+def has_gradients(op, implementation):
+    """Whether it has them in the op's base case: what serves decoding alone may have none."""
+    spec = SPECS[op]
+    arguments = spec.inputs(spec.case({}), torch.float32, "cpu", 0)
+    return spec.differentiable and implementation in explain(op, **with_gradients(arguments)).able
 
 
 def test_every_op_has_a_spec():
@@ -95,13 +102,14 @@ def longer(spec):
 def test_compiled_is_eager(op, implementation, dynamic):
     need(op, implementation)
     torch._dynamo.reset()
-    spec = SPECS[op]
+    spec, gradients = SPECS[op], has_gradients(op, implementation)
     eager = functools.partial(spec.function(), implementation=implementation)
     compiled = torch.compile(lambda **a: eager(**a), fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for row in ({}, longer(spec)) if dynamic else ({},):
         arguments = spec.inputs(spec.case(row), torch.float32, "cpu", 0)
-        expected = run(spec, eager, spec.inputs(spec.case(row), torch.float32, "cpu", 0), poison=False)
-        found = run(spec, compiled, arguments, poison=False)
+        again = spec.inputs(spec.case(row), torch.float32, "cpu", 0)
+        expected = run(spec, eager, again, gradients=gradients, poison=False)
+        found = run(spec, compiled, arguments, gradients=gradients, poison=False)
         assert found.tensors.keys() == expected.tensors.keys()
         for name, value in expected.tensors.items():
             torch.testing.assert_close(found.tensors[name], value, msg=lambda m, name=name: f"{name}: {m}")
@@ -110,14 +118,14 @@ def test_compiled_is_eager(op, implementation, dynamic):
 @EVERY
 def test_autocast_does_not_reach_in(op, implementation):
     need(op, implementation)
-    spec = SPECS[op]
+    spec, gradients = SPECS[op], has_gradients(op, implementation)
 
     def under_autocast(**arguments):
         with torch.autocast("cpu", torch.bfloat16):
             return spec.function()(**arguments, implementation=implementation)
 
     def results(function):
-        return run(spec, function, spec.inputs(spec.case({}), torch.float32, "cpu", 0)).tensors
+        return run(spec, function, spec.inputs(spec.case({}), torch.float32, "cpu", 0), gradients=gradients).tensors
 
     outside, inside = results(implementation), results(under_autocast)
     for name, expected in outside.items():
@@ -126,15 +134,16 @@ def test_autocast_does_not_reach_in(op, implementation):
 
 
 class Recorder(TorchDispatchMode):
-    """Remembers one call of each of our operators."""
+    """Remembers one call of each of our operators, and whether it had gradients."""
 
     def __init__(self):
         super().__init__()
         self.calls = {}
+        self.gradients = True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "ssmkernels":
-            self.calls.setdefault(func.name(), (func, args))
+            self.calls.setdefault(func.name(), (func, args, self.gradients))
         return func(*args, **(kwargs or {}))
 
 
@@ -149,9 +158,11 @@ def recorded():
             if OPS[op].why_not(implementation):
                 continue
             rows = SPECS[op].rows
+            recorder.gradients = has_gradients(op, implementation)
             for row in ({}, rows[0], *[row for row in rows if row.get("packed")][:1]):
                 try:
-                    run(SPECS[op], implementation, SPECS[op].inputs(SPECS[op].case(row), torch.float32, "cpu", 0))
+                    arguments = SPECS[op].inputs(SPECS[op].case(row), torch.float32, "cpu", 0)
+                    run(SPECS[op], implementation, arguments, gradients=recorder.gradients)
                 except ValueError as error:
                     assert "cannot run this call" in str(error)  # noqa: PT017 (what cannot run is no failure)
     return recorder.calls
@@ -173,7 +184,7 @@ def test_opcheck(name, recorded):
     lacking = [implementation for op, implementation in PAIRS if OPS[op].why_not(implementation)]
     if name not in recorded and any(f"_{word}_" in f"{name}_" for word in lacking):
         pytest.skip("needs what its implementation needs")
-    operator, args = recorded[name]
-    wanted = not name.endswith("_backward") and not operator._schema.is_mutable
+    operator, args, gradients = recorded[name]
+    wanted = gradients and not name.endswith("_backward") and not operator._schema.is_mutable
     leaf = lambda a: a.detach().requires_grad_(wanted) if is_real_or_complex(a) else a  # noqa: E731
     torch.library.opcheck(operator, tree_map(leaf, args))

@@ -1,7 +1,7 @@
-// Attention of a few queries over a long cache: flash decoding (Dao et al. 2023). The keys of each sequence and head are
-// split; each part is gone through once, tile by tile, for all queries that share the head; parts are joined by their
-// greatest logits and sums. Where the splits lie depends on one sequence's length, so neither threads nor other
-// sequences change a bit.
+// Attention of a few queries over a long cache: flash decoding (Dao et al. 2023). The keys of each sequence are split;
+// each part is gone through once, tile by tile, for all queries that share a head; parts are joined by their greatest
+// logits and sums. Where the splits lie depends on a sequence's length alone, so that neither threads nor neighbours
+// change a bit.
 #include "decode_attention/cpu_tile.h"
 #include "native/parallel.h"
 

@@ -19,9 +19,9 @@ constexpr S kNothing = -S(__builtin_inf());
 
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// The next tile of a cache, brought into the second-level cache a few lines at a time while another is computed with: in
-// the order of memory, as in any other a processor's own prefetching does not help and memory is two to three times
-// slower; and not into the first level, whose few open requests would hold up the computation.
+// The next tile of a cache, brought into the second-level cache a few lines at a time while another is at work. In the
+// order of memory: in any other the processor's own prefetching does not help, and memory is two to three times
+// slower. Not into the first level, whose few open requests would hold up the computation.
 template <class T>
 struct Ahead {
     static constexpr int64_t line = 64 / sizeof(T);
@@ -40,7 +40,8 @@ struct Ahead {
     }
 };
 
-// scores[r][j] = q[r] . (keys[j] + at), for so many queries r; of keys so many as fill a vector at once, be they past `count`.
+// scores[r][j] = q[r] . (keys[j] + at), for so many queries r; of keys as many at once as fill a vector, be they past
+// `count`.
 template <class T, int rows, class S>
 void products(S* scores, const S* q, int64_t q_row, const T* const* keys, int64_t at, int64_t count, int64_t size,
               Ahead<T>& ahead) {

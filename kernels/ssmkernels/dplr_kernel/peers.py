@@ -8,7 +8,6 @@ from torch import Tensor
 from ssmkernels.bench.peers import TORCH, Peer, refuse
 from ssmkernels.dplr_kernel.discretize import discretize_dplr
 
-
 LARGEST = 2**25  # of (d n length) with gradients
 
 

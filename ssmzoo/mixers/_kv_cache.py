@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssmzoo.mixers._logits import Logits
 from ssmzoo.state import State
+
+C = TypeVar("C", bound="KVCache")
 
 SMALLEST = 64  # positions that a cache sets aside when it first grows
 
@@ -37,18 +41,18 @@ class KVCache(State):
     even: bool = True
 
     @classmethod
-    def empty(cls, like: Tensor, shape: tuple[int, int, int], capacity: int, keep: int | None) -> KVCache:
+    def empty(cls: type[C], like: Tensor, shape: tuple[int, int, int, int], capacity: int, keep: int | None) -> C:
         """No tokens yet.
 
         Args:
             like: gives dtype and device.
-            shape: s, h_kv and the head dim of keys and values.
+            shape: s, h_kv, and the head dims of keys and of values.
             capacity: positions to set aside, but never more than it will use.
             keep: as the attribute.
         """
-        s, h_kv, head_dim = shape
+        s, h_kv, *head_dims = shape
         capacity = capacity if keep is None else min(capacity, _room(keep))
-        keys, values = (like.new_zeros(s, capacity, h_kv, head_dim) for _ in range(2))
+        keys, values = (like.new_zeros(s, capacity, h_kv, head_dim) for head_dim in head_dims)
         lengths = torch.zeros(s, dtype=torch.int32, device=like.device)
         return cls(keys, values, lengths, None if keep is None else torch.zeros_like(lengths), keep)
 
@@ -112,6 +116,27 @@ class KVCache(State):
         cu_seqlens = F.pad(torch.where(which, self.held, 0).cumsum(0), (1, 0)).int()
         row, position = owners(cu_seqlens, int(cu_seqlens[-1]))
         return self.keys[row, position][None], self.values[row, position][None], cu_seqlens
+
+    def recent(self, count: int, before: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What the newest tokens of each sequence can see, on the device alone.
+
+        Args:
+            count: how many of each sequence count as the newest.
+            before: how many tokens before its own each of them sees; -1 for all.
+
+        Returns:
+            keys ``(s, m, h_kv, k)`` and values ``(s, m, h_kv, v)``, and how many of the m belong to each
+            sequence, int32 ``(s)``.
+        """
+        # Where all sequences are equally long, keys before every window need not be read.
+        start = max(0, self.longest - count - before) if before >= 0 and self.even else 0
+        here = slice(start, self.longest)
+        return self.keys[:, here], self.values[:, here], self.held - start
+
+    def decode(self, q: Tensor, logits: Logits) -> Tensor:
+        """Attention of each sequence's newest tokens, q ``(s, l, h, k)``, over what is held: ``(s, l, h, v)``."""
+        before = -1 if logits.window is None else logits.window[0]
+        return logits.decode(q, *self.recent(q.shape[1], before))
 
     def trim(self) -> None:
         """Drops what no token to come will see, once that is as much as what it will: each token is moved about once.

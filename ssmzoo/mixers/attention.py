@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import torch
+import math
+
 from torch import Tensor
 
-from ssmkernels import attention, decode_attention
 from ssmkernels.validate import precision
 from ssmzoo.linear import Linear
 from ssmzoo.mixers._base import Mixer
-from ssmzoo.mixers._kv_cache import KVCache, owners
+from ssmzoo.mixers._cached import FEW, append, borders, positions
+from ssmzoo.mixers._kv_cache import KVCache
+from ssmzoo.mixers._logits import Logits
 from ssmzoo.mixers._rope import rotary_angles, rotate
 from ssmzoo.norm import RMSNorm
 from ssmzoo.registry import register_mixer
-
-FEW = 8  # new tokens up to which a call on a filled cache counts as decoding
 
 
 @register_mixer("attention")
@@ -110,17 +110,16 @@ class Attention(Mixer):
         self.k_norm = RMSNorm(head_dim) if qk_norm else None
 
     @property
-    def bounds(self) -> tuple[int, int] | None:
-        """The window as the op takes it: tokens seen before and after a token's own."""
-        if self.window is None:
-            return None
-        return self.window - 1, 0 if self.causal else self.window - 1
+    def logits(self) -> Logits:
+        """What the ops are told beside queries, keys and values."""
+        window = None if self.window is None else (self.window - 1, 0 if self.causal else self.window - 1)
+        return Logits(1 / math.sqrt(self.head_dim), self.causal, window, self.softcap)
 
     def initial_state(self, batch_size: int, max_length: int | None = None) -> KVCache:
         if not self.causal:
             raise ValueError("Attention: with `bidirectional` it has no state, as it sees the whole sequence at once")
         keep = None if self.window is None else self.window - 1
-        shape = (batch_size, self.n_kv_heads, self.head_dim)
+        shape = (batch_size, self.n_kv_heads, self.head_dim, self.head_dim)
         return KVCache.empty(self.k_proj.weight, shape, max_length or 0, keep)
 
     def mixing_flops(self, context: int) -> float:
@@ -135,19 +134,15 @@ class Attention(Mixer):
         return 4 * self.n_heads * self.head_dim * (seen if self.causal else 2 * seen - 1)
 
     def mix(self, x: Tensor, state: KVCache | None, cu_seqlens: Tensor | None) -> tuple[Tensor, KVCache | None]:
-        b, l, _ = x.shape
-        if state is not None and not state.even and cu_seqlens is None and l > FEW:
-            cu_seqlens = torch.arange(0, b * l + 1, l, dtype=torch.int32, device=x.device)
-            y, state = self.mix(x.reshape(1, b * l, -1), state, cu_seqlens)
-            return y.view(b, l, -1), state
-        q, k, v = self._project(x, _positions(x, state, cu_seqlens))
+        packed = borders(x, state, cu_seqlens)
+        if packed is not None:
+            y, state = self.mix(x.reshape(1, -1, self.d_model), state, packed)
+            return y.view_as(x), state
+        q, k, v = self._project(x, positions(x, state, cu_seqlens))
         if state is None:
-            out = self._attention(q, k, v, cu_seqlens)
+            out = self.logits.attention(q, k, v, cu_seqlens)
         else:
-            if cu_seqlens is None:
-                out = self._with_cache(q, k, v, state)
-            else:
-                out = self._packed_with_cache(q, k, v, state, cu_seqlens)
+            out = self._with_cache(q, k, v, state, cu_seqlens)
             state.trim()
         return self.out_proj(out.flatten(2)), state
 
@@ -162,61 +157,17 @@ class Attention(Mixer):
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         return q.to(v.dtype), k.to(v.dtype), v  # under autocast norms give float32
 
-    def _attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens: Tensor | None = None,
-        cu_seqlens_k: Tensor | None = None,
-    ) -> Tensor:
-        out = attention(
-            q,
-            k,
-            v,
-            causal=self.causal,
-            window=self.bounds,
-            softcap=self.softcap,
-            cu_seqlens=cu_seqlens,
-            cu_seqlens_k=cu_seqlens_k,
-        )
-        assert isinstance(out, Tensor)
-        return out
-
-    def _with_cache(self, q: Tensor, k: Tensor, v: Tensor, state: KVCache) -> Tensor:
-        """The next l tokens of each sequence; on the device alone."""
-        l, before = q.shape[1], state.longest
-        state.append(k, v, _differentiable(q, k, v))
-        if before == 0:
-            return self._attention(q, k, v)
-        # Where all sequences are equally long, keys before every window need not be read.
-        start = max(0, before + 1 - self.window) if self.window is not None and state.even else 0
-        keys, values = state.keys[:, start : state.longest], state.values[:, start : state.longest]
-        if l > FEW:
-            return self._attention(q, keys, values)
-        out = decode_attention(q, keys, values, state.held - start, window=self.bounds, softcap=self.softcap)
-        assert isinstance(out, Tensor)
-        return out
-
-    def _packed_with_cache(self, q: Tensor, k: Tensor, v: Tensor, state: KVCache, cu_seqlens: Tensor) -> Tensor:
-        """Of each sequence its own number of next tokens, possibly none."""
-        before = state.longest
-        state.append_packed(k, v, cu_seqlens, _differentiable(q, k, v))
-        if before == 0:
-            return self._attention(q, k, v, cu_seqlens)
-        keys, values, cu_seqlens_k = state.packed(cu_seqlens.diff() > 0)
-        return self._attention(q, keys, values, cu_seqlens, cu_seqlens_k)
-
-
-def _positions(x: Tensor, state: KVCache | None, cu_seqlens: Tensor | None) -> Tensor:
-    """Where in its sequence each token stands: (b l), or (1 l) where that is the same for all."""
-    l = x.shape[1]
-    if cu_seqlens is None:
-        steps = torch.arange(l, device=x.device)
-        return steps[None] if state is None else state.lengths[:, None] + steps
-    positions = owners(cu_seqlens, l)[1] if state is None else state.places(cu_seqlens, l)[1]
-    return positions[None]
-
-
-def _differentiable(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    def _with_cache(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, cu_seqlens: Tensor | None) -> Tensor:
+        """The next tokens of each sequence, over themselves and what the cache holds; unpacked on the device alone."""
+        l, logits = q.shape[1], self.logits
+        first = cache.longest == 0
+        append(cache, k, v, cu_seqlens, q)
+        if first:
+            return logits.attention(q, k, v, cu_seqlens)
+        if cu_seqlens is not None:
+            keys, values, cu_seqlens_k = cache.packed(cu_seqlens.diff() > 0)
+            return logits.attention(q, keys, values, cu_seqlens, cu_seqlens_k)
+        if l <= FEW:
+            return cache.decode(q, logits)
+        keys, values, _ = cache.recent(l, -1 if self.window is None else self.window - 1)
+        return logits.attention(q, keys, values)

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssmkernels import attention, decode_attention
 from ssmkernels.validate import precision
 from ssmzoo.linear import Linear
 from ssmzoo.mixers._base import Mixer
-from ssmzoo.mixers._kv_cache import KVCache, owners
+from ssmzoo.mixers._cached import FEW, append, borders, positions
+from ssmzoo.mixers._logits import Logits
 from ssmzoo.mixers._rope import halves, rotary_angles, rotate, scaling_of
+from ssmzoo.mixers._shared_cache import SharedCache
 from ssmzoo.norm import RMSNorm
 from ssmzoo.registry import register_mixer
 
-FEW = 8  # new tokens up to which a call on a filled cache counts as decoding
-
 
 @dataclasses.dataclass
-class LatentCache(KVCache):
-    """A :class:`~ssmzoo.mixers._kv_cache.KVCache` of one shared head.
-
-    ``keys`` ``(s, capacity, 1, kv_lora_rank + qk_rope_head_dim)`` holds each token's latent, normalised, and after it
-    its rotary key; the values are part of the latents, so that ``values`` has width 0.
-    """
+class LatentCache(SharedCache):
+    """Each token's latent, normalised, and after it its rotary key: width kv_lora_rank + qk_rope_head_dim."""
 
 
 @register_mixer("mla")
@@ -119,7 +115,8 @@ class MLA(Mixer):
         self.nope, self.rope, self.v_head_dim = qk_nope_head_dim, qk_rope_head_dim, v_head_dim
         self.rope_base, self.rope_interleave = rope_base, rope_interleave
         self.scaling = scaling_of(rope_scaling)
-        self.scale = (self.nope + self.rope) ** -0.5 * (1.0 if self.scaling is None else self.scaling.logit_factor)
+        tempered = 1.0 if self.scaling is None else self.scaling.logit_factor
+        self.logits = Logits(tempered / math.sqrt(self.nope + self.rope))
 
         if q_lora_rank is not None:
             self.q_a_proj = Linear(d_model, q_lora_rank, bias=bias)
@@ -144,30 +141,23 @@ class MLA(Mixer):
         return self.kv_lora_rank * (self.nope + self.v_head_dim) / wider if wider > 0 else float("inf")
 
     def initial_state(self, batch_size: int, max_length: int | None = None) -> LatentCache:
-        weight = self.kv_a_proj.weight
-        shape = (batch_size, max_length or 0, 1)
-        lengths = torch.zeros(batch_size, dtype=torch.int32, device=weight.device)
-        return LatentCache(
-            weight.new_zeros(*shape, self.kv_lora_rank + self.rope), weight.new_zeros(*shape, 0), lengths
-        )
+        shape = (batch_size, 1, self.kv_lora_rank + self.rope, 0)
+        return LatentCache.empty(self.kv_a_proj.weight, shape, max_length or 0, None)
 
     def mixing_flops(self, context: int) -> float:
         """2 · n_heads · (d_h + d_r + d_v) for each token seen, in the mean over the context, (context + 1) / 2."""
         return self.n_heads * (self.nope + self.rope + self.v_head_dim) * (max(context, 1) + 1)
 
     def mix(self, x: Tensor, state: LatentCache | None, cu_seqlens: Tensor | None) -> tuple[Tensor, LatentCache | None]:
-        b, l, _ = x.shape
-        if state is not None and not state.even and cu_seqlens is None and l > FEW:
-            cu_seqlens = torch.arange(0, b * l + 1, l, dtype=torch.int32, device=x.device)
-            y, state = self.mix(x.reshape(1, b * l, -1), state, cu_seqlens)
-            return y.view(b, l, -1), state
-        q, new = self._project(x, _positions(x, state, cu_seqlens))
+        packed = borders(x, state, cu_seqlens)
+        if packed is not None:
+            y, state = self.mix(x.reshape(1, -1, self.d_model), state, packed)
+            return y.view_as(x), state
+        q, new = self._project(x, positions(x, state, cu_seqlens))
         if state is None:
-            out = self._expanded(q, new, cu_seqlens, cu_seqlens)
-        elif cu_seqlens is None:
-            out = self._with_cache(q, new, state)
+            out = self._expanded(q, new, cu_seqlens)
         else:
-            out = self._packed_with_cache(q, new, state, cu_seqlens)
+            out = self._with_cache(q, new, state, cu_seqlens)
         return self.out_proj(out.flatten(2)), state
 
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,27 +171,27 @@ class MLA(Mixer):
         kept = torch.cat([self.kv_a_norm(c_kv).to(q.dtype), rotate(k_r, cos, sin)], dim=-1)
         return torch.cat([q_c, rotate(q_r, cos, sin)], dim=-1), kept
 
-    def _with_cache(self, q: Tensor, new: Tensor, state: LatentCache) -> Tensor:
-        """The next l tokens of each sequence; on the device alone."""
-        l, before = q.shape[1], state.longest
-        state.append(new, new[..., :0], _differentiable(q, new))
-        if before == 0:
-            return self._expanded(q, new)
-        kept = state.keys[:, : state.longest]
-        if l > max(FEW, self.absorbs_up_to):
-            return self._expanded(q, kept)
-        return self._absorbed(q, kept, state.lengths if l <= FEW else None)
-
-    def _packed_with_cache(self, q: Tensor, new: Tensor, state: LatentCache, cu_seqlens: Tensor) -> Tensor:
-        """Of each sequence its own number of next tokens, possibly none."""
-        before = state.longest
-        state.append_packed(new, new[..., :0], cu_seqlens, _differentiable(q, new))
-        if before == 0:
-            return self._expanded(q, new, cu_seqlens, cu_seqlens)
-        kept, _, cu_seqlens_k = state.packed(cu_seqlens.diff() > 0)
-        if q.shape[1] > self.absorbs_up_to * state.n_sequences:
+    def _with_cache(self, q: Tensor, new: Tensor, cache: LatentCache, cu_seqlens: Tensor | None) -> Tensor:
+        """The next tokens of each sequence, over themselves and what the cache holds; unpacked on the device alone."""
+        l, first = q.shape[1], cache.longest == 0
+        append(cache, new, new[..., :0], cu_seqlens, q)
+        if first:
+            return self._expanded(q, new, cu_seqlens)
+        if cu_seqlens is not None:
+            kept, _, cu_seqlens_k = cache.packed(cu_seqlens.diff() > 0)
+            few = l <= self.absorbs_up_to * cache.n_sequences
+        else:
+            kept, cu_seqlens_k = cache.recent(l, -1)[0], None
+            few = l <= max(FEW, self.absorbs_up_to)
+        if not few:
             return self._expanded(q, kept, cu_seqlens, cu_seqlens_k)
-        return self._absorbed(q, kept, None, cu_seqlens, cu_seqlens_k)
+        q = self._absorbed(q)
+        if cu_seqlens is None and l <= FEW:
+            out = cache.decode(q, self.logits)
+        else:
+            kept = kept.to(q.dtype)
+            out = self.logits.attention(q, kept, kept, cu_seqlens, cu_seqlens_k)
+        return self._unabsorbed(out)
 
     def _expanded(
         self, q: Tensor, kept: Tensor, cu_seqlens: Tensor | None = None, cu_seqlens_k: Tensor | None = None
@@ -213,57 +203,29 @@ class MLA(Mixer):
         k = torch.cat([k_c, k_r.to(k_c.dtype).expand(-1, -1, self.n_heads, -1)], dim=-1)
         # PyTorch's fused kernels want keys and values of one width; without them it writes all logits to memory.
         width = max(k.shape[-1], self.v_head_dim)
-        out = self._attention(
-            _widened(q.to(v.dtype), width), _widened(k, width), _widened(v, width), cu_seqlens, cu_seqlens_k
-        )
+        q, k, v = (_widened(t, width) for t in (q.to(v.dtype), k, v))
+        out = self.logits.attention(q, k, v, cu_seqlens, cu_seqlens_k)
         return out[..., : self.v_head_dim]
 
-    def _absorbed(
-        self,
-        q: Tensor,
-        kept: Tensor,
-        lengths: Tensor | None,
-        cu_seqlens: Tensor | None = None,
-        cu_seqlens_k: Tensor | None = None,
-    ) -> Tensor:
-        """All heads over the latents themselves: (b l h d_v). ``lengths`` of the cache where few queries decode."""
+    def _absorbed(self, q: Tensor) -> Tensor:
+        """Queries that meet the latents themselves: (b l h d_c+d_r)."""
         q_c, q_r = q.split([self.nope, self.rope], dim=-1)
+        q_c = torch.einsum("blhn,hnc->blhc", q_c, self._up_projections[0])
+        return torch.cat([q_c, q_r.to(q_c.dtype)], dim=-1)
+
+    def _unabsorbed(self, out: Tensor) -> Tensor:
+        """Of means of what is kept (b l h d_c+d_r) each head's own values: (b l h d_v)."""
+        # The rotary keys rode along: keys and values are one tensor, of one width, read in place.
+        return torch.einsum("blhc,hvc->blhv", out[..., : self.kv_lora_rank], self._up_projections[1])
+
+    @property
+    def _up_projections(self) -> tuple[Tensor, Tensor]:
+        """W_uk (h d_h d_c) and W_uv (h d_v d_c)."""
         up = self.kv_b_proj.weight.view(self.n_heads, self.nope + self.v_head_dim, self.kv_lora_rank)
         w_uk, w_uv = up.split([self.nope, self.v_head_dim], dim=1)
-        q_c = torch.einsum("blhn,hnc->blhc", q_c, w_uk)
-        q = torch.cat([q_c, q_r.to(q_c.dtype)], dim=-1)
-        kept = kept.to(q.dtype)
-        # The rotary keys ride along as values: keys and values are then one tensor, of one width, read in place.
-        if lengths is None:
-            out = self._attention(q, kept, kept, cu_seqlens, cu_seqlens_k)
-        else:
-            decoded = decode_attention(q, kept, kept, lengths, scale=self.scale)
-            assert isinstance(decoded, Tensor)
-            out = decoded
-        return torch.einsum("blhc,hvc->blhv", out[..., : self.kv_lora_rank], w_uv)
-
-    def _attention(
-        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None
-    ) -> Tensor:
-        out = attention(q, k, v, causal=True, scale=self.scale, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k)
-        assert isinstance(out, Tensor)
-        return out
+        return w_uk, w_uv
 
 
 def _widened(x: Tensor, width: int) -> Tensor:
     """Zeros after the last channel, up to ``width`` of them: they change no product."""
     return F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x
-
-
-def _positions(x: Tensor, state: LatentCache | None, cu_seqlens: Tensor | None) -> Tensor:
-    """Where in its sequence each token stands: (b l), or (1 l) where that is the same for all."""
-    l = x.shape[1]
-    if cu_seqlens is None:
-        steps = torch.arange(l, device=x.device)
-        return steps[None] if state is None else state.lengths[:, None] + steps
-    positions = owners(cu_seqlens, l)[1] if state is None else state.places(cu_seqlens, l)[1]
-    return positions[None]
-
-
-def _differentiable(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

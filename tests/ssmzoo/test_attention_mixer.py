@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from ssmzoo import build_mixer
+from ssmzoo.mixers._cached import FEW
 from ssmzoo.mixers._kv_cache import SMALLEST
-from ssmzoo.mixers.attention import FEW, Attention
+from ssmzoo.mixers.attention import Attention
 
 D_MODEL = 32
 SETTINGS = {

@@ -11,7 +11,8 @@ import torch
 
 import ssmzoo
 from ssmzoo import build_mixer
-from ssmzoo.mixers.mla import FEW, LatentCache
+from ssmzoo.mixers._cached import FEW
+from ssmzoo.mixers.mla import LatentCache
 
 D_MODEL = 32
 SIZES = {"n_heads": 3, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
@@ -63,11 +64,12 @@ class TestTwoForms:
     def test_at_once(self, mixer):
         x = inputs(2, 14)
         q, kept = mixer._project(x, torch.arange(14)[None])
+        absorbed, lengths = mixer._absorbed(q), torch.full((2,), 14, dtype=torch.int32)
         results = []
         for out in (
             mixer._expanded(q, kept),
-            mixer._absorbed(q, kept, None),
-            mixer._absorbed(q, kept, torch.full((2,), 14, dtype=torch.int32)),
+            mixer._unabsorbed(mixer.logits.attention(absorbed, kept, kept)),
+            mixer._unabsorbed(mixer.logits.decode(absorbed, kept, kept, lengths)),
         ):
             grads = torch.autograd.grad((out * out).sum(), [mixer.kv_b_proj.weight, q, kept], retain_graph=True)
             results.append([out, *grads])

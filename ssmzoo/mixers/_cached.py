@@ -1,0 +1,47 @@
+"""What mixers whose state is a cache have in common."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ssmzoo.mixers._kv_cache import KVCache, owners
+
+FEW = 8  # new tokens up to which a call on a filled cache counts as decoding
+
+
+def positions(x: Tensor, cache: KVCache | None, cu_seqlens: Tensor | None) -> Tensor:
+    """Where in its sequence each token of x ``(b, l, …)`` stands: ``(b, l)``, or ``(1, l)`` if the same for all."""
+    l = x.shape[1]
+    if cu_seqlens is None:
+        steps = torch.arange(l, device=x.device)
+        return steps[None] if cache is None else cache.lengths[:, None] + steps
+    places = owners(cu_seqlens, l)[1] if cache is None else cache.places(cu_seqlens, l)[1]
+    return places[None]
+
+
+def append(cache: KVCache, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, queries: Tensor) -> None:
+    """Adds new tokens to a cache, packed or not, as the gradients of what is to be computed from it allow.
+
+    Args:
+        cache: changed in place.
+        k, v: of the new tokens, ``(b, l, h_kv, k)`` and ``(b, l, h_kv, v)``.
+        cu_seqlens: their borders, or None.
+        queries: what will meet the cache: their gradients need it as it is then.
+    """
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (queries, k, v))
+    if cu_seqlens is None:
+        cache.append(k, v, differentiable)
+    else:
+        cache.append_packed(k, v, cu_seqlens, differentiable)
+
+
+def borders(x: Tensor, cache: KVCache | None, cu_seqlens: Tensor | None) -> Tensor | None:
+    """int32 ``(b + 1)``, with which a batch x ``(b, l, …)`` of more than a few tokens should be packed; mostly None.
+
+    That is where sequences of several lengths go on together: no dense call knows at which positions they stand.
+    """
+    b, l = x.shape[:2]
+    if cache is None or cache.even or cu_seqlens is not None or l <= FEW:
+        return None
+    return torch.arange(0, b * l + 1, l, dtype=torch.int32, device=x.device)

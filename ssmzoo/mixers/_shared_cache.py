@@ -1,0 +1,25 @@
+"""A cache of one tensor, which serves as keys and as values."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor
+
+from ssmzoo.mixers._kv_cache import KVCache
+from ssmzoo.mixers._logits import Logits
+
+
+@dataclasses.dataclass
+class SharedCache(KVCache):
+    """A :class:`~ssmzoo.mixers._kv_cache.KVCache` of one head, whose ``keys`` ``(s, capacity, 1, d)`` are values too.
+
+    ``values``, here and in what its methods take and give, has width 0.
+    """
+
+    def decode(self, q: Tensor, logits: Logits) -> Tensor:
+        """Attention of each sequence's newest tokens, q ``(s, l, h, d)``, over what is held: ``(s, l, h, d)``."""
+        before = -1 if logits.window is None else logits.window[0]
+        kept, _, lengths = self.recent(q.shape[1], before)
+        kept = kept.to(q.dtype)
+        return logits.decode(q, kept, kept, lengths)

@@ -38,6 +38,8 @@ class Spec:
         mutates: arguments that the function writes; they count as results.
         differentiable: whether gradients are part of it.
         dtypes: what it takes.
+        exact: implementations whose bits depend on neither the batch nor the number of threads; elsewhere a library's
+            matrix product or FFT decides.
     """
 
     op: str
@@ -52,6 +54,7 @@ class Spec:
     mutates: tuple[str, ...] = ()
     differentiable: bool = True
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    exact: tuple[str, ...] = ("cpu", "triton")
 
     def cases(self) -> list[Case]:
         """The base case and every row's."""

@@ -27,10 +27,6 @@ from ssmkernels.validate import HALF
 
 __all__ = ["Check", "Examination", "Report", "check"]
 
-# Implementations that must give each sequence the same bits whatever the batch, and whatever the number of threads;
-# elsewhere a library's matrix product decides.
-EXACT = ("cpu", "triton")
-
 
 def check(
     op: str,
@@ -149,7 +145,7 @@ class Examination:
             found += [self._compare(what, first, truth) for what, truth in truths.items()]
             found.append(self._left_alone(arguments))
             second = self._run(self.inputs(), gradients, poison=False)
-            with threads(3 if self.implementation in EXACT else 1):
+            with threads(3 if self.implementation in self.spec.exact else 1):
                 third = self._run(self.inputs(), gradients, poison=False)
             found.append(self._same_bits("the same call twice", second, third))
             if gradients:
@@ -225,7 +221,7 @@ class Examination:
             return []
         mine = sequence.own(whole)
         found = []
-        if self.implementation in EXACT:
+        if self.implementation in self.spec.exact:
             alone = self._run(sequence.alone(), gradients, incoming=sequence.own_incoming(whole))
             alone = Results({name: alone.tensors[name] for name in mine.tensors})
             found.append(self._same_bits("the sequence alone", mine, alone))

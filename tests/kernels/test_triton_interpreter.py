@@ -56,12 +56,24 @@ SCAN = [
     {"layout": "strided", "l": 3},
     {"layout": "far", "b": 1, "l": 3, "d": 2},
 ]
+DPLR = [
+    {"length": 5},
+    {"length": 0},
+    {"n": 17, "d": 1, "length": 3},
+    {"rank": 2, "d": 2, "length": 5},
+    {"rank": 4, "d": 1, "n": 2, "length": 4},  # several groups of sums
+    {"complex": False, "length": 4},
+    {"length": 4200, "d": 1, "n": 1, "dt": 0.002},  # frequencies of several programs, backward too
+    {"layout": "strided", "length": 3},
+]
 STEP = [{}, {"g": 3}, {"n": 17}, {"D": False, "z": False}, {"bias": False, "softplus": False}, {"layout": "strided"}]
 
 CASES = [
     ("causal_conv1d", "float32", CONVOLUTION),
     ("causal_conv1d", "bfloat16,float16,float64", CONVOLUTION[:1] + CONVOLUTION[6:7]),
     ("causal_conv1d_step", "float32,bfloat16,float16,float64", [{}, {"w": 1}, {"layout": "far"}]),
+    ("dplr_kernel", "float32", DPLR),
+    ("dplr_kernel", "bfloat16,float16,float64", DPLR[3:4]),
     ("selective_scan", "float32", SCAN),
     ("selective_scan", "bfloat16,float16,float64", SCAN[:1] + SCAN[9:10]),
     ("selective_scan_step", "float32,bfloat16,float16,float64", STEP),

@@ -79,4 +79,4 @@ def _fake(
     return dt.new_empty((A.shape[0], length), dtype=precision(A, P, Q, B, C, dt))
 
 
-_KERNEL = Op("dplr_kernel", __name__, ("cpu", "tiled", "cauchy", "reference"), fake=_fake)
+_KERNEL = Op("dplr_kernel", __name__, ("triton", "cpu", "tiled", "cauchy", "reference"), fake=_fake)

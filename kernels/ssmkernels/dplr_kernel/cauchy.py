@@ -20,7 +20,7 @@ to the largest tap: of taps far smaller than that, an FFT keeps fewer digits tha
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ from ssmkernels.validate import precision
 
 PRECISE = 256  # taps in float64
 CHUNK = 2**20  # complex numbers that are worked on at a time
+
+Sums = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def unsupported(arguments: Mapping[str, Any]) -> str | None:
@@ -48,6 +50,27 @@ def unsupported(arguments: Mapping[str, Any]) -> str | None:
 def dplr_kernel(
     A: Tensor, P: Tensor, Q: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, discretization: str
 ) -> Tensor:
+    held = A.shape[1] * (2 if A.is_complex() else 1)
+    return around_the_circle(A, P, Q, B, C, dt, length, discretization, _sums, CHUNK // max(1, A.shape[0] * held))
+
+
+def around_the_circle(
+    A: Tensor,
+    P: Tensor,
+    Q: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt: Tensor,
+    length: int,
+    discretization: str,
+    sums: Sums,
+    step: int,
+) -> Tensor:
+    """The kernel, by ``step`` frequencies at a time.
+
+    ``sums`` makes the Cauchy products: from ΔΛ (d N), pairs (d k N), 1 - z and (1 + z)/2, both (f), all of them
+    complex128, Σ_n pairs_kn / (1 - z - (1 + z)/2 ΔΛ_n), (d k f).
+    """
     wide = precision(A, P, Q, B, C, dt)
     size = max(length, 1)
     A, P, Q, B, C = doubled(A, P, Q, B, C)
@@ -57,12 +80,12 @@ def dplr_kernel(
     row = row - _last(row, A_bar, size) / math.e
     poles, lefts, rights = _pairs(A, P, Q, B, row)
     frequencies = size // 2 + 1
-    step = max(1, CHUNK // max(1, poles.numel()))
+    step = max(1, step)
     parts = []
     for first in range(0, frequencies, step):
         numbers = torch.arange(first, min(first + step, frequencies), device=A.device, dtype=torch.float64)
         angles = numbers * (-2 * math.pi / size)
-        given = (poles, lefts, rights, dt, angles, -1 / size)
+        given = (poles, lefts, rights, dt, angles, -1 / size, sums)
         parts.append(checkpoint(_transfer, *given, use_reentrant=False, preserve_rng_state=False))
     shrunk = torch.fft.irfft(torch.cat(parts, dim=1), n=size)  # K_t e^{-t/l}
     growth = torch.exp(torch.arange(length, device=A.device, dtype=torch.float64) / size)
@@ -92,18 +115,29 @@ def _pairs(A: Tensor, P: Tensor, Q: Tensor, B: Tensor, row: Tensor) -> tuple[Ten
     return poles, lefts, rights
 
 
-def _transfer(poles: Tensor, lefts: Tensor, rights: Tensor, dt: Tensor, angles: Tensor, log_radius: float) -> Tensor:
+def _transfer(
+    poles: Tensor, lefts: Tensor, rights: Tensor, dt: Tensor, angles: Tensor, log_radius: float, sums: Sums
+) -> Tensor:
     """The generating function (d f) at z = e^{log_radius + i angle}."""
     z = math.exp(log_radius) * torch.polar(torch.ones_like(angles), angles)
     small = math.expm1(log_radius) * torch.cos(angles) - 2 * torch.sin(angles / 2).square()  # Re z - 1, to all digits
-    f = dt[:, None] / 2 * (1 + z)  # (d f)
-    resolvent = 1 / (-torch.complex(small, z.imag) - f[:, None] * poles[..., None])  # R (d N f)
     ranks = lefts.shape[1]
     pairs = (lefts[:, :, None] * rights[:, None]).flatten(1, 2)  # (d (1+r)(1+r) N)
-    products = (pairs @ resolvent).unflatten(1, (ranks, ranks)).movedim(3, 1)  # (d f 1+r 1+r)
+    half = (1 + z) / 2
+    products = sums(dt[:, None] * poles, pairs, -torch.complex(small, z.imag), half)
+    products = products.unflatten(1, (ranks, ranks))  # (d 1+r 1+r f)
+    f = dt[:, None] * half  # (d f)
+    if ranks == 2:  # a division, where a library would set up an inverse for each frequency
+        CB, CP, QB, QP = products.flatten(1, 2).unbind(1)
+        return dt[:, None] * (CB - f * CP * QB / (1 + f * QP))
+    products = products.movedim(3, 1)
     CB, CP = products[..., :1, :1], products[..., :1, 1:]
     QB, QP = products[..., 1:, :1], products[..., 1:, 1:]
     eye = torch.eye(ranks - 1, dtype=QP.dtype, device=QP.device)
     f = f[..., None, None]
     corrected = CB - f * CP @ torch.linalg.solve(eye + f * QP, QB)
     return dt[:, None] * corrected[..., 0, 0]
+
+
+def _sums(poles: Tensor, pairs: Tensor, one_less: Tensor, half: Tensor) -> Tensor:
+    return pairs @ (1 / (one_less - half * poles[..., None]))

@@ -18,7 +18,6 @@ import torch
 from sklearn.datasets import load_digits
 
 import ssmzoo
-from ssmkernels import dplr_kernel
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--out", type=Path, default=Path("runs/digits"))
@@ -46,10 +45,8 @@ print(f"{(at_once == answers).float().mean():.2%} of {len(x)} test digits; the s
 
 figure, axes = plt.subplots(len(model.layers), 2, figsize=(9, 6), layout="constrained", squeeze=False)
 for layer, (left, right) in zip(model.layers, axes, strict=True):
-    s4 = layer.mixer
-    A, dt = torch.complex(-s4.A_log.exp(), s4.A_imag), s4.log_dt.exp()
-    P, B, C = (torch.view_as_complex(weight) for weight in (s4.P, s4.B, s4.C))
-    kernels = dplr_kernel(A, P, P, B, C, dt, x.shape[1])[dt.argsort(descending=True)]
+    dt = layer.mixer.log_dt.exp()
+    kernels = layer.mixer.kernels(x.shape[1])[0][dt.argsort(descending=True)]
     left.imshow(kernels / kernels.abs().amax(1, keepdim=True), cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
     left.set(title="kernels, each over its peak", xlabel="pixels ago", ylabel="channel, by time scale")
     right.hist(1 / dt, bins=np.geomspace(5, 2000, 30))

@@ -6,6 +6,7 @@ of its layers; ``list_models()`` and ``list_mixers()`` say what there is.
 
 from ssmzoo.config import ModelConfig, list_models
 from ssmzoo.mixers._base import Mixer
+from ssmzoo.mixers._s4 import set_rate
 from ssmzoo.model import ModelState, SequenceModel
 from ssmzoo.registry import MixerInfo, build_mixer, list_mixers, register_mixer
 from ssmzoo.state import State
@@ -25,5 +26,6 @@ __all__ = [
     "list_mixers",
     "list_models",
     "register_mixer",
+    "set_rate",
     "swap_mixers",
 ]

@@ -1,4 +1,4 @@
-"""Contests of one mixer: its whole layer, beside its matrix products alone and beside other people's."""
+"""Contests of one mixer: its whole layer, beside its limit and beside other people's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ssmkernels.bench import BOTH, FORWARD, Contest, Contestant, Measurement, Pl
 from ssmkernels.bench.contest import Results, first_line
 from ssmkernels.bench.peers import ABSENT
 from ssmzoo.bench.peers import MIXERS, Twin, on
-from ssmzoo.bench.products import NAME, products
+from ssmzoo.bench.products import limit_of
 from ssmzoo.mixers._base import Mixer
 from ssmzoo.registry import build_mixer, list_mixers
 from ssmzoo.testing import check_mixer
@@ -92,9 +92,10 @@ def contest_of(
     shape = sizes["batch"], sizes["length"], sizes["d_model"]
     x, gradient = (torch.randn(*shape, device=plan.device, dtype=plan.dtype) for _ in range(2))
     contestants = [Contestant("ssmzoo", "ours", _work(own, x, gradient, work))]
+    limit = None
     if twins is not None:
         contestants += [Contestant(n, "peer", _work(twin, x, gradient, work), note) for n, note, twin in twins]
-        limit = products(mixer, shape[0] * shape[1], work == BOTH)
+        limit = limit_of(mixer, shape[0], shape[1], work == BOTH)
         contestants += [limit] if limit is not None else []
     return Contest(
         kind="mixers",
@@ -102,7 +103,7 @@ def contest_of(
         work=work,
         shape=", ".join(f"{key} {value}" for key, value in sizes.items()) + told,
         contestants=contestants,
-        limited_by=NAME,
+        limited_by=limit.name if limit is not None else "",
         tokens=shape[0] * shape[1],
         length=shape[1] if twins is None else 0,
     )

@@ -1,4 +1,4 @@
-"""The matrix products of a module, alone: what its linear maps cost, and no layer can do without."""
+"""What no layer can do without, alone: the matrix products of its linear maps, and S4's convolution beside them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from ssmkernels import fft_conv
 from ssmkernels.bench import Contestant
 from ssmkernels.products import linear
+from ssmzoo.mixers._base import Mixer
+from ssmzoo.mixers._s4 import S4Layer
 from ssmzoo.model import SequenceModel
 
 NAME = "matrix products"
+WITH_CONVOLUTION = "matrix products and FFT convolution"
 
 
 def weights_of(module: nn.Module) -> list[Tensor]:
@@ -31,6 +35,24 @@ def weights_of(module: nn.Module) -> list[Tensor]:
         elif isinstance(part, nn.RNNBase):
             found += [p.detach() for name, p in part.named_parameters() if name.startswith("weight")]
     return found
+
+
+def limit_of(mixer: Mixer, batch: int, length: int, backward: bool) -> Contestant | None:
+    """A mixer's limit: its matrix products; for S4's layers and the convolution, its kernel given.
+
+    None where it has neither.
+    """
+    maps = products(mixer, batch * length, backward)
+    if maps is None or not isinstance(mixer, S4Layer):
+        return maps
+    convolve = _convolution(mixer, batch, length, backward)
+
+    def call() -> dict[str, Tensor]:
+        maps.call()
+        convolve()
+        return {}
+
+    return Contestant(WITH_CONVOLUTION, "limit", call)
 
 
 def products(module: nn.Module, tokens: int, backward: bool) -> Contestant | None:
@@ -66,3 +88,21 @@ def _call(
         return {}
 
     return call
+
+
+def _convolution(layer: S4Layer, batch: int, length: int, backward: bool) -> Callable[[], object]:
+    """The layer's convolution and skip on random input; with ``backward`` also the gradients of all its tensors."""
+    with torch.no_grad():
+        kernel, reverse = layer.kernels(length)
+    dtype, device = layer.out_proj.weight.dtype, layer.D.device
+    u, gradient = (torch.randn(batch, length, kernel.shape[0], dtype=dtype, device=device) for _ in range(2))
+    D = layer.D.detach()
+    if not backward:
+        return torch.no_grad()(lambda: fft_conv(u, kernel, D, kernel_reverse=reverse))
+    leaves = [x.clone().requires_grad_() for x in (u, kernel, D, reverse) if x is not None]
+
+    def both() -> object:
+        y = fft_conv(*leaves[:3], kernel_reverse=leaves[3] if len(leaves) == 4 else None)
+        return torch.autograd.grad(y, leaves, gradient)
+
+    return both

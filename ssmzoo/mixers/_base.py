@@ -30,7 +30,7 @@ class Mixer(nn.Module):
     """
 
     requires: ClassVar[tuple[str, ...]] = ()
-    state_class: ClassVar[type[State]] = State
+    state_class: type[State] = State
     causal: bool = True
     has_state: bool = True
     float32_parameters: tuple[str, ...] = ()

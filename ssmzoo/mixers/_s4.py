@@ -148,6 +148,26 @@ class S4Layer(Mixer):
         """The same in the weights' precision, in the form that is cheapest for one token."""
         raise NotImplementedError
 
+    def kernels(self, length: int) -> tuple[Tensor, Tensor | None]:
+        """What the layer convolves an input of this length with, at its present weights and rate; differentiable.
+
+        Args:
+            length: the number of taps.
+
+        Returns:
+            ``(channels·d, length)``, in the precision of A, d being the channels inside: channel i of output c is in
+            row c·d + i. Tap t weighs the input t tokens ago. Then the same for the input t tokens ahead, if
+            bidirectional, or None.
+
+        Raises:
+            TypeError, ValueError: length is no int, or below 0.
+        """
+        ways = [_joined(C, self.A_imag) for C in (self.C, self.C_reverse) if C is not None]
+        copies = self.channels * len(ways)
+        repeated = Continuous(*(x.repeat(copies, *[1] * (x.ndim - 1)) for x in self._continuous()))
+        kernel, *reverse = self.kernel(repeated, torch.cat(ways), length).chunk(len(ways))
+        return kernel, reverse[0] if reverse else None
+
     def initial_state(self, batch_size: int, max_length: int | None = None) -> S4State:
         name = type(self).__name__
         if not self.causal:
@@ -200,13 +220,9 @@ class S4Layer(Mixer):
         length = u.shape[1]
         if cu_seqlens is not None and len(cu_seqlens) > 1 and not torch.compiler.is_compiling():
             length = int(cu_seqlens.diff().max())
-        ways = [_joined(C, self.A_imag) for C in (self.C, self.C_reverse) if C is not None]
-        copies = self.channels * len(ways)
-        repeated = Continuous(*(x.repeat(copies, *[1] * (x.ndim - 1)) for x in self._continuous()))
-        kernels = self.kernel(repeated, torch.cat(ways), length).chunk(len(ways))
-        reverse = kernels[1] if len(ways) == 2 else None
+        kernel, reverse = self.kernels(length)
         u = u.repeat(1, 1, self.channels) if self.channels > 1 else u
-        return fft_conv(u, kernels[0], self.D, kernel_reverse=reverse, cu_seqlens=cu_seqlens)
+        return fft_conv(u, kernel, self.D, kernel_reverse=reverse, cu_seqlens=cu_seqlens)
 
     def _output(self, y: Tensor, x: Tensor) -> Tensor:
         """y (b l c·d) out of the system, x (b l d_model) into the layer → (b l d_model)."""

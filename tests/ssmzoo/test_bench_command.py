@@ -82,6 +82,18 @@ def test_a_mixer_from_end_to_end(run, tmp_path):
     assert (tmp_path / "mixers.png").exists()
 
 
+@pytest.mark.parametrize("option", ["", "s4.bidirectional=true", "s4.channels=2"])
+def test_the_convolution_belongs_to_the_limit_of_s4(option, run, tmp_path):
+    told = ("--set", option) if option else ()
+    small = ("--set", "d_model=64", "--set", "length=9", *told)
+    status, _, _ = run("mixers", "--only", "s4", "s4d", "--quick", "--no-peers", *small, "--out", str(tmp_path))
+    assert status == 0
+    rows = read(tmp_path)
+    assert len(rows) == 8
+    assert {row["limited_by"] for row in rows} == {products.WITH_CONVOLUTION}
+    assert all(float(row["ratio_to_limit"]) > 0 for row in rows)
+
+
 def test_how_things_scale_from_end_to_end(run, tmp_path, monkeypatch):
     monkeypatch.setattr("ssmkernels.bench.scaling.resident_memory", lambda *_, **__: (3 * 2**20, 2**20))
     small = ("--set", "d=8", "--set", "l=16", "--set", "d_model=64", "--set", "length=8")

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import ssmzoo
-from ssmzoo.mixers.s4 import S4, set_rate
+from ssmzoo import set_rate
+from ssmzoo.mixers.s4 import S4
 from ssmzoo.mixers.s4d import S4D
 from ssmzoo.train.config import TrainConfig
 from ssmzoo.train.optimizer import parameter_groups
@@ -33,6 +34,21 @@ def run(mixer, x, cuts):
         y, state = mixer(piece, state)
         outputs.append(y)
     return torch.cat(outputs, dim=1), state
+
+
+@pytest.mark.parametrize("name", ["s4", "s4d"])
+@pytest.mark.parametrize("options", [{}, {"channels": 2}, {"bidirectional": True}, {"dt_tie": False}], ids=str)
+def test_kernels_are_what_an_impulse_becomes(name, options):
+    mixer = plain(build(name, 4, **options).double())
+    torch.nn.init.zeros_(mixer.D)
+    impulse = torch.zeros(1, 21, 4, dtype=torch.float64)
+    impulse[:, 10] = 1
+    response = mixer(impulse)[0].mT
+    kernel, reverse = mixer.kernels(11)
+    torch.testing.assert_close(response[:, 11:], kernel[:, 1:] if mixer.causal else mixer.kernels(21)[0][:, 1:11])
+    assert (reverse is None) == mixer.causal
+    ahead = torch.zeros_like(response[:, :10]) if reverse is None else mixer.kernels(21)[1][:, 1:11].flip(1)
+    torch.testing.assert_close(response[:, :10], ahead)
 
 
 class TestRate:

@@ -206,6 +206,24 @@ def test_a_sequence_has_its_bits_in_any_company(function, inputs, run):
         assert all(torch.equal(a, w[i : i + 1]) for a, w in zip(alone, whole, strict=True))
 
 
+@pytest.mark.parametrize("d", [1040, 1003], ids=["rows on a vector's border", "rows anywhere"])
+def test_large_results_past_the_caches_have_the_bits_of_small_ones(d, scan_inputs):
+    """Two sequences together are over 16 MB, one alone is not."""
+    made = scan_inputs(b=2, l=2100, d=d, n=2, state=False)
+    each = [name for name, value in made.items() if value.ndim == 3]
+
+    def results(arguments):
+        leaves = {name: value.clone().requires_grad_() for name, value in arguments.items()}
+        y, _ = SCAN(**leaves)
+        return y, *torch.autograd.grad(y.sin().sum(), [leaves[name] for name in each])
+
+    together = results(made)
+    assert together[0].nbytes >= 2**24
+    for i in range(2):
+        alone = results({n: v[i : i + 1] if n in each else v for n, v in made.items()})
+        assert all(torch.equal(a, t[i : i + 1]) for a, t in zip(alone, together, strict=True))
+
+
 @EACH
 def test_half_precision_is_float32_rounded_at_the_end(function, inputs):
     for dtype in (torch.bfloat16, torch.float16):

@@ -181,5 +181,20 @@ SSMZOO_INLINE void write_some(float* p, VF v, int64_t count) {
     store_some(p, v, count);
 }
 
+// Bytes of a result from which it is `large`: nobody will find it in a cache. To bring its old lines there for writing
+// would take as long as the writing does, and drive out what is needed.
+constexpr int64_t kLarge = 16 << 20;
+
+template <class T>
+SSMZOO_INLINE void write_some(T* p, typename Lanes<typename Sum<T>::type>::V v, int64_t count, bool) {
+    write_some(p, v, count);
+}
+
+template <>
+SSMZOO_INLINE void write_some(float* p, VF v, int64_t count, bool large) {
+    if (large && count >= Lanes<float>::count && reinterpret_cast<uintptr_t>(p) % sizeof(VF) == 0) return stream(p, v);
+    write_some(p, v, count);
+}
+
 }  // namespace SSMZOO_ISA
 }  // namespace ssmzoo

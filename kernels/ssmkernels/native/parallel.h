@@ -44,6 +44,13 @@ class FlushSubnormals {
     FlushSubnormals& operator=(const FlushSubnormals&) = delete;
 };
 
+// What a thread has written past its caches is there for all others, once this returns.
+inline void finish_streams() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+}
+
 // Memory on a cache line's border; `data` is null where there is none left.
 class Scratch {
     void* block_;
@@ -61,13 +68,25 @@ class Scratch {
 
 constexpr int kOutOfMemory = 1;
 
+// Tasks [next, end) that nobody has begun, on a cache line of its own.
+struct alignas(64) Share {
+    int64_t next, end;
+};
+
 // Runs task(i, scratch) for i in [0, tasks). Returns 0, or kOutOfMemory before any task has run on that thread.
+//
+// Each thread begins with a share of its own, tasks that follow one another, and helps with the others' when it is done:
+// from call to call a thread works on the same part of memory, which is still in its cache, and nobody waits for a thread
+// that the system has put aside.
 template <class Task>
 int parallel_for(int64_t tasks, int64_t threads, size_t scratch_bytes, const Task& task) {
     if (tasks == 0) return 0;
     int result = 0;
     const int team = static_cast<int>(threads < tasks ? threads : tasks);
-    (void)team;  // unused without OpenMP
+    const Scratch memory(sizeof(Share) * static_cast<size_t>(team));
+    if (!memory.data) return kOutOfMemory;
+    Share* const shares = reinterpret_cast<Share*>(memory.data);
+    for (int k = 0; k < team; ++k) shares[k] = {tasks * k / team, tasks * (k + 1) / team};
 #if defined(_OPENMP)
 #pragma omp parallel num_threads(team) if (team > 1)
 #endif
@@ -80,11 +99,16 @@ int parallel_for(int64_t tasks, int64_t threads, size_t scratch_bytes, const Tas
 #endif
             result = kOutOfMemory;
         }
+        int own = 0;
 #if defined(_OPENMP)
-#pragma omp for schedule(dynamic, 1) nowait
+        own = omp_get_thread_num();
 #endif
-        for (int64_t i = 0; i < tasks; ++i)
-            if (scratch.data) task(i, scratch.data);
+        for (int k = 0; k < team && scratch.data; ++k) {
+            Share& share = shares[(own + k) % team];
+            for (int64_t i; (i = __atomic_fetch_add(&share.next, 1, __ATOMIC_RELAXED)) < share.end;)
+                task(i, scratch.data);
+        }
+        finish_streams();
     }
     return result;
 }
@@ -97,7 +121,8 @@ struct Team {
     // task(i) for i in [0, tasks), each on one of the threads; all of them are done when any thread returns.
     template <class Task>
     void each(int64_t tasks, const Task& task) const {
-        for (int64_t i = index; i < tasks; i += count) task(i);
+        const int64_t end = tasks * (index + 1) / count;
+        for (int64_t i = tasks * index / count; i < end; ++i) task(i);
 #if defined(_OPENMP)
 #pragma omp barrier
 #endif

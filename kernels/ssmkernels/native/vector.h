@@ -63,6 +63,24 @@ SSMZOO_INLINE void store_some(S* p, typename Lanes<S>::V v, int64_t count) {
     memcpy(p, &v, static_cast<size_t>(count) * sizeof(S));
 }
 
+// As store, but past the caches, where the machine can: `p` lies on a vector's border.
+template <class S>
+SSMZOO_INLINE void stream(S* p, typename Lanes<S>::V v) {
+    store(p, v);
+}
+
+#if SSMZOO_VECTOR_BYTES == 64
+template <>
+SSMZOO_INLINE void stream(float* p, VF v) {
+    _mm512_stream_ps(p, v);
+}
+#elif SSMZOO_VECTOR_BYTES == 32
+template <>
+SSMZOO_INLINE void stream(float* p, VF v) {
+    _mm256_stream_ps(p, v);
+}
+#endif
+
 #if SSMZOO_VECTOR_BYTES == 64
 template <>
 SSMZOO_INLINE VF load_some(const float* p, int64_t count) {

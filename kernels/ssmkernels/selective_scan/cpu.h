@@ -36,6 +36,12 @@ inline Sequence sequence(const ScanArguments& a, int64_t i) {
     return {i, 0, start, end - start, start / a.chunk + i};  // at most length / chunk + 1 chunks each: none overlap
 }
 
+// Whether one activation is more than a cache holds.
+template <class T>
+bool is_large(const ScanArguments& a) {
+    return (a.cu_seqlens ? 1 : a.sequences) * a.length * a.d * static_cast<int64_t>(sizeof(T)) >= kLarge;
+}
+
 // One tile: its first channel, how many there are, and their group.
 struct Tile {
     int64_t first, channels, group;
@@ -48,6 +54,43 @@ inline Tile tile(const ScanArguments& a, int64_t i) {
     const int64_t group = i / per_group, within = i % per_group * kTile;
     return {group * size + within, minimum(kTile, size - within), group};
 }
+
+// Rows of another chunk, to be brought near while the present one is computed. Each lies in a page of its own, and with
+// so few channels of it taken at a time, the machine would not see the next one coming. Rows need not exist.
+struct Ahead {
+    static constexpr int kArrays = 4;
+    uintptr_t rows[kArrays];  // where none is given, the first once more
+    int64_t steps[kArrays];   // in bytes
+    int64_t size;             // of an element
+
+    // The first row of each array, a null one left out, and elements from one to the next.
+    template <class T>
+    static Ahead of(const T* const (&first)[kArrays], const int64_t (&steps)[kArrays]) {
+        Ahead ahead;
+        for (int i = 0; i < kArrays; ++i) {
+            const int k = first[i] ? i : 0;
+            ahead.rows[i] = reinterpret_cast<uintptr_t>(first[k]);
+            ahead.steps[i] = steps[k] * static_cast<int64_t>(sizeof(T));
+        }
+        ahead.size = sizeof(T);
+        return ahead;
+    }
+
+    // The rows so many steps later.
+    Ahead moved(int64_t by) const {
+        Ahead ahead = *this;
+        for (int i = 0; i < kArrays; ++i) ahead.rows[i] += static_cast<uintptr_t>(by * steps[i]);
+        return ahead;
+    }
+
+    template <bool write>
+    SSMZOO_INLINE void fetch(int64_t t, int64_t c) const {
+        for (int i = 0; i < kArrays; ++i) {
+            const uintptr_t at = rows[i] + static_cast<uintptr_t>(t * steps[i] + c * size);
+            __builtin_prefetch(reinterpret_cast<const void*>(at), write, 2);
+        }
+    }
+};
 
 // How the input map B, or the output map C, is read at time t: one number for all lanes, or one a channel for all time.
 template <class K, bool fixed>

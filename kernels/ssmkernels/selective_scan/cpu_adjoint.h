@@ -44,10 +44,15 @@ struct Adjoint {
     }
 };
 
+// What the next chunk, which is the one before in time, will read and write.
+struct AheadBoth {
+    Ahead read, written;
+};
+
 // N states from the j-th on, for M vectors of channels from c on, through a chunk: forward once more, then backward.
 template <class K, int N, int M, bool fixed_B, bool fixed_C, bool guarded>
-void chunk_adjoint(const Walk<K>& w, const Adjoint<K>& r, Map<K, fixed_B> B, Map<K, fixed_C> C, int64_t n, int64_t j,
-                   int64_t c, int64_t steps) {
+void chunk_adjoint(const Walk<K>& w, const Adjoint<K>& r, const AheadBoth& next, Map<K, fixed_B> B, Map<K, fixed_C> C,
+                   int64_t n, int64_t j, int64_t c, int64_t steps) {
     typedef typename K::S S;
     using V = typename K::V;
     using Number = typename K::Number;
@@ -57,6 +62,7 @@ void chunk_adjoint(const Walk<K>& w, const Adjoint<K>& r, Map<K, fixed_B> B, Map
         for (int m = 0; m < M; ++m) h[i][m] = K::load(w.h + (j + i) * K::parts * kTile + c + m * lanes, kTile);
     for (int64_t t = 0; t < steps; ++t)
         for (int m = 0; m < M; ++m) {
+            if (j == 0) next.read.template fetch<false>(t, c + m * lanes);
             const int64_t at = t * kTile + c + m * lanes;
             const V dt = load(w.dt + at), dtu = load(w.dtu + at);
             V sum = load(r.y + at);
@@ -84,6 +90,7 @@ void chunk_adjoint(const Walk<K>& w, const Adjoint<K>& r, Map<K, fixed_B> B, Map
         Number dB_t[N], dC_t[N];  // where they vary: over the channels, lane by lane
         for (int i = 0; i < N; ++i) dB_t[i] = dC_t[i] = Number{};
         for (int m = 0; m < M; ++m) {
+            if (j == 0) next.written.template fetch<true>(t, c + m * lanes);
             const int64_t channel = c + m * lanes, at = t * kTile + channel;
             const V dt = load(w.dt + at), dtu = load(w.dtu + at), e = load(r.e + at);
             V q = load(r.q + at), ddt = load(r.ddt + at);
@@ -135,20 +142,20 @@ void chunk_adjoint(const Walk<K>& w, const Adjoint<K>& r, Map<K, fixed_B> B, Map
 }
 
 template <class K, int M, bool fixed_B, bool fixed_C, bool guarded>
-void all_states(const Walk<K>& w, const Adjoint<K>& r, Map<K, fixed_B> B, Map<K, fixed_C> C, int64_t n, int64_t c,
-                int64_t steps) {
+void all_states(const Walk<K>& w, const Adjoint<K>& r, const AheadBoth& next, Map<K, fixed_B> B, Map<K, fixed_C> C,
+                int64_t n, int64_t c, int64_t steps) {
     in_groups<K::backward_states>(n / K::parts, [&](auto count, int64_t j) {
-        chunk_adjoint<K, decltype(count)::value, M, fixed_B, fixed_C, guarded>(w, r, B, C, n, j, c, steps);
+        chunk_adjoint<K, decltype(count)::value, M, fixed_B, fixed_C, guarded>(w, r, next, B, C, n, j, c, steps);
     });
 }
 
 template <class K, bool fixed_B, bool fixed_C, bool guarded>
-void all_channels(const Walk<K>& w, const Adjoint<K>& r, Map<K, fixed_B> B, Map<K, fixed_C> C, int64_t n,
-                  int64_t channels, int64_t steps) {
+void all_channels(const Walk<K>& w, const Adjoint<K>& r, const AheadBoth& next, Map<K, fixed_B> B, Map<K, fixed_C> C,
+                  int64_t n, int64_t channels, int64_t steps) {
     constexpr int64_t lanes = Lanes<typename K::S>::count;
     int64_t c = 0;
-    for (; c + lanes < channels; c += 2 * lanes) all_states<K, 2, fixed_B, fixed_C, guarded>(w, r, B, C, n, c, steps);
-    if (c < channels) all_states<K, 1, fixed_B, fixed_C, guarded>(w, r, B, C, n, c, steps);
+    for (; c + lanes < channels; c += 2 * lanes) all_states<K, 2, fixed_B, fixed_C, guarded>(w, r, next, B, C, n, c, steps);
+    if (c < channels) all_states<K, 1, fixed_B, fixed_C, guarded>(w, r, next, B, C, n, c, steps);
 }
 
 }  // namespace SSMZOO_ISA

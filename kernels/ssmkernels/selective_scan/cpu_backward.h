@@ -17,6 +17,7 @@ void item_adjoint(const ScanBackwardArguments& b, const Item& item, int64_t item
     const ScanArguments& a = b.forward;
     const Sequence& s = item.s;
     const int64_t n = a.n, tiles = a.groups * tiles_per_group(a);
+    const bool large = is_large<T>(a);
     const Tile tile_ = tile(a, tile_index);
     Walk<K> w;
     Adjoint<K> r;
@@ -61,28 +62,32 @@ void item_adjoint(const ScanBackwardArguments& b, const Item& item, int64_t item
         memset(r.maps, 0, sizeof(S) * static_cast<size_t>(steps * 2 * n));
         const Map<K, fixed_B> B = w.template map_B<fixed_B>(a, tile_, s, t0);
         const Map<K, fixed_C> C = w.template map_C<fixed_C>(a, tile_, s, t0);
+        const Ahead read =
+            Ahead::of<T>({u, delta, z, dy}, {a.u_time, a.delta_time, a.z_time, b.dy_time}).moved(-a.chunk);
+        const T* const to[] = {at<T>(b.du, out), at<T>(b.ddelta, out), z ? at<T>(b.dz, out) : nullptr, nullptr};
+        const AheadBoth next = {read, large ? read : Ahead::of<T>(to, {a.d, a.d, a.d, a.d}).moved(-a.chunk)};
         if (safe)
-            all_channels<K, fixed_B, fixed_C, false>(w, r, B, C, n, tile_.channels, steps);
+            all_channels<K, fixed_B, fixed_C, false>(w, r, next, B, C, n, tile_.channels, steps);
         else
-            all_channels<K, fixed_B, fixed_C, true>(w, r, B, C, n, tile_.channels, steps);
+            all_channels<K, fixed_B, fixed_C, true>(w, r, next, B, C, n, tile_.channels, steps);
         for (int64_t t = 0; t < steps; ++t)
             for (int64_t c = 0; c < tile_.channels; c += lanes) {
                 const int64_t i = t * kTile + c, count = tile_.channels - c, o = out + t * a.d + c;
                 const V x = read_some(u + t * a.u_time + c, count), q = load(r.q + i), e = load(r.e + i);
                 V du = load(w.dt + i) * q;
                 if (a.D) du = fma(load(w.D + c), e, du);
-                write_some(static_cast<T*>(b.du) + o, du, count);
+                write_some(static_cast<T*>(b.du) + o, du, count, large);
                 V ddelta = fma(x, q, load(r.ddt + i));
                 if (a.softplus)
                     ddelta = ddelta * sigmoid<S>(read_some(delta + t * a.delta_time + c, count) + load(w.bias + c));
-                write_some(static_cast<T*>(b.ddelta) + o, ddelta, count);
+                write_some(static_cast<T*>(b.ddelta) + o, ddelta, count, large);
                 store(r.dD + c, fma(e, x, load(r.dD + c)));
                 store(r.dbias + c, load(r.dbias + c) + ddelta);
                 if (z) {
                     const V gate = read_some(z + t * a.z_time + c, count), sigma = sigmoid<S>(gate);
                     const V slope = sigma * fma(gate, splat<S>(S(1)) - sigma, splat<S>(S(1)));
                     const V dz = read_some(dy + t * b.dy_time + c, count) * load(r.y + i) * slope;
-                    write_some(static_cast<T*>(b.dz) + o, dz, count);
+                    write_some(static_cast<T*>(b.dz) + o, dz, count, large);
                 }
             }
     }

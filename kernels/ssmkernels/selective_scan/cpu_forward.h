@@ -8,8 +8,8 @@ namespace SSMZOO_ISA {
 
 // N states from the j-th on, for one vector of channels c, through a chunk: adds their part to y.
 template <class K, int N, bool fixed_B, bool fixed_C, bool guarded>
-void advance(const Walk<K>& w, Map<K, fixed_B> B, Map<K, fixed_C> C, typename K::S* y, int64_t j, int64_t c,
-             int64_t steps) {
+void advance(const Walk<K>& w, const Ahead& next, Map<K, fixed_B> B, Map<K, fixed_C> C, typename K::S* y, int64_t j,
+             int64_t c, int64_t steps) {
     using V = typename K::V;
     typename K::Rate A[N];
     typename K::Number h[N];
@@ -18,6 +18,7 @@ void advance(const Walk<K>& w, Map<K, fixed_B> B, Map<K, fixed_C> C, typename K:
         h[i] = K::load(w.h + (j + i) * K::parts * kTile + c, kTile);
     }
     for (int64_t t = 0; t < steps; ++t) {
+        if (j == 0) next.fetch<false>(t, c);
         const V dt = load(w.dt + t * kTile + c), dtu = load(w.dtu + t * kTile + c);
         V sum = load(y + t * kTile + c);
         for (int i = 0; i < N; ++i) {
@@ -30,11 +31,11 @@ void advance(const Walk<K>& w, Map<K, fixed_B> B, Map<K, fixed_C> C, typename K:
 }
 
 template <class K, bool fixed_B, bool fixed_C, bool guarded>
-void advance_all(const Walk<K>& w, Map<K, fixed_B> B, Map<K, fixed_C> C, typename K::S* y, int64_t n,
-                 int64_t channels, int64_t steps) {
+void advance_all(const Walk<K>& w, const Ahead& next, Map<K, fixed_B> B, Map<K, fixed_C> C, typename K::S* y,
+                 int64_t n, int64_t channels, int64_t steps) {
     for (int64_t c = 0; c < channels; c += Lanes<typename K::S>::count)
         in_groups<K::forward_states>(n / K::parts, [&](auto count, int64_t j) {
-            advance<K, decltype(count)::value, fixed_B, fixed_C, guarded>(w, B, C, y, j, c, steps);
+            advance<K, decltype(count)::value, fixed_B, fixed_C, guarded>(w, next, B, C, y, j, c, steps);
         });
 }
 
@@ -42,6 +43,7 @@ template <class K, class T, bool fixed_B, bool fixed_C>
 void scan_tile(const ScanArguments& a, const Sequence& s, Tile tile, char* scratch) {
     typedef typename K::S S;
     using V = typename K::V;
+    const bool large = is_large<T>(a);
     Walk<K> w;
     S* y = w.take(reinterpret_cast<S*>(scratch), a.n, a.chunk);
     const int64_t state = (s.index * a.d + tile.first) * a.n;
@@ -66,17 +68,20 @@ void scan_tile(const ScanArguments& a, const Sequence& s, Tile tile, char* scrat
             }
         const Map<K, fixed_B> B = w.template map_B<fixed_B>(a, tile, s, t0);
         const Map<K, fixed_C> C = w.template map_C<fixed_C>(a, tile, s, t0);
-        if (safe)
-            advance_all<K, fixed_B, fixed_C, false>(w, B, C, y, a.n, tile.channels, steps);
-        else
-            advance_all<K, fixed_B, fixed_C, true>(w, B, C, y, a.n, tile.channels, steps);
         T* out = static_cast<T*>(a.y) + (s.batch * a.length + s.start + t0) * a.d + tile.first;
         const T* z = a.z ? at<T>(a.z, s.batch * a.z_batch + (s.start + t0) * a.z_time + tile.first) : nullptr;
+        const T* delta = at<T>(a.delta, s.batch * a.delta_batch + (s.start + t0) * a.delta_time + tile.first);
+        const Ahead next =
+            Ahead::of<T>({u, delta, z, large ? nullptr : out}, {a.u_time, a.delta_time, a.z_time, a.d}).moved(a.chunk);
+        if (safe)
+            advance_all<K, fixed_B, fixed_C, false>(w, next, B, C, y, a.n, tile.channels, steps);
+        else
+            advance_all<K, fixed_B, fixed_C, true>(w, next, B, C, y, a.n, tile.channels, steps);
         for (int64_t t = 0; t < steps; ++t)
             for (int64_t c = 0; c < tile.channels; c += Lanes<S>::count) {
                 V sum = load(y + t * kTile + c);
                 if (z) sum = sum * silu<S>(read_some(z + t * a.z_time + c, tile.channels - c));
-                write_some(out + t * a.d + c, sum, tile.channels - c);
+                write_some(out + t * a.d + c, sum, tile.channels - c, large);
             }
     }
     write_transposed(static_cast<S*>(a.final_state) + state, w.h, a.n, tile.channels);

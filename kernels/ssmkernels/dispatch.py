@@ -186,12 +186,11 @@ class Op:
     def _run(self, name: str, arguments: Mapping[str, Any]) -> Any:
         """Calls the implementation out of autocast's reach: an op chooses the precision of its sums itself."""
         function = self.implementation(name).function
-        if not torch.compiler.is_compiling() and any(
-            isinstance(a, torch.Tensor) and a.is_neg() for a in arguments.values()
-        ):
+        tensors = [a for a in arguments.values() if isinstance(a, torch.Tensor)]
+        if not torch.compiler.is_compiling() and True in [a.is_neg() for a in tensors]:
             # PyTorch puts off the sign of such views as x.conj().imag; kernels read memory
             arguments = {k: a.resolve_neg() if isinstance(a, torch.Tensor) else a for k, a in arguments.items()}
-        kind = next((a.device.type for a in arguments.values() if isinstance(a, torch.Tensor)), "cpu")
+        kind = tensors[0].device.type if tensors else "cpu"
         if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
             return function(**arguments)
         with torch.autocast(kind, enabled=False):

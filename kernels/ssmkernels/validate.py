@@ -204,7 +204,7 @@ def once(check: Callable[..., None], *arguments: Any) -> None:
     """
     if torch.compiler.is_compiling():
         return check(*arguments)
-    key = (check, *(_looks(argument) for argument in arguments))
+    key = (check, *[(a.shape, a.dtype, a.device) if isinstance(a, Tensor) else (type(a), a) for a in arguments])
     try:
         if key in _passed:
             return None
@@ -220,9 +220,3 @@ def once(check: Callable[..., None], *arguments: Any) -> None:
 MOST_PASSED = 4096
 
 _passed: set[tuple[Any, ...]] = set()
-
-
-def _looks(argument: Any) -> Any:
-    if isinstance(argument, Tensor):
-        return argument.shape, argument.dtype, argument.device
-    return type(argument), argument

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -118,12 +118,14 @@ class Mixer(nn.Module):
         if place is None:
             for path, _ in self.named_parameters():
                 if path not in self.float32_parameters:
-                    owner, _, name = path.rpartition(".")
-                    place = self.__dict__["_weight_place"] = (owner, name)
+                    place = self.__dict__["_weight_place"] = path.split(".")
                     break
             else:
                 return None
-        return getattr(self.get_submodule(place[0]), place[1])
+        owner: Any = self
+        for name in place:
+            owner = getattr(owner, name)
+        return cast(Tensor, owner)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mixer:
         """As PyTorch's, but ``float32_parameters`` move to another device without losing precision."""

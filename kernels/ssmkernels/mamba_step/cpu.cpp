@@ -49,6 +49,9 @@ void product(const void* weight, const void* bias, const S* from, int64_t batch,
             int64_t k = 0;
             for (; k + 2 * lanes <= size; k += 2 * lanes)
                 for (int half = 0; half < 2; ++half) {
+                    // The next outputs' weights, used but once: they shall not drive all else out of the caches
+                    for (int i = 0; i < kOutputs; ++i)
+                        __builtin_prefetch(rows[i] + kOutputs * size + k + half * lanes, 0, 0);
                     const V v = load(x + k + half * lanes);
                     for (int i = 0; i < kOutputs; ++i)
                         sums[half][i] = fma(read(rows[i] + k + half * lanes), v, sums[half][i]);

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ssmkernels import native
-from ssmkernels.native import address, missing, rows
+from ssmkernels.native import address, missing, plain, rows
 from ssmkernels.validate import gradient_wanted
 
 __all__ = ["mamba_step", "missing", "step_unsupported"]
@@ -81,14 +81,12 @@ def _step(
     own = [state.contiguous() for state in states]
     wide = ssm_state.dtype
     x = rows(x)
-    in_proj, x_proj, dt_proj, out_proj = (t.contiguous() for t in (in_proj, x_proj, dt_proj, out_proj))
-    conv_weight, dt_bias, A_log, D = (t.to(wide).contiguous() for t in (conv_weight, dt_bias, A_log, D))
-    in_bias, conv_bias, out_bias = (
-        None if t is None else t.to(wide).contiguous() for t in (in_bias, conv_bias, out_bias)
-    )
-    y = x.new_empty(x.shape)
+    in_proj, x_proj, dt_proj, out_proj = [t.contiguous() for t in (in_proj, x_proj, dt_proj, out_proj)]
+    conv_weight, dt_bias, A_log, D = [plain(t, wide) for t in (conv_weight, dt_bias, A_log, D)]
+    in_bias, conv_bias, out_bias = [None if t is None else plain(t, wide) for t in (in_bias, conv_bias, out_bias)]
     (batch, d, n), (width, rank) = ssm_state.shape, (conv_weight.shape[1], dt_proj.shape[1])
     m = x.shape[1]
+    y = x.new_empty(batch, m)
     threads = native.threads(in_proj.numel() + out_proj.numel())
     between = batch * (m + 4 * d + rank + 2 * n)
     scratch = ssm_state.new_empty(between + threads * (width + 1) * TILE)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ssmkernels import native
-from ssmkernels.native import address, missing
+from ssmkernels.native import address, missing, plain
 from ssmkernels.validate import precision
 
 __all__ = ["missing", "rms_norm", "unsupported"]
@@ -73,13 +73,14 @@ norm = torch.library.custom_op("ssmkernels::rms_norm_cpu", _norm, mutates_args=(
 
 @norm.register_fake
 def _outputs(x, weight, eps, gate, norm_before_gate, group_size, residual):
-    return x.new_empty(x.shape), x.new_empty(0) if residual is None else residual.new_empty(residual.shape)
+    summed = x.new_empty(0) if residual is None else residual.new_empty(residual.shape)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), summed
 
 
 def _values(x, weight, eps, gate, norm_before_gate, group_size, residual) -> tuple[dict[str, Any], list[Any]]:
     """The fields of ``_Forward`` but for the outputs, and the tensors that they point into."""
     x, gate, residual = _lines(x), _lines(gate), _lines(residual)
-    weight = weight.to(precision(x)).contiguous()
+    weight = plain(weight, precision(x))
     rows, d = x.shape
     values = {
         "x": x.data_ptr(),

@@ -32,7 +32,8 @@ class BlockMask:
         bits: uint8 ``(patterns, block_q, block_k / 8)``: bit t of byte s is key 8 s + t. Beyond the ends they are 0.
 
     Raises:
-        TypeError, ValueError: members that do not make a mask, by name. Their values are read on the CPU alone.
+        TypeError, ValueError: members that do not make a mask, by name. Their values are read on the CPU alone, and not
+            in compiled code.
     """
 
     q_len: int
@@ -63,7 +64,7 @@ class BlockMask:
         if self.columns.ndim != 1 or self.columns.shape != self.patterns.shape:
             came = tuple(self.columns.shape), tuple(self.patterns.shape)
             raise ValueError(f"BlockMask: `columns` and `patterns` must be as long as one another; got {came}")
-        if self.offsets.device.type == "cpu":
+        if self.offsets.device.type == "cpu" and not torch.compiler.is_compiling():
             self._check_values()
 
     def _check_values(self) -> None:
@@ -168,12 +169,12 @@ class BlockMask:
     def _joined(
         self, other: BlockMask, join: Callable[[Tensor, Tensor], Tensor], full: Tensor, partly: Tensor
     ) -> BlockMask:
-        a, b = (mask.grid().long().expand_as(full) for mask in (self, other))
+        a, b = (mask.grid().expand_as(full) for mask in (self, other))
 
         def contents(h: Tensor, r: Tensor, c: Tensor) -> Tensor:
             return join(_contents(a[h, r, c], self.bits), _contents(b[h, r, c], other.bits))
 
-        alike = (a + 2) * (len(other.bits) + 2) + b + 2
+        alike = (a[partly].long() + 2) * (len(other.bits) + 2) + b[partly] + 2
         return from_blocks(self.q_len, self.k_len, self.block_size, full, partly, contents, alike)
 
 
@@ -194,8 +195,8 @@ def from_blocks(
         partly: likewise: blocks of which more must be known; they may turn out full or hidden.
         contents: takes numbers of heads, rows and columns, each ``(n)``; returns bool ``(n, block_q, block_k)``.
             What it says beyond the ends does not count.
-        alike: int64 ``(heads, rows, columns)``: blocks of one number have the same contents, and one of them is asked
-            for. None where nothing is known of it.
+        alike: int64 ``(n)``, for the n blocks of ``partly`` in their order: those of one number have the same contents,
+            and one of them is asked for. None where nothing is known of it.
     """
     block_q, block_k = block_size
     heads, rows, columns = full.shape
@@ -204,7 +205,7 @@ def from_blocks(
     asked, source = cells, None
     if alike is not None:
         _, r, c = cells.unbind(1)
-        key = 4 * alike[partly] + 2 * (r == rows - 1) + (c == columns - 1)  # the ends may cut it
+        key = 4 * alike + 2 * (r == rows - 1) + (c == columns - 1)  # the ends may cut it
         distinct, source = key.unique(return_inverse=True)
         asked = cells[cells.new_empty(len(distinct)).scatter_(0, source, torch.arange(len(cells), device=device))]
     codes: list[Tensor] = []
@@ -221,17 +222,17 @@ def from_blocks(
         codes = [torch.where(code >= 0, number[code.clamp(min=0)], code) if known else code for code in codes]
         codes.append(torch.where(whole, -1, -2).masked_scatter(part, number[known:]))
     code = torch.cat(codes) if codes else cells.new_empty(0)
-    grid = torch.where(full, -1, -2)
-    grid[partly] = code if source is None else code[source]
+    grid = torch.full_like(full, -2, dtype=torch.int32).masked_fill_(full, -1)
+    grid[partly] = (code if source is None else code[source]).int()
     visible = grid > -2
-    before = torch.cat([grid.new_zeros(1), visible.sum(2).flatten().cumsum(0)])  # visible blocks before each row
+    before = torch.cat([cells.new_zeros(1), visible.sum(2).flatten().cumsum(0)])  # visible blocks before each row
     first = rows * torch.arange(heads, device=device)[:, None]
     return BlockMask(
         q_len,
         k_len,
         offsets=before[first + torch.arange(rows + 1, device=device)].int(),
         columns=visible.nonzero()[:, 2].int(),
-        patterns=grid[visible].int(),
+        patterns=grid[visible],
         bits=bits,
     )
 

@@ -24,6 +24,7 @@ __all__ = [
     "prefix",
     "random_blocks",
     "strided",
+    "whole_blocks",
     "window",
 ]
 
@@ -77,8 +78,8 @@ def window(q_len: int, k_len: int | None = None, *, left: int, right: int, block
     def seen(_: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (j - i - shift >= low) & (j - i - shift <= high)
 
-    alike = first_k - first_q[:, None]  # the same distance of both corners
-    return _made(seen, q_len, k_len, block_size, full[None], partly[None], alike[None])
+    alike = (first_k - first_q[:, None])[partly]  # the same distance of both corners
+    return _made(seen, q_len, k_len, block_size, full[None], partly[None], alike)
 
 
 def prefix(q_len: int, k_len: int | None = None, *, length: int, block_size: BlockSize = 128) -> BlockMask:
@@ -130,6 +131,7 @@ def random_blocks(
     heads: int = 1,
     seed: int = 0,
     causal: bool = False,
+    beside: BlockMask | None = None,
     block_size: BlockSize = 128,
 ) -> BlockMask:
     """``count`` whole key blocks for each block of queries, drawn without repetition (BigBird, arXiv 2007.14062).
@@ -138,6 +140,7 @@ def random_blocks(
         heads: how many draws; 1 if all heads share one.
         causal: draw only among blocks that hold a key that the queries' last one may see; the keys after a query are
             not hidden, which ``& causal(...)`` does.
+        beside: draw none of the blocks in which this mask, of the same sizes, shows anything.
     """
     block_size = _checked("random_blocks", q_len, k_len, block_size, heads=heads)
     if count < 0:
@@ -147,10 +150,36 @@ def random_blocks(
     rows, columns = len(last_q), len(first_k)
     drawn = torch.rand(heads, rows, columns, generator=torch.Generator().manual_seed(seed))
     open_to = (first_k <= last_q[:, None] + k_len - q_len) if causal else torch.ones(rows, columns, dtype=torch.bool)
-    drawn = drawn.masked_fill(~open_to, -1)
+    if beside is not None:
+        sizes = q_len, k_len, block_size
+        if (beside.q_len, beside.k_len, beside.block_size) != sizes or beside.heads not in (1, heads):
+            raise ValueError(
+                f"random_blocks: `beside` must be for {q_len} queries and {k_len} keys in blocks of {block_size}, with "
+                f"1 or {heads} heads; got {beside!r}"
+            )
+        open_to = open_to & (beside.grid().cpu() == -2)
+    drawn.masked_fill_(~open_to, -1)
     best = drawn.topk(min(count, columns), dim=2).indices
     full = torch.zeros_like(drawn, dtype=torch.bool).scatter_(2, best, True) & open_to
-    return _whole_blocks(q_len, k_len, block_size, full)
+    return whole_blocks(q_len, k_len, visible=full, block_size=block_size)
+
+
+def whole_blocks(q_len: int, k_len: int | None = None, *, visible: Tensor, block_size: BlockSize = 128) -> BlockMask:
+    """Blocks that are visible as a whole, and no others.
+
+    Args:
+        visible: bool ``(heads, rows, columns)``, of blocks; one head if all share the mask.
+    """
+    block_size = _checked("whole_blocks", q_len, k_len, block_size)
+    k_len = q_len if k_len is None else k_len
+    grid = tuple(-(-length // block) for length, block in zip((q_len, k_len), block_size, strict=True))
+    if visible.dtype != torch.bool or visible.ndim != 3 or visible.shape[0] < 1 or visible.shape[1:] != grid:
+        raise ValueError(
+            f"whole_blocks: `visible` must be bool (heads, {grid[0]}, {grid[1]}); "
+            f"got {visible.dtype} {tuple(visible.shape)}"
+        )
+    nothing = torch.zeros_like(visible)
+    return _made(lambda h, i, j: torch.zeros(1, dtype=torch.bool), q_len, k_len, block_size, visible, nothing)
 
 
 def strided(
@@ -182,7 +211,7 @@ def strided(
     own = (last_q + k_len - q_len).div(block_size[1], rounding_mode="floor")[:, None]
     near = (column - own).abs() < local  # (rows columns)
     far = (column - torch.arange(heads)[:, None, None]) % stride == 0  # (heads 1 columns)
-    return _whole_blocks(q_len, k_len, block_size, near | far)
+    return whole_blocks(q_len, k_len, visible=near | far, block_size=block_size)
 
 
 def document(ids: Tensor, ids_k: Tensor | None = None, *, block_size: BlockSize = 128) -> BlockMask:
@@ -245,11 +274,6 @@ def _made(
         return seen.expand(len(h), block_q, block_k)
 
     return from_blocks(q_len, k_len, block_size, full, partly, contents, alike)
-
-
-def _whole_blocks(q_len: int, k_len: int, block_size: tuple[int, int], full: Tensor) -> BlockMask:
-    nothing = torch.zeros_like(full)
-    return _made(lambda h, i, j: torch.zeros(1, dtype=torch.bool), q_len, k_len, block_size, full, nothing)
 
 
 def _ends(q_len: int, k_len: int, block_size: tuple[int, int]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from ssmkernels import block_mask, masks
+from ssmkernels import attention, block_mask, masks
 
 SIZES = pytest.mark.parametrize(("l", "m"), [(40, 40), (21, 53), (53, 21), (16, 32), (1, 9), (0, 9), (9, 0)], ids=str)
 BLOCK = (8, 16)
@@ -127,6 +127,72 @@ def test_random_blocks_differ_by_head_row_and_seed():
     assert not torch.equal(grid[0], grid[1])
     assert not torch.equal(grid[0, 0], grid[0, 1])
     assert not torch.equal(grid, masks.random_blocks(64, count=3, heads=2, seed=1, block_size=8).grid())
+
+
+@SIZES
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("causal", [False, True])
+def test_random_blocks_beside_others(l, m, causal, heads):
+    """As many as asked for, or as there are, of those blocks in which the other mask shows nothing."""
+    if heads == 1:
+        other = masks.window(l, m, left=9, right=2, block_size=BLOCK)
+    else:
+        other = masks.random_blocks(l, m, count=1, heads=heads, block_size=BLOCK)
+    mask = masks.random_blocks(l, m, count=2, heads=3, causal=causal, beside=other, block_size=BLOCK)
+    rows, columns = mask.grid_shape
+    last = (torch.arange(1, rows + 1) * 8 - 1).clamp(max=max(0, l - 1)) + m - l
+    left = (other.grid() == -2) & ((torch.arange(columns) * 16 <= last[:, None]) | torch.tensor(not causal))
+    assert torch.equal(mask.offsets.diff(dim=1), left.sum(2).clamp(max=2).int().expand(3, -1))
+    assert not (mask & other).columns.numel()
+    assert_tight(mask)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        masks.causal(24, block_size=8),
+        masks.causal(16, 24, block_size=8),
+        masks.causal(16, block_size=16),
+        masks.random_blocks(16, count=1, heads=2, block_size=8),
+    ],
+    ids=str,
+)
+def test_what_random_blocks_cannot_lie_beside(other):
+    with pytest.raises(ValueError, match=r"random_blocks: `beside` must be for 16 queries and 16 keys in blocks of"):
+        masks.random_blocks(16, count=1, heads=3, beside=other, block_size=8)
+
+
+@SIZES
+@pytest.mark.parametrize("heads", [1, 3])
+def test_whole_blocks(l, m, heads):
+    shape = heads, -(-l // BLOCK[0]), -(-m // BLOCK[1])
+    visible = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.4
+    mask = masks.whole_blocks(l, m, visible=visible, block_size=BLOCK)
+    i, j, _ = indices(l, m)
+    assert torch.equal(mask.dense(), visible[:, i // BLOCK[0], j // BLOCK[1]])
+    assert_tight(mask)
+
+
+@pytest.mark.parametrize(
+    "visible", [torch.ones(1, 3, 4), torch.ones(3, 4).bool(), torch.ones(1, 4, 3).bool(), torch.ones(0, 3, 4).bool()]
+)
+def test_whole_blocks_refuse(visible):
+    came = str(tuple(visible.shape)).replace("(", r"\(").replace(")", r"\)")
+    with pytest.raises(ValueError, match=rf"`visible` must be bool \(heads, 3, 4\); got {visible.dtype} {came}"):
+        masks.whole_blocks(17, 49, visible=visible, block_size=BLOCK)
+
+
+def test_compiled_code_may_put_a_mask_together():
+    """From members that it has got as tensors, whose values it cannot look at."""
+    mask = masks.causal(40, block_size=8)
+
+    def attend(q, *members):
+        return attention(q, q, q, block_mask=masks.BlockMask(40, 40, *members))
+
+    q = torch.randn(1, 40, 2, 4)
+    members = mask.offsets, mask.columns, mask.patterns, mask.bits
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, *members), attention(q, q, q, causal=True))
 
 
 @SIZES

@@ -60,15 +60,35 @@ def kernels(package: str) -> Any:
 
 @functools.cache
 def _repair_interpreter() -> None:
-    """Loop bounds in Triton 3.6's interpreter are arrays of one element, of which NumPy from 2.4 on makes no ints."""
+    """Three faults of Triton 3.6's interpreter.
+
+    Loop bounds are arrays of one element, of which NumPy from 2.4 on makes no ints. It keeps bfloat16 as its bits, which
+    matrix products take for integers; and it cuts float32 off to it, where every GPU rounds to the nearest.
+    """
     interpreter: Any = importlib.import_module("triton.runtime.interpreter")
-    patch = interpreter._patch_lang_tensor
+    language: Any = importlib.import_module("triton.language")
+    numpy: Any = importlib.import_module("numpy")
+    builder = interpreter.InterpreterBuilder
+    patch, dot, cast = interpreter._patch_lang_tensor, builder.create_dot, builder.cast_impl
 
     def patched(tensor: Any, scope: Any) -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
+    def widened(self: Any, a: Any, b: Any, *others: Any) -> Any:
+        a, b = (self.cast_impl(x, language.float32) if x.dtype.scalar == language.bfloat16 else x for x in (a, b))
+        return dot(self, a, b, *others)
+
+    def rounded(self: Any, x: Any, dtype: Any) -> Any:
+        if (x.dtype.scalar, dtype.scalar) != (language.float32, language.bfloat16):
+            return cast(self, x, dtype)
+        bits = x.data.view(numpy.uint32)
+        up = bits + 0x7FFF + ((bits >> 16) & 1)  # to the nearest, halves to the even one
+        bits = numpy.where(numpy.isnan(x.data), bits | 0x400000, up)
+        return interpreter.TensorHandle((bits >> 16).astype(numpy.uint16), dtype.scalar)
+
     interpreter._patch_lang_tensor = patched
+    builder.create_dot, builder.cast_impl = widened, rounded
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -118,7 +118,10 @@ def check_places(lengths: Tensor, block_table: Tensor | None, k_cache: Tensor) -
     for i, length in enumerate(lengths.tolist()):
         if not 0 <= length <= room:
             raise ValueError(f"{op}: `lengths` must lie between 0 and the cache's {room}; got {length} at {i}")
-    if block_table is not None:
+    if block_table is None or block_table.numel() == 0:
+        return
+    low, high = (int(page) for page in block_table.aminmax())
+    if low < 0 or high >= pages:  # which is an error only where the entry is used
         used = torch.arange(block_table.shape[1]) * size < lengths[:, None]
         wrong = (used & ((block_table < 0) | (block_table >= pages))).nonzero().tolist()
         if wrong:
@@ -145,4 +148,4 @@ def _fake(
     return q.new_empty(s, l, h, v_cache.shape[-1]), q.new_empty((s, h, l) if return_lse else (0,), dtype=precision(q))
 
 
-_DECODE = Op("decode_attention", __name__, ("cpu", "sdpa", "reference"), fake=_fake)
+_DECODE = Op("decode_attention", __name__, ("triton", "cpu", "sdpa", "reference"), fake=_fake)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssmkernels.bench.peers import FLASH_ATTN, TORCH, Peer, Setting, refuse
 
-SETTINGS = {"decode_attention": Setting(case={"lengths": "full"}, backward=False)}
+SETTINGS = {"decode_attention": Setting(case={"lengths": "full"}, further=({"page_size": 16},), backward=False)}
 
 
 def sdpa(

@@ -77,6 +77,8 @@ ROWS = (
     {"sinks": True},
     {"num_splits": 1},
     {"num_splits": 3, "m": 65},
+    {"num_splits": 40, "m": 90, "l": 2, "lse": True},
+    {"l": 9, "h": 8, "h_kv": 1, "window": (7, 0)},
     {"lse": True},
     {"lse": True, "page_size": 4, "softcap": 5.0, "alibi": True, "sinks": True, "window": (9, 0), "l": 2},
     {"alibi": True, "weights": "float32"},

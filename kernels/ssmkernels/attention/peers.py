@@ -5,11 +5,15 @@ What needs a GPU is written against its published signature and has not been run
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssmkernels.bench.peers import FLASH_ATTN, TORCH, Peer, refuse
+from ssmkernels.attention._arguments import bounds
+from ssmkernels.attention.reference import distances, in_window
+from ssmkernels.bench.peers import FLASH_ATTN, TORCH, Peer, Setting, refuse
 from ssmkernels.block_mask import BlockMask
 
 
@@ -29,14 +33,23 @@ def sdpa(
     cu_seqlens_k: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor:
-    """PyTorch's scaled_dot_product_attention, which wants heads before time."""
-    refuse(window is not None or softcap or alibi_slopes is not None or sinks is not None, "such masks and biases")
+    """PyTorch's scaled_dot_product_attention, which wants heads before time; under a window with a mask made before."""
+    refuse(softcap or alibi_slopes is not None or sinks is not None, "such biases")
     refuse(block_mask is not None, "block masks")
     refuse(cu_seqlens is not None or cu_seqlens_k is not None or return_lse, "packed sequences or log-sum-exp")
-    refuse(causal and q.shape[1] != k.shape[1], "causal mask aligned to the last key")
+    refuse(window is None and causal and q.shape[1] != k.shape[1], "causal mask aligned to the last key")
+    mask = None if window is None else _mask(q.shape[1], k.shape[1], *bounds("SDPA", causal, window), q.device)
+    refuse(mask is not None and not bool(mask.any(1).all()), "rows that see nothing")
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     shared = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=shared).transpose(1, 2)
+    causal = causal and mask is None
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=shared)
+    return out.transpose(1, 2)
+
+
+@functools.lru_cache(maxsize=1)
+def _mask(l: int, m: int, left: int, right: int, device: torch.device) -> Tensor:
+    return in_window(distances(l, m, device), left, right)
 
 
 def flash_attn(
@@ -72,6 +85,16 @@ def flash_attn(
         alibi_slopes=None if alibi_slopes is None else alibi_slopes.float(),
     )
 
+
+SETTINGS = {
+    "attention": Setting(
+        further=(
+            {"l": 8192, "window": (255, 0)},
+            {"l": 4096, "causal": False, "softcap": 50.0},  # what PyTorch has not: beside it the next one counts
+            {"l": 4096, "causal": False, "softcap": 50.0, "mask": "eighth"},
+        )
+    )
+}
 
 PEERS = {
     "attention": (

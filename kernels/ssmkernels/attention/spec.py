@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ssmkernels.attention import attention
-from ssmkernels.masks import BlockMask, from_function
+from ssmkernels.attention._arguments import bounds
+from ssmkernels.attention.reference import distances, in_window
+from ssmkernels.masks import BlockMask, from_function, random_blocks
 from ssmkernels.spec import Case, Draw, Spec
 
 BASE = {
@@ -26,7 +28,7 @@ BASE = {
     "softcap": 0.0,
     "alibi": False,
     "sinks": False,
-    "mask": None,  # "shared" by all heads, or one for each of the "heads"
+    "mask": None,  # "shared" by all heads, or one for each of the "heads"; or an "eighth" of the blocks of keys
     "lse": False,
     "packed": False,
     "packed_k": False,  # borders of their own for keys and values
@@ -117,6 +119,8 @@ def block_mask(case: Case, l: int, m: int, draw: Draw) -> BlockMask | None:
     """Random blocks, of which some are visible as a whole, some in part, and some not at all."""
     if case["mask"] is None:
         return None
+    if case["mask"] == "eighth":
+        return random_blocks(l, m, count=max(1, m // (8 * 128)))
     heads = case["h"] if case["mask"] == "heads" else 1
     rows, columns = (-(-length // block) for length, block in zip((l, m), BLOCK, strict=True))
     kind = draw.uniform(0, 1, heads, rows, columns)
@@ -172,7 +176,12 @@ def flops(case: Case) -> float:
 
 
 def _masked_flops(arguments: dict[str, Any]) -> float:
-    """How many keys each query of each head sees is its sum of exponentials."""
+    """Two products for each pair that is seen; where sequences are packed their number is a sum of exponentials."""
+    if arguments["cu_seqlens"] is None:
+        mask, (b, l, h, k_dim), m = arguments["block_mask"], arguments["q"].shape, arguments["k"].shape[1]
+        left, right = bounds("attention", arguments["causal"], arguments["window"])
+        seen = mask.dense() & in_window(distances(l, m, mask.device), left, right)
+        return 2.0 * b * (h // mask.heads) * int(seen.sum()) * (k_dim + arguments["v"].shape[3])
     q, k, v = (torch.zeros_like(arguments[name]) for name in "qkv")
     rest = {name: arguments[name] for name in ("causal", "window", "block_mask", "cu_seqlens", "cu_seqlens_k")}
     _, lse = attention(q, k, v, **rest, return_lse=True, implementation="reference")

@@ -33,22 +33,39 @@ QUICK = 256  # tokens at most
 GROWTH = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the length
 CHECKED = 33  # a length for the check, beside that of the spec's base
 
+Admitted = list[tuple[Contestant, Callable[..., Any]]]
+
 
 def bench_op(op: str, plan: Plan) -> Iterator[list[Measurement]]:
     """Times an op's implementations and its peers: forward, forward and backward, and how ours grows with the length.
 
     Gives the lines of one contest after the other.
 
-    The reference takes part only where there is nothing else.
-
     Raises:
         ValueError: no such op.
     """
     spec, setting = spec_of(op), setting_of(op)
     case = real_use(spec, setting, plan)
+    timed = False
+    for further in ({}, *(() if plan.changes else setting.further)):
+        for rows in _one_case(spec, setting, real_use(spec, setting, plan, further), plan):
+            timed = timed or any(row.role == "ours" and row.median is not None for row in rows)
+            yield rows
+    lengths = lengths_of(case)
+    if timed and lengths and not plan.quick:
+        work = BOTH if spec.differentiable and setting.backward else FORWARD
+        plan.say(f"{op}: growth with the length")
+        only: Admitted = [(Contestant("ssmzoo", "ours", dict), spec.function())]
+        longer = ({**case, **{name: round(case[name] * factor) for name in lengths}} for factor in GROWTH)
+        yield from grow((contest_of(spec, setting, one, work, only, plan, one[lengths[0]]) for one in longer), plan)
+
+
+def _one_case(spec: Spec, setting: Setting, case: Case, plan: Plan) -> Iterator[list[Measurement]]:
+    """Everyone who can do this call and passes its check; the reference only where there is nobody else."""
+    op = spec.op
     arguments = make(spec, setting, case, plan.dtype, plan.device)
     rows = checked_rows(spec, setting, case)
-    admitted: list[tuple[Contestant, Callable[..., Any]]] = []
+    admitted: Admitted = []
     for name in explain(op, **arguments).able:
         if name == "reference" and admitted:
             continue
@@ -57,30 +74,21 @@ def bench_op(op: str, plan: Plan) -> Iterator[list[Measurement]]:
             yield [refusal("ops", op, name, "ours", why, plan)]
         else:
             admitted.append((Contestant(name, "ours", dict), functools.partial(spec.function(), implementation=name)))
-    chosen = admitted[0][1] if admitted else None
+    if not admitted:
+        return
     for peer in peers_of(op, plan.device.type) if plan.peers else ():
         why = peer.package.missing or fails(op, peer, rows, plan)
         if why:
             yield [refusal("ops", op, peer.name, "peer", why, plan)]
         else:
             admitted.append((Contestant(peer.name, "peer", dict, peer.note), peer.function))
-    if chosen is None:
-        return
     for work in (FORWARD, BOTH) if spec.differentiable and setting.backward else (FORWARD,):
         yield hold(contest_of(spec, setting, case, work, admitted, plan), plan)
-    del arguments
-    lengths = lengths_of(case)
-    if lengths and not plan.quick:
-        work = BOTH if spec.differentiable and setting.backward else FORWARD
-        plan.say(f"{op}: growth with the length")
-        only = [(Contestant("ssmzoo", "ours", dict), spec.function())]
-        longer = ({**case, **{name: round(case[name] * factor) for name in lengths}} for factor in GROWTH)
-        yield from grow((contest_of(spec, setting, one, work, only, plan, one[lengths[0]]) for one in longer), plan)
 
 
-def real_use(spec: Spec, setting: Setting, plan: Plan) -> Case:
-    """The case that is timed: the spec's, with what the peers' common setting and the plan change."""
-    case = dict(spec.case({**spec.bench, **setting.case}))
+def real_use(spec: Spec, setting: Setting, plan: Plan, further: Case | None = None) -> Case:
+    """The case that is timed: the spec's, with what the peers' common setting, ``further`` and the plan change."""
+    case = dict(spec.case({**spec.bench, **setting.case, **(further or {})}))
     case.update({name: value for name, value in plan.changes.items() if name in case})
     if plan.quick:
         short = {name: min(case[name], QUICK) for name in lengths_of(case) if name not in plan.changes}
@@ -149,7 +157,7 @@ def contest_of(
     setting: Setting,
     case: Case,
     work: str,
-    admitted: list[tuple[Contestant, Callable[..., Any]]],
+    admitted: Admitted,
     plan: Plan,
     length: int = 0,
 ) -> Contest:

@@ -69,6 +69,7 @@ class Setting:
 
     Attributes:
         case: changes of the spec's ``bench`` case.
+        further: changes of that, each for a call that is timed after it; left away where sizes are given.
         arguments: changes of the arguments that the case makes.
         backward: whether the backward pass is timed too, where there is one.
         long: the length up to which it is scaled.
@@ -76,6 +77,7 @@ class Setting:
     """
 
     case: Case = field(default_factory=dict)
+    further: tuple[Case, ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
     backward: bool = True
     long: int = 65_536

@@ -6,11 +6,29 @@ import torch
 from torch import Tensor
 
 from ssmzoo.mixers._kv_cache import KVCache, owners
+from ssmzoo.mixers._paged_cache import PagedCache
+
+Cache = KVCache | PagedCache  # one interface: append, append_packed, places, packed, recent, decode, trim
 
 FEW = 8  # new tokens up to which a call on a filled cache counts as decoding
 
 
-def positions(x: Tensor, cache: KVCache | None, cu_seqlens: Tensor | None) -> Tensor:
+def empty(
+    kind: type[Cache],
+    like: Tensor,
+    shape: tuple[int, int, int, int],
+    capacity: int,
+    keep: int | None,
+    page_size: int | None,
+) -> Cache:
+    """A cache of this kind without tokens: its own ``empty``, where ``page_size`` goes with kinds that have pages."""
+    if issubclass(kind, PagedCache):
+        assert page_size is not None
+        return kind.empty(like, shape, capacity, keep, page_size)
+    return kind.empty(like, shape, capacity, keep)
+
+
+def positions(x: Tensor, cache: Cache | None, cu_seqlens: Tensor | None) -> Tensor:
     """Where in its sequence each token of x ``(b, l, …)`` stands: ``(b, l)``, or ``(1, l)`` if the same for all."""
     l = x.shape[1]
     if cu_seqlens is None:
@@ -20,7 +38,7 @@ def positions(x: Tensor, cache: KVCache | None, cu_seqlens: Tensor | None) -> Te
     return places[None]
 
 
-def append(cache: KVCache, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, queries: Tensor) -> None:
+def append(cache: Cache, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, queries: Tensor) -> None:
     """Adds new tokens to a cache, packed or not, as the gradients of what is to be computed from it allow.
 
     Args:
@@ -36,7 +54,7 @@ def append(cache: KVCache, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, quer
         cache.append_packed(k, v, cu_seqlens, differentiable)
 
 
-def borders(x: Tensor, cache: KVCache | None, cu_seqlens: Tensor | None) -> Tensor | None:
+def borders(x: Tensor, cache: Cache | None, cu_seqlens: Tensor | None) -> Tensor | None:
     """int32 ``(b + 1)``, with which a batch x ``(b, l, …)`` of more than a few tokens should be packed; mostly None.
 
     That is where sequences of several lengths go on together: no dense call knows at which positions they stand.

@@ -1,4 +1,4 @@
-"""A cache of one tensor, which serves as keys and as values."""
+"""Caches of one tensor, which serves as keys and as values."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ssmzoo.mixers._kv_cache import KVCache
 from ssmzoo.mixers._logits import Logits
+from ssmzoo.mixers._paged_cache import PagedCache
 
 
 @dataclasses.dataclass
@@ -23,3 +24,14 @@ class SharedCache(KVCache):
         kept, _, lengths = self.recent(q.shape[1], before)
         kept = kept.to(q.dtype)
         return logits.decode(q, kept, kept, lengths)
+
+
+@dataclasses.dataclass
+class PagedSharedCache(PagedCache):
+    """Likewise a :class:`~ssmzoo.mixers._paged_cache.PagedCache`."""
+
+    def decode(self, q: Tensor, logits: Logits) -> Tensor:
+        """Attention of each sequence's newest tokens, q ``(s, l, h, d)``, over what is held: ``(s, l, h, d)``."""
+        kept, _, lengths, table = self.cached(q, logits)
+        kept = kept.to(q.dtype)
+        return logits.decode(q, kept, kept, lengths, table)

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Any, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from ssmkernels.causal_conv1d import causal_conv1d
 from ssmkernels.validate import precision
 from ssmzoo.linear import Linear
+from ssmzoo.mixers._alibi import alibi_slopes
+from ssmzoo.mixers._attention_options import check_at_least_one, check_hidden, heads, rotary_dim
 from ssmzoo.mixers._base import Mixer
-from ssmzoo.mixers._cached import FEW, append, borders, positions
+from ssmzoo.mixers._cached import FEW, Cache, append, borders, empty, positions
+from ssmzoo.mixers._hidden_cache import HiddenCache, PagedHiddenCache, fold, unfold
 from ssmzoo.mixers._kv_cache import KVCache
 from ssmzoo.mixers._logits import Logits
-from ssmzoo.mixers._rope import rotary_angles, rotate
+from ssmzoo.mixers._paged_cache import PagedCache
+from ssmzoo.mixers._rope import rotary_angles, rotate, scaling_of
 from ssmzoo.norm import RMSNorm
 from ssmzoo.registry import register_mixer
+from ssmzoo.state import State
+
+
+@dataclasses.dataclass
+class ConvolvedState(State):
+    """A cache, and what the convolution before it remembers."""
+
+    conv: Tensor  # (s, d_conv - 1, (n_heads + 2 n_kv_heads) head_dim), the last inputs; float32
+    cache: Cache
 
 
 @register_mixer("attention")
@@ -29,22 +46,47 @@ class Attention(Mixer):
         rope: rotary position embedding (arXiv 2104.09864), in the rotate-half form.
         rope_base: its base.
         rope_dim: leading channels of each head that it turns; all if None.
+        rope_scaling: ``{"rope_type": "linear", "factor": …}`` or ``{"rope_type": "yarn", …}``, with the fields of
+            :mod:`ssmzoo.mixers._rope`. As in transformers, YaRN's temperature is in the cosines and sines alone.
         window: how many tokens a token sees, itself included; with ``bidirectional`` that many on each
             side. All if None.
         qk_norm: RMSNorm with weights over each head's queries and keys, before the rotary embedding.
-        bias: biases on the query, key and value projections.
+        bias: biases on the projections to queries, keys and values, and to the gate.
         out_bias: a bias on the output projection.
         softcap: bounds the logits smoothly to ± softcap (arXiv 2408.00118); 0 for none.
+        sinks: one more logit per head, learned, that takes weight and has no value, as in gpt-oss (arXiv 2508.10925);
+            it starts normal with deviation 0.02.
+        alibi: each head's logits fall linearly with distance, at fixed slopes (ALiBi, arXiv 2108.12409). In place of
+            ``rope``, which must be false.
+        gate: multiplies the heads' outputs, before the output projection, by the sigmoid of a linear map of x: one
+            gate for each channel of each head, ``"elementwise"``, or for each head, ``"headwise"`` (variant G1 of gated
+            attention, arXiv 2505.06708). None for none.
+        d_conv: width of a causal depthwise convolution over time, with a bias and no activation, of queries, keys and
+            values, between the projections and all else, as in the published mamba2attn (arXiv 2405.21060); 0 for
+            none. It looks back only, with ``bidirectional`` too.
+        cache: what the state keeps of each token: ``"kv"``, keys and values, 2 · n_kv_heads · head_dim numbers; or
+            ``"hidden"``, the mixer's input, d_model numbers, with the same outputs (EL-attention, arXiv 2105.04779).
+            A few new tokens then fold the key projection into their queries and the value projection into their
+            outputs; more make keys and values of all, beyond :attr:`folds_up_to`. That excludes what comes
+            between projection and product, ``rope``, ``qk_norm`` and ``d_conv``; and where a key's bias does not
+            cancel, ``bias`` with ``sinks`` or ``softcap``.
+        page_size: the state keeps its tokens in pages of so many (PagedAttention, arXiv 2309.06180), which clones and
+            selections share until one of them writes there: for beams, and for many continuations of one prompt. Each
+            sequence leaves less than a page unused. None for one stretch of memory, as long as the longest sequence
+            needs, which is copied whole.
         bidirectional: every token sees later ones too; there is then no state.
 
-    Its state is a :class:`~ssmzoo.mixers._kv_cache.KVCache`. With a window it keeps what can still be seen, and
-    about as much again, however many tokens come.
+    Its state is a :class:`~ssmzoo.mixers._kv_cache.KVCache`, a :class:`~ssmzoo.mixers._hidden_cache.HiddenCache`, with
+    ``page_size`` a :class:`~ssmzoo.mixers._paged_cache.PagedCache` of either kind, and with ``d_conv`` a
+    :class:`ConvolvedState` of one of these. With a window it keeps what can still be seen, and about as much again,
+    however many tokens come.
 
     Raises:
-        ValueError: sizes that do not fit together.
+        ValueError: sizes or options that do not fit together.
+        TypeError: a key of ``rope_scaling`` that does not exist, or a value of the wrong type.
     """
 
-    state_class = KVCache
+    state_class: type[State] = KVCache
 
     def __init__(
         self,
@@ -56,51 +98,52 @@ class Attention(Mixer):
         rope: bool = True,
         rope_base: float = 10000.0,
         rope_dim: int | None = None,
+        rope_scaling: dict[str, Any] | None = None,
         window: int | None = None,
         qk_norm: bool = False,
         bias: bool = False,
         out_bias: bool = False,
         softcap: float = 0.0,
+        sinks: bool = False,
+        alibi: bool = False,
+        gate: Literal["elementwise", "headwise"] | None = None,
+        d_conv: int = 0,
+        cache: Literal["kv", "hidden"] = "kv",
+        page_size: int | None = None,
         bidirectional: bool = False,
     ):
         super().__init__(d_model)
-        for name, size in (
-            ("head_dim", head_dim),
-            ("n_heads", n_heads),
-            ("n_kv_heads", n_kv_heads),
-            ("rope_base", rope_base),
-            ("window", window),
-        ):
-            if size is not None and size < 1:
-                raise ValueError(f"Attention: `{name}` must be at least 1; got {size}")
-        if n_heads is None:
-            if d_model % head_dim:
-                raise ValueError(
-                    f"Attention: `head_dim` must divide d_model, or `n_heads` be given; got "
-                    f"head_dim={head_dim} and d_model={d_model}"
-                )
-            n_heads = d_model // head_dim
-        n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
-        if n_heads % n_kv_heads:
-            raise ValueError(
-                f"Attention: `n_kv_heads` must divide the number of heads, {n_heads} (d_model={d_model}, "
-                f"head_dim={head_dim}); got {n_kv_heads}"
-            )
-        if rope:
-            rope_dim = head_dim if rope_dim is None else rope_dim
-            if rope_dim % 2 or not 2 <= rope_dim <= head_dim:
-                raise ValueError(
-                    f"Attention: `rope_dim` must be even and at most head_dim={head_dim}, or `rope` false; "
-                    f"got {rope_dim}"
-                )
-        elif rope_dim is not None:
-            raise ValueError(f"Attention: `rope_dim` has no meaning with `rope` false; got {rope_dim}")
+        check_at_least_one(
+            head_dim=head_dim, n_heads=n_heads, n_kv_heads=n_kv_heads, window=window, page_size=page_size
+        )
+        n_heads, n_kv_heads = heads(d_model, head_dim, n_heads, n_kv_heads)
+        self.rope_dim = rotary_dim(rope, rope_dim, rope_base, rope_scaling, head_dim)
         if softcap < 0:
             raise ValueError(f"Attention: `softcap` must be positive, or 0 for none; got {softcap}")
 
+        if alibi and rope:
+            raise ValueError("Attention: `alibi` takes the place of the rotary embedding; give rope=False with it")
+        if d_conv < 0:
+            raise ValueError(f"Attention: `d_conv` must be at least 1, or 0 for no convolution; got {d_conv}")
+        if page_size is not None and bidirectional:
+            raise ValueError("Attention: `page_size` has no meaning with `bidirectional`: there is then no state")
+        self.cache_class: type[Cache] = KVCache if page_size is None else PagedCache
+        if cache == "hidden":
+            self.cache_class = HiddenCache if page_size is None else PagedHiddenCache
+            check_hidden(
+                rope=rope,
+                qk_norm=qk_norm,
+                d_conv=d_conv,
+                bidirectional=bidirectional,
+                bias=bias,
+                sinks=sinks,
+                softcap=softcap,
+            )
+
         self.head_dim, self.n_heads, self.n_kv_heads = head_dim, n_heads, n_kv_heads
-        self.rope_dim, self.rope_base = rope_dim, rope_base
-        self.window, self.softcap = window, softcap
+        self.rope_base, self.scaling = rope_base, scaling_of(rope_scaling)
+        self.window, self.softcap, self.alibi = window, softcap, alibi
+        self.d_conv, self.cache, self.page_size = d_conv, cache, page_size
         self.causal = not bidirectional
         self.q_proj = Linear(d_model, n_heads * head_dim, bias=bias)
         self.k_proj = Linear(d_model, n_kv_heads * head_dim, bias=bias)
@@ -108,59 +151,113 @@ class Attention(Mixer):
         self.out_proj = Linear(n_heads * head_dim, d_model, bias=out_bias)
         self.q_norm = RMSNorm(head_dim) if qk_norm else None
         self.k_norm = RMSNorm(head_dim) if qk_norm else None
+        self.gate_proj = None
+        if gate is not None:
+            self.gate_proj = Linear(d_model, n_heads * (head_dim if gate == "elementwise" else 1), bias=bias)
+        self.conv1d, self.state_class = None, self.cache_class
+        if d_conv:
+            # Holds the weight and bias under their published names; the op does the convolution.
+            self.conv1d = nn.Conv1d(self.qkv_dim, self.qkv_dim, d_conv, groups=self.qkv_dim)
+            self.state_class = ConvolvedState
+        self.sinks = nn.Parameter(0.02 * torch.randn(n_heads)) if sinks else None
+
+    @property
+    def qkv_dim(self) -> int:
+        """Channels of queries, keys and values together."""
+        return (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
+
+    @property
+    def folds_up_to(self) -> float:
+        """New tokens of a sequence up to which attention over cached hidden states takes fewer operations.
+
+        Over m tokens, making keys and values of them takes 4 m d_model n_kv_heads head_dim operations, and each query
+        then 4 m n_heads (d_model - head_dim) less than over the hidden states.
+        """
+        wider = self.n_heads * (self.d_model - self.head_dim)
+        return self.d_model * self.n_kv_heads * self.head_dim / wider if wider > 0 else float("inf")
 
     @property
     def logits(self) -> Logits:
         """What the ops are told beside queries, keys and values."""
         window = None if self.window is None else (self.window - 1, 0 if self.causal else self.window - 1)
-        return Logits(1 / math.sqrt(self.head_dim), self.causal, window, self.softcap)
+        slopes = alibi_slopes(self.n_heads, self.q_proj.weight) if self.alibi else None
+        return Logits(1 / math.sqrt(self.head_dim), self.causal, window, self.softcap, slopes, self.sinks)
 
-    def initial_state(self, batch_size: int, max_length: int | None = None) -> KVCache:
+    def initial_state(self, batch_size: int, max_length: int | None = None) -> Cache | ConvolvedState:
         if not self.causal:
             raise ValueError("Attention: with `bidirectional` it has no state, as it sees the whole sequence at once")
         keep = None if self.window is None else self.window - 1
-        shape = (batch_size, self.n_kv_heads, self.head_dim, self.head_dim)
-        return KVCache.empty(self.k_proj.weight, shape, max_length or 0, keep)
+        shape = (self.n_kv_heads, self.head_dim, self.head_dim) if self.cache == "kv" else (1, self.d_model, 0)
+        weight = self.k_proj.weight
+        cache = empty(self.cache_class, weight, (batch_size, *shape), max_length or 0, keep, self.page_size)
+        if self.conv1d is None:
+            return cache
+        conv = weight.new_zeros(batch_size, self.d_conv - 1, self.qkv_dim, dtype=precision(weight))
+        return ConvolvedState(conv, cache)
 
     def mixing_flops(self, context: int) -> float:
         """4 · n_heads · head_dim for each token seen (keys, then values), in the mean over the context.
 
         Of n tokens with a window of w ≤ n, a token sees (w (w + 1) / 2 + (n - w) w) / n; bidirectional, twice
-        that less one.
+        that less one. The convolution takes two a tap and channel.
         """
         n = max(context, 1)
         w = n if self.window is None else min(self.window, n)
         seen = (w * (w + 1) / 2 + (n - w) * w) / n
-        return 4 * self.n_heads * self.head_dim * (seen if self.causal else 2 * seen - 1)
+        seen = seen if self.causal else 2 * seen - 1
+        return 4 * self.n_heads * self.head_dim * seen + 2 * self.d_conv * self.qkv_dim
 
-    def mix(self, x: Tensor, state: KVCache | None, cu_seqlens: Tensor | None) -> tuple[Tensor, KVCache | None]:
-        packed = borders(x, state, cu_seqlens)
+    def mix(
+        self, x: Tensor, state: Cache | ConvolvedState | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Cache | ConvolvedState | None]:
+        conv, cache = (state.conv, state.cache) if isinstance(state, ConvolvedState) else (None, state)
+        packed = borders(x, cache, cu_seqlens)
         if packed is not None:
             y, state = self.mix(x.reshape(1, -1, self.d_model), state, packed)
             return y.view_as(x), state
-        q, k, v = self._project(x, positions(x, state, cu_seqlens))
-        if state is None:
-            out = self.logits.attention(q, k, v, cu_seqlens)
+        if cache is not None and self.cache == "hidden":
+            out = self._over_hidden(x, cache, cu_seqlens)
         else:
-            out = self._with_cache(q, k, v, state, cu_seqlens)
-            state.trim()
+            q, k, v, conv = self._project(x, positions(x, cache, cu_seqlens), conv, cu_seqlens)
+            if cache is None:
+                out = self.logits.attention(q, k, v, cu_seqlens)
+            else:
+                out = self._over_keys(q, k, v, cache, cu_seqlens)
+        if cache is not None:
+            cache.trim()
+        if self.gate_proj is not None:
+            out = out * self.gate_proj(x).sigmoid().unflatten(-1, (self.n_heads, -1))
+        if isinstance(state, ConvolvedState) and conv is not None and cache is not None:
+            state = ConvolvedState(conv, cache)
         return self.out_proj(out.flatten(2)), state
 
-    def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q (b l n_heads head_dim), k and v (b l n_kv_heads head_dim) of one dtype."""
-        q = self.q_proj(x).unflatten(-1, (self.n_heads, self.head_dim))
-        k, v = (p(x).unflatten(-1, (self.n_kv_heads, self.head_dim)) for p in (self.k_proj, self.v_proj))
+    def _project(
+        self, x: Tensor, positions: Tensor, conv: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """q (b l n_heads head_dim), k and v (b l n_kv_heads head_dim) of one dtype; the convolution's state after."""
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.conv1d is not None:
+            widths = [q.shape[-1], k.shape[-1], v.shape[-1]]
+            qkv, conv = causal_conv1d(
+                torch.cat([q, k, v], dim=-1),
+                self.conv1d.weight.squeeze(1),
+                self.conv1d.bias,
+                initial_state=conv,
+                return_final_state=True,
+                cu_seqlens=cu_seqlens,
+            )
+            q, k, v = qkv.split(widths, dim=-1)
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope_dim is not None:
-            cos, sin = rotary_angles(positions, self.rope_dim, self.rope_base, precision(x))
+            cos, sin = rotary_angles(positions, self.rope_dim, self.rope_base, precision(x), self.scaling)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        return q.to(v.dtype), k.to(v.dtype), v  # under autocast norms give float32
+        return q.to(v.dtype), k.to(v.dtype), v, conv  # under autocast norms give float32
 
-    def _with_cache(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, cu_seqlens: Tensor | None) -> Tensor:
+    def _over_keys(self, q: Tensor, k: Tensor, v: Tensor, cache: Cache, cu_seqlens: Tensor | None) -> Tensor:
         """The next tokens of each sequence, over themselves and what the cache holds; unpacked on the device alone."""
-        l, logits = q.shape[1], self.logits
-        first = cache.longest == 0
+        l, first, logits = q.shape[1], cache.longest == 0, self.logits
         append(cache, k, v, cu_seqlens, q)
         if first:
             return logits.attention(q, k, v, cu_seqlens)
@@ -171,3 +268,31 @@ class Attention(Mixer):
             return cache.decode(q, logits)
         keys, values, _ = cache.recent(l, -1 if self.window is None else self.window - 1)
         return logits.attention(q, keys, values)
+
+    def _over_hidden(self, x: Tensor, cache: Cache, cu_seqlens: Tensor | None) -> Tensor:
+        """Likewise, where the cache holds hidden states."""
+        l, first, logits = x.shape[1], cache.longest == 0, self.logits
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
+        new = x[:, :, None].to(q.dtype)
+        append(cache, new, new[..., :0], cu_seqlens, q)
+        if first:
+            return logits.attention(q, *self._keys_values(new), cu_seqlens)
+        if cu_seqlens is None and l <= FEW:
+            q = fold(q, self.k_proj, self.n_kv_heads)
+            return unfold(cache.decode(q, logits), self.v_proj, self.n_kv_heads)
+        if cu_seqlens is not None:
+            kept, _, cu_seqlens_k = cache.packed(cu_seqlens.diff() > 0)
+            few = l <= self.folds_up_to * cache.n_sequences
+        else:
+            kept, cu_seqlens_k = cache.recent(l, -1 if self.window is None else self.window - 1)[0], None
+            few = l <= self.folds_up_to
+        if not few:
+            return logits.attention(q, *self._keys_values(kept), cu_seqlens, cu_seqlens_k)
+        q = fold(q, self.k_proj, self.n_kv_heads)
+        out = logits.attention(q, kept, kept, cu_seqlens, cu_seqlens_k)
+        return unfold(out, self.v_proj, self.n_kv_heads)
+
+    def _keys_values(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v (b m n_kv_heads head_dim) of hidden states (b m 1 d_model)."""
+        k, v = (p(hidden[:, :, 0]).unflatten(-1, (-1, self.head_dim)) for p in (self.k_proj, self.v_proj))
+        return k, v

@@ -13,10 +13,10 @@ from torch import Tensor
 from ssmkernels.validate import precision
 from ssmzoo.linear import Linear
 from ssmzoo.mixers._base import Mixer
-from ssmzoo.mixers._cached import FEW, append, borders, positions
+from ssmzoo.mixers._cached import FEW, Cache, append, borders, empty, positions
 from ssmzoo.mixers._logits import Logits
 from ssmzoo.mixers._rope import halves, rotary_angles, rotate, scaling_of
-from ssmzoo.mixers._shared_cache import SharedCache
+from ssmzoo.mixers._shared_cache import PagedSharedCache, SharedCache
 from ssmzoo.norm import RMSNorm
 from ssmzoo.registry import register_mixer
 
@@ -24,6 +24,11 @@ from ssmzoo.registry import register_mixer
 @dataclasses.dataclass
 class LatentCache(SharedCache):
     """Each token's latent, normalised, and after it its rotary key: width kv_lora_rank + qk_rope_head_dim."""
+
+
+@dataclasses.dataclass
+class PagedLatentCache(PagedSharedCache):
+    """The same in pages."""
 
 
 @register_mixer("mla")
@@ -58,15 +63,17 @@ class MLA(Mixer):
         norm_eps: of the norms of both latents.
         bias: biases on the projections down to the latents.
         out_bias: a bias on the output projection.
+        page_size: the state keeps its tokens in pages of so many, which clones and selections share until one of them
+            writes there; None for one stretch of memory, which is copied whole.
 
-    Its state is a :class:`LatentCache`.
+    Its state is a :class:`LatentCache`, with ``page_size`` a :class:`PagedLatentCache`.
 
     Raises:
         ValueError: sizes or scaling that do not fit.
         TypeError: a key of ``rope_scaling`` that does not exist, or a value of the wrong type.
     """
 
-    state_class = LatentCache
+    state_class: type[LatentCache | PagedLatentCache] = LatentCache
 
     def __init__(
         self,
@@ -84,6 +91,7 @@ class MLA(Mixer):
         norm_eps: float = 1e-6,
         bias: bool = False,
         out_bias: bool = False,
+        page_size: int | None = None,
     ):
         super().__init__(d_model)
         for name, size in (
@@ -92,6 +100,7 @@ class MLA(Mixer):
             ("kv_lora_rank", kv_lora_rank),
             ("qk_nope_head_dim", qk_nope_head_dim),
             ("v_head_dim", v_head_dim),
+            ("page_size", page_size),
         ):
             if size is not None and size < 1:
                 raise ValueError(f"MLA: `{name}` must be at least 1; got {size}")
@@ -111,6 +120,8 @@ class MLA(Mixer):
         if kv_lora_rank is None:
             kv_lora_rank = max(1, min(4 * v_head_dim, d_model // 2))
 
+        self.state_class = LatentCache if page_size is None else PagedLatentCache
+        self.page_size = page_size
         self.n_heads, self.kv_lora_rank = n_heads, kv_lora_rank
         self.nope, self.rope, self.v_head_dim = qk_nope_head_dim, qk_rope_head_dim, v_head_dim
         self.rope_base, self.rope_interleave = rope_base, rope_interleave
@@ -140,15 +151,15 @@ class MLA(Mixer):
         wider = 2 * self.kv_lora_rank - self.nope - self.v_head_dim
         return self.kv_lora_rank * (self.nope + self.v_head_dim) / wider if wider > 0 else float("inf")
 
-    def initial_state(self, batch_size: int, max_length: int | None = None) -> LatentCache:
+    def initial_state(self, batch_size: int, max_length: int | None = None) -> Cache:
         shape = (batch_size, 1, self.kv_lora_rank + self.rope, 0)
-        return LatentCache.empty(self.kv_a_proj.weight, shape, max_length or 0, None)
+        return empty(self.state_class, self.kv_a_proj.weight, shape, max_length or 0, None, self.page_size)
 
     def mixing_flops(self, context: int) -> float:
         """2 · n_heads · (d_h + d_r + d_v) for each token seen, in the mean over the context, (context + 1) / 2."""
         return self.n_heads * (self.nope + self.rope + self.v_head_dim) * (max(context, 1) + 1)
 
-    def mix(self, x: Tensor, state: LatentCache | None, cu_seqlens: Tensor | None) -> tuple[Tensor, LatentCache | None]:
+    def mix(self, x: Tensor, state: Cache | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Cache | None]:
         packed = borders(x, state, cu_seqlens)
         if packed is not None:
             y, state = self.mix(x.reshape(1, -1, self.d_model), state, packed)
@@ -171,26 +182,25 @@ class MLA(Mixer):
         kept = torch.cat([self.kv_a_norm(c_kv).to(q.dtype), rotate(k_r, cos, sin)], dim=-1)
         return torch.cat([q_c, rotate(q_r, cos, sin)], dim=-1), kept
 
-    def _with_cache(self, q: Tensor, new: Tensor, cache: LatentCache, cu_seqlens: Tensor | None) -> Tensor:
+    def _with_cache(self, q: Tensor, new: Tensor, cache: Cache, cu_seqlens: Tensor | None) -> Tensor:
         """The next tokens of each sequence, over themselves and what the cache holds; unpacked on the device alone."""
         l, first = q.shape[1], cache.longest == 0
         append(cache, new, new[..., :0], cu_seqlens, q)
         if first:
             return self._expanded(q, new, cu_seqlens)
+        if cu_seqlens is None and l <= FEW:
+            return self._unabsorbed(cache.decode(self._absorbed(q), self.logits))
         if cu_seqlens is not None:
             kept, _, cu_seqlens_k = cache.packed(cu_seqlens.diff() > 0)
             few = l <= self.absorbs_up_to * cache.n_sequences
         else:
             kept, cu_seqlens_k = cache.recent(l, -1)[0], None
-            few = l <= max(FEW, self.absorbs_up_to)
+            few = l <= self.absorbs_up_to
         if not few:
             return self._expanded(q, kept, cu_seqlens, cu_seqlens_k)
         q = self._absorbed(q)
-        if cu_seqlens is None and l <= FEW:
-            out = cache.decode(q, self.logits)
-        else:
-            kept = kept.to(q.dtype)
-            out = self.logits.attention(q, kept, kept, cu_seqlens, cu_seqlens_k)
+        kept = kept.to(q.dtype)
+        out = self.logits.attention(q, kept, kept, cu_seqlens, cu_seqlens_k)
         return self._unabsorbed(out)
 
     def _expanded(

@@ -11,7 +11,7 @@ import torch
 from ssmzoo import build_mixer
 from ssmzoo.mixers._cached import FEW
 from ssmzoo.mixers._kv_cache import SMALLEST
-from ssmzoo.mixers.attention import Attention
+from ssmzoo.mixers.attention import Attention, ConvolvedState
 
 D_MODEL = 32
 SETTINGS = {
@@ -24,12 +24,26 @@ SETTINGS = {
     "no rope": {"rope": False},
     "softcap": {"softcap": 1.5},
     "wide heads": {"n_heads": 3, "head_dim": 16},
+    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 2.5}},
+    "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}},
+    "sinks": {"sinks": True, "n_kv_heads": 2},
+    "sinks, window": {"sinks": True, "window": 3},
+    "alibi": {"alibi": True, "rope": False},
+    "alibi, window": {"alibi": True, "rope": False, "n_heads": 5, "window": 6},
+    "gate": {"gate": "elementwise", "bias": True},
+    "gated heads": {"gate": "headwise"},
+    "convolution": {"d_conv": 4, "n_kv_heads": 2, "qk_norm": True},
+    "convolution, window": {"d_conv": 3, "window": 5},
+    "hidden": {"cache": "hidden", "rope": False, "bias": True},
+    "hidden, window": {"cache": "hidden", "rope": False, "alibi": True, "n_kv_heads": 2, "window": 6},
+    "hidden, sinks": {"cache": "hidden", "rope": False, "n_kv_heads": 1, "sinks": True, "softcap": 1.5},
 }
 
 
-@pytest.fixture(params=SETTINGS)
+@pytest.fixture(params=itertools.product(SETTINGS, [None, 3]), ids=lambda p: p[0] + ("" if p[1] is None else ", paged"))
 def mixer(request):
-    return make(**SETTINGS[request.param])
+    name, page_size = request.param
+    return make(**SETTINGS[name], page_size=page_size)
 
 
 @pytest.fixture
@@ -47,6 +61,10 @@ def make(**options):
 
 def inputs(*shape, seed=0):
     return torch.randn(*shape, D_MODEL, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def cache_of(state):
+    return state.cache if isinstance(state, ConvolvedState) else state
 
 
 def packed(lengths):
@@ -67,7 +85,7 @@ class TestState:
             y, state = mixer(piece, state)
             outputs.append(y)
         same(torch.cat(outputs, dim=1), mixer(x))
-        assert state.lengths.tolist() == [40, 40]
+        assert cache_of(state).lengths.tolist() == [40, 40]
 
     @torch.no_grad()
     def test_sequences_of_several_lengths(self, mixer):
@@ -91,7 +109,7 @@ class TestState:
         for i in range(4):
             whole = torch.cat(fed[i])
             same(torch.cat(outputs[i]), mixer(whole[None])[0])
-            assert state.lengths[i] == len(whole)
+            assert cache_of(state).lengths[i] == len(whole)
 
     @torch.no_grad()
     def test_packed_without_a_state(self, mixer):
@@ -355,6 +373,10 @@ class TestGradients:
         same(torch.autograd.grad(loss, plain.k_proj.weight), expected)
 
 
+LINEAR = {"rope_type": "linear", "factor": 2.5}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
 class TestParity:
     """Against transformers, with the same weights."""
 
@@ -371,6 +393,13 @@ class TestParity:
             ("Qwen3", {"rms_norm_eps": 1e-5}, {"qk_norm": True}),
             ("Phi", {"partial_rotary_factor": 0.5}, {"rope_dim": 8, "bias": True, "out_bias": True}),
             ("Gemma2", {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 16}, {"softcap": 2.0}),
+            ("Llama", {"rope": LINEAR}, {"rope_scaling": LINEAR}),
+            ("Llama", {"rope": YARN}, {"rope_scaling": YARN}),
+            (
+                "GptOss",
+                {"rope": {**YARN, "truncate": False}, "attention_bias": True},
+                {"rope_scaling": {**YARN, "truncate": False}, "bias": True, "out_bias": True, "sinks": True},
+            ),
         ],
         ids=[
             "Llama",
@@ -379,15 +408,18 @@ class TestParity:
             "Qwen3, qk_norm",
             "Phi, partial rope",
             "Gemma 2, softcap",
+            "Llama, linear scaling",
+            "Llama, YaRN",
+            "gpt-oss, sinks and YaRN",
         ],
     )
     def test_transformers(self, name, given, options):
-        package = f"transformers.models.{name.lower()}"
+        module = {"GptOss": "gpt_oss"}.get(name, name.lower())
         pytest.importorskip("transformers")
-        modeling = importlib.import_module(f"{package}.modeling_{name.lower()}")
-        configuration = importlib.import_module(f"{package}.configuration_{name.lower()}")
-        theta = given.pop("rope_theta", 10000.0)
-        rope = {"rope_type": "default", "rope_theta": theta}
+        modeling = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+        configuration = importlib.import_module(f"transformers.models.{module}.configuration_{module}")
+        given = dict(given)
+        rope = {"rope_type": "default", "rope_theta": given.pop("rope_theta", 10000.0), **given.pop("rope", {})}
         if "partial_rotary_factor" in given:
             rope["partial_rotary_factor"] = given.pop("partial_rotary_factor")
         config = getattr(configuration, f"{name}Config")(
@@ -408,6 +440,8 @@ class TestParity:
             for key, value in theirs.state_dict().items()
         }
         with torch.no_grad():
+            if "sinks" in weights:
+                weights["sinks"].normal_()  # they come uninitialised
             for value in weights.values():
                 value.add_(torch.randn_like(value), alpha=0.1)  # biases and norms that are not 0 or 1
         ours.load_state_dict(weights)

@@ -31,9 +31,25 @@ SETTINGS = [
     ("attention", {"head_dim": 16, "n_kv_heads": 2, "qk_norm": True}),
     ("attention", {"head_dim": 16, "window": 4, "rope_dim": 8, "bias": True}),
     ("attention", {"head_dim": 16, "rope": False, "bidirectional": True}),
+    (
+        "attention",
+        {
+            "head_dim": 16,
+            "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
+            "sinks": True,
+            "gate": "elementwise",
+        },
+    ),
+    ("attention", {"head_dim": 16, "n_heads": 3, "rope": False, "alibi": True, "d_conv": 3, "gate": "headwise"}),
+    ("attention", {"head_dim": 16, "n_kv_heads": 2, "rope": False, "cache": "hidden", "sinks": True}),
+    ("attention", {"head_dim": 16, "d_conv": 4, "bidirectional": True, "sinks": True}),
+    ("attention", {"head_dim": 16, "n_kv_heads": 2, "page_size": 4}),
+    ("attention", {"head_dim": 16, "window": 5, "d_conv": 3, "softcap": 2.0, "page_size": 1}),
+    ("attention", {"head_dim": 16, "rope": False, "cache": "hidden", "page_size": 16}),
     ("mla", {"n_heads": 3, "q_lora_rank": 10, "kv_lora_rank": 6, "v_head_dim": 7, "bias": True, "out_bias": True}),
     ("mla", {"n_heads": 2, "kv_lora_rank": 24, "qk_nope_head_dim": 4, "v_head_dim": 12, "rope_interleave": False}),
     ("mla", {"n_heads": 2, "rope_scaling": {"rope_type": "linear", "factor": 3.0}}),
+    ("mla", {"n_heads": 2, "page_size": 3}),
     (
         "mla",
         {
@@ -41,6 +57,13 @@ SETTINGS = [
             "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
         },
     ),
+    ("longformer", {"head_dim": 16, "window": 4, "n_global": 2, "bidirectional": False}),
+    ("longformer", {"head_dim": 16, "window": 6, "n_global": 3, "global_projections": False, "bias": True}),
+    ("longformer", {"head_dim": 8, "n_heads": 3, "window": 4, "rope": False, "out_bias": True}),
+    ("bigbird", {"head_dim": 16, "block_size": 8, "random_blocks": 1, "bias": True}),
+    ("bigbird", {"head_dim": 8, "n_heads": 3, "block_size": 8, "global_blocks": 1, "rope": False, "out_bias": True}),
+    ("strided", {"head_dim": 16, "block_size": 8, "local_blocks": 1, "stride": 2, "bias": True}),
+    ("strided", {"head_dim": 8, "n_heads": 3, "block_size": 8, "local_blocks": 2, "rope": False, "out_bias": True}),
     ("performer", {"head_dim": 16, "n_features": 24, "features": "hyperbolic", "bias": True}),
     ("performer", {"head_dim": 8, "n_heads": 3, "n_features": 7, "bidirectional": True, "out_bias": True}),
     ("linformer", {"head_dim": 16, "sharing": "none", "proj_len": 5, "max_length": 22, "bias": True}),
@@ -55,6 +78,7 @@ SETTINGS = [
     ("lstm", {"bidirectional": True}),
     ("gru", {"bidirectional": True}),
     ("parallel", {"branches": {"s4d": {}, "a": {"kind": "lstm"}}, "combine": "sum"}),
+    ("parallel", {"branches": {"lstm": {}, "attention": {"head_dim": 16, "page_size": 5}}}),
 ]
 CASES = [(name, NEEDED.get(name, {})) for name in ssmzoo.list_mixers()] + SETTINGS
 

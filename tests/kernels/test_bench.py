@@ -148,6 +148,29 @@ def test_growth_times_several_lengths_and_fits(peers):
     assert 0 < rows[-1].memory_exponent <= 1.01
 
 
+def test_further_calls_follow_the_first_unless_sizes_are_given(peers, monkeypatch):
+    peers()
+    short = {"l": 16, "h": 2, "h_kv": 2, "k": 8}
+    setting = bench.peers.Setting(case=short, further=({"window": (3, 0)}, {"mask": "shared", "causal": False}))
+    monkeypatch.setattr(ops_bench, "setting_of", lambda op: setting)
+    shapes = [row.shape for row in rows_of("attention", changes={}) if row.work == bench.FORWARD]
+    told = [shape.partition("k 8")[2] for shape in dict.fromkeys(shapes)]
+    assert told == ["", ", window (3, 0)", ", mask shared"]
+    given = {row.shape for row in rows_of("attention", changes={"l": 9, "window": [2, 0]})}
+    assert len(given) == 1
+    assert given.pop().endswith("window (2, 0)")
+
+
+def test_a_window_of_other_people_is_a_mask(randn):
+    (sdpa,) = (peer for peer in peers_of("attention", "cpu") if peer.name == "SDPA")
+    q, k, v = (randn(1, 20, 2, 8) for _ in range(3))
+    for causal, window in ((True, (4, 0)), (False, (2, 5))):
+        expected = ssmkernels.attention(q, k, v, causal=causal, window=window)
+        torch.testing.assert_close(sdpa.function(q, k, v, causal=causal, window=window), expected)
+    with pytest.raises(NotImplementedError, match="rows that see nothing"):
+        sdpa.function(q, k[:, :3], v[:, :3], causal=True, window=(1, 0))
+
+
 def test_peak_memory_counts_what_is_alive_at_once():
     x = torch.zeros(1000, 1000)
     result, peak = bench.peak_memory(lambda: (x + 1).sum())  # one temporary of x's size, then a number

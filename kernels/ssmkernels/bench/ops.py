@@ -89,7 +89,8 @@ def _one_case(spec: Spec, setting: Setting, case: Case, plan: Plan) -> Iterator[
 def real_use(spec: Spec, setting: Setting, plan: Plan, further: Case | None = None) -> Case:
     """The case that is timed: the spec's, with what the peers' common setting, ``further`` and the plan change."""
     case = dict(spec.case({**spec.bench, **setting.case, **(further or {})}))
-    case.update({name: value for name, value in plan.changes.items() if name in case})
+    changes = {name: value for name, value in plan.changes.items() if name in case}
+    case.update({name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()})
     if plan.quick:
         short = {name: min(case[name], QUICK) for name in lengths_of(case) if name not in plan.changes}
         case.update(short)

@@ -99,6 +99,8 @@ def llama_attention(mixer: Any) -> Twin:
     _defaults_but(mixer, "head_dim", "n_heads", "n_kv_heads", "rope_base", "bias", "out_bias")
     bias = mixer.q_proj.bias is not None
     refuse(bias != (mixer.out_proj.bias is not None), "biases on some projections alone")
+    refuse(mixer.gate_proj is not None, "gate")
+    refuse(mixer.scaling is not None, "other scaling of angles here")
     config = LlamaConfig(
         hidden_size=mixer.d_model,
         num_attention_heads=mixer.n_heads,
@@ -205,7 +207,9 @@ def _defaults_but(mixer: Mixer, *allowed: str) -> None:
         value = getattr(mixer, name, parameter.default)
         if name == "rope_dim" and value == getattr(mixer, "head_dim", None):
             continue  # what the default stands for
-        refuse(name not in allowed and value != parameter.default, f"{name}={value}")
+        if value is None and parameter.default is False:
+            continue  # a switch whose weights are not there
+        refuse(name not in allowed and (isinstance(value, Tensor) or value != parameter.default), f"such {name}")
 
 
 RECURRENT = (MixerPeer("torch", TORCH, torch_rnn, "the same network, called directly"),)

@@ -62,8 +62,8 @@ def kernels(package: str) -> Any:
 def _repair_interpreter() -> None:
     """Three faults of Triton 3.6's interpreter.
 
-    Loop bounds are arrays of one element, of which NumPy from 2.4 on makes no ints. It keeps bfloat16 as its bits, which
-    matrix products take for integers; and it cuts float32 off to it, where every GPU rounds to the nearest.
+    Loop bounds are arrays of one element, of which NumPy from 2.4 on makes no ints. It keeps bfloat16 as its bits,
+    which matrix products take for integers; and it cuts float32 off to it, where every GPU rounds to the nearest.
     """
     interpreter: Any = importlib.import_module("triton.runtime.interpreter")
     language: Any = importlib.import_module("triton.language")
@@ -96,12 +96,16 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def all_registers() -> dict[str, int]:
-    """Launch options that let a thread have all registers: NVIDIA's assembler may spill to fit more threads in."""
+def all_registers(threads: int = 256) -> dict[str, int]:
+    """Launch options that let a thread have all registers: NVIDIA's assembler may spill to fit more threads in.
+
+    Args:
+        threads: that share those of a multiprocessor, at least as many as a program has.
+    """
     if interpreting():
         return {}
     target = importlib.import_module("triton.runtime").driver.active.get_current_target()
-    return {"maxnreg": 255} if target.backend == "cuda" else {}
+    return {"maxnreg": min(255, 65536 // threads)} if target.backend == "cuda" else {}
 
 
 def next_power_of_2(x: int) -> int:

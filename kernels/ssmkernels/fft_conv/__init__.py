@@ -67,4 +67,4 @@ def _fake(
     return u.new_empty(u.shape)
 
 
-_FFT_CONV = Op("fft_conv", __name__, ("fft", "reference"), fake=_fake)
+_FFT_CONV = Op("fft_conv", __name__, ("triton", "fft", "reference"), fake=_fake)

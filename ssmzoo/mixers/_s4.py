@@ -156,8 +156,8 @@ class S4Layer(Mixer):
 
         Returns:
             ``(channels·d, length)``, in the precision of A, d being the channels inside: channel i of output c is in
-            row c·d + i. Tap t weighs the input t tokens ago. Then the same for what is ahead, if bidirectional, or None:
-            tap t there weighs the input t + 1 tokens ahead.
+            row c·d + i. Tap t weighs the input t tokens ago. Then the same for what is ahead, if bidirectional, or
+            None: tap t there weighs the input t + 1 tokens ahead.
 
         Raises:
             TypeError, ValueError: length is no int, or below 0.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.machinery
+import types
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+from ssmkernels import external, triton_support
 
 torch.set_num_threads(2)
 
@@ -170,3 +174,28 @@ def on_threads():
 
     yield call
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """As if there were a GPU, and CPU tensors were on it, for what asks ``ssmkernels.external``."""
+    triton_support.missing()  # remembers the truth
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(external, "wrong_device", lambda name, tensor: None)
+    external._missing.cache_clear()
+    yield
+    external._missing.cache_clear()
+
+
+@pytest.fixture
+def stand_in() -> Callable[..., types.ModuleType]:
+    """``stand_in(name, **functions)``: a module of that name that has these."""
+
+    def made(name: str, **functions: Callable[..., Any]) -> types.ModuleType:
+        module = types.ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        module.__path__ = []
+        module.__dict__.update(functions)
+        return module
+
+    return made

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import ssmkernels
-from ssmkernels import causal_conv1d, explain, external, selective_scan, triton_support
+from ssmkernels import causal_conv1d, explain, selective_scan
 from ssmkernels.bench.peers import peers_of
 from ssmkernels.causal_conv1d import causal_conv1d as public
 from ssmkernels.spec import spec_of
@@ -98,27 +98,8 @@ def causal_conv1d_fn(
     return (F.silu(y) if activation in ("silu", "swish") else y).to(x.dtype)
 
 
-def stand_in(name, **functions):
-    module = types.ModuleType(name)
-    module.__spec__ = importlib.machinery.ModuleSpec(name, None)
-    module.__path__ = []
-    module.__dict__.update(functions)
-    return module
-
-
 @pytest.fixture
-def gpu(monkeypatch):
-    """As if there were a GPU, and CPU tensors were on it."""
-    triton_support.missing()  # remembers the truth
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(external, "wrong_device", lambda name, tensor: None)
-    external._missing.cache_clear()
-    yield
-    external._missing.cache_clear()
-
-
-@pytest.fixture
-def packages(gpu, monkeypatch):
+def packages(gpu, stand_in, monkeypatch):
     interface = stand_in("mamba_ssm.ops.selective_scan_interface", selective_scan_fn=selective_scan_fn)
     for module in (
         stand_in("mamba_ssm"),

@@ -26,11 +26,30 @@ from ssmkernels.testing import check
 torch.set_num_threads(1)
 warnings.filterwarnings("ignore", "overflow encountered", RuntimeWarning)  # exp(-x) in a sigmoid: 1 / inf is 0
 op, dtypes, rows = sys.argv[1], [getattr(torch, name) for name in sys.argv[2].split(",")], eval(sys.argv[3])
-report = check(op, "triton", dtypes=dtypes, cases=rows)
+gradients = op != "decode_attention"  # which has none here
+report = check(op, "triton", dtypes=dtypes, cases=rows, gradients=gradients)
 print(report)
 assert not report.skipped, report
 """
 
+FEW = {"b": 1, "h": 2, "h_kv": 1}
+ATTENTION = [
+    {"l": 37, **FEW},  # tiles that hide nothing, and others
+    {"l": 0, "m": 3, **FEW},
+    {"m": 0, **FEW},
+    {"l": 1, "m": 20, **FEW},
+    {"m": 5, "h": 2, "h_kv": 1, "sinks": True, "lse": True},
+    {"l": 5, "m": 3, "lse": True, **FEW},  # queries that see nothing
+    {"l": 18, "b": 1, "h": 5, "h_kv": 1},  # gradients of keys in parts
+    {"l": 40, "m": 45, "window": (6, 20), "causal": False, **FEW},
+    {"l": 9, "k": 33, "v": 5, "causal": False, **FEW},
+    {"l": 20, "window": (7, 0), "softcap": 5.0, "alibi": True, "sinks": True, "lse": True, **FEW},
+    {"l": 21, "m": 30, "packed": True, "packed_k": True, "lse": True, "alibi": True, **FEW},
+    {"l": 33, "m": 50, "causal": False, "mask": "shared", **FEW},
+    {"l": 37, "causal": False, "mask": "heads", "window": (9, 5), "alibi": True, "softcap": 5.0, **FEW},
+    {"l": 5, "layout": "strided", **FEW},
+    {"l": 3, "layout": "far", "k": 4, **FEW},
+]
 CONVOLUTION = [
     {"l": 17},
     {"l": 0},
@@ -56,6 +75,31 @@ SCAN = [
     {"layout": "strided", "l": 3},
     {"layout": "far", "b": 1, "l": 3, "d": 2},
 ]
+DECODING = [
+    {"m": 9},
+    {"m": 0},
+    {"l": 0},
+    {"m": 3, "lengths": "empty", "sinks": True, "lse": True},
+    {"m": 300, "s": 2, "lse": True},  # several parts
+    {"m": 40, "s": 2, "l": 2, "num_splits": 19, "window": (30, 0)},  # more parts than are joined at a time
+    {"m": 9, "num_splits": 30},  # more parts than keys
+    {"m": 20, "s": 2, "l": 9, "h": 8, "h_kv": 1},  # several tiles of queries
+    {"m": 7, "k": 33, "v": 5},
+    {"m": 9, "layout": "strided", "page_size": 4},
+    {"m": 3, "layout": "far", "h": 2, "h_kv": 1, "k": 4},
+    {
+        "m": 35,
+        "s": 2,
+        "l": 2,
+        "page_size": 3,
+        "window": (9, 0),
+        "softcap": 5.0,
+        "alibi": True,
+        "sinks": True,
+        "weights": "float32",
+        "lse": True,
+    },
+]
 DPLR = [
     {"length": 5},
     {"length": 0},
@@ -66,14 +110,34 @@ DPLR = [
     {"length": 4200, "d": 1, "n": 1, "dt": 0.002},  # frequencies of several programs, backward too
     {"layout": "strided", "length": 3},
 ]
+FFT = [
+    {"d": 1},
+    {"l": 0},
+    {"l_k": 0, "l_r": 0, "D": False, "d": 1},
+    {"l_r": 30, "l_k": 3, "d": 1},
+    {"l": 300, "l_k": 300, "b": 1, "d": 1},  # the last of three sums is of 2
+    {"l": 600, "l_k": 40, "l_r": 500, "b": 1, "d": 1},  # of 4, and more than half of the circle
+    {"l": 3000, "l_k": 600, "b": 1, "d": 1},  # of 8
+    {"l": 2050, "l_k": 2050, "b": 1, "d": 1},  # of 16
+    {"l": 400, "l_k": 400, "b": 1, "d": 1, "packed": True, "l_r": 3},
+    {"l": 700, "l_k": 700, "b": 1, "d": 1, "packed": True},  # circles of two sizes
+    {"layout": "strided", "l_r": 5, "d": 2, "b": 1},
+    {"layout": "far", "b": 1, "l": 7, "d": 2},
+]
 STEP = [{}, {"g": 3}, {"n": 17}, {"D": False, "z": False}, {"bias": False, "softplus": False}, {"layout": "strided"}]
 
 CASES = [
+    ("attention", "float32", ATTENTION),
+    ("attention", "bfloat16,float16", [ATTENTION[i] for i in (0, 9, 10, 12)]),
     ("causal_conv1d", "float32", CONVOLUTION),
     ("causal_conv1d", "bfloat16,float16,float64", CONVOLUTION[:1] + CONVOLUTION[6:7]),
     ("causal_conv1d_step", "float32,bfloat16,float16,float64", [{}, {"w": 1}, {"layout": "far"}]),
+    ("decode_attention", "float32", DECODING),
+    ("decode_attention", "bfloat16,float16", DECODING[:1] + DECODING[7:8] + DECODING[-1:]),
     ("dplr_kernel", "float32", DPLR),
     ("dplr_kernel", "bfloat16,float16,float64", DPLR[3:4]),
+    ("fft_conv", "float32", FFT),
+    ("fft_conv", "bfloat16,float16", [*FFT[3:5], {"weights": "float32", "d": 1}]),
     ("selective_scan", "float32", SCAN),
     ("selective_scan", "bfloat16,float16,float64", SCAN[:1] + SCAN[9:10]),
     ("selective_scan_step", "float32,bfloat16,float16,float64", STEP),
@@ -95,12 +159,16 @@ def test_check_in_the_interpreter(op, dtypes, rows):
 def test_one_graph_and_opcheck():
     program = """
 import torch
-from ssmkernels import causal_conv1d, causal_conv1d_step, selective_scan, selective_scan_step, use
-from ssmkernels.dispatch import OPS
+from ssmkernels import attention, causal_conv1d, causal_conv1d_step, decode_attention, masks
+from ssmkernels import selective_scan, selective_scan_step, use
 
 def both(x, weight, A, B, initial):
     x, last = causal_conv1d(x, weight, activation="silu", return_final_state=True)
     return (*selective_scan(x, x, A, B, B, delta_softplus=True, initial_state=initial, return_final_state=True), last)
+
+def attend(q, k, v, slopes, sinks):
+    plain = attention(q, k, v, causal=True, alibi_slopes=slopes, softcap=3.0)
+    return attention(plain, k, v, sinks=sinks, block_mask=mask, cu_seqlens=borders, return_lse=True)
 
 def steps(window, state, x, weight, A, B):
     x = causal_conv1d_step(window, x, weight)
@@ -108,20 +176,36 @@ def steps(window, state, x, weight, A, B):
 
 torch.manual_seed(0)
 arguments = torch.randn(1, 3, 2), torch.randn(2, 2), -torch.rand(2, 2), torch.randn(1, 3, 2), torch.randn(1, 2, 2)
-graph = torch.compile(both, fullgraph=True, backend="aot_eager")
+heads = torch.randn(1, 3, 2, 4), torch.randn(1, 3, 1, 4), torch.randn(1, 3, 1, 4), torch.rand(2), torch.randn(2)
+mask = masks.causal(3, block_size=8)
+borders = torch.tensor([0, 1, 3], dtype=torch.int32)
 with use("triton"):
-    results = []
-    for function in (both, graph):
-        leaves = [a.clone().requires_grad_() for a in arguments]
-        outputs = function(*leaves)
-        results.append([*outputs, *torch.autograd.grad(sum(o.sin().sum() for o in outputs), leaves)])
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(eager, compiled, rtol=0, atol=0)
+    for function, given in ((both, arguments), (attend, heads)):
+        results = []
+        for run in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+            leaves = [a.clone().requires_grad_() for a in given]
+            outputs = run(*leaves)
+            results.append([*outputs, *torch.autograd.grad(sum(o.sin().sum() for o in outputs), leaves)])
+        for eager, compiled in zip(*results, strict=True):
+            torch.testing.assert_close(eager, compiled, rtol=0, atol=0)
     x, weight, A, B, state = arguments
     states = [[torch.zeros(1, 1, 2), state.clone()] for _ in range(2)]
     eager = steps(*states[0], x[:, 0], weight, A, B[:, 0])
     compiled = torch.compile(steps, fullgraph=True, backend="aot_eager")(*states[1], x[:, 0], weight, A, B[:, 0])
     for one, other in zip((eager, *states[0]), (compiled, *states[1]), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+    pages = torch.randn(3, 2, 1, 2), torch.randn(3, 2, 1, 3)
+    lengths, table = torch.tensor([3, 0], dtype=torch.int32), torch.tensor([[2, 0], [1, 1]], dtype=torch.int32)
+    query = torch.randn(2, 1, 2, 2)
+
+    def decode(query, *rest):
+        return decode_attention(query, *rest, block_table=table, window=(1, 0), return_lse=True)
+
+    with torch.no_grad():
+        eager = decode(query, *pages, lengths)
+        compiled = torch.compile(decode, fullgraph=True, backend="aot_eager")(query, *pages, lengths)
+    for one, other in zip(eager, compiled, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 def opcheck(operator, *arguments):
@@ -131,7 +215,9 @@ def opcheck(operator, *arguments):
     torch.library.opcheck(operator.default, [leaf(a) for a in arguments])
 
 ops = torch.ops.ssmkernels
-borders = torch.tensor([0, 1, 3], dtype=torch.int32)
+lists = mask.offsets, mask.columns, mask.patterns, mask.bits
+opcheck(ops.attention_triton, *heads, 1, 0, 0.5, 2.0, None, None, None, None, None, None)
+opcheck(ops.attention_triton, *heads[:3], None, heads[4], -1, -1, 0.5, 0.0, *lists, borders, borders)
 two = torch.randn(2, 2, 2)
 opcheck(ops.causal_conv1d_triton, x, weight, A[:, 0], "silu", two[:, :1], borders)
 opcheck(ops.selective_scan_triton, x, x * 2, A, B, B, A[:, 0], x * 3, A[:, 1], True, state, None, True)
@@ -139,6 +225,102 @@ opcheck(ops.selective_scan_triton, x, x * 2, A, A * 2, B, None, None, None, Fals
 x0, x1, B0, B1 = x[:, 0].clone(), x[:, 1].clone(), B[:, 0].clone(), B[:, 1].clone()
 torch.library.opcheck(ops.causal_conv1d_step_triton.default, (torch.zeros(1, 1, 2), x0, weight, None, None))
 torch.library.opcheck(ops.selective_scan_step_triton.default, (state, x0, x1, A, B0, B1, None, None, None, True))
+decoding = query, *pages, lengths, table, 1, 0.5, 2.0, torch.rand(2), torch.rand(2), None, True
+torch.library.opcheck(ops.decode_attention_triton.default, decoding)
+cache = torch.randn(2, 3, 1, 2)
+decoding = query, cache, cache, lengths, None, -1, 0.5, 0.0, None, None, 2, False
+torch.library.opcheck(ops.decode_attention_triton.default, decoding)
+"""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SSMZOO_")}
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        env={**environment, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_attention_under_masks_of_any_block_size_over_packed_sequences():
+    program = """
+import torch
+from ssmkernels import attention, masks
+
+torch.manual_seed(0)
+l, m, h = 37, 41, 2
+q, k, v = torch.randn(1, l, h, 8), torch.randn(1, m, 1, 8), torch.randn(1, m, 1, 5)
+slopes, window = torch.rand(h), (20, 9)
+packed = {"cu_seqlens": torch.tensor([0, 5, 5, 23, l]).int(), "cu_seqlens_k": torch.tensor([0, 9, 12, 12, m]).int()}
+dout, dlse = torch.randn(1, l, h, 5), torch.randn(1, h, l)
+
+def run(implementation, dtype, tensors, mask, **options):
+    leaves = [x.to(dtype).requires_grad_() for x in tensors]
+    out, lse = attention(
+        *leaves[:3], alibi_slopes=leaves[3], block_mask=mask, implementation=implementation, return_lse=True, **options
+    )
+    seen = lse > -torch.inf
+    loss = (out * dout).sum() + (lse.masked_fill(~seen, 0) * dlse).sum()
+    return [out, lse, *torch.autograd.grad(loss, leaves)]
+
+for block_q, block_k in ((8, 16), (24, 40), (16, 32), (5, 8)):
+    for heads, options in ((h, packed), (1, {**packed, "window": window}), (h, {"window": window})):
+        kind, pair = torch.rand(heads, -(-l // block_q), -(-m // block_k)), torch.rand(heads, l, m)
+
+        def seen(h, i, j):
+            return pair[h, i, j] < 3 * kind[h, i // block_q, j // block_k] - 1  # some blocks whole, some hidden
+
+        mask = masks.from_function(seen, l, m, heads=heads, block_size=(block_q, block_k))
+        found = run("triton", torch.float32, (q, k, v, slopes), mask, **options)
+        expected = run("reference", torch.float64, (q, k, v, slopes), mask, **options)
+        for f, e in zip(found, expected, strict=True):
+            torch.testing.assert_close(f, e.float(), rtol=1e-5, atol=1e-5)
+        if "cu_seqlens" in options:
+            broken = [x.clone() for x in (q, k, v)]
+            broken[0][:, 5:23], broken[1][:, 9:12], broken[2][:, :9] = torch.nan, torch.nan, torch.nan
+            others = run("triton", torch.float32, (*broken, slopes), mask, **options)
+            last = (slice(23, l), slice(23, l), slice(23, l), slice(12, m), slice(12, m))  # its out, lse, dq, dk, dv
+            for f, o, rows in zip(found, others, last):
+                axis = 2 if f is found[1] else 1
+                assert torch.equal(f.movedim(axis, 0)[rows], o.movedim(axis, 0)[rows])
+"""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SSMZOO_")}
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        env={**environment, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_decoding_gives_the_same_bits_in_any_company_room_and_pages():
+    program = """
+import functools
+import torch
+from ssmkernels import decode_attention
+
+decode = functools.partial(decode_attention, implementation="triton", window=(450, 0), return_lse=True)
+torch.manual_seed(0)
+q, lengths = torch.randn(3, 2, 4, 8), torch.tensor([600, 0, 297], dtype=torch.int32)
+cache = torch.randn(3, 600, 2, 8)
+for splits in (None, 5):
+    whole = decode(q, cache, cache, lengths, num_splits=splits)
+    for i in range(3):
+        one = slice(i, i + 1)
+        alone = decode(q[one], cache[one], cache[one], lengths[one], num_splits=splits)
+        short = cache[one, : lengths[i]]
+        fitting = decode(q[one], short, short, lengths[one], num_splits=splits)
+        for a, b, c in zip(alone, fitting, whole, strict=True):
+            assert torch.equal(a, c[one]) and torch.equal(b, c[one])
+    for size in (7, 64):
+        blocks = -(-600 // size)
+        table = torch.randperm(3 * blocks).view(3, blocks).int()
+        pages = torch.full((3 * blocks, size, 2, 8), torch.nan)
+        padded = torch.nn.functional.pad(cache, (0, 0, 0, 0, 0, blocks * size - 600), value=torch.nan)
+        pages[table.long()] = padded.unflatten(1, (blocks, size))
+        paged = decode(q, pages, pages, lengths, block_table=table, num_splits=splits)
+        for a, b in zip(paged, whole, strict=True):
+            assert torch.equal(a, b)
 """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SSMZOO_")}
     run = subprocess.run(

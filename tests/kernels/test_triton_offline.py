@@ -28,6 +28,8 @@ for name, launch in offline_cases():
         print(f"{name}: {report}")
         assert report.spills == 0, f"{name}: {report}"
         assert report.shared <= CHIPS[chip].shared, f"{name}: {report}"
+        threads = report.num_warps * CHIPS[chip].warp_size
+        assert chip == "gfx942" or report.registers * threads <= 65536, f"{name}: {report}"  # of a multiprocessor
     found += len(reports)
 print(f"{found} kernels")
 """

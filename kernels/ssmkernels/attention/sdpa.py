@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssmkernels.attention import triton
 from ssmkernels.attention.reference import distances, in_window
 from ssmkernels.library import opaque
 from ssmkernels.packing import spans
@@ -37,7 +38,7 @@ def unsupported(arguments: Mapping[str, Any]) -> str | None:
 def slow(arguments: Mapping[str, Any]) -> str | None:
     q, k, slopes = (arguments[name] for name in ("q", "k", "alibi_slopes"))
     if q.device.type != "cpu":
-        return None
+        return _slow_on_gpu(arguments)
     lengths = [(q.shape[1], k.shape[1])]
     if arguments["cu_seqlens"] is not None and not torch.compiler.is_compiling():
         borders = (arguments[name].tolist() for name in ("cu_seqlens", "cu_seqlens_k"))
@@ -46,6 +47,18 @@ def slow(arguments: Mapping[str, Any]) -> str | None:
     size = sum(mask_size(l, m, left, right, slopes is not None) for l, m in lengths)
     size *= 1 if slopes is None else q.shape[2]
     return f"PyTorch's attention would need a mask of {size} numbers" if size > LARGE else None
+
+
+def _slow_on_gpu(arguments: Mapping[str, Any]) -> str | None:
+    """Its other kernels are there for what ours cannot run."""
+    q, k, slopes = (arguments[name] for name in ("q", "k", "alibi_slopes"))
+    if triton.missing() or triton.unsupported(arguments):
+        return None
+    if arguments["cu_seqlens"] is not None:
+        return "PyTorch's attention would take one packed sequence after another"
+    if mask_size(q.shape[1], k.shape[1], arguments["left"], arguments["right"], slopes is not None):
+        return "PyTorch's fastest kernel takes no masks"
+    return None
 
 
 def mask_size(l: int, m: int, left: int, right: int, alibi: bool) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssmkernels.bench import Contest, Contestant, Measurement, Plan, hold, refusal
+from ssmkernels.bench import Contest, Contestant, Measurement, Plan, clock, refusal, weigh
 from ssmkernels.bench.contest import Results, first_line
 from ssmzoo.bench.peers import MODELS, on
 from ssmzoo.bench.products import NAME, products
@@ -21,11 +21,13 @@ QUICK = {"length": 64, "batch": 1}
 QUICK_LAYERS = 2
 SAME = 1e-3  # token by token against at once, relative to the largest logit, in float32
 
-PREFILL, DECODING = "prefill", "decoding"
+PREFILL = "prefill"  # reads a prompt, as generation does: the last position's logits, and the state
+SCORING = "all logits"  # reads a prompt, and gives every position's logits
+DECODING = "decoding"  # the logits of one more token
 
 
 def bench_model(name: str, plan: Plan) -> Iterator[list[Measurement]]:
-    """Times a model and its peers: all logits of a prompt, and the logits of one more token.
+    """Times a model and its peers: reading a prompt, for its last logits or for all, and writing one more token.
 
     ``plan.changes`` may hold length and batch; everything else in it overrides the model's config.
     """
@@ -57,24 +59,28 @@ def bench_model(name: str, plan: Plan) -> Iterator[list[Measurement]]:
         if why:
             yield [refusal("models", name, peer.name, "peer", why, plan)]
     shape = f"prompt of {sizes['length']}, {model.config.n_layers} layers, batch {sizes['batch']}"
-    for work in (PREFILL, DECODING):
+    timed = []
+    for work in (PREFILL, SCORING, DECODING):
         plan.say(f"{name}, {work}: reading the prompt")
         contestants = [Contestant("ssmzoo", "ours", _ours(model, ids, work))]
         contestants += [Contestant(n, "peer", _theirs(rival, ids, work), note) for n, note, rival in rivals]
-        tokens = ids.numel() if work == PREFILL else sizes["batch"]
-        limit = products(model, tokens, backward=False)
+        tokens = sizes["batch"] if work == DECODING else ids.numel()
+        limit = products(model, tokens, backward=False, outputs=ids.numel() if work == SCORING else sizes["batch"])
         contestants += [limit] if limit is not None else []
-        yield hold(Contest("models", name, work, shape, contestants, limited_by=NAME, tokens=tokens), plan)
+        contest = Contest("models", name, work, shape, contestants, limited_by=NAME, tokens=tokens)
+        timed.append((contest, clock(contest, plan)))
+    for contest, rows in timed:
+        yield weigh(contest, rows, plan)
 
 
 def _ours(model: SequenceModel, ids: Tensor, work: str) -> Callable[[], Results]:
     @torch.no_grad()
-    def prefill() -> Results:
-        logits, _ = model(ids, model.initial_state(len(ids)))
+    def read() -> Results:
+        logits, _ = model(ids, model.initial_state(len(ids)), last_only=work == PREFILL)
         return {"logits": logits}
 
-    if work == PREFILL:
-        return prefill
+    if work != DECODING:
+        return read
     room = ids.shape[1] + 4096
     with torch.no_grad():
         state: Any = model(ids, model.initial_state(len(ids), max_length=room))[1]
@@ -92,11 +98,11 @@ def _theirs(model: nn.Module, ids: Tensor, work: str) -> Callable[[], Results]:
     """A model with the interface that transformers gives to Mamba."""
 
     @torch.no_grad()
-    def prefill() -> Results:
-        return {"logits": model(ids, use_cache=True).logits}
+    def read() -> Results:
+        return {"logits": model(ids, use_cache=True, logits_to_keep=1 if work == PREFILL else 0).logits}
 
-    if work == PREFILL:
-        return prefill
+    if work != DECODING:
+        return read
     with torch.no_grad():
         cache = model(ids, use_cache=True).cache_params
 

@@ -55,34 +55,39 @@ def limit_of(mixer: Mixer, batch: int, length: int, backward: bool) -> Contestan
     return Contestant(WITH_CONVOLUTION, "limit", call)
 
 
-def products(module: nn.Module, tokens: int, backward: bool) -> Contestant | None:
+def products(module: nn.Module, tokens: int, backward: bool, outputs: int | None = None) -> Contestant | None:
     """A limit: ``tokens`` random rows times each weight, and with ``backward`` gradients times weight and times input.
 
-    None where the module has no linear map.
+    Of a model's head, ``outputs`` rows if given. None where the module has no linear map.
     """
     weights = weights_of(module)
     if not weights:
         return None
+    counts = [tokens] * len(weights)
+    if outputs is not None and isinstance(module, SequenceModel):
+        for i, weight in enumerate(weights):
+            if weight.data_ptr() == module.lm_head.weight.data_ptr():
+                counts[i] = outputs
 
     def rows(width: int) -> Tensor:
         return torch.randn(tokens, width, device=weights[0].device, dtype=weights[0].dtype)
 
     inputs = {width: rows(width) for width in {weight.shape[1] for weight in weights}}
     gradients = {width: rows(width) for width in {weight.shape[0] for weight in weights}} if backward else {}
-    return Contestant(NAME, "limit", _call(weights, inputs, gradients))
+    return Contestant(NAME, "limit", _call(list(zip(weights, counts, strict=True)), inputs, gradients))
 
 
 def _call(
-    weights: list[Tensor], inputs: dict[int, Tensor], gradients: dict[int, Tensor]
+    weights: list[tuple[Tensor, int]], inputs: dict[int, Tensor], gradients: dict[int, Tensor]
 ) -> Callable[[], dict[str, Tensor]]:
     @torch.no_grad()
     def call() -> dict[str, Tensor]:
-        for weight in weights:
-            x = inputs[weight.shape[1]]
+        for weight, count in weights:
+            x = inputs[weight.shape[1]][:count]
             with torch.set_grad_enabled(bool(gradients)):  # as a model's own maps choose their library
                 linear(x, weight)
             if gradients:
-                g = gradients[weight.shape[0]]
+                g = gradients[weight.shape[0]][:count]
                 torch.mm(g, weight)
                 torch.mm(g.t(), x)
         return {}

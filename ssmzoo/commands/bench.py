@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,12 @@ def command(
     out: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="For table and figures; runs/bench-TIME if not given.")
     ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            metavar="S", help=f"For each contestant of each contest; more give more samples. [default: {SECONDS:g}]"
+        ),
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes, in about a minute: a look, no result.")] = False,
     settings: Annotated[
         list[str] | None,
@@ -57,6 +64,10 @@ def command(
         from ssmkernels.dispatch import unknown
 
         raise ValueError(unknown("dtype", dtype, DTYPES))
+    if seconds is None:
+        seconds = QUICK_SECONDS if quick else SECONDS
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"--seconds must be above 0; got {seconds}")
     changes = parse_settings(settings or [])
     if changes and len(kinds) > 1:
         raise ValueError("--set: name ops, mixers or models too, as their sizes have different names")
@@ -84,7 +95,6 @@ def command(
             kind_of = getattr(torch, dtype)
             limits = measure_limits(place, kind_of, quick=quick)
             screen.print(_limits_line(limits, machine, dtype, place))
-            seconds = QUICK_SECONDS if quick else SECONDS
             plan = Plan(place, kind_of, limits, seconds, peers, quick, changes, progress.say)
             for kind, wanted in todo.items():
                 for made in session.run(kind, wanted, plan, progress.done):

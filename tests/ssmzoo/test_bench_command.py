@@ -17,6 +17,7 @@ from ssmzoo.bench.record import MEASURED, Log, Machine
 
 LIMITS = bench.Limits(bandwidth=1e10, flops=1e11)
 TINY = {"d_model": 64, "length": 8}
+WORK = ["prefill", "all logits", "decoding"]
 TINY_MODEL = {"n_layers": 2, "d_model": 32, "vocab_size": 50, "length": 8}
 
 
@@ -179,6 +180,7 @@ def test_one_that_cannot_be_built_does_not_stop_the_rest(run, tmp_path):
         (["models", "--only", "mamba-131m"], "Did you mean 'mamba-130m'?"),
         (["--only", "selective_scam"], "Did you mean 'selective_scan'?"),
         (["ops", "--dtype", "float33"], "unknown dtype: 'float33'. Did you mean 'float32'?"),
+        (["ops", "--seconds", "0"], "--seconds must be above 0; got 0"),
         (["ops", "--device", "tpu"], "--device must be cpu or cuda; got 'tpu'"),
         (["--set", "l=3"], "name ops, mixers or models too"),
         (["ops", "--set", "dd=3"], "unknown size or option of ops: 'dd'"),
@@ -246,7 +248,7 @@ def test_a_falcon_mamba_beside_transformers():
     tiny = TINY_MODEL | {"d_model": 32, "n_layers": 1}
     rows = [row for rows in models.bench_model("falcon-mamba-7b", plan(tiny)) for row in rows]
     theirs = [row for row in rows if row.implementation == "transformers"]
-    assert [(row.work, row.refused) for row in theirs] == [("prefill", ""), ("decoding", "")]
+    assert [(row.work, row.refused) for row in theirs] == [(work, "") for work in WORK]
 
 
 def test_a_peer_with_other_weights_is_refused(monkeypatch):
@@ -271,14 +273,14 @@ def test_a_model_beside_transformers():
     rows = [row for rows in models.bench_model("mamba-130m", plan(TINY_MODEL)) for row in rows]
     assert not [row.refused for row in rows if row.refused and row.implementation == "transformers"]
     assert [(row.work, row.implementation) for row in rows if row.median] == [
-        (work, name) for work in ("prefill", "decoding") for name in ("ssmzoo", "transformers", products.NAME)
+        (work, name) for work in WORK for name in ("ssmzoo", "transformers", products.NAME)
     ]
     assert all(row.tokens_per_second for row in rows)
 
 
 def test_a_hybrid_has_no_peer_and_is_timed_alone():
     rows = [row for rows in models.bench_model("mamba-hybrid-tiny", plan({"length": 8})) for row in rows]
-    assert [row.work for row in rows if row.role == "ours"] == ["prefill", "decoding"]
+    assert [row.work for row in rows if row.role == "ours"] == WORK
     refused = [row for row in rows if row.refused]
     assert all(row.implementation == "transformers" for row in refused)
 
@@ -291,6 +293,17 @@ def test_the_matrix_products_are_those_of_all_linear_maps():
     lstm = ssmzoo.build_mixer("lstm", 8)
     assert sorted(tuple(w.shape) for w in products.weights_of(lstm)) == [(8, 8), (32, 8), (32, 8)]
     assert products.products(torch.nn.Identity(), 4, backward=True) is None
+
+
+@pytest.mark.parametrize(("outputs", "rows"), [(None, [6, 6, 6, 6]), (1, [6, 6, 6, 1])])
+def test_the_head_may_have_fewer_rows(outputs, rows, monkeypatch):
+    """A tied head too: the embedding is no product."""
+    counted = []
+    monkeypatch.setattr(products, "linear", lambda x, weight: counted.append((len(x), tuple(weight.shape))))
+    model = ssmzoo.build("mamba-130m", n_layers=1, d_model=8, vocab_size=32)
+    maps = [tuple(weight.shape) for weight in products.weights_of(model)][-4:]
+    products.products(model, 6, backward=False, outputs=outputs).call()
+    assert counted[-4:] == list(zip(rows, maps, strict=True))
 
 
 @pytest.mark.parametrize(

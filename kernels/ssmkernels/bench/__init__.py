@@ -16,10 +16,12 @@ from ssmkernels.bench.contest import (
     Contestant,
     Measurement,
     Plan,
+    clock,
     differs,
     grow,
     hold,
     refusal,
+    weigh,
 )
 from ssmkernels.bench.limits import Limits, measure_limits
 from ssmkernels.bench.measure import Timing, compete, exponent, peak_memory, schedule
@@ -42,6 +44,7 @@ __all__ = [
     "Setting",
     "Timing",
     "bench_op",
+    "clock",
     "compete",
     "differs",
     "exponent",
@@ -53,4 +56,5 @@ __all__ = [
     "resident_memory",
     "scale_op",
     "schedule",
+    "weigh",
 ]

@@ -117,10 +117,14 @@ class Measurement:
 
 
 def hold(contest: Contest, plan: Plan) -> list[Measurement]:
-    """Holds a contest. Who fails, or does other work, is not timed: the line says why."""
+    """Holds a contest: times, then memory."""
+    return weigh(contest, clock(contest, plan), plan)
+
+
+def clock(contest: Contest, plan: Plan) -> list[Measurement]:
+    """Compares and times. Who fails, or does other work, is not timed: the line says why."""
     admitted: list[Contestant] = []
     refused: dict[str, str] = {}
-    peaks: dict[str, tuple[int | None, int | None]] = {}
     truth: Results | None = None
     for one in sorted(contest.contestants, key=lambda c: c.role != "ours"):
         if one.role == "limit":
@@ -128,7 +132,7 @@ def hold(contest: Contest, plan: Plan) -> list[Measurement]:
             continue
         plan.say(f"{contest.what}, {contest.work}: comparing {one.name}")
         try:
-            results, peak = peak_memory(one.call, plan.device)
+            results = one.call()
         except NotImplementedError as error:
             refused[one.name] = f"cannot do this: {first_line(error)}"
             continue
@@ -140,8 +144,8 @@ def hold(contest: Contest, plan: Plan) -> list[Measurement]:
             refused[one.name] = f"its results are others: {difference}"
             continue
         truth = results if truth is None else truth
-        peaks[one.name] = peak, sum(t.nbytes for t in results.values())
         admitted.append(one)
+        del results
     del truth
     plan.say(f"{contest.what}, {contest.work}: timing")
     timings = compete({one.name: one.call for one in admitted}, device=plan.device, seconds=plan.seconds)
@@ -152,10 +156,9 @@ def hold(contest: Contest, plan: Plan) -> list[Measurement]:
         if one.name in refused:
             rows.append(dataclasses.replace(blank(contest, plan, one), refused=refused[one.name]))
             continue
-        row = _timed(contest, plan, one, timings[one.name], peaks.get(one.name, (None, None)))
         rows.append(
             dataclasses.replace(
-                row,
+                _timed(contest, plan, one, timings[one.name]),
                 limit=limit,
                 of_limit=timings[one.name].median / limit if limit else None,
                 of_ours=timings[one.name].median / ours if ours else None,
@@ -164,10 +167,31 @@ def hold(contest: Contest, plan: Plan) -> list[Measurement]:
     return rows
 
 
-def _timed(
-    contest: Contest, plan: Plan, one: Contestant, timing: Timing, memory: tuple[int | None, int | None]
-) -> Measurement:
-    """The line of somebody who was timed; ``memory`` is the peak and the results' part of it."""
+def weigh(contest: Contest, rows: list[Measurement], plan: Plan) -> list[Measurement]:
+    """The lines with the memory of those who were timed.
+
+    That comes last: what watches memory leaves an allocator that keeps the largest blocks at hand, and whoever asks
+    for such blocks would be faster in the contests after it than in a process of its own.
+    """
+    plan.say(f"{contest.what}, {contest.work}: measuring memory")
+    return [
+        row if row.refused or one.role == "limit" else _weighed(row, _memory(one, plan))
+        for one, row in zip(contest.contestants, rows, strict=True)
+    ]
+
+
+def _memory(one: Contestant, plan: Plan) -> tuple[int, int]:
+    """The peak, and the results' part of it."""
+    results, peak = peak_memory(one.call, plan.device)
+    return peak, sum(t.nbytes for t in results.values())
+
+
+def _weighed(row: Measurement, memory: tuple[int, int]) -> Measurement:
+    return dataclasses.replace(row, peak_bytes=memory[0], result_bytes=memory[1])
+
+
+def _timed(contest: Contest, plan: Plan, one: Contestant, timing: Timing) -> Measurement:
+    """The line of somebody who was timed."""
     low, high = timing.quartiles
     return dataclasses.replace(
         blank(contest, plan, one),
@@ -176,8 +200,6 @@ def _timed(
         high=high,
         samples=len(timing.samples),
         tokens_per_second=contest.tokens / timing.median if contest.tokens else None,
-        peak_bytes=memory[0],
-        result_bytes=memory[1],
     )
 
 
@@ -206,24 +228,23 @@ def refusal(kind: str, what: str, implementation: str, role: Role, why: str, pla
 
 def grow(contests: Iterable[Contest], plan: Plan) -> Iterator[list[Measurement]]:
     """Times one contestant at several lengths, which take turns; at last comes a line with what fits all of them."""
-    admitted: list[tuple[Contest, tuple[int | None, int | None]]] = []
+    admitted: list[tuple[Contest, tuple[int, int]]] = []
     for contest in contests:
         one = contest.contestants[0]
         plan.say(f"{contest.what}, {contest.work}: length {contest.length}")
         try:
-            results, peak = peak_memory(one.call, plan.device)
+            memory = _memory(one, plan)
         except Exception as error:  # too little memory, or whatever a kernel raises
             told = f"raises {type(error).__name__}: {first_line(error)}"
             yield [dataclasses.replace(blank(contest, plan, one), refused=told)]
             continue
-        admitted.append((contest, (peak, sum(t.nbytes for t in results.values()))))
-        del results
+        admitted.append((contest, memory))
     calls = {str(contest.length): contest.contestants[0].call for contest, _ in admitted}
     timings = compete(calls, device=plan.device, seconds=plan.seconds)
     measured = []
     for contest, memory in admitted:
         one = contest.contestants[0]
-        row = _timed(contest, plan, one, timings[str(contest.length)], memory)
+        row = _weighed(_timed(contest, plan, one, timings[str(contest.length)]), memory)
         limit = contest.limit
         of_limit = timings[str(contest.length)].median / limit if limit else None
         measured.append(dataclasses.replace(row, limit=limit, of_limit=of_limit))

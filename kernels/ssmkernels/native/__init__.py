@@ -59,6 +59,7 @@ def library() -> Library:
     if forced and forced not in able:
         known = "is none of its names" if forced not in ISAS else "cannot be run by this CPU, or was not built"
         return Library(None, "", f"SSMZOO_CPU_ISA={forced}: {forced!r} {known}; there are: {', '.join(able)}")
+    _keep_freed_memory()
     return Library(handle, forced or able[-1], None)
 
 
@@ -153,6 +154,25 @@ def _madvise() -> Callable[[int, int, int], int] | None:
     if function is not None:
         function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     return function
+
+
+def _keep_freed_memory() -> None:
+    """Lets glibc keep up to 64 MiB of freed memory for the next call; other allocators are left as they are.
+
+    It gives memory back to the system, and maps blocks afresh, by thresholds that follow the largest mapped block freed
+    so far (malloc(3), M_MMAP_THRESHOLD). While that is of a layer's size, each layer's activations are given back and
+    faulted in again, which took a fifth of a Mamba layer's forward pass. So one block of the largest size that counts
+    is freed, untouched. Whoever sets these thresholds (``MALLOC_TRIM_THRESHOLD_``, mallopt) turns this off.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc is None or not hasattr(libc, "gnu_get_libc_version"):
+        return
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
+    libc.free.restype, libc.free.argtypes = None, (ctypes.c_void_p,)
+    libc.free(libc.malloc(MAPPED_AT_MOST))
+
+
+MAPPED_AT_MOST = 2**25 - 2**13  # bytes; with the allocator's own few in front the block must not exceed 32 MiB
 
 
 def plain(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -52,7 +53,8 @@ def run(
     """Calls an implementation and, where the op has gradients, its backward pass.
 
     Args:
-        implementation: a name, or a function with the public function's signature.
+        implementation: a name, or a function with the public function's signature, or a part of it: it is not told
+            what has its default.
         arguments: of the public function; what it writes is written.
         gradients: whether to ask for them.
         seed: of the gradients that come in.
@@ -90,7 +92,27 @@ def run(
 def _call(spec: Spec, implementation: str | Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
     if isinstance(implementation, str):
         return spec.function()(**arguments, implementation=implementation)
-    return implementation(**arguments)
+    return implementation(**_known(implementation, arguments, spec.function()))
+
+
+def _known(function: Callable[..., Any], arguments: Mapping[str, Any], public: Callable[..., Any]) -> Mapping[str, Any]:
+    """The arguments that a function knows, where the others have their defaults in the public one.
+
+    Raises:
+        NotImplementedError: one that it does not know has another value.
+    """
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # of a function in C, say
+        return arguments
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return arguments
+    names = {p.name for p in parameters if p.kind is not p.VAR_POSITIONAL}
+    defaults = inspect.signature(public).parameters
+    for name, value in arguments.items():
+        if name not in names and (isinstance(value, Tensor) or value != defaults[name].default):
+            raise NotImplementedError(f"it takes no `{name}`")
+    return {name: value for name, value in arguments.items() if name in names}
 
 
 def _incoming(result: Tensor, seed: int, noise: float) -> Tensor:

@@ -48,7 +48,8 @@ def check(
     Args:
         op: the op's name.
         implementation: one of its implementations by name, or a function that takes and returns what the public one
-            does. It may raise NotImplementedError for what it does not do: the report lists that as skipped.
+            does. For what it does not do it may raise NotImplementedError, or lack the argument: the report lists that
+            as skipped.
         cases: rows, that is changes of the op's base case such as ``{"l": 33}``; all of its spec's if None.
         dtypes: those of the spec if None.
         device: where it runs.

@@ -31,6 +31,11 @@ CASES = {
     "length 0": {"l": 0},
     "length 0, plain": {"l": 0, "D": False, "kernel_reverse": False},
     "empty batch": {"b": 0},
+    "gated": {"gate": True},
+    "gated, causal, no skip": {"gate": True, "kernel_reverse": False, "D": False},
+    "gated, length 1": {"gate": True, "l": 1},
+    "gated, length 0": {"gate": True, "l": 0},
+    "gated, packed": {"gate": True, "cu_seqlens": [0, 5, 5, 6, 17, 17]},
     "packed": {"cu_seqlens": [0, 5, 5, 6, 17, 17]},
     "packed, causal": {"cu_seqlens": [0, 0, 2, 17], "kernel_reverse": False},
     "packed, nothing": {"cu_seqlens": [0, 0, 0], "l": 0},
@@ -39,7 +44,7 @@ CASES = {
 
 @pytest.fixture
 def arguments(randn):
-    def make(dtype=torch.float64, *, b=2, l=17, d=3, l_k=17, l_r=16, cu_seqlens=None, **given):
+    def make(dtype=torch.float64, *, b=2, l=17, d=3, l_k=17, l_r=16, cu_seqlens=None, gate=False, **given):
         made = {
             "u": randn(b if cu_seqlens is None else 1, l, d, dtype=dtype),
             "kernel": randn(d, l_k, dtype=torch.promote_types(dtype, torch.float32)),
@@ -47,6 +52,8 @@ def arguments(randn):
             "kernel_reverse": randn(d, l_r, dtype=dtype),
         }
         made = {name: value for name, value in made.items() if given.get(name, True)}
+        if gate:
+            made["gate"] = randn(*made["u"].shape, dtype=dtype)
         if cu_seqlens is not None:
             made["cu_seqlens"] = torch.tensor(cu_seqlens, dtype=torch.int32)
         return made
@@ -54,8 +61,8 @@ def arguments(randn):
     return make
 
 
-def toeplitz(u, kernel, D=None, *, kernel_reverse=None, cu_seqlens=None):
-    """y = T u with a dense matrix T of each channel: T[t, s] is the weight of lag t - s."""
+def toeplitz(u, kernel, D=None, *, kernel_reverse=None, gate=None, cu_seqlens=None):
+    """y = T u, gated, with a dense matrix T of each channel: T[t, s] is the weight of lag t - s."""
     l = u.shape[1]
     position = torch.arange(l)
     lag = position[:, None] - position  # (t s)
@@ -70,7 +77,8 @@ def toeplitz(u, kernel, D=None, *, kernel_reverse=None, cu_seqlens=None):
     if cu_seqlens is not None:
         sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
         T = T * (sequence[:, None] == sequence)
-    return torch.einsum("dts,bsd->btd", T, u)
+    y = torch.einsum("dts,bsd->btd", T, u)
+    return y if gate is None else gate * y
 
 
 @EITHER
@@ -96,7 +104,7 @@ def test_kernels_without_a_tap(convolve, arguments):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", ["base", "plain", "packed"])
+@pytest.mark.parametrize("case", ["base", "plain", "gated", "packed"])
 def test_fft_is_nearly_as_exact_as_the_sum(case, dtype, arguments):
     """A Fourier transform spreads its roundings over all outputs: a few of float32's in Σ |kernel| |u|."""
     made = arguments(dtype, **CASES[case])
@@ -109,7 +117,7 @@ def test_fft_is_nearly_as_exact_as_the_sum(case, dtype, arguments):
 
 
 @EITHER
-@pytest.mark.parametrize("case", ["base", "packed"])
+@pytest.mark.parametrize("case", ["base", "gated", "packed"])
 def test_any_strides(convolve, case, arguments, run, assert_same, spread):
     made = arguments(**CASES[case])
     assert_same(run(convolve, **spread(made)), run(convolve, **made))
@@ -163,9 +171,9 @@ def test_fft_size(least):
 
 
 @EITHER
-@pytest.mark.parametrize("case", ["base", "packed"])
+@pytest.mark.parametrize("case", ["base", "gated", "packed"])
 def test_gradcheck(convolve, case, arguments):
-    made = arguments(l=6, l_k=4, l_r=3, cu_seqlens=[0, 4, 4, 6] if case == "packed" else None)
+    made = arguments(l=6, l_k=4, l_r=3, gate=case == "gated", cu_seqlens=[0, 4, 4, 6] if case == "packed" else None)
     cu_seqlens = made.pop("cu_seqlens", None)
 
     def call(*values):
@@ -175,17 +183,17 @@ def test_gradcheck(convolve, case, arguments):
 
 
 @EITHER
-@pytest.mark.parametrize("case", ["base", "plain", "packed"])
+@pytest.mark.parametrize("case", ["base", "plain", "gated", "packed"])
 def test_compiles(convolve, case, arguments, assert_compiles):
     assert_compiles(convolve, **arguments(torch.float32, **CASES[case]))
 
 
 @pytest.mark.parametrize("implementation", ["fft", "reference"])
-@pytest.mark.parametrize("case", ["base", "plain", "length 0", "packed"])
+@pytest.mark.parametrize("case", ["base", "plain", "gated, packed", "length 0", "packed"])
 def test_opcheck(implementation, case, arguments, opcheck):
     made = arguments(**CASES[case])
     operator = OPS["fft_conv"].implementation(implementation).function.operator
-    opcheck(operator, {name: made.get(name) for name in ("u", "kernel", "D", "kernel_reverse", "cu_seqlens")})
+    opcheck(operator, {name: made.get(name) for name in ("u", "kernel", "D", "kernel_reverse", "gate", "cu_seqlens")})
 
 
 @pytest.mark.parametrize(
@@ -204,6 +212,8 @@ def test_opcheck(implementation, case, arguments, opcheck):
         ),
         ({"kernel": torch.zeros(3, 17).half()}, TypeError, "`kernel` must be float32; got float16"),
         ({"kernel_reverse": torch.zeros(3)}, ValueError, r"`kernel_reverse` must have shape \(d l_r\)"),
+        ({"gate": torch.zeros(2, 16, 3)}, ValueError, r"`gate` must have shape \(b l d\) with b=2, l=17, d=3; got"),
+        ({"gate": torch.zeros(2, 17, 3).half()}, TypeError, "`gate` must .*float32"),
         ({"D": 1.0}, TypeError, r"`D` must be a tensor of shape \(d\); got float"),
         ({"cu_seqlens": torch.tensor([0, 17], dtype=torch.int32)}, ValueError, "a batch of 2"),
         (
@@ -318,26 +328,26 @@ assert dots
 """
 PARTS = """
 import torch
-from ssmkernels.fft_conv import triton
+from ssmkernels.fft_conv import triton_launch
 from ssmkernels.testing import check
 
 torch.set_num_threads(1)
-triton.PROGRAMS = 2
-check("fft_conv", "triton", cases=[dict(b=5, d=1, l=9), dict(b=2, d=3, l=5)], dtypes=[torch.float32])
+triton_launch.PROGRAMS = 2
+check("fft_conv", "triton", cases=[dict(b=5, d=1, l=9, gate=True), dict(b=2, d=3, l=5)], dtypes=[torch.float32])
 """
 OPERATOR = """
 import torch
 from ssmkernels import fft_conv
 from ssmkernels.fft_conv import triton
 
-def convolve(u, kernel, D, reverse, borders):
-    return fft_conv(u, kernel, D, kernel_reverse=reverse, cu_seqlens=borders, implementation="triton")
+def convolve(u, kernel, D, reverse, gate, borders):
+    return fft_conv(u, kernel, D, kernel_reverse=reverse, gate=gate, cu_seqlens=borders, implementation="triton")
 
 torch.manual_seed(0)
-wanted = [torch.randn(shape, requires_grad=True) for shape in ((1, 7, 2), (2, 9), (2,), (2, 3))]
-u, kernel, D, reverse = wanted
+wanted = [torch.randn(shape, requires_grad=True) for shape in ((1, 7, 2), (2, 9), (2,), (2, 3), (1, 7, 2))]
+u, kernel, D, reverse, gate = wanted
 borders = torch.tensor([0, 3, 7], dtype=torch.int32)
-for arguments in ((u, kernel, D, reverse, borders), (u, kernel, None, None, None)):
+for arguments in ((u, kernel, D, reverse, gate, borders), (u, kernel, None, None, None, None)):
     torch.library.opcheck(triton.conv, arguments)
     results = []
     for function in (convolve, torch.compile(convolve, fullgraph=True, backend="aot_eager")):
@@ -346,12 +356,11 @@ for arguments in ((u, kernel, D, reverse, borders), (u, kernel, None, None, None
         results.append([y, *torch.autograd.grad(y.sin().sum(), used)])
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(eager, compiled, rtol=0, atol=0)
-both = torch.autograd.grad(convolve(u, kernel, D, reverse, borders).sum(), wanted)
-alone = torch.autograd.grad(convolve(u, kernel.detach(), D.detach(), reverse.detach(), borders).sum(), u)
-assert torch.equal(alone[0], both[0])
-weights = torch.autograd.grad(convolve(u.detach(), kernel, D, reverse, borders).sum(), wanted[1:])
-for one, other in zip(weights, both[1:], strict=True):
-    assert torch.equal(one, other)
+every = torch.autograd.grad(convolve(*wanted, borders).sum(), wanted)
+for some in ([0], [1, 2, 3], [4]):  # no gradient is wanted of the others
+    given = [x if i in some else x.detach() for i, x in enumerate(wanted)]
+    found = torch.autograd.grad(convolve(*given, borders).sum(), [wanted[i] for i in some])
+    assert all(torch.equal(one, every[i]) for one, i in zip(found, some, strict=True))
 """
 
 

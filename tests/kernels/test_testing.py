@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ssmkernels.testing
-from ssmkernels import selective_scan
+from ssmkernels import rms_norm, selective_scan
 from ssmkernels.spec import specs
 from ssmkernels.testing import check
 
@@ -186,6 +186,25 @@ def test_the_report_goes_on_where_asked():
         "ssmkernels.testing.check('selective_scan', that_raises, cases=[{}], dtypes=[torch.float32], seed=0)"
     )
     assert "2 checks, 2 failed" in str(report)
+
+
+def test_arguments_that_a_function_lacks():
+    """It is called where they have their defaults, of which one is True, and passed over elsewhere."""
+
+    def plain(x, weight, *, eps):
+        return rms_norm(x, weight, eps=eps)
+
+    bare = {"gate": False, "residual": None}
+    rows = [bare, {**bare, "before": False}, {"residual": None}]
+    report = check("rms_norm", plain, cases=rows, dtypes=FLOAT32)
+    assert {c.row for c in report.checks} == {"gate=False, residual=None"}
+    assert [why for _, _, why in report.skipped] == ["it takes no `norm_before_gate`", "it takes no `gate`"]
+
+    def told(x, weight, **rest):
+        assert set(rest) == {"eps", "gate", "norm_before_gate", "group_size", "residual"}
+        return rms_norm(x, weight, **rest)
+
+    assert not check("rms_norm", told, cases=rows, dtypes=FLOAT32).skipped
 
 
 def test_what_a_function_does_not_do():

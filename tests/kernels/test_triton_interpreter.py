@@ -124,6 +124,10 @@ FFT = [
     {"l": 700, "l_k": 700, "b": 1, "d": 1, "packed": True},  # circles of two sizes
     {"layout": "strided", "l_r": 5, "d": 2, "b": 1},
     {"layout": "far", "b": 1, "l": 7, "d": 2},
+    {"gate": True, "d": 1, "l_r": 3},
+    {"gate": True, "l": 600, "l_k": 40, "l_r": 500, "b": 1, "d": 1},
+    {"gate": True, "l": 400, "l_k": 400, "b": 1, "d": 2, "packed": True, "D": False},
+    {"gate": True, "layout": "strided", "d": 2, "b": 1},
 ]
 STEP = [{}, {"g": 3}, {"n": 17}, {"D": False, "z": False}, {"bias": False, "softplus": False}, {"layout": "strided"}]
 
@@ -138,7 +142,7 @@ CASES = [
     ("dplr_kernel", "float32", DPLR),
     ("dplr_kernel", "bfloat16,float16,float64", DPLR[3:4]),
     ("fft_conv", "float32", FFT),
-    ("fft_conv", "bfloat16,float16", [*FFT[3:5], {"weights": "float32", "d": 1}]),
+    ("fft_conv", "bfloat16,float16", [*FFT[3:5], {"weights": "float32", "d": 1}, FFT[-4]]),
     ("selective_scan", "float32", SCAN),
     ("selective_scan", "bfloat16,float16,float64", SCAN[:1] + SCAN[9:10]),
     ("selective_scan_step", "float32,bfloat16,float16,float64", STEP),

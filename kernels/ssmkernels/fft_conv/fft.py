@@ -25,76 +25,100 @@ RESIDENT = 2**28  # likewise on a GPU, which wants much work at once
 
 
 def fft_conv(
-    u: Tensor, kernel: Tensor, D: Tensor | None, kernel_reverse: Tensor | None, cu_seqlens: Tensor | None
+    u: Tensor,
+    kernel: Tensor,
+    D: Tensor | None,
+    kernel_reverse: Tensor | None,
+    gate: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> Tensor:
     if u.numel() == 0:  # no FFT library takes an empty batch
-        return reference.fft_conv(u, kernel, D, kernel_reverse, cu_seqlens)
+        return reference.fft_conv(u, kernel, D, kernel_reverse, gate, cu_seqlens)
     if cu_seqlens is None:
-        return _convolve(u, kernel, D, kernel_reverse)
+        return _convolve(u, kernel, D, kernel_reverse, gate)
     index, mask = pad(cu_seqlens)
-    padded = torch.where(mask[..., None], u[0, index], 0)  # (s longest d)
-    return _convolve(padded, kernel, D, kernel_reverse)[mask][None]
+
+    def padded(x: Tensor) -> Tensor:
+        return torch.where(mask[..., None], x[0, index], 0)  # (s longest d)
+
+    y = _convolve(padded(u), kernel, D, kernel_reverse, None if gate is None else padded(gate))
+    return y[mask][None]
 
 
-def _convolve(u: Tensor, kernel: Tensor, D: Tensor | None, kernel_reverse: Tensor | None) -> Tensor:
+def _convolve(
+    u: Tensor, kernel: Tensor, D: Tensor | None, kernel_reverse: Tensor | None, gate: Tensor | None
+) -> Tensor:
     wide, l = precision(u), u.shape[1]
     kernel = reference.trim(kernel, l).to(wide)
     D = None if D is None else D.to(wide)
     if kernel_reverse is not None:
         kernel_reverse = reference.trim(kernel_reverse, l - 1).to(wide)
-    return _Convolution.apply(u, kernel, D, kernel_reverse)
+    return _Convolution.apply(u, kernel, D, kernel_reverse, gate)
 
 
 class _Convolution(torch.autograd.Function):
-    """u (b l d), kernel (d l_k), D (d), kernel_reverse (d l_r) → y (b l d)."""
+    """u (b l d), kernel (d l_k), D (d), kernel_reverse (d l_r), gate (b l d) → y (b l d)."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, kernel: Tensor, D: Tensor | None, reverse: Tensor | None) -> Tensor:
-        ctx.save_for_backward(u, kernel, D, reverse)
+    def forward(
+        ctx: Any, u: Tensor, kernel: Tensor, D: Tensor | None, reverse: Tensor | None, gate: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(u, kernel, D, reverse, gate)
         circles = _layout(u, kernel, reverse)
         y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
         large_pages(y)
         for c in _groups(u, circles):
             x = circles.spread(u[..., c], kernel.dtype)  # (b c blocks n)
-            spectrum = torch.fft.rfft(x)
-            spectrum *= _taps(circles, kernel, reverse, c)
-            out = circles.overlap(torch.fft.irfft(spectrum, circles.size))  # (b c l)
-            if D is not None:
-                out = torch.addcmul(out, D[c, None], circles.collect(x))
-            y[..., c] = out.mT
+            out = _sums(circles, x, torch.fft.rfft(x), _taps(circles, kernel, reverse, c), D, c)
+            y[..., c] = out.mT if gate is None else out.mT * gate[..., c]
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        u, kernel, D, reverse = ctx.saved_tensors
+        u, kernel, D, reverse, gate = ctx.saved_tensors
         circles = _layout(u, kernel, reverse)
-        wants_u, wants_taps = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
-        du = torch.empty(u.shape, dtype=u.dtype, device=u.device) if wants_u else None
-        large_pages(du)
+        wants_u, wants_gate = ctx.needs_input_grad[0], gate is not None and ctx.needs_input_grad[4]
+        wants_taps = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
+        du, dgate = (
+            torch.empty(u.shape, dtype=u.dtype, device=u.device) if wanted else None for wanted in (wants_u, wants_gate)
+        )
+        large_pages(du, dgate)
         dD = torch.empty_like(D) if D is not None and ctx.needs_input_grad[2] else None
         dkernel = torch.empty_like(kernel) if wants_taps else None
         dreverse = torch.empty_like(reverse) if wants_taps and reverse is not None else None
         for c in _groups(u, circles):
-            g = circles.underlap(dy[..., c], kernel.dtype)  # (b c blocks n)
-            x = circles.spread(u[..., c], kernel.dtype) if wants_taps or dD is not None else None
-            spectrum = torch.fft.rfft(g)
+            inner = dy[..., c] if gate is None else dy[..., c].to(kernel.dtype) * gate[..., c]
+            g = circles.underlap(inner, kernel.dtype)  # (b c blocks n)
+            # What nobody wants is None.
+            x: Any = circles.spread(u[..., c], kernel.dtype) if wants_taps or wants_gate or dD is not None else None
+            spectrum: Any = torch.fft.rfft(g) if wants_u or wants_taps else None
+            inputs: Any = torch.fft.rfft(x) if wants_taps or wants_gate else None
+            taps: Any = _taps(circles, kernel, reverse, c) if wants_u or wants_gate else None
             if dkernel is not None:
-                products = (spectrum * torch.fft.rfft(x).conj()).sum((0, 2))  # (c n/2+1)
+                products = (spectrum * inputs.conj()).sum((0, 2))  # (c n/2+1)
                 dtaps, dbefore = circles.unwind(torch.fft.irfft(products, circles.size))
                 dkernel[c] = dtaps[:, : kernel.shape[1]]
                 if dreverse is not None:
                     dreverse[c] = dbefore
             if dD is not None:
-                assert x is not None
                 dD[c] = (circles.collect(g) * circles.collect(x)).sum((0, 2))
+            if dgate is not None:
+                dgate[..., c] = _sums(circles, x, inputs, taps, D, c).mT * dy[..., c]
             if du is not None:
-                spectrum *= _taps(circles, kernel, reverse, c).conj()
+                spectrum *= taps.conj()
                 dx = circles.collect(torch.fft.irfft(spectrum, circles.size))  # (b c l)
                 if D is not None:
                     dx = torch.addcmul(dx, D[c, None], circles.collect(g))
                 du[..., c] = dx.mT
-        return du, dkernel, dD, dreverse
+        return du, dkernel, dD, dreverse, dgate
+
+
+def _sums(circles: Circles, x: Tensor, spectrum: Tensor, taps: Tensor, D: Tensor | None, c: slice) -> Tensor:
+    """x (b c blocks n) and its spectrum, which is overwritten → the convolution with the skip, (b c l)."""
+    spectrum *= taps
+    out = circles.overlap(torch.fft.irfft(spectrum, circles.size))
+    return out if D is None else torch.addcmul(out, D[c, None], circles.collect(x))
 
 
 def _layout(u: Tensor, kernel: Tensor, reverse: Tensor | None) -> Circles:

@@ -14,6 +14,7 @@ def torch_fft(
     D: Tensor | None = None,
     *,
     kernel_reverse: Tensor | None = None,
+    gate: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Real FFTs along time of twice the length, with channels before time."""
@@ -24,7 +25,8 @@ def torch_fft(
     transposed = u.transpose(1, 2).to(wide)
     product = torch.fft.rfft(transposed, n=size) * torch.fft.rfft(kernel.to(wide), n=size)
     y = torch.fft.irfft(product, n=size)[..., :length].transpose(1, 2)
-    return (y if D is None else y + D * u).to(u.dtype)
+    y = y if D is None else y + D * u
+    return (y if gate is None else gate * y).to(u.dtype)
 
 
 PEERS = {"fft_conv": (Peer("torch.fft", TORCH, torch_fft, "channels before time within, twice the length"),)}

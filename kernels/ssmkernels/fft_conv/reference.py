@@ -11,15 +11,25 @@ from ssmkernels.validate import precision
 
 
 def fft_conv(
-    u: Tensor, kernel: Tensor, D: Tensor | None, kernel_reverse: Tensor | None, cu_seqlens: Tensor | None
+    u: Tensor,
+    kernel: Tensor,
+    D: Tensor | None,
+    kernel_reverse: Tensor | None,
+    gate: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> Tensor:
     if cu_seqlens is None:
-        return _one_batch(u, kernel, D, kernel_reverse)
-    ys = [_one_batch(u[:, time], kernel, D, kernel_reverse) for _, time in spans(cu_seqlens)]
+        return _one_batch(u, kernel, D, kernel_reverse, gate)
+    ys = [
+        _one_batch(u[:, time], kernel, D, kernel_reverse, None if gate is None else gate[:, time])
+        for _, time in spans(cu_seqlens)
+    ]
     return torch.cat([u[:, :0], *ys], dim=1)
 
 
-def _one_batch(u: Tensor, kernel: Tensor, D: Tensor | None, kernel_reverse: Tensor | None) -> Tensor:
+def _one_batch(
+    u: Tensor, kernel: Tensor, D: Tensor | None, kernel_reverse: Tensor | None, gate: Tensor | None
+) -> Tensor:
     wide = precision(u)
     l = u.shape[1]
     x = u.to(wide)
@@ -29,6 +39,8 @@ def _one_batch(u: Tensor, kernel: Tensor, D: Tensor | None, kernel_reverse: Tens
     if kernel_reverse is not None:
         for j, tap in enumerate(trim(kernel_reverse, l - 1).to(wide).T, start=1):  # the input j steps ahead
             y = y + F.pad(tap * x[:, j:], (0, 0, 0, min(j, l)))
+    if gate is not None:
+        y = gate.to(wide) * y
     return y.to(u.dtype).contiguous()
 
 

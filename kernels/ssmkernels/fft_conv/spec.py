@@ -16,6 +16,7 @@ BASE = {
     "l_k": 13,
     "l_r": None,  # taps into the future; None for no such kernel
     "D": True,
+    "gate": False,
     "packed": False,
     "weights": "same",  # or "float32" beside half precision
     "decay": 0.1,  # of the kernels, per tap
@@ -47,6 +48,12 @@ ROWS = (
     {"b": 5},
     {"b": 1, "packed": True, "l": 21},
     {"b": 1, "packed": True, "l": 21, "l_r": 7, "D": False},
+    {"gate": True},
+    {"gate": True, "l_r": 12, "D": False},
+    {"gate": True, "b": 1, "packed": True, "l": 21},
+    {"gate": True, "layout": "strided", "weights": "float32"},
+    {"gate": True, "l": 200, "l_k": 200, "b": 1, "d": 2},
+    {"gate": True, "l": 1},
     {"weights": "float32"},
     {"decay": 0.0, "l": 40, "l_k": 40},
     {"decay": 3.0},
@@ -68,6 +75,7 @@ def make(case: Case, draw: Draw) -> dict[str, Any]:
         "kernel": taps(case["l_k"]),
         "D": draw.normal(d) if case["D"] else None,
         "kernel_reverse": None if case["l_r"] is None else taps(case["l_r"]),
+        "gate": draw.normal(b, l, d) if case["gate"] else None,
         "cu_seqlens": draw.borders(l) if case["packed"] else None,
     }
 
@@ -89,7 +97,7 @@ SPECS = (
         flops=flops,
         results={"y": 1},
         bench={"b": 1, "l": 4096, "l_k": 4096, "d": 256, "decay": 0.001},
-        batched=lambda case: {"u": "cu_seqlens"},
+        batched=lambda case: {"u": "cu_seqlens", "gate": "cu_seqlens"},
         wide=lambda case: ("kernel", "D", "kernel_reverse") if case["weights"] == "float32" else (),
     ),
 )

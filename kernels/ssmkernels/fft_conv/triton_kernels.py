@@ -36,6 +36,17 @@ def fold(x, length, M: tl.constexpr, FOLDED: tl.constexpr):
 
 
 @triton.jit
+def gated(re, im, gate, length, M: tl.constexpr, FOLDED: tl.constexpr):
+    """Times the gate of a sequence, a null one standing for 1; 1 from its ``length`` on."""
+    if gate is not None:
+        j = places(M)
+        re *= tl.load(gate + j, mask=j < length, other=1.0).to(tl.float32)
+        if FOLDED:
+            im *= tl.load(gate + j + M, mask=j + M < length, other=1.0).to(tl.float32)
+    return re, im
+
+
+@triton.jit
 def tap(kernel, kernel_step, reverse, reverse_step, j, taps, ahead, N: tl.constexpr):
     """The weights at places j of the 2M points: lag 0 at the first, lag -1 at the last with its sign turned."""
     found = tl.load(kernel + j * kernel_step, mask=j < taps, other=0.0).to(tl.float32)
@@ -79,6 +90,7 @@ def convolve(
     x,
     spectra,
     skip,
+    gate,
     y,
     spans,
     matrices,
@@ -90,13 +102,17 @@ def convolve(
     FOLDED: tl.constexpr,
     ADJOINT: tl.constexpr,
 ):
-    """y = the convolution of x + skip x, or its adjoint, for one channel of one sequence."""
+    """y = gate (the convolution of x + skip x), or the adjoint, for one channel of one sequence."""
     row, channel = tl.program_id(0) % rows, (tl.program_id(0) // rows).to(tl.int64)
     start, here = place(row, channel, channels, spans, length)
     x += start
     y += start
+    if gate is not None:
+        gate += start
     j = places(M)
     re, im = fold(x, here, M, FOLDED)
+    if ADJOINT:
+        re, im = gated(re, im, gate, here, M, FOLDED)
     re, im = transform(re, im, matrices, twiddles, M, FOLDED)
     spectra += channel * 2 * M + j
     k_re, k_im = tl.load(spectra), tl.load(spectra + M)
@@ -107,9 +123,13 @@ def convolve(
     if skip is not None:
         weight = tl.load(skip + channel)
         x_re, x_im = fold(x, here, M, FOLDED)
+        if ADJOINT:
+            x_re, x_im = gated(x_re, x_im, gate, here, M, FOLDED)
         re += weight * x_re
         if FOLDED:
             im += weight * x_im
+    if not ADJOINT:
+        re, im = gated(re, im, gate, here, M, FOLDED)
     tl.store(y + j, re.to(y.dtype.element_ty), mask=j < here)
     if FOLDED:
         tl.store(y + j + M, im.to(y.dtype.element_ty), mask=j + M < here)
@@ -119,6 +139,7 @@ def convolve(
 def correlate(
     x,
     g,
+    gate,
     out,
     at_zero,
     spans,
@@ -131,7 +152,7 @@ def correlate(
     M: tl.constexpr,
     FOLDED: tl.constexpr,
 ):
-    """The spectrum of Σ_t g_{t+j} x_t over lags j, summed over ``share`` sequences of one channel.
+    """The spectrum of Σ_t g_{t+j} x_t over lags j, summed over ``share`` sequences of one channel; g times the gate.
 
     Goes to out (parts, d, real and imaginary, M), and the sum at lag 0 as it stands to at_zero (parts, d).
     """
@@ -143,6 +164,8 @@ def correlate(
         start, here = place(step // 2, channel, channels, spans, length)
         second = step % 2 == 1
         re, im = fold(tl.where(second, x, g) + start, here, M, FOLDED)
+        if gate is not None:
+            re, im = gated(re, im, gate + start, tl.where(second, 0, here), M, FOLDED)
         re, im = transform(re, im, matrices, twiddles, M, FOLDED)
         sum_re = tl.where(second, sum_re + g_re * re + g_im * im, sum_re)
         sum_im = tl.where(second, sum_im + g_im * re - g_re * im, sum_im)
@@ -156,6 +179,8 @@ def correlate(
         for row in range(first, end):
             start, here = place(row, channel, channels, spans, length)
             g_re, g_im = fold(g + start, here, M, FOLDED)
+            if gate is not None:
+                g_re, g_im = gated(g_re, g_im, gate + start, here, M, FOLDED)
             re, im = fold(x + start, here, M, FOLDED)
             total += tl.sum(g_re * re + g_im * im)
         tl.store(at_zero + at, total)

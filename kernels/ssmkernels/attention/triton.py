@@ -153,14 +153,16 @@ def offline_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
 
     for dtype, k, v, block, packed, biases in (
         (torch.bfloat16, 64, 64, 0, False, False),
-        (torch.bfloat16, 64, 64, 64, False, False),
         (torch.bfloat16, 128, 128, 0, False, False),
         (torch.bfloat16, 128, 128, 0, True, True),
         (torch.bfloat16, 128, 128, 128, True, False),
         (torch.float16, 96, 33, 24, False, False),
         (torch.bfloat16, 256, 256, 0, False, False),
         (torch.bfloat16, 256, 256, 128, False, False),
-        (torch.float32, 64, 64, 0, True, True),
+        (torch.bfloat16, 64, 64, 64, True, True),
+        (torch.bfloat16, 128, 128, 128, True, True),
+        (torch.bfloat16, 256, 256, 128, True, True),
+        (torch.float32, 64, 64, 64, True, True),
         (torch.float32, 128, 128, 64, False, False),
         (torch.float32, 256, 256, 0, False, False),
     ):

@@ -82,6 +82,7 @@ def speed_up(one: Row, rows: list[Row]) -> float:
 
 def machine(row: Row) -> str:
     threads = "1 thread" if row["threads"] == "1" else f"{row['threads']} threads"
+    threads += ", freed memory kept" if row.get("memory") else ""
     return (
         f"{row['cpu']}, {threads}, {row['dtype']}; ssmzoo {row['ssmzoo']} ({row['commit'] or 'no commit'}), "
         f"PyTorch {row['torch']}{', ' * bool(row['peers'])}{row['peers']}; {row['date'][:10]}. Medians."

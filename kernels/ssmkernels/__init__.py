@@ -9,6 +9,7 @@ import pathlib as _pathlib
 from typing import TYPE_CHECKING
 
 from ssmkernels.dispatch import OPS, Explanation, explain, use
+from ssmkernels.memory import keep_memory
 
 if TYPE_CHECKING:  # for type checkers and editors alone
     from ssmkernels.attention import attention, merge_attention
@@ -21,7 +22,7 @@ if TYPE_CHECKING:  # for type checkers and editors alone
     from ssmkernels.rms_norm import rms_norm
     from ssmkernels.selective_scan import selective_scan, selective_scan_step
 
-__all__ = ["OPS", "Explanation", "explain", "use"]
+__all__ = ["OPS", "Explanation", "explain", "keep_memory", "use"]
 
 for _folder in sorted(_pathlib.Path(__file__).parent.iterdir()):
     if (_folder / "reference.py").exists():

@@ -52,12 +52,16 @@ PEERS = ("transformers", "mambapy", "mamba-ssm", "causal-conv1d", "flash-linear-
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and with what it was measured. ``peers`` and ``commit`` are empty where there are none."""
+    """Where and with what it was measured. ``peers`` and ``commit`` are empty where there are none.
+
+    ``memory`` is "kept" where the process kept what it freed, see :func:`ssmkernels.keep_memory`.
+    """
 
     cpu: str
     cores: int
     gpu: str
     threads: int
+    memory: str
     python: str
     torch: str
     triton: str
@@ -67,13 +71,14 @@ class Machine:
     date: str
 
     @classmethod
-    def here(cls) -> Machine:
+    def here(cls, keeps_memory: bool = False) -> Machine:
         peers = ((name, version(name)) for name in PEERS)
         return cls(
             cpu=cpu_name(),
             cores=os.cpu_count() or 0,
             gpu=gpu_name() if torch.cuda.is_available() else "",
             threads=torch.get_num_threads(),
+            memory="kept" if keeps_memory else "",
             python=platform.python_version(),
             torch=torch.__version__,
             triton=version("triton"),
@@ -86,7 +91,8 @@ class Machine:
     def __str__(self) -> str:
         """Two lines for a figure's caption."""
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
-        where = f"{self.cpu}, {threads} of {self.cores} cores" + (f"; {self.gpu}" if self.gpu else "")
+        kept = ", freed memory kept" if self.memory else ""
+        where = f"{self.cpu}, {threads} of {self.cores} cores{kept}" + (f"; {self.gpu}" if self.gpu else "")
         what = f"ssmzoo {self.ssmzoo}" + (f" ({self.commit})" if self.commit else "")
         versions = f"{what}, PyTorch {self.torch}, Python {self.python}" + (f", {self.peers}" if self.peers else "")
         return f"{where}\n{versions}; {self.date[:10]}"

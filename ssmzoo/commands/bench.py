@@ -48,6 +48,9 @@ def command(
             metavar="S", help=f"For each contestant of each contest; more give more samples. [default: {SECONDS:g}]"
         ),
     ] = None,
+    keep_memory: Annotated[
+        bool, typer.Option("--keep-memory", help="Keep freed memory at hand, as `ssmzoo train` does.")
+    ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes, in about a minute: a look, no result.")] = False,
     settings: Annotated[
         list[str] | None,
@@ -75,17 +78,22 @@ def command(
 
     import torch
 
+    import ssmkernels
     from ssmkernels.bench import Plan, measure_limits
     from ssmzoo.bench import session
     from ssmzoo.bench.record import Log, Machine
 
     todo = session.chosen(kinds, names)
+    if keep_memory and not ssmkernels.keep_memory():
+        raise ValueError(
+            "--keep-memory: the C library is not glibc, or MALLOC_... in the environment tells it otherwise"
+        )
     for kind in todo:
         session.check_changes(kind, todo[kind], changes)
     place = _device(device)
     folder = out or Path("runs") / f"bench-{datetime.datetime.now():%Y-%m-%d-%H%M%S}"
     folder.mkdir(parents=True, exist_ok=True)
-    screen, machine = console(), Machine.here()
+    screen, machine = console(), Machine.here(keep_memory)
     log = Log(folder / "bench.csv", machine)
     rows: list[Measurement] = []
     stopped = False

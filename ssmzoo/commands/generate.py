@@ -33,11 +33,13 @@ def command(
     """Continue a prompt with a trained model, and print the text as it comes."""
     import torch
 
+    from ssmkernels import keep_memory
     from ssmzoo import build
     from ssmzoo.train.vocabulary import Bytes, open_vocabulary
 
     if not prompt:
         raise ValueError("the prompt is empty: give the model at least one character to go on from")
+    keep_memory()
     if device is None:
         found = torch.accelerator.current_accelerator(check_available=True)
         device = "cpu" if found is None else found.type

@@ -48,6 +48,7 @@ def command(
     file has `inputs` (n, l) of token ids or (n, l, d_input) of numbers, `labels` (n), and `lengths` (n) if they differ.
     The run's folder gets config, weights, log and loss curve. Ctrl-C saves, and says how to go on.
     """
+    from ssmkernels import keep_memory
     from ssmzoo import train as training
     from ssmzoo.config import load_config
     from ssmzoo.train.config import split_settings
@@ -57,6 +58,7 @@ def command(
     if more_data and not data:
         raise ValueError(f"one model at a time; got {more_data[0]!r} as well. Text to train on goes after --data")
     sources = [*(data or []), *(more_data or [])] or None
+    keep_memory()
     changes, overrides = split_settings(parse_settings(settings or []))
     try:
         if resume is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -198,22 +197,6 @@ def test_under_sanitizers(compiler, tmp_path):
     )
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, which has the call")
-def test_large_pages_are_asked_for_under_whole_pages_of_large_tensors_alone(monkeypatch):
-    asked = []
-    monkeypatch.setattr(native, "_madvise", lambda: lambda *call: asked.append(call))
-    large, small = torch.empty(native.MAPPED // 4 + 1000), torch.empty(100)
-    native.large_pages(large, small, None, large[:-1])
-    assert len(asked) == 1 + (large[:-1].nbytes >= native.MAPPED)
-    start, size, advice = asked[0]
-    assert advice == 14
-    assert start % native.PAGE == size % native.PAGE == 0
-    assert large.data_ptr() <= start < start + size <= large.data_ptr() + large.nbytes
-    monkeypatch.undo()
-    native.large_pages(large)  # the system's own answer
-    assert torch.equal(large.fill_(1.0), torch.ones_like(large))
-
-
 @pytest.mark.skipif(bool(native.missing()), reason=f"needs the native CPU library: {native.missing()}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(1, 400, 200), (3, 33, 1001), (2, 32768, 2), (1, 70001, 3)], ids=str)
@@ -227,31 +210,3 @@ def test_channels_before_time_are_turned_over(shape, dtype):
     assert torch.equal(found, x)
     part = torch.randn(b, d + 5, l + 7).to(dtype)[:, 2 : 2 + d, 3 : 3 + l].mT
     assert torch.equal(native.rows(part), part)
-
-
-# Three tensors of a layer's size, touched and given back, over and over: how often the system has to give a page.
-LAYERS = """
-import resource, torch
-from ssmkernels import native
-assert native.missing() is None, native.missing()
-def layer():
-    tensors = [torch.ones(size) for size in (3_000_000, 1_500_000, 1_500_000)]
-for _ in range(3):
-    layer()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
-    layer()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc, whose allocator this is about")
-def test_memory_of_a_layer_is_kept_for_the_next():
-    """24 MB in pages of 4 KiB are 5859; the allocator's own thresholds may be set from outside, and then count."""
-    faults = []
-    for own in ({}, {"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"}):
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))} | own
-        run = subprocess.run([sys.executable, "-c", LAYERS], env=environment, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
-        faults.append(int(run.stdout) / 10)
-    assert faults[0] < 600 < 5000 < faults[1]

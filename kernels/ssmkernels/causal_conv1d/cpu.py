@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ssmkernels import native
+from ssmkernels.memory import large_pages
 from ssmkernels.native import address, missing, rows
 from ssmkernels.validate import gradient_wanted, precision
 
@@ -60,7 +61,7 @@ def _conv(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     y, final_state = _outputs(x, weight, bias, activation, initial_state, cu_seqlens)
-    native.large_pages(y)
+    large_pages(y)
     values, _kept = _values(x, weight, bias, activation, initial_state, cu_seqlens)
     values |= {"y": y.data_ptr(), "final_state": final_state.data_ptr()}
     native.run("causal_conv1d", _Forward(**values))
@@ -124,7 +125,7 @@ def conv_backward(
         "dbias": None if bias is None else bias.new_empty(bias.shape, dtype=wide),
         "dinitial": None if initial_state is None else initial_state.new_empty(initial_state.shape),
     }
-    native.large_pages(gradients["dx"])
+    large_pages(gradients["dx"])
     values |= {name: address(g) for name, g in gradients.items()}
     values |= {"dy": dy.data_ptr(), "dfinal": address(dfinal)}
     values |= {"dy_batch": dy.stride(0), "dy_time": dy.stride(1)}

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from ssmkernels.fft_conv import reference
 from ssmkernels.fft_conv.circle import Circles, lay_out
-from ssmkernels.native import large_pages
+from ssmkernels.memory import large_pages
 from ssmkernels.packing import pad
 from ssmkernels.validate import precision
 

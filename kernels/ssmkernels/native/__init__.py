@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import mmap
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +17,7 @@ from typing import Any, NamedTuple
 import torch  # first: its OpenMP runtime, and with it its threads, then serve this library too
 from torch import Tensor
 
+from ssmkernels.memory import keep_a_layer, large_pages
 from ssmkernels.native.build import ABI, ISAS, NAME
 
 PATH = Path(__file__).resolve().parent.parent / NAME
@@ -59,7 +58,7 @@ def library() -> Library:
     if forced and forced not in able:
         known = "is none of its names" if forced not in ISAS else "cannot be run by this CPU, or was not built"
         return Library(None, "", f"SSMZOO_CPU_ISA={forced}: {forced!r} {known}; there are: {', '.join(able)}")
-    _keep_freed_memory()
+    keep_a_layer()
     return Library(handle, forced or able[-1], None)
 
 
@@ -126,53 +125,6 @@ def threads(updates: int) -> int:
 def address(x: Tensor | None) -> int:
     """The tensor's first element's address; 0, which is null, without a tensor."""
     return 0 if x is None else x.data_ptr()
-
-
-def large_pages(*tensors: Tensor | None) -> None:
-    """Asks for large pages under large tensors that nobody has written to yet; does nothing where there are none.
-
-    The allocator maps such memory afresh for many a call. In pages of 4 KiB the system's work on the first touch
-    takes longer than a kernel that is bound by memory; in those of 2 MiB a fraction of it.
-    """
-    advise = _madvise()
-    for x in tensors:
-        if advise is not None and x is not None and x.nbytes >= MAPPED and x.device.type == "cpu":
-            start = -(-x.data_ptr() // PAGE) * PAGE
-            advise(start, (x.data_ptr() + x.nbytes - start) // PAGE * PAGE, MADV_HUGEPAGE)
-
-
-MAPPED = 2**22  # bytes from which this is worth a call: two large pages
-PAGE = mmap.PAGESIZE
-MADV_HUGEPAGE = 14  # Linux
-
-
-@functools.cache
-def _madvise() -> Callable[[int, int, int], int] | None:
-    if sys.platform != "linux":
-        return None
-    function = getattr(ctypes.CDLL(None), "madvise", None)
-    if function is not None:
-        function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return function
-
-
-def _keep_freed_memory() -> None:
-    """Lets glibc keep up to 64 MiB of freed memory for the next call; other allocators are left as they are.
-
-    It gives memory back to the system, and maps blocks afresh, by thresholds that follow the largest mapped block freed
-    so far (malloc(3), M_MMAP_THRESHOLD). While that is of a layer's size, each layer's activations are given back and
-    faulted in again, which took a fifth of a Mamba layer's forward pass. So one block of the largest size that counts
-    is freed, untouched. Whoever sets these thresholds (``MALLOC_TRIM_THRESHOLD_``, mallopt) turns this off.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if libc is None or not hasattr(libc, "gnu_get_libc_version"):
-        return
-    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
-    libc.free.restype, libc.free.argtypes = None, (ctypes.c_void_p,)
-    libc.free(libc.malloc(MAPPED_AT_MOST))
-
-
-MAPPED_AT_MOST = 2**25 - 2**13  # bytes; with the allocator's own few in front the block must not exceed 32 MiB
 
 
 def plain(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ssmkernels import native
+from ssmkernels.memory import large_pages
 from ssmkernels.native import address, missing, plain
 from ssmkernels.validate import precision
 
@@ -62,7 +63,7 @@ def _norm(
 ) -> tuple[Tensor, Tensor]:
     y, summed = _outputs(x, weight, eps, gate, norm_before_gate, group_size, residual)
     values, _kept = _values(x, weight, eps, gate, norm_before_gate, group_size, residual)
-    native.large_pages(y, summed)
+    large_pages(y, summed)
     values |= {"y": y.data_ptr(), "summed": summed.data_ptr()}
     native.run("rms_norm", _Forward(**values))
     return y, summed
@@ -134,7 +135,7 @@ def norm_backward(
         "dgate": None if gate is None else gate.new_empty(gate.shape),
         "dresidual": None if summed is None else summed.new_empty(summed.shape),
     }
-    native.large_pages(*gradients.values())
+    large_pages(*gradients.values())
     values |= {name: address(g) for name, g in gradients.items()}
     values |= {"dy": dy_rows.data_ptr(), "dsummed": address(dsummed_rows), "parts": parts.data_ptr()}
     values["dy_row"] = dy_rows.stride(0)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ssmkernels import native
 from ssmkernels.library import operator_or_plain, wants_graph
+from ssmkernels.memory import large_pages
 from ssmkernels.native import missing
 from ssmkernels.selective_scan.cpu_arguments import Forward, chunk_length, kernel, numbers, values
 from ssmkernels.selective_scan.cpu_backward import scan_backward
@@ -75,7 +76,7 @@ def _scan(
     y, final_state, starts = _outputs(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, save
     )
-    native.large_pages(y, starts)
+    large_pages(y, starts)
     fields, _kept = values(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, starts if save else None
     )

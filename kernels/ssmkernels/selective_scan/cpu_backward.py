@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ssmkernels import native
+from ssmkernels.memory import large_pages
 from ssmkernels.native import address, rows
 from ssmkernels.selective_scan.cpu_arguments import Backward, kernel, numbers, reals, values
 from ssmkernels.validate import precision
@@ -55,7 +56,7 @@ def scan_backward(
         "ddelta_bias_": zeros(delta_bias, wide),
         "dinitial": empty(initial_state),
     }
-    native.large_pages(gradients["du"], gradients["ddelta"], gradients["dz"])
+    large_pages(gradients["du"], gradients["ddelta"], gradients["dz"])
     fields |= {name: address(g) for name, g in gradients.items()}
     fields |= {"dy": dy.data_ptr(), "dfinal": address(dfinal)}
     fields["dy_batch"], fields["dy_time"] = dy.stride()[:2]

@@ -1,0 +1,91 @@
+"""Freed memory stays at hand where it should, and large tensors lie in large pages."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ssmkernels import memory
+
+GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc, whose allocator this is about")
+
+# Tensors of so many MB, touched and given back, over and over: how often the system has to give a page each time.
+ROUNDS = """
+import resource, sys, torch
+import ssmkernels
+from ssmkernels import native
+assert native.missing() is None, native.missing()
+if "keep" in sys.argv:
+    print(ssmkernels.keep_memory())
+def use():
+    tensors = [torch.ones(int(size) * 250_000) for size in sys.argv[1].split(",")]
+for _ in range(3):
+    use()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    use()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10)
+"""
+BY_HAND = {"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"}
+
+
+def rounds(*arguments, **own):
+    """What the program prints, a line each; without thresholds from outside but ``own``."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))} | own
+    command = [sys.executable, "-c", ROUNDS, *arguments]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.split()
+
+
+@GLIBC
+def test_memory_of_a_layer_is_kept_for_the_next():
+    """24 MB in pages of 4 KiB are 5859. Thresholds that somebody has set count."""
+    assert float(rounds("12,6,6")[0]) < 600
+    assert float(rounds("12,6,6", **BY_HAND)[0]) > 5000
+
+
+@GLIBC
+def test_all_memory_is_kept_where_that_is_wanted():
+    """200 MB are 48828 pages."""
+    assert float(rounds("100,60,40")[0]) > 40000
+    kept, faults = rounds("100,60,40", "keep")
+    assert kept == "True"
+    assert float(faults) < 5000
+
+
+@GLIBC
+@pytest.mark.parametrize(
+    "own", [BY_HAND, {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=131072"}], ids=["env", "tunable"]
+)
+def test_what_was_set_from_outside_stays(own):
+    kept, faults = rounds("100,60,40", "keep", **own)
+    assert kept == "False"
+    assert float(faults) > 40000
+
+
+def test_other_allocators_are_left_alone(monkeypatch):
+    monkeypatch.setattr(memory.sys, "platform", "darwin")
+    assert not memory.keep_memory()
+    memory.keep_a_layer()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, which has the call")
+def test_large_pages_are_asked_for_under_whole_pages_of_large_tensors_alone(monkeypatch):
+    asked = []
+    monkeypatch.setattr(memory, "_madvise", lambda: lambda *call: asked.append(call))
+    large, small = torch.empty(memory.MAPPED // 4 + 1000), torch.empty(100)
+    memory.large_pages(large, small, None, large[:-1])
+    assert len(asked) == 1 + (large[:-1].nbytes >= memory.MAPPED)
+    start, size, advice = asked[0]
+    assert advice == 14
+    assert start % memory.PAGE == size % memory.PAGE == 0
+    assert large.data_ptr() <= start < start + size <= large.data_ptr() + large.nbytes
+    monkeypatch.undo()
+    memory.large_pages(large)  # the system's own answer
+    assert torch.equal(large.fill_(1.0), torch.ones_like(large))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import ssmkernels
 from ssmkernels import bench
+from ssmkernels.bench import contest
 from ssmkernels.bench import ops as ops_bench
 from ssmkernels.bench.peers import Package, Peer, peers_of, setting_of
 from ssmkernels.spec import spec_of, specs
@@ -137,6 +138,21 @@ def test_the_fit_of_growth_is_exact(power):
 def test_a_fit_needs_two_sizes():
     with pytest.raises(ValueError, match="two sizes or more"):
         bench.exponent([128, 128], [1.0, 2.0])
+
+
+def test_memory_is_measured_after_the_times(peers, monkeypatch):
+    """What watches it changes what the next call finds in the allocator."""
+    order = []
+
+    def watched(name, function):
+        return lambda *given, **how: order.append(name) or function(*given, **how)
+
+    for name in ("compete", "peak_memory"):
+        monkeypatch.setattr(contest, name, watched(name, getattr(contest, name)))
+    peers()
+    list(bench.bench_op("causal_conv1d", plan(quick=False)))
+    runs = [name for name, _ in itertools.groupby(order)]
+    assert runs == ["compete", "peak_memory"] * 3  # forward, forward + backward, growth
 
 
 def test_growth_times_several_lengths_and_fits(peers):

@@ -278,6 +278,16 @@ def test_a_model_beside_transformers():
     assert all(row.tokens_per_second for row in rows)
 
 
+def test_a_model_is_timed_in_all_its_work_before_memory_is_measured(monkeypatch):
+    order = []
+    for name in ("clock", "weigh"):
+        function = getattr(models, name)
+        monkeypatch.setattr(models, name, lambda *given, n=name, f=function: order.append(n) or f(*given))
+    rows = [row for rows in models.bench_model("mamba-hybrid-tiny", plan({"length": 8}, peers=False)) for row in rows]
+    assert order == ["clock"] * 3 + ["weigh"] * 3
+    assert all(row.peak_bytes for row in rows if row.role == "ours")
+
+
 def test_a_hybrid_has_no_peer_and_is_timed_alone():
     rows = [row for rows in models.bench_model("mamba-hybrid-tiny", plan({"length": 8})) for row in rows]
     assert [row.work for row in rows if row.role == "ours"] == WORK

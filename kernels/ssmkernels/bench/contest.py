@@ -228,26 +228,25 @@ def refusal(kind: str, what: str, implementation: str, role: Role, why: str, pla
 
 def grow(contests: Iterable[Contest], plan: Plan) -> Iterator[list[Measurement]]:
     """Times one contestant at several lengths, which take turns; at last comes a line with what fits all of them."""
-    admitted: list[tuple[Contest, tuple[int, int]]] = []
+    admitted: list[Contest] = []
     for contest in contests:
         one = contest.contestants[0]
         plan.say(f"{contest.what}, {contest.work}: length {contest.length}")
         try:
-            memory = _memory(one, plan)
+            one.call()
         except Exception as error:  # too little memory, or whatever a kernel raises
             told = f"raises {type(error).__name__}: {first_line(error)}"
             yield [dataclasses.replace(blank(contest, plan, one), refused=told)]
             continue
-        admitted.append((contest, memory))
-    calls = {str(contest.length): contest.contestants[0].call for contest, _ in admitted}
+        admitted.append(contest)
+    calls = {str(contest.length): contest.contestants[0].call for contest in admitted}
     timings = compete(calls, device=plan.device, seconds=plan.seconds)
     measured = []
-    for contest, memory in admitted:
-        one = contest.contestants[0]
-        row = _weighed(_timed(contest, plan, one, timings[str(contest.length)]), memory)
-        limit = contest.limit
-        of_limit = timings[str(contest.length)].median / limit if limit else None
-        measured.append(dataclasses.replace(row, limit=limit, of_limit=of_limit))
+    for contest in admitted:
+        one, timing = contest.contestants[0], timings[str(contest.length)]
+        row = _weighed(_timed(contest, plan, one, timing), _memory(one, plan))
+        of_limit = timing.median / contest.limit if contest.limit else None
+        measured.append(dataclasses.replace(row, limit=contest.limit, of_limit=of_limit))
         yield [measured[-1]]
     if len(measured) > 1:
         yield [_fit(measured, plan)]

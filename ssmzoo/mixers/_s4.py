@@ -66,12 +66,11 @@ class S4Layer(Mixer):
 
     Attributes:
         rate: stretches Δ. A model trained at one sampling rate runs at half of it, on every second sample, with 2.0;
-            see :func:`set_rate`. It is no weight: it is not saved.
+            see :func:`set_rate`. It is no weight: what is saved is the option that the layer was made with.
     """
 
     state_class = S4State
     residual_projections = ()
-    rate: float = 1.0
     discretization: str
     length_dependent: ClassVar[tuple[str, ...]] = ()  # discretisations whose kernel depends on the whole length
 
@@ -93,6 +92,7 @@ class S4Layer(Mixer):
         bottleneck: int | None,
         activation: str,
         dropout: float,
+        rate: float,
         lr: float | Mapping[str, float | None] | None,
     ):
         super().__init__(d_model)
@@ -104,12 +104,14 @@ class S4Layer(Mixer):
             raise ValueError(f"{name}: " + unknown("activation", activation, ACTIVATIONS))
         if not 0 < dt_min <= dt_max:
             raise ValueError(f"{name}: 0 < `dt_min` <= `dt_max` must hold; got {dt_min} and {dt_max}")
+        _check_rate(name, rate)
         if d_model % (bottleneck or 1):
             raise ValueError(f"{name}: `bottleneck` must divide d_model={d_model}; got {bottleneck}")
         d = d_model // (bottleneck or 1)
         if d % (n_ssm or d):
             raise ValueError(f"{name}: `n_ssm` must divide the {d} channels; got {n_ssm}")
         self.d_inner, self.channels, self.discretization = d, channels, discretization
+        self.rate = float(rate)
         self.causal = not bidirectional
         self.has_state = discretization not in self.length_dependent
         self.activation = activation
@@ -286,13 +288,17 @@ def set_rate(model: nn.Module, rate: float) -> None:
     Raises:
         ValueError: rate is not above 0, or there is no such layer.
     """
-    if not 0 < rate < math.inf:
-        raise ValueError(f"set_rate: `rate` must be above 0; got {rate!r}")
+    _check_rate("set_rate", rate)
     layers = [module for module in model.modules() if isinstance(module, S4Layer)]
     if not layers:
         raise ValueError(f"set_rate: `model` must have an S4 or S4D layer; got {type(model).__name__} without one")
     for layer in layers:
         layer.rate = float(rate)
+
+
+def _check_rate(name: str, rate: float) -> None:
+    if not isinstance(rate, int | float) or not 0 < rate < math.inf:
+        raise ValueError(f"{name}: `rate` must be above 0; got {rate!r}")
 
 
 def check_state_size(name: str, d_state: int, pairs: bool) -> None:

@@ -38,6 +38,8 @@ class S4(S4Layer):
         bottleneck: d_model / bottleneck channels inside.
         activation: after the convolution and its skip.
         dropout: before the last linear map.
+        rate: stretches Δ: the spacing of the inputs over that for which the layer is made, or was trained. The
+            attribute of this name may change at any time, see :func:`ssmzoo.set_rate`.
         lr: learning rate of A (Λ and P), B and Δ, which get no weight decay: a number, or one for each of "A", "B",
             "C" and "dt". 0 keeps a weight as it is; None, or a name left out, leaves it to the optimiser.
     """
@@ -59,6 +61,7 @@ class S4(S4Layer):
         bottleneck: int | None = None,
         activation: Literal["gelu", "silu", "relu", "tanh", "none"] = "gelu",
         dropout: float = 0.0,
+        rate: float = 1.0,
         lr: float | dict[str, Any] | None = 0.001,
     ):
         check_state_size("S4", d_state, pairs=True)
@@ -79,6 +82,7 @@ class S4(S4Layer):
             bottleneck=bottleneck,
             activation=activation,
             dropout=dropout,
+            rate=rate,
             lr=lr,
         )
 

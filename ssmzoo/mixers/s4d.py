@@ -35,6 +35,8 @@ class S4D(S4Layer):
         bottleneck: d_model / bottleneck channels inside.
         activation: after the convolution and its skip.
         dropout: before the last linear map.
+        rate: stretches Δ: the spacing of the inputs over that for which the layer is made, or was trained. The
+            attribute of this name may change at any time, see :func:`ssmzoo.set_rate`.
         lr: learning rate of A, B and Δ, which get no weight decay: a number, or one for each of "A", "B", "C" and "dt".
             0 keeps a weight as it is; None, or a name left out, leaves it to the optimiser.
     """
@@ -58,6 +60,7 @@ class S4D(S4Layer):
         bottleneck: int | None = None,
         activation: Literal["gelu", "silu", "relu", "tanh", "none"] = "gelu",
         dropout: float = 0.0,
+        rate: float = 1.0,
         lr: float | dict[str, Any] | None = 0.001,
     ):
         check_state_size("S4D", d_state, pairs=init != "real")
@@ -78,6 +81,7 @@ class S4D(S4Layer):
             bottleneck=bottleneck,
             activation=activation,
             dropout=dropout,
+            rate=rate,
             lr=lr,
         )
 

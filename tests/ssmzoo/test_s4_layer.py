@@ -79,9 +79,21 @@ class TestRate:
         set_rate(model, 2)
         assert [block.mixer.rate for block in model.blocks] == [2.0, 2.0]
 
+    @pytest.mark.parametrize("name", ["s4", "s4d"])
+    def test_it_is_an_option_too(self, name):
+        """The same weights, and a config keeps it."""
+        later, x = build(name, 4), torch.randn(1, 9, 4)
+        mixer = build(name, 4, rate=2)
+        mixer.load_state_dict(later.state_dict())
+        set_rate(later, 2.0)
+        assert torch.equal(mixer(x), later(x))
+        model = ssmzoo.build("s4-lm-tiny", d_model=16, n_layers=1, pattern=[name], mixers={name: {"rate": 0.5}})
+        assert ssmzoo.build(model.config).blocks[0].mixer.rate == 0.5
+
     def test_errors(self):
-        with pytest.raises(ValueError, match="`rate` must be above 0; got 0"):
-            set_rate(build("s4"), 0)
+        for make in (lambda rate: set_rate(build("s4"), rate), lambda rate: ssmzoo.build_mixer("s4d", 4, rate=rate)):
+            with pytest.raises(ValueError, match="`rate` must be above 0; got 0"):
+                make(0)
         with pytest.raises(ValueError, match="must have an S4 or S4D layer; got LSTM without one"):
             set_rate(ssmzoo.build_mixer("lstm", 4), 2.0)
 

@@ -49,8 +49,8 @@ def keep_a_layer() -> None:
 
     It gives memory back to the system, and maps blocks afresh, by thresholds that follow the largest mapped block freed
     so far (malloc(3), M_MMAP_THRESHOLD). While that is of a layer's size, each layer's activations are given back and
-    faulted in again, which took a fifth of a Mamba layer's forward pass. So one block of the largest size that counts
-    is freed, untouched. Whoever sets these thresholds (``MALLOC_TRIM_THRESHOLD_``, mallopt) turns this off.
+    faulted in again, which can take a fifth of a Mamba layer's forward pass. So one block of the largest size that
+    counts is freed, untouched. Whoever sets these thresholds (``MALLOC_TRIM_THRESHOLD_``, mallopt) turns this off.
     """
     libc = _glibc()
     if libc is not None:

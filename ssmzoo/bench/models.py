@@ -29,6 +29,8 @@ DECODING = "decoding"  # the logits of one more token
 def bench_model(name: str, plan: Plan) -> Iterator[list[Measurement]]:
     """Times a model and its peers: reading a prompt, for its last logits or for all, and writing one more token.
 
+    All three are timed before anybody's memory is measured; stopped meanwhile, it gives the times that are there.
+
     ``plan.changes`` may hold length and batch; everything else in it overrides the model's config.
     """
     sizes = {key: plan.changes.get(key, value) for key, value in (QUICK if plan.quick else SIZES).items()}
@@ -60,17 +62,24 @@ def bench_model(name: str, plan: Plan) -> Iterator[list[Measurement]]:
             yield [refusal("models", name, peer.name, "peer", why, plan)]
     shape = f"prompt of {sizes['length']}, {model.config.n_layers} layers, batch {sizes['batch']}"
     timed = []
-    for work in (PREFILL, SCORING, DECODING):
-        plan.say(f"{name}, {work}: reading the prompt")
-        contestants = [Contestant("ssmzoo", "ours", _ours(model, ids, work))]
-        contestants += [Contestant(n, "peer", _theirs(rival, ids, work), note) for n, note, rival in rivals]
-        tokens = sizes["batch"] if work == DECODING else ids.numel()
-        limit = products(model, tokens, backward=False, outputs=ids.numel() if work == SCORING else sizes["batch"])
-        contestants += [limit] if limit is not None else []
-        contest = Contest("models", name, work, shape, contestants, limited_by=NAME, tokens=tokens)
-        timed.append((contest, clock(contest, plan)))
-    for contest, rows in timed:
-        yield weigh(contest, rows, plan)
+    try:
+        for work in (PREFILL, SCORING, DECODING):
+            plan.say(f"{name}, {work}: reading the prompt")
+            contestants = [Contestant("ssmzoo", "ours", _ours(model, ids, work))]
+            contestants += [Contestant(n, "peer", _theirs(rival, ids, work), note) for n, note, rival in rivals]
+            tokens = sizes["batch"] if work == DECODING else ids.numel()
+            limit = products(model, tokens, backward=False, outputs=ids.numel() if work == SCORING else sizes["batch"])
+            contestants += [limit] if limit is not None else []
+            contest = Contest("models", name, work, shape, contestants, limited_by=NAME, tokens=tokens)
+            timed.append((contest, clock(contest, plan)))
+        while timed:
+            rows = weigh(*timed[0], plan)
+            del timed[0]
+            yield rows
+    except KeyboardInterrupt:
+        for _, rows in timed:
+            yield rows
+        raise
 
 
 def _ours(model: SequenceModel, ids: Tensor, work: str) -> Callable[[], Results]:

@@ -288,6 +288,25 @@ def test_a_model_is_timed_in_all_its_work_before_memory_is_measured(monkeypatch)
     assert all(row.peak_bytes for row in rows if row.role == "ours")
 
 
+@pytest.mark.parametrize(("step", "there"), [("clock", WORK[:2]), ("weigh", WORK)])
+def test_a_model_that_is_stopped_gives_the_times_that_are_there(step, there, monkeypatch):
+    def stopped(contest, *given):
+        if contest.work == "decoding":
+            raise KeyboardInterrupt
+        return getattr(bench, step)(contest, *given)
+
+    monkeypatch.setattr(models, step, stopped)
+    found = []
+
+    def collect():
+        for rows in models.bench_model("mamba-hybrid-tiny", plan({"length": 8}, peers=False)):
+            found.extend(rows)
+
+    with pytest.raises(KeyboardInterrupt):
+        collect()
+    assert [row.work for row in found if row.role == "ours" and row.median] == there
+
+
 def test_a_hybrid_has_no_peer_and_is_timed_alone():
     rows = [row for rows in models.bench_model("mamba-hybrid-tiny", plan({"length": 8})) for row in rows]
     assert [row.work for row in rows if row.role == "ours"] == WORK

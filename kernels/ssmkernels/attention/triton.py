@@ -153,6 +153,7 @@ def offline_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
 
     for dtype, k, v, block, packed, biases in (
         (torch.bfloat16, 64, 64, 0, False, False),
+        (torch.bfloat16, 64, 64, 64, False, False),
         (torch.bfloat16, 128, 128, 0, False, False),
         (torch.bfloat16, 128, 128, 0, True, True),
         (torch.bfloat16, 128, 128, 128, True, False),
@@ -162,6 +163,7 @@ def offline_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         (torch.bfloat16, 64, 64, 64, True, True),
         (torch.bfloat16, 128, 128, 128, True, True),
         (torch.bfloat16, 256, 256, 128, True, True),
+        (torch.float32, 64, 64, 0, True, True),
         (torch.float32, 64, 64, 64, True, True),
         (torch.float32, 128, 128, 64, False, False),
         (torch.float32, 256, 256, 0, False, False),

@@ -174,8 +174,8 @@ def options(kernel: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         small = min(own, max(16, next_power_of_2(own_block)))
         warps = max(4, warps * small // own)  # each has as many rows as before
         other = _dividing(max(16, other // 2), other_block)  # the lists take registers
-        if fields["SOFTCAP"] and fields["cu_seqlens"] is not None and widest > 64:  # and so does all at once
-            small = max(16, small // 2)
+        if fields["SOFTCAP"] and fields["cu_seqlens"] is not None and widest > 64:
+            small = max(16, small // 2)  # so do a soft cap and borders: with slopes besides, larger tiles would spill
         rows, columns = (other, small) if kernel == "keys_backward" else (small, other)
     return {"ROWS": rows, "COLUMNS": columns, "num_warps": warps, "num_stages": stages, **all_registers()}
 

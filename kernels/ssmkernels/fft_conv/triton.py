@@ -151,6 +151,7 @@ def offline_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
 
     for dtype, length, taps, whole, gated in (
         (torch.float32, 4096, 4096, True, True),
+        (torch.float32, 4096, 4096, True, False),
         (torch.bfloat16, 4096, 4096, False, False),
         (torch.float16, 8000, 100, True, False),
         (torch.float32, 1024, 1024, False, True),

@@ -89,7 +89,12 @@ def _(
     block, heads = numbers[:2]
     context = torch.library.get_ctx()
     visible, distinct = context.new_dynamic_size(), context.new_dynamic_size()
-    shapes = ((heads, -(-q_len // block) + 1), (visible,), (visible,), (distinct, block, block // 8))
+    shapes: tuple[tuple[int | torch.SymInt, ...], ...] = (
+        (heads, -(-q_len // block) + 1),
+        (visible,),
+        (visible,),
+        (distinct, block, block // 8),
+    )
     offsets, columns, patterns, bits = (
         torch.empty(shape, dtype=dtype, device=device) for shape, dtype in zip(shapes, MEMBERS.values(), strict=True)
     )

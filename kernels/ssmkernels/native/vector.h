@@ -156,12 +156,22 @@ struct Count<0, i...> {
     typedef Indices<i...> type;
 };
 
+// Lane k of the result is the one that the k-th index names, counted through a and then b.
+template <int... i, class V>
+SSMZOO_INLINE V shuffle(V a, V b) {
+#if defined(__clang__) || __GNUC__ >= 12
+    return __builtin_shufflevector(a, b, i...);
+#else
+    const decltype(a < b) lanes = {i...};  // a vector of integers as wide as the numbers
+    return __builtin_shuffle(a, b, lanes);
+#endif
+}
+
 // x_i + x_{i ^ h}, where x_i is of a where bit h of i is clear and of b where it is set.
 template <int h, class V, int... i>
 SSMZOO_INLINE V add_across(V a, V b, Indices<i...>) {
     constexpr int count = sizeof...(i);
-    return __builtin_shufflevector(a, b, (i & h ? count + i : i)...) +
-           __builtin_shufflevector(a, b, (i & h ? count + (i ^ h) : i ^ h)...);
+    return shuffle<(i & h ? count + i : i)...>(a, b) + shuffle<(i & h ? count + (i ^ h) : i ^ h)...>(a, b);
 }
 
 // Lane i, modulo count, of the result is the sum of the lanes of v[i]; count is a power of two, at most the number of

@@ -192,12 +192,12 @@ struct Complex {
   private:
     template <int first, int... i>
     static SSMZOO_INLINE V every_second(V a, V b, Indices<i...>) {
-        return __builtin_shufflevector(a, b, (2 * i + first)...);
+        return shuffle<(2 * i + first)...>(a, b);
     }
 
     template <int first, int... i>
     static SSMZOO_INLINE V in_turn(V a, V b, Indices<i...>) {
-        return __builtin_shufflevector(a, b, ((i & 1) * lanes + first + i / 2)...);
+        return shuffle<((i & 1) * lanes + first + i / 2)...>(a, b);
     }
 };
 

@@ -89,7 +89,7 @@ def _native() -> str:
     info = native.info()
     if info["missing"]:
         return f"none: {info['missing']}"
-    threads = "OpenMP" if info["openmp"] else "one thread: built without OpenMP"
+    threads = "OpenMP" if info["openmp"] else "its own threads"
     return f"{info['isa']} of {', '.join(info['isas'])}; {threads}; built by {info['compiler']}"
 
 

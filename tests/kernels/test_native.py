@@ -27,7 +27,8 @@ EXERCISE = (
 import torch
 from ssmkernels.testing import check
 assert native.missing() is None, native.missing()
-torch.set_num_threads(2)
+torch.set_num_threads(3)
+native.SMALL = 0  # multiply-adds from which several threads share a call
 odd = dict(b=1, l=67, d=37, n=7)
 scans = [odd, dict(g=3), dict(fixed="BC"), dict(b=1, packed=True, l=21), dict(l=0), dict(n=17)]
 scans += [dict(complex=True, **odd), dict(complex=True, fixed="C"), dict(complex=True, packed=True, b=1, l=21, g=2)]
@@ -43,10 +44,49 @@ for op, cases in {
     "rms_norm": [dict(shape=(5, 37)), dict(shape=(3, 7, 12), before=False, group_size=3), dict(shape=(1, 1))],
     "diagonal_kernel": [dict(length=67, n=7), dict(length=257, complex=False), dict(discretization="dss")],
     "dplr_kernel": [dict(length=67, n=7, rank=2), dict(length=127, n=3, complex=False), dict(length=1, d=1, n=1)],
+    "decode_attention": [dict(s=3, h=6, h_kv=2, k=13, v=21), dict(s=1, h=1, h_kv=1, k=1, v=1)],
 }.items():
     check(op, "cpu", cases=cases, dtypes=[torch.float32, torch.float16])
 for dtype in (torch.float32, torch.bfloat16, torch.float64):
     native.rows(torch.randn(3, 33, 1001).to(dtype).mT)
+"""
+)
+
+# Many calls at once, from threads of Python's and from a forked process: all give the bits of one thread.
+TOGETHER = (
+    ELSEWHERE
+    + """
+import os, threading, torch
+from ssmkernels import selective_scan
+assert native.missing() is None and not native.info()["openmp"], native.info()
+torch.set_num_threads(3)  # PyTorch's pool hangs in a forked process, but takes no part in what is as small as this
+torch.manual_seed(0)
+b, l, d, n = 2, 67, 96, 16
+u, delta, B, C = torch.randn(b, l, d), torch.rand(b, l, d), torch.randn(b, l, n), torch.randn(b, l, n)
+A, expected = -torch.rand(d, n), []
+
+def scans(count):
+    return all(torch.equal(selective_scan(u, delta, A, B, C, implementation="cpu"), expected[0]) for _ in range(count))
+
+def of_python(count):
+    right = []
+    threads = [threading.Thread(target=lambda: right.append(scans(count))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return right == [True] * 4
+
+torch.set_num_threads(1)
+expected.append(selective_scan(u, delta, A, B, C, implementation="cpu"))
+torch.set_num_threads(3)
+assert scans(20)
+assert of_python(20)
+child = os.fork()
+if child == 0:
+    os._exit(0 if scans(20) and of_python(5) else 3)
+assert os.waitpid(child, 0)[1] == 0
+assert scans(20)
 """
 )
 
@@ -177,22 +217,39 @@ def test_no_second_openmp():
     assert len(runtimes) == 1, runtimes
 
 
+def test_threads_of_our_own(compiler, tmp_path):
+    """What a compiler without PyTorch's OpenMP gets: every kernel on the pool, which any thread may call."""
+    target = tmp_path / "pool.so"
+    isa = native.info().get("isa", "baseline")
+    build.build(target, isas=[isa], extra=["-O1"], openmp=False)
+    say(EXERCISE, target, SSMZOO_CPU_ISA=isa)
+    say(TOGETHER, target, SSMZOO_CPU_ISA=isa)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: the sanitizer is preloaded")
-def test_under_sanitizers(compiler, tmp_path):
+@pytest.mark.parametrize(
+    ("sanitizer", "flags", "openmp"),
+    [
+        ("asan", ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"], None),
+        ("tsan", ["-O1", "-fsanitize=thread"], False),  # which takes OpenMP's own for races
+    ],
+    ids=["memory", "races"],
+)
+def test_under_sanitizers(sanitizer, flags, openmp, compiler, tmp_path):
     library = subprocess.run(
-        [*compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=False
+        [*compiler, f"-print-file-name=lib{sanitizer}.so"], capture_output=True, text=True, check=False
     ).stdout.strip()
     if not Path(library).is_absolute() or not Path(library).exists():
-        pytest.skip("needs a compiler with the address sanitizer")
+        pytest.skip(f"needs a compiler with lib{sanitizer}.so")
     target = tmp_path / "sanitized.so"
     isa = native.info().get("isa", "baseline")
-    flags = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-    build.build(target, isas=[isa], extra=flags)
+    build.build(target, isas=[isa], extra=flags, openmp=openmp)
     say(
         EXERCISE,
         target,
         LD_PRELOAD=str(Path(library).resolve()),
         ASAN_OPTIONS="detect_leaks=0",  # Python's own
+        TSAN_OPTIONS="ignore_noninstrumented_modules=1",
         SSMZOO_CPU_ISA=isa,
     )
 

@@ -43,11 +43,21 @@ ISAS = {
 }
 
 
+NOTHING = "int main() { return 0; }\n"
+OF_GCC = f"#ifdef __clang__\n#error\n#endif\n{NOTHING}"
+
+
 class BuildError(Exception):
     """No library could be built; says what is missing and what to do."""
 
 
-def build(target: Path, package: Path = PACKAGE, isas: Sequence[str] | None = None, extra: Sequence[str] = ()) -> None:
+def build(
+    target: Path,
+    package: Path = PACKAGE,
+    isas: Sequence[str] | None = None,
+    extra: Sequence[str] = (),
+    openmp: bool | None = None,
+) -> None:
     """Compiles and links the library.
 
     Args:
@@ -55,6 +65,7 @@ def build(target: Path, package: Path = PACKAGE, isas: Sequence[str] | None = No
         package: the folder ``ssmkernels`` with the sources.
         isas: instruction sets to build for; all that the machine's architecture and the compiler know if None.
         extra: further flags for the compiler and linker.
+        openmp: whether threads are OpenMP's or our own; OpenMP's where PyTorch's are the same, GCC's on Linux, if None.
 
     Raises:
         BuildError: there is no compiler, or it fails.
@@ -63,8 +74,9 @@ def build(target: Path, package: Path = PACKAGE, isas: Sequence[str] | None = No
     flags = [*FLAGS, f"-I{package}", *extra, *shlex.split(os.environ.get("CXXFLAGS", ""))]
     with tempfile.TemporaryDirectory() as folder:
         temporary = Path(folder)
-        if _compiles(compiler, ["-fopenmp"], temporary, link=True):
-            flags.append("-fopenmp")
+        if openmp is None:
+            openmp = sys.platform == "linux" and _compiles(compiler, ["-fopenmp"], temporary, OF_GCC, link=True)
+        flags.append("-fopenmp" if openmp else "-pthread")
         if _compiles(compiler, ["-Wno-maybe-uninitialized", "-Werror"], temporary):
             flags.append("-Wno-maybe-uninitialized")  # GCC's own headers of AVX-512 warn
         if isas is None:
@@ -78,11 +90,10 @@ def build(target: Path, package: Path = PACKAGE, isas: Sequence[str] | None = No
                     [*compiler, *flags, *ISAS[isa], f"-DSSMZOO_ISA_{isa}", "-c", str(source), "-o", str(output)]
                 )
         defines = {"ABI": str(ABI), "COMPILER": _quoted(version(compiler)), "ISAS": _quoted(" ".join(isas))}
-        jobs.append(
-            [*compiler, *flags]
-            + [f"-DSSMZOO_{name}={value}" for name, value in defines.items()]
-            + ["-c", str(package / "native" / "library.cpp"), "-o", str(temporary / "library.o")]
-        )
+        defined = [f"-DSSMZOO_{name}={value}" for name, value in defines.items()]
+        for name in ("library", "threads_openmp" if openmp else "threads_pool"):
+            source = package / "native" / f"{name}.cpp"
+            jobs.append([*compiler, *flags, *defined, "-c", str(source), "-o", str(temporary / f"{name}.o")])
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(_run, jobs))
         linked = temporary / NAME
@@ -122,9 +133,11 @@ def _quoted(text: str) -> str:
     return '"' + text.replace("\\", "/").replace('"', "'") + '"'
 
 
-def _compiles(compiler: Sequence[str], flags: Sequence[str], folder: Path, link: bool = False) -> bool:
+def _compiles(
+    compiler: Sequence[str], flags: Sequence[str], folder: Path, program: str = NOTHING, link: bool = False
+) -> bool:
     source = folder / "probe.cpp"
-    source.write_text("int main() { return 0; }\n")
+    source.write_text(program)
     command = [*compiler, *flags, *([] if link else ["-c"]), str(source), "-o", str(folder / "probe")]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 

@@ -17,15 +17,6 @@ SSMZOO_PUBLIC const char* ssmzoo_compiler() { return SSMZOO_COMPILER; }
 
 SSMZOO_PUBLIC const char* ssmzoo_isas() { return SSMZOO_ISAS; }
 
-// The version of OpenMP, as year and month; 0 without it.
-SSMZOO_PUBLIC int ssmzoo_openmp() {
-#if defined(_OPENMP)
-    return _OPENMP;
-#else
-    return 0;
-#endif
-}
-
 #if defined(__x86_64__)
 // Clang's __builtin_cpu_supports does not know this one by name.
 static bool has_f16c() {

@@ -8,10 +8,8 @@
 #include <cstdlib>
 
 #include "isa.h"
+#include "threads.h"
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -68,6 +66,16 @@ class Scratch {
 
 constexpr int kOutOfMemory = 1;
 
+// body(index, count) on `threads` threads at once, or fewer.
+template <class Body>
+void on_threads(int64_t threads, const Body& body) {
+    const SsmzooBody call = [](void* context, int index, int count) {
+        const FlushSubnormals flush;
+        (*static_cast<const Body*>(context))(index, count);
+    };
+    ssmzoo_on_threads(static_cast<int>(threads), call, const_cast<Body*>(&body));
+}
+
 // Tasks [next, end) that nobody has begun, on a cache line of its own.
 struct alignas(64) Share {
     int64_t next, end;
@@ -87,29 +95,16 @@ int parallel_for(int64_t tasks, int64_t threads, size_t scratch_bytes, const Tas
     if (!memory.data) return kOutOfMemory;
     Share* const shares = reinterpret_cast<Share*>(memory.data);
     for (int k = 0; k < team; ++k) shares[k] = {tasks * k / team, tasks * (k + 1) / team};
-#if defined(_OPENMP)
-#pragma omp parallel num_threads(team) if (team > 1)
-#endif
-    {
-        Scratch scratch(scratch_bytes);
-        FlushSubnormals flush;
-        if (!scratch.data) {
-#if defined(_OPENMP)
-#pragma omp atomic write
-#endif
-            result = kOutOfMemory;
-        }
-        int own = 0;
-#if defined(_OPENMP)
-        own = omp_get_thread_num();
-#endif
+    on_threads(team, [&](int own, int) {
+        const Scratch scratch(scratch_bytes);
+        if (!scratch.data) __atomic_store_n(&result, kOutOfMemory, __ATOMIC_RELAXED);
         for (int k = 0; k < team && scratch.data; ++k) {
             Share& share = shares[(own + k) % team];
             for (int64_t i; (i = __atomic_fetch_add(&share.next, 1, __ATOMIC_RELAXED)) < share.end;)
                 task(i, scratch.data);
         }
         finish_streams();
-    }
+    });
     return result;
 }
 
@@ -123,27 +118,13 @@ struct Team {
     void each(int64_t tasks, const Task& task) const {
         const int64_t end = tasks * (index + 1) / count;
         for (int64_t i = tasks * index / count; i < end; ++i) task(i);
-#if defined(_OPENMP)
-#pragma omp barrier
-#endif
+        ssmzoo_meet(count);
     }
 };
 
 template <class Body>
 void parallel_team(int64_t threads, const Body& body) {
-    const int team = static_cast<int>(threads);
-    (void)team;  // unused without OpenMP
-#if defined(_OPENMP)
-#pragma omp parallel num_threads(team) if (team > 1)
-#endif
-    {
-        FlushSubnormals flush;
-#if defined(_OPENMP)
-        body(Team{omp_get_thread_num(), omp_get_num_threads()});
-#else
-        body(Team{0, 1});
-#endif
-    }
+    on_threads(threads, [&](int index, int count) { body(Team{index, count}); });
 }
 
 }  // namespace SSMZOO_ISA

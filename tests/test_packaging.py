@@ -28,7 +28,7 @@ def wheel(tmp_path_factory) -> Path:
     caches = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so")
     for folder in ("ssmzoo", "kernels", "configs"):
         shutil.copytree(ROOT / folder, source / folder, ignore=caches)
-    for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for file in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, source)
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(source / "dist"), str(source), CXX="none")
     (built,) = (source / "dist").glob("*.whl")

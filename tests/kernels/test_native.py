@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -190,11 +192,47 @@ def test_without_a_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(build.BuildError, match=r"named by CXX, 'no-such-compiler', was not found; install one"):
         build.build(tmp_path / "library.so")
+    assert build.wanted() == []  # who names a compiler gets no other
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(build.BuildError, match=r"no C\+\+ compiler was found; install one"):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert build.wanted() == ["ziglang"]
+    with pytest.raises(build.BuildError, match=r"no C\+\+ compiler was found; install one .*pip install ziglang"):
         build.build(tmp_path / "library.so")
+    monkeypatch.setattr(platform, "machine", lambda: "sparc64")
+    assert build.wanted() == []
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ziglang") is None, reason="needs the package ziglang")
+class TestOfPip:
+    """The compiler that pip brings where there is none, which also compiles for machines that are not here."""
+
+    @pytest.fixture(autouse=True)
+    def _no_other(self, monkeypatch):
+        monkeypatch.delenv("CXX", raising=False)
+        monkeypatch.setattr(build.shutil, "which", lambda name: None)
+
+    def test_builds_what_runs_here(self, tmp_path):
+        isa = native.info().get("isa", "baseline")
+        build.build(tmp_path / "library.so", isas=[isa], extra=["-O1"])
+        say(EXERCISE, tmp_path / "library.so", SSMZOO_CPU_ISA=isa)
+
+    @pytest.mark.parametrize(
+        ("system", "machine", "magic"),
+        [
+            ("darwin", "arm64", b"\xcf\xfa\xed\xfe\x0c\x00\x00\x01"),  # Mach-O, 64 bits; the CPU
+            ("darwin", "x86_64", b"\xcf\xfa\xed\xfe\x07\x00\x00\x01"),
+            ("linux", "aarch64", b"\x7fELF\x02"),
+        ],
+    )
+    def test_compiles_for_other_machines(self, system, machine, magic, tmp_path, monkeypatch):
+        monkeypatch.setattr(build.sys, "platform", system)
+        monkeypatch.setattr(platform, "machine", lambda: machine)
+        build.build(
+            tmp_path / "library", isas=["avx2" if machine == "x86_64" else "baseline"], extra=["-O1", "-Werror"]
+        )
+        assert (tmp_path / "library").read_bytes().startswith(magic)
 
 
 def test_a_compiler_that_fails(monkeypatch, tmp_path):

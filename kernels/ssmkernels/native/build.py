@@ -7,6 +7,7 @@ Imports only the standard library, since ``setup.py`` runs it before PyTorch is 
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shlex
@@ -29,6 +30,7 @@ FLAGS = [
     "-O3",
     "-fPIC",
     "-fvisibility=hidden",
+    "-fno-exceptions",  # with nothing of the C++ library either, no linker needs to know of one
     "-ffp-contract=off",  # two paths through a kernel must round alike
     "-fno-math-errno",
     "-fno-trapping-math",
@@ -106,22 +108,52 @@ def build(
 
 
 def find_compiler() -> list[str]:
-    """The C++ compiler's command: ``CXX`` where set, else the first of c++, g++ and clang++ on the path.
+    """The C++ compiler's command: ``CXX`` where set, else the first of c++, g++ and clang++ on the path, else Clang out
+    of the package ``ziglang`` where that is installed.
 
     Raises:
         BuildError: there is none, or this is no platform that the kernels are written for.
     """
     if sys.platform == "win32" or sys.maxsize < 2**32:
         raise BuildError(f"the native kernels are written for 64-bit Linux and macOS, not for {platform.platform()}")
-    command = shlex.split(os.environ.get("CXX", "")) or [next(filter(shutil.which, ("c++", "g++", "clang++")), "")]
-    if not command[0] or not shutil.which(command[0]):
-        named = (
-            f"the C++ compiler named by CXX, {command[0]!r}, was not found"
-            if command[0]
-            else "no C++ compiler was found"
+    named = shlex.split(os.environ.get("CXX", ""))
+    if named and not shutil.which(named[0]):
+        raise BuildError(
+            f"the C++ compiler named by CXX, {named[0]!r}, was not found; install one (g++ or clang++) and install "
+            "ssmzoo again"
         )
-        raise BuildError(f"{named}; install one (g++ or clang++) and install ssmzoo again")
+    command = named or _on_path() or _packaged()
+    if not command:
+        raise BuildError(
+            "no C++ compiler was found; install one (g++ or clang++, or `pip install ziglang`) and install ssmzoo again"
+        )
     return command
+
+
+def wanted() -> list[str]:
+    """The packages that a build needs beside setuptools: a compiler, where there is none and nobody named one."""
+    return [] if os.environ.get("CXX") or _on_path() or not _zig_target() else ["ziglang"]
+
+
+def _on_path() -> list[str] | None:
+    return next(([name] for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+
+
+def _packaged() -> list[str] | None:
+    """Clang, as Zig brings it. Without a target it would compile for the CPU of this one machine."""
+    target = _zig_target()
+    if target is None or importlib.util.find_spec("ziglang") is None:
+        return None
+    return [sys.executable, "-m", "ziglang", "cc", "-g0", "-target", target]
+
+
+def _zig_target() -> str | None:
+    """This platform by Zig's name; None where PyPI has no Zig for it."""
+    machine = {"x86_64": "x86_64", "amd64": "x86_64", "arm64": "aarch64", "aarch64": "aarch64"}
+    system = {"linux": "linux-gnu.2.17", "darwin": "macos"}  # glibc 2.17: that of PyPI's own oldest wheels
+    if platform.machine().lower() not in machine or sys.platform not in system:
+        return None
+    return f"{machine[platform.machine().lower()]}-{system[sys.platform]}"
 
 
 def version(compiler: Sequence[str]) -> str:

@@ -2,7 +2,7 @@
 //
 // Compiled once, for the baseline. The build passes SSMZOO_ABI, SSMZOO_COMPILER and SSMZOO_ISAS (the space-separated
 // names of the instruction sets that it compiled for).
-#include <cstring>
+#include <string.h>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -18,23 +18,39 @@ SSMZOO_PUBLIC const char* ssmzoo_compiler() { return SSMZOO_COMPILER; }
 SSMZOO_PUBLIC const char* ssmzoo_isas() { return SSMZOO_ISAS; }
 
 #if defined(__x86_64__)
-// Clang's __builtin_cpu_supports does not know this one by name.
-static bool has_f16c() {
-    unsigned a, b, c, d;
-    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
-}
+namespace {
+
+// What the CPU has, of which the operating system saves the registers. The compilers' __builtin_cpu_supports would do,
+// but not every compiler knows each name, and what it asks at run time not every toolchain fills in.
+struct Features {
+    bool avx2 = false, avx512 = false;
+
+    Features() {
+        unsigned a, b, c, d;
+        const unsigned first = bit_FMA | bit_OSXSAVE | bit_AVX | bit_F16C;
+        if (!__get_cpuid(1, &a, &b, &c, &d) || (c & first) != first) return;
+        unsigned saved, high;
+        asm volatile("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+        if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
+        const unsigned wide = bit_AVX512F | bit_AVX512VL | bit_AVX512DQ | bit_AVX512BW;
+        avx2 = (saved & 0x06) == 0x06 && (b & bit_AVX2);
+#if defined(__APPLE__)
+        saved |= 0xe0;  // macOS saves these from their first use on, and says so only then
+#endif
+        avx512 = avx2 && (saved & 0xe6) == 0xe6 && (b & wide) == wide;
+    }
+};
+
+}  // namespace
 #endif
 
 // Whether this CPU, and the operating system's saving of its registers, can run the named instruction set.
 SSMZOO_PUBLIC int ssmzoo_can_run(const char* isa) {
     if (strcmp(isa, "baseline") == 0) return 1;
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
-    if (strcmp(isa, "avx2") == 0) return avx2;
-    if (strcmp(isa, "avx512") == 0)
-        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
+    const Features found;
+    if (strcmp(isa, "avx2") == 0) return found.avx2;
+    if (strcmp(isa, "avx512") == 0) return found.avx512;
 #endif
     return 0;
 }

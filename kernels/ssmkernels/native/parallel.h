@@ -4,8 +4,8 @@
 // give the same bits on one thread and on many.
 #pragma once
 
-#include <cstdint>
-#include <cstdlib>
+#include <stdint.h>
+#include <stdlib.h>
 
 #include "isa.h"
 #include "threads.h"

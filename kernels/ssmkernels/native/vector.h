@@ -4,8 +4,8 @@
 // the compiler's own contraction of a*b+c off, so that two paths through a kernel round alike, bit for bit.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
+#include <stdint.h>
+#include <string.h>
 
 #include "isa.h"
 

@@ -7,6 +7,7 @@ Imports only the standard library, since ``setup.py`` runs it before PyTorch is 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import platform
@@ -97,10 +98,11 @@ def build(
             source = package / "native" / f"{name}.cpp"
             jobs.append([*compiler, *flags, *defined, "-c", str(source), "-o", str(temporary / f"{name}.o")])
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(_run, jobs))
+            list(pool.map(functools.partial(_run, folder=temporary), jobs))
         linked = temporary / NAME
         objects = [job[-1] for job in jobs]
-        _run([*compiler, *flags, "-shared", *objects, "-o", str(linked), *shlex.split(os.environ.get("LDFLAGS", ""))])
+        end = shlex.split(os.environ.get("LDFLAGS", ""))
+        _run([*compiler, *flags, "-shared", *objects, "-o", str(linked), *end], temporary)
         target.parent.mkdir(parents=True, exist_ok=True)
         staged = target.with_name(f"{target.name}.{os.getpid()}")  # two builds at once must not write into one file
         shutil.copy(linked, staged)
@@ -171,12 +173,17 @@ def _compiles(
     source = folder / "probe.cpp"
     source.write_text(program)
     command = [*compiler, *flags, *([] if link else ["-c"]), str(source), "-o", str(folder / "probe")]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    return subprocess.run(command, capture_output=True, env=_environment(folder), check=False).returncode == 0
 
 
-def _run(command: Sequence[str]) -> None:
+def _environment(folder: Path) -> dict[str, str]:
+    """Zig keeps what it compiled, in the user's home unless told."""
+    return {"ZIG_GLOBAL_CACHE_DIR": str(folder), "ZIG_LOCAL_CACHE_DIR": str(folder), **os.environ}
+
+
+def _run(command: Sequence[str], folder: Path) -> None:
     try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, capture_output=True, text=True, env=_environment(folder), check=False)
     except OSError as error:
         raise BuildError(f"the C++ compiler does not run: {error}") from error
     if result.returncode != 0:

@@ -214,9 +214,12 @@ class TestOfPip:
         monkeypatch.setattr(build.shutil, "which", lambda name: None)
 
     def test_builds_what_runs_here(self, tmp_path):
+        """Every kernel on threads of our own, which any thread of Python's may call."""
+        target = tmp_path / "library.so"
         isa = native.info().get("isa", "baseline")
-        build.build(tmp_path / "library.so", isas=[isa], extra=["-O1"])
-        say(EXERCISE, tmp_path / "library.so", SSMZOO_CPU_ISA=isa)
+        build.build(target, isas=[isa], extra=["-O1"])
+        say(EXERCISE, target, SSMZOO_CPU_ISA=isa)
+        say(TOGETHER, target, SSMZOO_CPU_ISA=isa)
 
     def test_compiles_for_a_mac(self, tmp_path, monkeypatch):
         monkeypatch.setattr(build.sys, "platform", "darwin")
@@ -243,15 +246,6 @@ def test_no_second_openmp():
     maps = say(code).splitlines()
     runtimes = {line.split()[-1] for line in maps if "libgomp" in line or "libomp" in line or "libiomp" in line}
     assert len(runtimes) == 1, runtimes
-
-
-def test_threads_of_our_own(compiler, tmp_path):
-    """What a compiler without PyTorch's OpenMP gets: every kernel on the pool, which any thread may call."""
-    target = tmp_path / "pool.so"
-    isa = native.info().get("isa", "baseline")
-    build.build(target, isas=[isa], extra=["-O1"], openmp=False)
-    say(EXERCISE, target, SSMZOO_CPU_ISA=isa)
-    say(TOGETHER, target, SSMZOO_CPU_ISA=isa)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: the sanitizer is preloaded")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -94,16 +94,13 @@ def _native() -> str:
 
 
 def _compiler() -> str:
-    from ssmkernels.native import build
-
+    name = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if name is None:
+        return "none"
     try:
-        command = build.find_compiler()
-    except build.BuildError as error:
-        return f"none: {error}"
-    try:
-        answer = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=10, check=True)
+        answer = subprocess.run([name, "--version"], capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
-        return f"{shlex.join(command)}, which does not run"
+        return f"{name}, which does not run"
     return answer.stdout.partition("\n")[0]
 
 

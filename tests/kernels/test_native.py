@@ -228,6 +228,18 @@ class TestOfPip:
         assert (tmp_path / "library").read_bytes().startswith(b"\xcf\xfa\xed\xfe\x0c\x00\x00\x01")  # Mach-O, arm64
 
 
+def test_a_compiler_that_does_not_run_is_none(monkeypatch, tmp_path):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    stub = tmp_path / "c++"
+    stub.write_text("#!/bin/sh\nexit 1\n")
+    stub.chmod(0o755)
+    assert build.wanted() == ["ziglang"]
+    stub.write_text("#!/bin/sh\nexit 0\n")
+    assert build.wanted() == []
+    assert build.find_compiler() == ["c++"]
+
+
 def test_a_compiler_that_fails(monkeypatch, tmp_path):
     failing = tmp_path / "c++"
     failing.write_text("#!/bin/sh\necho it is broken >&2\nexit 1\n")

@@ -45,7 +45,7 @@ ISAS = {
     "avx512": [*AVX2, "-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw"],
 }
 
-
+# Programs to try a compiler on: any takes the first, Clang refuses the second.
 NOTHING = "int main() { return 0; }\n"
 OF_GCC = f"#ifdef __clang__\n#error\n#endif\n{NOTHING}"
 
@@ -92,7 +92,7 @@ def build(
                 jobs.append(
                     [*compiler, *flags, *ISAS[isa], f"-DSSMZOO_ISA_{isa}", "-c", str(source), "-o", str(output)]
                 )
-        defines = {"ABI": str(ABI), "COMPILER": _quoted(version(compiler)), "ISAS": _quoted(" ".join(isas))}
+        defines = {"ABI": str(ABI), "COMPILER": _quoted(_version(compiler, temporary)), "ISAS": _quoted(" ".join(isas))}
         defined = [f"-DSSMZOO_{name}={value}" for name, value in defines.items()]
         for name in ("library", "threads_openmp" if openmp else "threads_pool"):
             source = package / "native" / f"{name}.cpp"
@@ -110,7 +110,7 @@ def build(
 
 
 def find_compiler() -> list[str]:
-    """The C++ compiler's command: ``CXX`` where set, else the first of c++, g++ and clang++ on the path, else Clang out
+    """The C++ compiler's command: ``CXX`` where set, else the first of c++, g++ and clang++ that runs, else Clang out
     of the package ``ziglang`` where that is installed.
 
     Raises:
@@ -124,6 +124,8 @@ def find_compiler() -> list[str]:
             f"the C++ compiler named by CXX, {named[0]!r}, was not found; install one (g++ or clang++) and install "
             "ssmzoo again"
         )
+    if named and os.sep in named[0]:
+        named[0] = os.path.abspath(named[0])  # the build calls it from elsewhere
     command = named or _on_path() or _packaged()
     if not command:
         raise BuildError(
@@ -138,7 +140,16 @@ def wanted() -> list[str]:
 
 
 def _on_path() -> list[str] | None:
-    return next(([name] for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+    """The first that runs: macOS has a c++ which, without Apple's developer tools, only says that they are missing."""
+    names = filter(shutil.which, ("c++", "g++", "clang++"))
+    return next(([name] for name in names if _answers(name)), None)
+
+
+def _answers(name: str) -> bool:
+    try:
+        return subprocess.run([name, "--version"], capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
 
 
 def _packaged() -> list[str] | None:
@@ -158,8 +169,8 @@ def _zig_target() -> str | None:
     return f"{machine[platform.machine().lower()]}-{system[sys.platform]}"
 
 
-def version(compiler: Sequence[str]) -> str:
-    answer = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False)
+def _version(compiler: Sequence[str], folder: Path) -> str:
+    answer = _call([*compiler, "--version"], folder)
     return answer.stdout.partition("\n")[0].strip() or compiler[0]
 
 
@@ -173,17 +184,20 @@ def _compiles(
     source = folder / "probe.cpp"
     source.write_text(program)
     command = [*compiler, *flags, *([] if link else ["-c"]), str(source), "-o", str(folder / "probe")]
-    return subprocess.run(command, capture_output=True, env=_environment(folder), check=False).returncode == 0
+    return _call(command, folder).returncode == 0
 
 
-def _environment(folder: Path) -> dict[str, str]:
-    """Zig keeps what it compiled, in the user's home unless told."""
-    return {"ZIG_GLOBAL_CACHE_DIR": str(folder), "ZIG_LOCAL_CACHE_DIR": str(folder), **os.environ}
+def _call(command: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs a compiler so that what it leaves behind is in the folder: Zig has a cache, and drops an a.o for macOS."""
+    caches = {"ZIG_GLOBAL_CACHE_DIR": str(folder), "ZIG_LOCAL_CACHE_DIR": str(folder)}
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, env={**caches, **os.environ}, check=False
+    )
 
 
 def _run(command: Sequence[str], folder: Path) -> None:
     try:
-        result = subprocess.run(command, capture_output=True, text=True, env=_environment(folder), check=False)
+        result = _call(command, folder)
     except OSError as error:
         raise BuildError(f"the C++ compiler does not run: {error}") from error
     if result.returncode != 0:

@@ -33,7 +33,8 @@ Job job;
 int workers = 0, running = 0;
 unsigned long long number = 0;       // of the job
 unsigned long long seen[kMost + 1];  // the latest job that each worker, from 1 on, knows of
-int arrived = 0, phase = 0;          // of threads that meet
+int arrived = 0;                     // of the threads that meet
+unsigned phase = 0;                  // how often they have met; it may wrap around
 
 void relax() {
 #if defined(__x86_64__)
@@ -115,7 +116,7 @@ void ssmzoo_on_threads(int wanted, SsmzooBody body, void* context) {
 
 void ssmzoo_meet(int count) {
     if (count == 1) return;
-    const int now = __atomic_load_n(&phase, __ATOMIC_ACQUIRE);
+    const unsigned now = __atomic_load_n(&phase, __ATOMIC_ACQUIRE);
     if (__atomic_add_fetch(&arrived, 1, __ATOMIC_ACQ_REL) == count) {
         __atomic_store_n(&arrived, 0, __ATOMIC_RELAXED);
         __atomic_store_n(&phase, now + 1, __ATOMIC_RELEASE);

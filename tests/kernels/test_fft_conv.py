@@ -280,3 +280,31 @@ def test_memory_beside_a_long_input_stays_small(randn):
                 peak = max(peak, at)
         peaks.append(peak - 3 * u.nbytes)  # the output, its gradient and that of u
     assert peaks[1] < 1.5 * peaks[0]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {},
+        {"kernel_reverse": False},
+        {"kernel_reverse": False, "D": False},
+        {"l": 3000, "l_k": 5, "l_r": 3},
+        {"gate": True},
+        {"cu_seqlens": [0, 5, 5, 6, 17, 17]},
+        {"l_k": 1, "l_r": 1},
+        {"l": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("argument", ["u", "kernel", "kernel_reverse"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_non_finite_values_reach_no_further_than_in_the_direct_sum(arguments, case, argument, value):
+    made = arguments(**case)
+    if argument not in made or ("cu_seqlens" in made and argument == "kernel_reverse"):
+        return  # packed sequences are padded, and a tap that is NaN meets the zeros behind a sequence too
+    x = made[argument]
+    x[0, min(2, x.shape[1] - 1)] = value
+    found, expected = FFT(**made), REFERENCE(**made)
+    assert torch.equal(found.isfinite(), expected.isfinite())
+    finite = expected.isfinite()
+    torch.testing.assert_close(found[finite], expected[finite])

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -70,6 +71,8 @@ class _Convolution(torch.autograd.Function):
         for c in _groups(u, circles):
             x = circles.spread(u[..., c], kernel.dtype)  # (b c blocks n)
             out = _sums(circles, x, torch.fft.rfft(x), _taps(circles, kernel, reverse, c), D, c)
+            if not _finite(circles, out):
+                out = _sums_apart(circles, u[..., c], kernel, reverse, D, c)
             y[..., c] = out.mT if gate is None else out.mT * gate[..., c]
         return y
 
@@ -119,6 +122,38 @@ def _sums(circles: Circles, x: Tensor, spectrum: Tensor, taps: Tensor, D: Tensor
     spectrum *= taps
     out = circles.overlap(torch.fft.irfft(spectrum, circles.size))
     return out if D is None else torch.addcmul(out, D[c, None], circles.collect(x))
+
+
+def _finite(circles: Circles, out: Tensor) -> bool:
+    """Whether no NaN or infinity has spread over a whole circle, which shows in the first output of each block.
+
+    Only looked at on the CPU: a GPU would have to be waited for.
+    """
+    return out.device.type != "cpu" or bool(out[..., :: circles.block].isfinite().all())
+
+
+def _sums_apart(
+    circles: Circles, u: Tensor, kernel: Tensor, reverse: Tensor | None, D: Tensor | None, c: slice
+) -> Tensor:
+    """:func:`_sums` of inputs that hold NaN or infinity: NaN where the direct sum meets one of them, and only there.
+
+    An FFT mixes all points, so that one NaN would also reach outputs that do not depend on it, such as earlier ones.
+    Packed sequences are padded: a tap of ``kernel_reverse`` that is NaN meets the zeros behind them too.
+    """
+    finite = [None if x is None else torch.where(x.isfinite(), x, 0) for x in (u, kernel, reverse)]
+    x = circles.spread(finite[0], kernel.dtype)
+    out = _sums(circles, x, torch.fft.rfft(x), _taps(circles, finite[1], finite[2], c), D, c)
+    l, after = u.shape[1], kernel.shape[1]
+    before = 0 if reverse is None else reverse.shape[1]
+    so_far = F.pad((~u.isfinite()).mT.cumsum(2), (1, 0))  # (b c l+1), how many came before each position
+    time = torch.arange(l, device=u.device)
+    last = (time + 1 + before).clamp(max=l)
+    hit = so_far[..., last] > so_far[..., (time + 1 - after).clamp(min=0)]
+    hit |= (kernel[c].isfinite().logical_not().cumsum(1) > 0)[:, time.clamp(max=after - 1)]
+    if reverse is not None and before:
+        beyond = (reverse[c].isfinite().logical_not().cumsum(1) > 0)[:, (l - 2 - time).clamp(0, before - 1)]
+        hit |= beyond & (time < l - 1)
+    return out.masked_fill(hit, torch.nan)
 
 
 def _layout(u: Tensor, kernel: Tensor, reverse: Tensor | None) -> Circles:

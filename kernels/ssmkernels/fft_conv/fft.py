@@ -7,6 +7,7 @@ instead of keeping their spectra, which take four times the memory of the inputs
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -129,7 +130,7 @@ def _finite(circles: Circles, out: Tensor) -> bool:
 
     Only looked at on the CPU: a GPU would have to be waited for.
     """
-    return out.device.type != "cpu" or bool(out[..., :: circles.block].isfinite().all())
+    return out.device.type != "cpu" or math.isfinite(out[..., :: circles.block].sum().item())
 
 
 def _sums_apart(
@@ -140,9 +141,13 @@ def _sums_apart(
     An FFT mixes all points, so that one NaN would also reach outputs that do not depend on it, such as earlier ones.
     Packed sequences are padded: a tap of ``kernel_reverse`` that is NaN meets the zeros behind them too.
     """
-    finite = [None if x is None else torch.where(x.isfinite(), x, 0) for x in (u, kernel, reverse)]
-    x = circles.spread(finite[0], kernel.dtype)
-    out = _sums(circles, x, torch.fft.rfft(x), _taps(circles, finite[1], finite[2], c), D, c)
+
+    def cleaned(x: Tensor) -> Tensor:
+        return torch.where(x.isfinite(), x, 0)
+
+    x = circles.spread(cleaned(u), kernel.dtype)
+    taps = _taps(circles, cleaned(kernel), None if reverse is None else cleaned(reverse), c)
+    out = _sums(circles, x, torch.fft.rfft(x), taps, D, c)
     l, after = u.shape[1], kernel.shape[1]
     before = 0 if reverse is None else reverse.shape[1]
     so_far = F.pad((~u.isfinite()).mT.cumsum(2), (1, 0))  # (b c l+1), how many came before each position

@@ -15,8 +15,12 @@ import yaml
 from ssmkernels.dispatch import unknown
 from ssmzoo.mixers._base import Mixer
 from ssmzoo.mlp import MLPS
-from ssmzoo.options import check_options, convert, options_of
+from ssmzoo.options import check_options, check_range, convert, options_of
+from ssmzoo.plain import MAX_CHARACTERS, MAX_DEPTH, MAX_VALUES, check_plain, parse_yaml, short
 from ssmzoo.registry import mixer_class
+
+MAX_LAYERS = 10_000
+MAX_SIZE = 2**31 - 1  # of any width or count
 
 
 @dataclasses.dataclass
@@ -73,10 +77,16 @@ class ModelConfig:
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            value = convert(f"config key `{field.name}`", getattr(self, field.name), hints[field.name])
-            setattr(self, field.name, value)
-        self.pattern = list(self.pattern)
-        self.mixers = {name: dict(options or {}) for name, options in self.mixers.items()}
+            where, value = f"config key `{field.name}`", getattr(self, field.name)
+            check_plain(value, where)
+            setattr(self, field.name, check_range(where, field.name, convert(where, value, hints[field.name])))
+        self.pattern = [convert("each entry of config key `pattern`", name, str) for name in self.pattern]
+        self.mixers = {
+            convert("each name in config key `mixers`", name, str): dict(
+                convert(f"config key `mixers.{name:.80}`", options, dict | None) or {}
+            )
+            for name, options in self.mixers.items()
+        }
         if self.output is None:
             self.output = "classes" if self.n_classes else "tokens" if self.vocab_size else "features"
         if self.output == "features" and self.d_output is None:
@@ -95,7 +105,10 @@ class ModelConfig:
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"config key `{name}` must be at least 1; got {value}")
+                raise ValueError(f"config key `{name}` must be at least 1; got {short(value)}")
+            most = MAX_LAYERS if name == "n_layers" else MAX_SIZE
+            if value is not None and value > most:
+                raise ValueError(f"config key `{name}` must be at most {most}; got {short(value)}")
         if not self.pattern:
             raise ValueError("config key `pattern` must name at least one mixer; got an empty list")
         if not 0 <= self.dropout < 1:
@@ -107,15 +120,16 @@ class ModelConfig:
         needed = {"tokens": "vocab_size", "classes": "n_classes", "features": "d_output"}[self.output or ""]
         if getattr(self, needed) is None:
             raise ValueError(f"config: `output: {self.output}` needs `{needed}`; it is not set")
-        if self.mlp.get("kind", "none") not in MLPS:
+        if convert("config key `mlp.kind`", self.mlp.get("kind", "none"), str) not in MLPS:
             raise ValueError(unknown("`kind` of mlp", self.mlp["kind"], MLPS))
         check_options(f"mlp {self.mlp.get('kind', 'none')!r}", MLPS[self.mlp.get("kind", "none")], self.mlp_options())
+        _check_nesting(self.pattern, self.mixers)
         used = self.entries_used()
         for entry in self.mixers:
             if entry not in used:
                 raise ValueError(
-                    f"config: `mixers.{entry}` is used nowhere in `pattern` {self.pattern}; "
-                    + (f"did you mean one of {sorted(used)}?" if used else "")
+                    f"config: `mixers.{entry:.80}` is used nowhere in `pattern` {short(self.pattern)}; "
+                    + (f"did you mean one of {short(sorted(used))}?" if used else "")
                 )
 
     def entries_used(self) -> set[str]:
@@ -132,7 +146,7 @@ class ModelConfig:
     def mixer_class(self, entry: str) -> type[Mixer]:
         """The class of an entry of ``mixers``, or of a registered mixer's name."""
         kind = self.mixers.get(entry, {}).get("kind", entry)
-        return mixer_class(kind)
+        return mixer_class(convert(f"config key `mixers.{entry:.80}.kind`", kind, str))
 
     def mixer_options(self, entry: str) -> dict[str, Any]:
         """``kind`` and the options that an entry's mixer is built with; named branches are spelled out."""
@@ -230,7 +244,7 @@ def _merge(values: dict[str, Any], path: list[str], value: Any) -> None:
         if inner is None:
             inner = values[key] = {}
         if not isinstance(inner, dict):
-            raise ValueError(f"config: `{key}` is {inner!r} and holds no key `{'.'.join(rest)}`")
+            raise ValueError(f"config: `{key:.80}` is {short(inner)} and holds no key `{'.'.join(rest):.80}`")
         _merge(inner, rest, value)
     elif isinstance(value, Mapping) and isinstance(values.get(key), dict):
         for inner_key, inner_value in value.items():
@@ -243,11 +257,36 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
 
 
+def _check_nesting(pattern: Sequence[str], mixers: Mapping[str, Any]) -> None:
+    """Refuses parallel entries that run themselves, nest too deep, or are too many once written out."""
+    sizes: dict[str, int] = {}
+
+    def written_out(entry: str, path: tuple[str, ...]) -> int:
+        if entry in path:
+            shown = " → ".join(name[:80] for name in (*path[path.index(entry) :], entry))
+            raise ValueError(f"config: `mixers.{entry:.80}` must not run itself as a branch: {shown:.300}")
+        if len(path) >= MAX_DEPTH:
+            raise ValueError(f"config: the `branches` of `mixers.{path[0]:.80}` nest deeper than {MAX_DEPTH} levels")
+        if entry not in sizes:
+            branches = (mixers.get(entry) or {}).get("branches")
+            inside = branches if isinstance(branches, list | tuple) else []
+            names = [convert(f"each of the `branches` of `mixers.{entry:.80}`", name, str) for name in inside]
+            sizes[entry] = 1 + sum(written_out(name, (*path, entry)) for name in names)
+            if sizes[entry] > MAX_VALUES:
+                raise ValueError(f"config: the `branches` of `mixers.{entry:.80}` run more than {MAX_VALUES} mixers")
+        return sizes[entry]
+
+    for entry in pattern:
+        written_out(entry, ())
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_CHARACTERS + 1)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no valid YAML: {error}") from None
+    values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of config keys; got {type(values).__name__}")
     return values
@@ -265,6 +304,21 @@ def list_models(pattern: str = "*") -> list[str]:
     return [name for name in names if fnmatch.fnmatchcase(name, pattern)]
 
 
+def model_folder(name_or_path: object) -> Path | None:
+    """The folder of a saved model that is meant, if one is.
+
+    A model's bare name is the model, whatever folders lie about; ``./lstm-tiny`` or a ``Path`` is the folder.
+    """
+    if not isinstance(name_or_path, str | os.PathLike):
+        return None
+    if isinstance(name_or_path, str) and name_or_path in list_models():
+        return None
+    try:
+        return Path(name_or_path) if Path(name_or_path).is_dir() else None
+    except (OSError, ValueError):  # too long for a path, or a NUL in it
+        return None
+
+
 def load_config(name_or_path: str | os.PathLike[str]) -> ModelConfig:
     """The config of a named model, or of a YAML file.
 
@@ -275,8 +329,12 @@ def load_config(name_or_path: str | os.PathLike[str]) -> ModelConfig:
     if str(name_or_path) in list_models():
         return ModelConfig.from_yaml(path)
     given = Path(name_or_path)
-    if given.suffix in (".yaml", ".yml") or given.is_file():
-        if not given.is_file():
-            raise FileNotFoundError(f"no config file {given}")
+    try:
+        is_file = given.is_file()
+    except (OSError, ValueError):
+        is_file = False
+    if given.suffix in (".yaml", ".yml") or is_file:
+        if not is_file:
+            raise FileNotFoundError(f"no config file {given!s:.200}")
         return ModelConfig.from_yaml(given)
     raise ValueError(unknown("model", str(name_or_path), list_models()))

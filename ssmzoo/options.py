@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ssmkernels.dispatch import unknown
+from ssmzoo.plain import short
 
 
 def options_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
@@ -30,7 +32,11 @@ def check_options(what: str, function: Callable[..., Any], options: Mapping[str,
     for name in options:
         if name not in known:
             raise TypeError(unknown(f"option of {what}", name, known))
-    return {name: convert(f"option `{name}` of {what}", value, hints.get(name, Any)) for name, value in options.items()}
+    checked = {}
+    for name, value in options.items():
+        where = f"option `{name}` of {what}"
+        checked[name] = check_range(where, name, convert(where, value, hints.get(name, Any)))
+    return checked
 
 
 def convert(where: str, value: Any, annotation: Any) -> Any:
@@ -45,7 +51,26 @@ def convert(where: str, value: Any, annotation: Any) -> Any:
         fits, converted = _fit(value, option)
         if fits:
             return converted
-    raise TypeError(f"{where} must be {_spell(annotation)}; got {value!r}")
+    raise TypeError(f"{where} must be {_spell(annotation)}; got {short(value)}")
+
+
+def check_range(where: str, name: str, value: Any) -> Any:
+    """The value, if it is in the range that its name has wherever it is an option.
+
+    Raises:
+        ValueError: NaN under any name; or a norm's epsilon, a soft cap or a rotary base out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    if name == "rope_base":
+        fits, expected = value > 0 and math.isfinite(value), "a finite number above 0"
+    elif name == "softcap" or name.endswith("norm_eps"):
+        fits, expected = value >= 0 and math.isfinite(value), "a finite number of at least 0"
+    else:
+        fits, expected = value == value, "a number"
+    if not fits:
+        raise ValueError(f"{where} must be {expected}; got {short(value)}")
+    return value
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:
@@ -59,7 +84,7 @@ def _fit(value: Any, annotation: Any) -> tuple[bool, Any]:
     if annotation is Any:
         return True, value
     if origin is typing.Literal:
-        return value in typing.get_args(annotation), value
+        return any(value == choice and type(value) is type(choice) for choice in typing.get_args(annotation)), value
     if annotation is None or annotation is type(None):
         return value is None, value
     if annotation is float:
@@ -68,7 +93,9 @@ def _fit(value: Any, annotation: Any) -> tuple[bool, Any]:
                 return True, float(value)
             except ValueError:
                 return False, value
-        return isinstance(value, int | float) and not isinstance(value, bool), value
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value.bit_length() <= 1000, value  # a larger one overflows a float
+        return isinstance(value, float), value
     if annotation is int:
         return isinstance(value, int) and not isinstance(value, bool), value
     if (origin or annotation) is tuple:

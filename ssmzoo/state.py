@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -27,13 +27,21 @@ class State:
         """A copy that goes its own way: what is written into one of them never shows in the other."""
         return self._map(lambda part: part.clone())
 
-    def select(self: S, indices: Tensor | Sequence[int]) -> S:
-        """The given sequences in the given order, as a copy: reorders, repeats (for beams) or drops them."""
+    def select(self: S, indices: Tensor | Sequence[int] | Sequence[bool]) -> S:
+        """The given sequences in the given order, as a copy: reorders, repeats (for beams) or drops them.
+
+        Args:
+            indices: ints ``(n)``, each a row; or bools ``(s)``, a mask that keeps the rows where it is True.
+
+        Raises:
+            TypeError, ValueError, IndexError: ``indices`` are neither, of another shape, or out of range.
+        """
+        chosen = row_indices(indices, lambda: self.n_sequences)
 
         def rows(part: P) -> P:
             if isinstance(part, State):
-                return part.select(indices)
-            return part.index_select(0, torch.as_tensor(indices, dtype=torch.long, device=part.device))
+                return part.select(chosen)
+            return part.index_select(0, chosen.to(part.device))
 
         return self._map(rows)
 
@@ -79,6 +87,40 @@ class State:
         """The function's value of each tensor and of each state within it, in a state of the same kind."""
         values = {f.name: _map(getattr(self, f.name), function) for f in dataclasses.fields(self)}
         return dataclasses.replace(self, **values)
+
+
+def row_indices(indices: object, n_sequences: Callable[[], int]) -> Tensor:
+    """What :meth:`State.select` takes, as int64 ``(n)``: ints as they are, a mask as the rows that it keeps."""
+    what = "State.select: `indices` must be ints (n), or a mask of bools (s)"
+    if isinstance(indices, Tensor):
+        if indices.dtype.is_floating_point or indices.dtype.is_complex:
+            raise TypeError(f"{what}; got a tensor of {indices.dtype}")
+        found = indices
+    elif isinstance(indices, Iterable) and not isinstance(indices, str | bytes):
+        values = list(indices)
+        bools = [type(value).__name__ in ("bool", "bool_") for value in values]  # Python's, or numpy's
+        if values and all(bools):
+            found = torch.tensor([bool(value) for value in values])
+        else:
+            for value, is_bool in zip(values, bools, strict=True):
+                if is_bool or not hasattr(value, "__index__"):
+                    raise TypeError(f"{what}; got {value!r:.80} among them")
+            found = torch.tensor([int(value) for value in values], dtype=torch.long)
+    else:
+        raise TypeError(f"{what}; got {type(indices).__name__}")
+    if found.ndim != 1:
+        raise ValueError(f"{what}; got shape {tuple(found.shape)}")
+    if found.dtype == torch.bool:
+        if len(found) != n_sequences():
+            raise ValueError(f"{what}, one for each of the {n_sequences()} sequences; got {len(found)} bools")
+        return found.nonzero()[:, 0]
+    found = found.long()
+    if found.device.type == "cpu" and found.numel():
+        low, high = (int(v) for v in found.aminmax())
+        if low < 0 or high >= n_sequences():
+            bad = low if low < 0 else high
+            raise IndexError(f"State.select: `indices` must be from 0 to {n_sequences() - 1}; got {bad}")
+    return found
 
 
 def _map(value: Any, function: Callable[[Any], Any]) -> Any:

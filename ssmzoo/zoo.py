@@ -5,14 +5,14 @@ from __future__ import annotations
 import fnmatch
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ssmzoo.block import Block, entry_mixer
-from ssmzoo.config import ModelConfig, load_config
+from ssmzoo.config import ModelConfig, load_config, model_folder
+from ssmzoo.footprint import check_memory
 from ssmzoo.mixers._base import Mixer
 from ssmzoo.model import SequenceModel
 
@@ -28,27 +28,29 @@ def build(
 
     Args:
         name_or_path_or_config: one of :func:`list_models`; a path of a YAML file; a :class:`ModelConfig` or its dict;
-            or the path of a saved model's folder, which brings its weights (and takes no overrides).
+            or the path of a saved model's folder, which brings its weights (and takes no overrides). A model's name
+            wins over a folder of that name: ``"./lstm-tiny"`` is the folder.
         device: where the weights are made; ``"meta"`` makes none.
         dtype: their dtype; float32 if None. Weights that the papers keep in float32 stay there.
         overrides: config keys, nested or dotted: ``d_model=1024``, ``mixers={"mamba": {"d_state": 32}}``,
             ``**{"mixers.mamba.d_state": 32}``.
 
     Raises:
-        ValueError, TypeError: an unknown model, key, mixer or option (with what exists and the nearest), or a bad
-            value.
+        ValueError, TypeError: an unknown model, key, mixer or option (with what exists and the nearest), a bad value,
+            or weights that the device has no memory for.
         FileNotFoundError: a path where nothing is.
     """
     given = name_or_path_or_config
-    if isinstance(given, str | os.PathLike) and Path(given).is_dir():
+    folder = model_folder(given)
+    if folder is not None:
         from ssmzoo.pretrained import load
 
         if overrides:
             raise ValueError(
                 f"build: a saved model's architecture is fixed with its weights; got {', '.join(overrides)}. "
-                f"For fresh weights give the path of {Path(given) / 'config.yaml'}"
+                f"For fresh weights give the path of {folder / 'config.yaml'}"
             )
-        return load(given, device=device, dtype=dtype)
+        return load(folder, device=device, dtype=dtype)
     if isinstance(given, ModelConfig):
         config = given
     elif isinstance(given, dict):
@@ -60,7 +62,9 @@ def build(
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"build: `dtype` must be a floating-point torch.dtype such as torch.bfloat16; got {dtype!r}")
     config = config.override(overrides)
-    with torch.device(device if device is not None else torch.get_default_device()):
+    where = torch.device(device if device is not None else torch.get_default_device())
+    check_memory(config, where)
+    with where:
         model = SequenceModel(config)
     return model if dtype is None else model.to(dtype)
 

@@ -240,9 +240,9 @@ class Op:
 def unknown(what: str, name: object, known: Any) -> str:
     """The message for a name that does not exist: what does, and the nearest."""
     known = sorted(known)
-    near = difflib.get_close_matches(str(name), known, n=1)
+    near = difflib.get_close_matches(str(name)[:100], known, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"unknown {what}: {name!r}.{hint} There are: {', '.join(known)}."
+    return f"unknown {what}: {name!r:.100}.{hint} There are: {', '.join(known)}."
 
 
 def _parse(text: str, variable: str) -> dict[str, str]:

@@ -23,7 +23,7 @@ def console() -> Console:
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[str] = ()) -> Table:
     """A table of plain text; columns in ``numbers`` are set flush right, the first is never broken."""
     made = Table(
-        title=title or None,
+        title=Text(printable(title)) if title else None,
         title_justify="left",
         title_style="bold",
         header_style="dim",
@@ -33,8 +33,13 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], num
     for i, name in enumerate(columns):
         made.add_column(name, justify="right" if name in numbers else "left", no_wrap=i == 0 or name in numbers)
     for row in rows:
-        made.add_row(*(Text(cell) for cell in row))
+        made.add_row(*(Text(printable(cell)) for cell in row))
     return made
+
+
+def printable(text: str) -> str:
+    """The text with control characters spelled out, so that names and descriptions cannot steer the terminal."""
+    return "".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[str] = ()) -> str:

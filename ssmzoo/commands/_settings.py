@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
+from ssmzoo.plain import parse_yaml, short
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
@@ -18,11 +18,13 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key.strip():
-            raise ValueError(f"--set takes key=value, such as d_model=512; got {setting!r}")
+            raise ValueError(f"--set takes key=value, such as d_model=512; got {short(setting)}")
         try:
-            values[key.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError:
+            values[key.strip()] = parse_yaml(text, f"--set {key.strip()}")
+        except ValueError as error:
+            if "no valid YAML" not in str(error):
+                raise
             raise ValueError(
-                f"--set {key.strip()}: the value must be a number, a word or a YAML list; got {text!r}"
+                f"--set {key.strip()}: the value must be a number, a word or a YAML list; got {short(text)}"
             ) from None
     return values

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.text import Text
 
-from ssmzoo.commands._output import console, count, flops, options_text, size, table
+from ssmzoo.commands._output import console, count, flops, options_text, printable, size, table
 from ssmzoo.commands._settings import parse_settings
 
 if TYPE_CHECKING:
@@ -37,14 +37,15 @@ def command(
     Nothing is downloaded and no weights are made, so this is quick for large models too.
     """
     from ssmzoo import build
-    from ssmzoo.config import load_config
+    from ssmzoo.config import load_config, model_folder
 
-    saved = Path(name) / "config.yaml"
-    config = load_config(saved if saved.is_file() else name).override(parse_settings(settings or []))
+    folder = model_folder(name)
+    config = load_config(name if folder is None else folder / "config.yaml").override(parse_settings(settings or []))
     model = build(config, device="meta")
     out = console()
-    out.print(f"[bold]{name}[/bold]: {config.description}" if config.description else f"[bold]{name}[/bold]")
-    out.print(_sizes(config, model) + "\n")
+    heading = Text(printable(name), "bold")
+    out.print(heading.append(f": {printable(config.description)}", "not bold") if config.description else heading)
+    out.print(Text(_sizes(config, model) + "\n"))
     numbers = ("of them", "parameters", "share")
     out.print(table("Parameters", ("part", "layers", *numbers), _parts(model), numbers))
     costs = ("context", "FLOPs per token", "state")
@@ -62,8 +63,9 @@ def _sizes(config: ModelConfig, model: SequenceModel) -> str:
         "classes": f"{config.n_classes} class logits a sequence",
         "features": f"{config.d_output} features a token",
     }[config.output or "tokens"]
+    in_float32 = size(4 * model.num_parameters())
     return (
-        f"{count(model.num_parameters())} parameters, {config.n_layers} layers, d_model {config.d_model}; "
+        f"{count(model.num_parameters())} parameters ({in_float32} in float32), {config.n_layers} layers, d_model {config.d_model}; "
         f"{comes_in} in, {goes_out} out"
     )
 

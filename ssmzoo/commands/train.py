@@ -50,7 +50,7 @@ def command(
     """
     from ssmkernels import keep_memory
     from ssmzoo import train as training
-    from ssmzoo.config import load_config
+    from ssmzoo.config import load_config, model_folder
     from ssmzoo.train.config import split_settings
     from ssmzoo.train.record import read_record
     from ssmzoo.train.run import run_name
@@ -72,7 +72,7 @@ def command(
             return
         if model is None:
             raise ValueError("name a model, as in `ssmzoo train mamba-hybrid-tiny`; `ssmzoo list` shows them")
-        if Path(model).is_dir():
+        if model_folder(model) is not None:
             if overrides:
                 raise ValueError(f"{model} holds trained weights; {next(iter(overrides))} of it cannot change")
             training.train(model, sources, changes, out)

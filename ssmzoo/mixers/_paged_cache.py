@@ -14,7 +14,7 @@ from torch import Tensor
 from ssmzoo.mixers._kv_cache import owners
 from ssmzoo.mixers._logits import Logits
 from ssmzoo.mixers._pages import Holding, Pages, on_device
-from ssmzoo.state import State
+from ssmzoo.state import State, row_indices
 
 C = TypeVar("C", bound="PagedCache")
 P = ParamSpec("P")
@@ -96,8 +96,9 @@ class PagedCache(State):
 
     def select(self: C, indices: Tensor | Sequence[int]) -> C:
         """As :meth:`State.select`; shares pages. A tensor of indices is read on the host."""
-        selected = super().select(indices)
-        chosen = torch.as_tensor(indices, dtype=torch.long).tolist()
+        index = row_indices(indices, lambda: self.n_sequences)
+        selected = super().select(index)
+        chosen = index.tolist()
         selected.pages = self.pages.select(chosen)
         selected._count([self.counts[i] for i in chosen])
         return selected

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
-from ssmzoo.config import ModelConfig, load_config
+from ssmzoo.config import ModelConfig, load_config, model_folder
 from ssmzoo.model import SequenceModel
 from ssmzoo.pretrained import CONFIG, load
 from ssmzoo.train import checkpoint
@@ -103,7 +103,7 @@ def train(
     if isinstance(model, SequenceModel | ModelConfig):
         start = model
     else:
-        start = load(model) if Path(model).is_dir() else load_config(model)
+        start = load(model) if model_folder(model) is not None else load_config(model)
     model_config = start.config if isinstance(start, SequenceModel) else start
     if not isinstance(config, TrainConfig):
         config = TrainConfig.of(model_config.train, config or {})

@@ -13,7 +13,7 @@ import numpy as np
 class Vocabulary(Protocol):
     """What turns text into ids and ids into text."""
 
-    size: int
+    size: int  # the largest id and one
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text."""
@@ -64,7 +64,8 @@ class Tokenizer:
         except Exception as error:  # the library raises plain Exceptions
             raise ValueError(f"{path} is no tokenizer file of the tokenizers library: {error}") from None
         self._new_stream = tokenizers.decoders.DecodeStream
-        self.size = self._tokenizer.get_vocab_size()
+        # Added tokens may leave gaps, so the largest id counts and not how many ids there are.
+        self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids

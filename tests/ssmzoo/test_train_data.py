@@ -234,3 +234,20 @@ def test_tokenizer_files_that_do_not_serve(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
     with pytest.raises(ImportError, match=r"pip install 'ssmzoo\[train\]'"):
         Tokenizer(tmp_path / "x.json")
+
+
+def test_a_tokenizer_whose_ids_have_gaps(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers")
+    words = {"a": 0, "b": 1, "c": 2, "[UNK]": 3, "far": 300}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    path = tmp_path / "gaps.json"
+    made.save(str(path))
+    vocabulary = Tokenizer(path)
+    assert vocabulary.size == 301
+    ids = vocabulary.encode_bytes(np.frombuffer(b"a far b", np.uint8))
+    assert ids.tolist() == [0, 300, 1]
+    assert ids.dtype == np.uint16
+    step = vocabulary.decoder()
+    for token in (0, 150, 300, 1):  # a model may draw ids that stand for nothing
+        assert isinstance(step(token), str)

@@ -1,0 +1,94 @@
+"""How many bytes a model's weights take, told before any of them is made."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ssmzoo.block import Block
+from ssmzoo.config import ModelConfig
+from ssmzoo.linear import Linear
+
+
+def weight_bytes(config: ModelConfig) -> int:
+    """Bytes of the weights and buffers that :func:`ssmzoo.build` would make for a config, in their first dtypes.
+
+    One block of each kind is built on the meta device, and counted as often as the pattern has it, so that the number
+    of layers costs nothing.
+
+    Raises:
+        ValueError: a single tensor is larger than PyTorch can describe.
+    """
+    layers: dict[str, int] = {}
+    for i, entry in enumerate(config.pattern):
+        layers[entry] = layers.get(entry, 0) + len(range(i, config.n_layers, len(config.pattern)))
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            total = _ends(config)
+            for entry, times in layers.items():
+                if times:
+                    block = Block(config, config.pattern.index(entry))
+                    mixer, whole = _bytes(block.mixer), _bytes(block)
+                    shared = bool(config.mixers.get(entry, {}).get("shared"))
+                    total += (whole - mixer) * times + mixer * (1 if shared else times)
+    except (RuntimeError, OverflowError) as error:
+        if "overflow" not in str(error).lower() and "too large" not in str(error).lower():
+            raise
+        raise ValueError(f"config: a weight of this model is larger than PyTorch can hold: {error!s:.200}") from None
+    return total
+
+
+def check_memory(config: ModelConfig, device: torch.device) -> None:
+    """Refuses a model whose weights the device cannot hold.
+
+    Raises:
+        ValueError: naming the bytes that they take and those that there are.
+    """
+    if device.type == "meta":
+        return
+    room = _memory(device)
+    if room is None:
+        return
+    needed = weight_bytes(config)
+    if needed > room:
+        raise ValueError(
+            f"config: the weights of this model take {needed / 2**30:,.1f} GiB in float32, and {device} has "
+            f"{room / 2**30:,.1f} GiB; make `n_layers`={config.n_layers}, `d_model`={config.d_model}, `vocab_size` or "
+            'an option of its mixers smaller, or build it with device="meta", which makes no weights'
+        )
+
+
+def _ends(config: ModelConfig) -> int:
+    """Bytes of what comes before and after the blocks."""
+    width = {"tokens": config.padded_vocab_size, "classes": config.n_classes, "features": config.d_output}
+    head = Linear(config.d_model, width[config.output or "tokens"] or 0, bias=config.output != "tokens")
+    total = _bytes(nn.LayerNorm(config.d_model, bias=config.norm == "layer"))
+    if config.d_input is not None:
+        return total + _bytes(head) + _bytes(Linear(config.d_input, config.d_model))
+    tied = config.tie_embeddings and config.output == "tokens"
+    return total + (0 if tied else _bytes(head)) + 4 * config.padded_vocab_size * config.d_model
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(t.nbytes for t in [*module.parameters(), *module.buffers()])
+
+
+def _memory(device: torch.device) -> int | None:
+    """Bytes of memory that a device has in all; None where that cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    if device.type != "cpu":
+        return None
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
+        return found["MemTotal"] + found.get("SwapTotal", 0)
+    except (OSError, KeyError, ValueError, IndexError):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None

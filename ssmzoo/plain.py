@@ -1,0 +1,118 @@
+"""Plain data from outside (YAML text, nested dicts): bounded in size, depth and count before anything walks it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+MAX_CHARACTERS = 2**20  # of one YAML text
+MAX_DEPTH = 32  # of lists and mappings inside each other
+MAX_VALUES = 50_000  # with every alias counted as often as it is used
+SHOWN = 80  # characters of a value in a message
+
+
+def short(value: object, most: int = SHOWN) -> str:
+    """The value as an error message shows it: its ``repr``, cut where it is long, and quick for any size."""
+    if isinstance(value, str | bytes):
+        text = repr(value[:most])
+        return text if len(value) <= most else f"{text}... ({len(value)} long)"
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 1024:
+        return f"an int of {value.bit_length()} bits"
+    if isinstance(value, Mapping | list | tuple | set | frozenset):
+        try:
+            check_plain(value, "value")
+        except ValueError:
+            return f"a {type(value).__name__} with {len(value)} entries"
+    try:
+        text = repr(value)
+    except ValueError:  # an int inside with more digits than Python prints
+        return f"a {type(value).__name__}"
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def check_plain(value: object, where: str) -> None:
+    """Refuses nested lists and mappings that are too deep, too many, or hold themselves.
+
+    Raises:
+        ValueError: naming ``where`` and the limit.
+    """
+    waiting, seen = [(value, 0)], 0
+    while waiting:
+        part, depth = waiting.pop()
+        seen += 1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"{where} must not nest deeper than {MAX_DEPTH} levels")
+        if seen > MAX_VALUES:
+            raise ValueError(f"{where} must not hold more than {MAX_VALUES} values")
+        if isinstance(part, Mapping):
+            inside = [*part.keys(), *part.values()]
+        elif isinstance(part, list | tuple | set | frozenset):
+            inside = list(part)
+        else:
+            continue
+        if len(inside) > MAX_VALUES:
+            raise ValueError(f"{where} must not hold more than {MAX_VALUES} values")
+        waiting += [(inner, depth + 1) for inner in inside]
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """What a YAML text says, as plain data.
+
+    Raises:
+        ValueError: it is no YAML, or too long, too deep, or too large once its aliases are written out.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"{where} must be at most {MAX_CHARACTERS} characters of YAML; got {len(text)}")
+    try:
+        _check_events(text, where)
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, OverflowError) as error:
+        raise _invalid(where, error) from None
+    except ValueError as error:
+        if isinstance(error, _Refused):
+            raise ValueError(str(error)) from None
+        raise _invalid(where, error) from None  # a date or a number that Python cannot hold
+
+
+class _Refused(ValueError):
+    """A text that is YAML, and is refused for its size."""
+
+
+def _invalid(where: str, error: Exception) -> ValueError:
+    said = " ".join(str(error).split())
+    return ValueError(f"{where} is no valid YAML: {said if len(said) <= 300 else said[:300] + '...'}")
+
+
+def _check_events(text: str, where: str) -> None:
+    """Counts what the text stands for, event by event, before any of it is built."""
+    sizes: dict[str, int] = {}  # values behind each anchor, aliases written out
+    stack: list[tuple[str | None, int]] = []  # anchor and values of each collection that is still open
+    open_anchors: set[str | None] = set()
+    total = 0  # values so far, at the current level and below
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            stack.append((event.anchor, total))
+            if event.anchor is not None:
+                open_anchors.add(event.anchor)
+            total += 1
+            if len(stack) > MAX_DEPTH:
+                raise _Refused(f"{where} must not nest deeper than {MAX_DEPTH} levels")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = stack.pop()
+            if anchor is not None:
+                open_anchors.discard(anchor)
+                sizes[anchor] = total - before
+        elif isinstance(event, yaml.ScalarEvent):
+            total += 1
+            if event.anchor is not None:
+                sizes[event.anchor] = 1
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor in open_anchors:
+                raise _Refused(
+                    f"{where} must not hold itself; the alias *{event.anchor[:SHOWN]} stands inside its anchor"
+                )
+            total += sizes.get(event.anchor, 1)
+        if total > MAX_VALUES:
+            raise _Refused(f"{where} must not hold more than {MAX_VALUES} values, with aliases written out")

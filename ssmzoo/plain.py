@@ -109,10 +109,9 @@ def _check_events(text: str, where: str) -> None:
             if event.anchor is not None:
                 sizes[event.anchor] = 1
         elif isinstance(event, yaml.AliasEvent):
-            if event.anchor in open_anchors:
-                raise _Refused(
-                    f"{where} must not hold itself; the alias *{event.anchor[:SHOWN]} stands inside its anchor"
-                )
-            total += sizes.get(event.anchor, 1)
+            name = event.anchor or ""
+            if name in open_anchors:
+                raise _Refused(f"{where} must not hold itself; the alias *{name[:SHOWN]} stands inside its anchor")
+            total += sizes.get(name, 1)
         if total > MAX_VALUES:
             raise _Refused(f"{where} must not hold more than {MAX_VALUES} values, with aliases written out")

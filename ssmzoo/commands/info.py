@@ -65,8 +65,8 @@ def _sizes(config: ModelConfig, model: SequenceModel) -> str:
     }[config.output or "tokens"]
     in_float32 = size(4 * model.num_parameters())
     return (
-        f"{count(model.num_parameters())} parameters ({in_float32} in float32), {config.n_layers} layers, d_model {config.d_model}; "
-        f"{comes_in} in, {goes_out} out"
+        f"{count(model.num_parameters())} parameters ({in_float32} in float32), {config.n_layers} layers, "
+        f"d_model {config.d_model}; {comes_in} in, {goes_out} out"
     )
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from ssmzoo.beams import ROOM, beam_search, check_finite
 from ssmzoo.mixers._base import Mixer
 from ssmzoo.model import SequenceModel
+from ssmzoo.plain import short
 
 
 @torch.no_grad()  # and no inference mode: its tensors may not enter a later loss
@@ -23,10 +28,11 @@ def generate(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
-    eos_id: int | None = None,
+    eos_id: int | Sequence[int] | None = None,
     stream: Callable[[Tensor], object] | None = None,
     seed: int | None = None,
     mask: Tensor | None = None,
+    num_beams: int = 1,
 ) -> Tensor | list[list[int]]:
     """Continues prompts: one call for all of a prompt, then one token at a time through the state.
 
@@ -40,7 +46,7 @@ def generate(
 
     Args:
         model: a causal model with token ids in and token logits out. It runs in evaluation mode, and is put
-            back after.
+            back when the last of the calls that run at the same time has ended.
         ids: prompts ``(b, l)``, int64 or int32; or lists of ids of any lengths, none empty.
         max_new_tokens: how many tokens to add, at most.
         temperature: divides the logits; 0 takes the most likely token each time.
@@ -50,24 +56,28 @@ def generate(
         min_p: keep tokens at least this fraction as likely as the most likely one (arXiv 2407.01082).
         repetition_penalty: divides the positive and multiplies the negative logits of ids that stand in the
             row already, prompt included (CTRL, arXiv 1909.05858, section 4.1); 1 for none.
-        eos_id: a row ends after this id; generation stops once all have.
+        eos_id: a row ends after this id, or after any of several; generation stops once all have.
         stream: called with each step's new tokens, ``(b)`` int64 on the model's device, as they come; a row
-            that has ended gives ``eos_id``.
+            that has ended gives ``eos_id``, the first of them. Generation stops where it returns True.
         seed: at least 0. If None, it is drawn from PyTorch's global generator.
         mask: bool ``(b, l)``, True at real tokens, for prompts in a tensor that are padded on whichever side.
+        num_beams: above 1, beam search: the continuation with the highest mean log-probability a token among those
+            that this many beams find. Nothing is drawn, so it goes with no option of sampling, and not with
+            ``repetition_penalty`` or ``stream``.
 
     Returns:
         For a tensor ``(b, l + n)``: the prompts as they came and n ≤ max_new_tokens new tokens; rows that
-        ended are filled up with ``eos_id``. For lists a list of lists: each prompt and what follows it, up to
-        its ``eos_id``.
+        ended are filled up with ``eos_id``, the first if several. For lists a list of lists: each prompt and
+        what follows it, up to its ``eos_id``.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or out of range, by name, or a model that cannot
-            do this.
+            do this; or logits that are not finite, naming the step.
     """
-    _check_model(model)
+    check_model(model)
     vocab = model.config.vocab_size or 0
     _check_options(vocab, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, eos_id, seed)
+    _check_beams(num_beams, temperature, top_k, top_p, min_p, repetition_penalty, stream, seed)
     if stream is not None and not callable(stream):
         raise TypeError(f"generate: `stream` must be a function of the new tokens (b); got {stream!r:.80}")
     device = model.lm_head.weight.device
@@ -75,42 +85,85 @@ def generate(
     if max_new_tokens == 0:
         return prompts if isinstance(ids, Tensor) else [list(row) for row in ids]
 
+    ends = () if eos_id is None else (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
+    if num_beams > 1:
+        with evaluating(model):
+            found = beam_search(model, prompts, mask, max_new_tokens, num_beams, ends)
+        if not isinstance(ids, Tensor):
+            return [[*prompt, *row] for prompt, row in zip(ids, found, strict=True)]
+        longest = max(map(len, found))
+        rows = [[*row, *ends[:1] * (longest - len(row))] for row in found]
+        return torch.cat([prompts, torch.tensor(rows, device=device)], dim=1)
     b, l = prompts.shape
     draws = None if temperature == 0 else _draws(b, max_new_tokens, seed, device)
+    stops = torch.tensor(ends, device=device)
+    highest: list[Tensor] = []  # logit of each row, of steps that are not yet checked
     seen = _seen(prompts, mask, vocab) if repetition_penalty != 1 else None  # (b vocab)
     ended = torch.zeros(b, dtype=torch.bool, device=device)
     new: list[Tensor] = []
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        logits, state = model(prompts, model.initial_state(b, l + max_new_tokens), mask=mask, last_only=True)
+    with evaluating(model):
+        room = l + min(max_new_tokens, ROOM)
+        logits, state = model(prompts, model.initial_state(b, room), mask=mask, last_only=True)
         while True:
             scores = logits[:, 0, :vocab].float()
+            highest.append(scores.amax(-1))
+            if device.type == "cpu":  # elsewhere a look would wait for the device: all at the end
+                check_finite(highest.pop(), len(new) + 1)
             if seen is not None:
                 scores = penalise(scores, seen, repetition_penalty)
             if draws is None:
                 token = scores.argmax(-1)
             else:
-                token = sample(filtered(scores / temperature, top_k, top_p, min_p), draws[:, len(new)])
-            if eos_id is not None:
-                token = torch.where(ended, eos_id, token)
-                ended |= token == eos_id
+                token = sample(filtered(warmed(scores, temperature), top_k, top_p, min_p), next(draws))
+            if ends:
+                token = torch.where(ended, ends[0], token)
+                ended |= torch.isin(token, stops)
             new.append(token)
-            if stream is not None:
-                stream(token)
-            if len(new) == max_new_tokens or (eos_id is not None and bool(ended.all())):
+            stopped = stream is not None and stream(token) is True
+            if stopped or len(new) == max_new_tokens or (ends and bool(ended.all())):
                 break
             if seen is not None:
                 seen.scatter_(1, token[:, None], True)
             logits, state = model(token[:, None], state)
-    finally:
-        for module, training in modes:
-            module.training = training
+    for step, top in enumerate(highest, 1):
+        check_finite(top, step)
 
     added = torch.stack(new, dim=1)
     if isinstance(ids, Tensor):
         return torch.cat([prompts, added], dim=1)
-    return [[*prompt, *_until(row, eos_id)] for prompt, row in zip(ids, added.tolist(), strict=True)]
+    return [[*prompt, *_until(row, ends)] for prompt, row in zip(ids, added.tolist(), strict=True)]
+
+
+_running: weakref.WeakKeyDictionary[SequenceModel, tuple[int, list]] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def evaluating(model: SequenceModel) -> Iterator[None]:
+    """Evaluation mode for as long as any thread is in here; the last one to leave puts the modes back."""
+    with _lock:
+        users, modes = _running.get(model) or (0, [])
+        if users == 0:
+            modes = [(module, module.training) for module in model.modules() if module.training]
+            model.eval()
+        _running[model] = users + 1, modes
+    try:
+        yield
+    finally:
+        with _lock:
+            users, modes = _running[model]
+            _running[model] = users - 1, modes
+            if users == 1:
+                del _running[model]
+                for module, training in modes:
+                    module.training = training
+
+
+def warmed(scores: Tensor, temperature: float) -> Tensor:
+    """Scores (b v) divided by a temperature, the highest at 0 so that a small one overflows nowhere."""
+    if temperature >= 1e-3:
+        return scores / temperature
+    return (scores - scores.amax(-1, keepdim=True)) / max(temperature, 1e-30)
 
 
 def penalise(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -144,15 +197,16 @@ def sample(scores: Tensor, draw: Tensor) -> Tensor:
     return torch.where(reached.any(-1), reached.int().argmax(-1), probabilities.argmax(-1))
 
 
-def _draws(b: int, n: int, seed: int | None, device: torch.device) -> Tensor:
-    """(b n) numbers uniform in [0, 1): a generator for each row, on the CPU, so that devices agree."""
+def _draws(b: int, n: int, seed: int | None, device: torch.device) -> Iterator[Tensor]:
+    """n times (b) numbers uniform in [0, 1): a generator for each row, on the CPU, so that devices agree."""
     if seed is None:
         seed = int(torch.randint(2**32, (), device="cpu"))
-    rows = []
-    for i in range(b):
-        generator = torch.Generator("cpu").manual_seed(seed + i)
-        rows.append(torch.rand(n, generator=generator, dtype=torch.float64, device="cpu"))
-    return torch.stack(rows).to(device, torch.float32 if device.type == "mps" else torch.float64)
+    generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(b)]
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    for start in range(0, n, 256):
+        size = min(256, n - start)
+        rows = [torch.rand(size, generator=g, dtype=torch.float64, device="cpu") for g in generators]
+        yield from torch.stack(rows).to(device, dtype).unbind(1)
 
 
 def _seen(prompts: Tensor, mask: Tensor | None, vocab: int) -> Tensor:
@@ -162,8 +216,11 @@ def _seen(prompts: Tensor, mask: Tensor | None, vocab: int) -> Tensor:
     return seen[:, :vocab].contiguous()
 
 
-def _until(row: list[int], eos_id: int | None) -> list[int]:
-    return row[: row.index(eos_id) + 1] if eos_id in row else row
+def _until(row: list[int], ends: tuple[int, ...]) -> list[int]:
+    for i, token in enumerate(row):
+        if token in ends:
+            return row[: i + 1]
+    return row
 
 
 def _prompts(
@@ -207,7 +264,8 @@ def _padded(ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
     return padded, None if bool((lengths == longest).all()) else torch.arange(longest) < lengths[:, None]
 
 
-def _check_model(model: SequenceModel) -> None:
+def check_model(model: SequenceModel) -> None:
+    """Refuses a model that cannot continue token ids, saying why."""
     if not isinstance(model, SequenceModel):
         raise TypeError(f"generate: `model` must be a SequenceModel; got {type(model).__name__}")
     config = model.config
@@ -230,11 +288,12 @@ def _check_options(
     top_p: float | None,
     min_p: float | None,
     repetition_penalty: float,
-    eos_id: int | None,
+    eos_id: int | Sequence[int] | None,
     seed: int | None,
 ) -> None:
     rules = [
         ("max_new_tokens", max_new_tokens, _int(max_new_tokens, 0), "an int of at least 0"),
+        ("max_new_tokens", max_new_tokens, _int(max_new_tokens, 0, 2**31 - 1), "at most 2**31 - 1"),
         ("temperature", temperature, _number(temperature) and temperature >= 0, "a number of at least 0"),
         ("top_k", top_k, top_k is None or _int(top_k, 1), "an int of at least 1, or None"),
         (
@@ -253,14 +312,36 @@ def _check_options(
         (
             "eos_id",
             eos_id,
-            eos_id is None or _int(eos_id, 0, vocab - 1),
-            f"an id from 0 to {vocab - 1}, or None",
+            eos_id is None
+            or _int(eos_id, 0, vocab - 1)
+            or (isinstance(eos_id, list | tuple) and len(eos_id) > 0 and all(_int(i, 0, vocab - 1) for i in eos_id)),
+            f"an id from 0 to {vocab - 1}, several in a list, or None",
         ),
         ("seed", seed, seed is None or _int(seed, 0, 2**63), "an int from 0 to 2**63, or None"),
     ]
     for name, value, fits, expected in rules:
         if not fits:
-            raise ValueError(f"generate: `{name}` must be {expected}; got {value!r}")
+            raise ValueError(f"generate: `{name}` must be {expected}; got {short(value)}")
+
+
+def _check_beams(
+    num_beams: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    repetition_penalty: float,
+    stream: object,
+    seed: int | None,
+) -> None:
+    if not _int(num_beams, 1, 1024):
+        raise ValueError(f"generate: `num_beams` must be an int from 1 to 1024; got {short(num_beams)}")
+    given = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "stream": stream, "seed": seed}
+    given["temperature"] = None if temperature in (0, 1) else temperature
+    given["repetition_penalty"] = None if repetition_penalty == 1 else repetition_penalty
+    for name, value in given.items():
+        if num_beams > 1 and value is not None:
+            raise ValueError(f"generate: `num_beams`={num_beams} draws nothing and goes without `{name}`; leave it out")
 
 
 def _int(value: object, low: int, high: float = math.inf) -> bool:

@@ -15,14 +15,22 @@ def command(
     ],
     prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
     max_new_tokens: Annotated[int, typer.Option(help="How many tokens to add, at most.")] = 300,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token each time.")] = 0.8,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 takes the most likely token each time; 0.8 by default.")
+    ] = None,
     top_k: Annotated[int | None, typer.Option(help="Draw from the k most likely tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the fewest tokens that reach p.")] = None,
     min_p: Annotated[
         float | None, typer.Option(help="Draw from tokens this fraction as likely as the likeliest.")
     ] = None,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: less of what is there already.")] = 1.0,
-    eos_id: Annotated[int | None, typer.Option(help="Stop after this token id.")] = None,
+    eos_id: Annotated[list[int] | None, typer.Option(help="Stop after this token id; may be given again.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Stop before this text, which is not printed; may be given again.")
+    ] = None,
+    num_beams: Annotated[
+        int, typer.Option(help="Above 1: beam search, which draws nothing and prints at the end.")
+    ] = 1,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     tokenizer: Annotated[
         Path | None,
@@ -35,7 +43,9 @@ def command(
 
     from ssmkernels import keep_memory
     from ssmzoo import build
-    from ssmzoo.train.vocabulary import Bytes, open_vocabulary
+    from ssmzoo.config import model_folder
+    from ssmzoo.generate import check_model
+    from ssmzoo.train.vocabulary import Bytes, decode, open_vocabulary
 
     if not prompt:
         raise ValueError("the prompt is empty: give the model at least one character to go on from")
@@ -44,34 +54,69 @@ def command(
         found = torch.accelerator.current_accelerator(check_available=True)
         device = "cpu" if found is None else found.type
     built = build(model, device=device)
-    if not Path(model).is_dir():
+    check_model(built)
+    folder = model_folder(model)
+    if folder is None:
         print(f"{model} holds no trained weights: what follows is noise", file=sys.stderr)
-    beside = Path(model) / "tokenizer.json"
-    if tokenizer is None and beside.is_file():
-        tokenizer = beside
+    elif tokenizer is None and (folder / "tokenizer.json").is_file():
+        tokenizer = folder / "tokenizer.json"
     if tokenizer is None and built.config.vocab_size != Bytes.size:
         raise ValueError(
             f"{model} has {built.config.vocab_size} token ids and does not read bytes: name its --tokenizer"
         )
     vocabulary = open_vocabulary(tokenizer)
-    step = vocabulary.decoder()
-
-    def show(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
+    if num_beams == 1 and temperature is None:
+        temperature = 0.8
+    step, show = vocabulary.decoder(), Shown(prompt, stop or [])
     ids = vocabulary.encode(prompt)
-    show(prompt)
-    built.generate(
-        [ids],
-        max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        eos_id=eos_id,
-        stream=lambda tokens: show(step(int(tokens[0]))),
-        seed=seed,
-    )
-    show("\n")
+    try:
+        out = built.generate(
+            [ids],
+            max_new_tokens,
+            temperature=1.0 if temperature is None else temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            eos_id=eos_id or None,
+            stream=None if num_beams > 1 else lambda tokens: show(step(int(tokens[0]))),
+            seed=seed,
+            num_beams=num_beams,
+        )
+        show(decode(vocabulary, out[0][len(ids) :]) if num_beams > 1 else "")
+    finally:
+        show.end()
+
+
+class Shown:
+    """Prints a prompt, once there is something to follow it, and text piece by piece up to a stop string."""
+
+    def __init__(self, prompt: str, stops: list[str]):
+        self._prompt: str | None = prompt
+        self._stops = [stop for stop in stops if stop]
+        self._held = ""  # may be the start of a stop string
+        self._stopped = False
+
+    def __call__(self, text: str) -> bool:
+        """Prints what can be; returns whether a stop string came."""
+        if self._prompt is not None:
+            sys.stdout.write(self._prompt)
+            self._prompt = None
+        if self._stopped:
+            return True
+        self._held += text
+        found = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        if found:
+            self._held, self._stopped = self._held[: min(found)], True
+        lengths = (n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n]))
+        keep = 0 if self._stopped else max(lengths, default=0)
+        sys.stdout.write(self._held[: len(self._held) - keep])
+        self._held = self._held[len(self._held) - keep :]
+        sys.stdout.flush()
+        return self._stopped
+
+    def end(self) -> None:
+        """Prints what was held back, and ends the line, if one was begun."""
+        if self._prompt is None:
+            sys.stdout.write(self._held + "\n")
+            sys.stdout.flush()

@@ -1,17 +1,19 @@
 # Each target does all its own set-up, in the folder .venv, the first time and whenever the requirements change.
 #
-#   make demo      train a small Mamba-attention hybrid on Python's standard library, then let it write
+#   make demo      train a small Mamba-attention hybrid on Python's standard library; it writes samples as it learns
 #   make test      run every test
 #   make lint      ruff and mypy
 #   make bench     time ops, mixers and models beside other packages, into runs/
 #   make readme    write the README's tables anew
 #   make clean     remove the virtual environment and build outputs; runs/ stays
 #
+#   make demo STEPS=1000                                              train for longer, or go on: the text gets better
 #   make demo PYTHON=python3.12                                       another interpreter
 #   make demo TORCH="torch --index-url https://example.org/simple"    PyTorch from another index
 
 PYTHON ?= python3
 TORCH ?= torch
+STEPS ?= 350
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,16 +22,17 @@ DEMO := runs/demo
 
 .PHONY: demo test lint bench readme clean
 
-# A run that was stopped goes on; one that is complete only writes again. Threads that wait sleep: where other programs
-# use the cores as well, spinning ones would hold each other up many times over.
+# A run that was stopped goes on, to more steps if asked; one that has them all only writes again.
+# Threads that wait sleep: where other programs use the cores as well, spinning ones would hold each other up many times over.
 demo: export OMP_WAIT_POLICY ?= PASSIVE
 demo: $(READY)
-	@if [ -e $(DEMO)/.complete ]; then \
+	@if [ -e $(DEMO)/.complete ] && steps=$$(cat $(DEMO)/.complete) && [ "$${steps:-1000}" -ge $(STEPS) ]; then \
 		echo "$(DEMO) is trained; to train it again: rm -r $(DEMO)"; \
 	elif [ -e $(DEMO)/train.yaml ]; then \
-		$(BIN)/ssmzoo train --resume $(DEMO) && touch $(DEMO)/.complete; \
+		$(BIN)/ssmzoo train --resume $(DEMO) --set steps=$(STEPS) && echo $(STEPS) > $(DEMO)/.complete; \
 	else \
-		$(BIN)/ssmzoo train mamba-hybrid-tiny --out $(DEMO) && touch $(DEMO)/.complete; \
+		$(BIN)/ssmzoo train mamba-hybrid-tiny --out $(DEMO) --set steps=$(STEPS) --set sample_every=80 \
+			&& echo $(STEPS) > $(DEMO)/.complete; \
 	fi
 	@echo
 	$(BIN)/ssmzoo generate $(DEMO) "def "

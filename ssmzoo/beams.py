@@ -86,7 +86,7 @@ def _branch(
     step: int,
 ) -> list[tuple[float, int, int]]:
     """The next beams (score, beam it goes on from, token), best first; those that end go into ``ended``."""
-    new = []
+    new: list[tuple[float, int, int]] = []
     for rank, (value, place) in enumerate(zip(values, places, strict=True)):
         beam, token = divmod(place, vocab)
         if value == -math.inf or len(new) == num_beams:

@@ -39,6 +39,7 @@ class TrainConfig:
         eval_batches: batches in one evaluation, always the same ones.
         save_every: steps between checkpoints; one more stands at the end.
         keep: newest checkpoints to keep.
+        sample_every: steps between samples of what a language model writes, printed as it learns; 0 for one at the end.
     """
 
     steps: int = 1000
@@ -60,6 +61,7 @@ class TrainConfig:
     eval_batches: int = 8
     save_every: int = 250
     keep: int = 2
+    sample_every: int = 0
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -73,7 +75,7 @@ class TrainConfig:
             (("lr",), lambda v: v > 0, "above 0"),
             (("min_lr_ratio",), lambda v: 0 <= v <= 1, "from 0 to 1"),
             (("validation",), lambda v: 0 < v < 1, "between 0 and 1"),
-            (("weight_decay", "clip", "seed"), lambda v: v >= 0, "at least 0"),
+            (("weight_decay", "clip", "seed", "sample_every"), lambda v: v >= 0, "at least 0"),
             (
                 ("betas",),
                 lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in betas),

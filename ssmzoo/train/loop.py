@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,6 +53,7 @@ class Trainer:
         self._report_every = REPORT if waits else 1
         self._pending: list[tuple[float, Tensor]] = []  # learning rate; loss and gradient norm (2), still on the device
         self._clock = time.perf_counter()
+        self.on_sample: Callable[[], object] = lambda: None  # called in every process, each `sample_every` steps
 
     def restore(self, found: checkpoint.Checkpoint) -> None:
         """Goes back to a checkpoint."""
@@ -83,8 +85,13 @@ class Trainer:
                 self._take_step()
                 evaluates = self.step % self.config.eval_every == 0 or self.step == steps
                 saves = self.step % self.config.save_every == 0 or self.step == steps
+                samples = (
+                    self.config.sample_every > 0 and self.step % self.config.sample_every == 0 and self.step < steps
+                )
                 alone = self.accelerator.num_processes == 1
-                if not (evaluates or saves or self.step % self._report_every == 0 or (alone and interrupt.asked)):
+                if not (
+                    evaluates or saves or samples or self.step % self._report_every == 0 or (alone and interrupt.asked)
+                ):
                     continue
                 rows, stop = self._collect(interrupt.asked)
                 self._check_finite(rows, log)
@@ -92,6 +99,8 @@ class Trainer:
                     validation = self._evaluate()
                     rows[-1].update(validation)
                 self._write(log, rows)
+                if samples and not stop:
+                    self.on_sample()
                 if saves or stop:
                     self._save(log)
                 if stop and self.step < steps:

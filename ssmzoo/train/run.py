@@ -187,6 +187,17 @@ def _finish(trainer: Trainer, vocabulary: Vocabulary | None, quiet: bool) -> Res
     )
     if (run / checkpoint.FOLDER).is_dir():
         console.print(f"goes on from step {trainer.step} of {trainer.config.steps}")
+
+    def show_sample() -> str:
+        assert isinstance(data, Data)
+        assert vocabulary is not None
+        prompt, text = _sample(trainer, data, vocabulary)
+        console.print("\nA sample, which goes on from the held-out text in bold:\n")
+        console.print(Text.assemble((prompt, "bold"), text, "\n"))
+        return prompt + text
+
+    if vocabulary is not None and main:
+        trainer.on_sample = show_sample
     with contextlib.ExitStack() as stack:
         # Mixed precision wraps the model's forward.
         stack.callback(trainer.accelerator.unwrap_model, trainer.model, keep_fp32_wrapper=False)
@@ -197,12 +208,8 @@ def _finish(trainer: Trainer, vocabulary: Vocabulary | None, quiet: bool) -> Res
         validation = trainer.fit(log)
     sample = None
     if vocabulary is not None:
-        assert isinstance(data, Data)
-        prompt, text = _sample(trainer, data, vocabulary)
-        sample = prompt + text
-        console.print("\nA sample, which goes on from the held-out text in bold:\n")
-        console.print(Text.assemble((prompt, "bold"), text))
-        console.print(f'\nAll of it is in {run}. Try: ssmzoo generate {run} "def "')
+        sample = show_sample()
+        console.print(f'All of it is in {run}. Try: ssmzoo generate {run} "def "')
     loss = validation["validation_loss"]
     accuracy = validation.get("validation_accuracy")
     return Result(trainer.model, run, trainer.step, loss, data.bits(loss), accuracy, sample)

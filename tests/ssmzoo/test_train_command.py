@@ -155,3 +155,15 @@ def test_two_processes_train_as_one_does_on_the_parts_of_both(folder):
 
     assert launch("--resume", "two", "--set", "steps=14").count("goes on from step 12 of 14") == 1
     assert log.read(folder / "two" / "log.csv")[:13] == two
+
+
+def test_samples_as_it_learns(folder, capsys):
+    pytest.importorskip("accelerate", reason="needs accelerate")
+    every = settings("steps=5", "sample_every=2")
+    call(train.command, "small.yaml", "--data", "a.txt", "b.txt", "--out", "often", *every)
+    assert capsys.readouterr().out.count("A sample") == 3  # after steps 2 and 4, and at the end
+    call(train.command, "small.yaml", "--data", "a.txt", "b.txt", "--out", "once", *settings("steps=5"))
+    assert capsys.readouterr().out.count("A sample") == 1
+    often, once = pretrained.load("often"), pretrained.load("once")
+    for a, b in zip(often.parameters(), once.parameters(), strict=True):
+        assert torch.equal(a, b)

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from ssmkernels.library import opaque
+from ssmkernels.plain import why_not_plain
 
 # Input elements from which a call on the reference is worth a warning: about a tenth of a second of it.
 LARGE_CALL = 2**20
@@ -156,6 +157,8 @@ class Op:
         """Runs the op on validated arguments."""
         if torch.compiler.is_compiling():
             _load_all(self.name)
+        elif why_not_plain(arguments):
+            return self._call_reference(implementation, arguments)
         forced, origin = self._forced(implementation)
         if _explaining and threading.get_ident() in _explaining:
             raise _Explained(self._explain(forced, origin, arguments))
@@ -170,6 +173,20 @@ class Op:
                 self._warn_if_large(arguments)
             return self._run(name, arguments)
         raise RuntimeError(f"{self.name}: no implementation can run this call\n{self._explain(None, '', arguments)}")
+
+    def _call_reference(self, implementation: str | None, arguments: Mapping[str, Any]) -> Any:
+        """Runs a call that only PyTorch's own operators can carry: the others read memory or hide from autograd."""
+        reason = why_not_plain(arguments)
+        forced, origin = self._forced(implementation)
+        if _explaining and threading.get_ident() in _explaining:
+            choices = tuple(Choice(name, "" if name == "reference" else reason) for name in self.names)
+            raise _Explained(Explanation(self.name, "reference", reason, choices, ("reference",)))
+        if forced not in (None, "reference"):
+            raise ValueError(
+                f"{self.name}: implementation {forced!r} ({origin}) cannot run this call: {reason}; "
+                'use("reference") can'
+            )
+        return self._run("reference", arguments)
 
     def _fastest(self, arguments: Mapping[str, Any]) -> str | None:
         """The first that can run the call and is not slow at it; a slow one rather than the reference."""
@@ -295,7 +312,7 @@ def _environment(op: str) -> str | None:
 
 @_constant
 def _disabled(op: str, implementation: str) -> bool:
-    """Whether ``SSMZOO_DISABLE`` (``triton``, ``triton:ssd``, several by commas) takes it from this op."""
+    """Whether ``SSMZOO_DISABLE`` (``triton``, ``triton:selective_scan``, several by commas) takes it from this op."""
     text = os.environ.get("SSMZOO_DISABLE")
     if not text:
         return False

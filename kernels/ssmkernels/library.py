@@ -14,7 +14,9 @@ NAMESPACE = "ssmkernels"
 
 # Inside an operator PyTorch switches autograd off below the reach of `enable_grad`; its backward needs it once more. In
 # compiled code it also passes over what takes the conjugates that `conj` has put off, which would then be wrong.
-_INCLUDED, _EXCLUDED = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+# Inference mode at import would leave autograd out of these sets for ever.
+with torch.inference_mode(False):
+    _INCLUDED, _EXCLUDED = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
 
 
 def opaque(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:

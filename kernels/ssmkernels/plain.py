@@ -1,0 +1,39 @@
+"""Whether native code may read a call's tensors, and whether autograd's other transforms would miss what it does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_EXACT = (Tensor, torch.nn.Parameter)
+
+
+def why_not_plain(arguments: Mapping[str, Any]) -> str:
+    """Why a call outside of a compiler needs PyTorch's own operators; empty where its tensors are plain memory."""
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace records only PyTorch's own operators"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a transform of torch.func (vmap, grad, jvp) is active"
+    if torch._C._len_torch_dispatch_stack() and _records():
+        return "a fake tensor mode or make_fx is active"
+    dual = forward_ad._current_level >= 0
+    for name, a in arguments.items():
+        if not isinstance(a, Tensor):
+            continue
+        if type(a) not in _EXACT and type(a).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            return f"`{name}` is a {type(a).__name__}, which has no memory of its own"
+        if a._is_zerotensor():
+            return f"`{name}` is a zero tensor without memory"
+        if dual and forward_ad.unpack_dual(a).tangent is not None:
+            return f"`{name}` carries a tangent of forward-mode differentiation"
+    return ""
+
+
+def _records() -> bool:
+    """Whether an active mode has fake tensors or records operators; others, as counters, see real tensors."""
+    modes = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
+    return any(torch._C._get_dispatch_mode(mode) is not None for mode in modes)

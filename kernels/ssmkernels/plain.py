@@ -9,24 +9,31 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-_EXACT = (Tensor, torch.nn.Parameter)
+_EXACT = frozenset({Tensor, torch.nn.Parameter})
+
+# By name here, as every call of an op asks them.
+_tracing_state = torch._C._get_tracing_state
+_transform = torch._C._functorch.peek_interpreter_stack
+_modes = torch._C._len_torch_dispatch_stack
+_is_zero = Tensor._is_zerotensor
 
 
 def why_not_plain(arguments: Mapping[str, Any]) -> str:
     """Why a call outside of a compiler needs PyTorch's own operators; empty where its tensors are plain memory."""
-    if torch._C._get_tracing_state() is not None:
+    if _tracing_state() is not None:
         return "torch.jit.trace records only PyTorch's own operators"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if _transform() is not None:
         return "a transform of torch.func (vmap, grad, jvp) is active"
-    if torch._C._len_torch_dispatch_stack() and _records():
+    if _modes() and _records():
         return "a fake tensor mode or make_fx is active"
     dual = forward_ad._current_level >= 0
     for name, a in arguments.items():
-        if not isinstance(a, Tensor):
-            continue
-        if type(a) not in _EXACT and type(a).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-            return f"`{name}` is a {type(a).__name__}, which has no memory of its own"
-        if a._is_zerotensor():
+        if type(a) not in _EXACT:
+            if not isinstance(a, Tensor):
+                continue
+            if type(a).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+                return f"`{name}` is a {type(a).__name__}, which has no memory of its own"
+        if _is_zero(a):
             return f"`{name}` is a zero tensor without memory"
         if dual and forward_ad.unpack_dual(a).tangent is not None:
             return f"`{name}` carries a tangent of forward-mode differentiation"

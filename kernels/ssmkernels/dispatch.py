@@ -28,13 +28,18 @@ from ssmkernels.plain import why_not_plain
 # Input elements from which a call on the reference is worth a warning: about a tenth of a second of it.
 LARGE_CALL = 2**20
 
+# Implementations that read a tensor's memory, unseen by PyTorch; all others are made of PyTorch's own operators.
+KERNELS = frozenset({"triton", "cpu", "mamba_ssm", "causal_conv1d", "flash_attn"})
+
 C = TypeVar("C", bound=Callable[..., Any])
 
 OPS: dict[str, Op] = {}
 
-_forced: dict[
-    str, str
-] = {}  # op name, or "*" for every op → implementation name; process-wide, as autograd threads need
+# What each open `use` forces, the latest last: op name, or "*" for every op → implementation name. Process-wide, as
+# autograd's threads need it.
+_uses: list[dict[str, str]] = []
+_forced: dict[str, str] = {}  # all of them together
+_uses_lock = threading.Lock()
 _explaining: list[int] = []  # threads that want an explanation instead of a result
 _warned: set[str] = set()
 
@@ -157,8 +162,8 @@ class Op:
         """Runs the op on validated arguments."""
         if torch.compiler.is_compiling():
             _load_all(self.name)
-        elif why_not_plain(arguments):
-            return self._call_reference(implementation, arguments)
+        elif reason := why_not_plain(arguments):
+            return self._call_transformed(reason, implementation, arguments)
         forced, origin = self._forced(implementation)
         if _explaining and threading.get_ident() in _explaining:
             raise _Explained(self._explain(forced, origin, arguments))
@@ -174,19 +179,25 @@ class Op:
             return self._run(name, arguments)
         raise RuntimeError(f"{self.name}: no implementation can run this call\n{self._explain(None, '', arguments)}")
 
-    def _call_reference(self, implementation: str | None, arguments: Mapping[str, Any]) -> Any:
-        """Runs a call that only PyTorch's own operators can carry: the others read memory or hide from autograd."""
-        reason = why_not_plain(arguments)
+    def _call_transformed(self, reason: str, implementation: str | None, arguments: Mapping[str, Any]) -> Any:
+        """Runs a call that PyTorch's own operators must carry: kernels read memory, and hide what they do.
+
+        It takes the reference. Others made of PyTorch's operators run only where they are forced, as not all of them
+        have rules for every transform.
+        """
         forced, origin = self._forced(implementation)
+        name = forced or "reference"
         if _explaining and threading.get_ident() in _explaining:
-            choices = tuple(Choice(name, "" if name == "reference" else reason) for name in self.names)
-            raise _Explained(Explanation(self.name, "reference", reason, choices, ("reference",)))
-        if forced not in (None, "reference"):
+            able = tuple(n for n in self.names if n not in KERNELS)
+            other = f"{name!r} takes such calls; this one runs where it is forced"
+            choices = tuple(Choice(n, reason if n in KERNELS else "" if n == name else other) for n in self.names)
+            raise _Explained(Explanation(self.name, name, reason, choices, able))
+        if name in KERNELS:
             raise ValueError(
                 f"{self.name}: implementation {forced!r} ({origin}) cannot run this call: {reason}; "
                 'use("reference") can'
             )
-        return self._run("reference", arguments)
+        return self._run(name, arguments)
 
     def _fastest(self, arguments: Mapping[str, Any]) -> str | None:
         """The first that can run the call and is not slow at it; a slow one rather than the reference."""
@@ -331,7 +342,8 @@ def use(implementation: str | None = None, /, **by_op: str) -> Iterator[None]:
     """Forces implementations for all calls inside the context, in every thread of the process.
 
     ``use("reference")`` holds for every op that has an implementation of that name, the others choose as ever;
-    ``use(selective_scan="tiled")`` for one op. An inner context adds to an outer one.
+    ``use(selective_scan="tiled")`` for one op. An inner context adds to an outer one. Threads may enter and leave
+    theirs in any order; what the latest says counts.
 
     Raises:
         ValueError: no op, or no implementation, of that name exists.
@@ -340,15 +352,25 @@ def use(implementation: str | None = None, /, **by_op: str) -> Iterator[None]:
     if implementation is not None:
         table["*"] = implementation
     _check_table(table, "ssmkernels.use")
-    before = dict(_forced)
-    if implementation is not None:
-        _forced.clear()
-    _forced.update(table)
+    with _uses_lock:
+        _uses.append(table)
+        _combine()
     try:
         yield
     finally:
-        _forced.clear()
-        _forced.update(before)
+        with _uses_lock:  # by identity: another thread may have entered or left in between
+            _uses[:] = [entry for entry in _uses if entry is not table]
+            _combine()
+
+
+def _combine() -> None:
+    """Makes ``_forced`` what all open entries say; a later one that names every op overrides those before it."""
+    combined: dict[str, str] = {}
+    for table in _uses:
+        combined = dict(table) if "*" in table else combined | table
+    for op in _forced.keys() - combined.keys():
+        del _forced[op]
+    _forced.update(combined)
 
 
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssmkernels.plain import recorded
+
 NAMESPACE = "ssmkernels"
 
 # Inside an operator PyTorch switches autograd off below the reach of `enable_grad`; its backward needs it once more. In
@@ -20,7 +22,7 @@ with torch.inference_mode(False):
 
 
 def opaque(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, which becomes the single node ``ssmkernels::name`` when a compiler traces it.
+    """The same function, which becomes the single node ``ssmkernels::name`` when it is traced, or given fake tensors.
 
     Eager calls go straight to ``function``, with PyTorch's own autograd. Under a compiler its loops over time would be
     unrolled and its reads of ``cu_seqlens`` would break the graph; there it is one operator of ``torch.library``, and
@@ -89,7 +91,7 @@ def opaque(name: str, function: Callable[..., Any], fake: Callable[..., Any]) ->
 
     @functools.wraps(function)
     def call(**arguments: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if recorded():
             return operator(*(arguments[p] for p in parameters))
         return function(**arguments)
 

@@ -24,7 +24,7 @@ def why_not_plain(arguments: Mapping[str, Any]) -> str:
         return "torch.jit.trace records only PyTorch's own operators"
     if _transform() is not None:
         return "a transform of torch.func (vmap, grad, jvp) is active"
-    if _modes() and _records():
+    if _modes() and _fake_or_proxy():
         return "a fake tensor mode or make_fx is active"
     dual = forward_ad._current_level >= 0
     for name, a in arguments.items():
@@ -40,7 +40,17 @@ def why_not_plain(arguments: Mapping[str, Any]) -> str:
     return ""
 
 
-def _records() -> bool:
+def recorded() -> bool:
+    """Whether operators are written down (a compiler, torch.jit.trace, make_fx) or run on shapes alone (fake tensors)."""
+    return torch.compiler.is_compiling() or _tracing_state() is not None or (_modes() > 0 and _fake_or_proxy())
+
+
+def readable(x: Tensor) -> bool:
+    """Whether a check may look at the tensor's values: where that costs nothing, and where there are any."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not why_not_plain({"": x})
+
+
+def _fake_or_proxy() -> bool:
     """Whether an active mode has fake tensors or records operators; others, as counters, see real tensors."""
     modes = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
     return any(torch._C._get_dispatch_mode(mode) is not None for mode in modes)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssmkernels.plain import readable
+
 HALF = (torch.bfloat16, torch.float16)
 REAL = (torch.float32, torch.float64, *HALF)
 COMPLEX = (torch.complex64, torch.complex128)
@@ -166,7 +168,7 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor | None, x: Tensor, name: str = 
         raise ValueError(
             f"{op}: with `{name}` the sequences lie one after another in a batch of 1; got a batch of {batch}"
         )
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if readable(cu_seqlens):
         borders = cu_seqlens.tolist()
         if borders[0] != 0 or borders[-1] != length or any(a > b for a, b in zip(borders, borders[1:], strict=False)):
             shown = borders if len(borders) <= 8 else [*borders[:4], "...", *borders[-3:]]

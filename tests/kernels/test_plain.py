@@ -2,40 +2,63 @@
 
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import pytest
 import torch
 
-from ssmkernels import rms_norm
+from ssmkernels import explain, rms_norm
 from ssmkernels.dispatch import use
 
-CALLS = {
-    "fake": "with FakeTensorMode(): assert f(torch.randn(2, 8), torch.ones(8)).shape == (2, 8)",
-    "zero": "assert f(torch._efficientzerotensor((2, 8)), w).eq(0).all()",
-    "trace": "assert torch.allclose(torch.jit.trace(lambda x: f(x, w), x)(2 * x), r(2 * x, w), atol=1e-5)",
-    "make_fx": "assert torch.allclose(make_fx(lambda x: f(x, w))(x)(2 * x), r(2 * x, w), atol=1e-5)",
-    "vmap": "assert torch.allclose(torch.func.vmap(lambda x: f(x, w))(x), r(x, w), atol=1e-5)",
-    "jvp": "a, b = [torch.func.jvp(lambda w: g(x, w), (w,), (w,))[1] for g in (f, r)]; "
-    "assert b.abs().sum() > 1 and torch.allclose(a, b)",
-    "dual": "import torch.autograd.forward_ad as ad\nwith ad.dual_level(): "
-    "assert torch.allclose(ad.unpack_dual(f(x, ad.make_dual(w, w))).tangent, r(x, w))",
-}
-START = """
+INFERENCE = """
 import torch
-from functools import partial
 with torch.inference_mode():
-    from ssmkernels import rms_norm as f
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
-r = partial(f, implementation="reference")
-x, w = torch.randn(2, 8), torch.ones(8)
+    import ssmkernels
+x, w = torch.randn(2, 8, requires_grad=True), torch.ones(8)
+f = lambda x: ssmkernels.rms_norm(x, w, implementation="reference").sin().sum()
+g, = torch.autograd.grad(f(x), x)
+c, = torch.autograd.grad(torch.compile(f, fullgraph=True, backend="aot_eager")(x), x)
+assert g.abs().sum() > 0 and torch.allclose(g, c), (g, c)
 """
 
 
-def test_tensors_without_memory_and_transforms():
-    code = START + "\n".join(CALLS.values())
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+def python(*arguments):
+    command = [sys.executable, "-W", "ignore", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_every_op_with_tensors_that_are_not_plain_and_under_transforms():
+    done = python(str(Path(__file__).with_name("not_plain.py")))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == ""
+
+
+def test_gradients_survive_an_import_under_inference_mode():
+    done = python("-c", INFERENCE)
     assert done.returncode == 0, done.stderr
+
+
+def test_uses_that_threads_leave_in_another_order_than_they_entered_are_all_undone():
+    entered, left = threading.Event(), threading.Event()
+
+    def other():
+        with use(rms_norm="reference"):
+            entered.set()
+            left.wait(10)
+
+    x, w = torch.ones(2, 8), torch.ones(8)
+    before = explain(rms_norm, x, w).chosen
+    thread = threading.Thread(target=other)
+    outer = use(rms_norm=before)
+    with outer:
+        thread.start()
+        entered.wait(10)
+        assert explain(rms_norm, x, w).chosen == "reference"  # the latest counts
+    assert explain(rms_norm, x, w).chosen == "reference"  # as the other thread is still inside
+    left.set()
+    thread.join()
+    assert "fastest" in explain(rms_norm, x, w).origin
 
 
 def test_forced_native_implementation_under_vmap_names_the_way_out():

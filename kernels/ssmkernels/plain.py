@@ -41,7 +41,7 @@ def why_not_plain(arguments: Mapping[str, Any]) -> str:
 
 
 def recorded() -> bool:
-    """Whether operators are only recorded (compilers, torch.jit.trace, make_fx) or run on shapes alone (fake tensors)."""
+    """Whether operators are only recorded (compilers, torch.jit.trace, make_fx) or run on shapes (fake tensors)."""
     return torch.compiler.is_compiling() or _tracing_state() is not None or (_modes() > 0 and _fake_or_proxy())
 
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from ssmkernels.library import opaque
-from ssmkernels.plain import why_not_plain
+from ssmkernels.plain import ZERO, filled, why_not_plain
 
 # Input elements from which a call on the reference is worth a warning: about a tenth of a second of it.
 LARGE_CALL = 2**20
@@ -163,7 +163,9 @@ class Op:
         if torch.compiler.is_compiling():
             _load_all(self.name)
         elif reason := why_not_plain(arguments):
-            return self._call_transformed(reason, implementation, arguments)
+            if reason != ZERO:
+                return self._call_transformed(reason, implementation, arguments)
+            return self(implementation, **filled(arguments))
         forced, origin = self._forced(implementation)
         if _explaining and threading.get_ident() in _explaining:
             raise _Explained(self._explain(forced, origin, arguments))

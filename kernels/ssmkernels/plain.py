@@ -18,6 +18,14 @@ _modes = torch._C._len_torch_dispatch_stack
 _is_zero = Tensor._is_zerotensor
 
 
+ZERO = "a zero tensor of autograd's has no memory"
+
+
+def filled(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments, with memory under those zero tensors that autograd makes without any."""
+    return {name: a.clone() if isinstance(a, Tensor) and _is_zero(a) else a for name, a in arguments.items()}
+
+
 def why_not_plain(arguments: Mapping[str, Any]) -> str:
     """Why a call outside of a compiler needs PyTorch's own operators; empty where its tensors are plain memory."""
     if _tracing_state() is not None:
@@ -34,7 +42,7 @@ def why_not_plain(arguments: Mapping[str, Any]) -> str:
             if type(a).__torch_dispatch__ is not Tensor.__torch_dispatch__:
                 return f"`{name}` is a {type(a).__name__}, which has no memory of its own"
         if _is_zero(a):
-            return f"`{name}` is a zero tensor without memory"
+            return ZERO
         if dual and forward_ad.unpack_dual(a).tangent is not None:
             return f"`{name}` carries a tangent of forward-mode differentiation"
     return ""

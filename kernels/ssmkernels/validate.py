@@ -35,7 +35,7 @@ def check_shapes(
         The size of every letter. A letter means the same in every argument.
 
     Raises:
-        TypeError: an argument is no tensor.
+        TypeError: an argument is no tensor, or a sparse one.
         ValueError: an argument has another shape or lies on another device.
     """
     device = None
@@ -44,6 +44,8 @@ def check_shapes(
             continue
         if not isinstance(value, Tensor):
             raise TypeError(f"{op}: `{name}` must be a tensor of shape {_pretty(shape)}; got {type(value).__name__}")
+        if value.layout is not torch.strided:
+            raise TypeError(f"{op}: `{name}` must be a dense tensor; got layout {value.layout}")
         fitting = [s for s in shape.split("|") if len(s.split()) == value.ndim]
         if not fitting or not _matches(value, fitting[0].split(), sizes):
             known = _known(shape, sizes)
@@ -125,6 +127,7 @@ def check_options(op: str, kind: str, /, **options: Any) -> None:
 
     Raises:
         TypeError: naming the option, what was expected and what came.
+        ValueError: an int that no kernel can be told.
     """
     kinds = _KINDS[kind.removesuffix(" or None")]
     for name, value in options.items():
@@ -132,6 +135,8 @@ def check_options(op: str, kind: str, /, **options: Any) -> None:
             continue
         if not isinstance(value, kinds) or (isinstance(value, bool) and kind != "bool"):
             raise TypeError(f"{op}: `{name}` must be {kind}; got {type(value).__name__}")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{op}: `{name}` must fit in 64 bits; got an int of {value.bit_length()} bits")
 
 
 # While a compiler traces, numbers are symbols.

@@ -11,6 +11,8 @@ from torch import Tensor
 from ssmkernels.block_mask import BlockMask
 from ssmkernels.validate import check_options, check_parameters
 
+UNBOUNDED = 2**31 - 1  # a window's bound from which it is none: no sequence reaches as far
+
 
 def bounds(op: str, causal: bool, window: Any) -> tuple[int, int]:
     """``causal`` and ``window`` as one pair: keys seen left and right of a query, -1 for no bound.
@@ -23,7 +25,7 @@ def bounds(op: str, causal: bool, window: Any) -> tuple[int, int]:
         window = (-1, -1)
     if not isinstance(window, tuple | list) or len(window) != 2 or not all(isinstance(w, int) for w in window):
         raise TypeError(f"{op}: `window` must be None or two ints (left, right), -1 for no bound; got {window!r}")
-    left, right = window
+    left, right = (-1 if w >= UNBOUNDED else w for w in window)
     if left < -1 or right < -1:
         raise ValueError(f"{op}: the bounds of `window` must be at least 0, or -1 for none; got {window!r}")
     return left, 0 if causal else right

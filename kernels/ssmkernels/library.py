@@ -22,7 +22,7 @@ with torch.inference_mode(False):
 
 
 def opaque(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, which becomes the single node ``ssmkernels::name`` when it is traced, or given tensors without values.
+    """The same function, as the single node ``ssmkernels::name`` where it is traced or given tensors without values.
 
     Eager calls go straight to ``function``, with PyTorch's own autograd. Under a compiler its loops over time would be
     unrolled and its reads of ``cu_seqlens`` would break the graph; there it is one operator of ``torch.library``, and

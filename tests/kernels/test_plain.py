@@ -34,6 +34,11 @@ def test_every_op_with_tensors_that_are_not_plain_and_under_transforms():
     assert done.stdout == ""
 
 
+def test_random_calls_in_processes_of_their_own():
+    done = python(str(Path(__file__).with_name("fuzz.py")), "--calls", "400", "--seed", "3")
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
 def test_gradients_survive_an_import_under_inference_mode():
     done = python("-c", INFERENCE)
     assert done.returncode == 0, done.stderr

@@ -30,6 +30,7 @@ from ssmkernels import native
 from ssmkernels.testing import check
 import torch
 torch.set_num_threads(1)
+assert native.missing() is None, native.missing()
 assert native.info()["isa"] == "{isa}", native.info()
 base = dict(b=1, l=67, d=37)
 for n in (1, 2, 3, 5, 7, 8, 16, 17, 32, 64, 100, 255, 256):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ssmkernels.diagonal_kernel.discretize import check_diagonal, check_length, discretize_diagonal
+from ssmkernels.diagonal_kernel.discretize import check_diagonal, discretize_diagonal
 from ssmkernels.dispatch import Op
-from ssmkernels.validate import check_shapes, precision
+from ssmkernels.validate import check_length, check_shapes, precision
 
 __all__ = ["diagonal_kernel", "discretize_diagonal"]
 

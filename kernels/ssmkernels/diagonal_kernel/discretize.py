@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ssmkernels.dispatch import unknown
-from ssmkernels.validate import COMPLEX, REAL, check_dtypes, check_shapes, precision
+from ssmkernels.validate import COMPLEX, REAL, check_dtypes, check_length, check_shapes, precision
 
 DISCRETIZATIONS = ("bilinear", "dss", "zoh")
 
@@ -101,18 +101,6 @@ def check_diagonal(op: str, A: Tensor, maps: dict[str, Tensor], dt: Tensor, disc
     check_dtypes(op, {"dt": dt}, REAL)
     if discretization not in DISCRETIZATIONS:
         raise ValueError(f"{op}: " + unknown("discretization", discretization, DISCRETIZATIONS))
-
-
-def check_length(op: str, length: int | None) -> None:
-    """Checks a number of taps.
-
-    Raises:
-        TypeError, ValueError: it is no int, or negative.
-    """
-    if not isinstance(length, int):
-        raise TypeError(f"{op}: `length` must be an int; got {type(length).__name__}")
-    if length < 0:
-        raise ValueError(f"{op}: `length` must be at least 0; got {length}")
 
 
 def widen(x: Tensor, wide: torch.dtype) -> Tensor:

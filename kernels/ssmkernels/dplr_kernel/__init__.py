@@ -12,7 +12,7 @@ from ssmkernels.dplr_kernel.discretize import (
     discretize_dplr,
     ranked,
 )
-from ssmkernels.validate import precision
+from ssmkernels.validate import check_length, precision
 
 __all__ = ["bilinear_dplr", "bilinear_step", "discretize_dplr", "dplr_kernel"]
 
@@ -56,10 +56,7 @@ def dplr_kernel(
             discretisation.
     """
     check_dplr("dplr_kernel", A, P, Q, {"B": B, "C": C}, dt, discretization)
-    if not isinstance(length, int):
-        raise TypeError(f"dplr_kernel: `length` must be an int; got {type(length).__name__}")
-    if length < 0:
-        raise ValueError(f"dplr_kernel: `length` must be at least 0; got {length}")
+    check_length("dplr_kernel", length)
     return _KERNEL(
         implementation,
         A=A,

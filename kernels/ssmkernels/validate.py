@@ -139,16 +139,18 @@ def check_options(op: str, kind: str, /, **options: Any) -> None:
             raise ValueError(f"{op}: `{name}` must fit in 64 bits; got an int of {value.bit_length()} bits")
 
 
-def check_length(op: str, length: int | None) -> None:
+def check_length(op: str, length: object) -> None:
     """Checks how many taps a kernel is to have.
 
     Raises:
         TypeError, ValueError: it is no int, negative, or more than any memory holds.
     """
-    check_options(op, "int", length=length)
-    assert length is not None
-    if not 0 <= length < 2**40:
-        raise ValueError(f"{op}: `length` must be at least 0 and below 2**40; got {length}")
+    if not isinstance(length, int | torch.SymInt) or isinstance(length, bool):
+        raise TypeError(f"{op}: `length` must be an int; got {type(length).__name__}")
+    if length < 0:
+        raise ValueError(f"{op}: `length` must be at least 0; got {length}")
+    if length >= 2**40:
+        raise ValueError(f"{op}: `length` must be below 2**40; got an int of {length.bit_length()} bits")
 
 
 # While a compiler traces, numbers are symbols.

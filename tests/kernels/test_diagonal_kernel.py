@@ -197,6 +197,7 @@ from ssmkernels import native
 from ssmkernels.testing import check
 import torch
 torch.set_num_threads(1)
+assert native.missing() is None, native.missing()
 assert native.info()["isa"] == "{isa}", native.info()
 rows = [dict(n=1), dict(n=9, length=70), dict(n=17, complex=False), dict(length=500, d=1), dict(discretization="dss")]
 check("diagonal_kernel", "cpu", cases=rows, dtypes=[torch.float32, torch.float64])

@@ -252,6 +252,7 @@ CHECKED = """
 from ssmkernels import native
 from ssmkernels.testing import check
 import torch
+assert native.missing() is None, native.missing()
 assert native.info()["isa"] == "{isa}", native.info()
 sizes = [dict(n=n, length=l, rank=r) for n, l, r in ((1, 1, 1), (17, 37, 2), (33, 127, 1), (64, 200, 3))]
 check("dplr_kernel", "cpu", cases=[*sizes, dict(complex=False, n=19, length=70)], dtypes=[torch.float32, torch.float64])

@@ -214,6 +214,8 @@ def test_every_instruction_set(isa):
         capture_output=True,
         text=True,
     )
+    if "cannot be run by this CPU" in run.stderr:
+        pytest.skip(f"needs a CPU with {isa}")
     assert run.returncode == 0, run.stdout + run.stderr
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ssmkernels import causal_conv1d, mamba_step, rms_norm, selective_scan
 from ssmzoo.linear import Linear
 from ssmzoo.mixers._base import Mixer
-from ssmzoo.mixers._init import inverse_softplus_of_log_uniform
+from ssmzoo.mixers._init import inverse_softplus_of_log_uniform, wide_dtype
 from ssmzoo.registry import register_mixer
 from ssmzoo.state import State
 
@@ -119,7 +119,8 @@ class Mamba(Mixer):
                     dt_proj.weight.fill_(bound)
                 else:
                     dt_proj.weight.uniform_(-bound, bound)
-                dt_proj.bias.copy_(inverse_softplus_of_log_uniform(self.d_inner, dt_min, dt_max, dt_init_floor))
+                dt_bias = inverse_softplus_of_log_uniform(self.d_inner, dt_min, dt_max, dt_init_floor)
+                dt_proj.bias = nn.Parameter(dt_bias)  # a new one: the default dtype may be too narrow
 
     def _new_direction(self, conv_bias: bool) -> tuple[nn.Conv1d, nn.Linear, nn.Linear, nn.Parameter, nn.Parameter]:
         """Fresh weights in the order of :class:`Direction`; those of Δ are set afterwards."""
@@ -129,8 +130,8 @@ class Mamba(Mixer):
             nn.Conv1d(d_inner, d_inner, self.d_conv, groups=d_inner, bias=conv_bias),
             nn.Linear(d_inner, self.dt_rank + 2 * n, bias=False),
             nn.Linear(self.dt_rank, d_inner),
-            nn.Parameter(torch.arange(1, n + 1).float().log().repeat(d_inner, 1)),  # S4D-real
-            nn.Parameter(torch.ones(d_inner)),
+            nn.Parameter(torch.arange(1, n + 1, dtype=wide_dtype()).log().repeat(d_inner, 1)),  # S4D-real
+            nn.Parameter(torch.ones(d_inner, dtype=wide_dtype())),
         )
 
     def initial_state(self, batch_size: int, max_length: int | None = None) -> MambaState:

@@ -16,6 +16,7 @@ from ssmzoo.linear import Linear
 from ssmzoo.mixers._base import Mixer
 from ssmzoo.norm import NORMS
 from ssmzoo.state import State
+from ssmzoo.ties import KeepsTies
 
 
 @dataclasses.dataclass
@@ -30,7 +31,7 @@ class ModelState(State):
     count: Tensor | None = None
 
 
-class SequenceModel(nn.Module):
+class SequenceModel(KeepsTies):
     """Token ids or features in; logits, classes or features out; blocks between.
 
     Args:
@@ -57,8 +58,7 @@ class SequenceModel(nn.Module):
         self.norm_f = NORMS[config.norm](config.d_model, eps=config.norm_eps)
         width = {"tokens": config.padded_vocab_size, "classes": config.n_classes, "features": config.d_output}
         self.lm_head = Linear(config.d_model, width[config.output or "tokens"] or 0, bias=config.output != "tokens")
-        if self.tied:
-            self.lm_head.weight = self.embedding.weight
+        self.tie_weights()
         if isinstance(self.embedding, nn.Embedding):
             nn.init.normal_(self.embedding.weight, std=0.02)
 
@@ -69,9 +69,24 @@ class SequenceModel(nn.Module):
 
     @property
     def tied(self) -> bool:
-        """Whether the token logits use the embedding's weights."""
+        """Whether the token logits use the embedding's weights: whether both are one parameter."""
+        weight = self.lm_head._parameters.get("weight")
+        return weight is not None and weight is self.embedding._parameters.get("weight")
+
+    @property
+    def wants_tied(self) -> bool:
+        """Whether the config asks for that."""
         config = self.config
         return config.tie_embeddings and config.output == "tokens" and config.d_input is None
+
+    def tie_weights(self) -> None:
+        """Makes the head's weight the embedding's again, where the config asks for it.
+
+        Moves, ``to_empty`` and ``load_state_dict`` do so by themselves; assigning a weight by hand does not.
+        """
+        places = (self.lm_head, self.embedding)
+        if self.wants_tied and all("weight" in place._parameters for place in places):
+            self.lm_head._parameters["weight"] = self.embedding._parameters["weight"]
 
     def initial_state(self, batch_size: int, max_length: int | None = None) -> ModelState:
         """The state before the first token.

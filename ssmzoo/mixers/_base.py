@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssmkernels.validate import check_cu_seqlens
 from ssmzoo.state import State
+from ssmzoo.ties import KeepsTies
 
 
-class Mixer(nn.Module):
+class Mixer(KeepsTies):
     """Mixes along the sequence: ``(b, l, d_model) → (b, l, d_model)``.
 
     A subclass defines :meth:`mix`, and :meth:`initial_state` if it can carry a state. Its options are keyword arguments

@@ -118,7 +118,8 @@ class S4Layer(Mixer):
         self._kept: tuple[float, list[Tensor], Stepper] | None = None
 
         place, wide = torch.get_default_device(), wide_dtype()
-        A, B, P = (None if x is None else x.to(wide.to_complex() if x.is_complex() else wide) for x in (A, B, P))
+        dtype = wide.to_complex() if A.is_complex() else wide
+        A, B, P = A.to(dtype), B.to(dtype), None if P is None else P.to(dtype)
         n, copies = len(A), n_ssm or d
         A, B = (x.to(place).expand(copies, n) for x in (A, B))
         log_dt = log_uniform(d if dt_tie else d * n, dt_min, dt_max).log()

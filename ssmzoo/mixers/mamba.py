@@ -9,7 +9,8 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ssmkernels import causal_conv1d, mamba_step, rms_norm, selective_scan
+from ssmkernels import mamba_step, rms_norm, selective_scan
+from ssmkernels.causal_conv1d import causal_conv1d
 from ssmzoo.linear import Linear
 from ssmzoo.mixers._base import Mixer
 from ssmzoo.mixers._init import inverse_softplus_of_log_uniform, wide_dtype

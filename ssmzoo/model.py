@@ -98,10 +98,9 @@ class SequenceModel(KeepsTies):
         layers = [block.mixer.initial_state(batch_size, max_length) for block in self.blocks]
         state = ModelState(layers)
         if self.config.output == "classes" and self.config.pooling == "mean":
-            weight = self.lm_head.weight
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            state.summed = weight.new_zeros(batch_size, self.config.d_model, dtype=wide)
-            state.count = weight.new_zeros(batch_size, dtype=torch.int64)
+            like = self.blocks[0].mixer.like(wide=True)  # the head's weight may be quantised or sharded
+            state.summed = like.new_zeros(batch_size, self.config.d_model)
+            state.count = like.new_zeros(batch_size, dtype=torch.int64)
         return state
 
     def forward(

@@ -183,7 +183,9 @@ class S4Layer(Mixer):
             )
         wide = self.A_log.dtype
         dtype = wide if self.A_imag is None else torch.promote_types(wide, torch.complex64)
-        return S4State(self.A_log.new_zeros(batch_size, self.d_inner, self.A_log.shape[1], dtype=dtype))
+        return S4State(
+            torch.zeros(batch_size, self.d_inner, self.A_log.shape[1], dtype=dtype, device=self.A_log.device)
+        )
 
     def mixing_flops(self, context: int) -> float:
         """A token's by recurrence, a state and channel: complex product and sum (8) for the decay, each output and each

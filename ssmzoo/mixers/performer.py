@@ -180,8 +180,7 @@ class Performer(Mixer):
 
     def _nothing(self, sequences: int) -> FeatureSums:
         shape = (sequences, self.n_heads, self.n_features, self.head_dim + 1)
-        weight = self.k_proj.weight
-        sums = weight.new_zeros(shape, dtype=precision(weight))
+        sums = self.like(wide=True).new_zeros(shape)
         return FeatureSums(sums, torch.full_like(sums[..., 0], LOWEST))
 
 

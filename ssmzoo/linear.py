@@ -27,32 +27,35 @@ class WideBiasLinear(nn.Linear):
         return y if self.bias is None else (y + self.bias).to(y.dtype)
 
 
-_MODULES = (Linear, WideBiasLinear, nn.Linear, nn.Conv1d)
+_MODULES = (Linear, nn.Conv1d, WideBiasLinear, nn.Linear)
 
 
-def is_plain(module: nn.Module | None) -> bool:
-    """Whether a linear map or convolution may be computed from its weight and bias, without calling the module.
+def is_plain(*modules: nn.Module | None) -> bool:
+    """Whether linear maps or convolutions may be computed from their weights and biases, without calling the modules.
 
-    It may not where someone else has a say in the result: an adapter or a quantised map in its place, a
+    They may not where someone else has a say in the result: an adapter or a quantised map in the place of one, a
     parametrisation, pruning or weight norm, a weight that is no ordinary floating-point tensor, a replaced ``forward``,
     or a hook, be it the module's own or one on all modules.
     """
-    if module is None:
+    if (
+        _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
+    ):
         return False
-    attributes = module.__dict__
-    weight = attributes["_parameters"].get("weight")
-    return (
-        type(module) in _MODULES  # a parametrised module has a class of its own
-        and type(weight) in _WEIGHTS  # pruning and weight norm take the weight out of the parameters
-        and weight.is_floating_point()
-        and not attributes["_forward_hooks"]
-        and not attributes["_forward_pre_hooks"]
-        and not attributes["_backward_hooks"]
-        and not attributes["_backward_pre_hooks"]
-        and "forward" not in attributes
-        and "bias" not in attributes  # likewise for the bias
-        and not _module._global_forward_hooks
-        and not _module._global_forward_pre_hooks
-        and not _module._global_backward_hooks
-        and not _module._global_backward_pre_hooks
-    )
+    for module in modules:  # written for speed: every step of a layer asks
+        if type(module) not in _MODULES:  # a parametrised module has a class of its own
+            return False
+        own = module.__dict__
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return False
+        weight = own["_parameters"].get("weight")  # pruning and weight norm make it a plain attribute
+        if type(weight) not in _WEIGHTS or not weight.is_floating_point() or "forward" in own or "bias" in own:
+            return False
+    return True
+
+
+def arrives_later(weight: Tensor, module: nn.Module) -> bool:
+    """Whether a weight is on the meta device until the module is called, as offloading replaces ``forward`` to do."""
+    return weight.is_meta and "forward" in module.__dict__

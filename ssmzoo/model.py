@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ssmkernels.validate import check_cu_seqlens
 from ssmzoo.block import Block, entry_mixer
 from ssmzoo.config import ModelConfig
-from ssmzoo.linear import Linear
+from ssmzoo.linear import Linear, arrives_later
 from ssmzoo.mixers._base import Mixer
 from ssmzoo.norm import NORMS
 from ssmzoo.state import State
@@ -192,14 +192,18 @@ class SequenceModel(KeepsTies):
             raise TypeError(f"{name}: `inputs` must be a tensor {shape}; got {type(inputs).__name__}")
         if inputs.ndim != (2 if features is None else 3) or (features is not None and inputs.shape[-1] != features):
             raise ValueError(f"{name}: `inputs` must have shape {shape}; got {tuple(inputs.shape)}")
-        weight: Tensor = self.embedding.weight  # type: ignore[assignment]
-        if inputs.device != weight.device:
+        weight = getattr(self.embedding, "weight", None)  # an adapter in its place need not have one
+        if isinstance(weight, Tensor) and inputs.device != weight.device and not arrives_later(weight, self.embedding):
             raise ValueError(f"{name}: `inputs` must be on {weight.device}, where the weights are; got {inputs.device}")
         if features is None:
             if inputs.dtype not in (torch.int64, torch.int32):
                 raise TypeError(f"{name}: `inputs` must be token ids, int64 or int32; got {inputs.dtype}")
             self._check_ids(inputs)
-        elif inputs.dtype != weight.dtype and not torch.is_autocast_enabled(inputs.device.type):
+        elif (
+            isinstance(weight, Tensor)
+            and inputs.dtype != weight.dtype
+            and not torch.is_autocast_enabled(inputs.device.type)
+        ):
             raise TypeError(f"{name}: `inputs` must be {weight.dtype}, as the weights are; got {inputs.dtype}")
         if mask is not None:
             if cu_seqlens is not None:

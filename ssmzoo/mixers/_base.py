@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from ssmkernels.validate import check_cu_seqlens, precision
+from ssmzoo.linear import arrives_later
 from ssmzoo.state import State
 from ssmzoo.ties import KeepsTies
 
@@ -93,7 +94,7 @@ class Mixer(KeepsTies):
             )
         weight = None if torch.compiler.is_compiling() else self._a_weight()
         if weight is not None:
-            if x.device != weight.device:
+            if x.device != weight.device and not arrives_later(weight, self._weight_owner()):
                 raise ValueError(f"{name}: `x` must be on {weight.device}, where the weights are; got {x.device}")
             if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
                 raise TypeError(f"{name}: `x` must be {weight.dtype}, as the weights are; got {x.dtype}")
@@ -125,6 +126,13 @@ class Mixer(KeepsTies):
                 self.__dict__["_weight_place"] = path.split(".")
                 return parameter
         return None
+
+    def _weight_owner(self) -> nn.Module:
+        """The module that holds what :meth:`_a_weight` gives."""
+        owner: Any = self
+        for name in self.__dict__["_weight_place"][:-1]:
+            owner = getattr(owner, name)
+        return cast(nn.Module, owner)
 
     def like(self, *, wide: bool = False) -> Tensor:
         """An empty ordinary tensor in the dtype and on the device of the weights, to make states from.

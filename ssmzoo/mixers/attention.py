@@ -288,7 +288,7 @@ class Attention(Mixer):
 
     def _folds(self) -> bool:
         """Whether queries may meet hidden states: both maps are then products with their weights and no more."""
-        return is_plain(self.k_proj) and is_plain(self.v_proj)
+        return is_plain(self.k_proj, self.v_proj)
 
     def _keys_values(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """k and v (b m n_kv_heads head_dim) of hidden states (b m 1 d_model)."""

@@ -184,11 +184,11 @@ class Mamba(Mixer):
 
     def _may_step(self, x: Tensor) -> bool:
         """Whether one call may stand for the whole layer: all of its maps are plain, and nobody listens to them."""
-        modules = self._modules
+        m = self._modules
         return (
             not torch.is_grad_enabled()
             and not torch.is_autocast_enabled(x.device.type)
-            and all(is_plain(modules[name]) for name in ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj"))
+            and is_plain(m["in_proj"], m["conv1d"], m["x_proj"], m["dt_proj"], m["out_proj"])
         )
 
     def _step(self, x: Tensor, state: MambaState) -> Tensor:

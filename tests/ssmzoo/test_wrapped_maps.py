@@ -208,3 +208,45 @@ def test_parametrised_and_pruned_float32_weights_move(case):
         assert mixer(torch.randn(1, 5, D_MODEL, dtype=torch.bfloat16)).dtype == torch.bfloat16
         for parent, name in places:
             assert getattr(mixer.get_submodule(parent), name).dtype == torch.float32, name
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor")
+def test_quantised_maps():
+    """PyTorch's dynamic quantisation puts modules whose ``weight`` is a method in the place of maps."""
+    mixer = build(("mamba", {"d_state": 3, "dt_rank": 2})).float().eval()
+    x = torch.randn(2, 10, D_MODEL)
+    kinds = {nn.Linear: torch.ao.quantization.default_dynamic_qconfig}
+    for name in ("x_proj", "dt_proj"):
+        held = nn.Linear(*reversed(getattr(mixer, name).weight.shape), bias=name == "dt_proj")
+        held.load_state_dict(getattr(mixer, name).state_dict())
+        setattr(mixer, name, torch.ao.quantization.quantize_dynamic(nn.Sequential(held), kinds)[0])
+        assert not isinstance(getattr(mixer, name), nn.Linear)
+    with torch.no_grad():
+        torch.testing.assert_close(decoded(mixer, x), mixer(x), atol=1e-3, rtol=1e-2)
+
+
+def test_offloaded_weights_arrive_with_the_call():
+    """As accelerate's ``cpu_offload`` does: weights on the meta device, fetched by a ``forward`` of the instance."""
+    torch.manual_seed(0)
+    model = ssmzoo.build({"d_model": D_MODEL, "n_layers": 1, "pattern": ["mamba"], "vocab_size": 11})
+    ids = torch.tensor([[1, 2, 3]])
+    expected = model(ids).detach()
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Embedding):
+            offload(module)
+    torch.testing.assert_close(model(ids), expected)
+
+
+def offload(module):
+    held, usual = dict(module._parameters), module.forward
+    module.to("meta")
+
+    def forward(x):
+        away = dict(module._parameters)
+        module._parameters.update(held)
+        try:
+            return usual(x)
+        finally:
+            module._parameters.update(away)
+
+    module.forward = forward

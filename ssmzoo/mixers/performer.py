@@ -99,6 +99,10 @@ class Performer(Mixer):
         norms = torch.randn(rows, d, dtype=like.dtype, device=like.device).norm(dim=1, keepdim=True)
         self.projection.copy_(torch.cat(blocks)[:rows] * norms)
 
+    def reset_parameters(self) -> None:
+        """:meth:`redraw`, by the name that PyTorch's meta-device initialisers call after ``to_empty``."""
+        self.redraw()
+
     def initial_state(self, batch_size: int, max_length: int | None = None) -> FeatureSums:
         if not self.causal:
             raise ValueError("Performer: with `bidirectional` it has no state, as it sees the whole sequence at once")

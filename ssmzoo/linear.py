@@ -1,10 +1,15 @@
-"""Linear maps."""
+"""Linear maps, and whether a map is what it was built as."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn.modules import module as _module
 
 from ssmkernels.products import linear
+
+_WEIGHTS = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)  # the last two stand for plain ones while tracing
 
 
 class Linear(nn.Linear):
@@ -12,3 +17,45 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+
+class WideBiasLinear(nn.Linear):
+    """A linear map whose bias may be wider than its weight, as Mamba's bias of Δ is; the result has x's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.linear(x, self.weight)
+        return y if self.bias is None else (y + self.bias).to(y.dtype)
+
+
+_MODULES = (Linear, nn.Conv1d, WideBiasLinear, nn.Linear)
+
+
+def is_plain(*modules: nn.Module | None) -> bool:
+    """Whether linear maps or convolutions may be computed from their weights and biases, without calling the modules.
+
+    They may not where someone else has a say in the result: an adapter or a quantised map in the place of one, a
+    parametrisation, pruning or weight norm, a weight that is no ordinary floating-point tensor, a replaced ``forward``,
+    or a hook, be it the module's own or one on all modules.
+    """
+    if (
+        _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
+    ):
+        return False
+    for module in modules:  # written for speed: every step of a layer asks
+        if type(module) not in _MODULES:  # a parametrised module has a class of its own
+            return False
+        own = module.__dict__
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return False
+        weight = own["_parameters"].get("weight")  # pruning and weight norm make it a plain attribute
+        if type(weight) not in _WEIGHTS or not weight.is_floating_point() or "forward" in own or "bias" in own:
+            return False
+    return True
+
+
+def arrives_later(weight: Tensor, module: nn.Module) -> bool:
+    """Whether a weight is on the meta device until the module is called, as offloading replaces ``forward`` to do."""
+    return weight.is_meta and "forward" in module.__dict__

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from ssmkernels.validate import check_cu_seqlens
 from ssmzoo.block import Block, entry_mixer
 from ssmzoo.config import ModelConfig
-from ssmzoo.linear import Linear
+from ssmzoo.linear import Linear, arrives_later
 from ssmzoo.mixers._base import Mixer
 from ssmzoo.norm import NORMS
 from ssmzoo.state import State
+from ssmzoo.ties import KeepsTies
 
 
 @dataclasses.dataclass
@@ -30,7 +31,7 @@ class ModelState(State):
     count: Tensor | None = None
 
 
-class SequenceModel(nn.Module):
+class SequenceModel(KeepsTies):
     """Token ids or features in; logits, classes or features out; blocks between.
 
     Args:
@@ -57,8 +58,7 @@ class SequenceModel(nn.Module):
         self.norm_f = NORMS[config.norm](config.d_model, eps=config.norm_eps)
         width = {"tokens": config.padded_vocab_size, "classes": config.n_classes, "features": config.d_output}
         self.lm_head = Linear(config.d_model, width[config.output or "tokens"] or 0, bias=config.output != "tokens")
-        if self.tied:
-            self.lm_head.weight = self.embedding.weight
+        self.tie_weights()
         if isinstance(self.embedding, nn.Embedding):
             nn.init.normal_(self.embedding.weight, std=0.02)
 
@@ -69,9 +69,24 @@ class SequenceModel(nn.Module):
 
     @property
     def tied(self) -> bool:
-        """Whether the token logits use the embedding's weights."""
+        """Whether the token logits use the embedding's weights: whether both are one parameter."""
+        weight = self.lm_head._parameters.get("weight")
+        return weight is not None and weight is self.embedding._parameters.get("weight")
+
+    @property
+    def wants_tied(self) -> bool:
+        """Whether the config asks for that."""
         config = self.config
         return config.tie_embeddings and config.output == "tokens" and config.d_input is None
+
+    def tie_weights(self) -> None:
+        """Makes the head's weight the embedding's again, where the config asks for it.
+
+        Moves, ``to_empty`` and ``load_state_dict`` do so by themselves; assigning a weight by hand does not.
+        """
+        places = (self.lm_head, self.embedding)
+        if self.wants_tied and all("weight" in place._parameters for place in places):
+            self.lm_head._parameters["weight"] = self.embedding._parameters["weight"]
 
     def initial_state(self, batch_size: int, max_length: int | None = None) -> ModelState:
         """The state before the first token.
@@ -83,10 +98,9 @@ class SequenceModel(nn.Module):
         layers = [block.mixer.initial_state(batch_size, max_length) for block in self.blocks]
         state = ModelState(layers)
         if self.config.output == "classes" and self.config.pooling == "mean":
-            weight = self.lm_head.weight
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            state.summed = weight.new_zeros(batch_size, self.config.d_model, dtype=wide)
-            state.count = weight.new_zeros(batch_size, dtype=torch.int64)
+            like = self.blocks[0].mixer.like(wide=True)  # the head's weight may be quantised or sharded
+            state.summed = like.new_zeros(batch_size, self.config.d_model)
+            state.count = like.new_zeros(batch_size, dtype=torch.int64)
         return state
 
     def forward(
@@ -178,14 +192,18 @@ class SequenceModel(nn.Module):
             raise TypeError(f"{name}: `inputs` must be a tensor {shape}; got {type(inputs).__name__}")
         if inputs.ndim != (2 if features is None else 3) or (features is not None and inputs.shape[-1] != features):
             raise ValueError(f"{name}: `inputs` must have shape {shape}; got {tuple(inputs.shape)}")
-        weight: Tensor = self.embedding.weight  # type: ignore[assignment]
-        if inputs.device != weight.device:
+        weight = getattr(self.embedding, "weight", None)  # an adapter in its place need not have one
+        if isinstance(weight, Tensor) and inputs.device != weight.device and not arrives_later(weight, self.embedding):
             raise ValueError(f"{name}: `inputs` must be on {weight.device}, where the weights are; got {inputs.device}")
         if features is None:
             if inputs.dtype not in (torch.int64, torch.int32):
                 raise TypeError(f"{name}: `inputs` must be token ids, int64 or int32; got {inputs.dtype}")
             self._check_ids(inputs)
-        elif inputs.dtype != weight.dtype and not torch.is_autocast_enabled(inputs.device.type):
+        elif (
+            isinstance(weight, Tensor)
+            and inputs.dtype != weight.dtype
+            and not torch.is_autocast_enabled(inputs.device.type)
+        ):
             raise TypeError(f"{name}: `inputs` must be {weight.dtype}, as the weights are; got {inputs.dtype}")
         if mask is not None:
             if cu_seqlens is not None:

@@ -30,9 +30,18 @@ def save(model: SequenceModel, folder: str | os.PathLike[str]) -> None:
     """Writes ``config.yaml`` and ``model.safetensors`` into a folder, which is made if need be.
 
     Each file appears whole or not at all: a crash leaves the one that was there before.
+
+    Raises:
+        TypeError: ``model`` is no SequenceModel.
+        ValueError: the config ties the head to the embedding, and the model's are two weights.
     """
     if not isinstance(model, SequenceModel):
         raise TypeError(f"save: `model` must be a SequenceModel; got {type(model).__name__}")
+    if model.wants_tied and not model.tied:
+        raise ValueError(
+            "save: with `tie_embeddings` in its config, `model` must have one weight for embedding and head; got two. "
+            "Call model.tie_weights() to use the embedding's, or set model.config.tie_embeddings to False"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {names[0]: tensor.detach().contiguous().cpu() for names, tensor in _weights(model)}

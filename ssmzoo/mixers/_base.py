@@ -8,11 +8,13 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from ssmkernels.validate import check_cu_seqlens
+from ssmkernels.validate import check_cu_seqlens, precision
+from ssmzoo.linear import arrives_later
 from ssmzoo.state import State
+from ssmzoo.ties import KeepsTies
 
 
-class Mixer(nn.Module):
+class Mixer(KeepsTies):
     """Mixes along the sequence: ``(b, l, d_model) → (b, l, d_model)``.
 
     A subclass defines :meth:`mix`, and :meth:`initial_state` if it can carry a state. Its options are keyword arguments
@@ -92,7 +94,7 @@ class Mixer(nn.Module):
             )
         weight = None if torch.compiler.is_compiling() else self._a_weight()
         if weight is not None:
-            if x.device != weight.device:
+            if x.device != weight.device and not arrives_later(weight, self._weight_owner()):
                 raise ValueError(f"{name}: `x` must be on {weight.device}, where the weights are; got {x.device}")
             if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
                 raise TypeError(f"{name}: `x` must be {weight.dtype}, as the weights are; got {x.dtype}")
@@ -113,26 +115,75 @@ class Mixer(nn.Module):
             )
 
     def _a_weight(self) -> Tensor | None:
-        """A weight that follows the module's dtype."""
+        """A floating-point weight that follows the module's dtype. None if it has none, once all are quantised."""
         place = self.__dict__.get("_weight_place")
-        if place is None:
-            for path, _ in self.named_parameters():
-                if path not in self.float32_parameters:
-                    place = self.__dict__["_weight_place"] = path.split(".")
-                    break
-            else:
-                return None
+        weight = None if place is None else _at(self, place)
+        if weight is not None:
+            return weight
+        kept = {id(parameters[name]) for path in self.float32_parameters for parameters, name in _stored(self, path)}
+        for path, parameter in self.named_parameters():
+            if id(parameter) not in kept and parameter.is_floating_point():
+                self.__dict__["_weight_place"] = path.split(".")
+                return parameter
+        return None
+
+    def _weight_owner(self) -> nn.Module:
+        """The module that holds what :meth:`_a_weight` gives."""
         owner: Any = self
-        for name in place:
+        for name in self.__dict__["_weight_place"][:-1]:
             owner = getattr(owner, name)
-        return cast(Tensor, owner)
+        return cast(nn.Module, owner)
+
+    def like(self, *, wide: bool = False) -> Tensor:
+        """An empty ordinary tensor in the dtype and on the device of the weights, to make states from.
+
+        The weights themselves may be quantised, or sharded over devices, and make tensors of their own kind.
+
+        Args:
+            wide: float32 for half precision.
+        """
+        weight = self._a_weight()
+        if weight is None:
+            weight = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
+        return torch.empty(0, dtype=precision(weight) if wide else weight.dtype, device=weight.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mixer:
         """As PyTorch's, but ``float32_parameters`` move to another device without losing precision."""
-        kept = {name: self.get_parameter(name).data for name in self.float32_parameters}
+        kept = [
+            (parameters, name, parameters[name].data)
+            for path in self.float32_parameters
+            for parameters, name in _stored(self, path)
+        ]
         super()._apply(fn, recurse)
-        for name, before in kept.items():
-            parameter = self.get_parameter(name)
+        for parameters, name, before in kept:
+            parameter = parameters[name]
             if parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = before.to(parameter.device, torch.float32)
         return self
+
+
+def _at(module: nn.Module, place: list[str]) -> Tensor | None:
+    """The floating-point tensor at a place of a module; None where something else stands, or nothing."""
+    found: Any = module
+    for name in place:
+        found = getattr(found, name, None)
+    return found if isinstance(found, Tensor) and found.is_floating_point() else None
+
+
+def _stored(module: nn.Module, path: str) -> list[tuple[dict[str, Any], str]]:
+    """Where the numbers behind a parameter are: itself, or what pruning, weight norm or a parametrisation left of it.
+
+    Nowhere if a module with other parameters has taken the place of its module.
+    """
+    *place, name = path.split(".")
+    owner: Any = module
+    for part in place:
+        owner = getattr(owner, part, None)
+    if not isinstance(owner, nn.Module):
+        return []
+    found = [(owner._parameters, key) for key in (name, f"{name}_orig", f"{name}_g", f"{name}_v")]
+    parametrizations = getattr(owner, "parametrizations", {})
+    if name in parametrizations:
+        originals = parametrizations[name]._parameters
+        found += [(originals, key) for key in originals]
+    return [(parameters, key) for parameters, key in found if parameters.get(key) is not None]

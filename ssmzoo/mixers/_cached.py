@@ -54,12 +54,13 @@ def append(cache: Cache, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, querie
         cache.append_packed(k, v, cu_seqlens, differentiable)
 
 
-def borders(x: Tensor, cache: Cache | None, cu_seqlens: Tensor | None) -> Tensor | None:
+def borders(x: Tensor, cache: Cache | None, cu_seqlens: Tensor | None, few: int = FEW) -> Tensor | None:
     """int32 ``(b + 1)``, with which a batch x ``(b, l, …)`` of more than a few tokens should be packed; mostly None.
 
     That is where sequences of several lengths go on together: no dense call knows at which positions they stand.
+    ``few`` is how many tokens the caller can decode without that.
     """
     b, l = x.shape[:2]
-    if cache is None or cache.even or cu_seqlens is not None or l <= FEW:
+    if cache is None or cache.even or cu_seqlens is not None or l <= few:
         return None
     return torch.arange(0, b * l + 1, l, dtype=torch.int32, device=x.device)

@@ -8,12 +8,20 @@ import torch
 from torch import Tensor
 
 
+def wide_dtype() -> torch.dtype:
+    """The dtype in which weights that stay float32 are created: float32, or float64 where that is the default."""
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
+
+
 def log_uniform(size: int, low: float, high: float) -> Tensor:
-    """``(size)`` float32, log-uniform in [low, high]."""
-    return torch.exp(torch.rand(size) * (math.log(high) - math.log(low)) + math.log(low))
+    """``(size)`` of :func:`wide_dtype`, log-uniform in [low, high]."""
+    return torch.exp(torch.rand(size, dtype=wide_dtype()) * (math.log(high) - math.log(low)) + math.log(low))
 
 
 def inverse_softplus_of_log_uniform(size: int, low: float, high: float, floor: float) -> Tensor:
-    """``(size)`` float32 whose softplus is log-uniform in [low, high], no less than ``floor`` (Mamba's bias of Δ)."""
+    """``(size)`` of :func:`wide_dtype`: Mamba's bias of Δ.
+
+    Its softplus is log-uniform in [low, high], and at least ``floor``.
+    """
     dt = log_uniform(size, low, high).clamp(min=floor)
     return dt + torch.log(-torch.expm1(-dt))

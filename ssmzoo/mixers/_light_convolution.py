@@ -62,8 +62,7 @@ class LightConvolution(Mixer):
             raise ValueError(
                 f"{type(self).__name__}: with `bidirectional` it has no state, as it sees the whole sequence at once"
             )
-        weight, shape = self.out_proj.weight, (batch_size, self.kernel_size - 1, self.d_model)
-        return ConvolutionState(weight.new_zeros(shape, dtype=precision(weight)))
+        return ConvolutionState(self.like(wide=True).new_zeros(batch_size, self.kernel_size - 1, self.d_model))
 
     def mixing_flops(self, context: int) -> float:
         """Two a tap and channel."""

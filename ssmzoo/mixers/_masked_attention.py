@@ -90,7 +90,7 @@ class MaskedAttention(Mixer):
     def empty_cache(self, batch_size: int, capacity: int) -> KVCache:
         """The cache before the first token, with room for ``capacity``."""
         shape = (batch_size, self.n_heads, self.head_dim, self.head_dim)
-        return KVCache.empty(self.k_proj.weight, shape, capacity, None)
+        return KVCache.empty(self.like(), shape, capacity, None)
 
     def mixing_flops(self, context: int) -> float:
         """4 · n_heads · head_dim for each key that a query sees, in the mean."""

@@ -40,10 +40,11 @@ class RNNMixer(Mixer):
         self.rnn = self.network(
             d_model, self.d_hidden, num_layers=n_rnn_layers, batch_first=True, bidirectional=bidirectional
         )
-        self.out_proj = Linear(self.d_hidden * (2 if bidirectional else 1), d_model, bias=False)
+        self.d_out = self.d_hidden * (2 if bidirectional else 1)  # channels out of the network
+        self.out_proj = Linear(self.d_out, d_model, bias=False)
 
     def initial_state(self, batch_size: int, max_length: int | None = None) -> RNNState:
-        rows = self.out_proj.weight.new_zeros(batch_size, self.n_rnn_layers, self.d_hidden)
+        rows = self.like().new_zeros(batch_size, self.n_rnn_layers, self.d_hidden)
         return RNNState(rows, torch.zeros_like(rows) if self.network is nn.LSTM else None)
 
     def mixing_flops(self, context: int) -> float:
@@ -55,7 +56,7 @@ class RNNMixer(Mixer):
             y, after = self._run(x, state)
             return self.out_proj(y), None if state is None else after
         borders = cu_seqlens.tolist()
-        outputs, rows = [x.new_zeros(1, 0, self.out_proj.in_features)], []
+        outputs, rows = [x.new_zeros(1, 0, self.d_out)], []
         for i, (start, end) in enumerate(zip(borders, borders[1:], strict=False)):
             y, after = self._run(x[:, start:end], None if state is None else state.select([i]))
             outputs.append(y)
@@ -65,7 +66,7 @@ class RNNMixer(Mixer):
 
     def _run(self, x: Tensor, state: RNNState | None) -> tuple[Tensor, RNNState | None]:
         if x.shape[0] * x.shape[1] == 0:  # PyTorch's networks refuse a length of 0
-            return x.new_zeros(*x.shape[:2], self.out_proj.in_features), state
+            return x.new_zeros(*x.shape[:2], self.d_out), state
         before = None
         if state is not None:
             hidden = state.hidden.transpose(0, 1).contiguous()

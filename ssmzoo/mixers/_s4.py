@@ -16,7 +16,7 @@ from ssmkernels.dispatch import unknown
 from ssmkernels.packing import spans
 from ssmzoo.linear import Linear
 from ssmzoo.mixers._base import Mixer
-from ssmzoo.mixers._init import log_uniform
+from ssmzoo.mixers._init import log_uniform, wide_dtype
 from ssmzoo.mixers._s4_recurrence import Dense, Diagonal, run_chunk
 from ssmzoo.state import State
 
@@ -117,7 +117,9 @@ class S4Layer(Mixer):
         self.activation = activation
         self._kept: tuple[float, list[Tensor], Stepper] | None = None
 
-        place = torch.get_default_device()
+        place, wide = torch.get_default_device(), wide_dtype()
+        dtype = wide.to_complex() if A.is_complex() else wide
+        A, B, P = A.to(dtype), B.to(dtype), None if P is None else P.to(dtype)
         n, copies = len(A), n_ssm or d
         A, B = (x.to(place).expand(copies, n) for x in (A, B))
         log_dt = log_uniform(d if dt_tie else d * n, dt_min, dt_max).log()
@@ -128,7 +130,7 @@ class S4Layer(Mixer):
         self.B = _pairs(B)
         self.C = _pairs(torch.randn(channels * d, n, dtype=A.dtype))
         self.C_reverse = _pairs(torch.randn(channels * d, n, dtype=A.dtype)) if bidirectional else None
-        self.D = nn.Parameter(torch.randn(channels * d))
+        self.D = nn.Parameter(torch.randn(channels * d, dtype=wide))
         self.float32_parameters = tuple(name for name, _ in self.named_parameters(recurse=False))
         self._set_rates(lr)
 
@@ -181,7 +183,9 @@ class S4Layer(Mixer):
             )
         wide = self.A_log.dtype
         dtype = wide if self.A_imag is None else torch.promote_types(wide, torch.complex64)
-        return S4State(self.A_log.new_zeros(batch_size, self.d_inner, self.A_log.shape[1], dtype=dtype))
+        return S4State(
+            torch.zeros(batch_size, self.d_inner, self.A_log.shape[1], dtype=dtype, device=self.A_log.device)
+        )
 
     def mixing_flops(self, context: int) -> float:
         """A token's by recurrence, a state and channel: complex product and sum (8) for the decay, each output and each
@@ -309,7 +313,7 @@ def check_state_size(name: str, d_state: int, pairs: bool) -> None:
 
 def _pairs(x: Tensor) -> nn.Parameter:
     """Complex weights are stored as (..., 2) real numbers, which every optimiser and file format takes."""
-    return nn.Parameter((torch.view_as_real(x.resolve_conj()) if x.is_complex() else x).float().contiguous())
+    return nn.Parameter((torch.view_as_real(x.resolve_conj()) if x.is_complex() else x).contiguous())
 
 
 def _joined(x: Tensor, A_imag: Tensor | None) -> Tensor:

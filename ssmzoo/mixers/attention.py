@@ -9,13 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ssmkernels.causal_conv1d import causal_conv1d
 from ssmkernels.validate import precision
-from ssmzoo.linear import Linear
+from ssmzoo.linear import Linear, is_plain
 from ssmzoo.mixers._alibi import alibi_slopes
 from ssmzoo.mixers._attention_options import check_at_least_one, check_hidden, heads, rotary_dim
 from ssmzoo.mixers._base import Mixer
 from ssmzoo.mixers._cached import FEW, Cache, append, borders, empty, positions
+from ssmzoo.mixers._convolution import convolve
 from ssmzoo.mixers._hidden_cache import HiddenCache, PagedHiddenCache, fold, unfold
 from ssmzoo.mixers._kv_cache import KVCache
 from ssmzoo.mixers._logits import Logits
@@ -180,7 +180,7 @@ class Attention(Mixer):
     def logits(self) -> Logits:
         """What the ops are told beside queries, keys and values."""
         window = None if self.window is None else (self.window - 1, 0 if self.causal else self.window - 1)
-        slopes = alibi_slopes(self.n_heads, self.q_proj.weight) if self.alibi else None
+        slopes = alibi_slopes(self.n_heads, self.like()) if self.alibi else None
         return Logits(1 / math.sqrt(self.head_dim), self.causal, window, self.softcap, slopes, self.sinks)
 
     def initial_state(self, batch_size: int, max_length: int | None = None) -> Cache | ConvolvedState:
@@ -188,11 +188,11 @@ class Attention(Mixer):
             raise ValueError("Attention: with `bidirectional` it has no state, as it sees the whole sequence at once")
         keep = None if self.window is None else self.window - 1
         shape = (self.n_kv_heads, self.head_dim, self.head_dim) if self.cache == "kv" else (1, self.d_model, 0)
-        weight = self.k_proj.weight
-        cache = empty(self.cache_class, weight, (batch_size, *shape), max_length or 0, keep, self.page_size)
+        like = self.like()
+        cache = empty(self.cache_class, like, (batch_size, *shape), max_length or 0, keep, self.page_size)
         if self.conv1d is None:
             return cache
-        conv = weight.new_zeros(batch_size, self.d_conv - 1, self.qkv_dim, dtype=precision(weight))
+        conv = like.new_zeros(batch_size, self.d_conv - 1, self.qkv_dim, dtype=precision(like))
         return ConvolvedState(conv, cache)
 
     def mixing_flops(self, context: int) -> float:
@@ -211,7 +211,7 @@ class Attention(Mixer):
         self, x: Tensor, state: Cache | ConvolvedState | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Cache | ConvolvedState | None]:
         conv, cache = (state.conv, state.cache) if isinstance(state, ConvolvedState) else (None, state)
-        packed = borders(x, cache, cu_seqlens)
+        packed = borders(x, cache, cu_seqlens, FEW if self.cache == "kv" or self._folds() else 0)
         if packed is not None:
             y, state = self.mix(x.reshape(1, -1, self.d_model), state, packed)
             return y.view_as(x), state
@@ -238,14 +238,7 @@ class Attention(Mixer):
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.conv1d is not None:
             widths = [q.shape[-1], k.shape[-1], v.shape[-1]]
-            qkv, conv = causal_conv1d(
-                torch.cat([q, k, v], dim=-1),
-                self.conv1d.weight.squeeze(1),
-                self.conv1d.bias,
-                initial_state=conv,
-                return_final_state=True,
-                cu_seqlens=cu_seqlens,
-            )
+            qkv, conv = convolve(self.conv1d, torch.cat([q, k, v], dim=-1), self.d_conv, None, conv, cu_seqlens)
             q, k, v = qkv.split(widths, dim=-1)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None:
@@ -277,7 +270,8 @@ class Attention(Mixer):
         append(cache, new, new[..., :0], cu_seqlens, q)
         if first:
             return logits.attention(q, *self._keys_values(new), cu_seqlens)
-        if cu_seqlens is None and l <= FEW:
+        folds = self._folds()
+        if folds and cu_seqlens is None and l <= FEW:
             q = fold(q, self.k_proj, self.n_kv_heads)
             return unfold(cache.decode(q, logits), self.v_proj, self.n_kv_heads)
         if cu_seqlens is not None:
@@ -286,11 +280,15 @@ class Attention(Mixer):
         else:
             kept, cu_seqlens_k = cache.recent(l, -1 if self.window is None else self.window - 1)[0], None
             few = l <= self.folds_up_to
-        if not few:
+        if not few or not folds:
             return logits.attention(q, *self._keys_values(kept), cu_seqlens, cu_seqlens_k)
         q = fold(q, self.k_proj, self.n_kv_heads)
         out = logits.attention(q, kept, kept, cu_seqlens, cu_seqlens_k)
         return unfold(out, self.v_proj, self.n_kv_heads)
+
+    def _folds(self) -> bool:
+        """Whether queries may meet hidden states: both maps are then products with their weights and no more."""
+        return is_plain(self.k_proj, self.v_proj)
 
     def _keys_values(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """k and v (b m n_kv_heads head_dim) of hidden states (b m 1 d_model)."""

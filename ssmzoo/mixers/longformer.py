@@ -154,7 +154,7 @@ class Longformer(MaskedAttention):
 
     def empty_cache(self, batch_size: int, capacity: int) -> LongformerCache:
         shape = (batch_size, self.n_heads, self.head_dim, self.head_dim)
-        cache = LongformerCache.empty(self.k_proj.weight, shape, capacity, self.n_global + self.pattern.left)
+        cache = LongformerCache.empty(self.like(), shape, capacity, self.n_global + self.pattern.left)
         return dataclasses.replace(cache, n_global=self.n_global)
 
     def mixing_flops(self, context: int) -> float:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from ssmkernels import causal_conv1d, mamba_step, rms_norm, selective_scan
-from ssmzoo.linear import Linear
+from ssmkernels import mamba_step, rms_norm, selective_scan
+from ssmzoo.linear import Linear, WideBiasLinear, is_plain
 from ssmzoo.mixers._base import Mixer
-from ssmzoo.mixers._init import inverse_softplus_of_log_uniform
+from ssmzoo.mixers._convolution import convolve
+from ssmzoo.mixers._init import inverse_softplus_of_log_uniform, wide_dtype
 from ssmzoo.registry import register_mixer
 from ssmzoo.state import State
 
@@ -28,9 +29,9 @@ class MambaState(State):
 class Direction(NamedTuple):
     """The weights that belong to one direction of time."""
 
-    conv1d: nn.Conv1d  # (d_inner, 1, d_conv)
-    x_proj: nn.Linear  # d_inner → dt_rank + 2 d_state
-    dt_proj: nn.Linear  # dt_rank → d_inner
+    conv1d: nn.Module  # a Conv1d with weight (d_inner, 1, d_conv), as the other two if nothing replaces it
+    x_proj: nn.Module  # d_inner → dt_rank + 2 d_state
+    dt_proj: nn.Module  # dt_rank → d_inner
     A_log: Tensor  # (d_inner, d_state)
     D: Tensor  # (d_inner)
 
@@ -119,22 +120,25 @@ class Mamba(Mixer):
                     dt_proj.weight.fill_(bound)
                 else:
                     dt_proj.weight.uniform_(-bound, bound)
-                dt_proj.bias.copy_(inverse_softplus_of_log_uniform(self.d_inner, dt_min, dt_max, dt_init_floor))
+                dt_bias = inverse_softplus_of_log_uniform(self.d_inner, dt_min, dt_max, dt_init_floor)
+                dt_proj.bias = nn.Parameter(dt_bias)  # a new one: the default dtype may be too narrow
 
-    def _new_direction(self, conv_bias: bool) -> tuple[nn.Conv1d, nn.Linear, nn.Linear, nn.Parameter, nn.Parameter]:
+    def _new_direction(
+        self, conv_bias: bool
+    ) -> tuple[nn.Conv1d, nn.Linear, WideBiasLinear, nn.Parameter, nn.Parameter]:
         """Fresh weights in the order of :class:`Direction`; those of Δ are set afterwards."""
         d_inner, n = self.d_inner, self.d_state
         return (
             # Holds the weight and bias under their published names; the op does the convolution.
             nn.Conv1d(d_inner, d_inner, self.d_conv, groups=d_inner, bias=conv_bias),
             nn.Linear(d_inner, self.dt_rank + 2 * n, bias=False),
-            nn.Linear(self.dt_rank, d_inner),
-            nn.Parameter(torch.arange(1, n + 1).float().log().repeat(d_inner, 1)),  # S4D-real
-            nn.Parameter(torch.ones(d_inner)),
+            WideBiasLinear(self.dt_rank, d_inner),
+            nn.Parameter(torch.arange(1, n + 1, dtype=wide_dtype()).log().repeat(d_inner, 1)),  # S4D-real
+            nn.Parameter(torch.ones(d_inner, dtype=wide_dtype())),
         )
 
     def initial_state(self, batch_size: int, max_length: int | None = None) -> MambaState:
-        new = self.A_log.new_zeros
+        new = self.like(wide=True).new_zeros
         return MambaState(
             conv=new(batch_size, self.d_conv - 1, self.d_inner), ssm=new(batch_size, self.d_inner, self.d_state)
         )
@@ -160,16 +164,8 @@ class Mamba(Mixer):
     ) -> tuple[Tensor, MambaState]:
         """Convolution and gated scan in one direction: x beside z (b l 2 d_inner) → y (b l d_inner), state after."""
         x, z = xz.chunk(2, dim=-1)  # (b l d_inner) each
-        x, conv = causal_conv1d(
-            x,
-            w.conv1d.weight.squeeze(1),
-            w.conv1d.bias,
-            "silu",
-            initial_state=None if state is None else state.conv,
-            return_final_state=True,
-            cu_seqlens=cu_seqlens,
-        )
-        dt, B, C = self._dt_B_C(x, w.x_proj, w.dt_proj)
+        x, conv = convolve(w.conv1d, x, self.d_conv, "silu", None if state is None else state.conv, cu_seqlens)
+        dt, bias, B, C = self._dt_B_C(x, w.x_proj, w.dt_proj)
         y, ssm = selective_scan(
             x,
             dt,
@@ -178,7 +174,7 @@ class Mamba(Mixer):
             C,
             w.D,
             z,
-            w.dt_proj.bias,
+            bias,
             delta_softplus=True,
             initial_state=None if state is None else state.ssm,
             return_final_state=True,
@@ -188,11 +184,11 @@ class Mamba(Mixer):
 
     def _may_step(self, x: Tensor) -> bool:
         """Whether one call may stand for the whole layer: all of its maps are plain, and nobody listens to them."""
-        modules = self._modules
+        m = self._modules
         return (
             not torch.is_grad_enabled()
             and not torch.is_autocast_enabled(x.device.type)
-            and all(_plain(modules[name]) for name in ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj"))
+            and is_plain(m["in_proj"], m["conv1d"], m["x_proj"], m["dt_proj"], m["out_proj"])
         )
 
     def _step(self, x: Tensor, state: MambaState) -> Tensor:
@@ -216,22 +212,18 @@ class Mamba(Mixer):
         )
         return y[:, None]
 
-    def _dt_B_C(self, x: Tensor, x_proj: nn.Linear, dt_proj: nn.Linear) -> tuple[Tensor, Tensor, Tensor]:
-        """(..., d_inner) → Δ before its bias (..., d_inner), B and C (..., d_state)."""
+    def _dt_B_C(self, x: Tensor, x_proj: nn.Module, dt_proj: nn.Module) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """(..., d_inner) → Δ (..., d_inner) and the bias that it still lacks, if any; B and C (..., d_state)."""
         dt, B, C = x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         if self.bcdt_norm:
             dt, B, C = (self._normed(t) for t in (dt, B, C))
-        return nn.functional.linear(dt, dt_proj.weight), B, C
+        if is_plain(dt_proj):  # the scan adds the bias, in float32
+            assert isinstance(dt_proj, nn.Linear)
+            return nn.functional.linear(dt, dt_proj.weight), dt_proj.bias, B, C
+        return dt_proj(dt).to(x.dtype), None, B, C
 
     def _normed(self, x: Tensor) -> Tensor:
         return cast(Tensor, rms_norm(x, x.new_ones(x.shape[-1]), eps=self.bcdt_norm_eps))
-
-
-def _plain(module: Any) -> bool:
-    """No adapter, no quantised or parametrised map in its place, and no hooks."""
-    return (
-        type(module) in (Linear, nn.Linear, nn.Conv1d) and not module._forward_hooks and not module._forward_pre_hooks
-    )
 
 
 def backwards(cu_seqlens: Tensor, length: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmkernels.validate import precision
-from ssmzoo.linear import Linear
+from ssmzoo.linear import Linear, is_plain
 from ssmzoo.mixers._base import Mixer
 from ssmzoo.mixers._cached import FEW, Cache, append, borders, empty, positions
 from ssmzoo.mixers._logits import Logits
@@ -153,14 +153,14 @@ class MLA(Mixer):
 
     def initial_state(self, batch_size: int, max_length: int | None = None) -> Cache:
         shape = (batch_size, 1, self.kv_lora_rank + self.rope, 0)
-        return empty(self.state_class, self.kv_a_proj.weight, shape, max_length or 0, None, self.page_size)
+        return empty(self.state_class, self.like(), shape, max_length or 0, None, self.page_size)
 
     def mixing_flops(self, context: int) -> float:
         """2 · n_heads · (d_h + d_r + d_v) for each token seen, in the mean over the context, (context + 1) / 2."""
         return self.n_heads * (self.nope + self.rope + self.v_head_dim) * (max(context, 1) + 1)
 
     def mix(self, x: Tensor, state: Cache | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Cache | None]:
-        packed = borders(x, state, cu_seqlens)
+        packed = borders(x, state, cu_seqlens, FEW if self._absorbs() else 0)
         if packed is not None:
             y, state = self.mix(x.reshape(1, -1, self.d_model), state, packed)
             return y.view_as(x), state
@@ -188,7 +188,8 @@ class MLA(Mixer):
         append(cache, new, new[..., :0], cu_seqlens, q)
         if first:
             return self._expanded(q, new, cu_seqlens)
-        if cu_seqlens is None and l <= FEW:
+        absorbs = self._absorbs()
+        if absorbs and cu_seqlens is None and l <= FEW:
             return self._unabsorbed(cache.decode(self._absorbed(q), self.logits))
         if cu_seqlens is not None:
             kept, _, cu_seqlens_k = cache.packed(cu_seqlens.diff() > 0)
@@ -196,7 +197,7 @@ class MLA(Mixer):
         else:
             kept, cu_seqlens_k = cache.recent(l, -1)[0], None
             few = l <= self.absorbs_up_to
-        if not few:
+        if not few or not absorbs:
             return self._expanded(q, kept, cu_seqlens, cu_seqlens_k)
         q = self._absorbed(q)
         kept = kept.to(q.dtype)
@@ -216,6 +217,10 @@ class MLA(Mixer):
         q, k, v = (_widened(t, width) for t in (q.to(v.dtype), k, v))
         out = self.logits.attention(q, k, v, cu_seqlens, cu_seqlens_k)
         return out[..., : self.v_head_dim]
+
+    def _absorbs(self) -> bool:
+        """Whether queries may meet the latents: ``kv_b_proj`` is then a product with its weight and no more."""
+        return is_plain(self.kv_b_proj) and self.kv_b_proj.bias is None
 
     def _absorbed(self, q: Tensor) -> Tensor:
         """Queries that meet the latents themselves: (b l h d_c+d_r)."""

@@ -93,10 +93,15 @@ class Performer(Mixer):
     def redraw(self) -> None:
         """Draws new random features in place, from PyTorch's generator. States made before mean nothing after."""
         rows, d = self.projection.shape
-        blocks = [_random_rotation(d, self.projection.device) for _ in range(-(-rows // d))]
+        like = self.projection.to(precision(self.projection))  # no half precision for QR
+        blocks = [_random_rotation(d, like) for _ in range(-(-rows // d))]
         # A row of d independent normals has a norm of its own beside its direction.
-        norms = torch.randn(rows, d, device=self.projection.device).norm(dim=1, keepdim=True)
+        norms = torch.randn(rows, d, dtype=like.dtype, device=like.device).norm(dim=1, keepdim=True)
         self.projection.copy_(torch.cat(blocks)[:rows] * norms)
+
+    def reset_parameters(self) -> None:
+        """:meth:`redraw`, by the name that PyTorch's meta-device initialisers call after ``to_empty``."""
+        self.redraw()
 
     def initial_state(self, batch_size: int, max_length: int | None = None) -> FeatureSums:
         if not self.causal:
@@ -179,8 +184,7 @@ class Performer(Mixer):
 
     def _nothing(self, sequences: int) -> FeatureSums:
         shape = (sequences, self.n_heads, self.n_features, self.head_dim + 1)
-        weight = self.k_proj.weight
-        sums = weight.new_zeros(shape, dtype=precision(weight))
+        sums = self.like(wide=True).new_zeros(shape)
         return FeatureSums(sums, torch.full_like(sums[..., 0], LOWEST))
 
 
@@ -195,7 +199,7 @@ def _recomputed(function: Callable[..., R], *inputs: Any) -> R:
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
-def _random_rotation(size: int, device: torch.device) -> Tensor:
+def _random_rotation(size: int, like: Tensor) -> Tensor:
     """An orthogonal matrix, all equally likely; the signs of R make it so (Mezzadri 2006, arXiv math-ph/0609050)."""
-    q, r = torch.linalg.qr(torch.randn(size, size, device=device))
+    q, r = torch.linalg.qr(torch.randn(size, size, dtype=like.dtype, device=like.device))
     return q * r.diagonal().sign()

@@ -213,3 +213,11 @@ def test_autocast_rounds_projections_but_no_exponents():
         getattr(mixer, name).forward = lambda _, value=value: value.float()
     torch.testing.assert_close(y.float(), mixer(x), rtol=0, atol=2**-8 * float(y.abs().max()) * 2)
     torch.testing.assert_close(state.logs, mixer(x, mixer.initial_state(1))[1].logs, rtol=1e-6, atol=1e-6)
+
+
+def test_projections_are_drawn_again_after_to_empty():
+    mixer = build_mixer("performer", 16, head_dim=8, n_features=8).to("meta").to_empty(device="cpu")
+    mixer.projection.fill_(torch.nan)  # what to_empty leaves may be anything
+    mixer.reset_parameters()
+    directions = torch.nn.functional.normalize(mixer.projection, dim=-1)
+    torch.testing.assert_close(directions @ directions.mT, torch.eye(8))

@@ -1,0 +1,56 @@
+"""The causal convolution of a mixer that holds its weights in a ``Conv1d``."""
+
+from __future__ import annotations
+
+from typing import Literal, cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssmkernels.causal_conv1d import causal_conv1d
+from ssmkernels.validate import precision
+from ssmzoo.linear import is_plain
+from ssmzoo.mixers._light_convolution import Places
+
+
+def convolve(
+    conv1d: nn.Module,
+    x: Tensor,
+    width: int,
+    activation: Literal["silu"] | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The op where the module is as it was built; otherwise the module itself, so that hooks and adapters act.
+
+    Args:
+        conv1d: a depthwise convolution without padding, or what stands in its place.
+        x: ``(b, l, d)``.
+        width: its taps.
+        activation: what follows the convolution.
+        state: the inputs before x, ``(s, width - 1, d)``, float32 (float64); None for zeros.
+        cu_seqlens: borders of packed sequences.
+
+    Returns:
+        As many as came in ``(b, l, d)``, and the last inputs, as ``state``.
+    """
+    if is_plain(conv1d):
+        assert isinstance(conv1d, nn.Conv1d)
+        result = causal_conv1d(
+            x,
+            conv1d.weight.squeeze(1),
+            conv1d.bias,
+            activation,
+            initial_state=state,
+            return_final_state=True,
+            cu_seqlens=cu_seqlens,
+        )
+        return cast(tuple[Tensor, Tensor], result)
+    if x.numel() == 0:  # Conv1d takes no input shorter than its kernel
+        sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        none = x.new_zeros(sequences, width - 1, x.shape[2], dtype=precision(x))
+        return x, none if state is None else state
+    places = Places.of(width - 1, x.shape[1], cu_seqlens)
+    inputs = places.spread(x, state)
+    y = places.gather(conv1d(inputs.mT).mT)
+    return F.silu(y) if activation == "silu" else y, places.last(inputs)

@@ -1,0 +1,51 @@
+"""Parameters that stand at several places of a module stay one parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+Places = list[tuple[nn.Module, str]]  # modules, and the parameter's name in each
+
+
+class KeepsTies(nn.Module):
+    """A module whose shared parameters stay shared where PyTorch would make a new parameter at each place.
+
+    That is in ``to_empty`` and other moves from the meta device, and in ``load_state_dict`` with ``assign``.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeepsTies:
+        shared = shared_parameters(self)
+        super()._apply(fn, recurse)
+        share_again(shared)
+        return self
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As PyTorch's, but for what is shared.
+
+        Raises:
+            RuntimeError: as PyTorch's, for names or shapes that do not fit.
+        """
+        shared = shared_parameters(self)
+        result = super().load_state_dict(state_dict, strict, assign)
+        share_again(shared)
+        return result
+
+
+def shared_parameters(module: nn.Module) -> list[Places]:
+    """The places of each parameter that has more than one in a module and its submodules."""
+    places: dict[nn.Parameter, Places] = {}
+    for owner in module.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                places.setdefault(parameter, []).append((owner, name))
+    return [found for found in places.values() if len(found) > 1]
+
+
+def share_again(shared: list[Places]) -> None:
+    """Puts the parameter at the first of its places at the others."""
+    for (first, name), *others in shared:
+        for owner, other in others:
+            owner._parameters[other] = first._parameters[name]

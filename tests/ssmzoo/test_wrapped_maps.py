@@ -1,0 +1,252 @@
+"""Whatever wraps or replaces a linear map or convolution of a mixer acts in training, prefill and decoding alike."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize, prune
+
+import ssmzoo
+
+D_MODEL = 16
+HEADS = {"head_dim": 8}
+CASES = [
+    ("mamba", {"d_state": 3, "dt_rank": 2, "conv_bias": False}),
+    ("mamba", {"d_state": 3, "d_conv": 1, "dt_rank": 2, "bidirectional": True, "bcdt_norm": True}),
+    ("attention", HEADS | {"d_conv": 3, "gate": "headwise", "window": 4}),
+    ("attention", HEADS | {"rope": False, "alibi": True, "cache": "hidden"}),
+    ("mla", {"n_heads": 2, "q_lora_rank": 6, "kv_lora_rank": 4, "qk_nope_head_dim": 6, "v_head_dim": 6}),
+    ("mla", {"n_heads": 2, "kv_lora_rank": 4, "qk_nope_head_dim": 6, "v_head_dim": 6, "page_size": 4}),
+    ("longformer", HEADS | {"window": 4, "bidirectional": False}),
+    ("longformer", HEADS | {"window": 4}),
+    ("bigbird", HEADS | {"block_size": 8}),
+    ("strided", HEADS | {"block_size": 8}),
+    ("performer", HEADS | {"n_features": 7}),
+    ("linformer", HEADS | {"proj_len": 4, "max_length": 24}),
+    ("lightconv", {"kernel_size": 3}),
+    ("dynamicconv", {"kernel_size": 3}),
+    ("lstm", {}),
+    ("gru", {}),
+    ("s4", {"d_state": 4, "gate": 1, "bottleneck": 2}),
+    ("s4d", {"d_state": 4, "gate": 1, "bottleneck": 2}),
+    ("parallel", {"branches": {"mamba": {"d_state": 3}, "mla": {"n_heads": 2, "kv_lora_rank": 4}}}),
+]
+
+
+def test_every_mixer_is_here():
+    assert {name for name, _ in CASES} == set(ssmzoo.list_mixers())
+
+
+def scaled(x, axis):
+    """Each channel by a factor of its own: a norm that follows would take one for all away."""
+    factors = torch.linspace(1.2, 2, x.shape[axis], dtype=x.dtype)
+    return x * factors.view(-1, *[1] * (-1 - axis))
+
+
+def channels(module):
+    return -2 if isinstance(module, nn.Conv1d) else -1
+
+
+class Scaled(nn.Module):
+    def forward(self, weight):
+        return scaled(weight, -weight.ndim)
+
+
+class Adapter(nn.Module):
+    """In the place of a map, which it holds; it has no weight of its own under that name."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.axis = base, channels(base)
+        self.more = nn.Parameter(torch.full((), 0.5, dtype=torch.float64))
+
+    def forward(self, x):
+        y = self.base(x)
+        return y + self.more * scaled(y, self.axis)
+
+
+def hook(owner, name):
+    getattr(owner, name).register_forward_hook(lambda module, inputs, output: scaled(output, channels(module)))
+
+
+def pre_hook(owner, name):
+    getattr(owner, name).register_forward_pre_hook(lambda module, inputs: (scaled(inputs[0], channels(module)),))
+
+
+def global_hook(owner, name):
+    wrapped = getattr(owner, name)
+    return nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, output: scaled(output, channels(module)) if module is wrapped else None
+    )
+
+
+def parametrization(owner, name):
+    parametrize.register_parametrization(getattr(owner, name), "weight", Scaled())
+
+
+def pruning(owner, name):
+    prune.l1_unstructured(getattr(owner, name), "weight", amount=0.5)
+
+
+def old_weight_norm(owner, name):
+    nn.utils.weight_norm(getattr(owner, name), "weight")
+    with torch.no_grad():
+        g = getattr(owner, name).weight_g
+        g.copy_(scaled(g, -g.ndim))
+
+
+def weight_norm(owner, name):
+    nn.utils.parametrizations.weight_norm(getattr(owner, name), "weight")
+    with torch.no_grad():
+        g = getattr(owner, name).parametrizations.weight.original0
+        g.copy_(scaled(g, -g.ndim))
+
+
+def adapter(owner, name):
+    setattr(owner, name, Adapter(getattr(owner, name)))
+
+
+def replaced_forward(owner, name):
+    module = getattr(owner, name)
+    usual = module.forward
+    module.forward = lambda x: scaled(usual(x), channels(module))
+
+
+WRAPPERS = [
+    hook,
+    pre_hook,
+    global_hook,
+    parametrization,
+    pruning,
+    old_weight_norm,
+    weight_norm,
+    adapter,
+    replaced_forward,
+]
+
+
+def maps(mixer):
+    return [path for path, module in mixer.named_modules() if isinstance(module, nn.Linear | nn.Conv1d)]
+
+
+def build(case):
+    torch.manual_seed(0)
+    name, options = case
+    return ssmzoo.build_mixer(name, D_MODEL, **options).double()
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("wrap", WRAPPERS, ids=lambda wrap: wrap.__name__)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join([case[0], *case[1]]))
+def test_it_acts_everywhere(case, wrap):
+    x = torch.randn(2, 10, D_MODEL, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for path in maps(build(case)):
+        mixer = build(case)
+        usual = mixer(x).detach()
+        parent, _, name = path.rpartition(".")
+        handle = wrap(mixer.get_submodule(parent), name)
+        try:
+            check_everywhere(mixer, x, usual, path)
+        finally:
+            if handle is not None:
+                handle.remove()
+
+
+def check_everywhere(mixer, x, usual, path):
+    for _ in range(2):  # pruning and weight norm make their weight anew for each call
+        mixer.zero_grad()
+        y = mixer(x)
+        assert not torch.allclose(y, usual, rtol=1e-4, atol=1e-6), f"{path}: no effect on a whole sequence"
+        y.square().sum().backward()
+        lacking = [name for name, parameter in mixer.named_parameters() if parameter.grad is None]
+        assert not lacking, f"{path}: no gradient reaches {lacking}"
+    with torch.no_grad():
+        torch.testing.assert_close(mixer(x), y.detach(), msg=lambda text: f"{path}, without gradients: {text}")
+        if mixer.has_state and mixer.causal:
+            torch.testing.assert_close(decoded(mixer, x), y.detach(), msg=lambda text: f"{path}, decoding: {text}")
+            torch.testing.assert_close(uneven(mixer, x), y.detach(), msg=lambda text: f"{path}, uneven: {text}")
+
+
+def decoded(mixer, x):
+    """A prefill, single tokens, a chunk longer than what counts as decoding would allow, and a token."""
+    state, outputs = mixer.initial_state(2), []
+    for piece in x.split([4, 1, 1, 3, 1], dim=1):
+        y, state = mixer(piece, state)
+        outputs.append(y)
+    return torch.cat(outputs, dim=1)
+
+
+def uneven(mixer, x):
+    """Sequences of several lengths, packed, go on with a token each, and packed again."""
+    first, second = x
+    state = mixer.initial_state(2)
+    a, state = mixer(torch.cat([first[:3], second[:5]])[None], state, cu_seqlens=torch.tensor([0, 3, 8]).int())
+    b, state = mixer(torch.stack([first[3:4], second[5:6]]), state)
+    c, state = mixer(torch.cat([first[4:], second[6:]])[None], state, cu_seqlens=torch.tensor([0, 6, 10]).int())
+    return torch.stack([torch.cat([a[0, :3], b[0], c[0, :6]]), torch.cat([a[0, 3:], b[1], c[0, 6:]])])
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join([case[0], *case[1]]))
+def test_backward_hooks_fire(case):
+    mixer = build(case)
+    seen = set()
+    for path in maps(mixer):
+        mixer.get_submodule(path).register_full_backward_hook(lambda *_, path=path: seen.add(path))
+    x = torch.randn(1, 5, D_MODEL, dtype=torch.float64, requires_grad=True)
+    mixer(x).sum().backward()
+    assert seen == set(maps(mixer))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join([case[0], *case[1]]))
+def test_parametrised_and_pruned_float32_weights_move(case):
+    """And stay float32 where the rest becomes narrow."""
+    for change in (lambda owner, name: parametrize.register_parametrization(owner, name, Scaled()), prune.identity):
+        mixer = build(case).float()
+        places = [path.rpartition(".")[::2] for path in mixer.float32_parameters]
+        for parent, name in places:
+            change(mixer.get_submodule(parent), name)
+        mixer.bfloat16()
+        assert mixer(torch.randn(1, 5, D_MODEL, dtype=torch.bfloat16)).dtype == torch.bfloat16
+        for parent, name in places:
+            assert getattr(mixer.get_submodule(parent), name).dtype == torch.float32, name
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor")
+def test_quantised_maps():
+    """PyTorch's dynamic quantisation puts modules whose ``weight`` is a method in the place of maps."""
+    mixer = build(("mamba", {"d_state": 3, "dt_rank": 2})).float().eval()
+    x = torch.randn(2, 10, D_MODEL)
+    kinds = {nn.Linear: torch.ao.quantization.default_dynamic_qconfig}
+    for name in ("x_proj", "dt_proj"):
+        held = nn.Linear(*reversed(getattr(mixer, name).weight.shape), bias=name == "dt_proj")
+        held.load_state_dict(getattr(mixer, name).state_dict())
+        setattr(mixer, name, torch.ao.quantization.quantize_dynamic(nn.Sequential(held), kinds)[0])
+        assert not isinstance(getattr(mixer, name), nn.Linear)
+    with torch.no_grad():
+        torch.testing.assert_close(decoded(mixer, x), mixer(x), atol=1e-3, rtol=1e-2)
+
+
+def test_offloaded_weights_arrive_with_the_call():
+    """As accelerate's ``cpu_offload`` does: weights on the meta device, fetched by a ``forward`` of the instance."""
+    torch.manual_seed(0)
+    model = ssmzoo.build({"d_model": D_MODEL, "n_layers": 1, "pattern": ["mamba"], "vocab_size": 11})
+    ids = torch.tensor([[1, 2, 3]])
+    expected = model(ids).detach()
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Embedding):
+            offload(module)
+    torch.testing.assert_close(model(ids), expected)
+
+
+def offload(module):
+    held, usual = dict(module._parameters), module.forward
+    module.to("meta")
+
+    def forward(x):
+        away = dict(module._parameters)
+        module._parameters.update(held)
+        try:
+            return usual(x)
+        finally:
+            module._parameters.update(away)
+
+    module.forward = forward

@@ -12,6 +12,7 @@ from ssmzoo import build_mixer
 from ssmzoo.mixers._cached import FEW
 from ssmzoo.mixers._kv_cache import SMALLEST
 from ssmzoo.mixers.attention import Attention, ConvolvedState
+from ssmzoo.registry import mixer_class
 
 D_MODEL = 32
 SETTINGS = {
@@ -569,7 +570,7 @@ class TestErrors:
     )
     def test_sizes(self, d_model, options, match):
         with pytest.raises(ValueError, match="Attention: .*" + match):
-            build_mixer("attention", d_model, **options)
+            mixer_class("attention")(d_model, **options)
 
     def test_bidirectional_has_no_state(self, plain):
         mixer = make(bidirectional=True)

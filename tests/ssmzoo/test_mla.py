@@ -13,6 +13,7 @@ import ssmzoo
 from ssmzoo import build_mixer
 from ssmzoo.mixers._cached import FEW
 from ssmzoo.mixers.mla import LatentCache
+from ssmzoo.registry import mixer_class
 
 D_MODEL = 32
 SIZES = {"n_heads": 3, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
@@ -391,7 +392,7 @@ class TestErrors:
     )
     def test_sizes(self, d_model, options, match):
         with pytest.raises(ValueError, match="MLA: " + match):
-            build_mixer("mla", d_model, **options)
+            mixer_class("mla")(d_model, **options)
 
     def test_scaling(self):
         with pytest.raises(TypeError, match="option `rope_scaling` of mixer 'mla' must be dict or None; got 'yarn'"):

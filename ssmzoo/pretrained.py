@@ -6,11 +6,10 @@ weight used at several places (a tied embedding, a shared mixer) is stored once.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -18,7 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ssmzoo import files
 from ssmzoo.config import ModelConfig
+from ssmzoo.files import replacing
 from ssmzoo.model import SequenceModel
 from ssmzoo.published import published_config
 
@@ -45,6 +46,7 @@ def save(model: SequenceModel, folder: str | os.PathLike[str]) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {names[0]: tensor.detach().contiguous().cpu() for names, tensor in _weights(model)}
+    (folder / files.SUMS).unlink(missing_ok=True)  # those of a run's own weights, which are replaced
     with replacing(folder / WEIGHTS) as path:
         save_file(weights, path, {"format": "pt"})
     with replacing(folder / CONFIG) as path:
@@ -67,13 +69,14 @@ def load(
 
     Raises:
         FileNotFoundError: the folder, or a file in it, is missing.
-        ValueError, TypeError: a damaged file, a config that does not fit, or weights that do not fit the
-            config, by name.
+        ValueError, TypeError: a damaged file (a run's and a checkpoint's are compared with their checksums), a config
+            that does not fit, or weights that do not fit the config, by name.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: give one that ssmzoo.pretrained.save or `ssmzoo train` wrote")
     if (folder / CONFIG).is_file():
+        folder = files.newest(folder, WEIGHTS)
         config, source = ModelConfig.from_yaml(folder / CONFIG), folder / WEIGHTS
         weights = read_tensors(source)
     elif (folder / "config.json").is_file():
@@ -117,7 +120,8 @@ def fill(model: SequenceModel, weights: Mapping[str, Tensor], source: str) -> No
     """Copies weights into a model, whose dtypes and devices stay.
 
     Raises:
-        ValueError: naming ``source`` and the first tensors that are missing, unexpected or of another shape.
+        ValueError: naming ``source`` and the first tensors that are missing, unexpected, of another shape or kind of
+            number, or hold NaN.
     """
     copies: list[tuple[Tensor, Tensor]] = []
     known: set[str] = set()
@@ -126,6 +130,7 @@ def fill(model: SequenceModel, weights: Mapping[str, Tensor], source: str) -> No
         "unexpected": [],
         "of another shape": [],
         "not one and the same": [],
+        "of unfit values": [],
     }
     for names, tensor in _weights(model):
         known.update(names)
@@ -138,6 +143,8 @@ def fill(model: SequenceModel, weights: Mapping[str, Tensor], source: str) -> No
             problems["of another shape"].append(f"{found[0]} {tuple(given.shape)} for {tuple(tensor.shape)}")
         elif not all(torch.equal(given, weights[name]) for name in found[1:]):
             problems["not one and the same"].append(" and ".join(found))
+        elif (reason := files.unfit(given, tensor)) is not None:
+            problems["of unfit values"].append(f"{found[0]} {reason}")
         copies.append((tensor, given))
     problems["unexpected"] += [name for name in weights if name not in known]
     said = [f"{what}: {_some(names)}" for what, names in problems.items() if names]
@@ -195,30 +202,6 @@ def _shards(index: Path) -> dict[str, Tensor]:
     if lacking:
         raise ValueError(f"{index} names tensors that its shards do not hold: {_some(lacking)}")
     return weights
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``, which takes its place on disk once the block has succeeded."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Has the system write a file, or a folder's list of files, to disk now."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows opens no folders
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _weights(model: SequenceModel) -> list[tuple[list[str], Tensor]]:

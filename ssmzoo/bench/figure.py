@@ -11,7 +11,7 @@ from ssmkernels.bench import Measurement
 from ssmkernels.bench.peers import ABSENT
 from ssmzoo.bench.record import Machine
 from ssmzoo.bench.units import ratio, seconds
-from ssmzoo.pretrained import replacing
+from ssmzoo.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,8 +7,9 @@ step's number.
 
 from __future__ import annotations
 
-import os
+import contextlib
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +18,14 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ssmzoo import pretrained
+from ssmzoo import files, pretrained
 from ssmzoo.config import ModelConfig
+from ssmzoo.files import checkpoints, sync
 from ssmzoo.model import SequenceModel
-from ssmzoo.pretrained import CONFIG, WEIGHTS, read_tensors, replacing, sync
+from ssmzoo.pretrained import CONFIG, WEIGHTS, read_tensors
 
-FOLDER, OPTIMIZER, STATE = "checkpoints", "optimizer.safetensors", "state.yaml"
+FOLDER, OPTIMIZER, STATE, LOG = files.CHECKPOINTS, "optimizer.safetensors", "state.yaml", "log.csv"
+TOKENIZER = "tokenizer.json"
 
 
 class Checkpoint(NamedTuple):
@@ -34,6 +37,7 @@ class Checkpoint(NamedTuple):
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     scaler: dict[str, Any] | None
+    without: list[str]  # trainable parameters that had no gradient yet, and so no optimiser state
 
 
 def write(
@@ -50,22 +54,31 @@ def write(
         temporary = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         pretrained.save(model, temporary)
-        save_file(_optimizer_tensors(model, optimizer), temporary / OPTIMIZER)
-        (temporary / STATE).write_text(yaml.safe_dump({"step": step, "scaler": scaler}))
-        for path in (temporary / OPTIMIZER, temporary / STATE, temporary):
-            sync(path)
+        tensors = _optimizer_tensors(model, optimizer)
+        held = {key.rpartition("/")[0] for key in tensors}
+        without = [name for name, p in model.named_parameters() if p.requires_grad and name not in held]
+        state = {"step": step, "scaler": scaler, "checked": True, "without_optimizer_state": without}
+        save_file(tensors, temporary / OPTIMIZER)
+        (temporary / STATE).write_text(yaml.safe_dump(state))
+        if (run / LOG).is_file():
+            shutil.copyfile(run / LOG, temporary / LOG)
+        files.seal(temporary)
         temporary.rename(folder)
         sync(folder.parent)
-    for name in (CONFIG, WEIGHTS):
-        with replacing(run / name) as path:
-            _link(folder / name, path)
+    renew(run, folder)
     for old in checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+        files.remove(old)
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """The folders of a run's checkpoints, oldest first."""
-    return sorted((run / FOLDER).glob("step-*"))
+def renew(run: Path, folder: Path) -> None:
+    """Gives a run the model files of a checkpoint, unless it has them."""
+    sources = {CONFIG: folder / CONFIG, WEIGHTS: folder / WEIGHTS}
+    if (run / TOKENIZER).is_file():
+        sources[TOKENIZER] = run / TOKENIZER
+    with contextlib.suppress(ValueError):  # damaged files of the run are replaced
+        if files.check(run) == {name: files.checksum(path) for name, path in sources.items()}:
+            return
+    files.install(run, {name: partial(files.link, path) for name, path in sources.items()})
 
 
 def read(run: Path) -> Checkpoint:
@@ -80,7 +93,12 @@ def read(run: Path) -> Checkpoint:
         raise FileNotFoundError(f"{run} has no checkpoint to go on from: start the run again, with another --out")
     folder = folders[-1]
     try:
+        version = files.check(folder)
         state = yaml.safe_load((folder / STATE).read_text())
+        if version is None and state.get("checked"):
+            raise ValueError(f"{files.SUMS} is missing")
+        if int(state["step"]) != int(folder.name.removeprefix("step-")):
+            raise ValueError(f"{STATE} is of step {state['step']}")
         return Checkpoint(
             folder,
             int(state["step"]),
@@ -88,8 +106,9 @@ def read(run: Path) -> Checkpoint:
             read_tensors(folder / WEIGHTS),
             read_tensors(folder / OPTIMIZER),
             state["scaler"],
+            state.get("without_optimizer_state", []),
         )
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
         before = f"go on from the one before it, {folders[-2].name}" if len(folders) > 1 else "start the run again"
         reason = " ".join(str(error).split())
         raise ValueError(f"the checkpoint {folder} is damaged: delete it to {before}. ({reason})") from None
@@ -106,12 +125,38 @@ def restore(checkpoint: Checkpoint, model: SequenceModel, optimizer: torch.optim
     for key, tensor in checkpoint.optimizer.items():
         name, _, quantity = key.rpartition("/")
         state.setdefault(name, {})[quantity] = tensor
+    _check_state(checkpoint, model, state)
     names = _names(model)
     layout = optimizer.state_dict()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     indices = [index for group in layout["param_groups"] for index in group["params"]]
     found = {i: state[names[id(p)]] for i, p in zip(indices, parameters, strict=True) if names[id(p)] in state}
     optimizer.load_state_dict({**layout, "state": found})
+
+
+def _check_state(checkpoint: Checkpoint, model: nn.Module, state: dict[str, dict[str, Tensor]]) -> None:
+    """The optimiser's tensors are those that AdamW has after the checkpoint's steps.
+
+    Raises:
+        ValueError: naming the first that is missing, unexpected or of another shape.
+    """
+    path = checkpoint.folder / OPTIMIZER
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name in state:
+        if name not in parameters:
+            raise ValueError(f"{path} does not fit the model: it has state of an unknown parameter {name!r}")
+    for name, parameter in parameters.items():
+        if name not in state:
+            if checkpoint.step > 0 and name not in checkpoint.without:
+                raise ValueError(f"{path} is incomplete: it has no state of the parameter {name}")
+            continue
+        shapes = {"step": torch.Size(()), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+        for quantity in sorted(shapes.keys() | state[name].keys()):
+            found, wanted = state[name].get(quantity), shapes.get(quantity)
+            if found is None or found.shape != wanted or not found.is_floating_point() or found.isnan().any():
+                got = "missing" if found is None else f"{found.dtype} {tuple(found.shape)}"
+                expected = "nothing" if wanted is None else f"numbers of shape {tuple(wanted)}"
+                raise ValueError(f"{path} does not fit the model: {name}/{quantity} must be {expected}; it is {got}")
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -126,12 +171,3 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 def _names(model: nn.Module) -> dict[int, str]:
     return {id(parameter): name for name, parameter in model.named_parameters()}
-
-
-def _link(source: Path, target: Path) -> None:
-    """A second name for a file, which takes no room; a copy where the file system has no such thing."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

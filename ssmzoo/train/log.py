@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ssmzoo.pretrained import replacing
+from ssmzoo.files import replacing
 
 Row = dict[str, float]
 
@@ -104,8 +104,29 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def rewind(path: Path, copy: Path, step: int) -> str | None:
+    """Gives a log the rows that it had at a checkpoint, which keeps a copy of them.
+
+    Returns:
+        What was wrong with the rows up to there, in a line; None if nothing was.
+    """
+    if not copy.is_file():
+        return None  # a checkpoint of an earlier version
+    wanted = copy.read_bytes()
+    found = path.read_bytes() if path.is_file() else None
+    with replacing(path) as temporary:
+        temporary.write_bytes(wanted)
+    if found is None:
+        return f"{path} was missing: its rows up to step {step} are those of the checkpoint"
+    if found.startswith(wanted):
+        return None
+    pairs = zip(found.split(b"\n"), wanted.split(b"\n"), strict=False)
+    line = next((i for i, (ours, theirs) in enumerate(pairs, 1) if ours != theirs), 1 + found.count(b"\n"))
+    return f"{path} was damaged from line {line} on: its rows up to step {step} are those of the checkpoint"
+
+
 def _rewind(path: Path, step: int, header: list[str]) -> None:
-    """Leaves the rows up to ``step``, under the header."""
+    """Leaves the whole rows up to ``step``, under the header."""
     rows: list[dict[str, Any]] = read(path) if path.is_file() else []
     with replacing(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, header, extrasaction="ignore")

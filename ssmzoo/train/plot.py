@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ssmzoo.pretrained import replacing
+from ssmzoo.files import replacing
 from ssmzoo.train.log import columns, read
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ import numpy as np
 import yaml
 from torch import Tensor
 
-from ssmzoo.pretrained import replacing
+from ssmzoo.files import replacing
 from ssmzoo.train.data import Source
 
 FILE = "train.yaml"
@@ -50,7 +52,9 @@ def describe(data: DataSource) -> list[str] | str | None:
 
 def write_record(run: Path, record: Record) -> None:
     """Writes or replaces a run's record."""
-    text = yaml.safe_dump(dataclasses.asdict(record), sort_keys=False, default_flow_style=None)
+    fields = dataclasses.asdict(record)
+    fields["checksum"] = _checksum(fields)
+    text = yaml.safe_dump(fields, sort_keys=False, default_flow_style=None)
     with replacing(run / FILE) as path:
         path.write_text(text)
 
@@ -65,6 +69,16 @@ def read_record(run: Path) -> Record:
     if not (run / FILE).is_file():
         raise FileNotFoundError(f"{run} is no training run: there is no {FILE} in it")
     try:
-        return Record(**yaml.safe_load((run / FILE).read_text()))
+        fields = dict(yaml.safe_load((run / FILE).read_text()))
+        found = fields.pop("checksum", None)
+        # A key that was damaged is no field of Record; runs of earlier versions have no checksum.
+        if found is not None and found != _checksum(fields):
+            raise ValueError("it differs from its checksum")
+        return Record(**fields)
     except (TypeError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{run / FILE} is damaged: {' '.join(str(error).split())}") from None
+
+
+def _checksum(fields: dict[str, Any]) -> str:
+    text = json.dumps(fields, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

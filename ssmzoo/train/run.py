@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,10 +18,12 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
+from ssmzoo import files
 from ssmzoo.config import ModelConfig, load_config, model_folder
 from ssmzoo.model import SequenceModel
 from ssmzoo.pretrained import CONFIG, load
 from ssmzoo.train import checkpoint
+from ssmzoo.train.checkpoint import TOKENIZER
 from ssmzoo.train.checks import (
     check_empty,
     check_kind,
@@ -32,7 +35,7 @@ from ssmzoo.train.checks import (
 from ssmzoo.train.config import TrainConfig
 from ssmzoo.train.data import Data, load_ids, load_text
 from ssmzoo.train.labelled import LabelledData, load_labelled
-from ssmzoo.train.log import Log
+from ssmzoo.train.log import Log, rewind
 from ssmzoo.train.loop import Trainer
 from ssmzoo.train.record import IDS, DataSource, Record, describe, read_record, write_record
 from ssmzoo.train.vocabulary import Vocabulary, decode, open_vocabulary
@@ -41,7 +44,6 @@ from ssmzoo.zoo import build
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-TOKENIZER = "tokenizer.json"
 PROMPT, SAMPLE = 200, 300  # bytes of the sample at the end of a run
 
 
@@ -149,6 +151,7 @@ def resume(folder: str | os.PathLike[str], data: DataSource = None, *, quiet: bo
         config = dataclasses.replace(config, tokenizer=str(run / TOKENIZER))
     found = checkpoint.read(run)
     if found.step >= config.steps:
+        checkpoint.renew(run, found.folder)  # the run may have been killed before it did so itself
         raise ValueError(f"{run} is complete with its {found.step} steps; for more add --set steps={2 * found.step}")
     if data is None and record.data == IDS:
         raise ValueError(f"{run} was trained on an array of ids: give the same as `data`")
@@ -157,6 +160,12 @@ def resume(folder: str | os.PathLike[str], data: DataSource = None, *, quiet: bo
         raise ValueError(f"the data of {run} have changed since it started: give the same, or start a new run")
     trainer = Trainer(build(found.config), loaded, config, run, _accelerator(config), record.model)
     trainer.restore(found)
+    if trainer.accelerator.is_main_process:
+        files.sweep(run)
+        files.sweep(run / checkpoint.FOLDER)
+        repaired = rewind(run / checkpoint.LOG, found.folder / checkpoint.LOG, found.step)
+        if repaired is not None:
+            print(f"note: {repaired}", file=sys.stderr)
     if settings and trainer.accelerator.is_main_process:
         write_record(run, dataclasses.replace(record, settings={**record.settings, **settings}))
     return _finish(trainer, vocabulary, quiet)

@@ -83,6 +83,7 @@ def test_a_run_learns_and_leaves_everything_in_its_folder(text, run):
     result = train(LSTM, text, config, run, quiet=True)
     assert sorted(path.name for path in run.iterdir()) == [
         "checkpoints",
+        "checksums.json",
         "config.yaml",
         "curve.png",
         "log.csv",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -79,5 +82,10 @@ def command(
         else:
             training.train(load_config(model).override(overrides), sources, changes, out, name=run_name(model))
     except training.Interrupted as interrupted:
-        print(f"\n{interrupted}")
+        try:
+            print(f"\n{interrupted}", flush=True)
+        except OSError:  # nobody reads: the reader of a pipe or the terminal has gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            with contextlib.suppress(OSError):
+                print(interrupted, file=sys.stderr, flush=True)
         raise typer.Exit(130) from None

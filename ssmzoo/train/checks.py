@@ -8,10 +8,14 @@ from pathlib import Path
 import torch
 
 from ssmzoo.config import ModelConfig
+from ssmzoo.files import CHECKPOINTS, LEFT_OVER, checkpoints
 from ssmzoo.mixers._base import Mixer
 from ssmzoo.model import SequenceModel
+from ssmzoo.train import lock
 from ssmzoo.train.data import Data
 from ssmzoo.train.vocabulary import Bytes, Vocabulary
+
+BEGUN = {lock.FILE, CHECKPOINTS, "config.yaml", "train.yaml", "tokenizer.json", "log.csv"}
 
 
 def check_packages(*packages: str) -> None:
@@ -26,13 +30,32 @@ def check_packages(*packages: str) -> None:
 
 
 def check_empty(run: Path) -> None:
-    """A new run's folder is not in use.
+    """A new run's folder is not in use: it is empty, or holds what a run left that died before its first checkpoint.
 
     Raises:
-        ValueError: there is something in it.
+        ValueError: there is something else in it.
     """
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+    if not run.exists():
+        return
+    names = {path.name for path in run.iterdir()} if run.is_dir() else {""}
+    names = {name for name in names if not LEFT_OVER.fullmatch(name)}
+    begun = lock.FILE in names and names <= BEGUN and not checkpoints(run)
+    if names and not begun:
         raise ValueError(f"{run} is not empty: go on with the run in it by --resume {run}, or choose another --out")
+
+
+def check_names(run: Path, data: list[str] | str | None) -> None:
+    """The paths that a run writes down are text.
+
+    Raises:
+        ValueError: naming the one that is not.
+    """
+    for what, path in [("out", str(run)), *(("data", path) for path in data or () if isinstance(data, list))]:
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            shown = path.encode(errors="backslashreplace").decode()
+            raise ValueError(f"train: `{what}` must be a path in UTF-8; got {shown}: rename it") from None
 
 
 def check_kind(config: ModelConfig) -> None:

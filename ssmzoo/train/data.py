@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import copy
 import math
 import os
 import random
@@ -10,7 +11,7 @@ import sysconfig
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ssmzoo.train.vocabulary import Vocabulary, cut
 
-MAPPED = 2**26  # bytes from which a file is mapped into memory and not read
+MAPPED = 2**26  # bytes from which a file is read piece by piece, and not kept in memory
 MANY = 20  # files from which whole files are held out
 HEAD = 2**16  # bytes that decide whether a file is text
 SKIPPED = frozenset({"__pycache__", "node_modules"})
@@ -27,10 +28,52 @@ NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests"})
 Source = str | os.PathLike[str]
 
 
+class DataChanged(ValueError):
+    """A data file is shorter than when the run opened it."""
+
+
+class Stored:
+    """The bytes of a file, or of a part of it, read when they are asked for.
+
+    A file that is mapped into memory and then cut would end the process by SIGBUS.
+    """
+
+    def __init__(self, path: Path):
+        self._path, self._file = path, path.open("rb", buffering=0)
+        self._start, self._length = 0, os.fstat(self._file.fileno()).st_size
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+        return self[:] if dtype is None else self[:].astype(dtype)
+
+    def part(self, part: slice) -> Stored:
+        """A part, which is not read yet."""
+        start, stop, _ = part.indices(self._length)
+        other = copy.copy(self)
+        other._start, other._length = self._start + start, max(0, stop - start)
+        return other
+
+    def __getitem__(self, part: slice | int) -> np.ndarray:
+        if isinstance(part, int):  # one byte, as `cut` looks at
+            return self[part : part + 1][0]
+        start, stop, _ = part.indices(self._length)
+        wanted = max(0, stop - start)
+        self._file.seek(self._start + start)
+        found = b""
+        while len(found) < wanted:
+            more = self._file.read(wanted - len(found))
+            if not more:
+                raise DataChanged(f"the data file {self._path} was cut while it was in use: put it back, and resume")
+            found += more
+        return np.frombuffer(found, np.uint8)
+
+
 class Tokens:
     """A long sequence of ids over several arrays, some of which may lie on disk."""
 
-    def __init__(self, arrays: Sequence[np.ndarray]):
+    def __init__(self, arrays: Sequence[np.ndarray | Stored]):
         self._arrays = [array for array in arrays if len(array)]
         self._ends = np.cumsum([len(array) for array in self._arrays], dtype=np.int64)
 
@@ -108,8 +151,8 @@ def load_text(sources: Sequence[Source] | None, vocabulary: Vocabulary, held_out
     """
     paths = standard_library() if sources is None else text_files(sources)
     texts = [_read(path) for path in paths]
-    train: list[np.ndarray] = []
-    validation: list[np.ndarray] = []
+    train: list[np.ndarray | Stored] = []
+    validation: list[np.ndarray | Stored] = []
     if len(texts) >= MANY:
         random.Random(0).shuffle(texts)
         wanted = held_out * sum(map(len, texts))
@@ -118,9 +161,9 @@ def load_text(sources: Sequence[Source] | None, vocabulary: Vocabulary, held_out
             wanted -= len(text)
     else:
         for text in texts:
-            place = cut(text, round(len(text) * (1 - held_out)))
-            train.append(text[:place])
-            validation.append(text[place:])
+            place = cut(cast(np.ndarray, text), round(len(text) * (1 - held_out)))
+            train.append(_part(text, slice(0, place)))
+            validation.append(_part(text, slice(place, None)))
     held_out_bytes = sum(map(len, validation))
     train, validation = ([_encode(text, vocabulary) for text in _joined(part)] for part in (train, validation))
     held_out_tokens = sum(map(len, validation))
@@ -231,22 +274,24 @@ def _walk(folder: Path, skipped: frozenset[str]) -> Iterator[Path]:
             yield path
 
 
-def _read(path: Path) -> np.ndarray:
-    size = path.stat().st_size
-    return np.memmap(path, np.uint8, "r") if size >= MAPPED else np.fromfile(path, np.uint8)
+def _read(path: Path) -> np.ndarray | Stored:
+    return Stored(path) if path.stat().st_size >= MAPPED else np.fromfile(path, np.uint8)
 
 
-def _joined(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Few arrays in place of many; those mapped from disk stay where they are."""
-    mapped = [array for array in arrays if isinstance(array, np.memmap)]
+def _part(text: np.ndarray | Stored, part: slice) -> np.ndarray | Stored:
+    return text.part(part) if isinstance(text, Stored) else text[part]
+
+
+def _joined(arrays: Sequence[np.ndarray | Stored]) -> list[np.ndarray | Stored]:
+    """Few arrays in place of many; those on disk stay where they are."""
     return [
-        np.concatenate([np.empty(0, np.uint8), *(a for a in arrays if not isinstance(a, np.memmap))]),
-        *mapped,
+        np.concatenate([np.empty(0, np.uint8), *(a for a in arrays if isinstance(a, np.ndarray))]),
+        *(a for a in arrays if isinstance(a, Stored)),
     ]
 
 
-def _encode(text: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+def _encode(text: np.ndarray | Stored, vocabulary: Vocabulary) -> np.ndarray | Stored:
     try:
-        return vocabulary.encode_bytes(text)
+        return vocabulary.encode_bytes(cast(np.ndarray, text))  # which takes slices of it
     except UnicodeDecodeError as error:
         raise ValueError(f"the data is not UTF-8 text throughout ({error.reason}); convert it first") from None

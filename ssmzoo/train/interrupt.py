@@ -24,7 +24,8 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interrupt:
-    """Inside its block the first SIGINT or SIGTERM sets ``asked``; a second one ends the process as ever.
+    """Inside its block the first SIGINT, SIGTERM or SIGHUP (a closed terminal) sets ``asked``; a second one ends the
+    process as ever.
 
     Outside the main thread, where Python hears no signals, ``asked`` stays False.
     """
@@ -35,7 +36,11 @@ class Interrupt:
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+            if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:  # nohup ignores it
+                numbers.append(hangup)
+            for number in numbers:
                 self._before[number] = signal.signal(number, self._ask)
         return self
 

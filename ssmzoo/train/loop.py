@@ -16,11 +16,12 @@ from torch import Tensor
 from ssmzoo.model import SequenceModel
 from ssmzoo.train import checkpoint, plot
 from ssmzoo.train.config import TrainConfig
-from ssmzoo.train.data import Data, Labelled, batch, fixed_batches
+from ssmzoo.train.data import Data, DataChanged, Labelled, batch, fixed_batches
 from ssmzoo.train.interrupt import Interrupt, Interrupted
 from ssmzoo.train.labelled import LabelledData
 from ssmzoo.train.log import Log, Row
 from ssmzoo.train.optimizer import build_optimizer, lr_factor, set_lr
+from ssmzoo.train.output import Output
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -62,15 +63,17 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(found.scaler)
         self.step, self._fresh = found.step, False
 
-    def fit(self, log: Log | None) -> Row:
+    def fit(self, log: Log | None, output: Output | None = None) -> Row:
         """Takes all steps that are left; returns the last validation: the log's columns that it fills.
 
         Args:
             log: given in the main process.
+            output: where the log prints; the run is saved and stops when nobody reads it any more.
 
         Raises:
             ValueError: the loss or the gradient is no number any more.
-            Interrupted: on SIGINT or SIGTERM, after saving.
+            Interrupted: on SIGINT, SIGTERM or SIGHUP, or when the output is closed, after saving.
+            DataChanged: a data file was cut while in use; the last whole step has been saved.
         """
         steps = self.config.steps
         validation: Row = {}
@@ -82,7 +85,13 @@ class Trainer:
                 self._save(log)
             self._clock = time.perf_counter()
             while self.step < steps:
-                self._take_step()
+                if output is not None and output.closed_early:
+                    interrupt.asked = True
+                try:
+                    self._take_step()
+                except DataChanged:
+                    self._save_whole_steps(log)
+                    raise
                 evaluates = self.step % self.config.eval_every == 0 or self.step == steps
                 saves = self.step % self.config.save_every == 0 or self.step == steps
                 samples = (
@@ -107,6 +116,15 @@ class Trainer:
                     raise Interrupted(self.run, self.step)
                 self._clock = time.perf_counter()
         return validation
+
+    def _save_whole_steps(self, log: Log | None) -> None:
+        """Saves what the steps before a broken one have made; other processes wait in theirs, so only if alone."""
+        self.step -= 1
+        if self.accelerator.num_processes > 1:
+            return
+        if self._pending:
+            self._write(log, self._collect(False)[0])
+        self._save(log)
 
     def _take_step(self) -> None:
         config, process = self.config, self.accelerator.process_index

@@ -27,6 +27,7 @@ from ssmzoo.train.checkpoint import TOKENIZER
 from ssmzoo.train.checks import (
     check_empty,
     check_kind,
+    check_names,
     check_packages,
     check_size,
     check_trainable,
@@ -35,8 +36,10 @@ from ssmzoo.train.checks import (
 from ssmzoo.train.config import TrainConfig
 from ssmzoo.train.data import Data, load_ids, load_text
 from ssmzoo.train.labelled import LabelledData, load_labelled
+from ssmzoo.train.lock import locked
 from ssmzoo.train.log import Log, rewind
 from ssmzoo.train.loop import Trainer
+from ssmzoo.train.output import Output
 from ssmzoo.train.record import IDS, DataSource, Record, describe, read_record, write_record
 from ssmzoo.train.vocabulary import Vocabulary, decode, open_vocabulary
 from ssmzoo.zoo import build
@@ -112,6 +115,7 @@ def train(
     check_kind(model_config)
     accelerator = _accelerator(config)
     run = Path(out) if out is not None else _new_folder(name)
+    check_names(run, describe(data))
     if accelerator.is_main_process:
         check_empty(run)
     loaded, vocabulary = _load(data, model_config, config)
@@ -121,12 +125,16 @@ def train(
     check_trainable(start)
     if accelerator.is_main_process:
         run.mkdir(parents=True, exist_ok=True)
-        if config.tokenizer is not None:
-            shutil.copyfile(config.tokenizer, run / TOKENIZER)
-        (run / CONFIG).write_text(model_config.to_yaml())
-        write_record(run, Record(name, describe(data), loaded.train.fingerprint(), config.to_dict()))
-    trainer = Trainer(start, loaded, config, run, accelerator, name)
-    return _finish(trainer, vocabulary, quiet)
+    with locked(run) if accelerator.is_main_process else contextlib.nullcontext():
+        if accelerator.is_main_process:
+            check_empty(run)  # once more: another process may have started here meanwhile
+            _sweep(run)
+            if config.tokenizer is not None:
+                shutil.copyfile(config.tokenizer, run / TOKENIZER)
+            (run / CONFIG).write_text(model_config.to_yaml())
+            write_record(run, Record(name, describe(data), loaded.train.fingerprint(), config.to_dict()))
+        trainer = Trainer(start, loaded, config, run, accelerator, name)
+        return _finish(trainer, vocabulary, quiet)
 
 
 def resume(folder: str | os.PathLike[str], data: DataSource = None, *, quiet: bool = False, **settings: Any) -> Result:
@@ -145,6 +153,14 @@ def resume(folder: str | os.PathLike[str], data: DataSource = None, *, quiet: bo
     """
     check_packages("accelerate", "matplotlib")
     run = Path(folder)
+    read_record(run)  # before a lock is made in a folder that holds no run
+    # All processes of a run come here, and the first of them holds its lock.
+    first = int(os.environ.get("RANK", "0")) == 0
+    with locked(run) if first else contextlib.nullcontext():
+        return _resume(run, data, quiet, settings)
+
+
+def _resume(run: Path, data: DataSource, quiet: bool, settings: dict[str, Any]) -> Result:
     record = read_record(run)
     config = TrainConfig.of(record.settings, settings)
     if (run / TOKENIZER).is_file() and "tokenizer" not in settings:
@@ -161,14 +177,18 @@ def resume(folder: str | os.PathLike[str], data: DataSource = None, *, quiet: bo
     trainer = Trainer(build(found.config), loaded, config, run, _accelerator(config), record.model)
     trainer.restore(found)
     if trainer.accelerator.is_main_process:
-        files.sweep(run)
-        files.sweep(run / checkpoint.FOLDER)
+        _sweep(run)
         repaired = rewind(run / checkpoint.LOG, found.folder / checkpoint.LOG, found.step)
         if repaired is not None:
             print(f"note: {repaired}", file=sys.stderr)
     if settings and trainer.accelerator.is_main_process:
         write_record(run, dataclasses.replace(record, settings={**record.settings, **settings}))
     return _finish(trainer, vocabulary, quiet)
+
+
+def _sweep(run: Path) -> None:
+    files.sweep(run)
+    files.sweep(run / checkpoint.FOLDER)
 
 
 def _new_folder(name: str) -> Path:
@@ -187,7 +207,8 @@ def run_name(model: str | os.PathLike[str]) -> str:
 def _finish(trainer: Trainer, vocabulary: Vocabulary | None, quiet: bool) -> Result:
     """All the steps that are left, and the sample."""
     run, data, main = trainer.run, trainer.data, trainer.accelerator.is_main_process
-    console = Console(quiet=quiet or not main, markup=False, highlight=False, soft_wrap=True)
+    output = Output(sys.stdout)
+    console = Console(file=output, quiet=quiet or not main, markup=False, highlight=False, soft_wrap=True)  # type: ignore[arg-type]
     what = "sequences" if isinstance(data, LabelledData) else "tokens"
     console.print(
         f"{trainer.name}: {trainer.model.num_parameters():,} parameters on {trainer.accelerator.device}, "
@@ -214,7 +235,7 @@ def _finish(trainer: Trainer, vocabulary: Vocabulary | None, quiet: bool) -> Res
         if main:
             log = Log(run / "log.csv", data.unit, trainer.step, trainer.config.steps, console)
             stack.enter_context(log)
-        validation = trainer.fit(log)
+        validation = trainer.fit(log, output)
     sample = None
     if vocabulary is not None:
         sample = show_sample()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ssmkernels.block_mask import BlockMask, from_blocks
+from ssmkernels.validate import check_range, window_bound
 
 __all__ = [
     "BlockMask",
@@ -68,6 +69,7 @@ def window(q_len: int, k_len: int | None = None, *, left: int, right: int, block
             raise ValueError(f"window: `{name}` must be at least 0, or -1 for no bound; got {value}")
     k_len = q_len if k_len is None else k_len
     shift = k_len - q_len
+    left, right = window_bound(left), window_bound(right)
     low = -left if left >= 0 else -(q_len + k_len)
     high = right if right >= 0 else q_len + k_len
     (first_q, last_q), (first_k, last_k) = _ends(q_len, k_len, block_size)
@@ -84,8 +86,7 @@ def window(q_len: int, k_len: int | None = None, *, left: int, right: int, block
 
 def prefix(q_len: int, k_len: int | None = None, *, length: int, block_size: BlockSize = 128) -> BlockMask:
     """The first ``length`` keys for every query, the others causally (prefix LM: Raffel et al. 2020)."""
-    if length < 0:
-        raise ValueError(f"prefix: `length` must be at least 0; got {length}")
+    check_range("prefix", 0, length=length)
     k_len = q_len if k_len is None else k_len
     block_size = _checked("prefix", q_len, k_len, block_size)
     _, (first_k, last_k) = _ends(q_len, k_len, block_size)
@@ -143,8 +144,7 @@ def random_blocks(
         beside: draw none of the blocks in which this mask, of the same sizes, shows anything.
     """
     block_size = _checked("random_blocks", q_len, k_len, block_size, heads=heads)
-    if count < 0:
-        raise ValueError(f"random_blocks: `count` must be at least 0; got {count}")
+    check_range("random_blocks", 0, count=count)
     k_len = q_len if k_len is None else k_len
     (_, last_q), (first_k, _) = _ends(q_len, k_len, block_size)
     rows, columns = len(last_q), len(first_k)
@@ -205,6 +205,7 @@ def strided(
     block_size = _checked("strided", q_len, k_len, block_size, heads=heads)
     if stride < 1 or local < 0:
         raise ValueError(f"strided: `stride` must be at least 1 and `local` at least 0; got {stride} and {local}")
+    check_range("strided", 0, stride=stride, local=local)
     k_len = q_len if k_len is None else k_len
     (_, last_q), (first_k, _) = _ends(q_len, k_len, block_size)
     column = torch.arange(len(first_k))
@@ -244,11 +245,11 @@ def _checked(maker: str, q_len: int, k_len: int | None, block_size: BlockSize, h
         ValueError: a length below 0, no heads, or blocks of no size or of keys that do not fill bytes.
     """
     for name, value, least in (("q_len", q_len, 0), ("k_len", k_len, 0), ("heads", heads, 1)):
-        if value is not None and value < least:
-            raise ValueError(f"{maker}: `{name}` must be at least {least}; got {value}")
+        check_range(maker, least, **{name: value})
     pair = (block_size, block_size) if isinstance(block_size, int) else tuple(block_size)
     if len(pair) != 2 or min(pair) < 1 or pair[1] % 8:
         raise ValueError(f"{maker}: `block_size` must be queries and keys, these a multiple of 8; got {block_size!r}")
+    check_range(maker, 1, block_size=max(pair))
     return pair
 
 

@@ -143,14 +143,43 @@ def check_length(op: str, length: object) -> None:
     """Checks how many taps a kernel is to have.
 
     Raises:
-        TypeError, ValueError: it is no int, negative, or more than any memory holds.
+        TypeError, ValueError: it is no int, negative, or more than kernels count in.
     """
     if not isinstance(length, int | torch.SymInt) or isinstance(length, bool):
         raise TypeError(f"{op}: `length` must be an int; got {type(length).__name__}")
-    if length < 0:
-        raise ValueError(f"{op}: `length` must be at least 0; got {length}")
-    if length >= 2**40:
-        raise ValueError(f"{op}: `length` must be below 2**40; got an int of {length.bit_length()} bits")
+    check_range(op, 0, length=length)
+
+
+MOST = 2**31 - 1  # the largest integer that kernels take: they count in 32 bits where that is faster
+NO_BOUND = 2**30  # tokens: a window longer than any sequence; kernels add a position to a bound in 32 bits
+
+
+def window_bound(bound: int) -> int:
+    """The bound of a window as kernels take it: -1, for none, where it is longer than any sequence."""
+    return -1 if bound >= NO_BOUND else bound
+
+
+def check_range(op: str, least: int, /, **options: int | None) -> None:
+    """Checks that integers lie between ``least`` and :data:`MOST`; None passes.
+
+    Every integer that reaches a kernel goes through here. A compiler traces only the lower bound, as an upper one would
+    become a limit on every dynamic size.
+
+    Raises:
+        ValueError: naming the option, the bound that it breaks and what came.
+    """
+    for name, value in options.items():
+        if value is None:
+            continue
+        if value < least:
+            raise ValueError(f"{op}: `{name}` must be at least {least}; got {_short(value)}")
+        if not torch.compiler.is_compiling() and value > MOST:
+            raise ValueError(f"{op}: `{name}` must be at most {MOST}; got {_short(value)}")
+
+
+def _short(value: int) -> str:
+    """The number for a message: Python refuses to write those of thousands of digits."""
+    return str(value) if abs(value) < 2**128 else f"an int of {value.bit_length()} bits"
 
 
 # While a compiler traces, numbers are symbols.

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ssmkernels.block_mask import BlockMask
-from ssmkernels.validate import check_options, check_parameters
+from ssmkernels.validate import check_options, check_parameters, window_bound
 
 UNBOUNDED = 2**31 - 1  # a window's bound from which it is none: no sequence reaches as far
 
@@ -17,18 +17,25 @@ UNBOUNDED = 2**31 - 1  # a window's bound from which it is none: no sequence rea
 def bounds(op: str, causal: bool, window: Any) -> tuple[int, int]:
     """``causal`` and ``window`` as one pair: keys seen left and right of a query, -1 for no bound.
 
+    A bound that is longer than any sequence becomes -1, so that no implementation adds positions to a number that its
+    integers cannot hold.
+
     Raises:
         TypeError: ``window`` is no pair of ints.
         ValueError: a bound below -1.
     """
     if window is None:
         window = (-1, -1)
-    if not isinstance(window, tuple | list) or len(window) != 2 or not all(isinstance(w, int) for w in window):
+    if not isinstance(window, tuple | list) or len(window) != 2 or not all(_is_int(w) for w in window):
         raise TypeError(f"{op}: `window` must be None or two ints (left, right), -1 for no bound; got {window!r}")
     left, right = (-1 if w >= UNBOUNDED else w for w in window)
     if left < -1 or right < -1:
         raise ValueError(f"{op}: the bounds of `window` must be at least 0, or -1 for none; got {window!r}")
-    return left, 0 if causal else right
+    return window_bound(left), 0 if causal else window_bound(right)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def check_logits(

@@ -19,7 +19,7 @@ from torch import Tensor
 from ssmkernels.compat._conv import conv, update
 from ssmkernels.compat._dtypes import INDICES
 from ssmkernels.packing import last_of_each
-from ssmkernels.validate import check_dtypes, check_options, check_shapes
+from ssmkernels.validate import check_dtypes, check_options, check_range, check_shapes
 
 __all__ = [
     "causal_conv1d_fn",
@@ -160,4 +160,5 @@ def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -
     check_shapes(op, {"x": (x, "l d"), "cu_seqlens": (cu_seqlens, "s+1")}, ("x", "cu_seqlens"), s=len(cu_seqlens) - 1)
     check_dtypes(op, {"cu_seqlens": cu_seqlens}, INDICES)
     check_options(op, "int", state_len=state_len)
+    check_range(op, 0, state_len=state_len)
     return last_of_each(x, cu_seqlens, state_len).transpose(1, 2)

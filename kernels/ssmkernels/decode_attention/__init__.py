@@ -8,7 +8,7 @@ from torch import Tensor
 from ssmkernels.attention._arguments import bounds, check_logits
 from ssmkernels.dispatch import Op
 from ssmkernels.plain import readable
-from ssmkernels.validate import check_dtypes, check_options, check_same_dtype, check_shapes, precision
+from ssmkernels.validate import check_dtypes, check_options, check_range, check_same_dtype, check_shapes, precision
 
 __all__ = ["decode_attention"]
 
@@ -87,6 +87,7 @@ def decode_attention(
     left, _ = bounds(op, True, window)
     if num_splits is not None and num_splits < 1:
         raise ValueError(f"{op}: `num_splits` must be at least 1, or None; got {num_splits}")
+    check_range(op, 1, num_splits=num_splits)
     if readable(lengths):  # copies, so that what is checked stays so whatever another thread writes meanwhile
         lengths, block_table = lengths.clone(), None if block_table is None else block_table.clone()
         check_places(lengths, block_table, k_cache)

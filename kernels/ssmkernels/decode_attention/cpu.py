@@ -11,7 +11,7 @@ from torch import Tensor
 from ssmkernels import native
 from ssmkernels.decode_attention import check_places
 from ssmkernels.native import address, missing, rows
-from ssmkernels.validate import gradient_wanted, precision
+from ssmkernels.validate import check_range, gradient_wanted, precision
 
 __all__ = ["decode_attention", "missing", "unsupported"]
 
@@ -137,7 +137,9 @@ def _checked(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """In compiled code nobody has read lengths and pages yet, and the library reads wherever they point."""
+    lengths, block_table = lengths.clone(), None if block_table is None else block_table.clone()
     check_places(lengths, block_table, k_cache)
+    check_range("decode_attention", 1, num_splits=num_splits)
     biases = (alibi_slopes, sinks)
     return _decode(q, k_cache, v_cache, lengths, block_table, left, scale, softcap, *biases, num_splits, return_lse)
 

@@ -190,6 +190,14 @@ _KINDS: dict[str, tuple[type, ...]] = {
 }
 
 
+def copied(index: Tensor | None) -> Tensor | None:
+    """A small index tensor as it stands now, to be checked and used, so that no other thread changes it in between.
+
+    Only where its values are read for the check, as :func:`~ssmkernels.plain.readable` says.
+    """
+    return index.clone() if isinstance(index, Tensor) and readable(index) else index
+
+
 def check_cu_seqlens(op: str, cu_seqlens: Tensor | None, x: Tensor, name: str = "cu_seqlens") -> int:
     """Checks the borders of a packed batch; returns the number of sequences, which without packing is the batch size.
 

@@ -8,7 +8,7 @@ from ssmkernels.attention._arguments import bounds, check_block_mask, check_logi
 from ssmkernels.attention.merge import merge_attention
 from ssmkernels.dispatch import Op
 from ssmkernels.masks import BlockMask
-from ssmkernels.validate import check_cu_seqlens, check_options, check_same_dtype, check_shapes, precision
+from ssmkernels.validate import check_cu_seqlens, check_options, check_same_dtype, check_shapes, copied, precision
 
 __all__ = ["attention", "merge_attention"]
 
@@ -89,6 +89,7 @@ def attention(
     scale = check_logits(op, sizes, q, scale, softcap, alibi_slopes, sinks)
     left, right = bounds(op, causal, window)
     check_block_mask(op, block_mask, sizes, q)
+    cu_seqlens, cu_seqlens_k = copied(cu_seqlens), copied(cu_seqlens_k)
     sequences = check_cu_seqlens(op, cu_seqlens, q)
     if cu_seqlens_k is None:
         if cu_seqlens is not None and sizes["l"] != sizes["m"]:

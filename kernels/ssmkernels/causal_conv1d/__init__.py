@@ -14,6 +14,7 @@ from ssmkernels.validate import (
     check_parameters,
     check_same_dtype,
     check_shapes,
+    copied,
     precision,
 )
 
@@ -67,6 +68,7 @@ def causal_conv1d(
         {"x": (x, "b l d"), "weight": (weight, "d w"), "bias": (bias, "d")},
         ("x", "weight"),
     )
+    cu_seqlens = copied(cu_seqlens)
     s = check_cu_seqlens("causal_conv1d", cu_seqlens, x)
     check_options("causal_conv1d", "bool", return_final_state=return_final_state)
     _check_values("causal_conv1d", x, weight, bias, activation, initial_state, "initial_state")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ssmkernels.dispatch import Op
-from ssmkernels.validate import check_cu_seqlens, check_parameters, check_same_dtype, check_shapes
+from ssmkernels.validate import check_cu_seqlens, check_parameters, check_same_dtype, check_shapes, copied
 
 __all__ = ["fft_conv"]
 
@@ -59,6 +59,7 @@ def fft_conv(
         },
         ("u", "kernel"),
     )
+    cu_seqlens = copied(cu_seqlens)
     check_cu_seqlens("fft_conv", cu_seqlens, u)
     check_same_dtype("fft_conv", {"u": u, "gate": gate})
     check_parameters("fft_conv", u, {"kernel": kernel, "D": D, "kernel_reverse": kernel_reverse})

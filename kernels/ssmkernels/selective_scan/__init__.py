@@ -13,6 +13,7 @@ from ssmkernels.validate import (
     check_parameters,
     check_same_dtype,
     check_shapes,
+    copied,
     precision,
 )
 
@@ -82,6 +83,7 @@ def selective_scan(
         },
         ("u", "delta", "A", "B", "C"),
     )
+    cu_seqlens = copied(cu_seqlens)
     s = check_cu_seqlens("selective_scan", cu_seqlens, u)
     check_shapes("selective_scan", {"u": (u, "b l d"), "initial_state": (initial_state, "s d n")}, s=s, **sizes)
     check_options("selective_scan", "bool", delta_softplus=delta_softplus, return_final_state=return_final_state)

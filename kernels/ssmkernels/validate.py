@@ -159,7 +159,7 @@ def window_bound(bound: int) -> int:
     return -1 if bound >= NO_BOUND else bound
 
 
-def check_range(op: str, least: int, /, **options: int | None) -> None:
+def check_range(op: str, least: int, /, **options: int | torch.SymInt | None) -> None:
     """Checks that integers lie between ``least`` and :data:`MOST`; None passes.
 
     Every integer that reaches a kernel goes through here. A compiler traces only the lower bound, as an upper one would
@@ -177,7 +177,7 @@ def check_range(op: str, least: int, /, **options: int | None) -> None:
             raise ValueError(f"{op}: `{name}` must be at most {MOST}; got {_short(value)}")
 
 
-def _short(value: int) -> str:
+def _short(value: Any) -> str:
     """The number for a message: Python refuses to write those of thousands of digits."""
     return str(value) if abs(value) < 2**128 else f"an int of {value.bit_length()} bits"
 

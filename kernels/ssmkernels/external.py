@@ -44,5 +44,26 @@ def wrong_device(name: str, tensor: Tensor) -> str | None:
     return None if tensor.is_cuda else f"its tensors must be on a GPU; `{name}` is on {tensor.device}"
 
 
+def without_second_derivative(package: str, *results: Tensor) -> None:
+    """Refuses to record a package's backward pass: its kernels' gradients have no derivative, which would be left out.
+
+    Raises:
+        RuntimeError: in the backward pass, if that is asked for with ``create_graph=True``.
+    """
+    if torch.compiler.is_compiling():
+        return
+
+    def refuse(gradient: Tensor) -> None:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{package}'s kernels have no second derivative, which create_graph=True asks for; "
+                'ssmkernels.use("reference") has'
+            )
+
+    for result in results:
+        if result.requires_grad:
+            result.register_hook(refuse)
+
+
 # A compiler need not look into it
 missing._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -17,7 +17,8 @@ import ssmkernels
 from ssmkernels import causal_conv1d, explain, selective_scan
 from ssmkernels.bench.peers import peers_of
 from ssmkernels.causal_conv1d import causal_conv1d as public
-from ssmkernels.spec import spec_of
+from ssmkernels.running import is_real_or_complex, with_gradients
+from ssmkernels.spec import spec_of, tensors_of
 from ssmkernels.testing import check
 
 HALF = (torch.float16, torch.bfloat16)
@@ -143,6 +144,18 @@ def test_it_passes_the_whole_check(op, package, packages):
     report = check(op, package, cases=ROWS[op])
     assert report.checks
     assert {case for case, dtype, why in report.skipped if dtype == "float64"}  # refused, and told
+
+
+@pytest.mark.parametrize(("op", "package"), [("selective_scan", "mamba_ssm"), ("causal_conv1d", "causal_conv1d")])
+def test_a_second_derivative_is_refused(op, package, packages):
+    spec = spec_of(op)
+    row = {"b": 1, "l": 5, "d": 8, "state": False}
+    arguments = with_gradients(spec.inputs(spec.case(row), torch.float32, "cpu", 0))
+    y = tensors_of(spec.function()(**arguments, implementation=package))[0]
+    leaves = [value for value in arguments.values() if is_real_or_complex(value)]
+    torch.autograd.grad(y.sum(), leaves, retain_graph=True)
+    with pytest.raises(RuntimeError, match=f"{package}'s kernels have no second derivative"):
+        torch.autograd.grad(y.sum(), leaves, create_graph=True)
 
 
 def test_what_was_checked(packages):

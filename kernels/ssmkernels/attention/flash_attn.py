@@ -70,6 +70,7 @@ def attention(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     out, lse = call(q, k, v, left, right, scale, softcap, alibi_slopes, cu_seqlens, cu_seqlens_k, return_lse)
+    external.without_second_derivative("flash_attn", out)
     if lse is None:
         return out, q.new_empty(0, dtype=precision(q))
     return out, lse.masked_fill(lse == torch.inf, -torch.inf)  # theirs where a query sees nothing

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ssmkernels.attention import reference
 from ssmkernels.attention._parts import LN2, LOG2E, Call, Part, parts
 from ssmkernels.attention._tiles import Lists, Tile
+from ssmkernels.double_backward import twice_differentiable
 from ssmkernels.packing import spans
 from ssmkernels.validate import precision
 
@@ -47,14 +48,27 @@ def attention(
         both = zip(spans(cu_seqlens), spans(cu_seqlens_k), strict=True)
         sequences = [(queries, keys) for (_, queries), (_, keys) in both]
     call = Call(sequences, lists, left, right, scale, softcap)
-    out, lse = _Attention.apply(call, q, k, v, alibi_slopes, sinks)
+
+    def again(call: Call, again: Any, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, sinks: Tensor | None):
+        members = (block_offsets, block_columns, block_patterns, block_bits)
+        constants = (left, right, scale, softcap)
+        return reference.attention(q, k, v, *constants, slopes, sinks, *members, cu_seqlens, cu_seqlens_k, True)
+
+    out, lse = _Attention.apply(call, again, q, k, v, alibi_slopes, sinks)
     return out, lse if return_lse else lse.new_empty(0)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, call: Call, q: Tensor, k: Tensor, v: Tensor, alibi_slopes: Tensor | None, sinks: Tensor | None
+        ctx: Any,
+        call: Call,
+        again: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        alibi_slopes: Tensor | None,
+        sinks: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         b, l, h, _ = q.shape
         wide = precision(q)
@@ -65,13 +79,13 @@ class _Attention(torch.autograd.Function):
             part_out, part_lse = _forward(part, part.rows(q), part.columns(k), part.columns(v), slopes, logits)
             part.put_rows(out, part_out)
             part.put_row_sums(lse, part_lse)
-        ctx.call = call
+        ctx.call, ctx.again = call, again
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, alibi_slopes, sinks, out, lse)
         return out.to(q.dtype), lse
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable(lambda ctx: (ctx.again, (None, None, *ctx.saved_tensors[:5])))
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, alibi_slopes, sinks, out, lse = ctx.saved_tensors
         dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
@@ -99,7 +113,7 @@ class _Attention(torch.autograd.Function):
                 dsinks[part.heads] -= part.sum_by_head(weight * delta)
         dslopes = None if dslopes is None else dslopes.to(alibi_slopes.dtype)
         dsinks = None if dsinks is None else dsinks.to(sinks.dtype)
-        return None, dq, dk, dv, dslopes, dsinks
+        return None, None, dq, dk, dv, dslopes, dsinks
 
 
 def _forward(

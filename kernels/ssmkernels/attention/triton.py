@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssmkernels.attention import reference
 from ssmkernels.attention.triton_arguments import Call, Mask, options, places, query_lists, values
 from ssmkernels.attention.triton_backward import _attention_backward, backward
+from ssmkernels.double_backward import twice_differentiable
 from ssmkernels.library import operator_or_plain, wants_graph
 from ssmkernels.triton_support import kernels, missing, on_device_of, wrong_device
 from ssmkernels.validate import precision
@@ -116,6 +118,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(*inputs[:5], *inputs[9:], *output)
 
 
+def _again(ctx: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The reference, and its arguments in the order of :func:`_attention`."""
+
+    def attention(q, k, v, slopes, sinks, left, right, scale, softcap, *masks):
+        return reference.attention(q, k, v, left, right, scale, softcap, slopes, sinks, *masks)
+
+    *tensors, _, _ = ctx.saved_tensors
+    return attention, (*tensors[:5], *ctx.constants, *tensors[5:], True)
+
+
+@twice_differentiable(_again)
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     *tensors, out, lse = ctx.saved_tensors
     if dout is None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ssmkernels import native
+from ssmkernels.causal_conv1d import reference
+from ssmkernels.double_backward import twice_differentiable
 from ssmkernels.memory import large_pages
 from ssmkernels.native import address, missing, rows
 from ssmkernels.validate import gradient_wanted, precision
@@ -144,6 +146,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(x, weight, bias, initial_state, cu_seqlens)
 
 
+def _again(ctx: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    x, weight, bias, initial_state, cu_seqlens = ctx.saved_tensors
+    return reference.causal_conv1d, (x, weight, bias, ctx.activation, initial_state, cu_seqlens)
+
+
+@twice_differentiable(_again)
 def _backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
     x, weight, bias, initial_state, cu_seqlens = ctx.saved_tensors
     dy = x.new_zeros(x.shape) if dy is None else dy

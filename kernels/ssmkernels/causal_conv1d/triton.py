@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssmkernels.causal_conv1d import reference
+from ssmkernels.double_backward import twice_differentiable
 from ssmkernels.triton_support import (
     all_registers,
     kernels,
@@ -130,6 +132,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(x, weight, bias, initial_state, cu_seqlens)
 
 
+def _again(ctx: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    x, weight, bias, initial_state, cu_seqlens = ctx.saved_tensors
+    return reference.causal_conv1d, (x, weight, bias, ctx.activation, initial_state, cu_seqlens)
+
+
+@twice_differentiable(_again)
 def _backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
     x, weight, bias, initial_state, cu_seqlens = ctx.saved_tensors
     if dy is None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ssmkernels import native
-from ssmkernels.diagonal_kernel.modes import sum_of_powers
+from ssmkernels.diagonal_kernel.modes import powers_summed, sum_of_powers
+from ssmkernels.double_backward import twice_differentiable
 from ssmkernels.native import missing
 
 __all__ = ["diagonal_kernel", "missing", "unsupported"]
@@ -39,22 +40,27 @@ def diagonal_kernel(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, di
 class _Taps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ratio: Tensor, weight: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-        ratio, weight = (x.resolve_conj().contiguous() for x in (ratio, weight))
+        ctx.save_for_backward(ratio, weight)
+        ctx.constants = length, dtype
+        ratio, weight = _plain(ratio, weight)
         taps = ratio.new_empty((ratio.shape[0], length), dtype=dtype)
         native.run("diagonal_kernel", _Forward(*_values(ratio, weight, taps)))
-        ctx.save_for_backward(ratio, weight)
         return taps
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @twice_differentiable(lambda ctx: (powers_summed, (*ctx.saved_tensors, *ctx.constants)))
     def backward(ctx: Any, dtaps: Tensor) -> tuple[Tensor | None, ...]:
-        ratio, weight = ctx.saved_tensors
+        ratio, weight = _plain(*ctx.saved_tensors)
         dtaps = dtaps.contiguous()
         parts = [ratio.new_empty((_spans(dtaps.shape[1]), *ratio.shape)) for _ in range(2)]
         native.run(
             "diagonal_kernel_backward", _Backward(*_values(ratio, weight, dtaps), *(p.data_ptr() for p in parts))
         )
         return (*(p.sum(0) for p in parts), None, None)
+
+
+def _plain(*tensors: Tensor) -> list[Tensor]:
+    return [x.resolve_conj().contiguous() for x in tensors]
 
 
 def _values(ratio: Tensor, weight: Tensor, taps: Tensor) -> list[int]:

@@ -30,6 +30,16 @@ def sum_of_powers(taps: Taps, A: Tensor, B: Tensor, C: Tensor, dt: Tensor, lengt
     return K + taps(ratio, torch.where(grows, weight, 0), length, wide).flip(-1)
 
 
+def powers_summed(ratio: Tensor, weight: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """:data:`Taps` as its formula stands."""
+    taps = []
+    for _ in range(length):
+        tap = weight.sum(-1)
+        taps.append(2 * tap.real if tap.is_complex() else tap)
+        weight = weight * ratio
+    return torch.stack(taps, dim=-1).to(dtype) if taps else weight.real[:, :0].to(dtype)
+
+
 def power_table(a: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """a (d n) → a^0, ..., a^{count-1} (d n count), and a^m for the power of two m ≥ count. By doubling."""
     powers = torch.ones_like(a)[..., None]

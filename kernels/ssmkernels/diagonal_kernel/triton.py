@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssmkernels.diagonal_kernel.modes import power_table, sum_of_powers
+from ssmkernels.diagonal_kernel.modes import power_table, powers_summed, sum_of_powers
+from ssmkernels.double_backward import twice_differentiable
 from ssmkernels.triton_support import all_registers, kernels, missing, on_device_of, wrong_device
 
 __all__ = ["diagonal_kernel", "missing", "offline_cases", "unsupported"]
@@ -33,10 +34,11 @@ class _Taps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ratio: Tensor, weight: Tensor, length: int, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(ratio, weight)
+        ctx.constants = length, dtype
         return _forward(ratio, weight, length, dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @twice_differentiable(lambda ctx: (powers_summed, (*ctx.saved_tensors, *ctx.constants)))
     def backward(ctx: Any, dtaps: Tensor) -> tuple[Tensor | None, ...]:
         ratio, weight = ctx.saved_tensors
         return (*_backward(ratio, weight, dtaps.contiguous()), None, None)

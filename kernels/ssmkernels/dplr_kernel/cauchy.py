@@ -51,7 +51,7 @@ def dplr_kernel(
     A: Tensor, P: Tensor, Q: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, discretization: str
 ) -> Tensor:
     held = A.shape[1] * (2 if A.is_complex() else 1)
-    return around_the_circle(A, P, Q, B, C, dt, length, discretization, _sums, CHUNK // max(1, A.shape[0] * held))
+    return around_the_circle(A, P, Q, B, C, dt, length, discretization, cauchy_sums, CHUNK // max(1, A.shape[0] * held))
 
 
 def around_the_circle(
@@ -139,5 +139,5 @@ def _transfer(
     return dt[:, None] * corrected[..., 0, 0]
 
 
-def _sums(poles: Tensor, pairs: Tensor, one_less: Tensor, half: Tensor) -> Tensor:
+def cauchy_sums(poles: Tensor, pairs: Tensor, one_less: Tensor, half: Tensor) -> Tensor:
     return pairs @ (1 / (one_less - half * poles[..., None]))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ssmkernels import native
+from ssmkernels.double_backward import twice_differentiable
 from ssmkernels.dplr_kernel.discretize import bilinear_dplr, column, functional, output
 from ssmkernels.native import missing
 from ssmkernels.validate import precision
@@ -112,11 +113,30 @@ def _(diagonal, left, right, B, C, length, pairs, single, dK):
     return [x.new_empty(x.shape) for x in (diagonal, left, right, B, C)]
 
 
+def _powers(
+    diagonal: Tensor, left: Tensor, right: Tensor, B: Tensor, C: Tensor, length: int, pairs: bool, single: bool
+) -> Tensor:
+    """:func:`_taps` in PyTorch, one power after another."""
+    h, found = B, []
+    re, im = diagonal.chunk(2, dim=1) if pairs else (diagonal, None)
+    for _ in range(length):
+        found.append((C * h).sum(-1))
+        corrections = torch.einsum("drn,drm,dm->dn", left, right, h)
+        if im is None:
+            turned = re * h
+        else:
+            x, y = h.chunk(2, dim=1)
+            turned = torch.cat([re * x - im * y, im * x + re * y], dim=1)
+        h = turned - corrections
+    return torch.stack(found, dim=1).to(torch.float32 if single else torch.float64)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.length, ctx.pairs, ctx.single = inputs
     ctx.save_for_backward(*tensors)
 
 
+@twice_differentiable(lambda ctx: (_powers, (*ctx.saved_tensors, ctx.length, ctx.pairs, ctx.single)))
 def _backward(ctx: Any, dK: Tensor) -> tuple[Tensor | None, ...]:
     found = taps_backward(*ctx.saved_tensors, ctx.length, ctx.pairs, ctx.single, dK)
     return (*found, None, None, None)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssmkernels.double_backward import twice_differentiable
 from ssmkernels.dplr_kernel import cauchy
 from ssmkernels.triton_support import all_registers, kernels, missing, next_power_of_2, on_device_of, wrong_device
 
@@ -40,17 +41,19 @@ class _Sums(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, poles: Tensor, pairs: Tensor, s: Tensor, h: Tensor) -> Tensor:
-        nodes = torch.stack([s.real, s.imag, h.real, h.imag])
-        poles, pairs = poles.contiguous(), pairs.contiguous()
-        ctx.save_for_backward(poles, pairs, nodes)
-        return _forward(poles, pairs, nodes)
+        ctx.save_for_backward(poles, pairs, s, h)
+        return _forward(poles.contiguous(), pairs.contiguous(), _nodes(s, h))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @twice_differentiable(lambda ctx: (cauchy.cauchy_sums, ctx.saved_tensors))
     def backward(ctx: Any, dsums: Tensor) -> tuple[Tensor | None, ...]:
-        poles, pairs, nodes = ctx.saved_tensors
-        dpairs, derived = _backward(poles, nodes, dsums.resolve_conj().contiguous())
+        poles, pairs, s, h = ctx.saved_tensors
+        dpairs, derived = _backward(poles.contiguous(), _nodes(s, h), dsums.resolve_conj().contiguous())
         return (derived * pairs.conj()).sum(1), dpairs, None, None
+
+
+def _nodes(s: Tensor, h: Tensor) -> Tensor:
+    return torch.stack([s.real, s.imag, h.real, h.imag])
 
 
 def _forward(poles: Tensor, pairs: Tensor, nodes: Tensor) -> Tensor:

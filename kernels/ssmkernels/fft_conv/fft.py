@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ssmkernels.double_backward import twice_differentiable
 from ssmkernels.fft_conv import reference
 from ssmkernels.fft_conv.circle import Circles, lay_out
 from ssmkernels.memory import large_pages
@@ -58,6 +58,12 @@ def _convolve(
     return _Convolution.apply(u, kernel, D, kernel_reverse, gate)
 
 
+def _unpacked(
+    u: Tensor, kernel: Tensor, D: Tensor | None, kernel_reverse: Tensor | None, gate: Tensor | None
+) -> Tensor:
+    return reference.fft_conv(u, kernel, D, kernel_reverse, gate, None)
+
+
 class _Convolution(torch.autograd.Function):
     """u (b l d), kernel (d l_k), D (d), kernel_reverse (d l_r), gate (b l d) → y (b l d)."""
 
@@ -78,7 +84,7 @@ class _Convolution(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable(lambda ctx: (_unpacked, ctx.saved_tensors))
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         u, kernel, D, reverse, gate = ctx.saved_tensors
         circles = _layout(u, kernel, reverse)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssmkernels.double_backward import twice_differentiable
+from ssmkernels.fft_conv import reference
 from ssmkernels.fft_conv.triton_launch import LARGEST, Circle, circles_of, convolve, correlate, points_of
 from ssmkernels.library import operator_or_plain, wants_graph
 from ssmkernels.triton_support import missing, wrong_device
@@ -117,6 +119,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
+@twice_differentiable(lambda ctx: (reference.fft_conv, ctx.saved_tensors))
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     needed = ctx.needs_input_grad

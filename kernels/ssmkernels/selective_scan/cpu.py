@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from ssmkernels import native
+from ssmkernels.double_backward import twice_differentiable
 from ssmkernels.library import operator_or_plain, wants_graph
 from ssmkernels.memory import large_pages
 from ssmkernels.native import missing
+from ssmkernels.selective_scan.again import again
 from ssmkernels.selective_scan.cpu_arguments import Forward, chunk_length, kernel, numbers, values
 from ssmkernels.selective_scan.cpu_backward import scan_backward
 from ssmkernels.selective_scan.cpu_step import selective_scan_step
@@ -110,6 +112,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(*tensors, initial_state, cu_seqlens, output[2])
 
 
+@twice_differentiable(again)
 def _backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     *tensors, initial_state, cu_seqlens, starts = ctx.saved_tensors
     if dy is None:

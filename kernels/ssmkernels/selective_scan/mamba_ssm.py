@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ssmkernels import external
+from ssmkernels.double_backward import twice_differentiable
 from ssmkernels.selective_scan import reference, tiled
 
 MOST_STATES = 256
@@ -104,7 +105,12 @@ def call(
         delta_softplus=delta_softplus,
         return_last_state=True,
     )
+    external.without_second_derivative("mamba_ssm", y)
     return y.transpose(1, 2), last
+
+
+def _final_state(final_state, u, delta, A, B, delta_bias, delta_softplus):
+    return reference.selective_scan(u, delta, A, B, B, None, None, delta_bias, delta_softplus, None, None)[1]
 
 
 class _FinalState(torch.autograd.Function):
@@ -117,6 +123,7 @@ class _FinalState(torch.autograd.Function):
         return final_state.clone()  # out of the package's record of all chunks
 
     @staticmethod
+    @twice_differentiable(lambda ctx: (_final_state, (None, *ctx.saved_tensors, ctx.delta_softplus)))
     def backward(ctx, dfinal):
         inputs: list[Any] = [None if t is None else t.detach() for t in ctx.saved_tensors]
         wanted = [t.requires_grad_() for t, needed in zip(inputs, ctx.needs_input_grad[1:], strict=False) if needed]

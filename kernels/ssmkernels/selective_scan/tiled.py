@@ -7,14 +7,16 @@ Everything inside a chunk is time-first, so that one step is one fused multiply-
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssmkernels.double_backward import twice_differentiable
 from ssmkernels.packing import pad
+from ssmkernels.selective_scan import reference
 from ssmkernels.validate import precision
 
 ELEMENTS = 2**19  # of one (t b d n) tensor in a chunk: a few of them stay in the cache
@@ -141,12 +143,23 @@ def _(x, dt, A, B, C, cu_seqlens, starts, dy, dh):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, dt, A, B, C, _, cu_seqlens = inputs
-    ctx.save_for_backward(x, dt, A, B, C, cu_seqlens, output[2])
+    ctx.save_for_backward(*inputs, output[2])
 
 
+def _again(ctx: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    return _by_reference, ctx.saved_tensors[:-1]
+
+
+def _by_reference(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """:func:`scan` without the chunks' states."""
+    return reference.selective_scan(x, dt, A, B, C, None, None, None, False, initial_state, cu_seqlens)
+
+
+@twice_differentiable(_again)
 def _backward(ctx: Any, dy: Tensor | None, dh: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, dt, A, B, C, cu_seqlens, starts = ctx.saved_tensors
+    x, dt, A, B, C, _, cu_seqlens, starts = ctx.saved_tensors
     dy = torch.zeros_like(x) if dy is None else dy
     dh = starts.new_zeros(starts.shape[1:]) if dh is None else dh
     *grads, dh = scan_backward(x, dt, A, B, C, cu_seqlens, starts, dy, dh)

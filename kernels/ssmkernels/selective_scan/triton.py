@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssmkernels.double_backward import twice_differentiable
 from ssmkernels.library import operator_or_plain, wants_graph
+from ssmkernels.selective_scan.again import again
 from ssmkernels.selective_scan.triton_arguments import chunk_length, count_groups, forward_options, values
 from ssmkernels.selective_scan.triton_backward import _scan_backward, scan_backward
 from ssmkernels.selective_scan.triton_step import _step, selective_scan_step
@@ -114,16 +116,17 @@ def _outputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state,
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.delta_softplus, initial_state, cu_seqlens, _ = inputs
-    ctx.has_initial_state = initial_state is not None
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, cu_seqlens, output[2])
+    ctx.save_for_backward(*tensors, initial_state, cu_seqlens, output[2])
 
 
+@twice_differentiable(again)
 def _backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, cu_seqlens, starts = ctx.saved_tensors
+    *tensors, initial_state, cu_seqlens, starts = ctx.saved_tensors
     if dy is None:
         dy = tensors[0].new_zeros(tensors[0].shape)
-    found = iter(scan_backward(*tensors, ctx.delta_softplus, ctx.has_initial_state, cu_seqlens, starts, dy, dfinal))
+    given = initial_state is not None
+    found = iter(scan_backward(*tensors, ctx.delta_softplus, given, cu_seqlens, starts, dy, dfinal))
     gradients = [None if t is None else next(found) for t in tensors]
     return (*gradients, None, next(found, None), None, None)
 

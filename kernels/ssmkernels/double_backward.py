@@ -1,0 +1,66 @@
+"""Backward passes that can be differentiated once more, and that autocast does not reach.
+
+A kernel's backward pass has no derivative of its own. Where autograd records it (``create_graph=True``), the gradients
+are computed from readable PyTorch instead, so that second and higher derivatives are PyTorch's own.
+PyTorch's ``once_differentiable`` does not do as a refusal: ``torch.autograd.grad(inputs=...)`` passes over the error
+that it puts into the graph and returns the other paths' part of the derivative.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Gradients = tuple[Tensor | None, ...]
+Backward = Callable[..., Gradients]
+# ctx → a function in PyTorch's operators that gives the same results, and the arguments of the call. It may leave out
+# results at the end that have no gradient.
+Again = Callable[[Any], tuple[Callable[..., Any], Sequence[Any]]]
+
+
+def twice_differentiable(again: Again) -> Callable[[Backward], Backward]:
+    """Decorates ``backward(ctx, *gradients)`` of an autograd function or of ``register_autograd``.
+
+    Args:
+        again: takes ctx; returns a differentiable function and all arguments of the forward pass, tensors that are
+            connected to autograd's graph as they were saved.
+    """
+
+    def decorate(backward: Backward) -> Backward:
+        @functools.wraps(backward)
+        def either(ctx: Any, *gradients: Tensor | None) -> Gradients:
+            recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            run: Backward = functools.partial(_differentiable, again) if recorded else backward
+            kind = next((g.device.type for g in gradients if g is not None), "cpu")
+            if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+                return run(ctx, *gradients)
+            with torch.autocast(kind, enabled=False):  # the forward pass ran without it too
+                return run(ctx, *gradients)
+
+        return either
+
+    return decorate
+
+
+def _differentiable(again: Again, ctx: Any, *gradients: Tensor | None) -> Gradients:
+    """The gradients of all arguments, with a graph; None for those that need none."""
+    function, arguments = again(ctx)
+    wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+    arguments = list(arguments)
+    for i in wanted:
+        # One argument may be computed from another, whose gradient here must not include that path
+        arguments[i] = arguments[i].view_as(arguments[i])
+    results = function(*arguments)
+    results = results if isinstance(results, tuple) else (results,)
+    pairs = [(r, g) for r, g in zip(results, gradients, strict=False) if g is not None and r.requires_grad]
+    found: Gradients = (None,) * len(wanted)
+    if pairs:
+        outputs, incoming = zip(*pairs, strict=True)
+        inputs = [arguments[i] for i in wanted]
+        found = torch.autograd.grad(outputs, inputs, incoming, create_graph=True, allow_unused=True)
+    by_place = dict(zip(wanted, found, strict=True))
+    return tuple(by_place.get(i) for i in range(len(ctx.needs_input_grad)))

@@ -6,6 +6,7 @@ comes through."""
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from ssmkernels.packing import spans
 from ssmkernels.validate import HALF, precision
 
 LARGE = 2**21  # numbers of a mask that is better not written
+VECTOR = 64  # at least the numbers in a vector register of any CPU
 BLOCK = 64  # a window's blocks are multiples of it: aligned for vectors, and large enough to be worth a block
 
 
@@ -222,7 +224,15 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = N
         scale=scale,
         enable_gqa=shared,
     )
-    return out.transpose(1, 2).to(dtype)
+    out = out.transpose(1, 2).to(dtype)
+    return out if k.shape[1] >= VECTOR or q.device.type != "cpu" else _with_nan(q, out)
+
+
+def _with_nan(q: Tensor, out: Tensor) -> Tensor:
+    """``out`` with NaN in the rows whose query has one: PyTorch's CPU kernel gives 0 if the keys fill no vector."""
+    if not torch.compiler.is_compiling() and math.isfinite(q.detach().sum().item()):
+        return out
+    return out.masked_fill(q.isnan().any(-1, keepdim=True), torch.nan)
 
 
 def _takes_groups(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:

@@ -122,10 +122,12 @@ def _forward(
     """q (n r k), k (n c k), v (n c v) → out (n r v), lse (n r)."""
     out, lse = q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2])
     lowest = torch.finfo(q.dtype).min  # and not -∞, as -∞ less -∞ is NaN
+    lost, q = _without_nan(q)
     for rows, tiles in part.tiles():
         q_i = q[:, rows] * part.call.factor
         top = q.new_full(q_i.shape[:2], lowest)
         total, mean = torch.zeros_like(top), torch.zeros_like(out[:, rows])
+        seen = torch.zeros_like(top, dtype=torch.bool)  # whether a query sees a key; kept if some query has NaN
         if sinks is not None:
             sinks_i = part.per_row(sinks * LOG2E, rows)
             top = sinks_i.clamp(min=lowest)
@@ -133,7 +135,10 @@ def _forward(
         for tile in tiles:
             k_j, v_j = part.take(k, tile), part.take(v, tile)
             s = _logits(part, q_i, k_j, tile, slopes)
-            higher = torch.maximum(top, s.amax(-1))
+            highest = s.amax(-1)
+            if lost is not None:
+                seen |= highest != -torch.inf
+            higher = torch.maximum(top, highest)
             p = s.sub_(higher[..., None]).exp2_()
             decay = torch.exp2(top - higher)
             total = total.mul_(decay).add_(p.sum(-1))
@@ -141,7 +146,22 @@ def _forward(
             top = higher
         lse[:, rows] = (top + total.log2()) * LN2  # -∞ where nothing was seen
         out[:, rows] = mean / total.masked_fill(total == 0, 1)[..., None]
+        if lost is not None:
+            seen &= lost[:, rows]
+            lse[:, rows].masked_fill_(seen, torch.nan)
+            out[:, rows].masked_fill_(seen[..., None], torch.nan)
     return out, lse
+
+
+def _without_nan(q: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Which queries hold NaN, (n r), None if none does; and the queries with 0 in place of these.
+
+    A hidden key's logit is made -∞ by adding that, which NaN would outlast.
+    """
+    lost = q.isnan().any(-1)
+    if q.device.type == "cpu" and not lost.any():  # elsewhere it costs more to ask than to compute
+        return None, q
+    return lost, q.masked_fill(lost[..., None], 0)
 
 
 def _backward(

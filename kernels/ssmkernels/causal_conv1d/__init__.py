@@ -14,6 +14,7 @@ from ssmkernels.validate import (
     check_parameters,
     check_same_dtype,
     check_shapes,
+    check_written,
     copied,
     precision,
 )
@@ -117,6 +118,7 @@ def causal_conv1d_step(
         ("x", "weight", "state"),
     )
     _check_values("causal_conv1d_step", x, weight, bias, activation, state, "state")
+    check_written("causal_conv1d_step", "state", state)
     return _STEP(implementation, state=state, x=x, weight=weight, bias=bias, activation=activation)
 
 

@@ -11,6 +11,7 @@ from ssmkernels.validate import (
     check_parameters,
     check_same_dtype,
     check_shapes,
+    check_written,
     once,
     precision,
 )
@@ -87,6 +88,8 @@ def mamba_step(
         "norm_eps": norm_eps,
     }
     once(_check, *arguments.values())
+    check_written("mamba_step", "conv_state", conv_state)
+    check_written("mamba_step", "ssm_state", ssm_state)
     return _STEP(implementation, **arguments)
 
 

@@ -13,6 +13,7 @@ from ssmkernels.validate import (
     check_parameters,
     check_same_dtype,
     check_shapes,
+    check_written,
     copied,
     precision,
 )
@@ -153,6 +154,7 @@ def selective_scan_step(
     )
     check_options("selective_scan_step", "bool", delta_softplus=delta_softplus)
     _check_values("selective_scan_step", sizes, u, delta, A, B, C, D, z, delta_bias, state, "state")
+    check_written("selective_scan_step", "state", state)
     return _STEP(
         implementation,
         state=state,

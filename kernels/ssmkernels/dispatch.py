@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from ssmkernels.library import opaque
-from ssmkernels.plain import ZERO, filled, why_not_plain
+from ssmkernels.plain import ZERO, filled, recorded, subclass, why_not_plain
 
 # Input elements from which a call on the reference is worth a warning: about a tenth of a second of it.
 LARGE_CALL = 2**20
@@ -199,6 +199,13 @@ class Op:
                 f"{self.name}: implementation {forced!r} ({origin}) cannot run this call: {reason}; "
                 'use("reference") can'
             )
+        if forced is not None and (why_not := self.why_not(forced, arguments)):
+            raise ValueError(f"{self.name}: implementation {forced!r} ({origin}) cannot run this call: {why_not}")
+        wrapped = None if recorded() else subclass(arguments)
+        if wrapped and any(isinstance(a, torch.Tensor) and a.is_complex() for a in arguments.values()):
+            # PyTorch puts conjugates off; what reaches a subclass has lost them
+            kind = type(arguments[wrapped]).__name__
+            raise TypeError(f"{self.name}: `{wrapped}` must be a plain tensor beside complex ones; got a {kind}")
         return self._run(name, arguments)
 
     def _fastest(self, arguments: Mapping[str, Any]) -> str | None:

@@ -48,6 +48,14 @@ def why_not_plain(arguments: Mapping[str, Any]) -> str:
     return ""
 
 
+def subclass(arguments: Mapping[str, Any]) -> str | None:
+    """The name of an argument that handles PyTorch's operators itself, such as a quantised or a distributed tensor."""
+    for name, a in arguments.items():
+        if isinstance(a, Tensor) and type(a).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            return name
+    return None
+
+
 def recorded() -> bool:
     """Whether operators are only recorded (compilers, torch.jit.trace, make_fx) or run on shapes (fake tensors)."""
     return torch.compiler.is_compiling() or _tracing_state() is not None or (_modes() > 0 and _fake_or_proxy())

@@ -216,6 +216,8 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor | None, x: Tensor, name: str = 
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
         came = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
         raise TypeError(f"{op}: `{name}` must be an int32 tensor; got {came}")
+    if cu_seqlens.layout is not torch.strided:
+        raise TypeError(f"{op}: `{name}` must be a dense tensor; got layout {cu_seqlens.layout}")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"{op}: `{name}` must have shape (s + 1); got {tuple(cu_seqlens.shape)}")
     if cu_seqlens.device != x.device:

@@ -262,7 +262,7 @@ class TestErrors:
             ({"d_state": 0}, "`d_state` must be at least 1; got 0"),
             ({"expand": 0.3}, "whole number of channels"),
             ({"dt_min": 0.2}, "`dt_min` <= `dt_max` must hold"),
-            ({"bcdt_norm_eps": -1.0}, "`bcdt_norm_eps` must not be negative; got -1.0"),
+            ({"bcdt_norm_eps": -1.0}, "`bcdt_norm_eps` of mixer 'mamba' must be a finite number of at least 0"),
         ],
     )
     def test_values(self, options, message):

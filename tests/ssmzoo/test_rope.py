@@ -101,7 +101,7 @@ def test_no_scaling():
         ({"rope_type": "yarn", "factor": 2.0}, ValueError, "'yarn' needs `original_max_position_embeddings`"),
         ({"rope_type": "linear", "factor": "two"}, TypeError, "option `factor` of .* must be float; got 'two'"),
         ({"rope_type": "linear", "factor": 0.5}, ValueError, "`factor` must be at least 1; got 0.5"),
-        ({"rope_type": "linear", "factor": math.nan}, ValueError, "`factor` must be at least 1; got nan"),
+        ({"rope_type": "linear", "factor": math.nan}, ValueError, "`factor` of .* must be a number; got nan"),
         ({"rope_type": "linear", "factor": 2.0, "beta_fast": 1.0}, TypeError, "unknown option .*: 'beta_fast'"),
         ({**YARN, "beta_fats": 32.0}, TypeError, "unknown option of .*: 'beta_fats'. Did you mean 'beta_fast'"),
         ({**YARN, "original_max_position_embeddings": 4.5}, TypeError, "must be int; got 4.5"),

@@ -33,7 +33,8 @@ CASES = [
 
 
 def test_every_mixer_is_here():
-    assert {name for name, _ in CASES} == set(ssmzoo.list_mixers())
+    ours = {name for name in ssmzoo.list_mixers() if not name.startswith("test-")}  # other tests register their own
+    assert {name for name, _ in CASES} == ours
 
 
 def scaled(x, axis):

@@ -225,12 +225,15 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = N
         enable_gqa=shared,
     )
     out = out.transpose(1, 2).to(dtype)
-    return out if k.shape[1] >= VECTOR or q.device.type != "cpu" else _with_nan(q, out)
+    return out if q.device.type != "cpu" else _with_nan(q, out, k.shape[1])
 
 
-def _with_nan(q: Tensor, out: Tensor) -> Tensor:
-    """``out`` with NaN in the rows whose query has one: PyTorch's CPU kernel gives 0 if the keys fill no vector."""
-    if not torch.compiler.is_compiling() and math.isfinite(q.detach().sum().item()):
+def _with_nan(q: Tensor, out: Tensor, keys: int) -> Tensor:
+    """``out`` with NaN in the rows whose query has one: PyTorch's CPU kernel gives 0 if the keys fill no vector.
+
+    Compiled code has no branch here, so that one graph serves few keys and many.
+    """
+    if not torch.compiler.is_compiling() and (keys >= VECTOR or math.isfinite(q.detach().sum().item())):
         return out
     return out.masked_fill(q.isnan().any(-1, keepdim=True), torch.nan)
 

@@ -160,7 +160,8 @@ def _sums_apart(
     time = torch.arange(l, device=u.device)
     last = (time + 1 + before).clamp(max=l)
     hit = so_far[..., last] > so_far[..., (time + 1 - after).clamp(min=0)]
-    hit |= (kernel[c].isfinite().logical_not().cumsum(1) > 0)[:, time.clamp(max=after - 1)]
+    if after:
+        hit |= (kernel[c].isfinite().logical_not().cumsum(1) > 0)[:, time.clamp(max=after - 1)]
     if reverse is not None and before:
         beyond = (reverse[c].isfinite().logical_not().cumsum(1) > 0)[:, (l - 2 - time).clamp(0, before - 1)]
         hit |= beyond & (time < l - 1)

@@ -223,7 +223,7 @@ def work(seed, first, last, progress):
 
 def fuzz(seed, calls, chunk=2000):
     """Runs so many calls in processes of their own; returns the counts and the faults."""
-    counts, faults, first = collections.Counter(), [], 0
+    counts, faults, first, told = collections.Counter(), [], 0, 0
     with tempfile.TemporaryDirectory() as folder:
         progress = os.path.join(folder, "progress")
         while first < calls:
@@ -247,7 +247,10 @@ def fuzz(seed, calls, chunk=2000):
                 faults.append([number, f"{Call(seed, number)}: {why}"])
                 counts["crash"] += 1
                 first = number + 1
-            print(f"{first} of {calls} calls, {len(faults)} faults", file=sys.stderr)
+            for number, text in faults[told:]:
+                print(f"{number}: {text}", file=sys.stderr)
+            told = len(faults)
+            print(f"{first} of {calls} calls, {told} faults", file=sys.stderr)
     return counts, faults
 
 
@@ -281,8 +284,6 @@ def main():
         print(call.run(), call)
         return None
     counts, faults = fuzz(options.seed, options.calls)
-    for number, text in faults:
-        print(f"{number}: {text}")
     print(dict(counts))
     return sys.exit(bool(faults))
 

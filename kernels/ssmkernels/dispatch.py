@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import importlib
 import os
 import threading
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from ssmkernels import sharded
 from ssmkernels.library import opaque
 from ssmkernels.plain import ZERO, filled, recorded, subclass, why_not_plain
 
@@ -110,19 +112,24 @@ class Op:
 
     Implementation ``x`` lives in the module ``x`` of the op's own package, as a function of the op's name; beside it
     may stand ``missing()``, ``unsupported(arguments)`` and ``slow(arguments)`` (prefixed with ``step_`` for the op's
-    step). ``fake``
-    computes
-    empty outputs from the arguments: with it a plain PyTorch implementation becomes one opaque node under
-    ``torch.compile``, backward included.
+    step). ``fake`` computes empty outputs from the arguments: with it a plain PyTorch implementation becomes one opaque
+    node under ``torch.compile``, backward included. ``batched`` maps arguments whose first axis is the batch to the
+    least number of axes with which it is; distributed tensors may be split along it.
     """
 
     def __init__(
-        self, name: str, package: str, implementations: tuple[str, ...], fake: Callable[..., Any] | None = None
+        self,
+        name: str,
+        package: str,
+        implementations: tuple[str, ...],
+        fake: Callable[..., Any] | None = None,
+        batched: Mapping[str, int] | None = None,
     ):
         self.name = name
         self.package = package
         self.names = implementations
         self.fake = fake
+        self.batched = batched or {}
         self._loaded: dict[str, Implementation] = {}
         OPS[name] = self
 
@@ -187,6 +194,8 @@ class Op:
         It takes the reference. Others made of PyTorch's operators run only where they are forced, as not all of them
         have rules for every transform.
         """
+        if sharded.is_distributed(arguments):
+            return sharded.call(self.name, self.batched, arguments, functools.partial(self, implementation))
         forced, origin = self._forced(implementation)
         name = forced or "reference"
         if _explaining and threading.get_ident() in _explaining:

@@ -149,4 +149,10 @@ def fake(
     return q.new_empty(b, l, h, v.shape[-1]), q.new_empty((b, h, l) if return_lse else (0,), dtype=precision(q))
 
 
-_ATTENTION = Op("attention", __name__, ("sdpa", "flash_attn", "triton", "tiled", "reference"), fake=fake)
+_ATTENTION = Op(
+    "attention",
+    __name__,
+    ("sdpa", "flash_attn", "triton", "tiled", "reference"),
+    fake=fake,
+    batched={"q": 4, "k": 4, "v": 4},
+)

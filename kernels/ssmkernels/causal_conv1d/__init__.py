@@ -154,5 +154,11 @@ def _fake(
     return x.new_empty(x.shape), state
 
 
-_CONV = Op("causal_conv1d", __name__, ("triton", "cpu", "causal_conv1d", "reference"), fake=_fake)
-_STEP = Op("causal_conv1d_step", __name__, ("triton", "cpu", "reference"))
+_CONV = Op(
+    "causal_conv1d",
+    __name__,
+    ("triton", "cpu", "causal_conv1d", "reference"),
+    fake=_fake,
+    batched={"x": 3, "initial_state": 3},
+)
+_STEP = Op("causal_conv1d_step", __name__, ("triton", "cpu", "reference"), batched={"x": 2, "state": 3})

@@ -151,4 +151,10 @@ def _fake(
     return q.new_empty(s, l, h, v_cache.shape[-1]), q.new_empty((s, h, l) if return_lse else (0,), dtype=precision(q))
 
 
-_DECODE = Op("decode_attention", __name__, ("triton", "cpu", "sdpa", "reference"), fake=_fake)
+_DECODE = Op(
+    "decode_attention",
+    __name__,
+    ("triton", "cpu", "sdpa", "reference"),
+    fake=_fake,
+    batched={"q": 4, "k_cache": 4, "v_cache": 4, "lengths": 1},
+)

@@ -79,4 +79,4 @@ def _fake(
     return u.new_empty(u.shape)
 
 
-_FFT_CONV = Op("fft_conv", __name__, ("triton", "fft", "reference"), fake=_fake)
+_FFT_CONV = Op("fft_conv", __name__, ("triton", "fft", "reference"), fake=_fake, batched={"u": 3, "gate": 3})

@@ -147,4 +147,4 @@ def _check_rows(name: str, value: Tensor | None, letters: str, shape: tuple[int,
         raise ValueError(f"mamba_step: `{name}` must be on {x.device}, where `x` is; got {value.device}")
 
 
-_STEP = Op("mamba_step", __name__, ("cpu", "steps", "reference"))
+_STEP = Op("mamba_step", __name__, ("cpu", "steps", "reference"), batched={"x": 2, "conv_state": 3, "ssm_state": 3})

@@ -103,4 +103,4 @@ def _fake(
     return torch.empty_like(x, memory_format=torch.contiguous_format), summed
 
 
-_NORM = Op("rms_norm", __name__, ("cpu", "reference"), fake=_fake)
+_NORM = Op("rms_norm", __name__, ("cpu", "reference"), fake=_fake, batched={"x": 2, "gate": 2, "residual": 2})

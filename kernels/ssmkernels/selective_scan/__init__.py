@@ -214,5 +214,16 @@ def _fake(
     return torch.empty_like(u, memory_format=torch.contiguous_format), u.new_empty((s, *A.shape), dtype=dtype)
 
 
-_SCAN = Op("selective_scan", __name__, ("triton", "cpu", "mamba_ssm", "tiled", "reference"), fake=_fake)
-_STEP = Op("selective_scan_step", __name__, ("triton", "cpu", "reference"))
+_SCAN = Op(
+    "selective_scan",
+    __name__,
+    ("triton", "cpu", "mamba_ssm", "tiled", "reference"),
+    fake=_fake,
+    batched={"u": 3, "delta": 3, "B": 3, "C": 3, "z": 3, "initial_state": 3},
+)
+_STEP = Op(
+    "selective_scan_step",
+    __name__,
+    ("triton", "cpu", "reference"),
+    batched={"u": 2, "delta": 2, "B": 2, "C": 2, "z": 2, "state": 3},
+)

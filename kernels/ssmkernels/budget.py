@@ -104,7 +104,7 @@ class Rounding(TorchDispatchMode):
 
 def moved(value: Tensor, eps: float, sign: Callable[..., Tensor]) -> Tensor:
     """``value`` with every number off by the relative size ``eps``, up or down by ``sign(*shape)``."""
-    return value * (1 + eps * sign(*value.shape).sign().to(value.device))
+    return value + value * (eps * sign(*value.shape).sign().to(value.device))  # 1 + eps would be 1 in float32
 
 
 def distance(actual: Tensor, exact: Tensor) -> Tensor:

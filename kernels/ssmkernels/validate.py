@@ -300,13 +300,16 @@ def gradient_wanted(arguments: Mapping[str, Any]) -> str | None:
 
 
 def once(check: Callable[..., None], *arguments: Any) -> None:
-    """Calls ``check(*arguments)``, unless arguments of the same shapes, dtypes, devices and values have passed before.
+    """Calls ``check(*arguments)``, unless arguments of the same shapes, dtypes, layouts, devices and values passed.
 
     For checks that look at nothing else of a tensor, in calls so short that the check itself would take the time.
     """
     if torch.compiler.is_compiling():
         return check(*arguments)
-    key = (check, *[(a.shape, a.dtype, a.device) if isinstance(a, Tensor) else (type(a), a) for a in arguments])
+    key = (
+        check,
+        *[(a.shape, a.dtype, a.layout, a.device) if isinstance(a, Tensor) else (type(a), a) for a in arguments],
+    )
     try:
         if key in _passed:
             return None

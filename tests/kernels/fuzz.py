@@ -30,6 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ssmkernels import OPS
 from ssmkernels.block_mask import BlockMask
 from ssmkernels.budget import BAND, Truth, moved
+from ssmkernels.dispatch import explain
 from ssmkernels.spec import specs, tensors_of
 from ssmkernels.testing import check
 
@@ -168,15 +169,16 @@ class Call:
                 return "not finite"
             x = unwrap(x).detach()
             allowed = 16 * torch.finfo(p.dtype).eps * float(e.abs().max()) if e.numel() else 0
-            if Truth(e, p, [(1.0, e + allowed), (BAND, m)]).used(x) > 1 and not self.within_budget():
+            if Truth(e, p, [(1.0, e + allowed), (BAND, m)]).used(x) > 1 and not self.within_budget(plain):
                 return "fault", f"other numbers: {x.flatten()[:4].tolist()} for {e.flatten()[:4].tolist()}"
         return "right"
 
-    def within_budget(self):
+    def within_budget(self, plain):
         """The whole check, for calls that a simple measure finds too far off."""
-        if self.wrong or self.implementation is None or self.kind in ("zero", "expanded", "negated"):
+        if self.wrong or self.kind in ("zero", "expanded", "negated"):
             return False
-        return not check(self.op, self.implementation, cases=[self.row], dtypes=[self.dtype], raises=False).failures
+        how = self.implementation or explain(self.op, **plain).chosen
+        return not check(self.op, how, cases=[self.row], dtypes=[self.dtype], raises=False).failures
 
     def refusal(self, error):
         message = str(error)

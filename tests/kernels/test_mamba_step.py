@@ -146,3 +146,5 @@ def test_what_passed_once_is_told_from_what_only_equals_it(arguments):
     step(made)
     with pytest.raises(TypeError, match="`norm_eps` must be number or None; got bool"):
         step(made | {"norm_eps": True})
+    with pytest.raises(TypeError, match="`D` must be a dense tensor; got layout torch.sparse_coo"):
+        step(made | {"D": made["D"].to_sparse()})

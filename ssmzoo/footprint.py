@@ -1,8 +1,9 @@
-"""How many bytes a model's weights take, told before any of them is made."""
+"""How large a model's weights are, told before any of them is made."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,8 +14,27 @@ from ssmzoo.config import ModelConfig
 from ssmzoo.linear import Linear
 
 
-def weight_bytes(config: ModelConfig) -> int:
-    """Bytes of the weights and buffers that :func:`ssmzoo.build` would make for a config, in their first dtypes.
+@dataclass(frozen=True)
+class Footprint:
+    """The size of a model's weights.
+
+    Attributes:
+        parameters: how many numbers its parameters hold; those used at several places count once.
+        bytes: memory of its parameters and buffers in the dtypes that they are made in.
+    """
+
+    parameters: int
+    bytes: int
+
+    def __add__(self, other: Footprint) -> Footprint:
+        return Footprint(self.parameters + other.parameters, self.bytes + other.bytes)
+
+    def __mul__(self, times: int) -> Footprint:
+        return Footprint(self.parameters * times, self.bytes * times)
+
+
+def footprint(config: ModelConfig) -> Footprint:
+    """The size of the model that :func:`ssmzoo.build` would make for a config.
 
     One block of each kind is built on the meta device, and counted as often as the pattern has it, so that the number
     of layers costs nothing.
@@ -31,9 +51,9 @@ def weight_bytes(config: ModelConfig) -> int:
             for entry, times in layers.items():
                 if times:
                     block = Block(config, config.pattern.index(entry))
-                    mixer, whole = _bytes(block.mixer), _bytes(block)
+                    mixer, whole = _size(block.mixer), _size(block)
                     shared = bool(config.mixers.get(entry, {}).get("shared"))
-                    total += (whole - mixer) * times + mixer * (1 if shared else times)
+                    total += whole * times + mixer * ((1 if shared else times) - times)
     except (RuntimeError, OverflowError) as error:
         if "overflow" not in str(error).lower() and "too large" not in str(error).lower():
             raise
@@ -52,7 +72,7 @@ def check_memory(config: ModelConfig, device: torch.device) -> None:
     room = _memory(device)
     if room is None:
         return
-    needed = weight_bytes(config)
+    needed = footprint(config).bytes
     if needed > room:
         raise ValueError(
             f"config: the weights of this model take {needed / 2**30:,.1f} GiB in float32, and {device} has "
@@ -61,19 +81,21 @@ def check_memory(config: ModelConfig, device: torch.device) -> None:
         )
 
 
-def _ends(config: ModelConfig) -> int:
-    """Bytes of what comes before and after the blocks."""
+def _ends(config: ModelConfig) -> Footprint:
+    """What comes before and after the blocks."""
     width = {"tokens": config.padded_vocab_size, "classes": config.n_classes, "features": config.d_output}
     head = Linear(config.d_model, width[config.output or "tokens"] or 0, bias=config.output != "tokens")
-    total = _bytes(nn.LayerNorm(config.d_model, bias=config.norm == "layer"))
+    total = _size(nn.LayerNorm(config.d_model, bias=config.norm == "layer"))
     if config.d_input is not None:
-        return total + _bytes(head) + _bytes(Linear(config.d_input, config.d_model))
+        return total + _size(head) + _size(Linear(config.d_input, config.d_model))
     tied = config.tie_embeddings and config.output == "tokens"
-    return total + (0 if tied else _bytes(head)) + 4 * config.padded_vocab_size * config.d_model
+    embedding = config.padded_vocab_size * config.d_model
+    return total + Footprint(embedding, torch.get_default_dtype().itemsize * embedding) + _size(head) * (not tied)
 
 
-def _bytes(module: nn.Module) -> int:
-    return sum(t.nbytes for t in [*module.parameters(), *module.buffers()])
+def _size(module: nn.Module) -> Footprint:
+    parameters, buffers = list(module.parameters()), list(module.buffers())
+    return Footprint(sum(p.numel() for p in parameters), sum(t.nbytes for t in parameters + buffers))
 
 
 def _memory(device: torch.device) -> int | None:

@@ -37,6 +37,7 @@ def command(
 def _models(pattern: str) -> tuple[list[str], list[list[str]]]:
     import ssmzoo
     from ssmzoo.config import load_config
+    from ssmzoo.footprint import footprint
 
     names = ssmzoo.list_models(pattern)
     if not names:
@@ -44,7 +45,7 @@ def _models(pattern: str) -> tuple[list[str], list[list[str]]]:
     rows = []
     for name in names:
         config = load_config(name)
-        parameters = ssmzoo.build(config, device="meta").num_parameters()
+        parameters = footprint(config).parameters
         mlp = config.mlp.get("kind", "none")
         sizes = [count(parameters), str(config.n_layers), str(config.d_model)]
         rows.append([name, *sizes, _pattern(config), mlp, config.description])

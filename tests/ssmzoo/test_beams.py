@@ -34,9 +34,12 @@ def best_of_all(model: ssmzoo.SequenceModel, prompt: list[int], steps: int, ends
     for ids in itertools.product(range(VOCAB), repeat=steps):
         end = next((i + 1 for i, token in enumerate(ids) if token in ends), steps)
         found[ids[:end]] = 0.0
-    for ids in found:
-        scores = model(torch.tensor([[*prompt, *ids]]))[0, len(prompt) - 1 : -1, :VOCAB].log_softmax(-1)
-        found[ids] = float(scores.gather(1, torch.tensor(ids)[:, None]).mean())
+    for length in {len(ids) for ids in found}:
+        several = torch.tensor([ids for ids in found if len(ids) == length])
+        whole = torch.cat([torch.tensor(prompt).expand(len(several), -1), several], dim=1)
+        scores = model(whole)[:, len(prompt) - 1 : -1, :VOCAB].log_softmax(-1)
+        means = scores.gather(2, several[..., None]).mean((1, 2))
+        found.update(zip(map(tuple, several.tolist()), means.tolist(), strict=True))
     return list(max(found, key=found.__getitem__))
 
 

@@ -11,7 +11,7 @@ import torch
 import ssmzoo
 from ssmzoo.commands._settings import parse_settings
 from ssmzoo.config import load_config
-from ssmzoo.footprint import weight_bytes
+from ssmzoo.footprint import footprint
 from ssmzoo.plain import MAX_CHARACTERS, MAX_VALUES, check_plain, parse_yaml, short
 from ssmzoo.pretrained import save
 
@@ -128,17 +128,18 @@ def test_nan_is_refused_under_any_name():
 
 
 @pytest.mark.parametrize("name", ["mamba-hybrid-tiny", "transformer++-tiny", "s4-classifier", "lstm-tiny", "mla-tiny"])
-def test_bytes_are_told_before_building(name):
+def test_sizes_are_told_before_building(name):
     state = torch.get_rng_state()
-    told = weight_bytes(load_config(name))
+    told = footprint(load_config(name))
     assert torch.equal(torch.get_rng_state(), state)
     model = ssmzoo.build(name, device="meta")
-    assert told == sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    assert told.bytes == sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    assert told.parameters == model.num_parameters()
 
 
 def test_a_shared_mixer_counts_once():
     config = ssmzoo.ModelConfig(**{**TINY, "n_layers": 4}, mixers={"mamba": {"shared": True}})
-    assert weight_bytes(config) == sum(p.nbytes for p in ssmzoo.build(config).parameters())
+    assert footprint(config).bytes == sum(p.nbytes for p in ssmzoo.build(config).parameters())
 
 
 @pytest.mark.parametrize(

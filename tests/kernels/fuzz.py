@@ -24,7 +24,6 @@ import warnings
 from pathlib import Path
 
 import torch
-from not_plain import Wrapper, floating, unwrap
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssmkernels import OPS
@@ -32,6 +31,7 @@ from ssmkernels.block_mask import BlockMask
 from ssmkernels.budget import BAND, Truth, moved
 from ssmkernels.spec import specs, tensors_of
 from ssmkernels.testing import check
+from ssmkernels.wrapper import Wrapper, floating, unwrap
 
 SPECS = specs()
 PATIENCE = 60  # seconds without a new call, after which a process hangs

@@ -46,6 +46,44 @@ def twice_differentiable(again: Again) -> Callable[[Backward], Backward]:
     return decorate
 
 
+def say_way_out(result: Tensor, function: str) -> Tensor:
+    """``result`` of one of PyTorch's fused functions, with a better error where its second derivative is asked for.
+
+    PyTorch's own names an internal operator that has no derivative. A first derivative with ``create_graph=True`` is
+    still there.
+
+    Args:
+        result: what the function returned just now.
+        function: its name, with the op it was called for.
+    """
+    node = None if torch.compiler.is_compiling() else result.grad_fn
+    if node is not None and node.name().startswith(_FUSED):
+        node.register_hook(functools.partial(_guard, function))
+    return result
+
+
+_FUSED = "ScaledDotProduct"  # begins the names of autograd's nodes of PyTorch's fused attention
+
+
+def _guard(function: str, gradients: Gradients, _: Gradients) -> Gradients | None:
+    if not torch.is_grad_enabled():  # nobody wants a second derivative
+        return None
+    return tuple(g if g is None else _NoSecond.apply(g, function) for g in gradients)
+
+
+class _NoSecond(torch.autograd.Function):
+    """A gradient that has no derivative, between autograd's record of how it was computed and its users."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, function: str) -> Tensor:
+        ctx.function = function
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError(f'{ctx.function} has no second derivative; inside ssmkernels.use("reference") there is one')
+
+
 def _differentiable(again: Again, ctx: Any, *gradients: Tensor | None) -> Gradients:
     """The gradients of all arguments, with a graph; None for those that need none."""
     function, arguments = again(ctx)

@@ -53,7 +53,7 @@ def call(op: str, batched: Mapping[str, int], arguments: Mapping[str, Any], run:
     # Of what all processes share, each finds its own sequences' part of the gradient
     parts = tuple(p if p.is_replicate() else Partial() for p in placements)
     local = {
-        name: tensors[name].to_local(grad_placements=placements if name in rows else parts) for name in distributed
+        name: distributed[name].to_local(grad_placements=placements if name in rows else parts) for name in distributed
     }
 
     def wrap(result: Any) -> Any:

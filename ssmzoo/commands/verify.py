@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ssmzoo.commands._output import console, table
+from ssmzoo.commands._output import console, markdown_table, table
 
 if TYPE_CHECKING:
     from ssmzoo.proof import Job, Summary
@@ -29,6 +30,10 @@ def command(
     quick: Annotated[
         bool, typer.Option("--quick", help="Every third case, in float32 and bfloat16, in well under a minute.")
     ] = False,
+    matrix: Annotated[
+        bool, typer.Option("--matrix", help="Call every op in unusual ways instead: compiled, under vmap, forked, ...")
+    ] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the matrix as a Markdown table.")] = False,
 ) -> None:
     """Check every kernel against its reference, and every mixer's properties, on this machine.
 
@@ -40,6 +45,13 @@ def command(
     chosen = bool(op or implementation or dtype or device != "cpu")
     if mixers and chosen:
         raise ValueError("--mixers checks mixers alone; leave --op, --implementation, --device and --dtype away")
+    if markdown and not matrix:
+        raise ValueError("--markdown prints the table of --matrix; give both")
+    if matrix:
+        if mixers or quick or implementation or dtype or device != "cpu":
+            raise ValueError("--matrix takes --op and --markdown alone: each op runs as it is called, on the CPU")
+        _matrix(op or (), markdown)
+        return
     kernels: list[Summary] = []
     layers: list[Summary] = []
     jobs: list[Job] = []
@@ -75,6 +87,37 @@ def command(
         print("nothing could be checked: the remarks above say why")
     if failed or not made:
         raise typer.Exit(1)
+
+
+def _matrix(ops: Sequence[str], markdown: bool) -> None:
+    """For each op, in which ways it can be called, and why not in others."""
+    from ssmkernels.matrix import FAULT, RIGHT, TABLE, cells
+    from ssmkernels.spec import spec_of
+
+    for name in ops:
+        spec_of(name)  # or the error says which ops there are
+    rows: dict[str, dict[str, str]] = {}
+    for cell in cells(ops, tuple(TABLE)):
+        rows.setdefault(cell.op, {})[TABLE[cell.way]] = cell.verdict
+    if markdown:
+        reasons = list(dict.fromkeys(told for row in rows.values() for told in row.values() if told != RIGHT))
+        marks = {RIGHT: RIGHT, **{reason: str(i) for i, reason in enumerate(reasons, 1)}}
+        lines = [[f"`{op}`", *(marks[told] for told in row.values())] for op, row in rows.items()]
+        print(markdown_table(["op", *TABLE.values()], lines), end="\n\n" if reasons else "\n")
+        print("".join(f"{marks[reason]}. {reason}\n" for reason in reasons), end="")
+    else:
+        columns = ("op", "right", "other ways")
+        console().print(table("Ways to call", columns, [[op, *_ways(row)] for op, row in rows.items()]))
+    if any(told.startswith(FAULT) for row in rows.values() for told in row.values()):
+        raise typer.Exit(1)
+
+
+def _ways(row: dict[str, str]) -> list[str]:
+    from ssmkernels.matrix import RIGHT
+
+    right = [way for way, told in row.items() if told == RIGHT]
+    others = "\n".join(f"{way}: {told}" for way, told in row.items() if told != RIGHT)
+    return [", ".join(right), others]
 
 
 def _run(jobs: list[Job]) -> None:

@@ -11,6 +11,7 @@ import torch
 
 import ssmzoo
 from ssmkernels import OPS, dispatch
+from ssmkernels.matrix import FAULT, TABLE, Cell
 from ssmkernels.testing import _truths
 from ssmzoo import cli, proof, registry, testing
 
@@ -169,3 +170,16 @@ def test_errors_are_one_line(run, arguments, message):
     assert (status, out) == (1, "")
     assert err.startswith(message)
     assert err.count("\n") == 1
+
+
+def test_matrix(run):
+    status, out, err = run("--matrix", "--op", "rms_norm", "--markdown")
+    assert (status, err) == (0, "")
+    assert [cell.strip() for cell in out.splitlines()[-1].split("|")][1:-1] == ["`rms_norm`", *("✓" for _ in TABLE)]
+    assert run("--matrix", "--quick")[0] == run("--markdown")[0] == 1
+
+
+def test_a_fault_in_the_matrix_ends_with_status_1(run, monkeypatch):
+    monkeypatch.setattr("ssmkernels.matrix.cells", lambda ops, ways: iter([Cell("rms_norm", "vmap", FAULT + "wrong")]))
+    status, out, _ = run("--matrix")
+    assert (status, "✗ wrong" in out) == (1, True)

@@ -109,7 +109,7 @@ def test_second_derivatives_are_the_reference_s_or_refused(op, implementation, r
     try:
         second = _second(op, implementation, key)
     except RuntimeError as refusal:
-        if (op, implementation) in MAY_REFUSE and "is not implemented" in str(refusal):
+        if (op, implementation) in MAY_REFUSE and 'inside ssmkernels.use("reference") there is one' in str(refusal):
             return
         raise
     for name, found in second.items():

@@ -29,7 +29,7 @@ class Average(ssmzoo.Mixer):
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
 
     def initial_state(self, batch_size, max_length=None):
-        return AverageState(self.log_rate.new_zeros(batch_size, self.d_model, 1))
+        return AverageState(self.like(wide=True).new_zeros(batch_size, self.d_model, 1))
 
     def mix(self, x, state, cu_seqlens):
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (b l d_model) each

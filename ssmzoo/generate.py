@@ -80,7 +80,7 @@ def generate(
     _check_beams(num_beams, temperature, top_k, top_p, min_p, repetition_penalty, stream, seed)
     if stream is not None and not callable(stream):
         raise TypeError(f"generate: `stream` must be a function of the new tokens (b); got {stream!r:.80}")
-    device = model.lm_head.weight.device
+    device = model.device
     prompts, mask = _prompts(ids, mask, vocab, device)
     if max_new_tokens == 0:
         return prompts if isinstance(ids, Tensor) else [list(row) for row in ids]

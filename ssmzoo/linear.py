@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -59,3 +60,17 @@ def is_plain(*modules: nn.Module | None) -> bool:
 def arrives_later(weight: Tensor, module: nn.Module) -> bool:
     """Whether a weight is on the meta device until the module is called, as offloading replaces ``forward`` to do."""
     return weight.is_meta and "forward" in module.__dict__
+
+
+def computes_on(module: nn.Module, weight: Tensor) -> torch.device:
+    """Where a module computes: on its weight's device, or where offloading brings the weight for the call.
+
+    Accelerate's hooks keep weights on the meta device in between, and know the device.
+    """
+    if weight.is_meta:
+        hook = getattr(module, "_hf_hook", None)
+        for each in (hook, *getattr(hook, "hooks", ())):  # one, or several in a row
+            device = getattr(each, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return weight.device

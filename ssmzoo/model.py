@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ssmkernels.validate import check_cu_seqlens
 from ssmzoo.block import Block, entry_mixer
 from ssmzoo.config import ModelConfig
-from ssmzoo.linear import Linear, arrives_later
+from ssmzoo.linear import Linear, arrives_later, computes_on
 from ssmzoo.mixers._base import Mixer
 from ssmzoo.norm import NORMS
 from ssmzoo.state import State
@@ -72,6 +72,14 @@ class SequenceModel(KeepsTies):
         """Whether the token logits use the embedding's weights: whether both are one parameter."""
         weight = self.lm_head._parameters.get("weight")
         return weight is not None and weight is self.embedding._parameters.get("weight")
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs belong."""
+        weight = getattr(self.embedding, "weight", None)  # an adapter in its place need not have one
+        if isinstance(weight, Tensor):
+            return computes_on(self.embedding, weight)
+        return self.blocks[0].mixer.like().device
 
     @property
     def wants_tied(self) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmkernels.validate import check_cu_seqlens, precision
-from ssmzoo.linear import arrives_later
+from ssmzoo.linear import arrives_later, computes_on
 from ssmzoo.state import State
 from ssmzoo.ties import KeepsTies
 
@@ -145,7 +145,10 @@ class Mixer(KeepsTies):
         weight = self._a_weight()
         if weight is None:
             weight = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
-        return torch.empty(0, dtype=precision(weight) if wide else weight.dtype, device=weight.device)
+            device = weight.device
+        else:
+            device = computes_on(self._weight_owner(), weight)
+        return torch.empty(0, dtype=precision(weight) if wide else weight.dtype, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mixer:
         """As PyTorch's, but ``float32_parameters`` move to another device without losing precision."""

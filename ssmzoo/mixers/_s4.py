@@ -184,7 +184,7 @@ class S4Layer(Mixer):
         wide = self.A_log.dtype
         dtype = wide if self.A_imag is None else torch.promote_types(wide, torch.complex64)
         return S4State(
-            torch.zeros(batch_size, self.d_inner, self.A_log.shape[1], dtype=dtype, device=self.A_log.device)
+            torch.zeros(batch_size, self.d_inner, self.A_log.shape[1], dtype=dtype, device=self.like().device)
         )
 
     def mixing_flops(self, context: int) -> float:

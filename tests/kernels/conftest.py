@@ -13,8 +13,6 @@ from torch import Tensor
 
 from ssmkernels import external, triton_support
 
-torch.set_num_threads(2)
-
 
 @pytest.fixture(autouse=True)
 def _no_environment(monkeypatch):

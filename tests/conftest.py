@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _threads():
-    """The number of threads is what it was before each test: more of them than cores would slow down all that follow."""
+    """Puts the number of threads back after each test: with more threads than cores, all later tests would be slow."""
     before = torch.get_num_threads()
     yield
     if torch.get_num_threads() != before:

@@ -65,6 +65,11 @@ def write(
         files.seal(temporary)
         temporary.rename(folder)
         sync(folder.parent)
+    settle(run, folder, keep)
+
+
+def settle(run: Path, folder: Path, keep: int) -> None:
+    """Renews a run's model files from its newest checkpoint, and removes all but the newest ``keep``."""
     renew(run, folder)
     for old in checkpoints(run)[:-keep]:
         files.remove(old)
@@ -90,7 +95,7 @@ def read(run: Path) -> Checkpoint:
     """
     folders = checkpoints(run)
     if not folders:
-        raise FileNotFoundError(f"{run} has no checkpoint to go on from: start the run again, with another --out")
+        raise FileNotFoundError(f"{run} has no checkpoint to go on from: start the run again, with the same --out or another")
     folder = folders[-1]
     try:
         version = files.check(folder)

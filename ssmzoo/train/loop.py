@@ -222,5 +222,5 @@ class Trainer:
         if log is not None:
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
             checkpoint.write(self.run, self.step, self.model, self.optimizer, scaler, self.config.keep)
-            plot.draw(self.run / "log.csv", self.run / "curve.png", self.data.unit, self.name)
+            plot.draw(self.run / checkpoint.LOG, self.run / plot.FILE, self.name)
         self.accelerator.wait_for_everyone()

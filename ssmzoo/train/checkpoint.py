@@ -95,7 +95,9 @@ def read(run: Path) -> Checkpoint:
     """
     folders = checkpoints(run)
     if not folders:
-        raise FileNotFoundError(f"{run} has no checkpoint to go on from: start the run again, with the same --out or another")
+        raise FileNotFoundError(
+            f"{run} has no checkpoint to go on from: start the run again, with the same --out or another"
+        )
     folder = folders[-1]
     try:
         version = files.check(folder)

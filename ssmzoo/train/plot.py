@@ -7,7 +7,6 @@ from pathlib import Path
 from ssmzoo.files import replacing
 from ssmzoo.train.log import read
 
-
 FILE = "curve.png"
 
 

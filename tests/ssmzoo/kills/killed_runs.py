@@ -70,7 +70,11 @@ def forked(run: Path, text: Path, moment: int = 0) -> tuple[int, int]:
 def outcome(run: Path) -> list[object]:
     """All that a run leaves which depends on its steps: weights, the optimizer's state, losses."""
     rows = [line.split(",")[:7] for line in (run / "log.csv").read_text().splitlines()]
-    names = ["model.safetensors", "curve.png", *(f"checkpoints/step-000000{step}/optimizer.safetensors" for step in (4, 6))]
+    names = [
+        "model.safetensors",
+        "curve.png",
+        *(f"checkpoints/step-000000{step}/optimizer.safetensors" for step in (4, 6)),
+    ]
     left = sorted(path.name for path in [*run.iterdir(), *(run / "checkpoints").iterdir()])
     return [rows, left, *((run / name).read_bytes() for name in names)]
 
@@ -111,7 +115,8 @@ def main(folder: Path, kills: int) -> None:
     threads = len(os.listdir("/proc/self/task"))
     assert threads == 1, f"a process of {threads} threads cannot be forked"
     status, calls = forked(folder / "whole", text)
-    assert status == 0 and calls > 0, (status, calls)
+    assert status == 0, f"the unbroken run ended with {status}"
+    assert calls > 0, "kill_at.c is not preloaded"
     expected, draw, faults = outcome(folder / "whole"), random.Random(0), []
     made = {"train": 0, "resume": 0}
     firsts = max(1, kills // 2)

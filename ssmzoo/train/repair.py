@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 from ssmzoo import files
-from ssmzoo.train import checkpoint, plot
+from ssmzoo.train import checkpoint, lock, plot
 from ssmzoo.train.checkpoint import FOLDER, LOG, Checkpoint
+from ssmzoo.train.checks import BEGUN
 from ssmzoo.train.log import rewind
 
 
@@ -15,6 +16,13 @@ def sweep(run: Path) -> None:
     """Removes the temporary files that killed processes have left."""
     files.sweep(run)
     files.sweep(run / FOLDER)
+
+
+def clear(run: Path) -> None:
+    """Removes what a run left that died before its first checkpoint: a log, or a tokenizer, of another start."""
+    sweep(run)
+    for name in BEGUN - {lock.FILE, FOLDER}:
+        (run / name).unlink(missing_ok=True)
 
 
 def repair(run: Path, found: Checkpoint) -> None:

@@ -40,7 +40,7 @@ from ssmzoo.train.log import Log
 from ssmzoo.train.loop import Trainer
 from ssmzoo.train.output import Output
 from ssmzoo.train.record import IDS, DataSource, Record, describe, read_record, write_record
-from ssmzoo.train.repair import complete, repair, sweep
+from ssmzoo.train.repair import clear, complete, repair
 from ssmzoo.train.vocabulary import Vocabulary, decode, open_vocabulary
 from ssmzoo.zoo import build
 
@@ -128,7 +128,7 @@ def train(
     with locked(run) if accelerator.is_main_process else contextlib.nullcontext():
         if accelerator.is_main_process:
             check_empty(run)  # once more: another process may have started here meanwhile
-            sweep(run)
+            clear(run)
             if config.tokenizer is not None:
                 shutil.copyfile(config.tokenizer, run / TOKENIZER)
             (run / CONFIG).write_text(model_config.to_yaml())

@@ -110,6 +110,17 @@ def test_checkpoints_sort_as_numbers_and_strangers_do_not_count(run):
     assert len(files.checkpoints(run)) == 4
 
 
+def test_nothing_of_a_start_that_died_enters_the_next(finished, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".lock").write_text("1 here\n")
+    (run / "log.csv").write_text("step,loss\n0,9.5\n0,")
+    (run / "tokenizer.json").write_text("{}")
+    train(LSTM, finished.parent / "text.txt", QUICK, run, quiet=True)
+    assert log_rows(run) == log_rows(finished)
+    assert not (run / "tokenizer.json").exists()
+
+
 def test_left_overs_are_swept(run):
     for folder in (run, run / "checkpoints"):
         (folder / ".step-0000004.tmp").mkdir()

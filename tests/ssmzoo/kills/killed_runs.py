@@ -67,16 +67,19 @@ def forked(run: Path, text: Path, moment: int = 0) -> tuple[int, int]:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), int(count or 0)
 
 
-def outcome(run: Path) -> list[object]:
-    """All that a run leaves which depends on its steps: weights, the optimizer's state, losses."""
-    rows = [line.split(",")[:7] for line in (run / "log.csv").read_text().splitlines()]
-    names = [
-        "model.safetensors",
-        "curve.png",
-        *(f"checkpoints/step-000000{step}/optimizer.safetensors" for step in (4, 6)),
-    ]
-    left = sorted(path.name for path in [*run.iterdir(), *(run / "checkpoints").iterdir()])
-    return [rows, left, *((run / name).read_bytes() for name in names)]
+def outcome(run: Path) -> dict[str, object]:
+    """All that a run leaves and that depends on its steps: losses, names of files, weights, the optimizer's state."""
+    log = [line.split(",")[:7] for line in (run / "log.csv").read_text().splitlines()]  # without tokens a second
+    found = sorted(str(path.relative_to(run)) for path in run.rglob("*"))
+    names = ["model.safetensors", "curve.png", *(f"checkpoints/step-000000{i}/optimizer.safetensors" for i in (4, 6))]
+    return {"log": log, "files": found, **{name: (run / name).read_bytes() for name in names}}
+
+
+def differences(run: Path, expected: dict[str, object]) -> str:
+    """What of a run is not as it should be, in words; nothing if all is."""
+    found = outcome(run)
+    wrong = [name for name in expected if found[name] != expected[name]]
+    return f"{', '.join(wrong)} differ; its files are {found['files']}, its log {found['log']}" if wrong else ""
 
 
 def loads_newest(run: Path) -> bool:
@@ -88,21 +91,21 @@ def loads_newest(run: Path) -> bool:
     return all(torch.equal(ours[name], newest[name]) for name in newest)
 
 
-def kill_and_go_on(run: Path, text: Path, moments: list[int], expected: list[object]) -> tuple[list[str], str]:
+def kill_and_go_on(run: Path, text: Path, moments: list[int], expected: dict[str, object]) -> tuple[list[str], str]:
     """Returns what was killed ("train" or "resume") each time, and what went wrong in the end, if anything did."""
     killed = []
     for moment in moments:
         kind = "resume" if checkpoints(run) else "train"
         status, _ = forked(run, text, moment)
         if status != -signal.SIGKILL:
-            return killed, "" if status == 0 and outcome(run) == expected else f"ended by itself with {status}"
+            return killed, f"ended by itself with {status}" if status else differences(run, expected)
         killed.append(kind)
         if not loads_newest(run):
             return killed, "its weights are not those of the newest checkpoint"
     status, _ = forked(run, text)
     if status != 0:
         return killed, f"could not go on: {status}"
-    return killed, "" if outcome(run) == expected else "it differs from the unbroken run"
+    return killed, differences(run, expected)
 
 
 def main(folder: Path, kills: int) -> None:
@@ -131,7 +134,7 @@ def main(folder: Path, kills: int) -> None:
         for kind in killed:
             made[kind] += 1
         if fault:
-            faults.append(f"killed at {moments}: {fault}; there are {sorted(map(str, run.rglob('*')))}")
+            faults.append(f"killed at {moments}: {fault}")
         else:
             shutil.rmtree(run)
     print(json.dumps({"calls": calls, "killed": made, "faults": faults}))

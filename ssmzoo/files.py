@@ -156,15 +156,13 @@ def newest(folder: Path, weights: str) -> Path:
         ValueError: a file differs from its checksum.
     """
     steps = checkpoints(folder)
-    if steps and not (folder / weights).is_file() and versions(folder) == []:
-        check(steps[-1])
-        return steps[-1]
-    found = check(folder)
-    if not steps or found is None:
-        return folder
+    known = check(folder)
+    own = (known or {}).get(weights)
+    if own is None and steps and (folder / weights).is_file():
+        own = checksum(folder / weights)  # killed before the first checksums, or a model was saved over the run
     older = [version.get(weights) for step in steps[:-1] for version in versions(step)]
-    last = [version.get(weights) for version in versions(steps[-1])]
-    if found.get(weights) in older and found.get(weights) not in last:
+    last = [version.get(weights) for step in steps[-1:] for version in versions(step)]
+    if steps and (own is None or (own in older and own not in last)):
         check(steps[-1])
         return steps[-1]
     return folder

@@ -15,9 +15,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 SUMS = "checksums.json"
 CHECKPOINTS = "checkpoints"  # the folder of a run's checkpoints
 LEFT_OVER = re.compile(r"\..+\.tmp")  # what a process that was killed may leave
@@ -192,16 +189,6 @@ def sweep(folder: Path) -> None:
     for path in folder.iterdir() if folder.is_dir() else ():
         if LEFT_OVER.fullmatch(path.name):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def unfit(given: Tensor, wanted: Tensor) -> str | None:
-    """Why the values of a stored weight cannot become those of a model's tensor; None if they can."""
-    kinds = [(tensor.is_floating_point(), tensor.is_complex()) for tensor in (given, wanted)]
-    if kinds[0] != kinds[1]:
-        return f"{given.dtype} for {wanted.dtype}"
-    if given.is_meta or not (given.is_floating_point() or given.is_complex()):
-        return None
-    return "has NaN" if torch.isnan(given.float() if given.element_size() == 1 else given).any() else None
 
 
 def _differences(folder: Path, version: Version) -> list[tuple[str, str]]:

@@ -22,7 +22,8 @@ from ssmzoo import files, pretrained
 from ssmzoo.config import ModelConfig
 from ssmzoo.files import checkpoints, sync
 from ssmzoo.model import SequenceModel
-from ssmzoo.pretrained import CONFIG, WEIGHTS, read_tensors
+from ssmzoo.pretrained import CONFIG, WEIGHTS
+from ssmzoo.weights import fill, read_tensors
 
 FOLDER, OPTIMIZER, STATE, LOG = files.CHECKPOINTS, "optimizer.safetensors", "state.yaml", "log.csv"
 TOKENIZER = "tokenizer.json"
@@ -127,7 +128,7 @@ def restore(checkpoint: Checkpoint, model: SequenceModel, optimizer: torch.optim
     Raises:
         ValueError: it belongs to another model.
     """
-    pretrained.fill(model, checkpoint.weights, str(checkpoint.folder / WEIGHTS))
+    fill(model, checkpoint.weights, str(checkpoint.folder / WEIGHTS))
     state: dict[str, dict[str, Tensor]] = {}
     for key, tensor in checkpoint.optimizer.items():
         name, _, quantity = key.rpartition("/")

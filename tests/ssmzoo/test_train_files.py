@@ -113,10 +113,11 @@ def test_checkpoints_sort_as_numbers_and_strangers_do_not_count(run):
     assert len(files.checkpoints(run)) == 4
 
 
-def test_nothing_of_a_start_that_died_enters_the_next(finished, tmp_path):
+@pytest.mark.parametrize("left", [".lock", "train.yaml"])
+def test_nothing_of_a_start_that_died_enters_the_next(finished, tmp_path, left):
     run = tmp_path / "run"
     run.mkdir()
-    (run / ".lock").write_text("1 here\n")
+    (run / left).write_text("1 here\n")
     (run / "log.csv").write_text("step,loss\n0,9.5\n0,")
     (run / "tokenizer.json").write_text("{}")
     train(LSTM, finished.parent / "text.txt", QUICK, run, quiet=True)

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ssmzoo import files
@@ -22,7 +21,7 @@ from ssmzoo.files import replacing
 from ssmzoo.footprint import check_memory
 from ssmzoo.model import SequenceModel
 from ssmzoo.published import published_config
-from ssmzoo.weights import assign, line, main_dtype, read_tensors, skeleton, some, stored_weights
+from ssmzoo.weights import assign, line, main_dtype, read_tensors, skeleton, some, stored_weights, write_tensors
 
 CONFIG, WEIGHTS = "config.yaml", "model.safetensors"
 
@@ -33,6 +32,7 @@ def save(model: SequenceModel, folder: str | os.PathLike[str]) -> None:
     Each file appears whole or not at all: a crash leaves the one that was there before.
 
     Raises:
+        OSError: a file cannot be written, as on a full disk; those that were there before are as they were.
         TypeError: ``model`` is no SequenceModel.
         ValueError: the config ties the head to the embedding, and the model's are two weights.
     """
@@ -46,9 +46,9 @@ def save(model: SequenceModel, folder: str | os.PathLike[str]) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {names[0]: tensor.detach().contiguous().cpu() for names, tensor in stored_weights(model)}
-    (folder / files.SUMS).unlink(missing_ok=True)  # those of a run's own weights, which are replaced
     with replacing(folder / WEIGHTS) as path:
-        save_file(weights, path, {"format": "pt"})
+        write_tensors(weights, path)
+        (folder / files.SUMS).unlink(missing_ok=True)  # those of a run's own weights, which are replaced now
     with replacing(folder / CONFIG) as path:
         path.write_text(model.config.to_yaml())
 

@@ -19,6 +19,7 @@ from rich.text import Text
 from torch import Tensor
 
 from ssmzoo.config import ModelConfig, load_config, model_folder
+from ssmzoo.files import replacing
 from ssmzoo.model import SequenceModel
 from ssmzoo.pretrained import CONFIG, load
 from ssmzoo.train import checkpoint
@@ -129,10 +130,12 @@ def train(
         if accelerator.is_main_process:
             check_empty(run)  # once more: another process may have started here meanwhile
             clear(run)
+            # The record comes first: by it a start that fails here is known as one that may be repeated.
+            write_record(run, Record(name, describe(data), loaded.train.fingerprint(), config.to_dict()))
             if config.tokenizer is not None:
                 shutil.copyfile(config.tokenizer, run / TOKENIZER)
-            (run / CONFIG).write_text(model_config.to_yaml())
-            write_record(run, Record(name, describe(data), loaded.train.fingerprint(), config.to_dict()))
+            with replacing(run / CONFIG) as path:
+                path.write_text(model_config.to_yaml())
         trainer = Trainer(start, loaded, config, run, accelerator, name)
         return _finish(trainer, vocabulary, quiet)
 

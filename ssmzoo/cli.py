@@ -55,6 +55,8 @@ def _ssmzoo(
 
 def main() -> None:
     """Runs the command line and exits."""
+    if sys.stdout is None:  # closed from the start, as by `ssmzoo ... >&-`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         status = app(prog_name="ssmzoo", standalone_mode=False)
         sys.stdout.flush()

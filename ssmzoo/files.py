@@ -15,9 +15,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 SUMS = "checksums.json"
 CHECKPOINTS = "checkpoints"  # the folder of a run's checkpoints
 LEFT_OVER = re.compile(r"\..+\.tmp")  # what a process that was killed may leave
@@ -37,14 +34,33 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Has errors of the system in the block name ``path`` where they name no file: those of writing do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``, which takes its place on disk once the block has succeeded."""
+    """A temporary path beside ``path``, which takes its place on disk once the block has succeeded.
+
+    Raises:
+        OSError: the file cannot be written; it names ``path``, whose content is as it was.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -156,15 +172,13 @@ def newest(folder: Path, weights: str) -> Path:
         ValueError: a file differs from its checksum.
     """
     steps = checkpoints(folder)
-    if steps and not (folder / weights).is_file() and versions(folder) == []:
-        check(steps[-1])
-        return steps[-1]
-    found = check(folder)
-    if not steps or found is None:
-        return folder
+    known = check(folder)
+    own = (known or {}).get(weights)
+    if own is None and steps and (folder / weights).is_file():
+        own = checksum(folder / weights)  # killed before the first checksums, or a model was saved over the run
     older = [version.get(weights) for step in steps[:-1] for version in versions(step)]
-    last = [version.get(weights) for version in versions(steps[-1])]
-    if found.get(weights) in older and found.get(weights) not in last:
+    last = [version.get(weights) for step in steps[-1:] for version in versions(step)]
+    if steps and (own is None or (own in older and own not in last)):
         check(steps[-1])
         return steps[-1]
     return folder
@@ -194,16 +208,6 @@ def sweep(folder: Path) -> None:
     for path in folder.iterdir() if folder.is_dir() else ():
         if LEFT_OVER.fullmatch(path.name):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def unfit(given: Tensor, wanted: Tensor) -> str | None:
-    """Why the values of a stored weight cannot become those of a model's tensor; None if they can."""
-    kinds = [(tensor.is_floating_point(), tensor.is_complex()) for tensor in (given, wanted)]
-    if kinds[0] != kinds[1]:
-        return f"{given.dtype} for {wanted.dtype}"
-    if given.is_meta or not (given.is_floating_point() or given.is_complex()):
-        return None
-    return "has NaN" if torch.isnan(given.float() if given.element_size() == 1 else given).any() else None
 
 
 def _differences(folder: Path, version: Version) -> list[tuple[str, str]]:

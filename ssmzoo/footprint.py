@@ -61,8 +61,13 @@ def footprint(config: ModelConfig) -> Footprint:
     return total
 
 
-def check_memory(config: ModelConfig, device: torch.device) -> None:
+def check_memory(config: ModelConfig, device: torch.device, dtype: torch.dtype | None = None) -> None:
     """Refuses a model whose weights the device cannot hold.
+
+    Args:
+        config: of the model.
+        device: where it is to be.
+        dtype: of its weights; PyTorch's default dtype, in which they are first made, if None.
 
     Raises:
         ValueError: naming the bytes that they take and those that there are.
@@ -72,10 +77,12 @@ def check_memory(config: ModelConfig, device: torch.device) -> None:
     room = _memory(device)
     if room is None:
         return
-    needed = footprint(config).bytes
+    made = torch.get_default_dtype()
+    dtype = made if dtype is None else dtype
+    needed, name = footprint(config).bytes * dtype.itemsize // made.itemsize, str(dtype).removeprefix("torch.")
     if needed > room:
         raise ValueError(
-            f"config: the weights of this model take {needed / 2**30:,.1f} GiB in float32, and {device} has "
+            f"config: the weights of this model take {needed / 2**30:,.1f} GiB in {name}, and {device} has "
             f"{room / 2**30:,.1f} GiB; make `n_layers`={config.n_layers}, `d_model`={config.d_model}, `vocab_size` or "
             'an option of its mixers smaller, or build it with device="meta", which makes no weights'
         )

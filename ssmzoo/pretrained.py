@@ -13,18 +13,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ssmzoo import files
 from ssmzoo.config import ModelConfig
 from ssmzoo.files import replacing
+from ssmzoo.footprint import check_memory
 from ssmzoo.model import SequenceModel
 from ssmzoo.published import published_config
+from ssmzoo.weights import assign, line, main_dtype, read_tensors, skeleton, some, stored_weights, write_tensors
 
 CONFIG, WEIGHTS = "config.yaml", "model.safetensors"
-SHOWN = 3  # tensors that an error names
 
 
 def save(model: SequenceModel, folder: str | os.PathLike[str]) -> None:
@@ -33,6 +32,7 @@ def save(model: SequenceModel, folder: str | os.PathLike[str]) -> None:
     Each file appears whole or not at all: a crash leaves the one that was there before.
 
     Raises:
+        OSError: a file cannot be written, as on a full disk; those that were there before are as they were.
         TypeError: ``model`` is no SequenceModel.
         ValueError: the config ties the head to the embedding, and the model's are two weights.
     """
@@ -45,10 +45,10 @@ def save(model: SequenceModel, folder: str | os.PathLike[str]) -> None:
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {names[0]: tensor.detach().contiguous().cpu() for names, tensor in _weights(model)}
-    (folder / files.SUMS).unlink(missing_ok=True)  # those of a run's own weights, which are replaced
+    weights = {names[0]: tensor.detach().contiguous().cpu() for names, tensor in stored_weights(model)}
     with replacing(folder / WEIGHTS) as path:
-        save_file(weights, path, {"format": "pt"})
+        write_tensors(weights, path)
+        (folder / files.SUMS).unlink(missing_ok=True)  # those of a run's own weights, which are replaced now
     with replacing(folder / CONFIG) as path:
         path.write_text(model.config.to_yaml())
 
@@ -59,6 +59,10 @@ def load(
     dtype: torch.dtype | None = None,
 ) -> SequenceModel:
     """The model that a folder holds.
+
+    No weights are made but those in the file. Together they take the file's size; where ``dtype`` is another than the
+    file's, the larger of the two sizes, and the largest weight once more while they are converted. PyTorch's random
+    state is left as it is, unless a module draws buffers that no file holds.
 
     Args:
         folder: what :func:`save` or a training run wrote; or a published checkpoint with a ``config.json``: Mamba-1
@@ -83,12 +87,17 @@ def load(
         config = published_config(folder / "config.json")
         source, found = _published_weights(folder)
         weights = convert_mamba_state_dict(found)
+        del found  # as `assign` takes them out of the one dictionary, one by one
     else:
         raise FileNotFoundError(f"{folder} holds no model: there is no {CONFIG} in it, nor a config.json")
-    from ssmzoo.zoo import build  # which comes here for folders
-
-    model = build(config, device=device, dtype=_main_dtype(weights) if dtype is None else dtype)
-    fill(model, weights, str(source))
+    if dtype is None:
+        dtype = main_dtype(weights)
+    elif not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"load: `dtype` must be a floating-point torch.dtype such as torch.bfloat16; got {dtype!r}")
+    where = torch.device(device if device is not None else torch.get_default_device())
+    check_memory(config, where, dtype)
+    model = skeleton(config, where, dtype)
+    assign(model, weights, str(source), where)
     return model
 
 
@@ -111,69 +120,8 @@ def convert_mamba_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tens
             strange.append(key)
         converted[name] = tensor
     if strange:
-        raise ValueError(f"convert_mamba_state_dict: these are not weights of Mamba: {_some(strange)}")
+        raise ValueError(f"convert_mamba_state_dict: these are not weights of Mamba: {some(strange)}")
     return converted
-
-
-@torch.no_grad()
-def fill(model: SequenceModel, weights: Mapping[str, Tensor], source: str) -> None:
-    """Copies weights into a model, whose dtypes and devices stay.
-
-    Raises:
-        ValueError: naming ``source`` and the first tensors that are missing, unexpected, of another shape or kind of
-            number, or hold NaN.
-    """
-    copies: list[tuple[Tensor, Tensor]] = []
-    known: set[str] = set()
-    problems: dict[str, list[str]] = {
-        "missing": [],
-        "unexpected": [],
-        "of another shape": [],
-        "not one and the same": [],
-        "of unfit values": [],
-    }
-    for names, tensor in _weights(model):
-        known.update(names)
-        found = [name for name in names if name in weights]
-        if not found:
-            problems["missing"].append(names[0])
-            continue
-        given = weights[found[0]]
-        if given.shape != tensor.shape:
-            problems["of another shape"].append(f"{found[0]} {tuple(given.shape)} for {tuple(tensor.shape)}")
-        elif not all(torch.equal(given, weights[name]) for name in found[1:]):
-            problems["not one and the same"].append(" and ".join(found))
-        elif (reason := files.unfit(given, tensor)) is not None:
-            problems["of unfit values"].append(f"{found[0]} {reason}")
-        copies.append((tensor, given))
-    problems["unexpected"] += [name for name in weights if name not in known]
-    said = [f"{what}: {_some(names)}" for what, names in problems.items() if names]
-    if said:
-        raise ValueError(f"the weights in {source} do not fit the config. Tensors " + "; ".join(said))
-    for tensor, given in copies:
-        tensor.copy_(given)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors`` or (weights alone, never code) a PyTorch file, by name, on the CPU.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or no such file at all.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights: {path} is missing")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or incomplete ({_line(error)}): copy it again, or use another") from None
-    except Exception as error:  # torch.load raises whatever its parsers do
-        raise ValueError(f"{path} is damaged, or holds more than weights ({_line(error)})") from None
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise ValueError(f"{path} must hold a dictionary of tensors; got {type(found).__name__}")
-    return found
 
 
 def _published_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
@@ -192,7 +140,7 @@ def _shards(index: Path) -> dict[str, Tensor]:
     try:
         places = dict(json.loads(index.read_text())["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{index} is no index of shards ({type(error).__name__}: {_line(error)})") from None
+        raise ValueError(f"{index} is no index of shards ({type(error).__name__}: {line(error)})") from None
     weights: dict[str, Tensor] = {}
     for shard in sorted(set(map(str, places.values()))):
         if Path(shard).name != shard:
@@ -200,31 +148,5 @@ def _shards(index: Path) -> dict[str, Tensor]:
         weights |= read_tensors(index.with_name(shard))
     lacking = sorted(set(places) - set(weights))
     if lacking:
-        raise ValueError(f"{index} names tensors that its shards do not hold: {_some(lacking)}")
+        raise ValueError(f"{index} names tensors that its shards do not hold: {some(lacking)}")
     return weights
-
-
-def _weights(model: SequenceModel) -> list[tuple[list[str], Tensor]]:
-    """Each tensor of the model with all its names."""
-    names: dict[int, list[str]] = {}
-    tensors: dict[int, Tensor] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        names.setdefault(id(tensor), []).append(name)
-        tensors[id(tensor)] = tensor
-    return [(names[key], tensors[key]) for key in names]
-
-
-def _main_dtype(weights: Mapping[str, Tensor]) -> torch.dtype | None:
-    """That of the largest floating-point tensor: some small ones are float32 whatever the others are."""
-    floating = [tensor for tensor in weights.values() if tensor.is_floating_point()]
-    return max(floating, key=Tensor.numel).dtype if floating else None
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
-
-
-def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ssmzoo import files, pretrained
 from ssmzoo.config import ModelConfig
 from ssmzoo.files import checkpoints, sync
 from ssmzoo.model import SequenceModel
-from ssmzoo.pretrained import CONFIG, WEIGHTS, read_tensors
+from ssmzoo.pretrained import CONFIG, WEIGHTS
+from ssmzoo.weights import fill, read_tensors, write_tensors
 
 FOLDER, OPTIMIZER, STATE, LOG = files.CHECKPOINTS, "optimizer.safetensors", "state.yaml", "log.csv"
 TOKENIZER = "tokenizer.json"
@@ -48,23 +48,47 @@ def write(
     scaler: dict[str, Any] | None,
     keep: int,
 ) -> None:
-    """Adds a checkpoint to a run, renews the run's model files, and removes all but the newest ``keep``."""
+    """Adds a checkpoint to a run, renews the run's model files, and removes all but the newest ``keep``.
+
+    Raises:
+        OSError: a file cannot be written, as on a full disk; the checkpoints before it are as they were.
+    """
     folder = run / FOLDER / f"step-{step:07d}"
     if not folder.exists():  # otherwise the run was stopped again before its first step
         temporary = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        pretrained.save(model, temporary)
-        tensors = _optimizer_tensors(model, optimizer)
-        held = {key.rpartition("/")[0] for key in tensors}
-        without = [name for name, p in model.named_parameters() if p.requires_grad and name not in held]
-        state = {"step": step, "scaler": scaler, "checked": True, "without_optimizer_state": without}
-        save_file(tensors, temporary / OPTIMIZER)
-        (temporary / STATE).write_text(yaml.safe_dump(state))
-        if (run / LOG).is_file():
-            shutil.copyfile(run / LOG, temporary / LOG)
-        files.seal(temporary)
-        temporary.rename(folder)
+        try:
+            _write_files(run, temporary, step, model, optimizer, scaler)
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)  # half of it, as a full disk leaves
         sync(folder.parent)
+    settle(run, folder, keep)
+
+
+def _write_files(
+    run: Path,
+    folder: Path,
+    step: int,
+    model: SequenceModel,
+    optimizer: torch.optim.Optimizer,
+    scaler: dict[str, Any] | None,
+) -> None:
+    """All that a checkpoint holds, in a new folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    pretrained.save(model, folder)
+    tensors = _optimizer_tensors(model, optimizer)
+    held = {key.rpartition("/")[0] for key in tensors}
+    without = [name for name, p in model.named_parameters() if p.requires_grad and name not in held]
+    state = {"step": step, "scaler": scaler, "checked": True, "without_optimizer_state": without}
+    write_tensors(tensors, folder / OPTIMIZER)
+    (folder / STATE).write_text(yaml.safe_dump(state))
+    if (run / LOG).is_file():
+        shutil.copyfile(run / LOG, folder / LOG)
+    files.seal(folder)
+
+
+def settle(run: Path, folder: Path, keep: int) -> None:
+    """Renews a run's model files from its newest checkpoint, and removes all but the newest ``keep``."""
     renew(run, folder)
     for old in checkpoints(run)[:-keep]:
         files.remove(old)
@@ -90,7 +114,9 @@ def read(run: Path) -> Checkpoint:
     """
     folders = checkpoints(run)
     if not folders:
-        raise FileNotFoundError(f"{run} has no checkpoint to go on from: start the run again, with another --out")
+        raise FileNotFoundError(
+            f"{run} has no checkpoint to go on from: start the run again, with the same --out or another"
+        )
     folder = folders[-1]
     try:
         version = files.check(folder)
@@ -120,7 +146,7 @@ def restore(checkpoint: Checkpoint, model: SequenceModel, optimizer: torch.optim
     Raises:
         ValueError: it belongs to another model.
     """
-    pretrained.fill(model, checkpoint.weights, str(checkpoint.folder / WEIGHTS))
+    fill(model, checkpoint.weights, str(checkpoint.folder / WEIGHTS))
     state: dict[str, dict[str, Tensor]] = {}
     for key, tensor in checkpoint.optimizer.items():
         name, _, quantity = key.rpartition("/")

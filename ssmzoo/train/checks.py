@@ -39,7 +39,7 @@ def check_empty(run: Path) -> None:
         return
     names = {path.name for path in run.iterdir()} if run.is_dir() else {""}
     names = {name for name in names if not LEFT_OVER.fullmatch(name)}
-    begun = lock.FILE in names and names <= BEGUN and not checkpoints(run)
+    begun = names & {lock.FILE, "train.yaml"} and names <= BEGUN and not checkpoints(run)
     if names and not begun:
         raise ValueError(f"{run} is not empty: go on with the run in it by --resume {run}, or choose another --out")
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -120,28 +119,44 @@ def load_labelled(sources: Sequence[Source], config: ModelConfig, longest: int, 
 def _read(path: Path, config: ModelConfig) -> Examples:
     if not path.is_file():
         raise FileNotFoundError(f"no data file {path}")
+    none = (
+        f"a classifier trains on a .npz file with arrays `inputs` and `labels`, as np.savez writes it; {path} is none"
+    )
     try:
         opened = np.load(path, allow_pickle=False)
-        if isinstance(opened, np.ndarray):  # of a .npy file
-            raise ValueError
-        with opened as file:
-            arrays = {name: file[name] for name in file.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile):
-        raise ValueError(
-            f"a classifier trains on a .npz file with arrays `inputs` and `labels`, as np.savez writes it; "
-            f"{path} is none"
-        ) from None
-    for name in arrays:
-        if name not in ARRAYS:
-            raise ValueError(f"{path}: " + unknown("array", name, ARRAYS))
-    for name in ARRAYS[:2]:
-        if name not in arrays:
-            raise ValueError(f"{path}: the array `{name}` is missing")
+    except Exception:  # NumPy and zipfile raise whatever their parsers do
+        raise ValueError(none) from None
+    if not isinstance(opened, np.lib.npyio.NpzFile):  # a .npy file
+        raise ValueError(none)
+    with opened as file:
+        for name in file.files:
+            if name not in ARRAYS:
+                raise ValueError(f"{path}: " + unknown("array", name, ARRAYS))
+        for name in ARRAYS[:2]:
+            if name not in file.files:
+                raise ValueError(f"{path}: the array `{name}` is missing")
+        arrays = {name: _array(path, file, name) for name in file.files}
     inputs, labels = arrays["inputs"], arrays["labels"]
     lengths = arrays.get("lengths", np.full(inputs.shape[:1], inputs.shape[1] if inputs.ndim > 1 else 0))
     _check(path, inputs, labels, lengths, config)
     dtype = np.int64 if config.d_input is None else np.float32
     return Examples(inputs.astype(dtype), labels.astype(np.int64), lengths.astype(np.int64))
+
+
+def _array(path: Path, file: Mapping[str, Any], name: str) -> np.ndarray:
+    """One array of an opened file.
+
+    Raises:
+        ValueError: it is damaged, or there is something else in its place.
+    """
+    try:
+        array = file[name]
+    except Exception as error:  # NumPy and zipfile raise whatever their parsers do
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{path}: the array `{name}` is damaged ({said:.200})") from None
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{path}: `{name}` must be an array, as np.savez writes it; got raw bytes")
+    return array
 
 
 def _check(path: Path, inputs: np.ndarray, labels: np.ndarray, lengths: np.ndarray, config: ModelConfig) -> None:
@@ -157,6 +172,12 @@ def _check(path: Path, inputs: np.ndarray, labels: np.ndarray, lengths: np.ndarr
         raise ValueError(f"{path}: `inputs` must be {shape}, at least one; got {inputs.dtype} {inputs.shape}")
     if inputs.dtype.kind == "f" and not np.isfinite(inputs).all():
         raise ValueError(f"{path}: `inputs` must be finite")
+    largest = np.finfo(np.float32).max
+    if inputs.dtype.kind == "f" and max(-inputs.min(), inputs.max()) > largest:
+        raise ValueError(
+            f"{path}: `inputs` must be within float32, from {-largest:.3g} to {largest:.3g}; "
+            f"got {inputs.min():.3g} to {inputs.max():.3g}"
+        )
     most = [("labels", labels, 0, (config.n_classes or 0) - 1), ("lengths", lengths, 1, inputs.shape[1])]
     if features is None:
         most.append(("inputs", inputs, 0, (config.vocab_size or 0) - 1))

@@ -8,6 +8,8 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from ssmzoo.files import naming
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -26,8 +28,9 @@ def locked(run: Path) -> Iterator[None]:
     path = run / FILE
     descriptor = _open(path)
     try:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+        with naming(path):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
         yield
     finally:
         # The file stays where a process is killed: it tells that a run was started here.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -216,11 +217,27 @@ class Trainer:
 
     def _write(self, log: Log | None, rows: list[Row]) -> None:
         if log is not None:
-            log.write(rows)
+            with self._told("write the log"):
+                log.write(rows)
 
     def _save(self, log: Log | None) -> None:
         if log is not None:
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
-            checkpoint.write(self.run, self.step, self.model, self.optimizer, scaler, self.config.keep)
-            plot.draw(self.run / "log.csv", self.run / "curve.png", self.data.unit, self.name)
+            with self._told("save"):
+                checkpoint.write(self.run, self.step, self.model, self.optimizer, scaler, self.config.keep)
+                plot.draw(self.run / checkpoint.LOG, self.run / plot.FILE, self.name)
         self.accelerator.wait_for_everyone()
+
+    @contextlib.contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        """Errors of the file system, such as a full disk, say what is lost and how to go on."""
+        try:
+            yield
+        except OSError as error:
+            saved = checkpoint.checkpoints(self.run)
+            way = f"go on from {saved[-1].name} with: ssmzoo train --resume {self.run}" if saved else "start it again"
+            raise OSError(
+                error.errno,
+                f"{error.strerror or error}: the run {self.run} could not {what} at step {self.step}; once that is "
+                f"mended {way}",
+            ) from None

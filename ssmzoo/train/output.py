@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, TextIO
 
 
 class Output:
-    """Writes to a stream until its reader or terminal has gone, then to nothing.
+    """Writes to a stream until its reader or terminal has gone, then to nothing; always to nothing without a stream.
 
     Attributes:
         closed_early: whether that has happened.
     """
 
-    def __init__(self, stream: TextIO):
-        self._stream = stream
+    def __init__(self, stream: TextIO | None):  # Python has none where standard output is closed from the start
+        self._stream = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115
         self.closed_early = False
 
     def write(self, text: str) -> int:

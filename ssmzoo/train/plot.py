@@ -5,18 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 from ssmzoo.files import replacing
-from ssmzoo.train.log import columns, read
+from ssmzoo.train.log import read
+
+FILE = "curve.png"
 
 
-def draw(log: Path, picture: Path, unit: str, title: str) -> None:
-    """Draws a run's log as a PNG: training and validation, in bits per ``unit``, over steps."""
+def draw(log: Path, picture: Path, title: str) -> None:
+    """Draws a run's log as a PNG: training and validation, in bits per byte, token or label, over steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
     rows = read(log)
-    _, _, training, _, validation, *_ = columns(unit)
+    _, _, training, _, validation, *_ = rows[0]
+    unit = training.removeprefix("bits_per_")
     axes.plot(*_points(rows, training), color="C0", alpha=0.5, linewidth=0.8, label="training")
     axes.plot(*_points(rows, validation), color="C1", marker="o", markersize=3, label="validation")
     axes.set(xlabel="step", ylabel=f"bits per {unit}", title=title)

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
-from ssmzoo import files
 from ssmzoo.config import ModelConfig, load_config, model_folder
+from ssmzoo.files import replacing
 from ssmzoo.model import SequenceModel
 from ssmzoo.pretrained import CONFIG, load
 from ssmzoo.train import checkpoint
@@ -37,10 +37,11 @@ from ssmzoo.train.config import TrainConfig
 from ssmzoo.train.data import Data, load_ids, load_text
 from ssmzoo.train.labelled import LabelledData, load_labelled
 from ssmzoo.train.lock import locked
-from ssmzoo.train.log import Log, rewind
+from ssmzoo.train.log import Log
 from ssmzoo.train.loop import Trainer
 from ssmzoo.train.output import Output
 from ssmzoo.train.record import IDS, DataSource, Record, describe, read_record, write_record
+from ssmzoo.train.repair import clear, complete, repair
 from ssmzoo.train.vocabulary import Vocabulary, decode, open_vocabulary
 from ssmzoo.zoo import build
 
@@ -128,11 +129,13 @@ def train(
     with locked(run) if accelerator.is_main_process else contextlib.nullcontext():
         if accelerator.is_main_process:
             check_empty(run)  # once more: another process may have started here meanwhile
-            _sweep(run)
+            clear(run)
+            # The record comes first: by it a start that fails here is known as one that may be repeated.
+            write_record(run, Record(name, describe(data), loaded.train.fingerprint(), config.to_dict()))
             if config.tokenizer is not None:
                 shutil.copyfile(config.tokenizer, run / TOKENIZER)
-            (run / CONFIG).write_text(model_config.to_yaml())
-            write_record(run, Record(name, describe(data), loaded.train.fingerprint(), config.to_dict()))
+            with replacing(run / CONFIG) as path:
+                path.write_text(model_config.to_yaml())
         trainer = Trainer(start, loaded, config, run, accelerator, name)
         return _finish(trainer, vocabulary, quiet)
 
@@ -157,17 +160,18 @@ def resume(folder: str | os.PathLike[str], data: DataSource = None, *, quiet: bo
     # All processes of a run come here, and the first of them holds its lock.
     first = int(os.environ.get("RANK", "0")) == 0
     with locked(run) if first else contextlib.nullcontext():
-        return _resume(run, data, quiet, settings)
+        return _resume(run, data, quiet, settings, first)
 
 
-def _resume(run: Path, data: DataSource, quiet: bool, settings: dict[str, Any]) -> Result:
+def _resume(run: Path, data: DataSource, quiet: bool, settings: dict[str, Any], first: bool) -> Result:
     record = read_record(run)
     config = TrainConfig.of(record.settings, settings)
     if (run / TOKENIZER).is_file() and "tokenizer" not in settings:
         config = dataclasses.replace(config, tokenizer=str(run / TOKENIZER))
     found = checkpoint.read(run)
     if found.step >= config.steps:
-        checkpoint.renew(run, found.folder)  # the run may have been killed before it did so itself
+        if first:
+            complete(run, found, config.keep, record.model)
         raise ValueError(f"{run} is complete with its {found.step} steps; for more add --set steps={2 * found.step}")
     if data is None and record.data == IDS:
         raise ValueError(f"{run} was trained on an array of ids: give the same as `data`")
@@ -177,18 +181,10 @@ def _resume(run: Path, data: DataSource, quiet: bool, settings: dict[str, Any]) 
     trainer = Trainer(build(found.config), loaded, config, run, _accelerator(config), record.model)
     trainer.restore(found)
     if trainer.accelerator.is_main_process:
-        _sweep(run)
-        repaired = rewind(run / checkpoint.LOG, found.folder / checkpoint.LOG, found.step)
-        if repaired is not None:
-            print(f"note: {repaired}", file=sys.stderr)
+        repair(run, found)
     if settings and trainer.accelerator.is_main_process:
         write_record(run, dataclasses.replace(record, settings={**record.settings, **settings}))
     return _finish(trainer, vocabulary, quiet)
-
-
-def _sweep(run: Path) -> None:
-    files.sweep(run)
-    files.sweep(run / checkpoint.FOLDER)
 
 
 def _new_folder(name: str) -> Path:
@@ -233,7 +229,7 @@ def _finish(trainer: Trainer, vocabulary: Vocabulary | None, quiet: bool) -> Res
         stack.callback(trainer.accelerator.unwrap_model, trainer.model, keep_fp32_wrapper=False)
         log = None
         if main:
-            log = Log(run / "log.csv", data.unit, trainer.step, trainer.config.steps, console)
+            log = Log(run / checkpoint.LOG, data.unit, trainer.step, trainer.config.steps, console)
             stack.enter_context(log)
         validation = trainer.fit(log, output)
     sample = None

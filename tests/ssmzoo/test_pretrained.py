@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ssmzoo
-from ssmzoo import pretrained
+from ssmzoo import pretrained, weights
 
 TINY = {
     "d_model": 16,
@@ -90,7 +90,7 @@ def test_an_interrupted_save_leaves_what_was_there(tmp_path, monkeypatch):
         path.write_bytes(b"half a file")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(pretrained, "save_file", broken)
+    monkeypatch.setattr(weights, "save_file", broken)
     with pytest.raises(OSError, match="no space left"):
         pretrained.save(ssmzoo.build(TINY), tmp_path)
     assert same_weights(before, pretrained.load(tmp_path))

@@ -61,8 +61,11 @@ def test_a_run_killed_before_it_renewed_its_weights_uses_the_newest_checkpoint(r
     with pytest.raises(ValueError, match="is complete"):
         resume(run, quiet=True)
     assert files.checksum(run / name) == files.checksum(run / "checkpoints" / "step-0000004" / name)
-    (run / name).unlink()
     (run / files.SUMS).unlink()
+    (run / name).unlink()
+    shutil.copyfile(older / name, run / name)  # killed before it had checksums, and once more before the next renewal
+    assert same(pretrained.load(run), newest)
+    (run / name).unlink()
     assert same(pretrained.load(run), newest)
 
 
@@ -108,6 +111,18 @@ def test_checkpoints_sort_as_numbers_and_strangers_do_not_count(run):
     (folder / "step-10000000").mkdir()
     assert [path.name for path in files.checkpoints(run)][-2:] == ["step-9999999", "step-10000000"]
     assert len(files.checkpoints(run)) == 4
+
+
+@pytest.mark.parametrize("left", [".lock", "train.yaml"])
+def test_nothing_of_a_start_that_died_enters_the_next(finished, tmp_path, left):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / left).write_text("1 here\n")
+    (run / "log.csv").write_text("step,loss\n0,9.5\n0,")
+    (run / "tokenizer.json").write_text("{}")
+    train(LSTM, finished.parent / "text.txt", QUICK, run, quiet=True)
+    assert log_rows(run) == log_rows(finished)
+    assert not (run / "tokenizer.json").exists()
 
 
 def test_left_overs_are_swept(run):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -133,3 +136,65 @@ def test_files_that_do_not_serve(file, tmp_path):
     with pytest.raises(ValueError, match="`data` of a classifier must be a .npz file"):
         train(CONFIG, np.zeros(3, int), QUICK, tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+def member(kind: str) -> bytes:
+    """The file of one array inside a .npz file, damaged."""
+    stream = io.BytesIO()
+    np.save(stream, arrays()["inputs"])
+    whole = stream.getvalue()
+    return {
+        "raw": b"some text",
+        "empty": b"",
+        "magic alone": whole[:6],
+        "header cut": whole[:40],
+        "header no literal": whole.replace(b"'descr'", b"'descr\""),
+        "no such dtype": whole.replace(b"<f4", b"<q9"),
+        "shape too large": whole.replace(b"(40, 9, 2)", b"(40,9,2**9)").replace(b"2**9", b"9999"),
+        "objects": whole.replace(b"<f4", b"|O8"),
+        "data cut": whole[:-10],
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "raw",
+        "empty",
+        "magic alone",
+        "header cut",
+        "header no literal",
+        "no such dtype",
+        "shape too large",
+        "objects",
+        "data cut",
+        "checksum",
+        "encrypted",
+    ],
+)
+def test_a_damaged_array_is_named(tmp_path, kind):
+    path = tmp_path / "data.npz"
+    stream = io.BytesIO()
+    np.save(stream, arrays()["labels"])
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("labels.npy", stream.getvalue())
+        file.writestr("inputs.npy", member(kind if kind not in ("checksum", "encrypted") else "raw"))
+    if kind == "checksum":
+        path.write_bytes(path.read_bytes().replace(b"some text", b"same text"))
+    elif kind == "encrypted":
+        content = bytearray(path.read_bytes())
+        content[content.rindex(b"PK\x01\x02") + 8] |= 1
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"data\.npz: .*`inputs` (is damaged|must be an array)") as error:
+        load_labelled([path], CONFIG, 9, 0.2)
+    assert "\n" not in str(error.value)
+
+
+def test_numbers_beyond_float32_are_refused(file):
+    for value in (1e300, -1e39):
+        inputs = arrays()["inputs"].astype(np.float64)
+        inputs[3, 2, 1] = value
+        with pytest.raises(
+            ValueError, match=r"`inputs` must be within float32, from -3\.4e\+38 to 3\.4e\+38; got .*e\+"
+        ):
+            load_labelled([file(**arrays(inputs=inputs))], CONFIG, 9, 0.2)

@@ -87,6 +87,11 @@ def test_a_reader_that_has_gone_saves(text, tmp_path, monkeypatch):
     assert resume(tmp_path / "run", quiet=True).steps == 6
 
 
+def test_no_standard_output_at_all(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert train(LSTM, text, QUICK, tmp_path / "run").steps == 6
+
+
 def test_a_folder_that_is_no_text_is_refused(text, tmp_path):
     with pytest.raises(ValueError, match="`out` must be a path in UTF-8"):
         train(LSTM, text, QUICK, os.fsdecode(os.fsencode(tmp_path) + b"/\xff"), quiet=True)

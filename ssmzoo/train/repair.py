@@ -1,0 +1,41 @@
+"""The folder of a run that was stopped or killed is put in order before the run goes on."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from ssmzoo import files
+from ssmzoo.train import checkpoint, lock, plot
+from ssmzoo.train.checkpoint import FOLDER, LOG, Checkpoint
+from ssmzoo.train.checks import BEGUN
+from ssmzoo.train.log import rewind
+
+
+def sweep(run: Path) -> None:
+    """Removes the temporary files that killed processes have left."""
+    files.sweep(run)
+    files.sweep(run / FOLDER)
+
+
+def clear(run: Path) -> None:
+    """Removes what a run left that died before its first checkpoint: a log, or a tokenizer, of another start."""
+    sweep(run)
+    for name in BEGUN - {lock.FILE, FOLDER}:
+        (run / name).unlink(missing_ok=True)
+
+
+def repair(run: Path, found: Checkpoint) -> None:
+    """Sweeps, and gives the log the rows that it had at a checkpoint. Says so if they were damaged."""
+    sweep(run)
+    repaired = rewind(run / LOG, found.folder / LOG, found.step)
+    if repaired is not None:
+        print(f"note: {repaired}", file=sys.stderr)
+
+
+def complete(run: Path, found: Checkpoint, keep: int, title: str) -> None:
+    """Does what a run does after its last checkpoint, in case it was killed before."""
+    repair(run, found)
+    checkpoint.settle(run, found.folder, keep)
+    if (found.folder / LOG).is_file():  # checkpoints of earlier versions have none
+        plot.draw(run / LOG, run / plot.FILE, title)

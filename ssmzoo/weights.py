@@ -1,0 +1,223 @@
+"""Weights of a model: read from files, compared with what the model wants, and put into it."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ssmzoo.config import ModelConfig
+from ssmzoo.model import SequenceModel
+
+SHOWN = 3  # tensors that an error names
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors`` or (weights alone, never code) a PyTorch file, by name, on the CPU.
+
+    They are in memory of their own, which they take once: nothing happens to them when the file changes.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or no such file at all.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights: {path} is missing")
+    try:
+        if path.suffix == ".safetensors":
+            return _read_safetensors(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or incomplete ({line(error)}): copy it again, or use another") from None
+    except Exception as error:  # torch.load raises whatever its parsers do
+        raise ValueError(f"{path} is damaged, or holds more than weights ({line(error)})") from None
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ValueError(f"{path} must hold a dictionary of tensors; got {type(found).__name__}")
+    return found
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Writes a ``.safetensors`` file.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk.
+    """
+    try:
+        save_file(dict(tensors), path, {"format": "pt"})
+    except SafetensorError as error:  # has the system's errors in words alone
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    """As safetensors' own ``load_file``, but for its views of the mapped file, which change or crash if that does."""
+    if sys.byteorder == "big":
+        return load_file(path)  # which swaps the bytes
+    with safe_open(path, "pt") as file:  # checks the header
+        tensors = {name: file.get_tensor(name).to("meta") for name in file.offset_keys()}
+    with path.open("rb") as content:
+        content.seek(8 + int.from_bytes(content.read(8), "little"))  # the length of the header, and the header
+        for name, described in tensors.items():  # they follow one another without gaps
+            tensor = tensors[name] = torch.empty_like(described, device="cpu")
+            if content.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data) != tensor.nbytes:
+                raise OSError("it is shorter than its header says")
+    return tensors
+
+
+def skeleton(config: ModelConfig, device: torch.device, dtype: torch.dtype | None) -> SequenceModel:
+    """A model for weights that are to come by :func:`assign`: they are on the meta device and take no memory.
+
+    Buffers that are not in a ``state_dict`` are made anew on ``device``, by ``reset_parameters`` of their module. If a
+    module keeps tensors that neither a ``state_dict`` nor ``reset_parameters`` brings back, then the whole model is
+    built on ``device`` instead.
+    """
+    with torch.device("meta"):
+        model = SequenceModel(config)
+    if dtype is not None:
+        model.to(dtype)
+    if not all(_renewable(module) for module in model.modules()):
+        with device:
+            model = SequenceModel(config)
+        return model if dtype is None else model.to(dtype)
+    for module in model.modules():
+        unstored = _unstored(module)
+        module._buffers.update({name: torch.empty_like(buffer, device=device) for name, buffer in unstored.items()})
+        if unstored:
+            module.reset_parameters()  # type: ignore[operator]  # its weights are still on meta
+    return model
+
+
+@torch.no_grad()
+def fill(model: SequenceModel, weights: Mapping[str, Tensor], source: str) -> None:
+    """Copies weights into a model, whose dtypes and devices stay.
+
+    Raises:
+        ValueError: naming ``source`` and the first tensors that are missing, unexpected, of another shape or kind of
+            number, or hold NaN.
+    """
+    for names, tensor in _match(model, weights, source):
+        tensor.copy_(weights[_given(names, weights)[0]])
+
+
+@torch.no_grad()
+def assign(model: SequenceModel, weights: dict[str, Tensor], source: str, device: torch.device) -> None:
+    """Makes given tensors the model's own, on a device and in the model's dtypes, and takes them out of ``weights``.
+
+    A tensor that has both already is not copied. Of the others one at a time is there twice.
+
+    Raises:
+        ValueError: as :func:`fill`, and nothing has changed then.
+    """
+    state: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for names, wanted in _match(model, weights, source):
+        given = [weights.pop(name) for name in _given(names, weights)].pop()
+        tensor = given.to(device, wanted.dtype).contiguous()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in storages or storage.nbytes() > tensor.nbytes:
+            tensor = tensor.clone()  # the file has views of one storage, and these are weights of their own
+        storages.add(tensor.untyped_storage().data_ptr())
+        state |= dict.fromkeys(names, tensor)
+        del given
+    model.load_state_dict(state, assign=True)
+
+
+def stored_weights(model: SequenceModel) -> list[tuple[list[str], Tensor]]:
+    """Each tensor of the model's ``state_dict`` with all its names."""
+    names: dict[int, list[str]] = {}
+    tensors: dict[int, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+        tensors[id(tensor)] = tensor
+    return [(names[key], tensors[key]) for key in names]
+
+
+def main_dtype(weights: Mapping[str, Tensor]) -> torch.dtype | None:
+    """That of the largest floating-point tensor: some small ones are float32 whatever the others are."""
+    floating = [tensor for tensor in weights.values() if tensor.is_floating_point()]
+    return max(floating, key=Tensor.numel).dtype if floating else None
+
+
+def some(names: list[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def line(error: Exception) -> str:
+    """The first line of what an error says."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _match(model: SequenceModel, weights: Mapping[str, Tensor], source: str) -> list[tuple[list[str], Tensor]]:
+    """:func:`stored_weights`, once it is known that each of them is given and fits.
+
+    Raises:
+        ValueError: naming ``source`` and the first tensors that do not fit.
+    """
+    wanted = stored_weights(model)
+    problems: dict[str, list[str]] = {
+        "missing": [],
+        "unexpected": [],
+        "of another shape": [],
+        "not one and the same": [],
+        "of unfit values": [],
+    }
+    for names, tensor in wanted:
+        found = _given(names, weights)
+        if not found:
+            problems["missing"].append(names[0])
+            continue
+        given = weights[found[0]]
+        if given.shape != tensor.shape:
+            problems["of another shape"].append(f"{found[0]} {tuple(given.shape)} for {tuple(tensor.shape)}")
+        elif (reason := _unfit(given, tensor)) is not None:
+            problems["of unfit values"].append(f"{found[0]} {reason}")
+        elif not all(torch.equal(given, weights[name]) for name in found[1:]):
+            problems["not one and the same"].append(" and ".join(found))
+    known = {name for names, _ in wanted for name in names}
+    problems["unexpected"] += [name for name in weights if name not in known]
+    said = [f"{what}: {some(names)}" for what, names in problems.items() if names]
+    if said:
+        raise ValueError(f"the weights in {source} do not fit the config. Tensors " + "; ".join(said))
+    return wanted
+
+
+def _given(names: list[str], weights: Mapping[str, Tensor]) -> list[str]:
+    return [name for name in names if name in weights]
+
+
+def _unfit(given: Tensor, wanted: Tensor) -> str | None:
+    """Why the values of a stored weight cannot become those of a model's tensor; None if they can."""
+    kinds = [(tensor.is_floating_point(), tensor.is_complex()) for tensor in (given, wanted)]
+    if kinds[0] != kinds[1]:
+        return f"{given.dtype} for {wanted.dtype}"
+    if given.is_meta or given.numel() == 0 or not (given.is_floating_point() or given.is_complex()):
+        return None
+    numbers = torch.view_as_real(given) if given.is_complex() else given
+    if numbers.element_size() == 1:
+        numbers = numbers.float()
+    return "has NaN" if numbers.amax().isnan() else None  # a NaN is the largest; no tensor of booleans is made
+
+
+def _unstored(module: nn.Module) -> dict[str, Tensor]:
+    """Buffers of a module itself that its ``state_dict`` leaves out."""
+    names = module._non_persistent_buffers_set
+    return {name: buffer for name, buffer in module._buffers.items() if buffer is not None and name in names}
+
+
+def _renewable(module: nn.Module) -> bool:
+    """Whether a ``state_dict`` and ``reset_parameters`` bring back all tensors of a module built on meta."""
+    if any(isinstance(value, Tensor) and value.is_meta for value in vars(module).values()):
+        return False
+    return not _unstored(module) or hasattr(module, "reset_parameters")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ssmzoo.block import Block, entry_mixer
 from ssmzoo.config import ModelConfig, load_config, model_folder
+from ssmzoo.devices import usable
 from ssmzoo.footprint import check_memory
 from ssmzoo.mixers._base import Mixer
 from ssmzoo.model import SequenceModel
@@ -62,7 +63,7 @@ def build(
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"build: `dtype` must be a floating-point torch.dtype such as torch.bfloat16; got {dtype!r}")
     config = config.override(overrides)
-    where = torch.device(device if device is not None else torch.get_default_device())
+    where = torch.get_default_device() if device is None else usable(device, "build: `device`")
     check_memory(config, where)
     with where:
         model = SequenceModel(config)

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from ssmzoo.commands._settings import parse_settings
+from ssmzoo.screen import say
 
 
 def command(
@@ -83,9 +84,9 @@ def command(
             training.train(load_config(model).override(overrides), sources, changes, out, name=run_name(model))
     except training.Interrupted as interrupted:
         try:
-            print(f"\n{interrupted}", flush=True)
+            say(f"\n{interrupted}")
         except OSError:  # nobody reads: the reader of a pipe or the terminal has gone
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             with contextlib.suppress(OSError):
-                print(interrupted, file=sys.stderr, flush=True)
+                say(interrupted, sys.stderr)
         raise typer.Exit(130) from None

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from ssmzoo import files
 from ssmzoo.config import ModelConfig, load_config, model_folder
 from ssmzoo.model import SequenceModel
 from ssmzoo.pretrained import CONFIG, load
+from ssmzoo.screen import Screen, printable, say
 from ssmzoo.train import checkpoint
 from ssmzoo.train.checkpoint import TOKENIZER
 from ssmzoo.train.checks import (
@@ -180,7 +180,7 @@ def _resume(run: Path, data: DataSource, quiet: bool, settings: dict[str, Any]) 
         _sweep(run)
         repaired = rewind(run / checkpoint.LOG, found.folder / checkpoint.LOG, found.step)
         if repaired is not None:
-            print(f"note: {repaired}", file=sys.stderr)
+            say(f"note: {repaired}", sys.stderr)
     if settings and trainer.accelerator.is_main_process:
         write_record(run, dataclasses.replace(record, settings={**record.settings, **settings}))
     return _finish(trainer, vocabulary, quiet)
@@ -208,7 +208,7 @@ def _finish(trainer: Trainer, vocabulary: Vocabulary | None, quiet: bool) -> Res
     """All the steps that are left, and the sample."""
     run, data, main = trainer.run, trainer.data, trainer.accelerator.is_main_process
     output = Output(sys.stdout)
-    console = Console(file=output, quiet=quiet or not main, markup=False, highlight=False, soft_wrap=True)  # type: ignore[arg-type]
+    console = Screen(file=output, quiet=quiet or not main, soft_wrap=True)  # type: ignore[arg-type]
     what = "sequences" if isinstance(data, LabelledData) else "tokens"
     console.print(
         f"{trainer.name}: {trainer.model.num_parameters():,} parameters on {trainer.accelerator.device}, "
@@ -223,7 +223,7 @@ def _finish(trainer: Trainer, vocabulary: Vocabulary | None, quiet: bool) -> Res
         assert vocabulary is not None
         prompt, text = _sample(trainer, data, vocabulary)
         console.print("\nA sample, which goes on from the held-out text in bold:\n")
-        console.print(Text.assemble((prompt, "bold"), text, "\n"))
+        console.print(Text.assemble((printable(prompt), "bold"), printable(text), "\n"))
         return prompt + text
 
     if vocabulary is not None and main:

@@ -119,7 +119,7 @@ def test_generate_with_a_tokenizer(folder, capsys):
 
 
 def test_what_generate_says(capsys):
-    with pytest.raises(ValueError, match="the prompt is empty"):
+    with pytest.raises(ValueError, match="PROMPT is empty"):
         call(generate.command, "small.yaml", "")
     with pytest.raises(ValueError, match="unknown model: 'nowhere'"):
         call(generate.command, "nowhere", "x")

@@ -51,9 +51,9 @@ def command(
     from ssmzoo.train.vocabulary import Bytes, decode, open_vocabulary
 
     if not prompt:
-        raise ValueError("PROMPT is empty: give the model at least one character to go on from")
+        raise ValueError("`prompt` is empty: give the model at least one character to go on from")
     if any("\ud800" <= c <= "\udfff" for c in prompt):
-        raise ValueError(f"PROMPT must be UTF-8 text; got {prompt!r:.80}")
+        raise ValueError(f"`prompt` must be UTF-8 text; got {prompt!r:.80}")
     keep_memory()
     if device is None:
         found = torch.accelerator.current_accelerator(check_available=True)

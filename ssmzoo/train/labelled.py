@@ -113,7 +113,7 @@ def load_labelled(sources: Sequence[Source], config: ModelConfig, longest: int, 
     order = np.random.default_rng(0).permutation(len(parts[0]))
     count = max(1, round(held_out * len(order)))
     if count == len(order):
-        raise ValueError(f"{os.fspath(sources[0])}: nothing is left to train on of {len(order)} sequences")
+        raise ValueError(f"{os.fspath(sources[0])}: `validation` leaves none of {len(order)} sequences to train on")
     return LabelledData(parts[0].select(order[count:]), parts[0].select(order[:count]))
 
 

@@ -299,5 +299,5 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     )
     kind = accelerator.distributed_type
     if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise ValueError(f"training has a copy of the model on each device; accelerate is set up for {kind.value}")
+        raise ValueError(f"train: accelerate's `distributed_type` must be NO, MULTI_CPU or MULTI_GPU; got {kind.value}")
     return accelerator

@@ -129,7 +129,7 @@ def test_generated_text_goes_to_a_file_as_it_is(capsys, monkeypatch):
 
 
 def test_a_prompt_that_is_no_text_is_refused(run):
-    assert run("generate", YAML, "a\udcff") == (1, "error: PROMPT must be UTF-8 text; got 'a\\udcff'")
+    assert run("generate", YAML, "a\udcff") == (1, "error: `prompt` must be UTF-8 text; got 'a\\udcff'")
 
 
 def test_verify_shows_names_and_failures(run, monkeypatch):

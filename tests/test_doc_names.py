@@ -30,8 +30,17 @@ WORD = re.compile(r"@?([A-Za-z_]\w*)(?:\(.*\))?")
 FILE = re.compile(r"[\w./+-]+\.(?:py|md|yaml|yml|json|csv|cpp|h|npz|png|toml)")
 
 # Objects that the pages use in examples, by what they are.
-EXAMPLES = {"state": ssmzoo.State, "model": ssmzoo.SequenceModel, "mixer": S4, "masks": ssmkernels.masks}
+EXAMPLES = {
+    "state": ssmzoo.State,
+    "model": ssmzoo.SequenceModel,
+    "mixer": S4,
+    "self": ssmzoo.Mixer,
+    "masks": ssmkernels.masks,
+}
 OTHERS = {"mamba_ssm", "causal_conv1d", "flash_attn", "transformers", "numpy"}  # packages that need not be here
+# Names of PyTorch and accelerate whose modules are slow to import.
+OUTSIDE = {"fully_shard", "MixedPrecisionPolicy", "cast_forward_inputs", "DataLoader"}
+OUTSIDE |= {"cpu_offload", "disk_offload", "dispatch_model"}
 WRITTEN = {"bench.csv", "config.json"}  # by a command, or by other people
 FOLDERS = ("ssmzoo", "kernels", "tests", "docs", "configs", "examples")
 
@@ -82,7 +91,7 @@ def defined() -> frozenset[str]:
                 names.add((node.asname or node.name).partition(".")[0])
             elif isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) < 80:
                 names |= set(re.findall(r"\w+", node.value))
-    return frozenset(names)
+    return frozenset(names | OUTSIDE)
 
 
 @functools.cache

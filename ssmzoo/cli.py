@@ -13,6 +13,7 @@ import typer
 
 from ssmzoo.commands import bench, env, generate, info, train, verify
 from ssmzoo.commands import list as list_
+from ssmzoo.screen import say
 
 app = typer.Typer(
     name="ssmzoo",
@@ -68,7 +69,7 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("SSMZOO_DEBUG", "0") not in ("", "0"):
             raise
-        print(f"error: {_message(error)}", file=sys.stderr)
+        say(f"error: {_message(error)}", sys.stderr)
         status = 1
     sys.exit(status)
 

@@ -57,7 +57,9 @@ def footprint(config: ModelConfig) -> Footprint:
     except (RuntimeError, OverflowError) as error:
         if "overflow" not in str(error).lower() and "too large" not in str(error).lower():
             raise
-        raise ValueError(f"config: a weight of this model is larger than PyTorch can hold: {error!s:.200}") from None
+        raise ValueError(
+            f"config: `d_model` or another size makes a weight larger than PyTorch can hold: {error!s:.200}"
+        ) from None
     return total
 
 

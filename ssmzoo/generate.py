@@ -272,12 +272,12 @@ def check_model(model: SequenceModel) -> None:
     if config.output != "tokens" or config.d_input is not None:
         into = "features" if config.d_input is not None else "tokens"
         raise ValueError(
-            f"generate: it takes a model from tokens to tokens; this one goes from {into} to {config.output}"
+            f"generate: `model` must go from tokens to tokens; this one goes from {into} to {config.output}"
         )
     for name, module in model.named_modules():
         if isinstance(module, Mixer) and not (module.causal and module.has_state):
             why = "has no state" if module.causal else "is bidirectional"
-            raise ValueError(f"generate: every mixer must be causal and have a state; {name} {why}")
+            raise ValueError(f"generate: every mixer of `model` must be causal and have a state; {name} {why}")
 
 
 def _check_options(

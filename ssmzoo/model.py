@@ -269,5 +269,5 @@ class SequenceModel(KeepsTies):
 def _last(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Each sequence's last token: (b l d) → (s d)."""
     if x.shape[1] == 0 or (cu_seqlens is not None and bool((cu_seqlens.diff() == 0).any())):
-        raise ValueError("SequenceModel: the last token is asked for of a sequence that has none")
+        raise ValueError("SequenceModel: `last_only` needs at least one token in every sequence of `inputs`")
     return x[:, -1] if cu_seqlens is None else x[0, cu_seqlens[1:].long() - 1]

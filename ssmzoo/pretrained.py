@@ -120,7 +120,9 @@ def convert_mamba_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tens
             strange.append(key)
         converted[name] = tensor
     if strange:
-        raise ValueError(f"convert_mamba_state_dict: these are not weights of Mamba: {some(strange)}")
+        raise ValueError(
+            f"convert_mamba_state_dict: `state_dict` holds weights that are none of Mamba: {some(strange)}"
+        )
     return converted
 
 

@@ -21,6 +21,7 @@ from ssmkernels.dispatch import unknown
 from ssmkernels.report import Check
 from ssmkernels.spec import Case, Spec, specs
 from ssmkernels.testing import check
+from ssmzoo.devices import usable
 
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 
@@ -103,7 +104,7 @@ def kernel_jobs(
     for name in dtypes:
         if name not in DTYPES:
             raise ValueError(unknown("dtype", name, DTYPES))
-    place = usable(device)
+    place = usable(device, "--device")
     names = dtypes or (QUICK_DTYPES if quick else tuple(DTYPES))
 
     summaries, jobs = [], []
@@ -182,20 +183,6 @@ def lacking(op: str, implementation: str) -> str:
         if "SSMZOO_DISABLE" in str(error):
             raise
         return f"broken: {type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def usable(device: str) -> torch.device:
-    """The device of this name.
-
-    Raises:
-        ValueError: there is none, or it cannot be used.
-    """
-    try:
-        place = torch.device(device)
-        torch.zeros(1, device=place).add(1).cpu()
-    except Exception as error:  # PyTorch raises what the device's back end does
-        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return place
 
 
 @contextlib.contextmanager

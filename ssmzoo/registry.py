@@ -50,12 +50,12 @@ def register_mixer(name: str) -> Callable[[M], M]:
 
     def register(cls: M) -> M:
         if not (isinstance(cls, type) and issubclass(cls, Mixer)):
-            raise TypeError(f"register_mixer({name!r}): expected a subclass of ssmzoo.Mixer; got {cls!r}")
+            raise TypeError(f"register_mixer({name!r}): `cls` must be a subclass of ssmzoo.Mixer; got {cls!r}")
         known = _registered.get(name)
         if name in _files() and cls.__module__ != f"{mixers.__name__}.{name}":
-            raise ValueError(f"register_mixer: the name {name!r} belongs to a mixer of ssmzoo; choose another")
+            raise ValueError(f"register_mixer: `name` {name!r} belongs to a mixer of ssmzoo; choose another")
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"register_mixer: the name {name!r} is taken by {known.__module__}.{known.__qualname__}")
+            raise ValueError(f"register_mixer: `name` {name!r} is taken by {known.__module__}.{known.__qualname__}")
         _registered[name] = cls
         return cls
 

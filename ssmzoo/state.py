@@ -70,7 +70,7 @@ class State:
                 return first.n_sequences
             if isinstance(first, Tensor):
                 return first.shape[0]
-        raise ValueError(f"{type(self).__name__} holds no tensor, and so no sequences")
+        raise ValueError(f"{type(self).__name__}: `n_sequences` is unknown, as the state holds no tensor")
 
     def tensors(self) -> list[Tensor]:
         """Every tensor in it, those of states within it included."""
@@ -91,10 +91,10 @@ class State:
 
 def row_indices(indices: object, n_sequences: Callable[[], int]) -> Tensor:
     """What :meth:`State.select` takes, as int64 ``(n)``: ints as they are, a mask as the rows that it keeps."""
-    what = "State.select: `indices` must be ints (n), or a mask of bools (s)"
+    expected = "ints (n), or a mask of bools (s)"
     if isinstance(indices, Tensor):
         if indices.dtype.is_floating_point or indices.dtype.is_complex:
-            raise TypeError(f"{what}; got a tensor of {indices.dtype}")
+            raise TypeError(f"State.select: `indices` must be {expected}; got a tensor of {indices.dtype}")
         found = indices
     elif isinstance(indices, Iterable) and not isinstance(indices, str | bytes):
         values = list(indices)
@@ -104,15 +104,15 @@ def row_indices(indices: object, n_sequences: Callable[[], int]) -> Tensor:
         else:
             for value, is_bool in zip(values, bools, strict=True):
                 if is_bool or not hasattr(value, "__index__"):
-                    raise TypeError(f"{what}; got {value!r:.80} among them")
+                    raise TypeError(f"State.select: `indices` must be {expected}; got {value!r:.80} among them")
             found = torch.tensor([int(value) for value in values], dtype=torch.long)
     else:
-        raise TypeError(f"{what}; got {type(indices).__name__}")
+        raise TypeError(f"State.select: `indices` must be {expected}; got {type(indices).__name__}")
     if found.ndim != 1:
-        raise ValueError(f"{what}; got shape {tuple(found.shape)}")
+        raise ValueError(f"State.select: `indices` must be {expected}; got shape {tuple(found.shape)}")
     if found.dtype == torch.bool:
         if len(found) != n_sequences():
-            raise ValueError(f"{what}, one for each of the {n_sequences()} sequences; got {len(found)} bools")
+            raise ValueError(f"State.select: `indices` must be a mask of {n_sequences()} bools; got {len(found)}")
         return found.nonzero()[:, 0]
     found = found.long()
     if found.device.type == "cpu" and found.numel():

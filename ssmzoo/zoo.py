@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ssmzoo.block import Block, entry_mixer
 from ssmzoo.config import ModelConfig, load_config, model_folder
+from ssmzoo.devices import usable
 from ssmzoo.footprint import check_memory
 from ssmzoo.mixers._base import Mixer
 from ssmzoo.model import SequenceModel
@@ -47,8 +48,8 @@ def build(
 
         if overrides:
             raise ValueError(
-                f"build: a saved model's architecture is fixed with its weights; got {', '.join(overrides)}. "
-                f"For fresh weights give the path of {folder / 'config.yaml'}"
+                f"build: `{next(iter(overrides))}` cannot change, as a saved model's architecture is fixed with its "
+                f"weights. For fresh weights give the path of {folder / 'config.yaml'}"
             )
         return load(folder, device=device, dtype=dtype)
     if isinstance(given, ModelConfig):
@@ -58,11 +59,14 @@ def build(
     elif isinstance(given, str | os.PathLike):
         config = load_config(given)
     else:
-        raise TypeError(f"build: expected a model's name, a path, a ModelConfig or a dict; got {type(given).__name__}")
+        raise TypeError(
+            f"build: `name_or_path_or_config` must be a model's name, a path, a ModelConfig or a dict; "
+            f"got {type(given).__name__}"
+        )
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"build: `dtype` must be a floating-point torch.dtype such as torch.bfloat16; got {dtype!r}")
     config = config.override(overrides)
-    where = torch.device(device if device is not None else torch.get_default_device())
+    where = torch.get_default_device() if device is None else usable(device, "build: `device`")
     check_memory(config, where)
     with where:
         model = SequenceModel(config)
@@ -91,7 +95,7 @@ def swap_mixers(model: SequenceModel, swaps: Mapping[str, str | Mapping[str, Any
     names = [f"layers.{i}" for i in range(len(model.layers))]
     for pattern in swaps:
         if not fnmatch.filter(names, pattern):
-            raise ValueError(f"swap_mixers: {pattern!r} matches no layer; there are layers.0 to {names[-1]}")
+            raise ValueError(f"swap_mixers: {pattern!r} in `swaps` matches no layer; there are layers.0 to {names[-1]}")
     config = model.config.override({})
     config.pattern = [config.entry_of_layer(i) for i in range(config.n_layers)]
     swapped = []

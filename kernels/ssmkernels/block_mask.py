@@ -157,13 +157,13 @@ class BlockMask:
     def _beside(self, other: BlockMask, sign: str) -> tuple[Tensor, Tensor]:
         """Both grids, once it is sure that they can be joined."""
         if not isinstance(other, BlockMask):
-            raise TypeError(f"BlockMask: {sign} needs another BlockMask; got {type(other).__name__}")
+            raise TypeError(f"BlockMask: `{sign}` needs another BlockMask; got {type(other).__name__}")
         for of in ("q_len", "k_len", "block_size", "device"):
             mine, its = getattr(self, of), getattr(other, of)
             if mine != its:
-                raise ValueError(f"BlockMask: {sign} needs masks of the same {of}; got {mine} and {its}")
+                raise ValueError(f"BlockMask: `{sign}` needs masks of the same {of}; got {mine} and {its}")
         if self.heads != other.heads and 1 not in (self.heads, other.heads):
-            raise ValueError(f"BlockMask: {sign} needs as many heads, or 1; got {self.heads} and {other.heads}")
+            raise ValueError(f"BlockMask: `{sign}` needs as many heads, or 1; got {self.heads} and {other.heads}")
         return self.grid(), other.grid()
 
     def _joined(

@@ -411,4 +411,4 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         return answer.explanation
     finally:
         _explaining.remove(threading.get_ident())
-    raise TypeError(f"explain: {op!r} is not an op of ssmkernels")
+    raise TypeError(f"explain: `op` must be an op of ssmkernels, or its name; got {op!r}")

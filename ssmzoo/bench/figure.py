@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from ssmkernels.bench.peers import ABSENT
 from ssmzoo.bench.record import Machine
 from ssmzoo.bench.units import ratio, seconds
 from ssmzoo.files import replacing
+from ssmzoo.screen import drawable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,6 +38,7 @@ def draw(kind: str, rows: Sequence[Measurement], machine: Machine, folder: Path)
         ImportError: matplotlib is missing.
     """
     made = []
+    rows = [_drawable(row) for row in rows]
     bars = [row for row in rows if row.kind == kind and row.of_limit and row.role != "limit" and not row.length]
     if bars:
         failed = [row for row in rows if row.kind == kind and row.refused and not row.refused.startswith(ABSENT)]
@@ -46,6 +49,12 @@ def draw(kind: str, rows: Sequence[Measurement], machine: Machine, folder: Path)
         fitted = [row for row in rows if row.kind == kind and row.time_exponent is not None]
         made += _save(_growth_lines(lines, fitted, machine), folder / f"{kind}-growth")
     return made
+
+
+def _drawable(row: Measurement) -> Measurement:
+    words = ("what", "work", "implementation", "shape", "note", "refused")
+    changes: dict[str, Any] = {name: drawable(getattr(row, name)) for name in words}
+    return dataclasses.replace(row, **changes)
 
 
 def _new(height: float) -> Figure:
@@ -91,7 +100,7 @@ def _bars(kind: str, bars: Sequence[Measurement], failed: str, machine: Machine)
     notes = dict.fromkeys(f"{row.what}, {row.implementation}: {row.note}." for row in bars if row.note)
     read = "Medians, whiskers at the quartiles. “× ours”: time over that of our fastest."
     missing = [f"Not timed: {failed}."] if failed else []
-    caption = _wrapped([read, *str(machine).splitlines(), " ".join(notes), *missing])
+    caption = _wrapped([read, *drawable(str(machine)).splitlines(), " ".join(notes), *missing])
     bottom = BOTTOM + LINE * len(caption)
     height = TOP + y + bottom
     figure = _new(height)
@@ -177,7 +186,7 @@ def _growth_lines(rows: Sequence[Measurement], fitted: Sequence[Measurement], ma
     """Time for each token over the length: a level line is linear growth."""
     from matplotlib.ticker import LogLocator
 
-    caption = _wrapped(str(machine).splitlines())
+    caption = _wrapped(drawable(str(machine)).splitlines())
     figure = _new(5.0)
     axes = figure.subplots()
     figure.subplots_adjust(left=0.08, right=0.68, top=1 - 0.85 / 5, bottom=(0.75 + LINE * len(caption)) / 5)

@@ -8,22 +8,22 @@ from inspect import Parameter
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
+
+from ssmzoo.screen import Screen
 
 PIPED_WIDTH = 120  # of output that goes to a file or another program, which has no width of its own
 
 
-def console() -> Console:
+def console() -> Screen:
     """Standard output, as wide as the terminal."""
-    return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False)
+    return Screen(width=None if sys.stdout.isatty() else PIPED_WIDTH)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[str] = ()) -> Table:
-    """A table of plain text; columns in ``numbers`` are set flush right, the first is never broken."""
+    """A table for a :class:`Screen`; columns in ``numbers`` are set flush right, the first is never broken."""
     made = Table(
-        title=Text(printable(title)) if title else None,
+        title=title or None,
         title_justify="left",
         title_style="bold",
         header_style="dim",
@@ -33,19 +33,14 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], num
     for i, name in enumerate(columns):
         made.add_column(name, justify="right" if name in numbers else "left", no_wrap=i == 0 or name in numbers)
     for row in rows:
-        made.add_row(*(Text(printable(cell)) for cell in row))
+        made.add_row(*row)
     return made
-
-
-def printable(text: str) -> str:
-    """The text with control characters spelled out, so that names and descriptions cannot steer the terminal."""
-    return "".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[str] = ()) -> str:
     """The same as GitHub's Markdown."""
     rule = ["---:" if name in numbers else "---" for name in columns]
-    lines = [columns, rule, *([cell.replace("|", r"\|") for cell in row] for row in rows)]
+    lines = [columns, rule, *([" ".join(cell.split()).replace("|", r"\|") for cell in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -13,6 +13,7 @@ import typer
 
 from ssmzoo.commands._output import console, size, table
 from ssmzoo.commands._settings import parse_settings
+from ssmzoo.screen import printable
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +128,12 @@ class _Progress:
     def __init__(self, screen: Console, total: int):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-        columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+        columns = (
+            BarColumn(20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}", markup=False),
+        )
         self.screen = screen
         self.bar = Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal)
         self.task = self.bar.add_task("", total=total)
@@ -141,7 +147,7 @@ class _Progress:
         self.bar.stop()
 
     def say(self, text: str) -> None:
-        self.bar.update(self.task, description=text)
+        self.bar.update(self.task, description=printable(text))
 
     def done(self) -> None:
         self.bar.advance(self.task)
@@ -162,9 +168,7 @@ class _Progress:
                     self.screen.print(f"{used}\n{row.note}; those results: {size(row.result_bytes or 0)}\n")
                 elif row.median is None:
                     work = f", {row.work}" if row.work else ""
-                    self.screen.print(
-                        f"{row.what}{work}: {row.implementation} not timed: {row.refused}\n", markup=False
-                    )
+                    self.screen.print(f"{row.what}{work}: {row.implementation} not timed: {row.refused}\n")
 
 
 def _kinds_and_names(words: Sequence[str], only: Sequence[str]) -> tuple[list[str], list[str]]:

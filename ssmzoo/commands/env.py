@@ -39,7 +39,7 @@ def command() -> None:
     out.print(table("This machine", ("what", "which"), _machine()))
     out.print(table("Packages", ("package", "version", "for"), _packages()))
     out.print(table("Implementations, fastest first", ("op", "implementation", "can run here"), _implementations()))
-    out.print("[dim]Which one a certain call takes, and why: ssmkernels.explain(op, *arguments).[/dim]")
+    out.print("ssmkernels.explain(op, *arguments) tells which one a certain call takes, and why.", style="dim")
 
 
 def _machine() -> list[list[str]]:

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from ssmzoo.screen import printable, say
+
 
 def command(
     model: Annotated[
@@ -44,20 +46,24 @@ def command(
     from ssmkernels import keep_memory
     from ssmzoo import build
     from ssmzoo.config import model_folder
+    from ssmzoo.devices import usable
     from ssmzoo.generate import check_model
     from ssmzoo.train.vocabulary import Bytes, decode, open_vocabulary
 
     if not prompt:
-        raise ValueError("the prompt is empty: give the model at least one character to go on from")
+        raise ValueError("`prompt` is empty: give the model at least one character to go on from")
+    if any("\ud800" <= c <= "\udfff" for c in prompt):
+        raise ValueError(f"`prompt` must be UTF-8 text; got {prompt!r:.80}")
     keep_memory()
     if device is None:
         found = torch.accelerator.current_accelerator(check_available=True)
         device = "cpu" if found is None else found.type
+    usable(device, "--device")
     built = build(model, device=device)
     check_model(built)
     folder = model_folder(model)
     if folder is None:
-        print(f"{model} holds no trained weights: what follows is noise", file=sys.stderr)
+        say(f"{model} holds no trained weights: what follows is noise", sys.stderr)
     elif tokenizer is None and (folder / "tokenizer.json").is_file():
         tokenizer = folder / "tokenizer.json"
     if tokenizer is None and built.config.vocab_size != Bytes.size:
@@ -89,10 +95,14 @@ def command(
 
 
 class Shown:
-    """Prints a prompt, once there is something to follow it, and text piece by piece up to a stop string."""
+    """Prints a prompt, once there is something to follow it, and text piece by piece up to a stop string.
+
+    On a terminal, control characters are spelled out.
+    """
 
     def __init__(self, prompt: str, stops: list[str]):
         self._prompt: str | None = prompt
+        self._shown = printable if sys.stdout.isatty() else str  # a file or a program gets the text as it is
         self._stops = [stop for stop in stops if stop]
         self._held = ""  # may be the start of a stop string
         self._stopped = False
@@ -100,7 +110,7 @@ class Shown:
     def __call__(self, text: str) -> bool:
         """Prints what can be; returns whether a stop string came."""
         if self._prompt is not None:
-            sys.stdout.write(self._prompt)
+            sys.stdout.write(self._shown(self._prompt))
             self._prompt = None
         if self._stopped:
             return True
@@ -110,7 +120,7 @@ class Shown:
             self._held, self._stopped = self._held[: min(found)], True
         lengths = (n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n]))
         keep = 0 if self._stopped else max(lengths, default=0)
-        sys.stdout.write(self._held[: len(self._held) - keep])
+        sys.stdout.write(self._shown(self._held[: len(self._held) - keep]))
         self._held = self._held[len(self._held) - keep :]
         sys.stdout.flush()
         return self._stopped
@@ -118,5 +128,5 @@ class Shown:
     def end(self) -> None:
         """Prints what was held back, and ends the line, if one was begun."""
         if self._prompt is None:
-            sys.stdout.write(self._held + "\n")
+            sys.stdout.write(self._shown(self._held) + "\n")
             sys.stdout.flush()

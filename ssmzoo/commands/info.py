@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from ssmzoo.commands._output import console, count, flops, options_text, printable, size, table
+from ssmzoo.commands._output import console, count, flops, options_text, size, table
 from ssmzoo.commands._settings import parse_settings
+from ssmzoo.screen import printable
 
 if TYPE_CHECKING:
     from ssmzoo import ModelConfig, SequenceModel
@@ -45,29 +46,34 @@ def command(
     out = console()
     heading = Text(printable(name), "bold")
     out.print(heading.append(f": {printable(config.description)}", "not bold") if config.description else heading)
-    out.print(Text(_sizes(config, model) + "\n"))
+    out.print(_sizes(config, model) + "\n")
     numbers = ("of them", "parameters", "share")
     out.print(table("Parameters", ("part", "layers", *numbers), _parts(model), numbers))
     costs = ("context", "FLOPs per token", "state")
     out.print(table("As the context grows", costs, _costs(model), numbers=costs))
     out.print(
-        "[dim]FLOPs of a forward pass, the mean over that many tokens: two a weight of every linear map,\n"
-        "and the mixing. State: what one sequence of that many tokens keeps between calls, in float32.[/dim]"
+        "FLOPs of a forward pass, the mean over that many tokens: two a weight of every linear map,\n"
+        "and the mixing. State: what one sequence of that many tokens keeps between calls, in float32.",
+        style="dim",
     )
 
 
 def _sizes(config: ModelConfig, model: SequenceModel) -> str:
-    comes_in = f"{config.d_input} features" if config.d_input else f"token ids below {config.vocab_size}"
+    comes_in = _counted(config.d_input, "feature") if config.d_input else f"token ids below {config.vocab_size}"
     goes_out = {
         "tokens": f"{config.padded_vocab_size} logits a token",
         "classes": f"{config.n_classes} class logits a sequence",
-        "features": f"{config.d_output} features a token",
+        "features": f"{_counted(config.d_output or 0, 'feature')} a token",
     }[config.output or "tokens"]
     in_float32 = size(4 * model.num_parameters())
     return (
         f"{count(model.num_parameters())} parameters ({in_float32} in float32), {config.n_layers} layers, "
         f"d_model {config.d_model}; {comes_in} in, {goes_out} out"
     )
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _parts(model: SequenceModel) -> list[list[str]]:

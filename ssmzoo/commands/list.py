@@ -10,6 +10,7 @@ import typer
 
 from ssmkernels.dispatch import unknown
 from ssmzoo.commands._output import console, count, markdown_table, options_text, table
+from ssmzoo.screen import say
 
 if TYPE_CHECKING:
     from ssmzoo import ModelConfig
@@ -29,7 +30,7 @@ def command(
     columns, rows = _mixers(pattern, here=not markdown) if mixers else _models(pattern)
     numbers = ("parameters", "layers", "d_model")
     if markdown:
-        print(markdown_table(columns, rows, numbers))
+        say(markdown_table(columns, rows, numbers))
     else:
         console().print(table("", columns, rows, numbers))
 

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from ssmzoo.commands._settings import parse_settings
+from ssmzoo.screen import say
 
 
 def command(
@@ -68,24 +69,26 @@ def command(
             if out is not None:
                 raise ValueError("--resume goes on in its own folder: leave --out away")
             if overrides:
-                raise ValueError(f"--resume goes on with its own model; {next(iter(overrides))} cannot change")
+                raise ValueError(f"--set {next(iter(overrides))} cannot change: --resume goes on with its own model")
             if model is not None and run_name(model) != read_record(resume).model:
-                raise ValueError(f"the run in {resume} trains {read_record(resume).model}, not {model}")
+                raise ValueError(f"`MODEL`: the run in {resume} trains {read_record(resume).model}, not {model}")
             training.resume(resume, sources, **changes)
             return
         if model is None:
-            raise ValueError("name a model, as in `ssmzoo train mamba-hybrid-tiny`; `ssmzoo list` shows them")
+            raise ValueError(
+                "`MODEL` is missing: name one, as in `ssmzoo train mamba-hybrid-tiny`; `ssmzoo list` shows them"
+            )
         if model_folder(model) is not None:
             if overrides:
-                raise ValueError(f"{model} holds trained weights; {next(iter(overrides))} of it cannot change")
+                raise ValueError(f"--set {next(iter(overrides))} cannot change: {model} holds trained weights")
             training.train(model, sources, changes, out)
         else:
             training.train(load_config(model).override(overrides), sources, changes, out, name=run_name(model))
     except training.Interrupted as interrupted:
         try:
-            print(f"\n{interrupted}", flush=True)
+            say(f"\n{interrupted}")
         except OSError:  # nobody reads: the reader of a pipe or the terminal has gone
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             with contextlib.suppress(OSError):
-                print(interrupted, file=sys.stderr, flush=True)
+                say(interrupted, sys.stderr)
         raise typer.Exit(130) from None

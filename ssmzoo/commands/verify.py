@@ -10,6 +10,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ssmzoo.commands._output import console, markdown_table, table
+from ssmzoo.screen import printable, say
 
 if TYPE_CHECKING:
     from ssmzoo.proof import Job, Summary
@@ -71,7 +72,7 @@ def command(
         screen.print(
             table("Kernels", ("op", "implementation", "checks", "failed", "worst", "remarks"), _kernels(kernels))
         )
-        screen.print("[dim]worst: the largest error, as a part of what is allowed[/dim]\n")
+        screen.print("worst: the largest error, as a part of what is allowed\n", style="dim")
     if layers:
         screen.print(table("Mixers", ("mixer", "checks", "failed", "remarks"), _mixers(layers)))
     every = [*kernels, *layers]
@@ -123,11 +124,16 @@ def _ways(row: dict[str, str]) -> list[str]:
 def _run(jobs: list[Job]) -> None:
     """Does the work, under a progress bar where somebody sees it."""
     screen = console()
-    columns = (TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description:<36}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
         task = bar.add_task("", total=len(jobs))
         for job in jobs:
-            bar.update(task, description=f"{job.summary.subject} {job.summary.implementation}")
+            bar.update(task, description=printable(f"{job.summary.subject} {job.summary.implementation}"))
             job.run()
             bar.advance(task)
 
@@ -161,9 +167,9 @@ def _show_failures(summary: Summary) -> None:
     if not summary.failures:
         return
     name = f"{summary.subject}: {summary.implementation}" if summary.implementation else f"mixer {summary.subject}"
-    print(f"FAILED {name}")
+    say(f"FAILED {name}")
     for failure in summary.failures[:SHOWN]:
-        print(f"  {failure}".replace("\n", "\n  "))
+        say(f"  {failure}".replace("\n", "\n  "))
     if len(summary.failures) > SHOWN:
-        print(f"  and {len(summary.failures) - SHOWN} more")
-    print(f"  {summary.advice}\n")
+        say(f"  and {len(summary.failures) - SHOWN} more")
+    say(f"  {summary.advice}\n")

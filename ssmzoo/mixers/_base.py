@@ -57,7 +57,9 @@ class Mixer(KeepsTies):
             batch_size: number of sequences.
             max_length: where memory grows with length, room to set aside.
         """
-        raise ValueError(f"{type(self).__name__} has no state: it sees the whole sequence at once")
+        raise ValueError(
+            f"{type(self).__name__}: there is no `initial_state`, as this mixer sees the whole sequence at once"
+        )
 
     def mixing_flops(self, context: int) -> float:
         """FLOPs a token, forward, at ``context`` tokens, beyond two for each weight of its linear maps."""
@@ -103,7 +105,7 @@ class Mixer(KeepsTies):
             return
         if not self.has_state or not self.causal:
             raise ValueError(
-                f"{name}: it has no state, as it sees the whole sequence at once (bidirectional); got a state"
+                f"{name}: `state` must be None, as this mixer sees the whole sequence at once and has no state"
             )
         if not isinstance(state, self.state_class):
             raise TypeError(

@@ -84,7 +84,9 @@ class MaskedAttention(Mixer):
 
     def initial_state(self, batch_size: int, max_length: int | None = None) -> State:
         if not self.causal or not self.has_state:
-            raise ValueError(f"{type(self).__name__} has no state: it sees the whole sequence at once")
+            raise ValueError(
+                f"{type(self).__name__}: there is no `initial_state`, as this mixer sees the whole sequence at once"
+            )
         return self.empty_cache(batch_size, max_length or 0)
 
     def empty_cache(self, batch_size: int, capacity: int) -> KVCache:

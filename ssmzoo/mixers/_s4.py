@@ -175,11 +175,13 @@ class S4Layer(Mixer):
     def initial_state(self, batch_size: int, max_length: int | None = None) -> S4State:
         name = type(self).__name__
         if not self.causal:
-            raise ValueError(f"{name} has no state: it sees the whole sequence at once (bidirectional)")
+            raise ValueError(
+                f"{name}: there is no `initial_state` with `bidirectional=True`, which sees the whole sequence at once"
+            )
         if not self.has_state:
             raise ValueError(
-                f"{name} has no state with discretization={self.discretization!r}: it divides by a sum over the whole "
-                "length, which no chunk knows. Choose 'zoh': but for its sign it is the limit of great length"
+                f"{name}: there is no `initial_state` with `discretization={self.discretization!r}`, which divides by "
+                "a sum over the whole length that no chunk knows. Choose 'zoh', its limit for long sequences"
             )
         wide = self.A_log.dtype
         dtype = wide if self.A_imag is None else torch.promote_types(wide, torch.complex64)

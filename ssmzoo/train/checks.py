@@ -67,8 +67,8 @@ def check_kind(config: ModelConfig) -> None:
     if config.output != "classes" and (config.output != "tokens" or config.d_input is not None):
         into = "features" if config.d_input is not None else "tokens"
         raise ValueError(
-            f"training is for language models, from tokens to tokens, and for classifiers; this one goes from {into} "
-            f"to {config.output}: train it with a loop of your own"
+            f"train: `model` must be a language model, from tokens to tokens, or a classifier; this one goes from "
+            f"{into} to {config.output}: train it with a loop of your own"
         )
 
 
@@ -80,12 +80,14 @@ def check_trainable(model: SequenceModel) -> None:
     """
     for name, module in model.named_modules():
         if model.config.output == "tokens" and isinstance(module, Mixer) and not module.causal:
-            raise ValueError(f"a language model must be causal; {name} is bidirectional and sees the answer")
+            raise ValueError(
+                f"train: `model` must be causal; {name} is bidirectional and sees the tokens that it should predict"
+            )
     for name, parameter in model.named_parameters():
         if parameter.dtype in (torch.float16, torch.bfloat16):
             raise ValueError(
-                f"weights are trained in float32; {name} is {parameter.dtype}: call model.float(), and set "
-                "precision to bf16 or fp16 for half-precision compute"
+                f"train: `model` must have float32 weights; {name} is {parameter.dtype}: call model.float(), and set "
+                "`precision` to bf16 or fp16 for half-precision compute"
             )
 
 

@@ -294,4 +294,4 @@ def _encode(text: np.ndarray | Stored, vocabulary: Vocabulary) -> np.ndarray | S
     try:
         return vocabulary.encode_bytes(cast(np.ndarray, text))  # which takes slices of it
     except UnicodeDecodeError as error:
-        raise ValueError(f"the data is not UTF-8 text throughout ({error.reason}); convert it first") from None
+        raise ValueError(f"train: `data` must be UTF-8 text throughout ({error.reason}); convert it first") from None

@@ -112,22 +112,22 @@ def load_labelled(sources: Sequence[Source], config: ModelConfig, longest: int, 
     order = np.random.default_rng(0).permutation(len(parts[0]))
     count = max(1, round(held_out * len(order)))
     if count == len(order):
-        raise ValueError(f"{os.fspath(sources[0])}: nothing is left to train on of {len(order)} sequences")
+        raise ValueError(f"{os.fspath(sources[0])}: `validation` leaves none of {len(order)} sequences to train on")
     return LabelledData(parts[0].select(order[count:]), parts[0].select(order[:count]))
 
 
 def _read(path: Path, config: ModelConfig) -> Examples:
     if not path.is_file():
         raise FileNotFoundError(f"no data file {path}")
-    none = (
-        f"a classifier trains on a .npz file with arrays `inputs` and `labels`, as np.savez writes it; {path} is none"
-    )
     try:
         opened = np.load(path, allow_pickle=False)
     except Exception:  # NumPy and zipfile raise whatever their parsers do
-        raise ValueError(none) from None
-    if not isinstance(opened, np.lib.npyio.NpzFile):  # a .npy file
-        raise ValueError(none)
+        opened = None
+    if not isinstance(opened, np.lib.npyio.NpzFile):  # another file, or a .npy file
+        raise ValueError(
+            "a classifier trains on a .npz file with arrays `inputs` and `labels`, as np.savez writes it; "
+            f"{path} is none"
+        )
     with opened as file:
         for name in file.files:
             if name not in ARRAYS:

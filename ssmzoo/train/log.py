@@ -37,7 +37,7 @@ class Log:
         self._bar = Progress(
             BarColumn(bar_width=10),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[shown]}"),
+            TextColumn("{task.fields[shown]}", markup=False),
             TimeRemainingColumn(),
             TextColumn("left"),
             console=console,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ssmzoo.files import replacing
+from ssmzoo.screen import drawable
 from ssmzoo.train.log import read
 
 FILE = "curve.png"
@@ -22,7 +23,7 @@ def draw(log: Path, picture: Path, title: str) -> None:
     unit = training.removeprefix("bits_per_")
     axes.plot(*_points(rows, training), color="C0", alpha=0.5, linewidth=0.8, label="training")
     axes.plot(*_points(rows, validation), color="C1", marker="o", markersize=3, label="validation")
-    axes.set(xlabel="step", ylabel=f"bits per {unit}", title=title)
+    axes.set(xlabel="step", ylabel=f"bits per {unit}", title=drawable(title))
     axes.grid(alpha=0.3)
     axes.legend()
     with replacing(picture) as temporary:

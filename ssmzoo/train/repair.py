@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from ssmzoo import files
+from ssmzoo.screen import say
 from ssmzoo.train import checkpoint, lock, plot
 from ssmzoo.train.checkpoint import FOLDER, LOG, Checkpoint
 from ssmzoo.train.checks import BEGUN
@@ -30,7 +31,7 @@ def repair(run: Path, found: Checkpoint) -> None:
     sweep(run)
     repaired = rewind(run / LOG, found.folder / LOG, found.step)
     if repaired is not None:
-        print(f"note: {repaired}", file=sys.stderr)
+        say(f"note: {repaired}", sys.stderr)
 
 
 def complete(run: Path, found: Checkpoint, keep: int, title: str) -> None:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from ssmzoo.config import ModelConfig, load_config, model_folder
 from ssmzoo.files import replacing
 from ssmzoo.model import SequenceModel
 from ssmzoo.pretrained import CONFIG, load
+from ssmzoo.screen import Screen, printable
 from ssmzoo.train import checkpoint
 from ssmzoo.train.checkpoint import TOKENIZER
 from ssmzoo.train.checks import (
@@ -204,7 +204,7 @@ def _finish(trainer: Trainer, vocabulary: Vocabulary | None, quiet: bool) -> Res
     """All the steps that are left, and the sample."""
     run, data, main = trainer.run, trainer.data, trainer.accelerator.is_main_process
     output = Output(sys.stdout)
-    console = Console(file=output, quiet=quiet or not main, markup=False, highlight=False, soft_wrap=True)  # type: ignore[arg-type]
+    console = Screen(file=output, quiet=quiet or not main, soft_wrap=True)  # type: ignore[arg-type]
     what = "sequences" if isinstance(data, LabelledData) else "tokens"
     console.print(
         f"{trainer.name}: {trainer.model.num_parameters():,} parameters on {trainer.accelerator.device}, "
@@ -219,7 +219,7 @@ def _finish(trainer: Trainer, vocabulary: Vocabulary | None, quiet: bool) -> Res
         assert vocabulary is not None
         prompt, text = _sample(trainer, data, vocabulary)
         console.print("\nA sample, which goes on from the held-out text in bold:\n")
-        console.print(Text.assemble((prompt, "bold"), text, "\n"))
+        console.print(Text.assemble((printable(prompt), "bold"), printable(text), "\n"))
         return prompt + text
 
     if vocabulary is not None and main:
@@ -295,5 +295,5 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     )
     kind = accelerator.distributed_type
     if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise ValueError(f"training has a copy of the model on each device; accelerate is set up for {kind.value}")
+        raise ValueError(f"train: accelerate's `distributed_type` must be NO, MULTI_CPU or MULTI_GPU; got {kind.value}")
     return accelerator

@@ -136,7 +136,7 @@ def test_the_fit_of_growth_is_exact(power):
 
 
 def test_a_fit_needs_two_sizes():
-    with pytest.raises(ValueError, match="two sizes or more"):
+    with pytest.raises(ValueError, match="`sizes` and `values` must be two or more"):
         bench.exponent([128, 128], [1.0, 2.0])
 
 

@@ -270,7 +270,7 @@ def test_explain_errors(toy):
         explain(toy, 1)
     with pytest.raises(ValueError, match=r"unknown op: 'selectivescan'. Did you mean 'selective_scan"):
         explain("selectivescan")
-    with pytest.raises(TypeError, match="is not an op of ssmkernels"):
+    with pytest.raises(TypeError, match="`op` must be an op of ssmkernels"):
         explain(torch.add, EVEN, EVEN)
     assert ran(toy) == QUICK  # no trace of it is left
 

@@ -576,7 +576,7 @@ class TestErrors:
         mixer = make(bidirectional=True)
         with pytest.raises(ValueError, match="with `bidirectional` it has no state"):
             mixer.initial_state(2)
-        with pytest.raises(ValueError, match="it has no state"):
+        with pytest.raises(ValueError, match="`state` must be None, as this mixer sees the whole sequence"):
             mixer(inputs(2, 3), plain.initial_state(2))
 
     def test_a_state_of_another_mixer(self, plain):

@@ -101,6 +101,12 @@ def test_info_of_a_file(run, tmp_path):
     assert "lstm" in out
 
 
+def test_info_of_a_classifier(run):
+    assert "1 feature in, 10 class logits a sequence out" in run("info", "s4-classifier")[1]
+    _, out, _ = run("info", "s4-classifier", "--set", "d_input=null", "--set", "vocab_size=20")
+    assert "token ids below 20 in, 10 class logits a sequence out" in out
+
+
 def test_info_of_a_model_without_a_state(run):
     status, out, _ = run("info", "s4d-classifier", "--set", "bidirectional=true")
     assert status == 0

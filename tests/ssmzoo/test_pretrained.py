@@ -221,7 +221,9 @@ def test_converting_names():
     }
     assert set(pretrained.convert_mamba_state_dict({"backbone.embeddings.weight": x})) == {"embedding.weight"}
     assert set(pretrained.convert_mamba_state_dict({"embeddings.weight": x})) == {"embedding.weight"}
-    with pytest.raises(ValueError, match=r"not weights of Mamba: transformer\.wte\.weight"):
+    with pytest.raises(
+        ValueError, match=r"`state_dict` holds weights that are none of Mamba: transformer\.wte\.weight"
+    ):
         pretrained.convert_mamba_state_dict({"transformer.wte.weight": x})
 
 

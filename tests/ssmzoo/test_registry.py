@@ -56,7 +56,7 @@ def test_a_name_of_the_zoo_is_taken():
 
 
 def test_only_mixers_and_words():
-    with pytest.raises(TypeError, match="expected a subclass of ssmzoo.Mixer"):
+    with pytest.raises(TypeError, match="`cls` must be a subclass of ssmzoo.Mixer"):
         ssmzoo.register_mixer("test-linear")(torch.nn.Linear)
     with pytest.raises(ValueError, match="must be a word"):
         ssmzoo.register_mixer("two words")

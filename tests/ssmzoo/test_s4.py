@@ -117,9 +117,9 @@ def test_every_option_has_every_property(name, options):
 def test_dss_has_every_property_but_a_state():
     mixer = build("s4d", discretization="dss")
     check_mixer(mixer)
-    with pytest.raises(ValueError, match="no state with discretization='dss'"):
+    with pytest.raises(ValueError, match="no `initial_state` with `discretization='dss'`"):
         mixer.initial_state(1)
-    with pytest.raises(ValueError, match="has no state"):
+    with pytest.raises(ValueError, match="there is no `initial_state` with"):
         mixer(torch.randn(1, 2, 8), build("s4d").initial_state(1))
 
 

@@ -299,7 +299,7 @@ class TestOptions:
         assert torch.equal(pickle.loads(pickle.dumps(mixer))(x), mixer(x))
 
     def test_both_ways_has_no_state(self):
-        with pytest.raises(ValueError, match="S4 has no state: it sees the whole sequence at once"):
+        with pytest.raises(ValueError, match="S4: there is no `initial_state` with `bidirectional=True`"):
             build("s4", bidirectional=True).initial_state(1)
 
 

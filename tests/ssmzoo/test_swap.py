@@ -81,7 +81,7 @@ def test_a_registered_mixer():
 @pytest.mark.parametrize(
     ("swaps", "error", "message"),
     [
-        ({"layers.7": "gru"}, ValueError, "'layers.7' matches no layer; there are layers.0 to layers.4"),
+        ({"layers.7": "gru"}, ValueError, "'layers.7' in `swaps` matches no layer; there are layers.0 to layers.4"),
         ({"layers.*": "gur"}, ValueError, "unknown mixer: 'gur'. Did you mean 'gru'"),
         ({"layers.0": {"d_stat": 1}}, TypeError, "unknown option of mixer 'mamba': 'd_stat'"),
     ],

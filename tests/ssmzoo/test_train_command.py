@@ -83,7 +83,7 @@ def test_ctrl_c_says_how_to_go_on_and_exits_with_130(folder, monkeypatch, capsys
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name a model, as in `ssmzoo train mamba-hybrid-tiny`"),
+        ([], "`MODEL` is missing: name one, as in `ssmzoo train mamba-hybrid-tiny`"),
         (["mamba-tiny"], "unknown model: 'mamba-tiny'. Did you mean '"),
         (["small.yaml", "a.txt"], "one model at a time; got 'a.txt' as well. Text to train on goes after --data"),
         (["small.yaml", "--set", "stpes=3"], "unknown setting: 'stpes'. Did you mean 'steps'"),
@@ -91,8 +91,8 @@ def test_ctrl_c_says_how_to_go_on_and_exits_with_130(folder, monkeypatch, capsys
         (["small.yaml", "--data", "none.txt"], "no data file or folder none.txt"),
         (["--resume", "none"], "none is no training run"),
         (["--resume", "none", "--out", "there"], "--resume goes on in its own folder: leave --out away"),
-        (["--resume", "none", "--set", "d_model=3"], "--resume goes on with its own model; d_model cannot change"),
-        ([".", "--set", "d_model=3"], "holds trained weights; d_model of it cannot change"),
+        (["--resume", "none", "--set", "d_model=3"], "--set d_model cannot change: --resume goes on"),
+        ([".", "--set", "d_model=3"], "--set d_model cannot change: . holds trained weights"),
         (["."], "holds no model"),
     ],
 )
@@ -119,7 +119,7 @@ def test_generate_with_a_tokenizer(folder, capsys):
 
 
 def test_what_generate_says(capsys):
-    with pytest.raises(ValueError, match="the prompt is empty"):
+    with pytest.raises(ValueError, match="`prompt` is empty"):
         call(generate.command, "small.yaml", "")
     with pytest.raises(ValueError, match="unknown model: 'nowhere'"):
         call(generate.command, "nowhere", "x")

@@ -111,7 +111,7 @@ def test_padding_counts_for_nothing(file, tmp_path):
         (CONFIG, arrays(labels=np.zeros(39, int)), r"`labels` must be integers, one for each of 40; got int64 \(39,\)"),
         (CONFIG, arrays(labels=np.zeros(40)), "`labels` must be integers, .* got float64"),
         (CONFIG, arrays(lengths=np.arange(40)), "`lengths` must be from 1 to 9; got 0 to 39"),
-        (CONFIG, {k: v[:1] for k, v in arrays().items()}, "nothing is left to train on of 1 sequences"),
+        (CONFIG, {k: v[:1] for k, v in arrays().items()}, "`validation` leaves none of 1 sequences to train on"),
         (IDS, arrays(), r"`inputs` must be ids \(n, l\), at least one; got float32"),
         (IDS, arrays(inputs=np.full((40, 9), 5)), "`inputs` must be from 0 to 4; got 5 to 5"),
         (IDS, arrays(inputs=np.zeros((0, 9), int)), "`inputs` must be ids .* at least one"),

@@ -291,13 +291,15 @@ def test_other_data_than_before(text, run, tmp_path):
 def test_models_that_are_no_language_models(text, run):
     with pytest.raises(
         ValueError,
-        match="training is for language models, from tokens to tokens, and for classifiers; this one goes",
+        match="`model` must be a language model, from tokens to tokens, or a classifier; this one goes",
     ):
         train(LSTM.override({"d_input": 2, "vocab_size": None}), text, QUICK, run, quiet=True)
     both_ways = {"pattern": ["s4d"], "mixers": {}, "bidirectional": True}
-    with pytest.raises(ValueError, match=r"must be causal; layers\.0\.mixer is bidirectional and sees the answer"):
+    with pytest.raises(
+        ValueError, match=r"`model` must be causal; layers\.0\.mixer is bidirectional and sees the tokens"
+    ):
         train(LSTM.override(both_ways), text, QUICK, run, quiet=True)
-    with pytest.raises(ValueError, match="weights are trained in float32; .* is torch.bfloat16: call model.float()"):
+    with pytest.raises(ValueError, match="`model` must have float32 weights; .* is torch.bfloat16: call model.float()"):
         train(ssmzoo.build(LSTM).bfloat16(), text, QUICK, run, quiet=True)
     with pytest.raises(
         ValueError, match="text as bytes has 256 ids, and the model's vocab_size is 50277: add --set vocab"

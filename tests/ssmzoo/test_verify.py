@@ -161,7 +161,7 @@ def test_every_mixer_is_checked_by_default():
             "error: unknown implementation of rms_norm: 'fft'. There are:",
         ),
         (["--dtype", "float12"], "error: unknown dtype: 'float12'. Did you mean 'float32'?"),
-        (["--device", "toaster"], "error: device 'toaster' cannot be used: "),
+        (["--device", "toaster"], "error: --device: 'toaster' cannot be used: "),
         (["--mixers", "--op", "fft_conv"], "error: --mixers checks mixers alone"),
     ],
 )

@@ -143,6 +143,8 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
         ValueError: fewer than two different sizes, or a number that has no logarithm.
     """
     if len(set(sizes)) < 2 or len(sizes) != len(values) or min(*sizes, *values) <= 0:
-        raise ValueError(f"exponent: needs two sizes or more, and positive numbers; got {sizes} and {values}")
+        raise ValueError(
+            f"exponent: `sizes` and `values` must be two or more positive numbers each; got {sizes} and {values}"
+        )
     slope, _ = statistics.linear_regression([math.log(s) for s in sizes], [math.log(v) for v in values])
     return slope

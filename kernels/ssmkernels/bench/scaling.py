@@ -74,7 +74,7 @@ def scale_op(op: str, plan: Plan) -> Iterator[list[Measurement]]:
 def lengths_to(longest: int) -> list[int]:
     """Two lengths or more, each four times the one before, the last as far as it must be: 1024, 4096, ..."""
     if longest < FACTOR:
-        raise ValueError(f"scaling needs a length of {FACTOR} or more; got {longest}")
+        raise ValueError(f"scaling: `length` must be at least {FACTOR}; got {longest}")
     lengths = [min(SHORT, longest // FACTOR)]
     while lengths[-1] * FACTOR < longest:
         lengths.append(lengths[-1] * FACTOR)

@@ -99,13 +99,14 @@ class _NoSecond(torch.autograd.Function):
 
 def _memory(gradients: Gradients) -> tuple[Gradients, bool]:
     """The gradients, with memory under those zeros that autograd makes without, and whether kernels may read them."""
-    given = {str(i): g for i, g in enumerate(gradients) if g is not None}
+    given = dict(enumerate(gradients))
     reason = why_not_plain(given)
     if reason == ZERO:
-        made = filled(given)
-        gradients = tuple(None if g is None else made[str(i)] for i, g in enumerate(gradients))
-        return _memory(gradients)
-    return gradients, not reason and not any(map(_is_batched, given.values()))
+        return _memory(tuple(filled(given).values()))
+    for g in gradients:
+        if g is not None and _is_batched(g):
+            return gradients, False
+    return gradients, not reason
 
 
 def _differentiable(again: Again, ctx: Any, *gradients: Tensor | None) -> Gradients:

@@ -21,7 +21,7 @@ _is_zero = Tensor._is_zerotensor
 ZERO = "a zero tensor of autograd's has no memory"
 
 
-def filled(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def filled(arguments: Mapping[Any, Any]) -> dict[Any, Any]:
     """The arguments, with memory under those zero tensors that autograd makes without any."""
     return {name: a.clone() if isinstance(a, Tensor) and _is_zero(a) else a for name, a in arguments.items()}
 
@@ -31,7 +31,7 @@ def in_transform() -> bool:
     return _transform() is not None
 
 
-def why_not_plain(arguments: Mapping[str, Any]) -> str:
+def why_not_plain(arguments: Mapping[Any, Any]) -> str:
     """Why a call outside of a compiler needs PyTorch's own operators; empty where its tensors are plain memory."""
     if _tracing_state() is not None:
         return "torch.jit.trace records only PyTorch's own operators"

@@ -25,7 +25,7 @@ import torch
 
 from ssmkernels import sharded
 from ssmkernels.library import opaque
-from ssmkernels.plain import ZERO, filled, recorded, subclass, why_not_plain
+from ssmkernels.plain import ZERO, filled, forward_differentiated, recorded, subclass, why_not_plain
 
 # Input elements from which a call on the reference is worth a warning: about a tenth of a second of it.
 LARGE_CALL = 2**20
@@ -203,11 +203,9 @@ class Op:
             other = f"{name!r} takes such calls; this one runs where it is forced"
             choices = tuple(Choice(n, reason if n in KERNELS else "" if n == name else other) for n in self.names)
             raise _Explained(Explanation(self.name, name, reason, choices, able))
-        if name in KERNELS:
-            raise ValueError(
-                f"{self.name}: implementation {forced!r} ({origin}) cannot run this call: {reason}; "
-                'use("reference") can'
-            )
+        refusal = f"{self.name}: implementation {forced!r} ({origin}) cannot run this call: {reason}"
+        if name in KERNELS or (self._loses_tangents(name) and forward_differentiated(arguments)):
+            raise ValueError(f'{refusal}; use("reference") can')
         if forced is not None and (why_not := self.why_not(forced, arguments)):
             raise ValueError(f"{self.name}: implementation {forced!r} ({origin}) cannot run this call: {why_not}")
         wrapped = None if recorded() else subclass(arguments)
@@ -215,7 +213,17 @@ class Op:
             # PyTorch puts conjugates off; what reaches a subclass has lost them
             kind = type(arguments[wrapped]).__name__
             raise TypeError(f"{self.name}: `{wrapped}` must be a plain tensor beside complex ones; got a {kind}")
-        return self._run(name, arguments)
+        try:
+            return self._run(name, arguments)
+        except RuntimeError as error:
+            if name == "reference":
+                raise
+            told = " ".join(str(error).split())
+            raise RuntimeError(f'{refusal}; use("reference") can. PyTorch says: {told[:300]}') from error
+
+    def _loses_tangents(self, name: str) -> bool:
+        """Whether an implementation is an operator of ours in eager calls too, which forward mode passes over."""
+        return getattr(self.implementation(name).function, "loses_tangents", False)
 
     def _fastest(self, arguments: Mapping[str, Any]) -> str | None:
         """The first that can run the call and is not slow at it; a slow one rather than the reference."""

@@ -1,7 +1,8 @@
-"""Backward passes that can be differentiated once more, and that autocast does not reach.
+"""Backward passes that can be differentiated and batched, and that autocast does not reach.
 
-A kernel's backward pass has no derivative of its own. Where autograd records it (``create_graph=True``), the gradients
-are computed from readable PyTorch instead, so that second and higher derivatives are PyTorch's own.
+A kernel's backward pass has no derivative of its own, and no rule for a batch of gradients. Where autograd records it
+(``create_graph=True``), where incoming gradients carry tangents, and under ``vmap`` (``is_grads_batched``, vectorised
+Jacobians), the gradients are computed from readable PyTorch instead, so that derivatives and batches are PyTorch's own.
 PyTorch's ``once_differentiable`` does not do as a refusal: ``torch.autograd.grad(inputs=...)`` passes over the error
 that it puts into the graph and returns the other paths' part of the derivative.
 """
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ssmkernels.plain import ZERO, filled, why_not_plain
 
 Gradients = tuple[Tensor | None, ...]
 Backward = Callable[..., Gradients]
@@ -33,8 +36,11 @@ def twice_differentiable(again: Again) -> Callable[[Backward], Backward]:
     def decorate(backward: Backward) -> Backward:
         @functools.wraps(backward)
         def either(ctx: Any, *gradients: Tensor | None) -> Gradients:
-            recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-            run: Backward = functools.partial(_differentiable, again) if recorded else backward
+            run = backward
+            if not torch.compiler.is_compiling():
+                gradients, plain = _memory(gradients)
+                if torch.is_grad_enabled() or not plain:
+                    run = functools.partial(_differentiable, again)
             kind = next((g.device.type for g in gradients if g is not None), "cpu")
             if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
                 return run(ctx, *gradients)
@@ -62,6 +68,8 @@ def say_way_out(result: Tensor, function: str) -> Tensor:
     return result
 
 
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # by `is_grads_batched`, which is no torch.func.vmap
+
 _FUSED = "ScaledDotProduct"  # begins the names of autograd's nodes of PyTorch's fused attention
 
 
@@ -74,18 +82,41 @@ def _guard(function: str, gradients: Gradients, _: Gradients) -> Gradients | Non
 class _NoSecond(torch.autograd.Function):
     """A gradient that has no derivative, between autograd's record of how it was computed and its users."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, function: str) -> Tensor:
-        ctx.function = function
+    def forward(gradient: Tensor, function: str) -> Tensor:
         return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+        ctx.function = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
         raise RuntimeError(f'{ctx.function} has no second derivative; inside ssmkernels.use("reference") there is one')
 
 
+def _memory(gradients: Gradients) -> tuple[Gradients, bool]:
+    """The gradients, with memory under those zeros that autograd makes without, and whether kernels may read them."""
+    given = dict(enumerate(gradients))
+    reason = why_not_plain(given)
+    if reason == ZERO:
+        return _memory(tuple(filled(given).values()))
+    for g in gradients:
+        if g is not None and _is_batched(g):
+            return gradients, False
+    return gradients, not reason
+
+
 def _differentiable(again: Again, ctx: Any, *gradients: Tensor | None) -> Gradients:
-    """The gradients of all arguments, with a graph; None for those that need none."""
+    """The gradients of all arguments, with a graph where one is wanted; None for those that need none."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        return _found(again, ctx, gradients, create_graph)
+
+
+def _found(again: Again, ctx: Any, gradients: Gradients, create_graph: bool) -> Gradients:
     function, arguments = again(ctx)
     wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
     arguments = list(arguments)
@@ -99,6 +130,6 @@ def _differentiable(again: Again, ctx: Any, *gradients: Tensor | None) -> Gradie
     if pairs:
         outputs, incoming = zip(*pairs, strict=True)
         inputs = [arguments[i] for i in wanted]
-        found = torch.autograd.grad(outputs, inputs, incoming, create_graph=True, allow_unused=True)
+        found = torch.autograd.grad(outputs, inputs, incoming, create_graph=create_graph, allow_unused=True)
     by_place = dict(zip(wanted, found, strict=True))
     return tuple(by_place.get(i) for i in range(len(ctx.needs_input_grad)))

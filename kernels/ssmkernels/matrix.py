@@ -33,7 +33,7 @@ TABLE = {
     "fork": "fork",
     "threads": "threads",
 }
-OTHERS = ("meta", "wrapped", "zero", "forced", "grad", "traced")
+OTHERS = ("meta", "wrapped", "zero", "forced", "grad", "gradients", "traced")
 WAYS = (*TABLE, *OTHERS)
 RIGHT = "✓"
 FAULT = "✗ "  # begins what is neither right nor refused

@@ -21,12 +21,17 @@ _is_zero = Tensor._is_zerotensor
 ZERO = "a zero tensor of autograd's has no memory"
 
 
-def filled(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def filled(arguments: Mapping[Any, Any]) -> dict[Any, Any]:
     """The arguments, with memory under those zero tensors that autograd makes without any."""
     return {name: a.clone() if isinstance(a, Tensor) and _is_zero(a) else a for name, a in arguments.items()}
 
 
-def why_not_plain(arguments: Mapping[str, Any]) -> str:
+def in_transform() -> bool:
+    """Whether a transform of torch.func (vmap, grad, jvp) is active."""
+    return _transform() is not None
+
+
+def why_not_plain(arguments: Mapping[Any, Any]) -> str:
     """Why a call outside of a compiler needs PyTorch's own operators; empty where its tensors are plain memory."""
     if _tracing_state() is not None:
         return "torch.jit.trace records only PyTorch's own operators"
@@ -43,9 +48,22 @@ def why_not_plain(arguments: Mapping[str, Any]) -> str:
                 return f"`{name}` is a {type(a).__name__}, which has no memory of its own"
         if _is_zero(a):
             return ZERO
-        if dual and forward_ad.unpack_dual(a).tangent is not None:
+        if dual and _tangent(a) is not None:
             return f"`{name}` carries a tangent of forward-mode differentiation"
     return ""
+
+
+def forward_differentiated(arguments: Mapping[str, Any]) -> bool:
+    """Whether forward-mode differentiation may go through an argument."""
+    if in_transform():
+        levels = torch._C._functorch.get_interpreter_stack() or ()
+        return any(level.key() == torch._C._functorch.TransformType.Jvp for level in levels)
+    dual = forward_ad._current_level >= 0
+    return dual and any(isinstance(a, Tensor) and _tangent(a) is not None for a in arguments.values())
+
+
+def _tangent(a: Tensor) -> Tensor | None:
+    return forward_ad.unpack_dual(a).tangent
 
 
 def subclass(arguments: Mapping[str, Any]) -> str | None:

@@ -187,6 +187,20 @@ class Calls:
         leaves = tuple(x.clone().requires_grad_() for x in self.values())
         return self._unless_states(lambda: torch.autograd.gradgradcheck(self.output, leaves, fast_mode=True))
 
+    def gradients(self) -> bool:
+        """Backward passes of a batch of gradients, and of zeros without memory."""
+        leaves = [x.clone().requires_grad_() for x in self.values()]
+        y = self.output(*leaves)
+        if not self.spec.differentiable:
+            raise Refused("it has no gradient")
+        draw = torch.Generator().manual_seed(0)
+        several = torch.randn(2, *y.shape, generator=draw, dtype=y.dtype)
+        options: dict[str, Any] = {"retain_graph": True}
+        together = torch.autograd.grad(y, leaves, several, is_grads_batched=True, **options)
+        one_by_one = zip(*(torch.autograd.grad(y, leaves, g, **options) for g in several), strict=True)
+        nothing = torch.autograd.grad(y, leaves, torch._efficientzerotensor(y.shape, dtype=y.dtype), **options)
+        return same(together, map(torch.stack, one_by_one)) and not any(g.any() for g in nothing)
+
     def _unless_states(self, call: Callable[[], Any]) -> Any:
         """PyTorch itself refuses gradients through states that are overwritten before its backward pass reads them."""
         try:

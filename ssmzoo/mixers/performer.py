@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ssmkernels.packing import spans
+from ssmkernels.recompute import recomputed
 from ssmkernels.validate import precision
 from ssmzoo.linear import Linear
 from ssmzoo.mixers._base import Mixer
 from ssmzoo.mixers._favor import CHUNK, LOWEST, FeatureSums, absorb, causal, read
 from ssmzoo.registry import register_mixer
-
-R = TypeVar("R")
 
 SEGMENT = 256  # tokens whose features are held at a time; they should fit in a cache
 
@@ -149,12 +146,12 @@ class Performer(Mixer):
         outs = []
         if self.causal:
             for part in parts:
-                out, state = _recomputed(self._advance, state, *part)
+                out, state = recomputed(self._advance, state, *part)
                 outs.append(out)
         else:
             for _, k, v in parts:
-                state = _recomputed(self._absorb, state, k, v)
-            outs = [_recomputed(self._read, state, q) for q, _, _ in parts]
+                state = recomputed(self._absorb, state, k, v)
+            outs = [recomputed(self._read, state, q) for q, _, _ in parts]
         return torch.cat(outs, dim=-2), state
 
     def _advance(self, state: FeatureSums, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, FeatureSums]:
@@ -190,13 +187,6 @@ class Performer(Mixer):
 
 def _half_square(x: Tensor) -> Tensor:
     return x.square().sum(-1, keepdim=True) / 2
-
-
-def _recomputed(function: Callable[..., R], *inputs: Any) -> R:
-    """The function's result; where gradients are wanted it keeps only the inputs, and runs again on the way back."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler chooses for itself what to keep
-        return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def _random_rotation(size: int, like: Tensor) -> Tensor:

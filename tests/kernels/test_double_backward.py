@@ -1,10 +1,11 @@
-"""Second derivatives, and backward passes inside of autocast, of every implementation that runs on a CPU."""
+"""Backward passes of every implementation on a CPU: twice, inside of autocast, and of gradients of unusual kinds."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -158,6 +159,37 @@ def test_gradgradcheck(op, implementation):
         return tuple(_results(op, implementation, arguments | dict(zip(leaves, values, strict=True))))
 
     assert torch.autograd.gradgradcheck(function, tuple(leaves.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize(("op", "implementation", "row"), _able())
+def test_gradients_that_are_batched_or_zero_or_carry_tangents(op, implementation, row):
+    arguments = with_gradients(_inputs(op, row))
+    leaves = [value for value in arguments.values() if is_real_or_complex(value)]
+    results = [r for r in _results(op, implementation, arguments) if not r.is_complex()]
+    one, other = ([g.detach().to(r.dtype) for g, r in zip(_like(results, i), results, strict=True)] for i in (1, 2))
+
+    def backward(incoming: Sequence[Tensor], batched: bool = False) -> list[Tensor]:
+        options = {"retain_graph": True, "allow_unused": True, "is_grads_batched": batched}
+        found = torch.autograd.grad(results, leaves, incoming, **options)
+        return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
+
+    wanted, along = backward(one), backward(other)
+    together = backward([torch.stack(pair) for pair in zip(one, other, strict=True)], batched=True)
+    for pair, first, second in zip(together, wanted, along, strict=True):
+        if pair.ndim > first.ndim:  # else no result depends on it
+            torch.testing.assert_close(pair, torch.stack([first, second]))
+    for g in backward([torch._efficientzerotensor(r.shape, dtype=r.dtype) for r in results]):
+        assert not g.any()
+    with torch.autograd.forward_ad.dual_level():
+        try:
+            found = backward([torch.autograd.forward_ad.make_dual(*pair) for pair in zip(one, other, strict=True)])
+        except NotImplementedError as refusal:  # PyTorch's formulas have no rule for silu's or its attention's gradient
+            if re.search("silu_backward|scaled_dot_product", str(refusal)):
+                return
+            raise
+        for g, exact in zip(found, along, strict=True):
+            tangent = torch.autograd.forward_ad.unpack_dual(g).tangent
+            torch.testing.assert_close(torch.zeros_like(exact) if tangent is None else tangent, exact)
 
 
 @pytest.mark.parametrize("implementation", ["fft", "reference"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ssmkernels import OPS, dispatch, explain, matrix, rms_norm
-from ssmkernels.dispatch import use
+from ssmkernels.dispatch import KERNELS, use
 from ssmkernels.spec import spec_of
 from ssmkernels.ways import Calls, Refused
 
@@ -35,6 +35,20 @@ def test_every_op_with_tensors_that_are_not_plain_and_under_transforms():
     """In the ways that the table in docs/calls.md has not; that table's are tried where it is compared."""
     faults = [cell for cell in matrix.cells(ways=matrix.OTHERS) if cell.verdict.startswith(matrix.FAULT)]
     assert faults == []
+
+
+PLAIN = [(op, name) for op in OPS for name in OPS[op].names if name not in {*KERNELS, "reference"}]
+
+
+@pytest.mark.parametrize(("op", "implementation"), PLAIN)
+def test_what_is_forced_under_transforms_is_right_or_names_the_way_out(op, implementation):
+    """Of those made of PyTorch's operators: PyTorch's own errors for a missing rule do not."""
+    if why_not := OPS[op].why_not(implementation):
+        pytest.skip(why_not)
+    with use(**{op: implementation}):
+        calls = Calls(op, spec_of(op))
+        for way in ("vmap", "jvp", "grad", "double_backward"):
+            assert not matrix.verdict(calls, way).startswith(matrix.FAULT), way
 
 
 class Stub:

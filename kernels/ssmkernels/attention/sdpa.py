@@ -19,6 +19,7 @@ from ssmkernels.attention.reference import distances, in_window
 from ssmkernels.double_backward import say_way_out
 from ssmkernels.library import opaque
 from ssmkernels.packing import spans
+from ssmkernels.plain import readable
 from ssmkernels.validate import HALF, precision
 
 LARGE = 2**21  # numbers of a mask that is better not written
@@ -234,7 +235,9 @@ def _with_nan(q: Tensor, out: Tensor, keys: int) -> Tensor:
 
     Compiled code has no branch here, so that one graph serves few keys and many.
     """
-    if not torch.compiler.is_compiling() and (keys >= VECTOR or math.isfinite(q.detach().sum().item())):
+    if not torch.compiler.is_compiling() and (
+        keys >= VECTOR or (readable(q) and math.isfinite(q.detach().sum().item()))
+    ):
         return out
     return out.masked_fill(q.isnan().any(-1, keepdim=True), torch.nan)
 

@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ssmkernels.dplr_kernel.discretize import discretize_dplr, doubled, functional, output
+from ssmkernels.recompute import recomputed
 from ssmkernels.validate import precision
 
 PRECISE = 256  # taps in float64
@@ -86,7 +86,7 @@ def around_the_circle(
         numbers = torch.arange(first, min(first + step, frequencies), device=A.device, dtype=torch.float64)
         angles = numbers * (-2 * math.pi / size)
         given = (poles, lefts, rights, dt, angles, -1 / size, sums)
-        parts.append(checkpoint(_transfer, *given, use_reentrant=False, preserve_rng_state=False))
+        parts.append(recomputed(_transfer, *given))
     shrunk = torch.fft.irfft(torch.cat(parts, dim=1), n=size)  # K_t e^{-t/l}
     growth = torch.exp(torch.arange(length, device=A.device, dtype=torch.float64) / size)
     return (shrunk[:, :length] * growth).to(wide)

@@ -60,6 +60,7 @@ def selective_scan(
 
 
 selective_scan.compiles = True  # type: ignore[attr-defined]  # its core is an operator already
+selective_scan.loses_tangents = True  # type: ignore[attr-defined]  # as its operator does in eager calls too
 
 
 @torch.library.custom_op("ssmkernels::selective_scan_tiled", mutates_args=())

@@ -92,6 +92,8 @@ def call(
     """The package's own functions: out (b l h v) and, if wanted, its log-sum-exp (b h l)."""
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
+    if scale <= 0:  # it hides a key before it scales the logits
+        q, scale = q * scale, 1.0
     options = {
         "softmax_scale": scale,
         "causal": right == 0,

@@ -210,6 +210,8 @@ def _mask(q: Tensor, distance: Tensor, seen: Tensor, alibi_slopes: Tensor | None
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
     dtype = q.dtype
+    if scale <= 0:  # with which PyTorch's causal kernels give NaN
+        q, scale = q * scale, 1.0
     if mask is not None and mask.dtype != torch.bool:
         # In half precision a far key's bias would be off by whole units, and cuDNN misreads one of another dtype.
         q, k, v = (x.to(mask.dtype) for x in (q, k, v))

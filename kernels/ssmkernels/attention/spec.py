@@ -79,6 +79,8 @@ ROWS = (
     {"window": (20, 0), "l": 260, "m": 270, **LONG},
     {"window": (20, 0), "l": 257, "alibi": True, **LONG},
     {"scale": 0.3},
+    {"scale": -0.3, "causal": True},
+    {"scale": 0.0, "causal": True},
     {"softcap": 5.0},
     {"softcap": 0.5, "causal": False, "lse": True},
     {"alibi": True},

@@ -72,6 +72,8 @@ ROWS = (
     {"window": (0, 0), "lengths": "full"},
     {"window": (5, 0), "l": 3, "lengths": "full"},
     {"scale": 0.3},
+    {"scale": -0.3},
+    {"scale": 0.0},
     {"softcap": 5.0},
     {"alibi": True},
     {"sinks": True},

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ssmkernels.double_backward import twice_differentiable
 from ssmkernels.packing import pad
@@ -87,7 +88,12 @@ def scan(
 @scan.register_fake
 def _(x, dt, A, B, C, initial_state, cu_seqlens):
     s = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    chunks = torch.library.get_ctx().new_dynamic_size() if cu_seqlens is not None else len_chunks(x, A)
+    if cu_seqlens is None:
+        chunks = len_chunks(x, A)
+    elif isinstance(x, FakeTensor):  # as long as the longest sequence
+        chunks = torch.library.get_ctx().new_dynamic_size()
+    else:  # on the meta device, where no size may be left open
+        chunks = x.shape[1]
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
         x.new_empty(s, *A.shape),

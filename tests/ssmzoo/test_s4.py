@@ -119,7 +119,7 @@ def test_dss_has_every_property_but_a_state():
     check_mixer(mixer)
     with pytest.raises(ValueError, match="no `initial_state` with `discretization='dss'`"):
         mixer.initial_state(1)
-    with pytest.raises(ValueError, match="there is no `initial_state` with"):
+    with pytest.raises(ValueError, match="`state` must be None, as this mixer sees the whole sequence at once"):
         mixer(torch.randn(1, 2, 8), build("s4d").initial_state(1))
 
 

@@ -209,7 +209,7 @@ def test_files_that_do_not_serve(tmp_path, monkeypatch):
 
 def test_text_that_goes_bad_later_on(tmp_path, tokenizer):
     write(tmp_path, a_txt=b"good\n" * 20_000 + b"\xff\n")
-    with pytest.raises(ValueError, match="not UTF-8 text throughout"):
+    with pytest.raises(ValueError, match="`data` must be UTF-8 text throughout"):
         load_text([tmp_path / "a.txt"], Tokenizer(tokenizer), 0.1)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ssmzoo import files
 from ssmzoo.config import ModelConfig
 from ssmzoo.files import replacing
-from ssmzoo.footprint import check_memory
+from ssmzoo.footprint import check_memory, footprint
 from ssmzoo.model import SequenceModel
 from ssmzoo.published import published_config
 from ssmzoo.weights import assign, line, main_dtype, read_tensors, skeleton, some, stored_weights, write_tensors
@@ -95,8 +95,18 @@ def load(
     elif not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"load: `dtype` must be a floating-point torch.dtype such as torch.bfloat16; got {dtype!r}")
     where = torch.device(device if device is not None else torch.get_default_device())
-    check_memory(config, where, dtype)
-    model = skeleton(config, where, dtype)
+    if where.type not in ("cpu", "meta"):  # on a CPU the weights are there already
+        check_memory(config, where, dtype)
+    if config.n_layers > len(weights):  # each layer has a weight of its own; no time goes into thousands of others
+        raise ValueError(
+            f"the weights in {source} do not fit the config: it has n_layers={config.n_layers}, and they are "
+            f"{len(weights)} tensors"
+        )
+    try:
+        model = skeleton(config, where, dtype)
+    except (RuntimeError, OverflowError):
+        footprint(config)  # says which size PyTorch cannot hold
+        raise
     assign(model, weights, str(source), where)
     return model
 

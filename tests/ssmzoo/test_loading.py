@@ -99,6 +99,21 @@ def test_views_of_one_storage_become_weights_of_their_own(tmp_path):
     assert loaded.lm_head.weight.untyped_storage().nbytes() == loaded.lm_head.weight.nbytes
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"n_layers": 10**4}, "do not fit the config: it has n_layers=10000, and they are"),
+        ({"d_model": 2**31 - 1}, "is larger than PyTorch can hold"),
+        ({"vocab_size": 2**30}, r"of another shape: embedding.weight \(20, 16\) for \(1073741824, 16\)"),
+    ],
+)
+def test_a_config_of_a_far_larger_model(tmp_path, change, said):
+    pretrained.save(ssmzoo.build(PLAIN | {"pattern": ["gru"]}), tmp_path)
+    (tmp_path / "config.yaml").write_text(ssmzoo.ModelConfig(**(PLAIN | {"pattern": ["gru"]} | change)).to_yaml())
+    with pytest.raises(ValueError, match=said):
+        pretrained.load(tmp_path)
+
+
 def test_a_dtype_that_is_none(tmp_path):
     pretrained.save(ssmzoo.build(PLAIN | {"pattern": ["gru"]}), tmp_path)
     with pytest.raises(TypeError, match="`dtype` must be a floating-point torch.dtype"):

@@ -23,9 +23,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from ssmkernels import sharded
 from ssmkernels.library import opaque
 from ssmkernels.plain import ZERO, filled, forward_differentiated, recorded, subclass, why_not_plain
+from ssmkernels.sharded import call_on_shards, is_distributed
 
 # Input elements from which a call on the reference is worth a warning: about a tenth of a second of it.
 LARGE_CALL = 2**20
@@ -194,8 +194,8 @@ class Op:
         It takes the reference. Others made of PyTorch's operators run only where they are forced, as not all of them
         have rules for every transform.
         """
-        if sharded.is_distributed(arguments):
-            return sharded.call(self.name, self.batched, arguments, functools.partial(self, implementation))
+        if is_distributed(arguments):
+            return call_on_shards(self.name, self.batched, arguments, functools.partial(self, implementation))
         forced, origin = self._forced(implementation)
         name = forced or "reference"
         if _explaining and threading.get_ident() in _explaining:

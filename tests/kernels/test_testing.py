@@ -130,6 +130,11 @@ FAULTS = [
 ]
 
 
+def without_values(error):
+    """The message up to the values: what a function reads from outside its tensors is not the same twice."""
+    return re.split(r" is \S+ at |gives another", str(error))[0]
+
+
 @pytest.mark.parametrize(("function", "row", "match"), FAULTS, ids=lambda x: getattr(x, "__name__", ""))
 def test_a_fault_is_found_and_named(function, row, match):
     with pytest.raises(AssertionError, match=f"^selective_scan: {function.__name__}: .*" + match) as caught:
@@ -139,7 +144,7 @@ def test_a_fault_is_found_and_named(function, row, match):
     names = {"ssmkernels": ssmkernels, "torch": torch, function.__name__: function}
     with pytest.raises(AssertionError) as again:
         eval(line, names)
-    assert str(again.value).partition("gives another")[0] == str(caught.value).partition("gives another")[0]
+    assert without_values(again.value) == without_values(caught.value)
 
 
 def test_a_right_function_passes():

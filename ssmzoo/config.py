@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
-from ssmkernels.dispatch import unknown
+from ssmkernels.core.dispatch import unknown
 from ssmzoo.mixers._base import Mixer
 from ssmzoo.mlp import MLPS
 from ssmzoo.options import check_options, check_range, convert, options_of

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ssmkernels.dispatch import unknown
+from ssmkernels.core.dispatch import unknown
 from ssmzoo.plain import short
 
 

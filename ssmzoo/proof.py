@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from ssmkernels import OPS
-from ssmkernels.dispatch import unknown
-from ssmkernels.report import Check
-from ssmkernels.spec import Case, Spec, specs
+from ssmkernels.check.report import Check
+from ssmkernels.check.spec import Case, Spec, specs
+from ssmkernels.core.dispatch import unknown
 from ssmkernels.testing import check
 from ssmzoo.devices import usable
 

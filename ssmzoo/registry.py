@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ssmkernels.dispatch import unknown
+from ssmkernels.core.dispatch import unknown
 from ssmzoo import mixers
 from ssmzoo.mixers._base import Mixer
 from ssmzoo.options import check_options, options_of

@@ -54,7 +54,7 @@ OP = '''
 
 import torch
 
-from ssmkernels.dispatch import Op
+from ssmkernels.core.dispatch import Op
 
 __all__ = ["doubled"]
 
@@ -106,9 +106,9 @@ def test_a_mixer_is_one_file(tmp_path, monkeypatch):
 def test_an_op_is_one_folder(tmp_path):
     copy = tmp_path / "ssmkernels"
     shutil.copytree(ROOT / "kernels" / "ssmkernels", copy, ignore=shutil.ignore_patterns("__pycache__"))
-    (copy / "doubled").mkdir()
-    (copy / "doubled" / "__init__.py").write_text(OP)
-    (copy / "doubled" / "reference.py").write_text(OP_REFERENCE)
+    (copy / "ops" / "doubled").mkdir()
+    (copy / "ops" / "doubled" / "__init__.py").write_text(OP)
+    (copy / "ops" / "doubled" / "reference.py").write_text(OP_REFERENCE)
     code = "import torch, ssmkernels; print(ssmkernels.doubled(torch.ones(1)), ssmkernels.OPS['doubled'].names)"
     result = subprocess.run(
         [sys.executable, "-c", code],

@@ -1,32 +1,32 @@
 """The functions under the zoo: scans, convolutions and attention, each with a readable PyTorch reference.
 
-Every folder beside this file that holds a ``reference.py`` is an op; its public functions appear here by
-themselves. ``use``, ``explain`` and ``SSMZOO_IMPLEMENTATION`` say which implementation of an op runs.
+Every folder in ``ops/`` is an op; its public functions appear here by themselves. ``use``, ``explain`` and
+``SSMZOO_IMPLEMENTATION`` say which implementation of an op runs.
 """
 
 import importlib as _importlib
 import pathlib as _pathlib
 from typing import TYPE_CHECKING
 
-from ssmkernels.dispatch import OPS, Explanation, explain, use
-from ssmkernels.memory import keep_memory
+from ssmkernels.core.dispatch import OPS, Explanation, explain, use
+from ssmkernels.core.memory import keep_memory
 
 if TYPE_CHECKING:  # for type checkers and editors alone
-    from ssmkernels.attention import attention, merge_attention
-    from ssmkernels.causal_conv1d import causal_conv1d, causal_conv1d_step
-    from ssmkernels.decode_attention import decode_attention
-    from ssmkernels.diagonal_kernel import diagonal_kernel, discretize_diagonal
-    from ssmkernels.dplr_kernel import bilinear_dplr, bilinear_step, discretize_dplr, dplr_kernel
-    from ssmkernels.fft_conv import fft_conv
-    from ssmkernels.mamba_step import mamba_step
-    from ssmkernels.rms_norm import rms_norm
-    from ssmkernels.selective_scan import selective_scan, selective_scan_step
+    from ssmkernels.ops.attention import attention, merge_attention
+    from ssmkernels.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
+    from ssmkernels.ops.decode_attention import decode_attention
+    from ssmkernels.ops.diagonal_kernel import diagonal_kernel, discretize_diagonal
+    from ssmkernels.ops.dplr_kernel import bilinear_dplr, bilinear_step, discretize_dplr, dplr_kernel
+    from ssmkernels.ops.fft_conv import fft_conv
+    from ssmkernels.ops.mamba_step import mamba_step
+    from ssmkernels.ops.rms_norm import rms_norm
+    from ssmkernels.ops.selective_scan import selective_scan, selective_scan_step
 
 __all__ = ["OPS", "Explanation", "explain", "keep_memory", "use"]
 
-for _folder in sorted(_pathlib.Path(__file__).parent.iterdir()):
+for _folder in sorted((_pathlib.Path(__file__).parent / "ops").iterdir()):
     if (_folder / "reference.py").exists():
-        _op = _importlib.import_module(f"ssmkernels.{_folder.name}")
+        _op = _importlib.import_module(f"ssmkernels.ops.{_folder.name}")
         for _name in _op.__all__:
             globals()[_name] = getattr(_op, _name)
             __all__ += [_name]

@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ssmkernels.block_mask import BlockMask, from_blocks
-from ssmkernels.validate import check_range, window_bound
+from ssmkernels.core.block_mask import BlockMask, from_blocks
+from ssmkernels.core.validate import check_range, window_bound
 
 __all__ = [
     "BlockMask",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ssmkernels import fft_conv
 from ssmkernels.bench import Contestant
-from ssmkernels.products import linear
+from ssmkernels.core.products import linear
 from ssmzoo.mixers._base import Mixer
 from ssmzoo.mixers._s4 import S4Layer
 from ssmzoo.model import SequenceModel

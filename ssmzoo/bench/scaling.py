@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from ssmkernels.bench import BOTH, Measurement, Plan, grow, refusal, scale_op
 from ssmkernels.bench.ops import lengths_of
 from ssmkernels.bench.scaling import KIND, QUICK_LONG, lengths_to
-from ssmkernels.spec import specs
+from ssmkernels.check.spec import specs
 from ssmzoo.bench.mixers import candidates, contest_of, prepared
 from ssmzoo.registry import list_mixers
 

@@ -92,8 +92,8 @@ def command(
 
 def _matrix(ops: Sequence[str], markdown: bool) -> None:
     """For each op, in which ways it can be called, and why not in others."""
-    from ssmkernels.matrix import FAULT, RIGHT, TABLE, cells
-    from ssmkernels.spec import spec_of
+    from ssmkernels.check.matrix import FAULT, RIGHT, TABLE, cells
+    from ssmkernels.check.spec import spec_of
 
     for name in ops:
         spec_of(name)  # or the error says which ops there are
@@ -114,7 +114,7 @@ def _matrix(ops: Sequence[str], markdown: bool) -> None:
 
 
 def _ways(row: dict[str, str]) -> list[str]:
-    from ssmkernels.matrix import RIGHT
+    from ssmkernels.check.matrix import RIGHT
 
     right = [way for way, told in row.items() if told == RIGHT]
     others = "\n".join(f"{way}: {told}" for way, told in row.items() if told != RIGHT)

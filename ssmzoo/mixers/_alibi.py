@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssmkernels.validate import precision
+from ssmkernels.core.validate import precision
 
 
 def alibi_slopes(n_heads: int, like: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from ssmkernels.validate import check_cu_seqlens, precision
+from ssmkernels.core.validate import check_cu_seqlens, precision
 from ssmzoo.linear import arrives_later, computes_on
 from ssmzoo.state import State
 from ssmzoo.ties import KeepsTies

@@ -7,8 +7,8 @@ from typing import Literal, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssmkernels.causal_conv1d import causal_conv1d
-from ssmkernels.validate import precision
+from ssmkernels.core.validate import precision
+from ssmkernels.ops.causal_conv1d import causal_conv1d
 from ssmzoo.linear import is_plain
 from ssmzoo.mixers._light_convolution import Places
 

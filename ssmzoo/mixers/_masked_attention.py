@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ssmkernels import attention
-from ssmkernels.packing import spans
-from ssmkernels.validate import precision
+from ssmkernels.core.packing import spans
+from ssmkernels.core.validate import precision
 from ssmzoo.linear import Linear
 from ssmzoo.mixers._base import Mixer
 from ssmzoo.mixers._cached import FEW, append, borders, positions

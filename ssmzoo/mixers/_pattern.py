@@ -9,7 +9,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ssmkernels.block_mask import MEMBERS, BlockMask
+from ssmkernels.core.block_mask import MEMBERS, BlockMask
 
 KINDS: dict[str, type[Pattern]] = {}  # by name, for an operator takes no objects
 

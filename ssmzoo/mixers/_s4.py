@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmkernels import fft_conv
-from ssmkernels.dispatch import unknown
-from ssmkernels.packing import spans
+from ssmkernels.core.dispatch import unknown
+from ssmkernels.core.packing import spans
 from ssmzoo.linear import Linear
 from ssmzoo.mixers._base import Mixer
 from ssmzoo.mixers._init import log_uniform, wide_dtype

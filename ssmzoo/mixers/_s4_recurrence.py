@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssmkernels.packing import pad
+from ssmkernels.core.packing import pad
 
 
 @dataclasses.dataclass(frozen=True)

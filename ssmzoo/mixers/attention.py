@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ssmkernels.validate import precision
+from ssmkernels.core.validate import precision
 from ssmzoo.linear import Linear, is_plain
 from ssmzoo.mixers._alibi import alibi_slopes
 from ssmzoo.mixers._attention_options import check_at_least_one, check_hidden, heads, rotary_dim

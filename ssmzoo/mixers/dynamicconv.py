@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssmkernels.validate import precision
+from ssmkernels.core.validate import precision
 from ssmzoo.linear import Linear
 from ssmzoo.mixers._light_convolution import LightConvolution, Places
 from ssmzoo.registry import register_mixer

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssmkernels.causal_conv1d import causal_conv1d
+from ssmkernels.ops.causal_conv1d import causal_conv1d
 from ssmzoo.mixers._light_convolution import LightConvolution, Places
 from ssmzoo.registry import register_mixer
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmkernels import attention
-from ssmkernels.packing import spans
+from ssmkernels.core.packing import spans
 from ssmzoo.linear import Linear
 from ssmzoo.mixers._base import Mixer
 from ssmzoo.registry import register_mixer

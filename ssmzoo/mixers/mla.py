@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssmkernels.validate import precision
+from ssmkernels.core.validate import precision
 from ssmzoo.linear import Linear, is_plain
 from ssmzoo.mixers._base import Mixer
 from ssmzoo.mixers._cached import FEW, Cache, append, borders, empty, positions

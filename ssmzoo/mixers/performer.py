@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ssmkernels.packing import spans
-from ssmkernels.recompute import recomputed
-from ssmkernels.validate import precision
+from ssmkernels.core.packing import spans
+from ssmkernels.core.recompute import recomputed
+from ssmkernels.core.validate import precision
 from ssmzoo.linear import Linear
 from ssmzoo.mixers._base import Mixer
 from ssmzoo.mixers._favor import CHUNK, LOWEST, FeatureSums, absorb, causal, read

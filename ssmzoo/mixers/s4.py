@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ssmkernels import bilinear_dplr, discretize_dplr, dplr_kernel
-from ssmkernels.dplr_kernel.discretize import Structured, column, dense
+from ssmkernels.ops.dplr_kernel.discretize import Structured, column, dense
 from ssmzoo.mixers._hippo import nplr
 from ssmzoo.mixers._s4 import Continuous, S4Layer, Stepper, check_state_size, set_rate
 from ssmzoo.mixers._s4_recurrence import Dense

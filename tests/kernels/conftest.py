@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssmkernels import external, triton_support
+from ssmkernels.core import external, triton_support
 
 
 @pytest.fixture(autouse=True)
@@ -176,7 +176,7 @@ def on_threads():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """As if there were a GPU, and CPU tensors were on it, for what asks ``ssmkernels.external``."""
+    """As if there were a GPU, and CPU tensors were on it, for what asks ``ssmkernels.core.external``."""
     triton_support.missing()  # remembers the truth
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(external, "wrong_device", lambda name, tensor: None)

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
 from ssmkernels import OPS, use
-from ssmkernels.running import is_real_or_complex
-from ssmkernels.spec import specs, tensors_of
+from ssmkernels.check.running import is_real_or_complex
+from ssmkernels.check.spec import specs, tensors_of
 
 BATCH = {"attention": "b", "decode_attention": "s"}
 RIGHT = [Replicate()]

@@ -27,12 +27,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssmkernels import OPS
-from ssmkernels.block_mask import BlockMask
-from ssmkernels.budget import BAND, Truth, moved
-from ssmkernels.dispatch import explain
-from ssmkernels.spec import specs, tensors_of
+from ssmkernels.check.budget import BAND, Truth, moved
+from ssmkernels.check.spec import specs, tensors_of
+from ssmkernels.check.wrapper import Wrapper, floating, unwrap
+from ssmkernels.core.block_mask import BlockMask
+from ssmkernels.core.dispatch import explain
 from ssmkernels.testing import check
-from ssmkernels.wrapper import Wrapper, floating, unwrap
 
 SPECS = specs()
 PATIENCE = 300  # seconds without a new call, after which a process hangs, even on a busy machine

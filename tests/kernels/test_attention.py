@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssmkernels import OPS, attention, explain, merge_attention
-from ssmkernels.attention import _parts, sdpa
 from ssmkernels.masks import from_function, random_blocks, window
+from ssmkernels.ops.attention import _parts, sdpa
 
 REFERENCE = functools.partial(attention, implementation="reference")
 SDPA = functools.partial(attention, implementation="sdpa")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ssmkernels.dispatch import explain
-from ssmkernels.spec import spec_of, tensors_of
+from ssmkernels.check.spec import spec_of, tensors_of
+from ssmkernels.core.dispatch import explain
 
 ROWS = {
     "attention": [

@@ -13,7 +13,7 @@ from ssmkernels import bench
 from ssmkernels.bench import contest
 from ssmkernels.bench import ops as ops_bench
 from ssmkernels.bench.peers import Package, Peer, peers_of, setting_of
-from ssmkernels.spec import spec_of, specs
+from ssmkernels.check.spec import spec_of, specs
 
 SMALL = {"l": 16, "d": 8, "n": 4, "m": 16, "length": 32, "l_k": 16, "h": 2, "h_kv": 2, "k": 8, "shape": (2, 5, 8)}
 LIMITS = bench.Limits(bandwidth=1e10, flops=1e11)
@@ -240,7 +240,7 @@ def test_peers_are_imported_by_a_call_alone():
 
     code = (
         "import sys, ssmkernels.bench as b\n"
-        "from ssmkernels.spec import specs\n"
+        "from ssmkernels.check.spec import specs\n"
         "from ssmkernels.bench.peers import peers_of\n"
         "assert all(p.package is not None for op in specs() for p in peers_of(op, 'cpu'))\n"
         "assert not {'transformers', 'mambapy', 'matplotlib'} & set(sys.modules)\n"

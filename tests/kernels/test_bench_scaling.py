@@ -11,7 +11,7 @@ import ssmkernels
 from ssmkernels import bench
 from ssmkernels.bench import scaling
 from ssmkernels.bench.resident import CLEAR
-from ssmkernels.spec import spec_of
+from ssmkernels.check.spec import spec_of
 
 LIMITS = bench.Limits(bandwidth=1e10, flops=1e11)
 SMALL = {"l": 32, "d": 8, "n": 4}

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from ssmkernels import causal_conv1d, causal_conv1d_step, explain, native, selective_scan, selective_scan_step
-from ssmkernels.causal_conv1d import cpu as conv_cpu
-from ssmkernels.selective_scan import cpu as scan_cpu
-from ssmkernels.selective_scan.cpu_arguments import chunk_length
+from ssmkernels.ops.causal_conv1d import cpu as conv_cpu
+from ssmkernels.ops.selective_scan import cpu as scan_cpu
+from ssmkernels.ops.selective_scan.cpu_arguments import chunk_length
 from ssmkernels.testing import check
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=f"needs the native library: {native.missing()}")

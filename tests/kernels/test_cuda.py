@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import ssmkernels
-from ssmkernels.dispatch import OPS
-from ssmkernels.spec import specs
+from ssmkernels.check.spec import specs
+from ssmkernels.core.dispatch import OPS
 from ssmkernels.testing import check
 
 pytestmark = [

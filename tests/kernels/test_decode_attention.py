@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ssmkernels import OPS, attention, decode_attention, explain, native
-from ssmkernels.decode_attention import cpu
+from ssmkernels.ops.decode_attention import cpu
 
 REFERENCE = functools.partial(decode_attention, implementation="reference")
 SDPA = functools.partial(decode_attention, implementation="sdpa")

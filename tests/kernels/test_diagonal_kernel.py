@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ssmkernels import OPS, diagonal_kernel, discretize_diagonal, explain, native
-from ssmkernels.diagonal_kernel import tiled
+from ssmkernels.ops.diagonal_kernel import tiled
 
 REFERENCE = functools.partial(diagonal_kernel, implementation="reference")
 TILED = functools.partial(diagonal_kernel, implementation="tiled")

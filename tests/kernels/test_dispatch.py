@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import ssmkernels
-from ssmkernels import OPS, dispatch, explain, selective_scan, use
-from ssmkernels.dispatch import Op
+from ssmkernels import OPS, explain, selective_scan, use
+from ssmkernels.core import dispatch
+from ssmkernels.core.dispatch import Op
 
 PACKAGE = pathlib.Path(ssmkernels.__file__).parent
 serial = itertools.count()  # operators cannot be registered twice in a process
@@ -318,9 +319,9 @@ def test_a_compiled_function_under_autocast(toy):
         assert int(compiled(EVEN)[0]) == QUICK
 
 
-@pytest.mark.parametrize("folder", sorted(p.parent.name for p in PACKAGE.glob("*/reference.py")))
+@pytest.mark.parametrize("folder", sorted(p.parent.name for p in PACKAGE.glob("ops/*/reference.py")))
 def test_every_folder_exports_its_functions(folder):
-    package = sys.modules[f"ssmkernels.{folder}"]
+    package = sys.modules[f"ssmkernels.ops.{folder}"]
     assert folder in package.__all__
     ops = [name for name in package.__all__ if name in OPS]
     assert ops
@@ -331,7 +332,7 @@ def test_every_folder_exports_its_functions(folder):
     for name in ops:
         parameter = inspect.signature(getattr(package, name)).parameters["implementation"]
         assert parameter.kind is parameter.KEYWORD_ONLY
-        assert OPS[name].package == f"ssmkernels.{folder}"
+        assert OPS[name].package == f"ssmkernels.ops.{folder}"
         assert OPS[name].names[-1] == "reference"
 
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 import ssmkernels
-from ssmkernels.dispatch import OPS, explain
-from ssmkernels.running import is_real_or_complex, with_gradients
-from ssmkernels.spec import Draw, spec_of, tensors_of
+from ssmkernels.check.running import is_real_or_complex, with_gradients
+from ssmkernels.check.spec import Draw, spec_of, tensors_of
+from ssmkernels.core.dispatch import OPS, explain
 
 # Changes of each op's base case: small, and together with all arguments that have gradients.
 ROWS: dict[str, list[dict[str, Any]]] = {

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from ssmkernels import OPS, bilinear_dplr, bilinear_step, discretize_dplr, dplr_kernel, explain, native
-from ssmkernels.dplr_kernel import cauchy, tiled
-from ssmkernels.dplr_kernel.peers import PEERS
+from ssmkernels.ops.dplr_kernel import cauchy, tiled
+from ssmkernels.ops.dplr_kernel.peers import PEERS
 
 NAMES = OPS["dplr_kernel"].names
 CIRCLE = ("triton", "cauchy")  # by an FFT, which in double precision takes but a few taps

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 import ssmkernels
 from ssmkernels import causal_conv1d, explain, selective_scan
 from ssmkernels.bench.peers import peers_of
-from ssmkernels.causal_conv1d import causal_conv1d as public
-from ssmkernels.running import is_real_or_complex, with_gradients
-from ssmkernels.spec import spec_of, tensors_of
+from ssmkernels.check.running import is_real_or_complex, with_gradients
+from ssmkernels.check.spec import spec_of, tensors_of
+from ssmkernels.ops.causal_conv1d import causal_conv1d as public
 from ssmkernels.testing import check
 
 HALF = (torch.float16, torch.bfloat16)
@@ -269,7 +269,7 @@ def test_packed_scans_are_refused(packages, randn):
 def test_what_32_bits_cannot_reach_is_refused():
     x, weight = torch.empty(4, 2**20, 1024, device="meta"), torch.empty(1024, 4, device="meta")
     made = {"x": x, "weight": weight, "initial_state": None, "cu_seqlens": None}
-    scan, conv = (importlib.import_module(f"ssmkernels.{op}.{package}") for op, package in OPS.items())
+    scan, conv = (importlib.import_module(f"ssmkernels.ops.{op}.{package}") for op, package in OPS.items())
     assert conv.lacking(made) == "inputs of more than 2³¹ elements"
     assert conv.lacking(made | {"x": x[:1]}) is None
     made = {"u": x, "A": weight, "B": x[..., :4], "C": x[..., :4], "initial_state": None, "cu_seqlens": None}
@@ -317,5 +317,5 @@ def test_the_peer_is_the_same_call(op, package, packages):
 
 def test_the_function_stays_what_the_package_exports():
     ssmkernels.OPS["causal_conv1d"].implementation("causal_conv1d")
-    assert importlib.import_module("ssmkernels.causal_conv1d").causal_conv1d is public is ssmkernels.causal_conv1d
-    assert isinstance(importlib.import_module("ssmkernels.causal_conv1d.causal_conv1d"), types.ModuleType)
+    assert importlib.import_module("ssmkernels.ops.causal_conv1d").causal_conv1d is public is ssmkernels.causal_conv1d
+    assert isinstance(importlib.import_module("ssmkernels.ops.causal_conv1d.causal_conv1d"), types.ModuleType)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ssmkernels import OPS, fft_conv
-from ssmkernels.fft_conv.circle import Circles, fft_size, lay_out
+from ssmkernels.ops.fft_conv.circle import Circles, fft_size, lay_out
 
 REFERENCE = functools.partial(fft_conv, implementation="reference")
 FFT = functools.partial(fft_conv, implementation="fft")

@@ -53,7 +53,7 @@ assert dots
 """
 PARTS = """
 import torch
-from ssmkernels.fft_conv import triton_launch
+from ssmkernels.ops.fft_conv import triton_launch
 from ssmkernels.testing import check
 
 torch.set_num_threads(1)
@@ -63,7 +63,7 @@ check("fft_conv", "triton", cases=[dict(b=5, d=1, l=9, gate=True), dict(b=2, d=3
 OPERATOR = """
 import torch
 from ssmkernels import fft_conv
-from ssmkernels.fft_conv import triton
+from ssmkernels.ops.fft_conv import triton
 
 def convolve(u, kernel, D, reverse, gate, borders):
     return fft_conv(u, kernel, D, kernel_reverse=reverse, gate=gate, cu_seqlens=borders, implementation="triton")
@@ -102,7 +102,7 @@ def test_triton(program):
 
 
 def test_what_triton_cannot_do(randn, monkeypatch):
-    from ssmkernels.fft_conv import triton
+    from ssmkernels.ops.fft_conv import triton
 
     def why(length, taps, reverse=None, dtype=torch.float32, **given):
         kernels = {"kernel": randn(1, taps), "kernel_reverse": None if reverse is None else randn(1, reverse)}

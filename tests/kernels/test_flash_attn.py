@@ -14,8 +14,8 @@ import torch
 
 import ssmkernels
 from ssmkernels import attention, explain, masks
-from ssmkernels.attention import sdpa, triton
-from ssmkernels.spec import spec_of
+from ssmkernels.check.spec import spec_of
+from ssmkernels.ops.attention import sdpa, triton
 from ssmkernels.testing import check
 
 HALF = (torch.float16, torch.bfloat16)
@@ -227,4 +227,4 @@ def test_a_broken_package_is_told_and_passed_over(gpu, tmp_path, monkeypatch, ma
 
 def test_the_functions_stay_what_the_package_exports():
     ssmkernels.OPS["attention"].implementation("flash_attn")
-    assert importlib.import_module("ssmkernels.attention").attention is attention is ssmkernels.attention
+    assert importlib.import_module("ssmkernels.ops.attention").attention is attention is ssmkernels.attention

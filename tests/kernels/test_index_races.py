@@ -9,9 +9,9 @@ import pytest
 
 PROGRAM = """
 import sys, threading, time, torch
-from ssmkernels.causal_conv1d import causal_conv1d
-from ssmkernels.decode_attention import decode_attention
-from ssmkernels.selective_scan import selective_scan
+from ssmkernels.ops.causal_conv1d import causal_conv1d
+from ssmkernels.ops.decode_attention import decode_attention
+from ssmkernels.ops.selective_scan import selective_scan
 
 torch.set_num_threads(1)
 x, weight, A, B = torch.ones(1, 64, 8), torch.ones(8, 4), -torch.ones(8, 4), torch.ones(1, 64, 4)

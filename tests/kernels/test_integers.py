@@ -11,9 +11,9 @@ import torch
 import ssmkernels
 from ssmkernels import masks
 from ssmkernels.compat.causal_conv1d import causal_conv1d_varlen_states
-from ssmkernels.diagonal_kernel import diagonal_kernel
-from ssmkernels.dispatch import OPS
-from ssmkernels.dplr_kernel import dplr_kernel
+from ssmkernels.core.dispatch import OPS
+from ssmkernels.ops.diagonal_kernel import diagonal_kernel
+from ssmkernels.ops.dplr_kernel import dplr_kernel
 
 HUGE = [2**31, 2**32 + 1, 2**63 - 1, 2**63, 2**64, 10**30, pytest.param(2**10000, id="2**10000")]
 

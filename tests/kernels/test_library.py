@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssmkernels.library import opaque
+from ssmkernels.core.library import opaque
 
 serial = itertools.count()  # operators cannot be registered twice in a process
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from ssmkernels import causal_conv1d, explain, mamba_step, native, selective_scan
-from ssmkernels.mamba_step import cpu
-from ssmkernels.spec import spec_of
+from ssmkernels.check.spec import spec_of
+from ssmkernels.ops.mamba_step import cpu
 
 STATES = ("conv_state", "ssm_state")
 needs_native = pytest.mark.skipif(bool(native.missing()), reason=f"needs the native CPU library: {native.missing()}")

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from ssmkernels import memory
+from ssmkernels.core import memory
 
 GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc, whose allocator this is about")
 

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssmkernels import OPS, dispatch, explain, matrix, rms_norm
-from ssmkernels.dispatch import KERNELS, use
-from ssmkernels.spec import spec_of
-from ssmkernels.ways import Calls, Refused
+from ssmkernels import OPS, explain, rms_norm
+from ssmkernels.check import matrix
+from ssmkernels.check.spec import spec_of
+from ssmkernels.check.ways import Calls, Refused
+from ssmkernels.core import dispatch
+from ssmkernels.core.dispatch import KERNELS, use
 
 INFERENCE = """
 import torch

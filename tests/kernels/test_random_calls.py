@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ssmkernels import OPS, explain
-from ssmkernels.spec import specs
+from ssmkernels.check.spec import specs
 from ssmkernels.testing import check
 
 SPECS = specs()

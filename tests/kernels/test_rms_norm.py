@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from ssmkernels import OPS, native, rms_norm, use
-from ssmkernels.rms_norm import cpu
+from ssmkernels.ops.rms_norm import cpu
 
 CASES = {
     "plain": {},

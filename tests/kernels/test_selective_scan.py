@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import repeat
 
 from ssmkernels import OPS, selective_scan, selective_scan_step
-from ssmkernels.selective_scan import tiled
+from ssmkernels.ops.selective_scan import tiled
 
 REFERENCE = functools.partial(selective_scan, implementation="reference", return_final_state=True)
 TILED = functools.partial(selective_scan, implementation="tiled", return_final_state=True)

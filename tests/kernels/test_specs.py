@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from ssmkernels import OPS, explain
-from ssmkernels.running import is_real_or_complex, run, with_gradients
-from ssmkernels.spec import specs, tensors_of
+from ssmkernels.check.running import is_real_or_complex, run, with_gradients
+from ssmkernels.check.spec import specs, tensors_of
 from ssmkernels.testing import check
 
 SPECS = specs()

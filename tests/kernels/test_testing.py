@@ -9,7 +9,7 @@ import torch
 
 import ssmkernels.testing
 from ssmkernels import rms_norm, selective_scan
-from ssmkernels.spec import specs
+from ssmkernels.check.spec import specs
 from ssmkernels.testing import check
 
 SPECS = specs()

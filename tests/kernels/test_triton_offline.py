@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 PROGRAM = """
 import sys
 import torch
-from ssmkernels.offline import CHIPS, compiling_for, offline_cases
+from ssmkernels.check.offline import CHIPS, compiling_for, offline_cases
 
 torch.set_num_threads(1)
 chip, found = sys.argv[1], 0
@@ -55,7 +55,7 @@ def test_the_report_sees_spills(tmp_path):
     (tmp_path / "greedy.py").write_text(
         """
 import torch, triton, triton.language as tl
-from ssmkernels.offline import compiling_for
+from ssmkernels.check.offline import compiling_for
 
 @triton.jit
 def kernel(x, y):
@@ -85,7 +85,7 @@ for chip in ("sm_90", "gfx942"):
 
 
 def test_an_unknown_chip_is_named():
-    from ssmkernels.offline import compiling_for
+    from ssmkernels.check.offline import compiling_for
 
     with pytest.raises(ValueError, match="sm_90"), compiling_for("sm_91"):
         pass

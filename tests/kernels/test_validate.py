@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ssmkernels.dispatch import unknown
-from ssmkernels.packing import pad, spans
-from ssmkernels.validate import (
+from ssmkernels.core.dispatch import unknown
+from ssmkernels.core.packing import pad, spans
+from ssmkernels.core.validate import (
     check_cu_seqlens,
     check_dtypes,
     check_options,

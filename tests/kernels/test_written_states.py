@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssmkernels.dispatch import OPS, explain
-from ssmkernels.spec import spec_of
-from ssmkernels.validate import check_written
+from ssmkernels.check.spec import spec_of
+from ssmkernels.core.dispatch import OPS, explain
+from ssmkernels.core.validate import check_written
 
 STATES = [(op, name) for op in OPS for name in spec_of(op).mutates]
 

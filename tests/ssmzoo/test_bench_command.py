@@ -209,7 +209,7 @@ def test_if_nothing_can_be_timed_it_says_why(run, tmp_path):
 
 
 def test_everything_that_exists_is_timed_by_itself():
-    from ssmkernels.spec import specs
+    from ssmkernels.check.spec import specs
 
     todo = session.chosen(session.KINDS, [])
     assert todo["ops"] == list(specs())

@@ -14,7 +14,7 @@ from typer.main import get_command
 
 import ssmzoo
 from ssmkernels import bench
-from ssmkernels.report import Check
+from ssmkernels.check.report import Check
 from ssmzoo import cli, config, proof
 from ssmzoo.commands import generate
 from ssmzoo.screen import Screen, printable

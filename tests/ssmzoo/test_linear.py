@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ssmkernels import products
-from ssmkernels.products import LARGE, linear
+from ssmkernels.core import products
+from ssmkernels.core.products import LARGE, linear
 from ssmzoo.linear import Linear
 
 OUT, IN = 1024, 640  # large enough

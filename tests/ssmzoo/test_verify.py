@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import ssmzoo
-from ssmkernels import OPS, dispatch
-from ssmkernels.matrix import FAULT, TABLE, Cell
-from ssmkernels.testing import _truths
+from ssmkernels import OPS
+from ssmkernels.check.matrix import FAULT, TABLE, Cell
+from ssmkernels.check.testing import _truths
+from ssmkernels.core import dispatch
 from ssmzoo import cli, proof, registry, testing
 
 
@@ -180,6 +181,8 @@ def test_matrix(run):
 
 
 def test_a_fault_in_the_matrix_ends_with_status_1(run, monkeypatch):
-    monkeypatch.setattr("ssmkernels.matrix.cells", lambda ops, ways: iter([Cell("rms_norm", "vmap", FAULT + "wrong")]))
+    monkeypatch.setattr(
+        "ssmkernels.check.matrix.cells", lambda ops, ways: iter([Cell("rms_norm", "vmap", FAULT + "wrong")])
+    )
     status, out, _ = run("--matrix")
     assert (status, "✗ wrong" in out) == (1, True)

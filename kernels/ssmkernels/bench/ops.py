@@ -23,8 +23,8 @@ from ssmkernels.bench.contest import (
     refusal,
 )
 from ssmkernels.bench.peers import Peer, Setting, peers_of, setting_of
-from ssmkernels.dispatch import explain
-from ssmkernels.spec import Case, Draw, Spec, spec_of, tensors_of
+from ssmkernels.check.spec import Case, Draw, Spec, spec_of, tensors_of
+from ssmkernels.core.dispatch import explain
 from ssmkernels.testing import check
 
 LENGTHS = ("l", "m", "l_k", "length")  # sizes of a case that are a length

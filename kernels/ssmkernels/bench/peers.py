@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ssmkernels.dispatch import OPS
-from ssmkernels.spec import Case
+from ssmkernels.check.spec import Case
+from ssmkernels.core.dispatch import OPS
 
 ABSENT = "not installed"
 

@@ -18,7 +18,7 @@ import torch
 from ssmkernels.bench.contest import Results
 from ssmkernels.bench.ops import gradients_for, lengths_of, make, work_of
 from ssmkernels.bench.peers import setting_of
-from ssmkernels.spec import Case, spec_of
+from ssmkernels.check.spec import Case, spec_of
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # see proc_pid_clear_refs(5)

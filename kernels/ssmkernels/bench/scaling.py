@@ -26,8 +26,8 @@ from ssmkernels.bench.contest import (
 from ssmkernels.bench.ops import checked_rows, contest_of, fails, lengths_of, make, real_use, shape
 from ssmkernels.bench.peers import Setting, setting_of
 from ssmkernels.bench.resident import resident_memory
-from ssmkernels.dispatch import explain
-from ssmkernels.spec import Case, Spec, spec_of
+from ssmkernels.check.spec import Case, Spec, spec_of
+from ssmkernels.core.dispatch import explain
 
 KIND = "scaling"
 SHORT, QUICK_LONG = 1024, 256

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ssmkernels import causal_conv1d, causal_conv1d_step
 from ssmkernels.compat._dtypes import INDICES, beside
-from ssmkernels.validate import check_dtypes, check_options, check_shapes, gradient_wanted, precision
+from ssmkernels.core.validate import check_dtypes, check_options, check_shapes, gradient_wanted, precision
 
 
 def conv(

@@ -8,7 +8,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from ssmkernels.validate import precision
+from ssmkernels.core.validate import precision
 
 INDICES = (torch.int32, torch.int64)
 

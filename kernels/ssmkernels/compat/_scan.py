@@ -11,7 +11,7 @@ from torch import Tensor
 from ssmkernels import causal_conv1d, rms_norm, selective_scan
 from ssmkernels.compat._again import Again
 from ssmkernels.compat._dtypes import beside, together
-from ssmkernels.validate import check_options, check_shapes, precision
+from ssmkernels.core.validate import check_options, check_shapes, precision
 
 
 def scan(

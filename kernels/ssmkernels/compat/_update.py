@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ssmkernels import selective_scan, selective_scan_step
 from ssmkernels.compat._dtypes import INDICES, beside, together
-from ssmkernels.validate import check_dtypes, check_options, check_shapes, gradient_wanted, precision
+from ssmkernels.core.validate import check_dtypes, check_options, check_shapes, gradient_wanted, precision
 
 
 def update(

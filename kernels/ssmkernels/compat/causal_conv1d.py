@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ssmkernels.compat._conv import conv, update
 from ssmkernels.compat._dtypes import INDICES
-from ssmkernels.packing import last_of_each
-from ssmkernels.validate import check_dtypes, check_options, check_range, check_shapes
+from ssmkernels.core.packing import last_of_each
+from ssmkernels.core.validate import check_dtypes, check_options, check_range, check_shapes
 
 __all__ = [
     "causal_conv1d_fn",

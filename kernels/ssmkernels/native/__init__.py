@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch  # first: its OpenMP runtime, and with it its threads, then serve this library too
 from torch import Tensor
 
-from ssmkernels.memory import large_pages
+from ssmkernels.core.memory import large_pages
 from ssmkernels.native.build import ABI, ISAS, NAME
 
 PATH = Path(__file__).resolve().parent.parent / NAME

@@ -74,7 +74,7 @@ def build(
         BuildError: there is no compiler, or it fails.
     """
     compiler = find_compiler()
-    flags = [*FLAGS, f"-I{package}", *extra, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    flags = [*FLAGS, f"-I{package}", f"-I{package / 'ops'}", *extra, *shlex.split(os.environ.get("CXXFLAGS", ""))]
     with tempfile.TemporaryDirectory() as folder:
         temporary = Path(folder)
         if openmp is None:
@@ -86,7 +86,7 @@ def build(
             known = ISAS if platform.machine().lower() in ("x86_64", "amd64") else ("baseline",)
             isas = [isa for isa in known if _compiles(compiler, ISAS[isa], temporary)]
         jobs = []
-        for source in sorted(package.glob("*/cpu*.cpp")):
+        for source in sorted([*package.glob("native/cpu*.cpp"), *package.glob("ops/*/cpu*.cpp")]):
             for isa in isas:
                 output = temporary / f"{source.parent.name}-{source.stem}-{isa}.o"
                 jobs.append(

@@ -1,0 +1,127 @@
+"""Plain functions as nodes that ``torch.compile`` does not look into, and when to call which."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssmkernels.core.plain import recorded
+
+NAMESPACE = "ssmkernels"
+
+# Inside an operator PyTorch switches autograd off below the reach of `enable_grad`; its backward needs it once more. In
+# compiled code it also passes over what takes the conjugates that `conj` has put off, which would then be wrong.
+# Inference mode at import would leave autograd out of these sets for ever.
+with torch.inference_mode(False):
+    _INCLUDED, _EXCLUDED = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+
+
+def opaque(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, as the single node ``ssmkernels::name`` where it is traced or given tensors without values.
+
+    Eager calls go straight to ``function``, with PyTorch's own autograd. Under a compiler its loops over time would be
+    unrolled and its reads of ``cu_seqlens`` would break the graph; there it is one operator of ``torch.library``, and
+    its backward runs it again under autograd.
+
+    Args:
+        function: annotated; takes tensors, None, bools, numbers and strings, returns a tensor or a tuple of tensors.
+        fake: takes the same arguments, returns empty outputs of the right shapes, dtypes and device.
+    """
+    parameters = list(inspect.signature(function).parameters)
+    schema = torch.library.infer_schema(function, mutates_args=())
+    several = schema.rsplit("->", 1)[1].strip().startswith("(")
+    arguments = schema.rsplit("->", 1)[0].strip()[1:-1]
+
+    def forward(*args: Any) -> Any:
+        with torch._C._ForceDispatchKeyGuard(_INCLUDED, _EXCLUDED), torch.no_grad():
+            outputs = function(*args)
+        fresh = _unaliased(outputs if several else (outputs,), args)
+        return fresh if several else fresh[0]
+
+    def backward(*args: Any) -> list[Tensor]:
+        *args, grads, wanted = args  # type: ignore[assignment]
+        with torch._C._ForceDispatchKeyGuard(_INCLUDED, _EXCLUDED), torch.enable_grad():
+            leaves = [
+                a.detach().requires_grad_(i in wanted) if isinstance(a, Tensor) else a for i, a in enumerate(args)
+            ]
+            outputs = function(*leaves)
+            pairs = [
+                (o, g)
+                for o, g in zip(outputs if several else (outputs,), grads, strict=True)
+                if g is not None and o.requires_grad
+            ]
+            inputs = [leaves[i] for i in wanted]
+            found: Sequence[Tensor | None] = [None] * len(inputs)
+            if pairs:
+                found = torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True)
+        gradients = [torch.zeros_like(i) if g is None else g.contiguous() for g, i in zip(found, inputs, strict=True)]
+        return list(_unaliased(gradients, [*args, *grads]))
+
+    def backward_fake(*args: Any) -> list[Tensor]:
+        return [torch.empty_like(args[i], memory_format=torch.contiguous_format) for i in args[-1]]
+
+    backward_operator = torch.library.custom_op(
+        f"{NAMESPACE}::{name}_backward",
+        backward,
+        mutates_args=(),
+        schema=f"({arguments}, Tensor?[] grads, int[] wanted) -> Tensor[]",
+    )
+    backward_operator.register_fake(backward_fake)
+    operator = torch.library.custom_op(f"{NAMESPACE}::{name}", forward, mutates_args=(), schema=schema)
+    operator.register_fake(fake)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.tensors = [isinstance(a, Tensor) for a in inputs]
+        ctx.constants = [None if isinstance(a, Tensor) else a for a in inputs]
+        ctx.save_for_backward(*(a for a in inputs if isinstance(a, Tensor)))
+
+    def autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)
+        args = [next(saved) if is_tensor else c for is_tensor, c in zip(ctx.tensors, ctx.constants, strict=True)]
+        wanted = [i for i, needs in enumerate(ctx.needs_input_grad) if needs]
+        found = iter(backward_operator(*args, list(grads), wanted))
+        return tuple(next(found) if i in wanted else None for i in range(len(args)))
+
+    operator.register_autograd(autograd, setup_context=setup_context)
+
+    @functools.wraps(function)
+    def call(**arguments: Any) -> Any:
+        if recorded() or any(isinstance(a, Tensor) and a.is_meta for a in arguments.values()):
+            return operator(*(arguments[p] for p in parameters))
+        return function(**arguments)
+
+    call.operator = operator  # type: ignore[attr-defined]
+    return call
+
+
+def wants_graph(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is computed from these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def operator_or_plain(
+    operator: Callable[..., Any], plain: Callable[..., Any], graph: bool = False
+) -> Callable[..., Any]:
+    """The operator where a graph or a compiler needs it, else the plain function, which is called in far less time.
+
+    Args:
+        operator: ``plain`` as an operator of ``torch.library``.
+        plain: computes the same, and nothing of autograd or compilers.
+        graph: whether autograd records the call.
+    """
+    return operator if graph or torch.compiler.is_compiling() else plain
+
+
+def _unaliased(outputs: Sequence[Tensor], inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+    """An operator's outputs may share no memory with its inputs, nor with each other, nor put off a conjugate."""
+    taken = {a.untyped_storage().data_ptr() for a in inputs if isinstance(a, Tensor)}
+    fresh = []
+    for o in (o.resolve_conj().resolve_neg() for o in outputs):
+        fresh.append(o.clone() if o.untyped_storage().data_ptr() in taken else o)
+        taken.add(o.untyped_storage().data_ptr())
+    return tuple(fresh)

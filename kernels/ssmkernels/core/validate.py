@@ -1,0 +1,327 @@
+"""Checks of an op's arguments, with messages for someone who has never seen the code.
+
+All that needs only shapes, dtypes and devices costs microseconds and is traced away by ``torch.compile``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssmkernels.core.plain import readable
+
+HALF = (torch.bfloat16, torch.float16)
+REAL = (torch.float32, torch.float64, *HALF)
+COMPLEX = (torch.complex64, torch.complex128)
+
+
+def check_shapes(
+    op: str, arguments: Mapping[str, tuple[Any, str]], required: Iterable[str] = (), /, **sizes: int
+) -> dict[str, int]:
+    """Checks tensors against shapes in letters, and that they share a device.
+
+    Args:
+        op: the function's name, for the message.
+        arguments: name → (value, shape). A shape is sizes in letters, ``"b l d"``; alternatives differ in rank and are
+            separated by ``|``; a number, or an expression of one letter such as ``w-1``, stands for itself. A value
+            that is None is passed over.
+        required: names whose value must not be None.
+        sizes: letters already known.
+
+    Returns:
+        The size of every letter. A letter means the same in every argument.
+
+    Raises:
+        TypeError: an argument is no tensor, or a sparse one.
+        ValueError: an argument has another shape or lies on another device.
+    """
+    device = None
+    for name, (value, shape) in arguments.items():
+        if value is None and name not in required:
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{op}: `{name}` must be a tensor of shape {_pretty(shape)}; got {type(value).__name__}")
+        if value.layout is not torch.strided:
+            raise TypeError(f"{op}: `{name}` must be a dense tensor; got layout {value.layout}")
+        fitting = [s for s in shape.split("|") if len(s.split()) == value.ndim]
+        if not fitting or not _matches(value, fitting[0].split(), sizes):
+            known = _known(shape, sizes)
+            raise ValueError(f"{op}: `{name}` must have shape {_pretty(shape)}{known}; got {tuple(value.shape)}")
+        if device is None:
+            device, first = value.device, name
+        elif value.device != device:
+            raise ValueError(f"{op}: `{name}` must be on {device}, where `{first}` is; got {value.device}")
+    return sizes
+
+
+def _matches(value: Tensor, letters: list[str], sizes: dict[str, int]) -> bool:
+    """Whether the shape fits the letters; learns the sizes of new ones."""
+    learned = dict(sizes)
+    for letter, size in zip(letters, value.shape, strict=True):
+        if letter.isdigit():
+            expected = int(letter)
+        elif letter.endswith("-1"):
+            expected = learned[letter[:-2]] - 1
+        elif letter.endswith("+1"):
+            expected = learned[letter[:-2]] + 1
+        else:
+            expected = learned.setdefault(letter, size)
+        if expected != size:
+            return False
+    sizes.update(learned)
+    return True
+
+
+def _pretty(shape: str) -> str:
+    return " or ".join(f"({s.strip()})" for s in shape.split("|"))
+
+
+def _known(shape: str, sizes: Mapping[str, int]) -> str:
+    letters = dict.fromkeys(word.removesuffix("-1").removesuffix("+1") for word in shape.replace("|", " ").split())
+    known = [f"{letter}={sizes[letter]}" for letter in letters if letter in sizes]
+    return " with " + ", ".join(known) if known else ""
+
+
+def check_dtypes(op: str, arguments: Mapping[str, Any], allowed: Iterable[torch.dtype]) -> None:
+    """Checks that each argument that is not None has one of the allowed dtypes.
+
+    Raises:
+        TypeError: naming the argument, what is allowed and what came.
+    """
+    allowed = tuple(allowed)
+    for name, value in arguments.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{op}: `{name}` must be a tensor; got {type(value).__name__}")
+        if value is not None and value.dtype not in allowed:
+            names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+            raise TypeError(f"{op}: `{name}` must be {names}; got {str(value.dtype).removeprefix('torch.')}")
+
+
+def check_same_dtype(op: str, arguments: Mapping[str, Any], allowed: Iterable[torch.dtype] = REAL) -> None:
+    """Checks that all arguments that are not None share one of the allowed dtypes.
+
+    Raises:
+        TypeError: naming the argument, what is allowed and what came.
+    """
+    present = {name: value for name, value in arguments.items() if value is not None}
+    check_dtypes(op, present, allowed)
+    (first, leader), *others = present.items()
+    for name, value in others:
+        if value.dtype != leader.dtype:
+            raise TypeError(
+                f"{op}: `{name}` must be {str(leader.dtype).removeprefix('torch.')}, as `{first}` is; "
+                f"got {str(value.dtype).removeprefix('torch.')}"
+            )
+
+
+def check_options(op: str, kind: str, /, **options: Any) -> None:
+    """Checks options that are no tensors.
+
+    Args:
+        op: the function's name, for the message.
+        kind: "bool", "int" or "number", with " or None" where None will do. A bool is no number here.
+        options: by name.
+
+    Raises:
+        TypeError: naming the option, what was expected and what came.
+        ValueError: an int that no kernel can be told.
+    """
+    kinds = _KINDS[kind.removesuffix(" or None")]
+    for name, value in options.items():
+        if value is None and kind.endswith(" or None"):
+            continue
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kind != "bool"):
+            raise TypeError(f"{op}: `{name}` must be {kind}; got {type(value).__name__}")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{op}: `{name}` must fit in 64 bits; got an int of {value.bit_length()} bits")
+
+
+def check_length(op: str, length: object) -> None:
+    """Checks how many taps a kernel is to have.
+
+    Raises:
+        TypeError, ValueError: it is no int, negative, or more than kernels count in.
+    """
+    if not isinstance(length, int | torch.SymInt) or isinstance(length, bool):
+        raise TypeError(f"{op}: `length` must be an int; got {type(length).__name__}")
+    check_range(op, 0, length=length)
+
+
+MOST = 2**31 - 1  # the largest integer that kernels take: they count in 32 bits where that is faster
+NO_BOUND = 2**30  # tokens: a window longer than any sequence; kernels add a position to a bound in 32 bits
+
+
+def window_bound(bound: int) -> int:
+    """The bound of a window as kernels take it: -1, for none, where it is longer than any sequence."""
+    return -1 if bound >= NO_BOUND else bound
+
+
+def check_range(op: str, least: int, /, **options: int | torch.SymInt | None) -> None:
+    """Checks that integers lie between ``least`` and :data:`MOST`; None passes.
+
+    Every integer that reaches a kernel goes through here. A compiler traces only the lower bound, as an upper one would
+    become a limit on every dynamic size.
+
+    Raises:
+        ValueError: naming the option, the bound that it breaks and what came.
+    """
+    for name, value in options.items():
+        if value is None:
+            continue
+        if value < least:
+            raise ValueError(f"{op}: `{name}` must be at least {least}; got {_short(value)}")
+        if not torch.compiler.is_compiling() and value > MOST:
+            raise ValueError(f"{op}: `{name}` must be at most {MOST}; got {_short(value)}")
+
+
+def _short(value: Any) -> str:
+    """The number for a message: Python refuses to write those of thousands of digits."""
+    return str(value) if abs(value) < 2**128 else f"an int of {value.bit_length()} bits"
+
+
+# While a compiler traces, numbers are symbols.
+_KINDS: dict[str, tuple[type, ...]] = {
+    "bool": (bool,),
+    "int": (int, torch.SymInt),
+    "number": (float, int, torch.SymFloat, torch.SymInt),
+}
+
+
+def copied(index: Tensor | None) -> Tensor | None:
+    """A small index tensor as it stands now, to be checked and used, so that no other thread changes it in between.
+
+    Only where its values are read for the check, as :func:`~ssmkernels.core.plain.readable` says.
+    """
+    return index.clone() if isinstance(index, Tensor) and readable(index) else index
+
+
+def check_cu_seqlens(op: str, cu_seqlens: Tensor | None, x: Tensor, name: str = "cu_seqlens") -> int:
+    """Checks the borders of a packed batch; returns the number of sequences, which without packing is the batch size.
+
+    Args:
+        cu_seqlens: None, or int32 ``(s + 1)``: sequence i takes positions ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``.
+            Its values are read where that costs nothing: on the CPU and outside of a compiler.
+        x: what is packed, ``(b, l, ...)``.
+
+    Raises:
+        TypeError: it is no int32 tensor.
+        ValueError: another rank or device, a batch other than one, or borders that do not rise from 0 to ``l``.
+    """
+    batch, length = x.shape[:2]
+    if cu_seqlens is None:
+        return batch
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
+        came = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise TypeError(f"{op}: `{name}` must be an int32 tensor; got {came}")
+    if cu_seqlens.layout is not torch.strided:
+        raise TypeError(f"{op}: `{name}` must be a dense tensor; got layout {cu_seqlens.layout}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"{op}: `{name}` must have shape (s + 1); got {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.device != x.device:
+        raise ValueError(f"{op}: `{name}` must be on {x.device}, as the input is; got {cu_seqlens.device}")
+    if batch != 1:
+        raise ValueError(
+            f"{op}: with `{name}` the sequences lie one after another in a batch of 1; got a batch of {batch}"
+        )
+    if readable(cu_seqlens):
+        borders = cu_seqlens.tolist()
+        if borders[0] != 0 or borders[-1] != length or any(a > b for a, b in zip(borders, borders[1:], strict=False)):
+            shown = borders if len(borders) <= 8 else [*borders[:4], "...", *borders[-3:]]
+            raise ValueError(f"{op}: `{name}` must rise from 0 to the length {length} without falling; got {shown}")
+    return cu_seqlens.shape[0] - 1
+
+
+def precision(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype for sums and states: float64 where any input is, float32 otherwise."""
+    wide = (torch.float64, torch.complex128)
+    return torch.float64 if any(t is not None and t.dtype in wide for t in tensors) else torch.float32
+
+
+def check_parameters(op: str, x: Tensor, arguments: Mapping[str, Any], also: Iterable[torch.dtype] = ()) -> None:
+    """Checks dtypes of weights that may stay float32 beside half-precision activations ``x``.
+
+    Raises:
+        TypeError: naming the argument, what is allowed and what came.
+    """
+    check_dtypes(op, arguments, dict.fromkeys((x.dtype, precision(x), *also)))
+
+
+def check_written(op: str, name: str, state: Tensor) -> None:
+    """Checks that a step can write its new state into ``state``.
+
+    Raises:
+        ValueError: it is a view whose sign or conjugate PyTorch has put off, several of its elements share memory, or
+            it is a leaf that requires grad.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if state.is_neg() or state.is_conj():
+        raise ValueError(
+            f"{op}: `{name}` is written in place and must be plain memory; got a negated or conjugated view "
+            f"(x.conj(), x.conj().imag): pass a copy, `{name}.resolve_conj().resolve_neg().clone()`"
+        )
+    if not state.is_contiguous() and _overlaps(state):
+        raise ValueError(
+            f"{op}: `{name}` is written in place and its elements must not share memory; got strides "
+            f"{state.stride()} for shape {tuple(state.shape)}, as of an expanded tensor: pass a copy, `{name}.clone()`"
+        )
+    if state.requires_grad and state.is_leaf and torch.is_grad_enabled():
+        raise ValueError(
+            f"{op}: `{name}` is written in place and must not be a leaf that requires grad: pass `{name}.clone()` to "
+            f"have a gradient, or `{name}.detach()`, or call under torch.no_grad()"
+        )
+
+
+def _overlaps(x: Tensor) -> bool:
+    """Whether two elements lie at one place in memory."""
+    axes = sorted((stride, size) for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1)
+    reach = 0
+    for stride, size in axes:
+        if stride <= reach:
+            break
+        reach += stride * (size - 1)
+    else:
+        return False
+    offsets = torch.zeros((), dtype=torch.int64)  # axes interleave, which few views do: count the places
+    for stride, size in axes:
+        offsets = offsets[..., None] + stride * torch.arange(size)
+    return x.numel() > 0 and offsets.unique().numel() < offsets.numel()
+
+
+def gradient_wanted(arguments: Mapping[str, Any]) -> str | None:
+    """Why a step without a backward pass cannot run a call: it would lose the gradient. None where none is wanted."""
+    tensors = (value for value in arguments.values() if isinstance(value, Tensor))
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return "a step has no gradient here; call it under torch.no_grad()"
+    return None
+
+
+def once(check: Callable[..., None], *arguments: Any) -> None:
+    """Calls ``check(*arguments)``, unless arguments of the same shapes, dtypes, layouts, devices and values passed.
+
+    For checks that look at nothing else of a tensor, in calls so short that the check itself would take the time.
+    """
+    if torch.compiler.is_compiling():
+        return check(*arguments)
+    key = (
+        check,
+        *[(a.shape, a.dtype, a.layout, a.device) if isinstance(a, Tensor) else (type(a), a) for a in arguments],
+    )
+    try:
+        if key in _passed:
+            return None
+    except TypeError:  # an argument that cannot be hashed, which is none that passes
+        return check(*arguments)
+    check(*arguments)
+    if len(_passed) >= MOST_PASSED:
+        _passed.clear()
+    _passed.add(key)
+    return None
+
+
+MOST_PASSED = 4096
+
+_passed: set[tuple[Any, ...]] = set()

@@ -1,0 +1,158 @@
+"""Softmax attention (Vaswani et al. 2017, arXiv 1706.03762, section 3.2.1), with language models' options."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ssmkernels.core.dispatch import Op
+from ssmkernels.core.validate import check_cu_seqlens, check_options, check_same_dtype, check_shapes, copied, precision
+from ssmkernels.masks import BlockMask
+from ssmkernels.ops.attention._arguments import bounds, check_block_mask, check_logits
+from ssmkernels.ops.attention.merge import merge_attention
+
+__all__ = ["attention", "merge_attention"]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: tuple[int, int] | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    block_mask: BlockMask | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Each query takes the mean of the values, weighted by the softmax of its products with the keys.
+
+    Queries and keys are aligned at their ends: query i stands at key position p = i + m - l. With the logits
+    s_ij = scale · q_i · k_j::
+
+        s_ij ← softcap · tanh(s_ij / softcap)    where softcap > 0
+        s_ij ← s_ij - slope_h · |p - j|          with alibi_slopes
+        s_ij ← -∞                                where j is outside of the window, or j > p and causal,
+                                                 or the block mask hides (i, j)
+        lse_i = log(Σ_j exp(s_ij) + exp(sink_h)),   out_i = Σ_j exp(s_ij - lse_i) v_j
+
+    Sizes: b batch, l queries, m keys, h heads, h_kv heads of keys and values (h a multiple of it; query heads
+    0 … h/h_kv - 1 share the first), k and v their head dims, s sequences that ``cu_seqlens`` packs.
+
+    Args:
+        q: queries, ``(b, l, h, k)``.
+        k: keys, ``(b, m, h_kv, k)``.
+        v: values, ``(b, m, h_kv, v)``.
+        causal: no query sees a key after its own position.
+        window: ``(left, right)``: a query sees the keys from p - left to p + right, both inclusive; -1 for no
+            bound. With ``causal`` the right bound is 0.
+        scale: of the products; 1/√k if None.
+        softcap: bounds the scaled products smoothly to ± softcap (Gemma 2, arXiv 2408.00118); 0 for none.
+        alibi_slopes: ``(h)``, linear penalties on distance (ALiBi, arXiv 2108.12409).
+        sinks: ``(h)``, one more logit per head that takes weight and has no value (gpt-oss).
+        block_mask: one more condition on which keys a query sees, made by ``ssmkernels.masks``; for all heads
+            alike or for each its own. Its indices are those of ``q`` and ``k`` themselves: with ``cu_seqlens``
+            too they count over all sequences.
+        cu_seqlens: int32 ``(s + 1)``, borders of sequences packed one after another in a batch of one.
+            Queries see the keys of their own sequence.
+        cu_seqlens_k: the same for keys and values, where their lengths differ; as for the queries if None.
+        return_lse: whether to return the log-sum-exp as well.
+        implementation: force one by name; the fastest that can run this call if None.
+
+    Returns:
+        ``(b, l, h, v)`` in q's dtype; with ``return_lse`` also lse ``(b, h, l)``, the natural logarithm,
+        over the keys and the sink alike, float32 (float64 for float64 input). A query that sees no key
+        gives 0 with gradients of 0, and an lse of -∞ (its sink, where there is one).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name.
+    """
+    op = "attention"
+    sizes = check_shapes(
+        op,
+        {
+            "q": (q, "b l h k"),
+            "k": (k, "b m h_kv k"),
+            "v": (v, "b m h_kv v"),
+            "alibi_slopes": (alibi_slopes, "h"),
+            "sinks": (sinks, "h"),
+        },
+        ("q", "k", "v"),
+    )
+    check_same_dtype(op, {"q": q, "k": k, "v": v})
+    check_options(op, "bool", causal=causal, return_lse=return_lse)
+    scale = check_logits(op, sizes, q, scale, softcap, alibi_slopes, sinks)
+    left, right = bounds(op, causal, window)
+    check_block_mask(op, block_mask, sizes, q)
+    cu_seqlens, cu_seqlens_k = copied(cu_seqlens), copied(cu_seqlens_k)
+    sequences = check_cu_seqlens(op, cu_seqlens, q)
+    if cu_seqlens_k is None:
+        if cu_seqlens is not None and sizes["l"] != sizes["m"]:
+            raise ValueError(
+                f"{op}: without `cu_seqlens_k` the packed `k` must be as long as `q`, {sizes['l']}; got {sizes['m']}"
+            )
+        cu_seqlens_k = cu_seqlens
+    elif cu_seqlens is None:
+        raise ValueError(f"{op}: `cu_seqlens_k` needs `cu_seqlens`, the borders of the queries; got None")
+    elif check_cu_seqlens(op, cu_seqlens_k, k, "cu_seqlens_k") != sequences:
+        raise ValueError(
+            f"{op}: `cu_seqlens_k` must pack {sequences} sequences, as `cu_seqlens` does; "
+            f"got {cu_seqlens_k.shape[0] - 1}"
+        )
+    out, lse = _ATTENTION(
+        implementation,
+        q=q,
+        k=k,
+        v=v,
+        left=left,
+        right=right,
+        scale=scale,
+        softcap=float(softcap),
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        block_offsets=None if block_mask is None else block_mask.offsets,
+        block_columns=None if block_mask is None else block_mask.columns,
+        block_patterns=None if block_mask is None else block_mask.patterns,
+        block_bits=None if block_mask is None else block_mask.bits,
+        cu_seqlens=cu_seqlens,
+        cu_seqlens_k=cu_seqlens_k,
+        return_lse=return_lse,
+    )
+    return (out, lse) if return_lse else out
+
+
+def fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    left: int,
+    right: int,
+    scale: float,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    block_offsets: Tensor | None,
+    block_columns: Tensor | None,
+    block_patterns: Tensor | None,
+    block_bits: Tensor | None,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Empty outputs. Without ``return_lse`` an implementation may give an lse of any size."""
+    b, l, h, _ = q.shape
+    return q.new_empty(b, l, h, v.shape[-1]), q.new_empty((b, h, l) if return_lse else (0,), dtype=precision(q))
+
+
+_ATTENTION = Op(
+    "attention",
+    __name__,
+    ("sdpa", "flash_attn", "triton", "tiled", "reference"),
+    fake=fake,
+    batched={"q": 4, "k": 4, "v": 4},
+)

@@ -1,0 +1,90 @@
+"""Checks that attention over whole sequences and over caches share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ssmkernels.core.block_mask import BlockMask
+from ssmkernels.core.validate import check_options, check_parameters, window_bound
+
+UNBOUNDED = 2**31 - 1  # a window's bound from which it is none: no sequence reaches as far
+
+
+def bounds(op: str, causal: bool, window: Any) -> tuple[int, int]:
+    """``causal`` and ``window`` as one pair: keys seen left and right of a query, -1 for no bound.
+
+    A bound that is longer than any sequence becomes -1, so that no implementation adds positions to a number that its
+    integers cannot hold.
+
+    Raises:
+        TypeError: ``window`` is no pair of ints.
+        ValueError: a bound below -1.
+    """
+    if window is None:
+        window = (-1, -1)
+    if not isinstance(window, tuple | list) or len(window) != 2 or not all(_is_int(w) for w in window):
+        raise TypeError(f"{op}: `window` must be None or two ints (left, right), -1 for no bound; got {window!r}")
+    left, right = (-1 if w >= UNBOUNDED else w for w in window)
+    if left < -1 or right < -1:
+        raise ValueError(f"{op}: the bounds of `window` must be at least 0, or -1 for none; got {window!r}")
+    return window_bound(left), 0 if causal else window_bound(right)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_logits(
+    op: str,
+    sizes: Mapping[str, int],
+    q: Tensor,
+    scale: float | None,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+) -> float:
+    """Checks the heads and whatever shapes the logits; returns the scale, 1/√k where none is given.
+
+    Raises:
+        TypeError: ``alibi_slopes`` or ``sinks`` of another dtype than q's or the one of its sums; no number.
+        ValueError: h_kv does not divide h, no head dim, or a negative ``softcap``.
+    """
+    check_parameters(op, q, {"alibi_slopes": alibi_slopes, "sinks": sinks})
+    check_options(op, "number", softcap=softcap)
+    check_options(op, "number or None", scale=scale)
+    h, h_kv, k = sizes["h"], sizes["h_kv"], sizes["k"]
+    if h_kv == 0 or h % h_kv:
+        raise ValueError(f"{op}: the {h_kv} heads of keys and values must divide the {h} heads of `q`")
+    if k == 0:
+        raise ValueError(f"{op}: `q` must have a head dim of at least 1; got 0")
+    if softcap < 0:
+        raise ValueError(f"{op}: `softcap` must be positive, or 0 for none; got {softcap!r}")
+    return 1 / math.sqrt(k) if scale is None else float(scale)
+
+
+def check_block_mask(op: str, block_mask: Any, sizes: Mapping[str, int], q: Tensor) -> None:
+    """Checks that a mask, if there is one, fits queries, keys and heads.
+
+    Raises:
+        TypeError: it is no BlockMask.
+        ValueError: it is for other lengths or heads, or lies on another device.
+    """
+    if block_mask is None:
+        return
+    if not isinstance(block_mask, BlockMask):
+        raise TypeError(
+            f"{op}: `block_mask` must be a BlockMask, which ssmkernels.masks makes; got {type(block_mask).__name__}"
+        )
+    if (block_mask.q_len, block_mask.k_len) != (sizes["l"], sizes["m"]):
+        raise ValueError(
+            f"{op}: `block_mask` must be for {sizes['l']} queries and {sizes['m']} keys; "
+            f"got one for {block_mask.q_len} and {block_mask.k_len}"
+        )
+    if block_mask.heads not in (1, sizes["h"]):
+        raise ValueError(f"{op}: `block_mask` must have 1 head, or {sizes['h']} as `q`; got {block_mask.heads}")
+    if block_mask.device != q.device:
+        raise ValueError(f"{op}: `block_mask` must be on {q.device}, where `q` is; got {block_mask.device}")

@@ -1,0 +1,104 @@
+"""Other people's attention.
+
+What needs a GPU is written against its published signature and has not been run.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssmkernels.bench.peers import FLASH_ATTN, TORCH, Peer, Setting, refuse
+from ssmkernels.core.block_mask import BlockMask
+from ssmkernels.ops.attention._arguments import bounds
+from ssmkernels.ops.attention.reference import distances, in_window
+
+
+def sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: tuple[int, int] | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    block_mask: BlockMask | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor:
+    """PyTorch's scaled_dot_product_attention, which wants heads before time; under a window with a mask made before."""
+    refuse(softcap or alibi_slopes is not None or sinks is not None, "such biases")
+    refuse(block_mask is not None, "block masks")
+    refuse(cu_seqlens is not None or cu_seqlens_k is not None or return_lse, "packed sequences or log-sum-exp")
+    refuse(window is None and causal and q.shape[1] != k.shape[1], "causal mask aligned to the last key")
+    mask = None if window is None else _mask(q.shape[1], k.shape[1], *bounds("SDPA", causal, window), q.device)
+    refuse(mask is not None and not bool(mask.any(1).all()), "rows that see nothing")
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    shared = q.shape[1] != k.shape[1]
+    causal = causal and mask is None
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=shared)
+    return out.transpose(1, 2)
+
+
+@functools.lru_cache(maxsize=1)
+def _mask(l: int, m: int, left: int, right: int, device: torch.device) -> Tensor:
+    return in_window(distances(l, m, device), left, right)
+
+
+def flash_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: tuple[int, int] | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    block_mask: BlockMask | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor:
+    """FlashAttention 2."""
+    from flash_attn import flash_attn_func
+
+    refuse(q.dtype not in (torch.float16, torch.bfloat16), "kernel but for float16 and bfloat16")
+    refuse(block_mask is not None, "block masks")
+    refuse(sinks is not None or cu_seqlens is not None or cu_seqlens_k is not None or return_lse, "such options here")
+    return flash_attn_func(
+        q,
+        k,
+        v,
+        softmax_scale=scale,
+        causal=causal,
+        window_size=(-1, -1) if window is None else window,
+        softcap=softcap,
+        alibi_slopes=None if alibi_slopes is None else alibi_slopes.float(),
+    )
+
+
+SETTINGS = {
+    "attention": Setting(
+        further=(
+            {"l": 8192, "window": (255, 0)},
+            {"l": 4096, "causal": False, "softcap": 50.0},  # what PyTorch has not: beside it the next one counts
+            {"l": 4096, "causal": False, "softcap": 50.0, "mask": "eighth"},
+        )
+    )
+}
+
+PEERS = {
+    "attention": (
+        Peer("SDPA", TORCH, sdpa, "wants heads before time: our layout is handed over as a transposed view"),
+        Peer("flash_attn", FLASH_ATTN, flash_attn),
+    )
+}

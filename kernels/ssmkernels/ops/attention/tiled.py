@@ -1,0 +1,209 @@
+"""FlashAttention in PyTorch (Dao et al. 2022, arXiv 2205.14135; Dao 2023, arXiv 2307.08691).
+
+No matrix of all logits is ever there. A tile of queries meets one tile of keys after another and carries along the
+largest logit so far, the sum of exponentials, and the sum of values that they weigh (online softmax: Milakov and
+Gimelshein 2018). The backward pass keeps but the log-sum-exp of each query, and computes each tile once more. Tiles
+in which nothing is visible are never touched. See docs/attention.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssmkernels.core.double_backward import twice_differentiable
+from ssmkernels.core.packing import spans
+from ssmkernels.core.validate import precision
+from ssmkernels.ops.attention import reference
+from ssmkernels.ops.attention._parts import LN2, LOG2E, Call, Part, parts
+from ssmkernels.ops.attention._tiles import Lists, Tile
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    left: int,
+    right: int,
+    scale: float,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    block_offsets: Tensor | None,
+    block_columns: Tensor | None,
+    block_patterns: Tensor | None,
+    block_bits: Tensor | None,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    lists = None
+    if block_offsets is not None:
+        members = (block_offsets, block_columns, block_patterns, block_bits)
+        lists = Lists(*members, dtype=precision(q))  # type: ignore[arg-type]  # all or none
+    sequences = [(slice(0, q.shape[1]), slice(0, k.shape[1]))]
+    if cu_seqlens is not None and cu_seqlens_k is not None:
+        both = zip(spans(cu_seqlens), spans(cu_seqlens_k), strict=True)
+        sequences = [(queries, keys) for (_, queries), (_, keys) in both]
+    call = Call(sequences, lists, left, right, scale, softcap)
+
+    def again(call: Call, again: Any, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, sinks: Tensor | None):
+        members = (block_offsets, block_columns, block_patterns, block_bits)
+        constants = (left, right, scale, softcap)
+        return reference.attention(q, k, v, *constants, slopes, sinks, *members, cu_seqlens, cu_seqlens_k, True)
+
+    out, lse = _Attention.apply(call, again, q, k, v, alibi_slopes, sinks)
+    return out, lse if return_lse else lse.new_empty(0)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: Call,
+        again: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        alibi_slopes: Tensor | None,
+        sinks: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        b, l, h, _ = q.shape
+        wide = precision(q)
+        out = torch.zeros(b, l, h, v.shape[3], dtype=wide, device=q.device)
+        lse = torch.zeros(b, h, l, dtype=wide, device=q.device)
+        for part in parts(call, q, k, alibi_slopes is not None):
+            slopes, logits = (None if x is None else part.per_head(x) for x in (alibi_slopes, sinks))
+            part_out, part_lse = _forward(part, part.rows(q), part.columns(k), part.columns(v), slopes, logits)
+            part.put_rows(out, part_out)
+            part.put_row_sums(lse, part_lse)
+        ctx.call, ctx.again = call, again
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, alibi_slopes, sinks, out, lse)
+        return out.to(q.dtype), lse
+
+    @staticmethod
+    @twice_differentiable(lambda ctx: (ctx.again, (None, None, *ctx.saved_tensors[:5])))
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, alibi_slopes, sinks, out, lse = ctx.saved_tensors
+        dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        dslopes, dsinks = (
+            None if x is None else torch.zeros_like(x, dtype=precision(q)) for x in (alibi_slopes, sinks)
+        )
+        for part in parts(ctx.call, q, k, alibi_slopes is not None):
+            part_lse = part.row_sums(lse)
+            part_lse = part_lse.masked_fill(part_lse == -torch.inf, 0)  # all of such a row is hidden
+            do = part.rows(out) * 0 if dout is None else part.rows(dout)
+            delta = (do * part.rows(out)).sum(-1)  # Σ_j p_ij (do_i · v_j), what the softmax takes off every logit
+            if dlse is not None:
+                delta -= part.row_sums(dlse)
+            slopes = None if alibi_slopes is None else part.per_head(alibi_slopes)
+            part_dq, part_dk, part_dv, part_dslopes = _backward(
+                part, part.rows(q), part.columns(k), part.columns(v), slopes, do, part_lse, delta
+            )
+            part.put_rows(dq, part_dq)
+            part.put_columns(dk, part_dk)
+            part.put_columns(dv, part_dv)
+            if dslopes is not None and part_dslopes is not None:
+                dslopes[part.heads] += part_dslopes
+            if dsinks is not None:
+                weight = torch.exp(part.per_row(part.per_head(sinks), slice(0, delta.shape[1])) - part_lse)
+                dsinks[part.heads] -= part.sum_by_head(weight * delta)
+        dslopes = None if dslopes is None else dslopes.to(alibi_slopes.dtype)
+        dsinks = None if dsinks is None else dsinks.to(sinks.dtype)
+        return None, None, dq, dk, dv, dslopes, dsinks
+
+
+def _forward(
+    part: Part, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """q (n r k), k (n c k), v (n c v) → out (n r v), lse (n r)."""
+    out, lse = q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2])
+    lowest = torch.finfo(q.dtype).min  # and not -∞, as -∞ less -∞ is NaN
+    lost, q = _without_nan(q)
+    for rows, tiles in part.tiles():
+        q_i = q[:, rows] * part.call.factor
+        top = q.new_full(q_i.shape[:2], lowest)
+        total, mean = torch.zeros_like(top), torch.zeros_like(out[:, rows])
+        seen = torch.zeros_like(top, dtype=torch.bool)  # whether a query sees a key; kept if some query has NaN
+        if sinks is not None:
+            sinks_i = part.per_row(sinks * LOG2E, rows)
+            top = sinks_i.clamp(min=lowest)
+            total = torch.exp2(sinks_i - top)
+        for tile in tiles:
+            k_j, v_j = part.take(k, tile), part.take(v, tile)
+            s = _logits(part, q_i, k_j, tile, slopes)
+            highest = s.amax(-1)
+            if lost is not None:
+                seen |= highest != -torch.inf
+            higher = torch.maximum(top, highest)
+            p = s.sub_(higher[..., None]).exp2_()
+            decay = torch.exp2(top - higher)
+            total = total.mul_(decay).add_(p.sum(-1))
+            mean = mean.mul_(decay[..., None]).baddbmm_(p, v_j)
+            top = higher
+        lse[:, rows] = (top + total.log2()) * LN2  # -∞ where nothing was seen
+        out[:, rows] = mean / total.masked_fill(total == 0, 1)[..., None]
+        if lost is not None:
+            seen &= lost[:, rows]
+            lse[:, rows].masked_fill_(seen, torch.nan)
+            out[:, rows].masked_fill_(seen[..., None], torch.nan)
+    return out, lse
+
+
+def _without_nan(q: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Which queries hold NaN, (n r), None if none does; and the queries with 0 in place of these.
+
+    A hidden key's logit is made -∞ by adding that, which NaN would outlast.
+    """
+    lost = q.isnan().any(-1)
+    if q.device.type == "cpu" and not lost.any():  # elsewhere it costs more to ask than to compute
+        return None, q
+    return lost, q.masked_fill(lost[..., None], 0)
+
+
+def _backward(
+    part: Part,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor | None,
+    do: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v and slopes (h of the part), by computing every tile's weights again from ``lse``."""
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    dslopes = None if slopes is None else torch.zeros_like(slopes)
+    softcap, factor = part.call.softcap, part.call.factor
+    unit = 1.0 if softcap > 0 else LN2  # what ``factor`` has too much
+    for rows, tiles in part.tiles():
+        q_i, do_i, lse_i, delta_i = q[:, rows] * factor, do[:, rows], lse[:, rows, None] * LOG2E, delta[:, rows, None]
+        for tile in tiles:
+            k_j, v_j = part.take(k, tile), part.take(v, tile)
+            s = _logits(part, q_i, k_j, tile, slopes)
+            tanh = torch.bmm(q_i, k_j.transpose(1, 2)).tanh_() if softcap > 0 else None
+            p = s.sub_(lse_i).exp2_()
+            part.add(dv, tile, p.transpose(1, 2), do_i)
+            ds = torch.bmm(do_i, v_j.transpose(1, 2)).sub_(delta_i).mul_(p)
+            if dslopes is not None and tile.far is not None:
+                dslopes -= (part.spread(ds) * tile.far).sum((0, 2, 4))
+            if tanh is not None:
+                ds.mul_(tanh.square_().neg_().add_(1)).mul_(softcap)
+            part.add(dk, tile, ds.transpose(1, 2), q_i)
+            dq[:, rows].baddbmm_(ds, k_j)
+    return dq.mul_(factor * unit), dk.mul_(unit), dv, None if dslopes is None else dslopes.flatten()
+
+
+def _logits(part: Part, q: Tensor, k: Tensor, tile: Tile, slopes: Tensor | None) -> Tensor:
+    """Of one tile, (n r c), to base 2, from queries that are scaled already; -∞ where a query does not see the key."""
+    s = torch.bmm(q, k.transpose(1, 2))
+    if part.call.softcap > 0:
+        s.tanh_().mul_(part.call.softcap * LOG2E)
+    if slopes is not None and tile.far is not None:
+        part.spread(s).addcmul_(slopes[:, None, :, None] * LOG2E, tile.far, value=-1)
+    if tile.bias is not None:
+        part.spread(s).add_(tile.bias)
+    return s

@@ -1,0 +1,196 @@
+"""What attention's Triton kernels take of the arguments, where their tiles lie, and their launch settings."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ssmkernels.core.triton_support import all_registers, interpreting, next_power_of_2, owners
+
+LOG2E = math.log2(math.e)
+
+
+class Mask(NamedTuple):
+    """A block mask's members, as ``BlockMask`` has them."""
+
+    offsets: Tensor
+    columns: Tensor
+    patterns: Tensor
+    bits: Tensor
+
+
+class Call(NamedTuple):
+    """What has no gradient: constants, masks, borders of sequences."""
+
+    left: int
+    right: int
+    scale: float
+    softcap: float
+    mask: Mask | None
+    cu_seqlens: Tensor | None
+    cu_seqlens_k: Tensor | None
+
+
+def values(call: Call, q: Tensor, k: Tensor, v: Tensor, alibi_slopes: Tensor | None) -> dict[str, Any]:
+    """What all kernels that meet tiles take, but for the tiles' own places and lists."""
+    (l, h, k_size), (m, h_kv, v_size) = q.shape[1:], v.shape[1:]
+    soft = call.softcap > 0
+    found = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "slopes": None if alibi_slopes is None else alibi_slopes.contiguous(),
+        "cu_seqlens": None if call.cu_seqlens is None else call.cu_seqlens.contiguous(),
+        "cu_seqlens_k": None if call.cu_seqlens_k is None else call.cu_seqlens_k.contiguous(),
+        "l": l,
+        "m": m,
+        "zero": 0,
+        "left": min(call.left, l + m),
+        "right": min(call.right, l + m),
+        "factor": call.scale / call.softcap if soft else call.scale * LOG2E,
+        "cap": call.softcap * LOG2E,
+        "H": h,
+        "GROUP": h // h_kv,
+        "K": k_size,
+        "V": v_size,
+        "SOFTCAP": soft,
+        "MASK_Q": 0 if call.mask is None else call.mask.bits.shape[1],
+        "MASK_K": 0 if call.mask is None else 8 * call.mask.bits.shape[2],
+        "BLOCK_K": max(16, next_power_of_2(k_size)),
+        "BLOCK_V": max(16, next_power_of_2(v_size)),
+    }
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        found |= strides(name, x)
+    return found
+
+
+def strides(name: str, x: Tensor) -> dict[str, int]:
+    """In elements, by the kernels' names."""
+    return {f"{name}_{axis}": s for axis, s in zip(("batch", "position", "head", "step"), x.stride(), strict=True)}
+
+
+def query_lists(mask: Mask | None) -> dict[str, Any]:
+    """For each row of blocks the key blocks that it shows."""
+    if mask is None:
+        return _lists(None, None, None, None)
+    return _lists(mask.offsets, mask.columns, mask.patterns, mask.bits)
+
+
+def key_lists(mask: Mask | None, k_len: int) -> dict[str, Any]:
+    """For each column of blocks the query blocks that see it: the lists transposed, without a read on the host."""
+    if mask is None:
+        return _lists(None, None, None, None)
+    offsets, columns, patterns, bits = mask
+    heads, rows = offsets.shape[0], offsets.shape[1] - 1
+    count = -(-k_len // (8 * bits.shape[2]))
+    number = torch.arange(len(columns), device=columns.device, dtype=torch.int32)
+    line = torch.searchsorted(offsets[:, 1:].flatten(), number, right=True)  # head · rows + row
+    head, row = line // max(1, rows), line % max(1, rows)
+    place, order = torch.sort(head * count + columns, stable=True)  # rows keep their order
+    firsts = count * torch.arange(heads, device=columns.device)[:, None]
+    borders = firsts + torch.arange(count + 1, device=columns.device)
+    offsets = torch.searchsorted(place, borders, out_int32=True)
+    return _lists(offsets, row[order].int(), patterns[order], bits)
+
+
+def _lists(
+    offsets: Tensor | None, listed: Tensor | None, patterns: Tensor | None, bits: Tensor | None
+) -> dict[str, Any]:
+    tensors = {"offsets": offsets, "listed": listed, "patterns": patterns, "bits": bits}
+    found: dict[str, Any] = {name: None if x is None else x.contiguous() for name, x in tensors.items()}
+    found["offsets_head"] = 0 if offsets is None or offsets.shape[0] == 1 else offsets.shape[1]
+    return found
+
+
+def places(cu_seqlens: Tensor | None, length: int, mask_block: int, block: int) -> tuple[int, dict[str, Any]]:
+    """How many tiles of at most ``block`` a row of a batch has and, where it is packed, each one's sequence and start.
+
+    A tile lies within one sequence and one block of the mask, if there is one; some tiles of a packed row are empty.
+    Nothing is read on the host.
+    """
+    per_block = -(-mask_block // block)
+    tiles = -(-length // mask_block) * per_block if mask_block else -(-length // block)
+    if cu_seqlens is None:
+        return tiles, {"owners": None, "starts": None}
+    if mask_block:
+        at = torch.arange(tiles, device=cu_seqlens.device, dtype=torch.int32)
+        starts = torch.cat([at // per_block * mask_block + at % per_block * block, cu_seqlens[:-1]]).sort().values
+        again = torch.cat([starts.new_zeros(1, dtype=torch.bool), starts[1:] == starts[:-1]])
+        starts = torch.where(again, length, starts)
+        owner = torch.searchsorted(cu_seqlens.contiguous(), starts, right=True, out_int32=True) - 1
+        owner = owner.clamp(max=len(cu_seqlens) - 2).int()
+    else:
+        owner = owners(cu_seqlens, length, block)
+        number = torch.arange(len(owner), device=cu_seqlens.device, dtype=torch.int32)
+        first = cu_seqlens[owner]
+        starts = first + (number - first // block - owner) * block
+    return len(owner), {"owners": owner, "starts": starts}
+
+
+# Queries and keys of a tile, warps and stages of the pipeline, for head dims to 64, 128 and 256: what registers hold
+TILES = {
+    "hopper": {  # and Blackwell's data-centre chips
+        "forward": ((128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2)),
+        "queries_backward": ((128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
+        "keys_backward": ((64, 128, 8, 2), (32, 128, 8, 2), (32, 128, 8, 2)),
+    },
+    "ampere": {  # and all others, with no more than 99 KiB of shared memory
+        "forward": ((128, 64, 4, 3), (128, 64, 8, 3), (64, 16, 4, 2)),
+        "queries_backward": ((128, 64, 8, 2), (128, 32, 8, 2), (64, 16, 8, 2)),
+        "keys_backward": ((64, 128, 8, 2), (32, 64, 4, 2), (16, 64, 4, 2)),
+    },
+    "amd": {
+        "forward": ((128, 64, 4, 2), (128, 64, 4, 2), (128, 32, 4, 2)),
+        "queries_backward": ((128, 64, 4, 2), (128, 32, 4, 2), (64, 32, 4, 2)),
+        "keys_backward": ((32, 64, 4, 2), (32, 64, 4, 1), (32, 64, 4, 1)),
+    },
+    "float32": {  # without tensor cores
+        "forward": ((32, 32, 4, 2), (32, 16, 4, 1), (32, 16, 8, 1)),
+        "queries_backward": ((32, 32, 4, 2), (32, 32, 8, 2), (16, 16, 8, 2)),
+        "keys_backward": ((16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 8, 2)),
+    },
+    "interpreter": dict.fromkeys(("forward", "queries_backward", "keys_backward"), ((16, 16, 1, 1),) * 3),
+}
+GATHERED = 32  # queries or keys of a tile at most, where it is gathered from several blocks of a mask
+
+
+def options(kernel: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Launch settings by head dims, dtype and the mask's blocks, and never by length.
+
+    A tile does not cross the mask's blocks on the side that its program keeps. On the other side it divides a block, or
+    is gathered where that would make it small.
+    """
+    machine = _machine(fields["q"].dtype)
+    widest = max(fields["BLOCK_K"], fields["BLOCK_V"])
+    rows, columns, warps, stages = TILES[machine][kernel][0 if widest <= 64 else 1 if widest <= 128 else 2]
+    if fields["MASK_Q"]:
+        sides = (rows, fields["MASK_Q"]), (columns, fields["MASK_K"])
+        (other, other_block), (own, own_block) = sides if kernel == "keys_backward" else sides[::-1]
+        small = min(own, max(16, next_power_of_2(own_block)))
+        warps = max(4, warps * small // own)  # each has as many rows as before
+        other = _dividing(max(16, other // 2), other_block)  # the lists take registers
+        if fields["SOFTCAP"] and fields["cu_seqlens"] is not None and widest > 64:
+            small = max(16, small // 2)  # so do a soft cap and borders: with slopes besides, larger tiles would spill
+        rows, columns = (other, small) if kernel == "keys_backward" else (small, other)
+    return {"ROWS": rows, "COLUMNS": columns, "num_warps": warps, "num_stages": stages, **all_registers()}
+
+
+def _machine(dtype: torch.dtype) -> str:
+    if interpreting():
+        return "interpreter"
+    if dtype == torch.float32:
+        return "float32"
+    target = importlib.import_module("triton.runtime").driver.active.get_current_target()
+    if target.backend == "hip":
+        return "amd"
+    return "hopper" if 90 <= target.arch < 120 else "ampere"
+
+
+def _dividing(tile: int, block: int) -> int:
+    divisor = min(tile, block & -block)
+    return divisor if divisor >= min(tile, GATHERED) else min(tile, GATHERED)

@@ -1,0 +1,168 @@
+"""Attention's gradients of keys and values in Triton: ``triton_queries_kernels.py`` with the sides exchanged."""
+
+# mypy: disable-error-code="assignment"
+# (a tensor's dtype and shape change where a loop or a branch assigns to it)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ssmkernels.ops.attention.triton_pieces import (
+    blocks_at,
+    entries_met,
+    hide,
+    hide_unlisted,
+    logits,
+    reach,
+    take,
+    tile_of,
+    tiles_met,
+)
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit(do_not_specialize=["l", "m", "tiles", "parts", "zero", "left", "right"])
+def keys_backward(
+    q,
+    k,
+    v,
+    slopes,
+    dout,
+    tops,
+    delta,
+    dk,
+    dv,
+    cu_seqlens,
+    cu_seqlens_k,
+    owners,
+    starts,
+    offsets,
+    listed,
+    patterns,
+    bits,
+    q_batch,
+    q_position,
+    q_head,
+    q_step,
+    k_batch,
+    k_position,
+    k_head,
+    k_step,
+    v_batch,
+    v_position,
+    v_head,
+    v_step,
+    dout_batch,
+    dout_position,
+    dout_head,
+    dout_step,
+    offsets_head,
+    l,
+    m,
+    tiles,
+    parts,
+    zero,
+    left,
+    right,
+    factor,
+    cap,
+    scale,
+    H: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    MASK_Q: tl.constexpr,
+    MASK_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """One tile of keys: dk (parts b m H/GROUP K) and dv (parts b m H/GROUP V), each part over HEADS of a group's heads.
+
+    One of them may be None. Tiles are transposed: a row for each key, a column for each query.
+    """
+    task = tl.program_id(0)
+    number, task = task % tiles, task // tiles
+    part, task = task % parts, task // parts
+    heads_k: tl.constexpr = H // GROUP
+    head_k, batch = task % heads_k, (task // heads_k).to(tl.int64)
+    start, stop, _, end, begin_q, end_q = tile_of(
+        number, owners, starts, cu_seqlens_k, cu_seqlens, m, l, MASK_K, COLUMNS
+    )
+    if start >= stop:
+        return
+    j = start + tl.arange(0, COLUMNS)
+    p = j + end_q - end
+    first, last = start + end_q - end, stop - 1 + end_q - end
+    any_low, any_high, whole_low, whole_high = reach(first, last, begin_q, end_q, right, left)
+    low, high, _, _ = reach(p, p, begin_q, end_q, right, left)
+    across_k, across_v = tl.arange(0, BLOCK_K)[None, :], tl.arange(0, BLOCK_V)[None, :]
+    k += batch * k_batch + head_k.to(tl.int64) * k_head + across_k.to(tl.int64) * k_step
+    v += batch * v_batch + head_k.to(tl.int64) * v_head + across_v.to(tl.int64) * v_step
+    keys = take(k, j, k_position, start, stop, K, BLOCK_K, True)
+    if dk is not None:
+        values = take(v, j, v_position, start, stop, V, BLOCK_V, True)
+        own_k = tl.zeros((COLUMNS, BLOCK_K), tl.float32)
+    if dv is not None:
+        own_v = tl.zeros((COLUMNS, BLOCK_V), tl.float32)
+    # What is the same for all heads is not carried in registers through the loops over queries
+    for g in tl.range(part * HEADS, tl.minimum(part * HEADS + HEADS, GROUP), disable_licm=True):
+        head = head_k * GROUP + g
+        q_of = q + batch * q_batch + head.to(tl.int64) * q_head + across_k.to(tl.int64) * q_step
+        dout_of = dout + batch * dout_batch + head.to(tl.int64) * dout_head + across_v.to(tl.int64) * dout_step
+        sums = (batch * H + head) * l
+        slope = None
+        if slopes is not None:
+            slope = tl.load(slopes + head).to(tl.float32) * LOG2E
+        if MASK_Q:
+            entry, count = entries_met(
+                offsets + head * offsets_head + start // MASK_K, listed, any_low, any_high, l, MASK_Q
+            )
+            a, b, c, d = 0, 0, 0, tl.cdiv(count * MASK_Q, ROWS)
+        else:
+            a, b, c, d = tiles_met(any_low, any_high, whole_low, whole_high, begin_q, ROWS)
+        for GUARDED in tl.static_range(MASK_Q > 0, 2):
+            for n in range(a if GUARDED else b, d - (c - b) if GUARDED else c):
+                if MASK_Q:
+                    i, pattern, cut, partial = blocks_at(
+                        listed + entry, patterns + entry, n * ROWS, count, whole_low, whole_high, MASK_Q, ROWS
+                    )
+                else:
+                    n = tl.where(n < b, n, n + c - b) if GUARDED else n
+                    i = begin_q + (n ^ zero) * ROWS + tl.arange(0, ROWS)
+                queries = take(q_of, i, q_position, begin_q, end_q, K, BLOCK_K, GUARDED)
+                product = tl.dot(keys, tl.trans(queries), input_precision="ieee")
+                s, slant = logits(product, p[:, None] - i[None, :], slope, factor, cap, SOFTCAP)
+                if MASK_Q:
+                    if cut:
+                        s = hide(s, i[None, :], low[:, None], high[:, None])
+                    if partial:
+                        s = hide_unlisted(s, bits, pattern, i[None, :], j[:, None], MASK_Q, MASK_K)
+                elif GUARDED:
+                    s = hide(s, i[None, :], low[:, None], high[:, None])
+                there = (i >= begin_q) & (i < end_q)
+                top = tl.load(tops + sums + i, mask=there, other=float("inf"))
+                weights = tl.exp2(s - top[None, :])
+                gradients = take(dout_of, i, dout_position, begin_q, end_q, V, BLOCK_V, GUARDED)
+                if dv is not None:
+                    own_v = tl.dot(weights.to(gradients.dtype), gradients, own_v, input_precision="ieee")
+                if dk is not None:
+                    ds = tl.dot(values, tl.trans(gradients), input_precision="ieee")
+                    ds = weights * (ds - tl.load(delta + sums + i, mask=there, other=0.0)[None, :])
+                    if SOFTCAP:
+                        ds *= slant
+                    own_k = tl.dot(ds.to(queries.dtype), queries, own_k, input_precision="ieee")
+    j = (start ^ zero) + tl.arange(0, COLUMNS)
+    here = (j < stop)[:, None]
+    batches = tl.num_programs(0) // (tiles * parts * heads_k)
+    row = ((part.to(tl.int64) * batches + batch) * m + j) * heads_k + head_k
+    if dk is not None:
+        at = row[:, None] * K + across_k
+        tl.store(dk + at, (own_k * scale).to(dk.dtype.element_ty), mask=here & (across_k < K))
+    if dv is not None:
+        tl.store(dv + row[:, None] * V + across_v, own_v.to(dv.dtype.element_ty), mask=here & (across_v < V))

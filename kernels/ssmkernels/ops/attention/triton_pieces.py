@@ -1,0 +1,154 @@
+"""What attention's Triton kernels share: where a tile lies, which tiles it meets, and their logits.
+
+Queries and keys are two sides that are treated alike. A program has one tile of its own side and goes through the
+tiles of the other; a query at index i stands at key i + shift, with shift = end of its keys - end of its queries, and a
+key at index j among the queries at j - shift.
+"""
+
+# mypy: disable-error-code="assignment"
+# (tuples of registers change their types in branches)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ssmkernels.core.triton_pieces import tanh
+
+SCANNED = tl.constexpr(128)  # entries of a list that are looked at together
+BEYOND = tl.constexpr(2**30)  # an index that nothing has
+
+
+@triton.jit
+def tile_of(
+    number, owners, starts, borders, other_borders, length, other_length, SIZE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Where a tile starts and stops, its sequence begins and ends, and so on the other side.
+
+    ``SIZE`` is that of the mask's blocks, which a tile does not cross; 0 where there is no mask.
+    """
+    if owners is not None:
+        sequence = tl.load(owners + number)
+        begin, end = tl.load(borders + sequence), tl.load(borders + sequence + 1)
+        other_begin, other_end = tl.load(other_borders + sequence), tl.load(other_borders + sequence + 1)
+        start = tl.load(starts + number)
+    else:
+        begin, end, other_begin, other_end = 0, length, 0, other_length
+        if SIZE:
+            parts: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
+            start = number // parts * SIZE + number % parts * BLOCK
+        else:
+            start = number * BLOCK
+    if SIZE:
+        within = start % SIZE
+        stop = start - within + tl.minimum((within // BLOCK + 1) * BLOCK, SIZE)
+    else:
+        stop = start + BLOCK
+    return start, tl.minimum(stop, end), begin, end, other_begin, other_end
+
+
+@triton.jit
+def reach(first, last, begin, end, before, after):
+    """What the positions first … last meet of begin … end, from ``before`` before to ``after`` after each, -1 for all.
+
+    Returns:
+        low, high, whole_low, whole_high: some meet low … high - 1, all of them whole_low … whole_high - 1.
+    """
+    low = tl.where(before < 0, begin, tl.maximum(begin, first - before))
+    high = tl.where(after < 0, end, tl.minimum(end, last + after + 1))
+    whole_low = tl.where(before < 0, begin, tl.maximum(begin, last - before))
+    whole_high = tl.where(after < 0, end, tl.minimum(end, first + after + 1))
+    return low, tl.maximum(high, low), whole_low, tl.maximum(whole_high, whole_low)
+
+
+@triton.jit
+def tiles_met(low, high, whole_low, whole_high, begin, BLOCK: tl.constexpr):
+    """Numbers of the tiles from ``begin`` on: a … d - 1 are met, of which b … c - 1 hide nothing."""
+    a, d = (low - begin) // BLOCK, tl.cdiv(high - begin, BLOCK)
+    b = tl.minimum(tl.cdiv(whole_low - begin, BLOCK), d)
+    return a, b, tl.maximum((whole_high - begin) // BLOCK, b), d
+
+
+@triton.jit
+def entries_met(offsets, listed, low, high, length, SIZE: tl.constexpr):
+    """Of one list of blocks, in rising order: the first that reaches into low … high - 1, and how many do."""
+    first, last = tl.load(offsets), tl.load(offsets + 1)
+    if (low <= 0) & (high >= length):
+        skipped, kept = 0, last - first
+    else:
+        skipped, kept = 0, 0
+        for at in range(first, last, SCANNED):
+            entry = at + tl.arange(0, SCANNED)
+            block = tl.load(listed + entry, mask=entry < last, other=length // SIZE + 1)
+            skipped += tl.sum((block * SIZE + SIZE <= low).to(tl.int32), axis=0)
+            kept += tl.sum((block * SIZE < high).to(tl.int32), axis=0)
+    return first + skipped, tl.maximum(kept - skipped, 0)
+
+
+@triton.jit
+def blocks_at(listed, patterns, place, count, whole_low, whole_high, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """A tile of ``count`` listed blocks laid side by side, from a place on.
+
+    Returns:
+        index, pattern, cut, partial: (BLOCK) indices, ``BEYOND`` after the last block, and their blocks' patterns
+        (1, BLOCK), or one number where a block holds the whole tile; whether some index is not within whole_low …
+        whole_high - 1, and whether some pattern hides anything.
+    """
+    if SIZE % BLOCK == 0:
+        entry = place // SIZE
+        first = tl.load(listed + entry) * SIZE + place % SIZE
+        index = first + tl.arange(0, BLOCK)
+        cut = (first < whole_low) | (first + BLOCK > whole_high)
+        pattern = tl.load(patterns + entry)
+        partial = pattern >= 0
+    else:
+        places = place + tl.arange(0, BLOCK)
+        entry = places // SIZE
+        there = entry < count
+        index = tl.where(there, tl.load(listed + entry, mask=there, other=0) * SIZE + places % SIZE, BEYOND)
+        cut = (tl.min(index, axis=0) < whole_low) | (tl.max(index, axis=0) >= whole_high)
+        pattern = tl.load(patterns + entry, mask=there, other=-1)[None, :]
+        partial = tl.max(tl.max(pattern, axis=1), axis=0) >= 0
+    return index, pattern, cut, partial
+
+
+@triton.jit
+def take(x, index, position, begin, end, WIDTH: tl.constexpr, PADDED: tl.constexpr, GUARDED: tl.constexpr):
+    """Rows of x, whose pointers already go (1, PADDED) across; 0 beyond the width and, if guarded, begin … end - 1."""
+    at = x + index.to(tl.int64)[:, None] * position
+    within = (tl.arange(0, PADDED) < WIDTH)[None, :]
+    if GUARDED:
+        there = ((index >= begin) & (index < end))[:, None]
+        return tl.load(at, mask=there if WIDTH == PADDED else there & within, other=0.0)
+    if WIDTH == PADDED:
+        return tl.load(at)
+    return tl.load(at, mask=within, other=0.0)
+
+
+@triton.jit
+def logits(product, distance, slope, factor, cap, SOFTCAP: tl.constexpr):
+    """Logits to base 2 of products of queries and keys, and their slope before ALiBi, less the factor."""
+    slant = product
+    if SOFTCAP:
+        bent = tanh(product * factor)
+        s, slant = cap * bent, 1 - bent * bent
+    else:
+        s = product * factor
+    if slope is not None:
+        s -= slope * tl.abs(distance).to(tl.float32)
+    return s, slant
+
+
+@triton.jit
+def hide(s, other, low, high):
+    """-∞ where the other side's index is not within low … high - 1."""
+    return tl.where((other >= low) & (other < high), s, -float("inf"))
+
+
+@triton.jit
+def hide_unlisted(s, bits, pattern, i, j, MASK_Q: tl.constexpr, MASK_K: tl.constexpr):
+    """-∞ where the pattern has no bit for query i and key j; patterns below 0 show all."""
+    bits += pattern.to(tl.int64) * (MASK_Q * MASK_K // 8)
+    at = i % MASK_Q * (MASK_K // 8) + j % MASK_K // 8
+    byte = tl.load(bits + at, mask=pattern >= 0, other=255)
+    return tl.where((byte.to(tl.int32) >> (j % 8)) & 1 != 0, s, -float("inf"))

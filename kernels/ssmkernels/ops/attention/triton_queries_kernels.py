@@ -1,0 +1,204 @@
+"""Attention's gradient of queries in Triton, as the forward pass in ``triton_kernels.py``.
+
+The weights are computed once more from the log-sum-exp. No kernel adds to what another program writes: this one has a
+tile of queries and sums over keys, the one in ``triton_keys_kernels.py`` a tile of keys and sums over queries.
+"""
+
+# mypy: disable-error-code="assignment"
+# (a tensor's dtype and shape change where a loop or a branch assigns to it)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ssmkernels.ops.attention.triton_pieces import (
+    blocks_at,
+    entries_met,
+    hide,
+    hide_unlisted,
+    logits,
+    reach,
+    take,
+    tile_of,
+    tiles_met,
+)
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit(do_not_specialize=["l"])
+def row_sums(
+    out,
+    lse,
+    dout,
+    dlse,
+    tops,
+    delta,
+    dout_batch,
+    dout_position,
+    dout_head,
+    dout_step,
+    l,
+    H: tl.constexpr,
+    V: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """delta, what the softmax takes off every gradient of a logit, and tops, lse to base 2; both (b H l).
+
+    Where a query sees nothing its top is +∞, so that every weight comes out as 0.
+    """
+    tiles = tl.cdiv(l, ROWS)
+    head = tl.program_id(0) // tiles % H
+    batch = (tl.program_id(0) // tiles // H).to(tl.int64)
+    i = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+    across = tl.arange(0, BLOCK_V)[None, :]
+    mask = (i < l)[:, None] & (across < V)
+    value = tl.load(out + (((batch * l + i) * H + head) * V)[:, None] + across, mask=mask, other=0.0)
+    dout += batch * dout_batch + head.to(tl.int64) * dout_head + across.to(tl.int64) * dout_step
+    gradient = tl.load(dout + i.to(tl.int64)[:, None] * dout_position, mask=mask, other=0.0)
+    total = tl.sum(value.to(tl.float32) * gradient.to(tl.float32), axis=1)
+    row = (batch * H + head) * l + i
+    if dlse is not None:
+        total -= tl.load(dlse + row, mask=i < l, other=0.0)
+    top = tl.load(lse + row, mask=i < l, other=0.0)
+    tl.store(tops + row, tl.where(top == -float("inf"), float("inf"), top * LOG2E), mask=i < l)
+    tl.store(delta + row, total, mask=i < l)
+
+
+@triton.jit(do_not_specialize=["l", "m", "tiles", "zero", "left", "right"])
+def queries_backward(
+    q,
+    k,
+    v,
+    slopes,
+    dout,
+    tops,
+    delta,
+    dlse,
+    dq,
+    dslopes,
+    cu_seqlens,
+    cu_seqlens_k,
+    owners,
+    starts,
+    offsets,
+    listed,
+    patterns,
+    bits,
+    q_batch,
+    q_position,
+    q_head,
+    q_step,
+    k_batch,
+    k_position,
+    k_head,
+    k_step,
+    v_batch,
+    v_position,
+    v_head,
+    v_step,
+    dout_batch,
+    dout_position,
+    dout_head,
+    dout_step,
+    offsets_head,
+    l,
+    m,
+    tiles,
+    zero,
+    left,
+    right,
+    factor,
+    cap,
+    scale,
+    H: tl.constexpr,
+    GROUP: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    MASK_Q: tl.constexpr,
+    MASK_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """dq (b l H K) of one tile of queries, and its part of dslopes (H, tiles of all b)."""
+    number, head = tl.program_id(0) % tiles, tl.program_id(0) // tiles % H
+    number = tiles - 1 - number  # as forward
+    batch = (tl.program_id(0) // tiles // H).to(tl.int64)
+    start, stop, _, end, begin_k, end_k = tile_of(number, owners, starts, cu_seqlens, cu_seqlens_k, l, m, MASK_Q, ROWS)
+    if start >= stop:
+        return
+    i = start + tl.arange(0, ROWS)
+    p = i + end_k - end
+    first, last = start + end_k - end, stop - 1 + end_k - end
+    any_low, any_high, whole_low, whole_high = reach(first, last, begin_k, end_k, left, right)
+    low, high, _, _ = reach(p, p, begin_k, end_k, left, right)
+    across_k, across_v = tl.arange(0, BLOCK_K)[None, :], tl.arange(0, BLOCK_V)[None, :]
+    head_k = head // GROUP
+    q += batch * q_batch + head.to(tl.int64) * q_head + across_k.to(tl.int64) * q_step
+    k += batch * k_batch + head_k.to(tl.int64) * k_head + across_k.to(tl.int64) * k_step
+    v += batch * v_batch + head_k.to(tl.int64) * v_head + across_v.to(tl.int64) * v_step
+    dout += batch * dout_batch + head.to(tl.int64) * dout_head + across_v.to(tl.int64) * dout_step
+    queries = take(q, i, q_position, start, stop, K, BLOCK_K, True)
+    gradients = take(dout, i, dout_position, start, stop, V, BLOCK_V, True)
+    row = (batch * H + head) * l + i
+    top = tl.load(tops + row, mask=i < stop, other=float("inf"))
+    own_delta = tl.load(delta + row, mask=i < stop, other=0.0)
+    slope = None
+    if slopes is not None:
+        slope = tl.load(slopes + head).to(tl.float32) * LOG2E
+    own = tl.zeros((ROWS, BLOCK_K), tl.float32)
+    far, gain, far_gain = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    if MASK_Q:
+        offsets += head * offsets_head + start // MASK_Q
+        entry, count = entries_met(offsets, listed, any_low, any_high, m, MASK_K)
+        listed, patterns = listed + entry, patterns + entry
+        a, b, c, d = 0, 0, 0, tl.cdiv(count * MASK_K, COLUMNS)
+    else:
+        a, b, c, d = tiles_met(any_low, any_high, whole_low, whole_high, begin_k, COLUMNS)
+    for GUARDED in tl.static_range(MASK_Q > 0, 2):
+        for n in range(a if GUARDED else b, d - (c - b) if GUARDED else c):
+            if MASK_Q:
+                j, pattern, cut, partial = blocks_at(
+                    listed, patterns, n * COLUMNS, count, whole_low, whole_high, MASK_K, COLUMNS
+                )
+            else:
+                n = tl.where(n < b, n, n + c - b) if GUARDED else n
+                j = begin_k + (n ^ zero) * COLUMNS + tl.arange(0, COLUMNS)
+            keys = take(k, j, k_position, begin_k, end_k, K, BLOCK_K, GUARDED)
+            product = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+            distance = p[:, None] - j[None, :]
+            s, slant = logits(product, distance, slope, factor, cap, SOFTCAP)
+            if MASK_Q:
+                if cut:
+                    s = hide(s, j[None, :], low[:, None], high[:, None])
+                if partial:
+                    s = hide_unlisted(s, bits, pattern, i[:, None], j[None, :], MASK_Q, MASK_K)
+            elif GUARDED:
+                s = hide(s, j[None, :], low[:, None], high[:, None])
+            weights = tl.exp2(s - top[:, None])
+            values = take(v, j, v_position, begin_k, end_k, V, BLOCK_V, GUARDED)
+            dweights = tl.dot(gradients, tl.trans(values), input_precision="ieee")
+            if dslopes is not None:
+                apart = tl.abs(distance).to(tl.float32)
+                far += tl.sum(weights * apart, axis=1)
+                gain += tl.sum(weights * dweights, axis=1)
+                far_gain += tl.sum(weights * dweights * apart, axis=1)
+            ds = weights * (dweights - own_delta[:, None])
+            if SOFTCAP:
+                ds *= slant
+            own = tl.dot(ds.to(keys.dtype), keys, own, input_precision="ieee")
+    i = (start ^ zero) + tl.arange(0, ROWS)
+    row = ((batch * l + i) * H + head) * K
+    mask = (i < stop)[:, None] & (across_k < K)
+    tl.store(dq + row[:, None] + across_k, (own * scale).to(dq.dtype.element_ty), mask=mask)
+    if dslopes is not None:
+        # Slopes may be float32 beside half precision: their gradient does without the delta that a rounded out gives
+        if dlse is not None:
+            gain -= tl.load(dlse + (batch * H + head) * l + i, mask=i < stop, other=0.0)
+        parts = tl.num_programs(0) // H
+        tl.store(dslopes + head.to(tl.int64) * parts + batch * tiles + number, tl.sum(gain * far - far_gain, axis=0))

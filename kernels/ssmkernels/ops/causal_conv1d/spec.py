@@ -1,0 +1,114 @@
+"""Cases, inputs and cost of the causal convolution and its step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ssmkernels.check.spec import Case, Draw, Spec
+
+BASE = {
+    "b": 2,
+    "l": 13,
+    "d": 6,
+    "w": 4,
+    "bias": True,
+    "activation": "silu",
+    "state": True,
+    "packed": False,
+    "weights": "same",  # or "float32" beside half precision
+    "x": 1.0,  # scale of x
+}
+
+ROWS = (
+    {"bias": False, "activation": None, "state": False},
+    {"l": 0},
+    {"l": 1},
+    {"l": 2},  # shorter than the state
+    {"l": 63},
+    {"l": 64},
+    {"l": 65},
+    {"l": 200, "b": 1, "d": 3},
+    {"w": 1},
+    {"w": 2},
+    {"w": 3},
+    {"w": 5},
+    {"w": 9, "l": 5},
+    {"d": 1},
+    {"d": 16},
+    {"d": 33},
+    {"b": 1},
+    {"b": 5},
+    {"bias": False},
+    {"activation": None},
+    {"state": False},
+    {"b": 1, "packed": True, "l": 21},
+    {"b": 1, "packed": True, "l": 21, "state": False, "d": 17},
+    {"weights": "float32"},
+    {"x": 1e3},
+    {"x": 1e-3},
+    {"layout": "strided"},
+    {"layout": "strided", "b": 1, "packed": True, "l": 21},
+    {"layout": "far", "b": 1, "l": 7, "d": 2},
+)
+
+
+def make(case: Case, draw: Draw) -> dict[str, Any]:
+    b, l, d, w = (case[key] for key in "bldw")
+    borders = draw.borders(l) if case["packed"] else None
+    s = b if borders is None else len(borders) - 1
+    return {
+        "x": draw.normal(b, l, d, scale=case["x"]),
+        "weight": draw.normal(d, w),
+        "bias": draw.normal(d) if case["bias"] else None,
+        "activation": case["activation"],
+        "initial_state": draw.normal(s, w - 1, d, scale=case["x"]) if case["state"] else None,
+        "return_final_state": True,
+        "cu_seqlens": borders,
+    }
+
+
+def make_step(case: Case, draw: Draw) -> dict[str, Any]:
+    step = make({**case, "l": 1, "packed": False, "state": True}, draw)
+    step["x"], step["state"] = step["x"][:, 0], step.pop("initial_state")
+    del step["return_final_state"], step["cu_seqlens"]
+    return step
+
+
+def flops(case: Case) -> float:
+    """A multiplication and an addition for each tap."""
+    return 2.0 * case["b"] * case["l"] * case["d"] * case["w"]
+
+
+def wide(case: Case) -> tuple[str, ...]:
+    return ("weight", "bias") if case["weights"] == "float32" else ()
+
+
+STEP_BASE = {key: value for key, value in BASE.items() if key not in ("l", "state", "packed")}
+STEP_ROWS = (*(row for row in ROWS if set(row) <= {*STEP_BASE, "layout"}), {"layout": "far"})
+
+SPECS = (
+    Spec(
+        op="causal_conv1d",
+        base=BASE,
+        rows=ROWS,
+        make=make,
+        flops=flops,
+        results={"y": 1, "final_state": -1},
+        bench={"b": 1, "l": 512, "d": 1536},
+        batched=lambda case: {"x": "cu_seqlens", "initial_state": ""},
+        wide=lambda case: (*wide(case), "initial_state"),
+    ),
+    Spec(
+        op="causal_conv1d_step",
+        base=STEP_BASE,
+        rows=STEP_ROWS,
+        make=make_step,
+        flops=lambda case: flops({**case, "l": 1}),
+        results={"y": 1},
+        bench={"b": 1, "d": 1536},
+        batched=lambda case: {"x": "", "state": ""},
+        wide=lambda case: (*wide(case), "state"),
+        mutates=("state",),
+        differentiable=False,
+    ),
+)

@@ -1,0 +1,84 @@
+"""What the selective scan's Triton kernels take of the arguments, and their launch settings."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssmkernels.core.triton_support import all_registers, next_power_of_2
+from ssmkernels.core.validate import precision
+
+
+def values(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    cu_seqlens: Tensor | None,
+    groups: int,
+) -> dict[str, Any]:
+    """What all kernels take of the arguments."""
+    wide = precision(u)
+    D, delta_bias = (None if t is None else t.to(wide).contiguous() for t in (D, delta_bias))
+    A2 = (A.to(wide) / math.log(2)).contiguous()
+    found: dict[str, Any] = {"u": u, "delta": delta, "z": z, "A2": A2, "D": D, "bias": delta_bias}
+    for name, x in (("u", u), ("delta", delta), ("z", z)):
+        strides = (0, 0, 0) if x is None else x.stride()
+        found |= {f"{name}_{axis}": stride for axis, stride in zip(("batch", "time", "d"), strides, strict=True)}
+    for name, x in (("B", B), ("C", C)):
+        fixed = x.ndim == 2
+        if fixed:
+            x = x.to(wide).contiguous()
+        elif x.ndim == 3:
+            x = x.unsqueeze(2).expand(-1, -1, groups, -1)
+        strides = (0, 0, 0, 0) if fixed else x.stride()
+        found |= {
+            f"{name}_{axis}": stride for axis, stride in zip(("batch", "time", "group", "n"), strides, strict=True)
+        }
+        found |= {name: x, f"FIXED_{name}": fixed}
+    return found | {
+        "cu_seqlens": None if cu_seqlens is None else cu_seqlens.contiguous(),
+        "length": u.shape[1],
+        "per_group": A.shape[0] // groups,
+        "d": A.shape[0],
+        "n": A.shape[1],
+        "SOFTPLUS": delta_softplus,
+    }
+
+
+def count_groups(B: Tensor, C: Tensor) -> int:
+    """The groups of channels: those of B or of C, 1 where neither has any."""
+    return max(t.shape[2] if t.ndim == 4 else 1 for t in (B, C))
+
+
+def chunk_length(n: int) -> int:
+    """Steps between saved states: these, n numbers a channel, take no more memory than one activation in float32."""
+    return max(64, next_power_of_2(n))
+
+
+def forward_options(n: int, per_group: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Launch settings: four states a thread, where n allows it."""
+    N = next_power_of_2(n)
+    warps = 1 if N <= 32 else 4
+    block = min(next_power_of_2(per_group), 64, max(1, 128 * warps // N))
+    return _options(N, block, warps, T=2 if dtype == torch.float64 else 8)
+
+
+def backward_options(n: int, per_group: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Launch settings: four states a thread, where n allows it; two in float64."""
+    N = next_power_of_2(n)
+    block = min(next_power_of_2(per_group), 32 if N <= 4 else 16 if N == 8 else 8 if N <= 64 else 4)
+    double = dtype == torch.float64
+    return _options(N, block, max(1, block * N // (64 if double else 128)), T=1 if double else 2)
+
+
+def _options(N: int, block: int, warps: int, T: int) -> dict[str, Any]:
+    return {"CHUNK": chunk_length(N), "N": N, "T": T, "BLOCK_D": block, "num_warps": warps, **all_registers()}

@@ -1,0 +1,239 @@
+"""The selective scan's backward pass in Triton; written as in ``triton_kernels.py``."""
+
+# mypy: disable-error-code="assignment"
+# (tuples of registers grow in unrolled loops)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ssmkernels.ops.selective_scan.triton_pieces import extent, maps, rows, sigmoid, step_sizes
+
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit(do_not_specialize=["length", "sequences", "workers", "parts", "blocks", "per_group", "zero"])
+def backward(
+    u,
+    delta,
+    A2,
+    B,
+    C,
+    D,
+    z,
+    bias,
+    cu_seqlens,
+    starts,
+    scratch,
+    dy,
+    dfinal,
+    du,
+    ddelta,
+    dA,
+    dB,
+    dC,
+    dD,
+    dz,
+    dbias,
+    dinitial,
+    u_batch,
+    u_time,
+    u_d,
+    delta_batch,
+    delta_time,
+    delta_d,
+    z_batch,
+    z_time,
+    z_d,
+    B_batch,
+    B_time,
+    B_group,
+    B_n,
+    C_batch,
+    C_time,
+    C_group,
+    C_n,
+    dy_batch,
+    dy_time,
+    dy_d,
+    dB_part,
+    dB_group,
+    dB_time,
+    dC_part,
+    dC_group,
+    dC_time,
+    length,
+    sequences,
+    workers,
+    parts,
+    blocks,
+    per_group,
+    zero,
+    d,
+    n: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    FIXED_B: tl.constexpr,
+    FIXED_C: tl.constexpr,
+    CHUNK: tl.constexpr,
+    N: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Gradients of everything.
+
+    Program (worker, group, part) takes every ``workers``-th sequence and every ``parts``-th block of the group's
+    channels, one after another. dA, dD, dbias and those of fixed B and C are one sum for each worker, (worker d [n]);
+    those of B and C over time are one for each part.
+    """
+    WIDE: tl.constexpr = A2.dtype.element_ty
+    pid = tl.program_id(0).to(tl.int64)
+    part = pid % parts
+    group = pid // parts % (d // per_group)
+    worker = pid // parts // (d // per_group)
+    state = tl.arange(0, N)
+    wide_state = state.to(tl.int64)
+    scratch += pid * (CHUNK // T * BLOCK_D * N) + tl.arange(0, BLOCK_D)[:, None] * N + state[None, :]
+    for block in range(part, blocks, parts):
+        within = block * BLOCK_D + tl.arange(0, BLOCK_D)
+        here, channel = within < per_group, group * per_group + within
+        live = here[:, None] & (state < n)[None, :]
+        at = channel[:, None] * n + state[None, :]
+        A2_ = tl.load(A2 + at, mask=live, other=0.0)
+        D_ = tl.zeros([BLOCK_D], WIDE)
+        if D is not None:
+            D_ += tl.load(D + channel, mask=here, other=0.0)
+        bias_ = tl.zeros([BLOCK_D], WIDE)
+        if bias is not None:
+            bias_ += tl.load(bias + channel, mask=here, other=0.0)
+        dA_ = tl.zeros([BLOCK_D, N], WIDE)
+        dB_ = tl.zeros([BLOCK_D, N], WIDE)
+        dC_ = tl.zeros([BLOCK_D, N], WIDE)
+        dD_ = tl.zeros([BLOCK_D], WIDE)
+        dbias_ = tl.zeros([BLOCK_D], WIDE)
+
+        for sequence in range(worker, sequences, workers):
+            batch, start, steps, chunk0 = extent(sequence, cu_seqlens, length, CHUNK)
+            row0 = batch * length + start
+            u_ = u + batch * u_batch + start * u_time + channel * u_d
+            delta_ = delta + batch * delta_batch + start * delta_time + channel * delta_d
+            dy_ = dy + batch * dy_batch + start * dy_time + channel * dy_d
+            if z is not None:
+                z_ = z + batch * z_batch + start * z_time + channel * z_d
+            if FIXED_B:
+                B_ = B + at
+            else:
+                B_ = B + batch * B_batch + start * B_time + group * B_group + wide_state * B_n
+            if FIXED_C:
+                C_ = C + at
+            else:
+                C_ = C + batch * C_batch + start * C_time + group * C_group + wide_state * C_n
+            B_live = live if FIXED_B else state < n
+            C_live = live if FIXED_C else state < n
+
+            g = tl.zeros([BLOCK_D, N], WIDE)  # what reaches the state from later steps
+            if dfinal is not None:
+                g += tl.load(dfinal + sequence * d * n + at, mask=live, other=0.0)
+            chunks = (steps + CHUNK - 1) // CHUNK
+            for past in range(chunks):
+                chunk = chunks - 1 - past
+                tiles = (tl.minimum(steps - chunk * CHUNK, CHUNK) + T - 1) // T
+                # The chunk once forwards: the state before each tile
+                h = tl.load(starts + (chunk0 + chunk) * d * n + at, mask=live, other=0.0)
+                tl.store(scratch, h)
+                for tile in range(1, tiles):
+                    first = (chunk * CHUNK + (tile - 1) * T) ^ zero
+                    us = rows(u_, u_time, here, first, steps, T, WIDE)
+                    raw = rows(delta_, delta_time, here, first, steps, T, WIDE)
+                    Bs = maps(B_, B_time, B_live, first, steps, T, FIXED_B, WIDE)
+                    _, dts = step_sizes(raw, bias_, first, steps, T, SOFTPLUS)
+                    for i in tl.static_range(T):
+                        h = tl.exp2(dts[i][:, None] * A2_) * h + (dts[i] * us[i])[:, None] * Bs[i]
+                    tl.store(scratch + tile * (BLOCK_D * N), h)
+                tl.debug_barrier()
+                # Its tiles from the last to the first: their states once more, then the adjoint recurrence
+                for past_tile in range(tiles):
+                    tile = tiles - 1 - past_tile
+                    first = (chunk * CHUNK + tile * T) ^ zero
+                    h = tl.load(scratch + tile * (BLOCK_D * N))
+                    us = rows(u_, u_time, here, first, steps, T, WIDE)
+                    raw = rows(delta_, delta_time, here, first, steps, T, WIDE)
+                    douts = rows(dy_, dy_time, here, first, steps, T, WIDE)
+                    Bs = maps(B_, B_time, B_live, first, steps, T, FIXED_B, WIDE)
+                    Cs = maps(C_, C_time, C_live, first, steps, T, FIXED_C, WIDE)
+                    raw, dts = step_sizes(raw, bias_, first, steps, T, SOFTPLUS)
+                    hs, decays = (h,), ()
+                    for i in tl.static_range(T):
+                        decays = decays + (tl.exp2(dts[i][:, None] * A2_),)
+                        h = decays[i] * h + (dts[i] * us[i])[:, None] * Bs[i]
+                        hs = hs + (h,)
+                    if z is not None:
+                        zs = rows(z_, z_time, here, first, steps, T, WIDE)
+                        ungated = ()
+                        for i in tl.static_range(T):
+                            gate = sigmoid(zs[i])
+                            out = tl.sum(hs[i + 1] * Cs[i], 1) + D_ * us[i]
+                            dgate = douts[i] * out * gate * (1 + zs[i] * (1 - gate))
+                            at_z = dz + (row0 + first + i) * d + channel
+                            tl.store(at_z, dgate.to(dz.dtype.element_ty), mask=here & (first + i < steps))
+                            ungated = ungated + (douts[i] * zs[i] * gate,)
+                        douts = ungated
+                    for i in tl.static_range(T - 1, -1, -1):
+                        inside = first + i < steps
+                        row = row0 + first + i
+                        g += douts[i][:, None] * Cs[i]
+                        dC_t = douts[i][:, None] * hs[i + 1]
+                        dB_t = (dts[i] * us[i])[:, None] * g
+                        if FIXED_C:
+                            dC_ += dC_t
+                        else:
+                            to = dC + part * dC_part + group * dC_group + row * dC_time + state
+                            put(to, dC_t, (state < n) & inside, block >= parts)
+                        if FIXED_B:
+                            dB_ += dB_t
+                        else:
+                            to = dB + part * dB_part + group * dB_group + row * dB_time + state
+                            put(to, dB_t, (state < n) & inside, block >= parts)
+                        dinput = tl.sum(g * Bs[i], 1)
+                        g = g * decays[i]
+                        dlog = g * hs[i]
+                        dA_ += dts[i][:, None] * dlog
+                        ddt = dinput * us[i] + tl.sum(dlog * A2_, 1) * LN_2
+                        if SOFTPLUS:
+                            ddt = ddt * sigmoid(raw[i])
+                        ddt = tl.where(inside, ddt, 0.0)
+                        dbias_ += ddt
+                        dD_ += douts[i] * us[i]
+                        du_t = dinput * dts[i] + D_ * douts[i]
+                        tl.store(du + row * d + channel, du_t.to(du.dtype.element_ty), mask=here & inside)
+                        tl.store(ddelta + row * d + channel, ddt.to(ddelta.dtype.element_ty), mask=here & inside)
+                tl.debug_barrier()
+            if dinitial is not None:
+                tl.store(dinitial + sequence * d * n + at, g, mask=live)
+
+        tl.store(dA + worker * d * n + at, dA_, mask=live)
+        if FIXED_B:
+            tl.store(dB + worker * d * n + at, dB_, mask=live)
+        if FIXED_C:
+            tl.store(dC + worker * d * n + at, dC_, mask=live)
+        if D is not None:
+            tl.store(dD + worker * d + channel, dD_, mask=here)
+        if bias is not None:
+            tl.store(dbias + worker * d + channel, dbias_, mask=here)
+
+
+@triton.jit
+def put(to, value, mask, add):
+    """The sum of (BLOCK_D, N) over channels, added to what an earlier block of the same program has put there."""
+    total = tl.sum(value, 0)
+    tl.store(to, total + tl.load(to, mask=mask & add, other=0.0), mask=mask)
+
+
+@triton.jit(do_not_specialize=["size"])
+def add_parts(parts, total, size, PARTS, BLOCK: tl.constexpr):
+    """The sum over the first axis of (PARTS, size), in order."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    sum = tl.zeros([BLOCK], parts.dtype.element_ty)
+    for part in range(PARTS):
+        sum += tl.load(parts + tl.cast(part, tl.int64) * size + at, mask=at < size, other=0.0)
+    tl.store(total + at, sum.to(total.dtype.element_ty), mask=at < size)

@@ -1,0 +1,188 @@
+"""The selective scan's Triton kernels.
+
+A program holds the states h of ``BLOCK_D`` channels, (BLOCK_D, N), in registers and walks one sequence, ``T`` steps at
+a time: the inputs of all ``T`` are loaded before any of them is used. ``N`` is n rounded up to a power of two; the
+states beyond n stay 0. Steps beyond a sequence's end have Δ = 0 and leave the state as it is.
+
+``A2`` is A / log 2, so that exp(ΔA) = exp2(Δ A2). What is absent is None. Offsets are 64-bit; sums have the dtype of
+A2. A2, D, bias, fixed B and C, states, and all that is written are contiguous. ``zero`` is 0, which the compiler may
+not know: it would carry a pointer for every row of every tensor through the loops, in more registers than there are.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ssmkernels.ops.selective_scan.triton_backward_kernels import add_parts, backward
+from ssmkernels.ops.selective_scan.triton_pieces import extent, maps, rows, sigmoid, softplus, step_sizes
+
+__all__ = ["add_parts", "backward", "forward", "step"]
+
+
+@triton.jit(do_not_specialize=["length", "blocks", "d_blocks", "per_group", "zero"])
+def forward(
+    u,
+    delta,
+    A2,
+    B,
+    C,
+    D,
+    z,
+    bias,
+    initial,
+    cu_seqlens,
+    starts,
+    y,
+    final,
+    u_batch,
+    u_time,
+    u_d,
+    delta_batch,
+    delta_time,
+    delta_d,
+    z_batch,
+    z_time,
+    z_d,
+    B_batch,
+    B_time,
+    B_group,
+    B_n,
+    C_batch,
+    C_time,
+    C_group,
+    C_n,
+    length,
+    blocks,
+    d_blocks,
+    per_group,
+    zero,
+    d,
+    n: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    FIXED_B: tl.constexpr,
+    FIXED_C: tl.constexpr,
+    CHUNK: tl.constexpr,
+    N: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """y, the final state, and where they are wanted the states before each chunk, (chunks d n)."""
+    WIDE: tl.constexpr = A2.dtype.element_ty
+    pid = tl.program_id(0).to(tl.int64)
+    sequence, block = pid // d_blocks, pid % d_blocks
+    batch, start, steps, chunk = extent(sequence, cu_seqlens, length, CHUNK)
+    group, within = block // blocks, block % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    here, channel = within < per_group, group * per_group + within
+    state = tl.arange(0, N)
+    live = here[:, None] & (state < n)[None, :]
+    at = channel[:, None] * n + state[None, :]
+    u += batch * u_batch + start * u_time + channel * u_d
+    delta += batch * delta_batch + start * delta_time + channel * delta_d
+    y += (batch * length + start) * d + channel
+    if z is not None:
+        z += batch * z_batch + start * z_time + channel * z_d
+    if FIXED_B:
+        B += at
+    else:
+        B += batch * B_batch + start * B_time + group * B_group + state.to(tl.int64) * B_n
+    if FIXED_C:
+        C += at
+    else:
+        C += batch * C_batch + start * C_time + group * C_group + state.to(tl.int64) * C_n
+    A2_ = tl.load(A2 + at, mask=live, other=0.0)
+    D_ = tl.zeros([BLOCK_D], WIDE)
+    if D is not None:
+        D_ += tl.load(D + channel, mask=here, other=0.0)
+    bias_ = tl.zeros([BLOCK_D], WIDE)
+    if bias is not None:
+        bias_ += tl.load(bias + channel, mask=here, other=0.0)
+    h = tl.zeros([BLOCK_D, N], WIDE)
+    if initial is not None:
+        h += tl.load(initial + sequence * d * n + at, mask=live, other=0.0)
+
+    for begin in range(0, steps, T):
+        first = begin ^ zero
+        if starts is not None:  # noqa: SIM102 (one is known to the compiler, the other is not)
+            if first % CHUNK == 0:
+                tl.store(starts + (chunk + first // CHUNK) * d * n + at, h, mask=live)
+        us = rows(u, u_time, here, first, steps, T, WIDE)
+        raw = rows(delta, delta_time, here, first, steps, T, WIDE)
+        Bs = maps(B, B_time, live if FIXED_B else state < n, first, steps, T, FIXED_B, WIDE)
+        Cs = maps(C, C_time, live if FIXED_C else state < n, first, steps, T, FIXED_C, WIDE)
+        if z is not None:
+            zs = rows(z, z_time, here, first, steps, T, WIDE)
+        _, dts = step_sizes(raw, bias_, first, steps, T, SOFTPLUS)
+        for i in tl.static_range(T):
+            h = tl.exp2(dts[i][:, None] * A2_) * h + (dts[i] * us[i])[:, None] * Bs[i]
+            out = tl.sum(h * Cs[i], 1) + D_ * us[i]
+            if z is not None:
+                out = out * zs[i] * sigmoid(zs[i])
+            tl.store(y + (first + i) * d, out.to(y.dtype.element_ty), mask=here & (first + i < steps))
+    tl.store(final + sequence * d * n + at, h, mask=live)
+
+
+@triton.jit(do_not_specialize=["blocks", "d_blocks", "per_group"])
+def step(
+    state,
+    u,
+    delta,
+    A2,
+    B,
+    C,
+    D,
+    z,
+    bias,
+    y,
+    state_batch,
+    state_d,
+    state_n,
+    u_batch,
+    u_d,
+    delta_batch,
+    delta_d,
+    z_batch,
+    z_d,
+    B_batch,
+    B_group,
+    B_n,
+    C_batch,
+    C_group,
+    C_n,
+    blocks,
+    d_blocks,
+    per_group,
+    d,
+    n: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    WIDE: tl.constexpr = A2.dtype.element_ty
+    pid = tl.program_id(0).to(tl.int64)
+    batch, block = pid // d_blocks, pid % d_blocks
+    group, within = block // blocks, block % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    here, channel = within < per_group, group * per_group + within
+    index = tl.arange(0, N).to(tl.int64)
+    there = index < n
+    live = here[:, None] & there[None, :]
+    state += batch * state_batch + channel[:, None] * state_d + index[None, :] * state_n
+    u_ = tl.load(u + batch * u_batch + channel * u_d, mask=here, other=0.0).to(WIDE)
+    dt = tl.load(delta + batch * delta_batch + channel * delta_d, mask=here, other=0.0).to(WIDE)
+    B_ = tl.load(B + batch * B_batch + group * B_group + index * B_n, mask=there, other=0.0).to(WIDE)
+    C_ = tl.load(C + batch * C_batch + group * C_group + index * C_n, mask=there, other=0.0).to(WIDE)
+    A2_ = tl.load(A2 + channel[:, None] * n + index[None, :], mask=live, other=0.0)
+    h = tl.load(state, mask=live, other=0.0)
+    if bias is not None:
+        dt += tl.load(bias + channel, mask=here, other=0.0)
+    if SOFTPLUS:
+        dt = softplus(dt)
+    h = tl.exp2(dt[:, None] * A2_) * h + (dt * u_)[:, None] * B_[None, :]
+    out = tl.sum(h * C_[None, :], 1)
+    if D is not None:
+        out += tl.load(D + channel, mask=here, other=0.0) * u_
+    if z is not None:
+        z_ = tl.load(z + batch * z_batch + channel * z_d, mask=here, other=0.0).to(WIDE)
+        out = out * z_ * sigmoid(z_)
+    tl.store(state, h, mask=live)
+    tl.store(y + batch * d + channel, out.to(y.dtype.element_ty), mask=here)

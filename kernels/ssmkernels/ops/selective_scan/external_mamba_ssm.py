@@ -5,7 +5,6 @@ Written against the package's published signature and tested with a stand-in for
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from ssmkernels.core import external
 from ssmkernels.core.double_backward import twice_differentiable
+from ssmkernels.core.names import OPS
 from ssmkernels.ops.selective_scan import reference, tiled
 
 MOST_STATES = 256
@@ -23,16 +23,16 @@ def missing() -> str | None:
     return external.missing("mamba_ssm.ops.selective_scan_interface")
 
 
-def unsupported(arguments: Mapping[str, Any]) -> str | None:
-    return external.wrong_device("u", arguments["u"]) or lacking(arguments)
+def unsupported(a: Any) -> str | None:
+    return external.wrong_device(a) or lacking(a)
 
 
-def lacking(arguments: Mapping[str, Any]) -> str | None:
-    """What the package has not that a call needs, wherever its tensors are; None where it has all."""
-    u, A, B, C = (arguments[name] for name in ("u", "A", "B", "C"))
-    if arguments["initial_state"] is not None:
+def lacking(a: Any) -> str | None:
+    """What the package lacks that a call needs, wherever its tensors are; None where it has all."""
+    u, A, B, C = a.u, a.A, a.B, a.C
+    if a.initial_state is not None:
         return "initial state"
-    if arguments["cu_seqlens"] is not None:
+    if a.cu_seqlens is not None:
         return "packed sequences"
     if u.dtype == torch.float64:
         return "float64"
@@ -50,67 +50,52 @@ def lacking(arguments: Mapping[str, Any]) -> str | None:
     return None
 
 
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    y, final_state = call(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    return y.contiguous(), _FinalState.apply(final_state, u, delta, A, B, delta_bias, delta_softplus)
+def compute(a: Any) -> tuple[Tensor, Tensor]:
+    y, final_state = call(a)
+    state = _FinalState.apply(final_state, a.u, a.delta, a.A, a.B, a.delta_bias, a.delta_softplus)
+    return y.contiguous(), state
 
 
-def call(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> tuple[Tensor, Tensor]:
+def call(a: Any) -> tuple[Tensor, Tensor]:
     """The package's own function, our layout into its and back; no gradient goes through the state."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-    groups = next((t.shape[2] for t in (B, C) if t.ndim == 4), 1)
-    weights = torch.complex64 if A.is_complex() else torch.float32
+    groups = next((t.shape[2] for t in (a.B, a.C) if t.ndim == 4), 1)
+    weights = torch.complex64 if a.A.is_complex() else torch.float32
 
     def theirs(t: Tensor) -> Tensor:
         if t.ndim == 2:
             return t.to(weights)
         t = t if t.ndim == 4 else t[:, :, None].expand(-1, -1, groups, -1)
         t = t.permute(0, 2, 3, 1)  # (b g n l)
-        if not A.is_complex():
+        if not a.A.is_complex():
             return t
-        return torch.view_as_real(t.to(weights)).flatten(-2).to(u.dtype)  # (b g n 2l), the parts by turns
+        return torch.view_as_real(t.to(weights)).flatten(-2).to(a.u.dtype)  # (b g n 2l), the parts by turns
 
     y, last = selective_scan_fn(
-        u.transpose(1, 2),
-        delta.transpose(1, 2),
-        A.to(weights),
-        theirs(B),
-        theirs(C),
-        D=None if D is None else D.float(),
-        z=None if z is None else z.transpose(1, 2),
-        delta_bias=None if delta_bias is None else delta_bias.float(),
-        delta_softplus=delta_softplus,
+        a.u.transpose(1, 2),
+        a.delta.transpose(1, 2),
+        a.A.to(weights),
+        theirs(a.B),
+        theirs(a.C),
+        D=None if a.D is None else a.D.float(),
+        z=None if a.z is None else a.z.transpose(1, 2),
+        delta_bias=None if a.delta_bias is None else a.delta_bias.float(),
+        delta_softplus=a.delta_softplus,
         return_last_state=True,
     )
     external.without_second_derivative("mamba_ssm", y)
     return y.transpose(1, 2), last
 
 
+def _without_output(u, delta, A, B, delta_bias, delta_softplus):
+    """A call for its final state alone."""
+    arguments = OPS["selective_scan"].declared.Arguments
+    return arguments(u, delta, A, B, B, None, None, delta_bias, delta_softplus, None, None)
+
+
 def _final_state(final_state, u, delta, A, B, delta_bias, delta_softplus):
-    return reference.selective_scan(u, delta, A, B, B, None, None, delta_bias, delta_softplus, None, None)[1]
+    return reference.compute(_without_output(u, delta, A, B, delta_bias, delta_softplus))[1]
 
 
 class _FinalState(torch.autograd.Function):
@@ -128,8 +113,8 @@ class _FinalState(torch.autograd.Function):
         inputs: list[Any] = [None if t is None else t.detach() for t in ctx.saved_tensors]
         wanted = [t.requires_grad_() for t, needed in zip(inputs, ctx.needs_input_grad[1:], strict=False) if needed]
         u, delta, A, B, delta_bias = inputs
-        ours = reference if tiled.unsupported({"A": A, "B": B, "C": B}) else tiled
+        a = _without_output(u, delta, A, B, delta_bias, ctx.delta_softplus)
         with torch.enable_grad():
-            _, h = ours.selective_scan(u, delta, A, B, B, None, None, delta_bias, ctx.delta_softplus, None, None)
+            _, h = (reference if tiled.unsupported(a) else tiled).compute(a)
         found = iter(torch.autograd.grad(h, wanted, dfinal))
         return None, *(next(found) if needed else None for needed in ctx.needs_input_grad[1:6]), None

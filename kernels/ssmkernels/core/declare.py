@@ -162,8 +162,8 @@ class _Rules:
         self.names = [name for name in declared.annotations if name != "implementation"]
         self.required = [name for name in declared.shapes if declared.required(name)]
         self.optional = [name for name, kind in declared.annotations.items() if kind.endswith("| None")]
-        packed = "cu_seqlens" in declared.annotations
-        late = [name for name, shape in declared.shapes.items() if packed and shape.split()[0] == "s"]
+        self.packed = "cu_seqlens" in declared.annotations
+        late = [name for name, shape in declared.shapes.items() if self.packed and shape.split()[0] == "s"]
         self.early = {name: shape for name, shape in declared.shapes.items() if name not in late}
         self.late = {name: declared.shapes[name] for name in (declared.leader, *late)} if late else {}
         self.alike = [name for name in declared.shapes if name not in (*wide, *sums, *int32, *own)]
@@ -177,8 +177,9 @@ class _Rules:
         op, given = self.op, dict(zip(self.names, values, strict=True))
         sizes = check_shapes(op, {name: (given[name], shape) for name, shape in self.early.items()}, self.required)
         leader = given[self.leader]
-        if self.late:
+        if self.packed:
             sizes["s"] = check_cu_seqlens(op, given["cu_seqlens"], leader, values=False)
+        if self.late:
             shapes = {name: (given[name], shape) for name, shape in self.late.items()}
             check_shapes(op, shapes, self.required, **sizes)
         if self.alike:

@@ -13,7 +13,8 @@ and beside them, each returning None where all is well,
 - ``slow(a)``: why a later one does the call better, so that this one only runs where it is forced.
 
 ``a`` is the op's arguments as a named tuple. ``TRACEABLE = True`` says that compilers may look into ``compute``, as its
-core is an operator already, and ``LOSES_TANGENTS = True`` that forward-mode differentiation does not get through it.
+core is an operator already; ``traceable(a)`` says so of one call. ``LOSES_TANGENTS = True`` says that forward-mode
+differentiation does not get through ``compute``.
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ EXTERNAL = frozenset({"mamba_ssm", "causal_conv1d", "flash_attn"})
 
 def _nothing(*_: Any) -> str | None:
     return None
+
+
+def _never(_: Any) -> bool:
+    return False
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ def load(declared: Declaration, package: str, name: str, step: bool) -> Implemen
     else:
         function = _step_of(module) if step else module.compute
         if not declared.mutates and not getattr(module, "TRACEABLE", False):
-            function = composed(declared, name, function)
+            function = composed(declared, name, function, getattr(module, "traceable", _never))
     return Implementation(
         name,
         function,

@@ -4,8 +4,11 @@ Kernels read memory, unseen by PyTorch. Their module has
 
 - ``forward(a, save)``: the op's results, and after them what only the backward pass needs, empty unless ``save``;
 - ``backward(a, saved, grads)``, where there is one: gradients by the arguments' names. ``saved`` has the results that
-  ``SAVES`` names, ``grads`` the gradients of the op's results, None where nobody has one but zeros for the first;
+  ``SAVES`` names, ``grads`` the gradients of the op's results, None where nobody has one but zeros for the first, and
+  ``wanted``, the names of the arguments whose gradients are used;
 - ``empty(a, save)``: what ``forward`` returns, empty, where it is more than the op's results;
+- ``checked(a)``: the arguments for ``forward`` in compiled code, where nobody has looked at the values of tensors yet;
+  raises what the public function raises where it can look at them;
 - ``SAVES``: names of results that the backward pass needs, of the op's or after them; ``DROPS``: names of arguments
   that it does not; ``restore(a, saved)``: the arguments again from what is saved.
 
@@ -26,8 +29,13 @@ from ssmkernels.core.double_backward import twice_differentiable
 from ssmkernels.core.library import NAMESPACE, opaque
 
 
-def composed(declared: Declaration, name: str, compute: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """An implementation in PyTorch's own operators, as one node where it is recorded."""
+def composed(
+    declared: Declaration,
+    name: str,
+    compute: Callable[[Any], Any],
+    traceable: Callable[[Any], bool],
+) -> Callable[[Any], Any]:
+    """An implementation in PyTorch's own operators, as one node where it is recorded unless the call is traceable."""
     several = ", ".join(["Tensor"] * len(declared.results))
     schema = f"({declared.schema}) -> {f'({several})' if len(declared.results) > 1 else several}"
 
@@ -41,7 +49,7 @@ def composed(declared: Declaration, name: str, compute: Callable[[Any], Any]) ->
     call = opaque(f"{declared.name}_{name}", function, fake, schema)
 
     def run(a: Any) -> Any:
-        return call(*a)
+        return compute(a) if traceable(a) else call(*a)
 
     run.operator = call.operator  # type: ignore[attr-defined]
     return run
@@ -60,13 +68,14 @@ def kernel(declared: Declaration, name: str, module: Any, reference: Callable[[A
     saves = tuple(getattr(module, "SAVES", ()))
     names = [*results, *(extra for extra in saves if extra not in results)]
     empty = getattr(module, "empty", None) or (lambda a, save: declared.outputs(a))
+    checked = getattr(module, "checked", lambda a: a)
     pick = (lambda outputs: outputs[0]) if len(results) == 1 else (lambda outputs: tuple(outputs[: len(results)]))
 
     def several(outputs: Any) -> Any:
         return outputs if len(names) == 1 else tuple(outputs)
 
     def raw(*args: Any) -> Any:
-        return several(forward(Arguments(*args[:-1]), args[-1]))
+        return several(forward(checked(Arguments(*args[:-1])), args[-1]))
 
     def fake(*args: Any) -> Any:
         made = empty(Arguments(*args[:-1]), args[-1])
@@ -104,7 +113,7 @@ def _differentiable(
     """Registers the backward pass, an operator too, with the operator."""
     Arguments, count = declared.Arguments, len(declared.takes)
     Saved: Any = namedtuple("Saved", saves)
-    Grads: Any = namedtuple("Grads", declared.results)
+    Grads: Any = namedtuple("Grads", [*declared.results, "wanted"])
     drops = [Arguments._fields.index(drop) for drop in getattr(module, "DROPS", ())]
     restore = getattr(module, "restore", lambda a, saved: a)
     places = [names.index(save) for save in saves]
@@ -112,9 +121,10 @@ def _differentiable(
 
     def backward(*args: Any) -> list[Tensor]:
         a, *rest, wanted = Arguments(*args[:count]), *args[count:]
-        saved, grads = Saved(*rest[: len(saves)]), Grads(*rest[len(saves) :])
+        asked = [Arguments._fields[i] for i in wanted]
+        saved, grads = Saved(*rest[: len(saves)]), Grads(*rest[len(saves) :], asked)
         found = module.backward(a, saved, grads)
-        gradients = [found[Arguments._fields[i]] for i in wanted]
+        gradients = [found[name] for name in asked]
         return [g if a[i] is None else g.to(a[i].dtype) for g, i in zip(gradients, wanted, strict=True)]
 
     def backward_fake(*args: Any) -> list[Tensor]:

@@ -26,9 +26,10 @@ def check_shapes(
 
     Args:
         op: the function's name, for the message.
-        arguments: name → (value, shape). A shape is sizes in letters, ``"b l d"``; alternatives differ in rank and are
-            separated by ``|``; ``...`` are the further axes of the first tensor; a number stands for itself, and a sum such as ``w-1`` or ``r+2n`` for its value
-            (:mod:`ssmkernels.core.shapes`). A value that is None is passed over.
+        arguments: name → (value, shape). A shape is sizes in letters, ``"b l d"``; of alternatives, separated by ``|``,
+            the first that fits is taken; ``...`` are the further axes of the first tensor; a number stands for itself,
+            and a sum such as ``w-1`` or ``r+2n`` for its value (:mod:`ssmkernels.core.shapes`). A value that is None is
+            passed over.
         required: names whose value must not be None.
         sizes: letters already known.
 
@@ -49,7 +50,7 @@ def check_shapes(
             raise TypeError(f"{op}: `{name}` must be a dense tensor; got layout {value.layout}")
         axes = value.ndim if axes is None else axes
         fitting = [letters for letters in expanded(shape, axes) if len(letters) == value.ndim]
-        if not fitting or not learn(fitting[0], value.shape, sizes):
+        if not any(learn(letters, value.shape, sizes) for letters in fitting):
             known = _known(shape, sizes)
             raise ValueError(f"{op}: `{name}` must have shape {pretty(shape)}{known}; got {tuple(value.shape)}")
         if device is None:
@@ -321,6 +322,8 @@ def once(check: Callable[..., None], *arguments: Any) -> None:
     except TypeError:  # an argument that cannot be hashed, which is none that passes
         return check(*arguments)
     check(*arguments)
+    if not all(isinstance(a, _LIGHT) for a in arguments):  # the record would keep an object such as a mask alive
+        return None
     if len(_passed) >= MOST_PASSED:
         _passed.clear()
     _passed.add(key)
@@ -328,5 +331,6 @@ def once(check: Callable[..., None], *arguments: Any) -> None:
 
 
 MOST_PASSED = 4096
+_LIGHT = (Tensor, int, float, str, tuple, type(None))
 
 _passed: set[tuple[Any, ...]] = set()

@@ -76,12 +76,16 @@ class Declaration:
             self.takes = {name: kind for name, kind in self.annotations.items() if name not in PUBLIC}
         else:
             self.takes = dict(part.strip().split(": ") for part in takes.split(","))
-        self.Arguments: Any = namedtuple(self.name, self.takes)  # the fields come from the signature
-        self.Arguments.declared = self
+        self.Arguments = self._arguments()
         self.mutates = mutates
         for name in shapes:
             if name not in self.annotations:
                 raise ValueError(f"{self.name}: `shapes` names {name!r}, which is no argument")
+
+    def _arguments(self) -> Any:
+        arguments: Any = namedtuple(self.name, self.takes)  # type: ignore[misc]  # the fields are the signature's
+        arguments.declared = self
+        return arguments
 
     def required(self, name: str) -> bool:
         return self.annotations[name] == "Tensor"

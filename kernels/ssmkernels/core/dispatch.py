@@ -23,7 +23,7 @@ from ssmkernels.core.declaration import Declaration
 from ssmkernels.core.explanation import Choice, Explained, Explanation
 from ssmkernels.core.forcing import constant, disabled, environment
 from ssmkernels.core.forcing import forced as _forced
-from ssmkernels.core.implementation import Implementation, load
+from ssmkernels.core.implementation import EXTERNAL, Implementation, load
 from ssmkernels.core.names import OPS, unknown
 from ssmkernels.core.plain import ZERO, filled, forward_differentiated, recorded, subclass, why_not_plain
 from ssmkernels.core.sharded import call_on_shards, is_distributed
@@ -32,7 +32,7 @@ from ssmkernels.core.sharded import call_on_shards, is_distributed
 LARGE_CALL = 2**20
 
 # Implementations that read a tensor's memory, unseen by PyTorch; all others are made of PyTorch's own operators.
-KERNELS = frozenset({"triton", "cpu", "mamba_ssm", "causal_conv1d", "flash_attn"})
+KERNELS = frozenset({"triton", "cpu"}) | EXTERNAL
 
 _explaining: list[int] = []  # threads that want an explanation instead of a result
 _warned: set[str] = set()

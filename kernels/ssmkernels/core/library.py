@@ -30,7 +30,7 @@ def opaque(
     its backward runs it again under autograd.
 
     Args:
-        function: takes tensors, None, bools, numbers and strings by their places, returns a tensor or a tuple of tensors.
+        function: takes tensors, None, bools, numbers and strings, returns a tensor or a tuple of tensors.
         fake: takes the same arguments, returns empty outputs of the right shapes, dtypes and device.
         schema: of the operator; from the function's annotations if None.
     """

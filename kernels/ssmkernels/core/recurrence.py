@@ -22,7 +22,7 @@ class Recurrence:
     def __init__(self, token: Callable[..., tuple[Tensor, Tensor]]):
         functools.update_wrapper(self, token)
         self.token = token
-        self.names = [name for name in token.__code__.co_varnames[1 : token.__code__.co_argcount]]
+        self.names = list(token.__code__.co_varnames[1 : token.__code__.co_argcount])
 
     def __call__(self, a: Any) -> tuple[Tensor, Tensor]:
         """The op over whole sequences: its output and final states."""

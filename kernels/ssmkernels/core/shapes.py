@@ -1,4 +1,4 @@
-"""Shapes in letters: ``"b l d"``, alternatives as in ``"b l n | b l g n"``, and sums such as ``"w-1 d"`` or ``"r+2n d"``."""
+"""Shapes in letters: ``"b l d"``, alternatives as in ``"b l n | b l g n"``, and sums as in ``"w-1 d"``."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ def _check(name: str, sizes: dict[str, int], u: Tensor, A: Tensor, B: Tensor, C:
     complex_wide = torch.complex128 if wide == torch.float64 else torch.complex64
     check_dtypes(name, {"A": A}, dict.fromkeys((wide, u.dtype, complex_wide)))
     check_dtypes(name, {"B": B, "C": C}, dict.fromkeys((u.dtype, wide, *((complex_wide,) if A.is_complex() else ()))))
-    states = {state: others[state] for state in ("state", "initial_state") if state in others}
+    states = {key: x for key, x in others.items() if key in ("state", "initial_state")}
     check_dtypes(name, states, [complex_wide if A.is_complex() else wide])
     if sizes.get("g", 1) == 0 or sizes["d"] % sizes.get("g", 1):
         raise ValueError(f"{name}: the {sizes['g']} groups of `B` and `C` must divide the {sizes['d']} channels of `u`")

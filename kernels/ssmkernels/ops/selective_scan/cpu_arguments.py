@@ -54,7 +54,8 @@ def values(a: Any, starts: Tensor | None) -> tuple[dict[str, int], list[Any]]:
     u, delta = rows(a.u), rows(a.delta)
     z = None if a.z is None else rows(a.z)
     B, C = (_map(t) for t in maps(a.B, a.C, dtype))
-    A, initial_state = (None if t is None else reals(t.to(dtype)).contiguous() for t in (a.A, a.initial_state))
+    A = reals(a.A.to(dtype)).contiguous()
+    initial_state = None if a.initial_state is None else reals(a.initial_state.to(dtype)).contiguous()
     D, delta_bias = (None if t is None else t.to(wide).contiguous() for t in (a.D, a.delta_bias))
     cu_seqlens = None if a.cu_seqlens is None else a.cu_seqlens.contiguous()
     pointers = {

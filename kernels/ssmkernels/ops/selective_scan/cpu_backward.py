@@ -29,7 +29,7 @@ def backward(a: Any, saved: Any, grads: Any) -> dict[str, Tensor]:
     def zeros(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         return None if x is None else x.new_zeros(x.shape, dtype=dtype)
 
-    found = {
+    found: dict[str, Any] = {
         "u": empty(a.u),
         "delta": empty(a.delta),
         "A": zeros(a.A, dtype),

@@ -21,41 +21,23 @@ from ssmkernels.ops.attention._parts import LN2, LOG2E, Call, Part, parts
 from ssmkernels.ops.attention._tiles import Lists, Tile
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    left: int,
-    right: int,
-    scale: float,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    block_offsets: Tensor | None,
-    block_columns: Tensor | None,
-    block_patterns: Tensor | None,
-    block_bits: Tensor | None,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor]:
+def compute(a: Any) -> tuple[Tensor, Tensor]:
     lists = None
-    if block_offsets is not None:
-        members = (block_offsets, block_columns, block_patterns, block_bits)
-        lists = Lists(*members, dtype=precision(q))  # type: ignore[arg-type]  # all or none
-    sequences = [(slice(0, q.shape[1]), slice(0, k.shape[1]))]
-    if cu_seqlens is not None and cu_seqlens_k is not None:
-        both = zip(spans(cu_seqlens), spans(cu_seqlens_k), strict=True)
+    if a.block_offsets is not None:
+        lists = Lists(a.block_offsets, a.block_columns, a.block_patterns, a.block_bits, dtype=precision(a.q))
+    sequences = [(slice(0, a.q.shape[1]), slice(0, a.k.shape[1]))]
+    if a.cu_seqlens is not None:
+        both = zip(spans(a.cu_seqlens), spans(a.cu_seqlens_k), strict=True)
         sequences = [(queries, keys) for (_, queries), (_, keys) in both]
-    call = Call(sequences, lists, left, right, scale, softcap)
+    call = Call(sequences, lists, a.left, a.right, a.scale, a.softcap)
+    constants = a._replace(q=None, k=None, v=None, alibi_slopes=None, sinks=None, return_lse=True)
 
-    def again(call: Call, again: Any, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, sinks: Tensor | None):
-        members = (block_offsets, block_columns, block_patterns, block_bits)
-        constants = (left, right, scale, softcap)
-        return reference.attention(q, k, v, *constants, slopes, sinks, *members, cu_seqlens, cu_seqlens_k, True)
+    def again(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        names = ("q", "k", "v", "alibi_slopes", "sinks")
+        return reference.compute(constants._replace(**dict(zip(names, tensors[2:], strict=True))))
 
-    out, lse = _Attention.apply(call, again, q, k, v, alibi_slopes, sinks)
-    return out, lse if return_lse else lse.new_empty(0)
+    out, lse = _Attention.apply(call, again, a.q, a.k, a.v, a.alibi_slopes, a.sinks)
+    return out, lse if a.return_lse else lse.new_empty(0)
 
 
 class _Attention(torch.autograd.Function):

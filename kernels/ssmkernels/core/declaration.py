@@ -68,7 +68,7 @@ class Declaration:
     ):
         self.name = function.__name__
         self.signature = inspect.signature(function)
-        self.annotations = {p.name: str(p.annotation) for p in self.signature.parameters.values()}
+        self.annotations = {p.name: _kind(p.annotation) for p in self.signature.parameters.values()}
         self.shapes = dict(shapes)
         self.leader = next(iter(shapes))
         self.results = {name: _result(name, text, self.leader) for name, text in returns.items()}
@@ -161,6 +161,11 @@ class Declaration:
             if result.condition is None or _given(given[result.condition])
         ]
         return wanted[0] if len(wanted) == 1 else tuple(wanted)
+
+
+def _kind(annotation: Any) -> str:
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    return text.replace("torch.", "")
 
 
 def _given(value: Any) -> bool:

@@ -31,7 +31,7 @@ def opaque(
 
     Args:
         function: takes tensors, None, bools, numbers and strings, returns a tensor or a tuple of tensors.
-        fake: takes the same arguments, returns empty outputs of the right shapes, dtypes and device.
+        fake: takes the same arguments, returns empty contiguous outputs of the right shapes, dtypes and device.
         schema: of the operator; from the function's annotations if None.
     """
     schema = schema or torch.library.infer_schema(function, mutates_args=())
@@ -41,7 +41,7 @@ def opaque(
     def forward(*args: Any) -> Any:
         with torch._C._ForceDispatchKeyGuard(_INCLUDED, _EXCLUDED), torch.no_grad():
             outputs = function(*args)
-        fresh = _unaliased(outputs if several else (outputs,), args)
+        fresh = _unaliased([o.contiguous() for o in (outputs if several else (outputs,))], args)
         return fresh if several else fresh[0]
 
     def backward(*args: Any) -> list[Tensor]:

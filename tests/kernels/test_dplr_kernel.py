@@ -109,7 +109,7 @@ def test_any_state_size(name, complex, n, arguments, run, assert_same):
 @pytest.mark.parametrize("size", [{"d": 0}, {"n": 0}, {"rank": 0}], ids=str)
 def test_nothing_in_it(name, size, arguments, run, assert_same):
     made = arguments(**size)
-    if OPS["dplr_kernel"].why_not(name, made):
+    if OPS["dplr_kernel"].why_not(name, OPS["dplr_kernel"].declared.Arguments(**made)):
         pytest.skip(f"needs what {name} can run")
     assert_same(run(kernel(name), **made), run(kernel("reference"), **made))
     assert kernel(name)(**made).shape == (made["A"].shape[0], 17)
@@ -296,9 +296,10 @@ def test_opcheck_of_the_native_operators(pairs, randn):
     shapes = ((2, 6), (2, 1, 6), (2, 1, 6), (2, 6), (2, 6))
     tensors = [(randn(*shape) / 4).requires_grad_() for shape in shapes]
     operators = torch.ops.ssmkernels
-    torch.library.opcheck(operators.dplr_kernel_cpu, (*tensors, 40, pairs, False))
+    torch.library.opcheck(operators.dplr_taps_cpu, (*tensors, 40, pairs, False, True))
     tensors = [t.detach() for t in tensors]
-    torch.library.opcheck(operators.dplr_kernel_cpu_backward, (*tensors, 40, pairs, False, randn(2, 40)))
+    wanted = [0, 1, 2, 3, 4]
+    torch.library.opcheck(operators.dplr_taps_cpu_backward, (*tensors, 40, pairs, False, randn(2, 40), wanted))
 
 
 def test_the_fastest_runs_and_the_others_say_why(arguments):

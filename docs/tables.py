@@ -1,7 +1,8 @@
 """Writes the tables of the README and of the pages in docs/ anew, or of those that are named; ``--check`` only looks.
 
 A marker says where a table comes from: ``<!-- ssmzoo ... -->`` from what that command prints,
-``<!-- bench FILE.csv NAME ... -->`` from measurements in docs/benchmarks/, of those names alone.
+``<!-- bench FILE.csv NAME ... -->`` from measurements in docs/benchmarks/, of those names alone, and
+``<!-- op NAME -->`` from the declaration of that op.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from ssmkernels import OPS
+from ssmkernels.core import describe
 from ssmzoo.bench.units import ratio, seconds
 from ssmzoo.commands._output import markdown_table, size
 
 DOCS = Path(__file__).parent
 PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
-TABLE = re.compile(r"(<!-- (ssmzoo|bench) (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- (ssmzoo|bench|op) (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Row = dict[str, str]
 
@@ -29,6 +32,10 @@ def fresh(match: re.Match[str]) -> str:
     if match[2] == "ssmzoo":
         command = [sys.executable, "-m", "ssmzoo", *words]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    elif match[2] == "op":
+        declared = OPS[words[0]].declared
+        rows = [*describe.arguments(declared), *describe.results(declared)]
+        text = markdown_table(["argument", "shape or type", "dtype", "default"], [list(row) for row in rows], []) + "\n"
     else:
         text = measured(DOCS / "benchmarks" / words[0], words[1:])
     return match[1] + text + match[4]

@@ -56,6 +56,7 @@ class Declaration:
         takes: what implementations take: name → type.
         Arguments: the named tuple in which they take it.
         mutates: arguments that the op writes.
+        dtypes: argument → its dtypes in words, where they are not the first tensor's.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Declaration:
             self.takes = dict(part.strip().split(": ") for part in takes.split(","))
         self.Arguments = self._arguments()
         self.mutates = mutates
+        self.dtypes: dict[str, str] = {}
         for name in shapes:
             if name not in self.annotations:
                 raise ValueError(f"{self.name}: `shapes` names {name!r}, which is no argument")

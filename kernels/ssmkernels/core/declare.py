@@ -89,6 +89,16 @@ def op(
     def decorate(function: F) -> F:
         declared = Declaration(function, shapes, returns, takes, mutates)
         run = Op(declared, function.__module__, implementations, step)
+        declared.dtypes = {
+            name: words
+            for names, words in (
+                (wide, "the same, or float32 (float64)"),
+                (sums, "float32 (float64)"),
+                (int32, "int32"),
+                (own, "see the docstring"),
+            )
+            for name in names.split()
+        }
         bind = _Binder(declared)
         rules = _Rules(declared, wide.split(), sums.split(), int32.split(), own.split(), choices or {}, check)
         packed = "cu_seqlens" in declared.annotations

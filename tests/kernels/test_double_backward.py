@@ -18,7 +18,8 @@ from torch import Tensor
 import ssmkernels
 from ssmkernels.check.running import is_real_or_complex, with_gradients
 from ssmkernels.check.spec import Draw, spec_of, tensors_of
-from ssmkernels.core.dispatch import OPS, explain
+from ssmkernels.core.dispatch import explain
+from ssmkernels.core.names import OPS
 
 # Changes of each op's base case: small, and together with all arguments that have gradients.
 ROWS: dict[str, list[dict[str, Any]]] = {

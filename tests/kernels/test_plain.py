@@ -14,7 +14,8 @@ from ssmkernels.check import matrix
 from ssmkernels.check.spec import spec_of
 from ssmkernels.check.ways import Calls, Refused
 from ssmkernels.core import dispatch
-from ssmkernels.core.dispatch import KERNELS, use
+from ssmkernels.core.dispatch import KERNELS
+from ssmkernels.core.forcing import use
 
 INFERENCE = """
 import torch

@@ -5,7 +5,6 @@ Every folder in ``ops/`` is an op; its public functions appear here by themselve
 """
 
 import importlib as _importlib
-import os as _os
 import pathlib as _pathlib
 from typing import TYPE_CHECKING
 
@@ -29,7 +28,7 @@ if TYPE_CHECKING:  # for type checkers and editors alone
 __all__ = ["OPS", "Explanation", "explain", "keep_memory", "use"]
 
 for _folder in sorted((_pathlib.Path(__file__).parent / "ops").iterdir()):
-    if (_folder / "reference.py").exists() and _folder.name in _os.environ.get("ONLY_OPS", _folder.name).split(","):  # TEMPORARY
+    if (_folder / "reference.py").exists():
         _op = _importlib.import_module(f"ssmkernels.ops.{_folder.name}")
         for _name in _op.__all__:
             globals()[_name] = getattr(_op, _name)

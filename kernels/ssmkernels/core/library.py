@@ -1,4 +1,4 @@
-"""Plain functions as nodes that ``torch.compile`` does not look into, and when to call which."""
+"""Plain functions as nodes that ``torch.compile`` does not look into."""
 
 from __future__ import annotations
 
@@ -103,19 +103,6 @@ def opaque(
 def wants_graph(*tensors: Tensor | None) -> bool:
     """Whether autograd records what is computed from these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def operator_or_plain(
-    operator: Callable[..., Any], plain: Callable[..., Any], graph: bool = False
-) -> Callable[..., Any]:
-    """The operator where a graph or a compiler needs it, else the plain function, which is called in far less time.
-
-    Args:
-        operator: ``plain`` as an operator of ``torch.library``.
-        plain: computes the same, and nothing of autograd or compilers.
-        graph: whether autograd records the call.
-    """
-    return operator if graph or torch.compiler.is_compiling() else plain
 
 
 def _unaliased(outputs: Sequence[Tensor], inputs: Sequence[Any]) -> tuple[Tensor, ...]:

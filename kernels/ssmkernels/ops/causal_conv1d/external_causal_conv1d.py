@@ -5,7 +5,6 @@ Written against the package's published signature and tested with a stand-in for
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,16 +21,16 @@ def missing() -> str | None:
     return external.missing("causal_conv1d")
 
 
-def unsupported(arguments: Mapping[str, Any]) -> str | None:
-    return external.wrong_device("x", arguments["x"]) or lacking(arguments)
+def unsupported(a: Any) -> str | None:
+    return external.wrong_device(a) or lacking(a)
 
 
-def lacking(arguments: Mapping[str, Any]) -> str | None:
-    """What the package has not that a call needs, wherever its tensors are; None where it has all."""
-    x, weight, initial_state = (arguments[name] for name in ("x", "weight", "initial_state"))
+def lacking(a: Any) -> str | None:
+    """What the package lacks that a call needs, wherever its tensors are; None where it has all."""
+    x = a.x
     if x.dtype == torch.float64:
         return "float64"
-    if not 2 <= weight.shape[1] <= 4:
+    if not 2 <= a.weight.shape[1] <= 4:
         return "widths but 2, 3 and 4"
     if x.numel() == 0:
         return "empty inputs"
@@ -39,49 +38,35 @@ def lacking(arguments: Mapping[str, Any]) -> str | None:
         return "inputs of more than 2³¹ elements"
     if x.shape[2] % 8:
         return "channels that are no multiple of 8"
-    if initial_state is not None and x.dtype != torch.float32:
+    if a.initial_state is not None and x.dtype != torch.float32:
         return "float32 states beside half precision"
-    if initial_state is not None and arguments["cu_seqlens"] is not None:
+    if a.initial_state is not None and a.cu_seqlens is not None:
         return "initial states of packed sequences"
     return None
 
 
-def causal_conv1d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    y = call(x, weight, bias, activation, initial_state, cu_seqlens).contiguous()
-    return y, _final_state(x, weight.shape[1] - 1, initial_state, cu_seqlens)
+def compute(a: Any) -> tuple[Tensor, Tensor]:
+    return call(a).contiguous(), _final_state(a.x, a.weight.shape[1] - 1, a.initial_state, a.cu_seqlens)
 
 
-def call(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> Tensor:
+def call(a: Any) -> Tensor:
     """The package's own function, which takes time-major tensors as transposed views: x (b l d) → y (b l d)."""
     from causal_conv1d import causal_conv1d_fn
 
+    x, weight, bias, initial_state = a.x, a.weight, a.bias, a.initial_state
     if bias is not None and bias.dtype != weight.dtype:
         weight, bias = weight.float(), bias.float()
     seq_idx = None
-    if cu_seqlens is not None:
+    if a.cu_seqlens is not None:
         tokens = torch.arange(x.shape[1], device=x.device, dtype=torch.int32)
-        seq_idx = torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True, out_int32=True)[None]
+        seq_idx = torch.searchsorted(a.cu_seqlens[1:].contiguous(), tokens, right=True, out_int32=True)[None]
     y = causal_conv1d_fn(
         _aligned(x).transpose(1, 2),
         weight,
         bias,
         seq_idx=seq_idx,
         initial_states=None if initial_state is None else initial_state.contiguous().transpose(1, 2),
-        activation=activation,
+        activation=a.activation,
     )
     external.without_second_derivative("causal_conv1d", y)
     return y.transpose(1, 2)

@@ -34,7 +34,7 @@ def unsupported(a: Any) -> str | None:
 
 def forward(a: Any, _: bool) -> tuple[Tensor, Tensor]:
     y = a.x.new_empty(a.x.shape)
-    summed = a.x.new_empty(0) if a.residual is None else a.residual.new_empty(a.residual.shape)
+    summed = a.x.new_empty(0, dtype=precision(a.x)) if a.residual is None else a.residual.new_empty(a.residual.shape)
     values, _kept = _values(a, a.residual)
     large_pages(y, summed)
     values |= {"y": y.data_ptr(), "summed": summed.data_ptr()}

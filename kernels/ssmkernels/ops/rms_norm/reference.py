@@ -14,7 +14,7 @@ from ssmkernels.core.validate import precision
 def compute(a: Any) -> tuple[Tensor, Tensor]:
     """y and x + residual, which is empty without a residual."""
     x, gate, residual, wide = a.x, a.gate, a.residual, precision(a.x)
-    summed = x.new_empty(0) if residual is None else (x.to(residual.dtype) + residual).contiguous()
+    summed = x.new_empty(0, dtype=wide) if residual is None else (x.to(residual.dtype) + residual).contiguous()
     y = (x if residual is None else summed).to(wide)
     if gate is not None and not a.norm_before_gate:
         y = y * F.silu(gate.to(wide))

@@ -221,8 +221,8 @@ def opcheck(operator, *arguments):
 
 ops = torch.ops.ssmkernels
 lists = mask.offsets, mask.columns, mask.patterns, mask.bits
-opcheck(ops.attention_triton, *heads, 1, 0, 0.5, 2.0, None, None, None, None, None, None)
-opcheck(ops.attention_triton, *heads[:3], None, heads[4], -1, -1, 0.5, 0.0, *lists, borders, borders)
+opcheck(ops.attention_triton, *heads, 1, 0, 0.5, 2.0, *(None,) * 6, True, True)
+opcheck(ops.attention_triton, *heads[:3], None, heads[4], -1, -1, 0.5, 0.0, *lists, borders, borders, False, True)
 two = torch.randn(2, 2, 2)
 opcheck(ops.causal_conv1d_triton, x, weight, A[:, 0], "silu", two[:, :1], borders)
 opcheck(ops.selective_scan_triton, x, x * 2, A, B, B, A[:, 0], x * 3, A[:, 1], True, state, None, True)
@@ -230,10 +230,10 @@ opcheck(ops.selective_scan_triton, x, x * 2, A, A * 2, B, None, None, None, Fals
 x0, x1, B0, B1 = x[:, 0].clone(), x[:, 1].clone(), B[:, 0].clone(), B[:, 1].clone()
 torch.library.opcheck(ops.causal_conv1d_step_triton.default, (torch.zeros(1, 1, 2), x0, weight, None, None))
 torch.library.opcheck(ops.selective_scan_step_triton.default, (state, x0, x1, A, B0, B1, None, None, None, True))
-decoding = query, *pages, lengths, table, 1, 0.5, 2.0, torch.rand(2), torch.rand(2), None, True
+decoding = query, *pages, lengths, table, 1, 0.5, 2.0, torch.rand(2), torch.rand(2), None, True, False
 torch.library.opcheck(ops.decode_attention_triton.default, decoding)
 cache = torch.randn(2, 3, 1, 2)
-decoding = query, cache, cache, lengths, None, -1, 0.5, 0.0, None, None, 2, False
+decoding = query, cache, cache, lengths, None, -1, 0.5, 0.0, None, None, 2, False, False
 torch.library.opcheck(ops.decode_attention_triton.default, decoding)
 """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SSMZOO_")}

@@ -154,9 +154,7 @@ class Declaration:
         return found
 
     def select(self, results: Any, given: Mapping[str, Any]) -> Any:
-        """What the public function returns of all results: one tensor, or a tuple of them."""
-        if len(self.results) == 1:
-            return results
+        """What the public function returns of several results: one tensor, or a tuple of them."""
         wanted = [
             x
             for result, x in zip(self.results.values(), results, strict=True)

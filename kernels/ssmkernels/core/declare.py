@@ -102,7 +102,8 @@ def op(
         bind = _Binder(declared)
         rules = _Rules(declared, wide.split(), sums.split(), int32.split(), own.split(), choices or {}, check)
         packed = "cu_seqlens" in declared.annotations
-        dropped = [name for name in declared.annotations if name not in declared.takes]
+        dropped = [name for name in declared.annotations if name not in (*declared.takes, "implementation")]
+        single = len(declared.results) == 1
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -118,10 +119,9 @@ def op(
             if lower is not None:
                 arguments = lower(**given)
             else:
-                arguments = dict(given)
-                for name in dropped:
-                    arguments.pop(name, None)
-            return declared.select(run(implementation, arguments), given)
+                arguments = {name: given[name] for name in declared.takes} if dropped else given
+            results = run(implementation, arguments)
+            return results if single else declared.select(results, given)
 
         return call  # type: ignore[return-value]
 

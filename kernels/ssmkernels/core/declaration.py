@@ -139,7 +139,9 @@ class Declaration:
                 shape: list[Any] = [0]
             else:
                 (letters,) = expanded(result.shape, leader.ndim)
-                shape = [getattr(a, x) if x in self.takes else size_of(x, sizes) for x in letters]
+                # a letter may have the name of another argument: the head dim ``k`` that of the keys
+                options = {x: getattr(a, x) for x in letters if x in self.takes and x not in sizes}
+                shape = [size_of(x, options | sizes) for x in letters]
             made.append(leader.new_empty(shape, dtype=self._dtype(result, a)))
         return tuple(made)
 

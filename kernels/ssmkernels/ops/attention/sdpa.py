@@ -6,7 +6,6 @@ comes through."""
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,9 +16,8 @@ from torch import Tensor
 from ssmkernels.core.double_backward import say_way_out
 from ssmkernels.core.library import opaque
 from ssmkernels.core.packing import spans
-from ssmkernels.core.plain import readable
 from ssmkernels.core.validate import HALF, precision
-from ssmkernels.ops.attention import triton
+from ssmkernels.ops.attention import hidden, tiled, triton
 from ssmkernels.ops.attention.reference import distances, in_window
 
 LARGE = 2**21  # numbers of a mask that is better not written
@@ -108,7 +106,17 @@ def attention(
             cu_seqlens=cu_seqlens,
             cu_seqlens_k=cu_seqlens_k,
         )
+    if (left >= 0 or (right >= 0 and q.shape[1] > 1)) and hidden.spread(_telling(out, left, cu_seqlens)):
+        masks = (block_offsets, block_columns, block_patterns, block_bits, cu_seqlens, cu_seqlens_k)
+        careful, _ = tiled.attention(q, k, v, left, right, scale, softcap, alibi_slopes, sinks, *masks, return_lse)
+        out = hidden.repaired(out, careful)
     return out, q.new_empty(0, dtype=precision(q))
+
+
+def _telling(out: Tensor, left: int, cu_seqlens: Tensor | None) -> Tensor:
+    """The rows that show whether a hidden value has spread: the last query of a long causal call sees every value."""
+    causal = left < 0 and cu_seqlens is None
+    return out[:, -1] if causal and out.shape[1] >= VECTOR else out
 
 
 attention.compiles = True  # type: ignore[attr-defined]  # all but the packed call, which is an operator of its own
@@ -237,9 +245,7 @@ def _with_nan(q: Tensor, out: Tensor, keys: int) -> Tensor:
 
     Compiled code has no branch here, so that one graph serves few keys and many.
     """
-    if not torch.compiler.is_compiling() and (
-        keys >= VECTOR or (readable(q) and math.isfinite(q.detach().sum().item()))
-    ):
+    if not torch.compiler.is_compiling() and (keys >= VECTOR or hidden.finite(q)):
         return out
     return out.masked_fill(q.isnan().any(-1, keepdim=True), torch.nan)
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ssmkernels.core.validate import precision
-from ssmkernels.ops.attention import sdpa
+from ssmkernels.ops.attention import hidden, sdpa
+from ssmkernels.ops.decode_attention import reference
 
 
 def unsupported(arguments: Mapping[str, Any]) -> str | None:
@@ -43,4 +44,7 @@ def decode_attention(
         out = part(slice(None), max(each, default=0))
     else:
         out = torch.cat([part(slice(i, i + 1), length) for i, length in enumerate(each)])
+    if (left >= 0 or q.shape[1] > 1) and hidden.spread(out):
+        rest = (lengths, block_table, left, scale, softcap, alibi_slopes, sinks, num_splits, return_lse)
+        out = hidden.repaired(out, reference.decode_attention(q, k_cache, v_cache, *rest)[0])
     return out.contiguous(), q.new_empty(0, dtype=precision(q))

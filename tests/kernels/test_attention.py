@@ -474,7 +474,7 @@ def test_tiled_visits_the_window_alone(arguments, small_tiles):
 def test_the_page_quotes_the_code():
     root = pathlib.Path(__file__).parents[2]
     quotes = re.findall(r"^```py\n(.*?)^```", (root / "docs" / "attention.md").read_text(), re.DOTALL | re.MULTILINE)
-    code = (root / "kernels" / "ssmkernels" / "attention" / "tiled.py").read_text()
+    code = (root / "kernels" / "ssmkernels" / "ops" / "attention" / "tiled.py").read_text()
     assert len(quotes) > 1
     assert all(quote in code for quote in quotes)
 

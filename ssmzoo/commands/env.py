@@ -26,7 +26,7 @@ OPTIONAL = {
     "accelerate": "ssmzoo train",
     "matplotlib": "the loss curve that ssmzoo train draws",
     "tokenizers": "training on tokens instead of bytes",
-    "transformers": "tests that hold our Mamba against theirs",
+    "transformers": "tests that compare our Mamba with theirs",
 }
 
 
@@ -39,7 +39,7 @@ def command() -> None:
     out.print(table("This machine", ("what", "which"), _machine()))
     out.print(table("Packages", ("package", "version", "for"), _packages()))
     out.print(table("Implementations, fastest first", ("op", "implementation", "can run here"), _implementations()))
-    out.print("ssmkernels.explain(op, *arguments) tells which one a certain call takes, and why.", style="dim")
+    out.print("ssmkernels.explain(op, *arguments) shows which one a call would use, and why.", style="dim")
 
 
 def _machine() -> list[list[str]]:
@@ -80,7 +80,7 @@ def gpu_name() -> str:
     if torch.backends.mps.is_available():
         return "Apple's (mps)"
     built = torch.version.cuda or torch.version.hip
-    return "none found" if built else "none usable: this PyTorch is built for the CPU alone"
+    return "none found" if built else "none usable: this PyTorch is built for the CPU only"
 
 
 def _native() -> str:

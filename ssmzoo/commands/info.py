@@ -29,13 +29,13 @@ def command(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Change the config first, as d_model=512 or mixers.mamba.d_state=32.",
+            help="Change a config key first, such as d_model=512 or mixers.mamba.d_state=32.",
         ),
     ] = None,
 ) -> None:
     """Show a model's layers and parameters, and what a token costs as the context grows.
 
-    Nothing is downloaded and no weights are made, so this is quick for large models too.
+    Nothing is downloaded and no weights are created, so this is fast for large models too.
     """
     from ssmzoo import build
     from ssmzoo.config import load_config, model_folder
@@ -52,8 +52,8 @@ def command(
     costs = ("context", "FLOPs per token", "state")
     out.print(table("As the context grows", costs, _costs(model), numbers=costs))
     out.print(
-        "FLOPs of a forward pass, the mean over that many tokens: two a weight of every linear map,\n"
-        "and the mixing. State: what one sequence of that many tokens keeps between calls, in float32.",
+        "FLOPs per token of a forward pass, averaged over that many tokens: two per weight of every linear map,\n"
+        "plus the mixing. State: what one sequence of that many tokens keeps between calls, in float32.",
         style="dim",
     )
 

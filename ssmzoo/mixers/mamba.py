@@ -183,7 +183,7 @@ class Mamba(Mixer):
         return y, MambaState(conv, ssm)
 
     def _may_step(self, x: Tensor) -> bool:
-        """Whether one call may stand for the whole layer: all of its maps are plain, and nobody listens to them."""
+        """Whether one call can compute the whole layer: no hooks, adapters or quantised layers, and no gradients."""
         m = self._modules
         return (
             not torch.is_grad_enabled()

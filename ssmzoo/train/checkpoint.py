@@ -115,7 +115,7 @@ def read(run: Path) -> Checkpoint:
     folders = checkpoints(run)
     if not folders:
         raise FileNotFoundError(
-            f"{run} has no checkpoint to go on from: start the run again, with the same --out or another"
+            f"{run} has no checkpoint to continue from: start the run again, with the same --out or another"
         )
     folder = folders[-1]
     try:
@@ -135,7 +135,7 @@ def read(run: Path) -> Checkpoint:
             state.get("without_optimizer_state", []),
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
-        before = f"go on from the one before it, {folders[-2].name}" if len(folders) > 1 else "start the run again"
+        before = f"continue from the one before it, {folders[-2].name}" if len(folders) > 1 else "start the run again"
         reason = " ".join(str(error).split())
         raise ValueError(f"the checkpoint {folder} is damaged: delete it to {before}. ({reason})") from None
 

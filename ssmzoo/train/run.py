@@ -212,13 +212,13 @@ def _finish(trainer: Trainer, vocabulary: Vocabulary | None, quiet: bool) -> Res
         f"writes to {run}"
     )
     if (run / checkpoint.FOLDER).is_dir():
-        console.print(f"goes on from step {trainer.step} of {trainer.config.steps}")
+        console.print(f"continues from step {trainer.step} of {trainer.config.steps}")
 
     def show_sample() -> str:
         assert isinstance(data, Data)
         assert vocabulary is not None
         prompt, text = _sample(trainer, data, vocabulary)
-        console.print("\nA sample, which goes on from the held-out text in bold:\n")
+        console.print("\nA sample, which continues the held-out text in bold:\n")
         console.print(Text.assemble((printable(prompt), "bold"), printable(text), "\n"))
         return prompt + text
 

@@ -133,7 +133,8 @@ def attention(
     Returns:
         ``(b, l, h, v)`` in q's dtype; with ``return_lse`` also lse ``(b, h, l)``, the natural logarithm,
         over the keys and the sink alike, float32 (float64 for float64 input). A query that sees no key
-        gives 0 with gradients of 0, and an lse of -∞ (its sink, where there is one).
+        gives 0 with gradients of 0, and an lse of -∞ (its sink, where there is one). NaN or infinity at a key
+        or value changes no row that does not see it; docs/attention.md gives the limits.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name.

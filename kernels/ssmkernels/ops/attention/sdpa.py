@@ -6,7 +6,6 @@ comes through."""
 from __future__ import annotations
 
 import itertools
-import math
 from typing import Any
 
 import torch
@@ -15,9 +14,8 @@ from torch import Tensor
 
 from ssmkernels.core.double_backward import say_way_out
 from ssmkernels.core.packing import spans
-from ssmkernels.core.plain import readable
 from ssmkernels.core.validate import HALF, precision
-from ssmkernels.ops.attention import triton
+from ssmkernels.ops.attention import hidden, tiled, triton
 from ssmkernels.ops.attention.reference import distances, in_window
 
 LARGE = 2**21  # numbers of a mask that is better not written
@@ -88,7 +86,16 @@ def compute(a: Any) -> tuple[Tensor, Tensor]:
         for (_, queries), (_, keys) in zip(spans(a.cu_seqlens), spans(a.cu_seqlens_k), strict=True):
             outs.append(part(a.q[:, queries], a.k[:, keys], a.v[:, keys]))
         out = torch.cat(outs, dim=1)
+    masked = a.left >= 0 or (a.right >= 0 and a.q.shape[1] > 1)
+    if masked and hidden.spread(_telling(out, a.left, a.cu_seqlens)):
+        out = hidden.repaired(out, tiled.compute(a)[0])
     return out, a.q.new_empty(0, dtype=precision(a.q))
+
+
+def _telling(out: Tensor, left: int, cu_seqlens: Tensor | None) -> Tensor:
+    """The rows that show whether a hidden value has spread: the last query of a long causal call sees every value."""
+    causal = left < 0 and cu_seqlens is None
+    return out[:, -1] if causal and out.shape[1] >= VECTOR else out
 
 
 def one_batch(
@@ -180,9 +187,7 @@ def _with_nan(q: Tensor, out: Tensor, keys: int) -> Tensor:
 
     Compiled code has no branch here, so that one graph serves few keys and many.
     """
-    if not torch.compiler.is_compiling() and (
-        keys >= VECTOR or (readable(q) and math.isfinite(q.detach().sum().item()))
-    ):
+    if not torch.compiler.is_compiling() and (keys >= VECTOR or hidden.finite(q)):
         return out
     return out.masked_fill(q.isnan().any(-1, keepdim=True), torch.nan)
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ssmkernels.core.validate import precision
-from ssmkernels.ops.attention import sdpa
+from ssmkernels.ops.attention import hidden, sdpa
+from ssmkernels.ops.decode_attention import reference
 
 
 def unsupported(a: Any) -> str | None:
@@ -29,4 +30,6 @@ def compute(a: Any) -> tuple[Tensor, Tensor]:
         out = part(slice(None), max(each, default=0))
     else:
         out = torch.cat([part(slice(i, i + 1), length) for i, length in enumerate(each)])
+    if (a.left >= 0 or a.q.shape[1] > 1) and hidden.spread(out):
+        out = hidden.repaired(out, reference.compute(a)[0])
     return out.contiguous(), a.q.new_empty(0, dtype=precision(a.q))

@@ -56,7 +56,7 @@ def run(program: str, output: str, arguments: list[str]) -> int:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     status = 1
     try:
-        file = os.open(output, os.O_WRONLY | os.O_CREAT)
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, 1)
         os.dup2(file, 2)
         sys.argv = [program, *arguments]

@@ -16,6 +16,8 @@ from ssmkernels.compat.mamba_ssm import (
     selective_state_update_ref,
 )
 
+pytestmark = pytest.mark.op("selective_scan", "rms_norm")
+
 
 def per_channel(t, A, l):
     """B or C as published → (b d n l), or (1 d n l) when fixed."""

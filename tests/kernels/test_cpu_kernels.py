@@ -16,7 +16,10 @@ from ssmkernels.ops.selective_scan import cpu as scan_cpu
 from ssmkernels.ops.selective_scan.cpu_arguments import chunk_length
 from ssmkernels.testing import check
 
-pytestmark = pytest.mark.skipif(native.missing() is not None, reason=f"needs the native library: {native.missing()}")
+pytestmark = [
+    pytest.mark.op("selective_scan", "causal_conv1d"),
+    pytest.mark.skipif(native.missing() is not None, reason=f"needs the native library: {native.missing()}"),
+]
 
 SCAN = functools.partial(selective_scan, return_final_state=True, delta_softplus=True)
 CONV = functools.partial(causal_conv1d, return_final_state=True, activation="silu")

@@ -2,33 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from ssmkernels import OPS
 
-
-def interpret(program):
-    """In a process of its own: Triton reads the variable when it is imported."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("SSMZOO_")}
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program],
-        env={**environment, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-
-
-TRITON = [
-    pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
-]
 CUTS_OFF = """
 import numpy, torch
 import triton.runtime.interpreter as interpreter
@@ -48,7 +26,6 @@ def dot(self, a, b, sums, *how):
 
 dots = []
 interpreter.InterpreterBuilder.create_dot = dot
-torch.set_num_threads(1)
 rows = [dict(b=1, d=1, l_r=12), dict(b=1, d=1, l=300, l_k=300), dict(b=1, d=1, l=2050, l_k=2050)]
 check("fft_conv", "triton", cases=rows, dtypes=[torch.float32])
 assert dots
@@ -58,7 +35,6 @@ import torch
 from ssmkernels.ops.fft_conv import triton_launch
 from ssmkernels.testing import check
 
-torch.set_num_threads(1)
 triton_launch.PROGRAMS = 2
 check("fft_conv", "triton", cases=[dict(b=5, d=1, l=9, gate=True), dict(b=2, d=3, l=5)], dtypes=[torch.float32])
 """
@@ -90,14 +66,9 @@ for some in ([0], [1, 2, 3], [4]):  # no gradient is wanted of the others
 """
 
 
-@pytest.mark.parametrize(
-    "program",
-    [
-        pytest.param(program, marks=TRITON, id=name)
-        for name, program in {"cuts off": CUTS_OFF, "parts": PARTS, "operator": OPERATOR}.items()
-    ],
-)
-def test_triton(program):
+@pytest.mark.slow
+@pytest.mark.parametrize("program", [CUTS_OFF, PARTS, OPERATOR], ids=["cuts off", "parts", "operator"])
+def test_triton(program, interpret):
     """On matrix units that cut off what sums of 8 products lose; with sums over sequences in parts; as an operator."""
     interpret(program)
 

@@ -18,6 +18,8 @@ from ssmkernels.check.spec import spec_of
 from ssmkernels.ops.attention import sdpa, triton
 from ssmkernels.testing import check
 
+pytestmark = pytest.mark.op("attention")
+
 HALF = (torch.float16, torch.bfloat16)
 
 

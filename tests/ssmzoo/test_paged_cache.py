@@ -24,6 +24,8 @@ from ssmzoo.mixers._paged_cache import PagedCache
 from ssmzoo.mixers.attention import Attention, ConvolvedState
 from ssmzoo.mixers.mla import PagedLatentCache
 
+pytestmark = pytest.mark.mixer("attention", "mla")
+
 D_MODEL = 32
 SIZES = pytest.mark.parametrize("page_size", [1, 3, 16])
 MLA = {"n_heads": 2, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}

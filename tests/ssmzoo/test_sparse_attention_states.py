@@ -11,6 +11,8 @@ import ssmzoo.mixers.longformer as longformer_module
 from ssmzoo import build_mixer
 from ssmzoo.mixers._masked_attention import gathered
 
+pytestmark = pytest.mark.mixer("longformer", "bigbird", "strided")
+
 # A cache with a window is trimmed once it holds its global tokens, its window, and 64 tokens more.
 CASES = [
     ("longformer", {"window": 5, "n_global": 3}),

@@ -14,7 +14,7 @@ from ssmkernels.bench.contest import Results, first_line
 from ssmkernels.bench.peers import ABSENT
 from ssmzoo.bench.peers import MIXERS, Twin, on
 from ssmzoo.bench.products import limit_of
-from ssmzoo.mixers._base import Mixer
+from ssmzoo.mixer import Mixer
 from ssmzoo.registry import build_mixer, list_mixers
 from ssmzoo.testing import check_mixer
 

@@ -12,8 +12,8 @@ from ssmkernels.bench import Contest, Contestant, Measurement, Plan, clock, refu
 from ssmkernels.bench.contest import Results, first_line
 from ssmzoo.bench.peers import MODELS, on
 from ssmzoo.bench.products import NAME, products
+from ssmzoo.building import build
 from ssmzoo.model import SequenceModel
-from ssmzoo.zoo import build
 
 DEFAULT = ("mamba-130m",)
 SIZES = {"length": 512, "batch": 1}

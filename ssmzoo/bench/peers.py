@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmkernels.bench.peers import MAMBA_SSM, MAMBAPY, TORCH, TRANSFORMERS, Package, refuse
-from ssmzoo.mixers._base import Mixer
+from ssmzoo.mixer import Mixer
 from ssmzoo.model import SequenceModel
 from ssmzoo.options import options_of
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ssmkernels.core.validate import precision
 from ssmzoo.linear import Linear
-from ssmzoo.mixers._base import Mixer
+from ssmzoo.mixer import Mixer
 from ssmzoo.state import State
 
 

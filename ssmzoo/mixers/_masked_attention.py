@@ -10,10 +10,9 @@ from torch import Tensor
 from ssmkernels import attention
 from ssmkernels.core.packing import spans
 from ssmkernels.core.validate import precision
+from ssmzoo.cache import FEW, KVCache, append, borders, positions
 from ssmzoo.linear import Linear
-from ssmzoo.mixers._base import Mixer
-from ssmzoo.mixers._cached import FEW, append, borders, positions
-from ssmzoo.mixers._kv_cache import KVCache
+from ssmzoo.mixer import Mixer
 from ssmzoo.mixers._pattern import Pattern, mask_of
 from ssmzoo.mixers._rope import rotary_angles, rotate
 from ssmzoo.state import State
@@ -23,7 +22,7 @@ class MaskedAttention(Mixer):
     """Softmax attention to the keys that a pattern shows; which one says the mixer made of it.
 
     The time grows with the blocks that are visible. The state, where there is one, is a
-    :class:`~ssmzoo.mixers._kv_cache.KVCache` of all tokens, unless the mixer says otherwise.
+    :class:`~ssmzoo.cache.kv.KVCache` of all tokens, unless the mixer says otherwise.
 
     Args:
         d_model: width of input and output.

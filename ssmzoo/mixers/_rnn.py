@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmzoo.linear import Linear
-from ssmzoo.mixers._base import Mixer
+from ssmzoo.mixer import Mixer
 from ssmzoo.state import State
 
 

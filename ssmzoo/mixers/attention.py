@@ -10,16 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ssmkernels.core.validate import precision
+from ssmzoo.cache import FEW, Cache, KVCache, Logits, PagedCache, append, borders, empty, positions
+from ssmzoo.cache.hidden import HiddenCache, PagedHiddenCache, fold, unfold
 from ssmzoo.linear import Linear, is_plain
+from ssmzoo.mixer import Mixer
 from ssmzoo.mixers._alibi import alibi_slopes
 from ssmzoo.mixers._attention_options import check_at_least_one, check_hidden, heads, rotary_dim
-from ssmzoo.mixers._base import Mixer
-from ssmzoo.mixers._cached import FEW, Cache, append, borders, empty, positions
 from ssmzoo.mixers._convolution import convolve
-from ssmzoo.mixers._hidden_cache import HiddenCache, PagedHiddenCache, fold, unfold
-from ssmzoo.mixers._kv_cache import KVCache
-from ssmzoo.mixers._logits import Logits
-from ssmzoo.mixers._paged_cache import PagedCache
 from ssmzoo.mixers._rope import rotary_angles, rotate, scaling_of
 from ssmzoo.norm import RMSNorm
 from ssmzoo.registry import register_mixer
@@ -76,8 +73,8 @@ class Attention(Mixer):
             needs, which is copied whole.
         bidirectional: every token sees later ones too; there is then no state.
 
-    Its state is a :class:`~ssmzoo.mixers._kv_cache.KVCache`, a :class:`~ssmzoo.mixers._hidden_cache.HiddenCache`, with
-    ``page_size`` a :class:`~ssmzoo.mixers._paged_cache.PagedCache` of either kind, and with ``d_conv`` a
+    Its state is a :class:`~ssmzoo.cache.kv.KVCache`, a :class:`~ssmzoo.cache.hidden.HiddenCache`, with
+    ``page_size`` a :class:`~ssmzoo.cache.paged.PagedCache` of either kind, and with ``d_conv`` a
     :class:`ConvolvedState` of one of these. With a window it keeps what can still be seen, and about as much again,
     however many tokens come.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ssmkernels import attention
 from ssmkernels.core.packing import spans
 from ssmzoo.linear import Linear
-from ssmzoo.mixers._base import Mixer
+from ssmzoo.mixer import Mixer
 from ssmzoo.registry import register_mixer
 
 

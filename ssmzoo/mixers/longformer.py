@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ssmkernels import attention, masks
 from ssmkernels.masks import BlockMask
-from ssmzoo.mixers._kv_cache import KVCache
+from ssmzoo.cache import KVCache
 from ssmzoo.mixers._masked_attention import MaskedAttention, masked
 from ssmzoo.mixers._pattern import Pattern
 from ssmzoo.registry import register_mixer
@@ -56,7 +56,7 @@ class LongformerPattern(Pattern):
 
 @dataclasses.dataclass
 class LongformerCache(KVCache):
-    """A :class:`~ssmzoo.mixers._kv_cache.KVCache` that drops none of a sequence's first ``n_global`` tokens.
+    """A :class:`~ssmzoo.cache.kv.KVCache` that drops none of a sequence's first ``n_global`` tokens.
 
     They lie before the others, and count in ``keep``. What is held of a sequence is to the pattern a shorter sequence:
     it lacks only tokens that no window reaches any more.

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ssmkernels import mamba_step, rms_norm, selective_scan
+from ssmzoo.init import inverse_softplus_of_log_uniform, wide_dtype
 from ssmzoo.linear import Linear, WideBiasLinear, is_plain
-from ssmzoo.mixers._base import Mixer
+from ssmzoo.mixer import Mixer
 from ssmzoo.mixers._convolution import convolve
-from ssmzoo.mixers._init import inverse_softplus_of_log_uniform, wide_dtype
 from ssmzoo.registry import register_mixer
 from ssmzoo.state import State
 

@@ -11,12 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmkernels.core.validate import precision
+from ssmzoo.cache import FEW, Cache, Logits, PagedSharedCache, SharedCache, append, borders, empty, positions
 from ssmzoo.linear import Linear, is_plain
-from ssmzoo.mixers._base import Mixer
-from ssmzoo.mixers._cached import FEW, Cache, append, borders, empty, positions
-from ssmzoo.mixers._logits import Logits
+from ssmzoo.mixer import Mixer
 from ssmzoo.mixers._rope import halves, rotary_angles, rotate, scaling_of
-from ssmzoo.mixers._shared_cache import PagedSharedCache, SharedCache
 from ssmzoo.norm import RMSNorm
 from ssmzoo.registry import register_mixer
 

@@ -11,7 +11,7 @@ from ssmkernels.core.packing import spans
 from ssmkernels.core.recompute import recomputed
 from ssmkernels.core.validate import precision
 from ssmzoo.linear import Linear
-from ssmzoo.mixers._base import Mixer
+from ssmzoo.mixer import Mixer
 from ssmzoo.mixers._favor import CHUNK, LOWEST, FeatureSums, absorb, causal, read
 from ssmzoo.registry import register_mixer
 

@@ -9,12 +9,10 @@ from torch import Tensor
 
 from ssmkernels import bilinear_dplr, discretize_dplr, dplr_kernel
 from ssmkernels.ops.dplr_kernel.discretize import Structured, column, dense
-from ssmzoo.mixers._hippo import nplr
-from ssmzoo.mixers._s4 import Continuous, S4Layer, Stepper, check_state_size, set_rate
-from ssmzoo.mixers._s4_recurrence import Dense
+from ssmzoo.lti.hippo import nplr
+from ssmzoo.lti.layer import Continuous, S4Layer, Stepper, check_state_size
+from ssmzoo.lti.recurrence import Dense
 from ssmzoo.registry import register_mixer
-
-__all__ = ["S4", "set_rate"]
 
 
 @register_mixer("s4")

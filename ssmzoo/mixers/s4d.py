@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ssmkernels import diagonal_kernel, discretize_diagonal
-from ssmzoo.mixers._hippo import diagonal, nplr
-from ssmzoo.mixers._s4 import Continuous, S4Layer, check_state_size
-from ssmzoo.mixers._s4_recurrence import Diagonal, DiagonalStep
+from ssmzoo.lti.hippo import diagonal, nplr
+from ssmzoo.lti.layer import Continuous, S4Layer, check_state_size
+from ssmzoo.lti.recurrence import Diagonal, DiagonalStep
 from ssmzoo.registry import register_mixer
 
 

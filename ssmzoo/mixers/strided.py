@@ -74,7 +74,7 @@ class Strided(MaskedAttention):
         bias: biases on the query, key and value projections.
         out_bias: a bias on the output projection.
 
-    Its state is a :class:`~ssmzoo.mixers._kv_cache.KVCache` of all tokens for all heads; it drops nothing, though what
+    Its state is a :class:`~ssmzoo.cache.kv.KVCache` of all tokens for all heads; it drops nothing, though what
     is far and in none of its blocks a head will not see again.
 
     Raises:

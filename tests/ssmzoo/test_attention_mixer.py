@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from ssmzoo import build_mixer
-from ssmzoo.mixers._cached import FEW
-from ssmzoo.mixers._kv_cache import SMALLEST
+from ssmzoo.cache.calls import FEW
+from ssmzoo.cache.kv import SMALLEST
 from ssmzoo.mixers.attention import Attention, ConvolvedState
 from ssmzoo.registry import mixer_class
 

@@ -6,14 +6,14 @@ import dataclasses
 
 from torch import Tensor
 
-from ssmzoo.mixers._kv_cache import KVCache
-from ssmzoo.mixers._logits import Logits
-from ssmzoo.mixers._paged_cache import PagedCache
+from ssmzoo.cache.kv import KVCache
+from ssmzoo.cache.logits import Logits
+from ssmzoo.cache.paged import PagedCache
 
 
 @dataclasses.dataclass
 class SharedCache(KVCache):
-    """A :class:`~ssmzoo.mixers._kv_cache.KVCache` of one head, whose ``keys`` ``(s, capacity, 1, d)`` are values too.
+    """A :class:`~ssmzoo.cache.kv.KVCache` of one head, whose ``keys`` ``(s, capacity, 1, d)`` are values too.
 
     ``values``, here and in what its methods take and give, has width 0.
     """
@@ -28,7 +28,7 @@ class SharedCache(KVCache):
 
 @dataclasses.dataclass
 class PagedSharedCache(PagedCache):
-    """Likewise a :class:`~ssmzoo.mixers._paged_cache.PagedCache`."""
+    """Likewise a :class:`~ssmzoo.cache.paged.PagedCache`."""
 
     def decode(self, q: Tensor, logits: Logits) -> Tensor:
         """Attention of each sequence's newest tokens, q ``(s, l, h, d)``, over what is held: ``(s, l, h, d)``."""

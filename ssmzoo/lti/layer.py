@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from ssmkernels import fft_conv
 from ssmkernels.core.dispatch import unknown
 from ssmkernels.core.packing import spans
+from ssmzoo.init import log_uniform, wide_dtype
 from ssmzoo.linear import Linear
-from ssmzoo.mixers._base import Mixer
-from ssmzoo.mixers._init import log_uniform, wide_dtype
-from ssmzoo.mixers._s4_recurrence import Dense, Diagonal, run_chunk
+from ssmzoo.lti.recurrence import Dense, Diagonal, run_chunk
+from ssmzoo.mixer import Mixer
+from ssmzoo.rate import check_rate
 from ssmzoo.state import State
 
 # Where HiPPO has no damping, A's real part starts here: below 0, as its logarithm is what is trained.
@@ -104,7 +105,7 @@ class S4Layer(Mixer):
             raise ValueError(f"{name}: " + unknown("activation", activation, ACTIVATIONS))
         if not 0 < dt_min <= dt_max:
             raise ValueError(f"{name}: 0 < `dt_min` <= `dt_max` must hold; got {dt_min} and {dt_max}")
-        _check_rate(name, rate)
+        check_rate(name, rate)
         if d_model % (bottleneck or 1):
             raise ValueError(f"{name}: `bottleneck` must divide d_model={d_model}; got {bottleneck}")
         d = d_model // (bottleneck or 1)
@@ -282,29 +283,6 @@ class S4Layer(Mixer):
                 if rate is not None and name in self.float32_parameters:
                     self.learning_rates[name] = float(rate)
                     self.get_parameter(name).requires_grad_(rate > 0)
-
-
-def set_rate(model: nn.Module, rate: float) -> None:
-    """Resamples the time axis of every S4 and S4D layer in a model.
-
-    Args:
-        model: any module; layers of other kinds stay as they are.
-        rate: the spacing of its inputs over that in training: 2.0 for every second sample, 0.5 for twice as many.
-
-    Raises:
-        ValueError: rate is not above 0, or there is no such layer.
-    """
-    _check_rate("set_rate", rate)
-    layers = [module for module in model.modules() if isinstance(module, S4Layer)]
-    if not layers:
-        raise ValueError(f"set_rate: `model` must have an S4 or S4D layer; got {type(model).__name__} without one")
-    for layer in layers:
-        layer.rate = float(rate)
-
-
-def _check_rate(name: str, rate: float) -> None:
-    if not isinstance(rate, int | float) or not 0 < rate < math.inf:
-        raise ValueError(f"{name}: `rate` must be above 0; got {rate!r}")
 
 
 def check_state_size(name: str, d_state: int, pairs: bool) -> None:

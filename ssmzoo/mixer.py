@@ -28,6 +28,7 @@ class Mixer(KeepsTies):
         float32_parameters: dotted names of weights that stay float32 when the rest moves to half precision.
         no_weight_decay: dotted names of weights that the papers exempt from decay.
         learning_rates: dotted names of weights with a learning rate of their own.
+        rate: stretches the time step of a system in continuous time; None for mixers without one.
         residual_projections: submodules that write into the residual stream; a model scales them by its depth.
     """
 
@@ -39,6 +40,7 @@ class Mixer(KeepsTies):
     no_weight_decay: tuple[str, ...] = ()
     learning_rates: dict[str, float] = {}  # noqa: RUF012  (read only)
     residual_projections: tuple[str, ...] = ("out_proj",)
+    rate: float | None = None
 
     def __init__(self, d_model: int):
         super().__init__()

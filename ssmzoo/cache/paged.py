@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssmzoo.mixers._kv_cache import owners
-from ssmzoo.mixers._logits import Logits
-from ssmzoo.mixers._pages import Holding, Pages, on_device
+from ssmzoo.cache.kv import owners
+from ssmzoo.cache.logits import Logits
+from ssmzoo.cache.pages import Holding, Pages, on_device
 from ssmzoo.state import State, row_indices
 
 C = TypeVar("C", bound="PagedCache")
@@ -38,7 +38,7 @@ def on_host(method: Callable[P, None]) -> Callable[P, None]:
 @dataclasses.dataclass
 class PagedCache(State):
     """Keys and values of each sequence's tokens, in pages of a pool; it serves as a
-    :class:`~ssmzoo.mixers._kv_cache.KVCache` does.
+    :class:`~ssmzoo.cache.kv.KVCache` does.
 
     A clone or selection holds the same pages in the same pool. A page that more than one sequence holds is copied
     before it is written to, and one that nobody holds any more is free for any of them. Tensors other than the pool's

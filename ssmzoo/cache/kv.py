@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssmzoo.mixers._logits import Logits
+from ssmzoo.cache.logits import Logits
 from ssmzoo.state import State
 
 C = TypeVar("C", bound="KVCache")

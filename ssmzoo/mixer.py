@@ -18,9 +18,15 @@ class Mixer(KeepsTies):
     """Mixes along the sequence: ``(b, l, d_model) → (b, l, d_model)``.
 
     A subclass defines :meth:`mix`, and :meth:`initial_state` if it can carry a state. Its options are keyword arguments
-    of ``__init__`` with type annotations; the registry checks them and lists them.
+    of ``__init__`` with type annotations, or the fields of a dataclass that several mixers share; the registry checks
+    them and lists them.
+
+    Args:
+        d_model: width of input and output.
+        bidirectional: every token sees later ones too; then the mixer is not causal and has no state.
 
     Attributes:
+        options_class: the dataclass of the options, where ``__init__`` does not spell them out.
         state_class: what :meth:`initial_state` gives.
         causal: no output depends on a later input.
         has_state: it can be called in chunks through a state.
@@ -33,6 +39,7 @@ class Mixer(KeepsTies):
     """
 
     requires: ClassVar[tuple[str, ...]] = ()
+    options_class: ClassVar[type | None] = None
     state_class: type[State] = State
     causal: bool = True
     has_state: bool = True
@@ -42,11 +49,13 @@ class Mixer(KeepsTies):
     residual_projections: tuple[str, ...] = ("out_proj",)
     rate: float | None = None
 
-    def __init__(self, d_model: int):
+    def __init__(self, d_model: int, *, bidirectional: bool = False):
         super().__init__()
         if not isinstance(d_model, int) or isinstance(d_model, bool) or d_model < 1:
             raise ValueError(f"{type(self).__name__}: `d_model` must be a positive int; got {d_model!r}")
-        self.d_model = d_model
+        self.d_model, self.bidirectional = d_model, bidirectional
+        if bidirectional:
+            self.causal = False
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         """The mixing itself, on checked arguments; returns the output, and the state after it if one came in."""
@@ -59,9 +68,20 @@ class Mixer(KeepsTies):
             batch_size: number of sequences.
             max_length: where memory grows with length, room to set aside.
         """
-        raise ValueError(
-            f"{type(self).__name__}: there is no `initial_state`, as this mixer sees the whole sequence at once"
-        )
+        self.check_has_state()
+        raise ValueError(f"{type(self).__name__}: `initial_state` is missing; define it, or set `has_state = False`")
+
+    def check_has_state(self) -> None:
+        """Raises ValueError where there is no state, because the mixer sees the whole sequence at once."""
+        if not self.causal or not self.has_state:
+            name, why = type(self).__name__, " with `bidirectional=True`" if self.bidirectional else ""
+            raise ValueError(f"{name}: there is no `initial_state`{why}, as this mixer sees the whole sequence at once")
+
+    def check_at_least(self, least: int, **sizes: float | None) -> None:
+        """Raises ValueError for a size that is given and below ``least``, by its name."""
+        for name, size in sizes.items():
+            if size is not None and size < least:
+                raise ValueError(f"{type(self).__name__}: `{name}` must be at least {least}; got {size}")
 
     def mixing_flops(self, context: int) -> float:
         """FLOPs a token, forward, at ``context`` tokens, beyond two for each weight of its linear maps."""

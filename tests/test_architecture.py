@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 # The rooms of ssmzoo, lowest first: a room may import those in lines above its own, and itself. A room is a module or a
 # folder right below the package; "ssmzoo" is what `import ssmzoo` gives.
 LAYERS = (
-    "devices files linear plain screen state ties",  # serve everything
+    "bidirectional devices files linear plain screen state ties",  # serve everything
     "mlp norm options",
     "mixer",  # the one interface
     "cache init rate registry",

@@ -64,7 +64,7 @@ def ends_of(eos_id: int | Sequence[int] | None, vocab: int) -> tuple[int, ...]:
     ends = () if eos_id is None else tuple(eos_id) if isinstance(eos_id, list | tuple) else (eos_id,)
     fits = all(is_int(token, 0, vocab - 1) for token in ends) and (bool(ends) or eos_id is None)
     require(fits, "eos_id", eos_id, f"an id from 0 to {vocab - 1}, several in a list, or None")
-    return ends  # type: ignore[return-value]
+    return ends
 
 
 def prompts_of(

@@ -30,13 +30,10 @@ class RNNMixer(Mixer):
     def __init__(
         self, d_model: int, *, d_hidden: int | None = None, n_rnn_layers: int = 1, bidirectional: bool = False
     ):
-        super().__init__(d_model)
+        super().__init__(d_model, bidirectional=bidirectional)
         self.d_hidden = d_model if d_hidden is None else d_hidden
-        for name, value in (("d_hidden", self.d_hidden), ("n_rnn_layers", n_rnn_layers)):
-            if value < 1:
-                raise ValueError(f"{type(self).__name__}: `{name}` must be at least 1; got {value}")
+        self.check_at_least(1, d_hidden=self.d_hidden, n_rnn_layers=n_rnn_layers)
         self.n_rnn_layers = n_rnn_layers
-        self.causal = not bidirectional
         self.rnn = self.network(
             d_model, self.d_hidden, num_layers=n_rnn_layers, batch_first=True, bidirectional=bidirectional
         )
@@ -44,6 +41,7 @@ class RNNMixer(Mixer):
         self.out_proj = Linear(self.d_out, d_model, bias=False)
 
     def initial_state(self, batch_size: int, max_length: int | None = None) -> RNNState:
+        self.check_has_state()
         rows = self.like().new_zeros(batch_size, self.n_rnn_layers, self.d_hidden)
         return RNNState(rows, torch.zeros_like(rows) if self.network is nn.LSTM else None)
 

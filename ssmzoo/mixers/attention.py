@@ -15,7 +15,7 @@ from ssmzoo.cache.hidden import HiddenCache, PagedHiddenCache, fold, unfold
 from ssmzoo.linear import Linear, is_plain
 from ssmzoo.mixer import Mixer
 from ssmzoo.mixers._alibi import alibi_slopes
-from ssmzoo.mixers._attention_options import check_at_least_one, check_hidden, heads, rotary_dim
+from ssmzoo.mixers._attention_options import check_hidden, heads, rotary_dim
 from ssmzoo.mixers._convolution import convolve
 from ssmzoo.mixers._rope import rotary_angles, rotate, scaling_of
 from ssmzoo.norm import RMSNorm
@@ -109,9 +109,9 @@ class Attention(Mixer):
         page_size: int | None = None,
         bidirectional: bool = False,
     ):
-        super().__init__(d_model)
-        check_at_least_one(
-            head_dim=head_dim, n_heads=n_heads, n_kv_heads=n_kv_heads, window=window, page_size=page_size
+        super().__init__(d_model, bidirectional=bidirectional)
+        self.check_at_least(
+            1, head_dim=head_dim, n_heads=n_heads, n_kv_heads=n_kv_heads, window=window, page_size=page_size
         )
         n_heads, n_kv_heads = heads(d_model, head_dim, n_heads, n_kv_heads)
         self.rope_dim = rotary_dim(rope, rope_dim, rope_base, rope_scaling, head_dim)
@@ -141,7 +141,6 @@ class Attention(Mixer):
         self.rope_base, self.scaling = rope_base, scaling_of(rope_scaling)
         self.window, self.softcap, self.alibi = window, softcap, alibi
         self.d_conv, self.cache, self.page_size = d_conv, cache, page_size
-        self.causal = not bidirectional
         self.q_proj = Linear(d_model, n_heads * head_dim, bias=bias)
         self.k_proj = Linear(d_model, n_kv_heads * head_dim, bias=bias)
         self.v_proj = Linear(d_model, n_kv_heads * head_dim, bias=bias)
@@ -181,8 +180,7 @@ class Attention(Mixer):
         return Logits(1 / math.sqrt(self.head_dim), self.causal, window, self.softcap, slopes, self.sinks)
 
     def initial_state(self, batch_size: int, max_length: int | None = None) -> Cache | ConvolvedState:
-        if not self.causal:
-            raise ValueError("Attention: with `bidirectional` it has no state, as it sees the whole sequence at once")
+        self.check_has_state()
         keep = None if self.window is None else self.window - 1
         shape = (self.n_kv_heads, self.head_dim, self.head_dim) if self.cache == "kv" else (1, self.d_model, 0)
         like = self.like()

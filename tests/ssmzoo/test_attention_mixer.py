@@ -574,7 +574,7 @@ class TestErrors:
 
     def test_bidirectional_has_no_state(self, plain):
         mixer = make(bidirectional=True)
-        with pytest.raises(ValueError, match="with `bidirectional` it has no state"):
+        with pytest.raises(ValueError, match="Attention: there is no `initial_state` with `bidirectional=True`"):
             mixer.initial_state(2)
         with pytest.raises(ValueError, match="`state` must be None, as this mixer sees the whole sequence"):
             mixer(inputs(2, 3), plain.initial_state(2))

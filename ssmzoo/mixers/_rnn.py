@@ -22,7 +22,14 @@ class RNNState(State):
 
 
 class RNNMixer(Mixer):
-    """What ``lstm`` and ``gru`` share; ``network`` is PyTorch's class."""
+    """What ``lstm`` and ``gru`` share; ``network`` is PyTorch's class.
+
+    Args:
+        d_model: width of input and output.
+        d_hidden: width of the recurrent layers; d_model if None.
+        n_rnn_layers: how many of them are stacked in this one mixer.
+        bidirectional: runs in both directions; then it is not causal and has no state.
+    """
 
     state_class = RNNState
     network: ClassVar[type[nn.LSTM] | type[nn.GRU]]

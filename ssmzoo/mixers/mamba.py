@@ -181,8 +181,9 @@ class Mamba(Mixer):
         dt, B, C = w.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)  # (b l r), (b l n), (b l n)
         if self.bcdt_norm:
             dt, B, C = (self._normed(t) for t in (dt, B, C))
-        if is_plain(w.dt_proj):
-            delta, delta_bias = nn.functional.linear(dt, w.dt_proj.weight), w.dt_proj.bias  # the scan adds it, wide
+        if is_plain(w.dt_proj):  # the scan adds the bias, in float32
+            assert isinstance(w.dt_proj, nn.Linear)
+            delta, delta_bias = nn.functional.linear(dt, w.dt_proj.weight), w.dt_proj.bias
         else:
             delta, delta_bias = w.dt_proj(dt).to(x.dtype), None  # (b l d)
         A = -torch.exp(w.A_log)  # (d n)

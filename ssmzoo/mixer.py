@@ -21,20 +21,17 @@ class Mixer(KeepsTies):
     of ``__init__`` with type annotations, or the fields of a dataclass that several mixers share; the registry checks
     them and lists them.
 
-    Args:
-        d_model: width of input and output.
-        bidirectional: every token sees later ones too; then the mixer is not causal and has no state.
-
     Attributes:
         options_class: the dataclass of the options, where ``__init__`` does not spell them out.
         state_class: what :meth:`initial_state` gives.
         causal: no output depends on a later input.
+        bidirectional: it was told to look ahead, by :meth:`look_ahead`.
         has_state: it can be called in chunks through a state.
         requires: importable packages beyond PyTorch.
         float32_parameters: dotted names of weights that stay float32 when the rest moves to half precision.
         no_weight_decay: dotted names of weights that the papers exempt from decay.
         learning_rates: dotted names of weights with a learning rate of their own.
-        rate: stretches the time step of a system in continuous time; None for mixers without one.
+        has_rate: it is a system in continuous time, whose step an attribute ``rate`` stretches.
         residual_projections: submodules that write into the residual stream; a model scales them by its depth.
     """
 
@@ -42,18 +39,23 @@ class Mixer(KeepsTies):
     options_class: ClassVar[type | None] = None
     state_class: type[State] = State
     causal: bool = True
+    bidirectional: bool = False
     has_state: bool = True
     float32_parameters: tuple[str, ...] = ()
     no_weight_decay: tuple[str, ...] = ()
     learning_rates: dict[str, float] = {}  # noqa: RUF012  (read only)
     residual_projections: tuple[str, ...] = ("out_proj",)
-    rate: float | None = None
+    has_rate: bool = False
 
-    def __init__(self, d_model: int, *, bidirectional: bool = False):
+    def __init__(self, d_model: int):
         super().__init__()
         if not isinstance(d_model, int) or isinstance(d_model, bool) or d_model < 1:
             raise ValueError(f"{type(self).__name__}: `d_model` must be a positive int; got {d_model!r}")
-        self.d_model, self.bidirectional = d_model, bidirectional
+        self.d_model = d_model
+
+    def look_ahead(self, bidirectional: bool) -> None:
+        """For the option ``bidirectional``: every token sees later ones too; then there is no state."""
+        self.bidirectional = bidirectional
         if bidirectional:
             self.causal = False
 

@@ -20,11 +20,11 @@ def set_rate(model: nn.Module, rate: float) -> None:
         ValueError: rate is not above 0, or there is no such layer.
     """
     check_rate("set_rate", rate)
-    layers = [module for module in model.modules() if isinstance(module, Mixer) and module.rate is not None]
+    layers = [module for module in model.modules() if isinstance(module, Mixer) and module.has_rate]
     if not layers:
         raise ValueError(f"set_rate: `model` must have an S4 or S4D layer; got {type(model).__name__} without one")
     for layer in layers:
-        layer.rate = float(rate)
+        layer.rate = float(rate)  # type: ignore[assignment]
 
 
 def check_rate(name: str, rate: float) -> None:

@@ -65,12 +65,13 @@ class S4Layer(Mixer):
     state_class = S4State
     residual_projections = ()
     discretization: str
-    rate: float
+    has_rate = True
     length_dependent: ClassVar[tuple[str, ...]] = ()  # discretisations whose kernel depends on the whole length
 
     def __init__(self, d_model: int, options: LTIOptions, *, A: Tensor, B: Tensor, P: Tensor | None):
         o, name = options, type(self).__name__
-        super().__init__(d_model, bidirectional=o.bidirectional)
+        super().__init__(d_model)
+        self.look_ahead(o.bidirectional)
         o.check(name, d_model)
         d = d_model // (o.bottleneck or 1)
         self.d_inner, self.channels, self.discretization = d, o.channels, o.discretization

@@ -36,8 +36,9 @@ class HeadMixer(Mixer):
 
     options_class = HeadOptions
 
-    def __init__(self, d_model: int, options: HeadOptions, *, bidirectional: bool = False):
-        super().__init__(d_model, bidirectional=bidirectional)
+    def __init__(self, d_model: int, options: HeadOptions):
+        super().__init__(d_model)
+        self.look_ahead(getattr(options, "bidirectional", False))
         self.check_at_least(1, head_dim=options.head_dim, n_heads=options.n_heads)
         self.head_dim = options.head_dim
         self.n_heads = heads_of_width(type(self).__name__, d_model, options.head_dim, options.n_heads)

@@ -54,7 +54,8 @@ class LightConvolution(Mixer):
 
     def __init__(self, d_model: int, **options: Any):
         o = LightConvolutionOptions(**options)
-        super().__init__(d_model, bidirectional=o.bidirectional)
+        super().__init__(d_model)
+        self.look_ahead(o.bidirectional)
         name = type(self).__name__
         if o.kernel_size < 2:
             raise ValueError(

@@ -47,8 +47,8 @@ class MaskedAttention(HeadMixer):
     state_class: type[State] = KVCache
     pattern: Pattern
 
-    def __init__(self, d_model: int, options: MaskedAttentionOptions, *, bidirectional: bool = False):
-        super().__init__(d_model, options, bidirectional=bidirectional)
+    def __init__(self, d_model: int, options: MaskedAttentionOptions):
+        super().__init__(d_model, options)
         self.rope, self.rope_base = options.rope, options.rope_base
         if self.rope and self.head_dim % 2:
             raise ValueError(f"{type(self).__name__}: `head_dim` must be even, or `rope` false; got {self.head_dim}")

@@ -37,7 +37,8 @@ class RNNMixer(Mixer):
     def __init__(
         self, d_model: int, *, d_hidden: int | None = None, n_rnn_layers: int = 1, bidirectional: bool = False
     ):
-        super().__init__(d_model, bidirectional=bidirectional)
+        super().__init__(d_model)
+        self.look_ahead(bidirectional)
         self.d_hidden = d_model if d_hidden is None else d_hidden
         self.check_at_least(1, d_hidden=self.d_hidden, n_rnn_layers=n_rnn_layers)
         self.n_rnn_layers = n_rnn_layers

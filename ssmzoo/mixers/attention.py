@@ -109,7 +109,8 @@ class Attention(Mixer):
         page_size: int | None = None,
         bidirectional: bool = False,
     ):
-        super().__init__(d_model, bidirectional=bidirectional)
+        super().__init__(d_model)
+        self.look_ahead(bidirectional)
         self.check_at_least(
             1, head_dim=head_dim, n_heads=n_heads, n_kv_heads=n_kv_heads, window=window, page_size=page_size
         )

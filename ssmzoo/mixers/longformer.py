@@ -119,7 +119,7 @@ class Longformer(MaskedAttention):
 
     def __init__(self, d_model: int, **options: Any):
         o = LongformerOptions(**options)
-        super().__init__(d_model, o, bidirectional=o.bidirectional)
+        super().__init__(d_model, o)
         self.check_at_least(1, window=o.window)
         self.check_at_least(0, n_global=o.n_global)
         if o.bidirectional and o.window % 2:

@@ -105,7 +105,8 @@ class Mamba(Mixer):
         bcdt_norm_eps: float = 1e-6,
         bidirectional: bool = False,
     ):
-        super().__init__(d_model, bidirectional=bidirectional)
+        super().__init__(d_model)
+        self.look_ahead(bidirectional)
         self.check_at_least(1, d_state=d_state, d_conv=d_conv)
         self.d_inner = round(expand * d_model)
         if self.d_inner < 1 or self.d_inner != expand * d_model:

@@ -63,7 +63,7 @@ class Performer(HeadMixer):
 
     def __init__(self, d_model: int, **options: Any):
         o = PerformerOptions(**options)
-        super().__init__(d_model, o, bidirectional=o.bidirectional)
+        super().__init__(d_model, o)
         self.check_at_least(1, n_features=o.n_features)
         self.n_features, self.hyperbolic = o.n_features, o.features == "hyperbolic"
         if self.hyperbolic and o.n_features % 2:

@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _check(kind: str, names: Iterable[str], known: Collection[str]) -> None:
-    from ssmkernels.core.dispatch import unknown
+    from ssmkernels.core.names import unknown
 
     for name in names:
         if name not in known:

@@ -31,7 +31,7 @@ MIXER = '''
 
 from torch import nn
 
-from ssmzoo.mixers._base import Mixer
+from ssmzoo.mixer import Mixer
 from ssmzoo.registry import register_mixer
 
 
@@ -204,7 +204,7 @@ def test_a_model_is_one_yaml_file(tmp_path, monkeypatch):
     (tmp_path / "own.yaml").write_text(MODEL)
     by_path = ssmzoo.build(tmp_path / "own.yaml")
     assert by_path(torch.zeros(1, 5, dtype=torch.long)).shape == (1, 5, 256)
-    monkeypatch.setattr(config, "_folder", lambda: tmp_path)  # as if it lay in configs/
+    monkeypatch.setattr(config.catalogue, "configs_folder", lambda: tmp_path)  # as if it lay in configs/
     assert ssmzoo.list_models() == ["own"]
     assert ssmzoo.build("own").config == by_path.config
 

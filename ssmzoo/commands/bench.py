@@ -69,7 +69,7 @@ def command(
     """
     kinds, names = _kinds_and_names(what or [], only or [])
     if dtype not in DTYPES:
-        from ssmkernels.core.dispatch import unknown
+        from ssmkernels.core.names import unknown
 
         raise ValueError(unknown("dtype", dtype, DTYPES))
     if seconds is None:
@@ -182,7 +182,7 @@ def _kinds_and_names(words: Sequence[str], only: Sequence[str]) -> tuple[list[st
     kinds = [words[0]] if words and words[0] in KINDS else list(USUAL)
     rest = list(words[1:] if words and words[0] in KINDS else words)
     if rest and not names:
-        from ssmkernels.core.dispatch import unknown
+        from ssmkernels.core.names import unknown
 
         raise ValueError(unknown("thing to time", rest[0], KINDS) + " Single ones go after --only.")
     return kinds, names + rest

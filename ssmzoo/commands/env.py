@@ -46,6 +46,7 @@ def _machine() -> list[list[str]]:
     import torch
 
     import ssmzoo
+    from ssmzoo.devices import cpu_name, gpu_name
 
     threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
     return [
@@ -57,30 +58,6 @@ def _machine() -> list[list[str]]:
         ["C++ compiler", _compiler() + " (torch.compile uses it)"],
         ["native library", _native()],
     ]
-
-
-def cpu_name() -> str:
-    """What the processor calls itself."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
-
-
-def gpu_name() -> str:
-    """The GPUs that PyTorch can use, or why there is none."""
-    import torch
-
-    if torch.cuda.is_available():
-        devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-        runtime = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
-        return ", ".join(f"{d.name} ({d.total_memory / 2**30:.0f} GiB)" for d in devices) + f"; {runtime}"
-    if torch.backends.mps.is_available():
-        return "Apple's (mps)"
-    built = torch.version.cuda or torch.version.hip
-    return "none found" if built else "none usable: this PyTorch is built for the CPU only"
 
 
 def _native() -> str:

@@ -14,7 +14,6 @@ from ssmzoo.screen import printable
 
 if TYPE_CHECKING:
     from ssmzoo import ModelConfig, SequenceModel
-    from ssmzoo.block import Block
 
 CONTEXTS = [1024 * 4**i for i in range(6)]  # 1k to 1M
 
@@ -78,7 +77,7 @@ def _counted(number: int, what: str) -> str:
 
 def _parts(model: SequenceModel) -> list[list[str]]:
     """Rows of part, layers, how many, parameters, share. Weights used at several places count once."""
-    config, blocks = model.config, _blocks(model)
+    config, blocks = model.config, model.blocks
     parts: dict[str, tuple[list[int], list]] = {}
     for i, block in enumerate(blocks):
         entry = config.entry_of_layer(i)
@@ -109,10 +108,6 @@ def _parts(model: SequenceModel) -> list[list[str]]:
     return [*rows, ["total", "", "", f"{total:,}", ""]]
 
 
-def _blocks(model: SequenceModel) -> list[Block]:
-    return list(model.layers)  # type: ignore[arg-type]
-
-
 def _weights(modules: Iterable, seen: set[int]) -> int:
     """Parameters of the modules without those in ``seen``; adds them to it."""
     fresh = {id(p): p for module in modules for p in module.parameters() if id(p) not in seen}
@@ -133,7 +128,7 @@ def _ranges(layers: Sequence[int]) -> str:
 
 def _costs(model: SequenceModel) -> list[list[str]]:
     """Rows of context, FLOPs, state."""
-    stateful = all(block.mixer.has_state and block.mixer.causal for block in _blocks(model))
+    stateful = all(block.mixer.has_state and block.mixer.causal for block in model.blocks)
     rows = []
     for context in CONTEXTS:
         state = size(model.initial_state(1, max_length=context).nbytes) if stateful else "none"

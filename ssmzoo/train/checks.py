@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
+from ssmzoo.checkpoints.checksums import CHECKPOINTS, checkpoints
 from ssmzoo.config import ModelConfig
-from ssmzoo.files import CHECKPOINTS, LEFT_OVER, checkpoints
-from ssmzoo.mixers._base import Mixer
+from ssmzoo.files import LEFT_OVER
+from ssmzoo.mixer import Mixer
 from ssmzoo.model import SequenceModel
 from ssmzoo.train import lock
 from ssmzoo.train.data import Data

@@ -17,6 +17,7 @@ import torch
 from rich.text import Text
 from torch import Tensor
 
+from ssmzoo.building import build
 from ssmzoo.config import ModelConfig, load_config, model_folder
 from ssmzoo.files import replacing
 from ssmzoo.model import SequenceModel
@@ -43,7 +44,6 @@ from ssmzoo.train.output import Output
 from ssmzoo.train.record import IDS, DataSource, Record, describe, read_record, write_record
 from ssmzoo.train.repair import clear, complete, repair
 from ssmzoo.train.vocabulary import Vocabulary, decode, open_vocabulary
-from ssmzoo.zoo import build
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from ssmkernels.check.offline import CHIPS, compiling_for, offline_cases
-from ssmkernels.core.dispatch import OPS
+from ssmkernels.core.names import OPS
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -49,7 +49,7 @@ MAIN = "sm_90"
 
 
 def spread(names):
-    """By chip, the numbers of the cases to compile for it: all for sm_90, one of the others a case, and each op for each.
+    """By chip, the numbers of the cases to compile for it: all for sm_90, and each for one of the others.
 
     Consecutive cases of an op are for consecutive chips, and each op begins with another chip than the one before it.
     """

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import ssmzoo
-from ssmzoo import pretrained, weights
+from ssmzoo import pretrained
+from ssmzoo.checkpoints import weights
 from ssmzoo.train import loop, resume, train
 from ssmzoo.train import run as run_module
 

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import ssmzoo
-from ssmzoo import pretrained, registry, weights
+from ssmzoo import pretrained, registry
+from ssmzoo.checkpoints import weights
 
 NEEDED = {"parallel": {"branches": {"mamba": {"d_state": 4}, "attention": {"head_dim": 8}}}, "mla": {"n_heads": 2}}
 PLAIN = {"d_model": 16, "n_layers": 2, "vocab_size": 20}

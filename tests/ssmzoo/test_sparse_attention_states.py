@@ -167,7 +167,7 @@ def test_half_precision_decodes_as_it_trains(name, options):
 def test_what_sees_later_tokens_has_no_state(name):
     mixer = build_mixer(name, 16, head_dim=4)
     assert not mixer.causal
-    with pytest.raises(ValueError, match="there is no `initial_state`, as this mixer sees the whole sequence at once"):
+    with pytest.raises(ValueError, match="there is no `initial_state`.*, as this mixer sees the whole sequence at"):
         mixer.initial_state(1)
 
 

@@ -18,33 +18,46 @@ class Mixer(KeepsTies):
     """Mixes along the sequence: ``(b, l, d_model) → (b, l, d_model)``.
 
     A subclass defines :meth:`mix`, and :meth:`initial_state` if it can carry a state. Its options are keyword arguments
-    of ``__init__`` with type annotations; the registry checks them and lists them.
+    of ``__init__`` with type annotations, or the fields of a dataclass that several mixers share; the registry checks
+    them and lists them.
 
     Attributes:
+        options_class: the dataclass of the options, where ``__init__`` does not spell them out.
         state_class: what :meth:`initial_state` gives.
         causal: no output depends on a later input.
+        bidirectional: it was told to look ahead, by :meth:`look_ahead`.
         has_state: it can be called in chunks through a state.
         requires: importable packages beyond PyTorch.
         float32_parameters: dotted names of weights that stay float32 when the rest moves to half precision.
         no_weight_decay: dotted names of weights that the papers exempt from decay.
         learning_rates: dotted names of weights with a learning rate of their own.
+        has_rate: it is a system in continuous time, whose step an attribute ``rate`` stretches.
         residual_projections: submodules that write into the residual stream; a model scales them by its depth.
     """
 
     requires: ClassVar[tuple[str, ...]] = ()
+    options_class: ClassVar[type | None] = None
     state_class: type[State] = State
     causal: bool = True
+    bidirectional: bool = False
     has_state: bool = True
     float32_parameters: tuple[str, ...] = ()
     no_weight_decay: tuple[str, ...] = ()
     learning_rates: dict[str, float] = {}  # noqa: RUF012  (read only)
     residual_projections: tuple[str, ...] = ("out_proj",)
+    has_rate: bool = False
 
     def __init__(self, d_model: int):
         super().__init__()
         if not isinstance(d_model, int) or isinstance(d_model, bool) or d_model < 1:
             raise ValueError(f"{type(self).__name__}: `d_model` must be a positive int; got {d_model!r}")
         self.d_model = d_model
+
+    def look_ahead(self, bidirectional: bool) -> None:
+        """For the option ``bidirectional``: every token sees later ones too; then there is no state."""
+        self.bidirectional = bidirectional
+        if bidirectional:
+            self.causal = False
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         """The mixing itself, on checked arguments; returns the output, and the state after it if one came in."""
@@ -57,9 +70,20 @@ class Mixer(KeepsTies):
             batch_size: number of sequences.
             max_length: where memory grows with length, room to set aside.
         """
-        raise ValueError(
-            f"{type(self).__name__}: there is no `initial_state`, as this mixer sees the whole sequence at once"
-        )
+        self.check_has_state()
+        raise ValueError(f"{type(self).__name__}: `initial_state` is missing; define it, or set `has_state = False`")
+
+    def check_has_state(self) -> None:
+        """Raises ValueError where there is no state, because the mixer sees the whole sequence at once."""
+        if not self.causal or not self.has_state:
+            name, why = type(self).__name__, " with `bidirectional=True`" if self.bidirectional else ""
+            raise ValueError(f"{name}: there is no `initial_state`{why}, as this mixer sees the whole sequence at once")
+
+    def check_at_least(self, least: int, **sizes: float | None) -> None:
+        """Raises ValueError for a size that is given and below ``least``, by its name."""
+        for name, size in sizes.items():
+            if size is not None and size < least:
+                raise ValueError(f"{type(self).__name__}: `{name}` must be at least {least}; got {size}")
 
     def mixing_flops(self, context: int) -> float:
         """FLOPs a token, forward, at ``context`` tokens, beyond two for each weight of its linear maps."""

@@ -15,7 +15,7 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from ssmzoo.mixers._shared_cache import PagedSharedCache, SharedCache
+from ssmzoo.cache.shared import PagedSharedCache, SharedCache
 
 
 @dataclasses.dataclass

@@ -6,11 +6,9 @@ import dataclasses
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ssmzoo.mixers._logits import Logits
-from ssmzoo.state import State
+from ssmzoo.cache.tokens import TokenCache, owners
 
 C = TypeVar("C", bound="KVCache")
 
@@ -18,18 +16,13 @@ SMALLEST = 64  # positions that a cache sets aside when it first grows
 
 
 @dataclasses.dataclass
-class KVCache(State):
-    """Keys and values of each sequence's tokens; sequences may differ in length.
+class KVCache(TokenCache):
+    """Keys and values in one stretch of memory for each sequence; further attributes as :class:`TokenCache` has them.
 
     Attributes:
         keys: ``(s, capacity, h_kv, k)``, in the activations' dtype. Of a sequence's tokens those from ``starts``
             on lie here, one after another; what lies past them has no meaning.
         values: ``(s, capacity, h_kv, v)``.
-        lengths: int32 ``(s)``, tokens of each sequence so far.
-        starts: int32 ``(s)``, how many of them have been dropped; None if they never are.
-        keep: how many of the newest tokens those to come will see; None, as ``starts`` is then, for all.
-        longest: no sequence holds more tokens; known without asking the device.
-        even: each sequence holds exactly ``longest`` tokens.
     """
 
     keys: Tensor
@@ -56,18 +49,7 @@ class KVCache(State):
         lengths = torch.zeros(s, dtype=torch.int32, device=like.device)
         return cls(keys, values, lengths, None if keep is None else torch.zeros_like(lengths), keep)
 
-    @property
-    def held(self) -> Tensor:
-        """int32 ``(s)``: tokens of each sequence that are here."""
-        return self.lengths if self.starts is None else self.lengths - self.starts
-
     def append(self, k: Tensor, v: Tensor, differentiable: bool) -> None:
-        """Adds the same number of tokens to each sequence, at its own end.
-
-        Args:
-            k, v: ``(s, l, h_kv, k)`` and ``(s, l, h_kv, v)``.
-            differentiable: whether gradients will flow through the cache: then it is copied, not overwritten.
-        """
         l = k.shape[1]
         self._make_room(self.longest + l, k.dtype, differentiable)
         if self.even:
@@ -82,13 +64,6 @@ class KVCache(State):
         self.longest += l
 
     def append_packed(self, k: Tensor, v: Tensor, cu_seqlens: Tensor, differentiable: bool) -> None:
-        """Adds to each sequence its own number of tokens, possibly none. Reads the lengths on the host.
-
-        Args:
-            k, v: ``(1, total, h_kv, k)`` and ``(1, total, h_kv, v)``.
-            cu_seqlens: int32 ``(s + 1)``.
-            differentiable: as in :meth:`append`.
-        """
         on_host = (self.held + cu_seqlens.diff()).tolist()
         longest = max(on_host, default=0)
         self._make_room(longest, k.dtype, differentiable)
@@ -99,50 +74,17 @@ class KVCache(State):
         self.lengths = self.lengths + cu_seqlens.diff()
         self.longest, self.even = longest, min(on_host, default=0) == longest
 
-    def places(self, cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
-        """Sequence and position, ``(total)`` each, of packed tokens that are about to come."""
-        row, step = owners(cu_seqlens, total)
-        return row, self.lengths[row] + step
-
-    def packed(self, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What is held of the chosen sequences, one after another. Reads their lengths on the host.
-
-        Args:
-            which: bool ``(s)``; the others count as empty.
-
-        Returns:
-            keys ``(1, total, h_kv, k)``, values ``(1, total, h_kv, v)`` and their borders, int32 ``(s + 1)``.
-        """
-        cu_seqlens = F.pad(torch.where(which, self.held, 0).cumsum(0), (1, 0)).int()
-        row, position = owners(cu_seqlens, int(cu_seqlens[-1]))
-        return self.keys[row, position][None], self.values[row, position][None], cu_seqlens
+    def at(self, row: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        return self.keys[row, position], self.values[row, position]
 
     def recent(self, count: int, before: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What the newest tokens of each sequence can see, on the device alone.
-
-        Args:
-            count: how many of each sequence count as the newest.
-            before: how many tokens before its own each of them sees; -1 for all.
-
-        Returns:
-            keys ``(s, m, h_kv, k)`` and values ``(s, m, h_kv, v)``, and how many of the m belong to each
-            sequence, int32 ``(s)``.
-        """
         # Where all sequences are equally long, keys before every window need not be read.
         start = max(0, self.longest - count - before) if before >= 0 and self.even else 0
         here = slice(start, self.longest)
         return self.keys[:, here], self.values[:, here], self.held - start
 
-    def decode(self, q: Tensor, logits: Logits) -> Tensor:
-        """Attention of each sequence's newest tokens, q ``(s, l, h, k)``, over what is held: ``(s, l, h, v)``."""
-        before = -1 if logits.window is None else logits.window[0]
-        return logits.decode(q, *self.recent(q.shape[1], before))
-
     def trim(self) -> None:
-        """Drops what no token to come will see, once that is as much as what it will: each token is moved about once.
-
-        Nothing is written into what a backward pass may still need, nor is anything asked of the device.
-        """
+        """As :meth:`TokenCache.trim`, once that is as much as what is kept: each token is moved about once."""
         if self.keep is None or self.starts is None or self.longest < _room(self.keep):
             return
         first = (self.held - self.keep).clamp(min=0)
@@ -178,10 +120,3 @@ class KVCache(State):
 def _room(keep: int) -> int:
     """Positions that a cache has where ``keep`` of them can still be seen."""
     return keep + max(keep, SMALLEST)
-
-
-def owners(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """Each packed token's sequence, and its place within that: int64 and int32, ``(total)`` each."""
-    token = torch.arange(total, device=cu_seqlens.device, dtype=torch.int32)
-    row = torch.bucketize(token, cu_seqlens[1:], right=True)
-    return row, token - cu_seqlens[row]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssmzoo.mixers._kv_cache import KVCache, owners
-from ssmzoo.mixers._paged_cache import PagedCache
+from ssmzoo.cache.kv import KVCache
+from ssmzoo.cache.paged import PagedCache
+from ssmzoo.cache.tokens import owners
 
 Cache = KVCache | PagedCache  # one interface: append, append_packed, places, packed, recent, decode, trim
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ssmkernels.core.dispatch import unknown
+from ssmkernels.core.names import unknown
 
 HIPPO = ("legs", "legt", "fourier")
 DIAGONALS = ("legs", "lin", "inv", "real")

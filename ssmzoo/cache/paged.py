@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssmzoo.mixers._kv_cache import owners
-from ssmzoo.mixers._logits import Logits
-from ssmzoo.mixers._pages import Holding, Pages, on_device
-from ssmzoo.state import State, row_indices
+from ssmzoo.cache.logits import Logits
+from ssmzoo.cache.pages import Holding, Pages, on_device
+from ssmzoo.cache.tokens import TokenCache
+from ssmzoo.state import row_indices
 
 C = TypeVar("C", bound="PagedCache")
 P = ParamSpec("P")
@@ -36,9 +36,8 @@ def on_host(method: Callable[P, None]) -> Callable[P, None]:
 
 
 @dataclasses.dataclass
-class PagedCache(State):
-    """Keys and values of each sequence's tokens, in pages of a pool; it serves as a
-    :class:`~ssmzoo.mixers._kv_cache.KVCache` does.
+class PagedCache(TokenCache):
+    """Keys and values in pages of a pool; further attributes as :class:`TokenCache` has them.
 
     A clone or selection holds the same pages in the same pool. A page that more than one sequence holds is copied
     before it is written to, and one that nobody holds any more is free for any of them. Tensors other than the pool's
@@ -47,15 +46,12 @@ class PagedCache(State):
     Where gradients flow, the pages move to a pool of their own at each call, and none is written to twice.
 
     Attributes:
-        lengths: int32 ``(s)``, tokens of each sequence so far.
         block_table: int32 ``(s, blocks)``: of a sequence's tokens those from ``starts`` on lie in these pages, one
             after another; what lies past them, in a page or in the table, has no meaning.
         pages: the same on the host, and the pool.
         counts: tokens of each sequence that are here.
-        starts: int32 ``(s)``, how many have been dropped, in whole pages; None if they never are.
-        keep: how many of the newest tokens those to come will see; None, as ``starts`` is then, for all.
+        starts: dropped are whole pages.
         longest: the largest of ``counts``.
-        even: they are all the same.
     """
 
     lengths: Tensor
@@ -113,19 +109,8 @@ class PagedCache(State):
         """Every tensor in it; the pool's are those of clones and selections too."""
         return [*super().tensors(), self.pages.pool.keys, self.pages.pool.values]
 
-    @property
-    def held(self) -> Tensor:
-        """int32 ``(s)``: tokens of each sequence that are here."""
-        return self.lengths if self.starts is None else self.lengths - self.starts
-
     @on_host
     def append(self, k: Tensor, v: Tensor, differentiable: bool) -> None:
-        """Adds the same number of tokens to each sequence, at its own end.
-
-        Args:
-            k, v: ``(s, l, h_kv, k)`` and ``(s, l, h_kv, v)``.
-            differentiable: whether gradients will flow through the cache.
-        """
         s, l = k.shape[:2]
         self._make_room([l] * s, k.dtype, differentiable)
         self._write([l] * s, k, v)
@@ -133,51 +118,19 @@ class PagedCache(State):
 
     @on_host
     def append_packed(self, k: Tensor, v: Tensor, cu_seqlens: Tensor, differentiable: bool) -> None:
-        """Adds to each sequence its own number of tokens, possibly none. Reads their numbers on the host.
-
-        Args:
-            k, v: ``(1, total, h_kv, k)`` and ``(1, total, h_kv, v)``.
-            cu_seqlens: int32 ``(s + 1)``.
-            differentiable: as in :meth:`append`.
-        """
         new = cu_seqlens.diff()
         on_host = new.tolist()
         self._make_room(on_host, k.dtype, differentiable)
         self._write(on_host, k, v)
         self.lengths = self.lengths + new
 
-    def places(self, cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
-        """Sequence and position, ``(total)`` each, of packed tokens that are about to come."""
-        row, step = owners(cu_seqlens, total)
-        return row, self.lengths[row] + step
-
-    def packed(self, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What is held of the chosen sequences, one after another. Reads their lengths on the host.
-
-        Args:
-            which: bool ``(s)``; the others count as empty.
-
-        Returns:
-            keys ``(1, total, h_kv, k)``, values ``(1, total, h_kv, v)`` and their borders, int32 ``(s + 1)``.
-        """
-        cu_seqlens = F.pad(torch.where(which, self.held, 0).cumsum(0), (1, 0)).int()
-        row, position = owners(cu_seqlens, int(cu_seqlens[-1]))
+    def at(self, row: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         pool = self.pages.pool
-        page = self.block_table[row, position // pool.page_size]
-        place = page, position % pool.page_size
-        return pool.keys[place][None], pool.values[place][None], cu_seqlens
+        place = self.block_table[row, position // pool.page_size], position % pool.page_size
+        return pool.keys[place], pool.values[place]
 
     def recent(self, count: int, before: int) -> tuple[Tensor, Tensor, Tensor]:
-        """A copy of what the newest tokens of each sequence can see, on the device alone.
-
-        Args:
-            count: how many of each sequence count as the newest.
-            before: how many tokens before its own each of them sees; -1 for all.
-
-        Returns:
-            keys ``(s, m, h_kv, k)`` and values ``(s, m, h_kv, v)``, and how many of the m belong to each
-            sequence, int32 ``(s)``.
-        """
+        """As :meth:`TokenCache.recent`, in a copy."""
         pool = self.pages.pool
         start = max(0, self.longest - count - before) if before >= 0 and self.even else 0
         first = start // pool.page_size
@@ -189,20 +142,10 @@ class PagedCache(State):
         )
         return k, v, self.held - start
 
-    def decode(self, q: Tensor, logits: Logits) -> Tensor:
-        """Attention of each sequence's newest tokens, q ``(s, l, h, k)``, over what is held: ``(s, l, h, v)``."""
-        return logits.decode(q, *self.cached(q, logits))
-
     def cached(self, q: Tensor, logits: Logits) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Keys, values, lengths and the table for the newest tokens' queries.
-
-        Where gradients may flow there is no table: nothing that has gradients reads pages.
-        """
+        """As :meth:`TokenCache.cached`; no table where gradients may flow, as no op that has them reads pages."""
         pool = self.pages.pool
-        if pool.fixed:
-            before = -1 if logits.window is None else logits.window[0]
-            return *self.recent(q.shape[1], before), None
-        return pool.keys, pool.values, self.held, self.block_table
+        return super().cached(q, logits) if pool.fixed else (pool.keys, pool.values, self.held, self.block_table)
 
     @on_host
     def trim(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch
@@ -12,24 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmkernels import fft_conv
-from ssmkernels.core.dispatch import unknown
+from ssmkernels.core.names import unknown
 from ssmkernels.core.packing import spans
+from ssmzoo.init import log_uniform, wide_dtype
 from ssmzoo.linear import Linear
-from ssmzoo.mixers._base import Mixer
-from ssmzoo.mixers._init import log_uniform, wide_dtype
-from ssmzoo.mixers._s4_recurrence import Dense, Diagonal, run_chunk
+from ssmzoo.lti.options import ACTIVATIONS, LTIOptions
+from ssmzoo.lti.recurrence import Dense, Diagonal, run_chunk
+from ssmzoo.mixer import Mixer
 from ssmzoo.state import State
 
 # Where HiPPO has no damping, A's real part starts here: below 0, as its logarithm is what is trained.
 LEAST_DAMPING = 1e-4
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "relu": F.relu,
-    "tanh": torch.tanh,
-    "none": torch.positive,
-}
 
 # The names of the learning rates → the weights that they are for.
 RATES = {"A": ("A_log", "A_imag", "P"), "B": ("B",), "C": ("C", "C_reverse"), "dt": ("log_dt",)}
@@ -72,73 +65,43 @@ class S4Layer(Mixer):
     state_class = S4State
     residual_projections = ()
     discretization: str
+    has_rate = True
     length_dependent: ClassVar[tuple[str, ...]] = ()  # discretisations whose kernel depends on the whole length
 
-    def __init__(
-        self,
-        d_model: int,
-        *,
-        A: Tensor,
-        B: Tensor,
-        P: Tensor | None,
-        discretization: str,
-        dt_min: float,
-        dt_max: float,
-        dt_tie: bool,
-        n_ssm: int | None,
-        channels: int,
-        bidirectional: bool,
-        gate: int | None,
-        bottleneck: int | None,
-        activation: str,
-        dropout: float,
-        rate: float,
-        lr: float | Mapping[str, float | None] | None,
-    ):
+    def __init__(self, d_model: int, options: LTIOptions, *, A: Tensor, B: Tensor, P: Tensor | None):
+        o, name = options, type(self).__name__
         super().__init__(d_model)
-        name = type(self).__name__
-        for option, value in (("channels", channels), ("gate", gate), ("bottleneck", bottleneck), ("n_ssm", n_ssm)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: `{option}` must be at least 1; got {value}")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"{name}: " + unknown("activation", activation, ACTIVATIONS))
-        if not 0 < dt_min <= dt_max:
-            raise ValueError(f"{name}: 0 < `dt_min` <= `dt_max` must hold; got {dt_min} and {dt_max}")
-        _check_rate(name, rate)
-        if d_model % (bottleneck or 1):
-            raise ValueError(f"{name}: `bottleneck` must divide d_model={d_model}; got {bottleneck}")
-        d = d_model // (bottleneck or 1)
-        if d % (n_ssm or d):
-            raise ValueError(f"{name}: `n_ssm` must divide the {d} channels; got {n_ssm}")
-        self.d_inner, self.channels, self.discretization = d, channels, discretization
-        self.rate = float(rate)
-        self.causal = not bidirectional
-        self.has_state = discretization not in self.length_dependent
-        self.activation = activation
+        self.look_ahead(o.bidirectional)
+        o.check(name, d_model)
+        d = d_model // (o.bottleneck or 1)
+        self.d_inner, self.channels, self.discretization = d, o.channels, o.discretization
+        self.rate = float(o.rate)
+        self.has_state = o.discretization not in self.length_dependent
+        self.activation = o.activation
         self._kept: tuple[float, list[Tensor], Stepper] | None = None
 
         place, wide = torch.get_default_device(), wide_dtype()
         dtype = wide.to_complex() if A.is_complex() else wide
         A, B, P = A.to(dtype), B.to(dtype), None if P is None else P.to(dtype)
-        n, copies = len(A), n_ssm or d
+        n, copies = len(A), o.n_ssm or d
         A, B = (x.to(place).expand(copies, n) for x in (A, B))
-        log_dt = log_uniform(d if dt_tie else d * n, dt_min, dt_max).log()
-        self.log_dt = nn.Parameter(log_dt if dt_tie else log_dt.view(d, n))
+        log_dt = log_uniform(d if o.dt_tie else d * n, o.dt_min, o.dt_max).log()
+        self.log_dt = nn.Parameter(log_dt if o.dt_tie else log_dt.view(d, n))
         self.A_log = nn.Parameter((-A.real).clamp(min=LEAST_DAMPING).log().contiguous())
         self.A_imag = nn.Parameter(A.imag.contiguous()) if A.is_complex() else None
         self.P = None if P is None else _pairs(P.to(place).expand(copies, *P.shape))
         self.B = _pairs(B)
-        self.C = _pairs(torch.randn(channels * d, n, dtype=A.dtype))
-        self.C_reverse = _pairs(torch.randn(channels * d, n, dtype=A.dtype)) if bidirectional else None
-        self.D = nn.Parameter(torch.randn(channels * d, dtype=wide))
+        self.C = _pairs(torch.randn(o.channels * d, n, dtype=A.dtype))
+        self.C_reverse = _pairs(torch.randn(o.channels * d, n, dtype=A.dtype)) if o.bidirectional else None
+        self.D = nn.Parameter(torch.randn(o.channels * d, dtype=wide))
         self.float32_parameters = tuple(name for name, _ in self.named_parameters(recurse=False))
-        self._set_rates(lr)
+        self._set_rates(o.lr)
 
-        self.in_proj = None if bottleneck is None else Linear(d_model, d)
-        self.gate_in = None if gate is None else Linear(d_model, gate * d)
-        self.gate_out = None if gate is None else Linear(channels * d, gate * d)
-        self.dropout = nn.Dropout(dropout)
-        self.out_proj = Linear((gate or channels) * d, 2 * d_model)
+        self.in_proj = None if o.bottleneck is None else Linear(d_model, d)
+        self.gate_in = None if o.gate is None else Linear(d_model, o.gate * d)
+        self.gate_out = None if o.gate is None else Linear(o.channels * d, o.gate * d)
+        self.dropout = nn.Dropout(o.dropout)
+        self.out_proj = Linear((o.gate or o.channels) * d, 2 * d_model)
 
     def kernel(self, system: Continuous, C: Tensor, length: int) -> Tensor:
         """The response to an impulse, ``(d length)``, for C ``(d n)``."""
@@ -173,16 +136,13 @@ class S4Layer(Mixer):
         return kernel, reverse[0] if reverse else None
 
     def initial_state(self, batch_size: int, max_length: int | None = None) -> S4State:
-        name = type(self).__name__
-        if not self.causal:
+        if not self.has_state and self.causal:
             raise ValueError(
-                f"{name}: there is no `initial_state` with `bidirectional=True`, which sees the whole sequence at once"
+                f"{type(self).__name__}: there is no `initial_state` with `discretization={self.discretization!r}`, "
+                "which divides by a sum over the whole length that no chunk knows. Choose 'zoh', its limit for long "
+                "sequences"
             )
-        if not self.has_state:
-            raise ValueError(
-                f"{name}: there is no `initial_state` with `discretization={self.discretization!r}`, which divides by "
-                "a sum over the whole length that no chunk knows. Choose 'zoh', its limit for long sequences"
-            )
+        self.check_has_state()
         wide = self.A_log.dtype
         dtype = wide if self.A_imag is None else torch.promote_types(wide, torch.complex64)
         return S4State(
@@ -282,35 +242,6 @@ class S4Layer(Mixer):
                 if rate is not None and name in self.float32_parameters:
                     self.learning_rates[name] = float(rate)
                     self.get_parameter(name).requires_grad_(rate > 0)
-
-
-def set_rate(model: nn.Module, rate: float) -> None:
-    """Resamples the time axis of every S4 and S4D layer in a model.
-
-    Args:
-        model: any module; layers of other kinds stay as they are.
-        rate: the spacing of its inputs over that in training: 2.0 for every second sample, 0.5 for twice as many.
-
-    Raises:
-        ValueError: rate is not above 0, or there is no such layer.
-    """
-    _check_rate("set_rate", rate)
-    layers = [module for module in model.modules() if isinstance(module, S4Layer)]
-    if not layers:
-        raise ValueError(f"set_rate: `model` must have an S4 or S4D layer; got {type(model).__name__} without one")
-    for layer in layers:
-        layer.rate = float(rate)
-
-
-def _check_rate(name: str, rate: float) -> None:
-    if not isinstance(rate, int | float) or not 0 < rate < math.inf:
-        raise ValueError(f"{name}: `rate` must be above 0; got {rate!r}")
-
-
-def check_state_size(name: str, d_state: int, pairs: bool) -> None:
-    """Raises ValueError unless d_state is positive, and even where it is made of conjugate pairs."""
-    if d_state < 1 or (pairs and d_state % 2):
-        raise ValueError(f"{name}: `d_state` must be positive{', and even, as pairs' * pairs}; got {d_state}")
 
 
 def _pairs(x: Tensor) -> nn.Parameter:

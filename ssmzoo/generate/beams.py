@@ -7,13 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from ssmzoo.model import SequenceModel
+from ssmzoo.generate.arguments import TokenModel
 
 
 @torch.no_grad()
 def beam_search(
-    model: SequenceModel, prompts: Tensor, mask: Tensor | None, steps: int, num_beams: int, ends: tuple[int, ...]
-) -> list[list[int]]:
+    model: TokenModel, prompts: Tensor, mask: Tensor | None, steps: int, num_beams: int, ends: tuple[int, ...]
+) -> Tensor:
     """The best continuation of each prompt, as ``transformers`` finds it by default.
 
     At each step every prompt keeps the ``num_beams`` most likely running continuations. One that ends is set aside
@@ -29,7 +29,7 @@ def beam_search(
         ends: ids after which a continuation ends.
 
     Returns:
-        The new ids of each prompt, ``ends`` included.
+        The new ids ``(b, n)``, ends included; what ended early is filled up with the first of ``ends``.
 
     Raises:
         ValueError: logits that are not finite, naming the step.
@@ -69,7 +69,9 @@ def beam_search(
         scores = torch.tensor(kept, device=logits.device)
         ids = torch.tensor(tokens, device=prompts.device)[:, None]
         logits, state = model(ids, state.select(rows))
-    return [max(found, key=lambda pair: pair[0])[1] for found in ended]
+    found = [max(candidates, key=lambda pair: pair[0])[1] for candidates in ended]
+    longest = max(map(len, found))
+    return torch.tensor([[*row, *ends[:1] * (longest - len(row))] for row in found], device=prompts.device)
 
 
 ROOM = 4096  # tokens of a cache that are set aside at once; it grows where more come

@@ -1,13 +1,19 @@
-"""Architectures as other people's ``config.json`` describes them."""
+"""Published checkpoints of Mamba and Falcon Mamba: their ``config.json``, the names of their weights, and shards."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from ssmzoo.checkpoints.weights import line, read_tensors, some
 from ssmzoo.config import ModelConfig
+
+FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def published_config(path: Path) -> ModelConfig:
@@ -76,3 +82,60 @@ def _from_transformers(given: Mapping[str, Any]) -> dict[str, Any] | None:
         "residual_in_fp32": given.get("residual_in_fp32", True),
         "tie_embeddings": given.get("tie_word_embeddings", True),
     }
+
+
+def convert_mamba_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Renames the weights of a published Mamba to ours; the tensors are the same.
+
+    Args:
+        state_dict: of a state-spaces checkpoint (``backbone.embedding.weight``), or of transformers'
+            ``MambaForCausalLM``, ``MambaModel`` or their Falcon Mamba twins (``backbone.embeddings.weight``,
+            ``embeddings.weight``).
+
+    Raises:
+        ValueError: keys of another kind of model, the first of them by name.
+    """
+    converted: dict[str, Tensor] = {}
+    strange = []
+    for key, tensor in state_dict.items():
+        name = re.sub(r"^embeddings\.", "embedding.", key.removeprefix("backbone."))
+        if not re.match(r"(embedding|norm_f|lm_head|layers\.\d+\.(mixer|norm2?|mlp))\.", name):
+            strange.append(key)
+        converted[name] = tensor
+    if strange:
+        raise ValueError(
+            f"convert_mamba_state_dict: `state_dict` holds weights that are none of Mamba: {some(strange)}"
+        )
+    return converted
+
+
+def published_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """The file that says what the weights are, and all of them: one file, or shards with their index.
+
+    Raises:
+        FileNotFoundError, ValueError: there are none, or they are damaged.
+    """
+    for name in FILES:
+        whole, index = folder / name, folder / f"{name}.index.json"
+        if whole.is_file():
+            return whole, read_tensors(whole)
+        if index.is_file():
+            return index, _shards(index)
+    raise FileNotFoundError(f"no weights: {folder} holds neither {' nor '.join(FILES)}, whole or in shards")
+
+
+def _shards(index: Path) -> dict[str, Tensor]:
+    """The tensors of all shards that an index (``{"weight_map": {tensor: file}}``) names."""
+    try:
+        places = dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} is no index of shards ({type(error).__name__}: {line(error)})") from None
+    weights: dict[str, Tensor] = {}
+    for shard in sorted(set(map(str, places.values()))):
+        if Path(shard).name != shard:
+            raise ValueError(f"{index} must name files beside it; got {shard!r}")
+        weights |= read_tensors(index.with_name(shard))
+    lacking = sorted(set(places) - set(weights))
+    if lacking:
+        raise ValueError(f"{index} names tensors that its shards do not hold: {some(lacking)}")
+    return weights

@@ -1,10 +1,8 @@
-"""Architectures as data: the typed config of a model, its YAML, and overrides."""
+"""The typed config of a model, its YAML, and overrides."""
 
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
-import os
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,11 +10,12 @@ from typing import Any, Literal
 
 import yaml
 
-from ssmkernels.core.dispatch import unknown
-from ssmzoo.mixers._base import Mixer
+from ssmkernels.core.names import unknown
+from ssmzoo.config.entries import check_nesting, merge, reachable
+from ssmzoo.mixer import Mixer
 from ssmzoo.mlp import MLPS
 from ssmzoo.options import check_options, check_range, convert, options_of
-from ssmzoo.plain import MAX_CHARACTERS, MAX_DEPTH, MAX_VALUES, check_plain, parse_yaml, short
+from ssmzoo.plain import check_plain, read_mapping, short
 from ssmzoo.registry import mixer_class
 
 MAX_LAYERS = 10_000
@@ -123,7 +122,7 @@ class ModelConfig:
         if convert("config key `mlp.kind`", self.mlp.get("kind", "none"), str) not in MLPS:
             raise ValueError(unknown("`kind` of mlp", self.mlp["kind"], MLPS))
         check_options(f"mlp {self.mlp.get('kind', 'none')!r}", MLPS[self.mlp.get("kind", "none")], self.mlp_options())
-        _check_nesting(self.pattern, self.mixers)
+        check_nesting(self.pattern, self.mixers)
         used = self.entries_used()
         for entry in self.mixers:
             if entry not in used:
@@ -134,7 +133,7 @@ class ModelConfig:
 
     def entries_used(self) -> set[str]:
         """Names that the pattern, and the parallel entries in it, refer to; looks each mixer up."""
-        used = _reachable(self.pattern, self.mixers)
+        used = reachable(self.pattern, self.mixers)
         for entry in sorted(used):
             self.mixer_class(entry)
         return used
@@ -164,6 +163,11 @@ class ModelConfig:
     def mlp_options(self) -> dict[str, Any]:
         """The channel mixer's options without its kind."""
         return {k: v for k, v in self.mlp.items() if k != "kind"}
+
+    @property
+    def n_residuals(self) -> int:
+        """How many maps of the model write into its residual stream."""
+        return self.n_layers * (1 if self.mlp.get("kind", "none") == "none" else 2)
 
     @property
     def padded_vocab_size(self) -> int:
@@ -204,7 +208,7 @@ class ModelConfig:
         Raises:
             FileNotFoundError, ValueError, TypeError: no such file, no YAML mapping in it, or keys that do not fit.
         """
-        return cls.from_dict(_read(Path(path)), str(path))
+        return cls.from_dict(read_mapping(Path(path)), str(path))
 
     def override(self, overrides: Mapping[str, Any]) -> ModelConfig:
         """A new config with some values changed: nested (``mixers={"mamba": {"d_state": 8}}``) or dotted
@@ -215,126 +219,14 @@ class ModelConfig:
         if "d_input" in overrides and self.d_output == self.d_input:
             values["d_output"] = None  # likewise
         for key, value in overrides.items():
-            _merge(values, key.split("."), value)
+            merge(values, key.split("."), value)
         if "pattern" in overrides:  # entries that only the old pattern used go with it
             asked = {*(overrides.get("mixers") or {})}
             asked |= {key.split(".")[1] for key in overrides if key.startswith("mixers.")}
-            kept = _reachable(values["pattern"], values["mixers"]) | asked
+            kept = reachable(values["pattern"], values["mixers"]) | asked
             values["mixers"] = {name: options for name, options in values["mixers"].items() if name in kept}
         return ModelConfig.from_dict(values)
 
 
-def _reachable(pattern: Any, mixers: Mapping[str, Any]) -> set[str]:
-    """Names in the pattern, and those that parallel entries among them run."""
-    found: set[str] = set()
-    waiting = list(pattern) if isinstance(pattern, list | tuple) else []
-    while waiting:
-        entry = waiting.pop()
-        if entry not in found:
-            found.add(entry)
-            branches = (mixers.get(entry) or {}).get("branches")
-            waiting += branches if isinstance(branches, list | tuple) else []
-    return found
-
-
-def _merge(values: dict[str, Any], path: list[str], value: Any) -> None:
-    key, *rest = path
-    if rest:
-        inner = values.get(key)
-        if inner is None:
-            inner = values[key] = {}
-        if not isinstance(inner, dict):
-            raise ValueError(f"config: `{key:.80}` is {short(inner)} and holds no key `{'.'.join(rest):.80}`")
-        _merge(inner, rest, value)
-    elif isinstance(value, Mapping) and isinstance(values.get(key), dict):
-        for inner_key, inner_value in value.items():
-            _merge(values[key], [inner_key], inner_value)
-    else:
-        values[key] = value
-
-
 def _default(field: dataclasses.Field[Any]) -> Any:
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-
-
-def _check_nesting(pattern: Sequence[str], mixers: Mapping[str, Any]) -> None:
-    """Refuses parallel entries that run themselves, nest too deep, or are too many once written out."""
-    sizes: dict[str, int] = {}
-
-    def written_out(entry: str, path: tuple[str, ...]) -> int:
-        if entry in path:
-            shown = " → ".join(name[:80] for name in (*path[path.index(entry) :], entry))
-            raise ValueError(f"config: `mixers.{entry:.80}` must not run itself as a branch: {shown:.300}")
-        if len(path) >= MAX_DEPTH:
-            raise ValueError(f"config: the `branches` of `mixers.{path[0]:.80}` nest deeper than {MAX_DEPTH} levels")
-        if entry not in sizes:
-            branches = (mixers.get(entry) or {}).get("branches")
-            inside = branches if isinstance(branches, list | tuple) else []
-            names = [convert(f"each of the `branches` of `mixers.{entry:.80}`", name, str) for name in inside]
-            sizes[entry] = 1 + sum(written_out(name, (*path, entry)) for name in names)
-            if sizes[entry] > MAX_VALUES:
-                raise ValueError(f"config: the `branches` of `mixers.{entry:.80}` run more than {MAX_VALUES} mixers")
-        return sizes[entry]
-
-    for entry in pattern:
-        written_out(entry, ())
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(MAX_CHARACTERS + 1)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no valid YAML: {error}") from None
-    values = parse_yaml(text, str(path))
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a mapping of config keys; got {type(values).__name__}")
-    return values
-
-
-def _folder() -> Path:
-    """Where the configs lie: inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).parent
-    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
-
-
-def list_models(pattern: str = "*") -> list[str]:
-    """Names of the models that :func:`build` knows, those matching a wildcard such as ``"mamba-*"``."""
-    names = sorted(path.stem for path in _folder().glob("*.yaml"))
-    return [name for name in names if fnmatch.fnmatchcase(name, pattern)]
-
-
-def model_folder(name_or_path: object) -> Path | None:
-    """The folder of a saved model that is meant, if one is.
-
-    A model's bare name is the model, whatever folders lie about; ``./lstm-tiny`` or a ``Path`` is the folder.
-    """
-    if not isinstance(name_or_path, str | os.PathLike):
-        return None
-    if isinstance(name_or_path, str) and name_or_path in list_models():
-        return None
-    try:
-        return Path(name_or_path) if Path(name_or_path).is_dir() else None
-    except (OSError, ValueError):  # too long for a path, or a NUL in it
-        return None
-
-
-def load_config(name_or_path: str | os.PathLike[str]) -> ModelConfig:
-    """The config of a named model, or of a YAML file.
-
-    Raises:
-        ValueError: neither a model's name nor a file; says which models there are and the nearest.
-    """
-    path = _folder() / f"{name_or_path}.yaml"
-    if str(name_or_path) in list_models():
-        return ModelConfig.from_yaml(path)
-    given = Path(name_or_path)
-    try:
-        is_file = given.is_file()
-    except (OSError, ValueError):
-        is_file = False
-    if given.suffix in (".yaml", ".yml") or is_file:
-        if not is_file:
-            raise FileNotFoundError(f"no config file {given!s:.200}")
-        return ModelConfig.from_yaml(given)
-    raise ValueError(unknown("model", str(name_or_path), list_models()))

@@ -31,6 +31,11 @@ LAYERS = (
 )
 LEVELS = {room: level for level, line in enumerate(LAYERS) for room in line.split()}
 
+# Likewise of ssmkernels. An op's spec.py and peers.py describe it to check and bench.
+KERNEL_LAYERS = ("core", "native masks", "ops", "ssmkernels", "check", "compat testing", "bench")
+KERNEL_LEVELS = {room: level for level, line in enumerate(KERNEL_LAYERS) for room in line.split()}
+DESCRIPTIONS = ("spec", "peers")
+
 SOURCES = sorted((ROOT / "ssmzoo").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels" / "ssmkernels").rglob("*.py"))
 
@@ -63,8 +68,9 @@ def imported(module: str) -> set[str]:
 
 
 def room_of(module: str) -> str:
-    """The room of a module of ssmzoo."""
-    return (*module.split("."), "ssmzoo")[1]
+    """The room of a module; the package's own name for the package itself."""
+    package, *rest = module.split(".")
+    return rest[0] if rest else package
 
 
 ZOO = [module_of(path) for path in SOURCES]
@@ -82,6 +88,19 @@ def test_imports_point_down():
         if name.startswith("ssmzoo")
         and room_of(name) != room_of(module)
         and LEVELS[room_of(name)] >= LEVELS[room_of(module)]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_imports_of_the_kernels_point_down():
+    modules = [module_of(path) for path in KERNELS]
+    assert {room_of(module) for module in modules} == set(KERNEL_LEVELS)
+    wrong = [
+        f"{module} imports {name}, which is not below it"
+        for module in modules
+        if not (room_of(module) == "ops" and module.split(".")[-1] in DESCRIPTIONS)
+        for name in sorted(imported(module))
+        if room_of(name) != room_of(module) and KERNEL_LEVELS[room_of(name)] >= KERNEL_LEVELS[room_of(module)]
     ]
     assert not wrong, "\n".join(wrong)
 

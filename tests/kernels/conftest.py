@@ -185,7 +185,7 @@ def gpu(monkeypatch):
     """As if there were a GPU, and CPU tensors were on it, for what asks ``ssmkernels.core.external``."""
     triton_support.missing()  # remembers the truth
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(external, "wrong_device", lambda name, tensor: None)
+    monkeypatch.setattr(external, "wrong_device", lambda a: None)
     external._missing.cache_clear()
     yield
     external._missing.cache_clear()

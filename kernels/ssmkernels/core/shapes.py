@@ -14,7 +14,7 @@ def expanded(shape: str, axes: int) -> list[list[str]]:
     found = []
     for alternative in shape.split("|"):
         letters = alternative.split()
-        if letters[0] == "...":
+        if letters[:1] == ["..."]:
             letters = [*(f"n{i}" for i in range(1, axes - len(letters) + 2)), *letters[1:]]
         found.append(letters)
     return found

@@ -51,7 +51,7 @@ def check_shapes(
         axes = value.ndim if axes is None else axes
         fitting = [letters for letters in expanded(shape, axes) if len(letters) == value.ndim]
         if not any(learn(letters, value.shape, sizes) for letters in fitting):
-            known = _known(shape, sizes)
+            known = _known(shape, axes, sizes)
             raise ValueError(f"{op}: `{name}` must have shape {pretty(shape)}{known}; got {tuple(value.shape)}")
         if device is None:
             device, first = value.device, name
@@ -60,8 +60,11 @@ def check_shapes(
     return sizes
 
 
-def _known(shape: str, sizes: Mapping[str, int]) -> str:
-    known = [f"{letter}={sizes[letter]}" for letter in letters_of(shape) if letter in sizes]
+def _known(shape: str, axes: int, sizes: Mapping[str, int]) -> str:
+    """The sizes known of a shape's letters, and of the axes n1, n2 and so on for which ``...`` stands."""
+    terms = [term for letters in expanded(shape, axes) for term in letters]
+    letters = dict.fromkeys(x for term in terms for x in ([term] if term in sizes else letters_of(term)))
+    known = [f"{letter}={sizes[letter]}" for letter in letters if letter in sizes]
     return " with " + ", ".join(known) if known else ""
 
 

@@ -12,13 +12,15 @@ import math
 import torch
 from torch import Tensor
 
+from ssmkernels.core.plain import readable
+
 
 def spread(out: Tensor) -> bool:
     """Whether some number is not finite, so that rows which see no NaN or infinity may hold one.
 
-    For plain tensors. Always False on a GPU and in compiled code, where numbers cannot be read at once.
+    Always False where numbers cannot be read at once: on a GPU, in compiled code, under a transform.
     """
-    return out.device.type == "cpu" and not torch.compiler.is_compiling() and not finite(out)
+    return readable(out) and not finite(out)
 
 
 def finite(x: Tensor) -> bool:

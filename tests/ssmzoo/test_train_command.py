@@ -83,7 +83,7 @@ def test_ctrl_c_says_how_to_go_on_and_exits_with_130(folder, monkeypatch, capsys
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "`MODEL` is missing: name one, as in `ssmzoo train mamba-hybrid-tiny`"),
+        ([], "`MODEL` is missing; name one, as in `ssmzoo train mamba-hybrid-tiny`"),
         (["mamba-tiny"], "unknown model: 'mamba-tiny'. Did you mean '"),
         (["small.yaml", "a.txt"], "give one model; got 'a.txt' as well. Text to train on goes after --data"),
         (["small.yaml", "--set", "stpes=3"], "unknown setting: 'stpes'. Did you mean 'steps'"),
@@ -105,9 +105,7 @@ def test_what_train_refuses(arguments, message):
 def test_generate_with_a_tokenizer(folder, capsys):
     tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers")
     pretrained.save(ssmzoo.build("small.yaml", vocab_size=3), "words")
-    with pytest.raises(
-        ValueError, match="words has 3 token ids and does not read bytes; name its tokenizer with --tokenizer"
-    ):
+    with pytest.raises(ValueError, match="words has 3 token ids and does not read bytes; give its --tokenizer"):
         call(generate.command, "words", "the cat")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"the": 0, "cat": 1, "?": 2}, unk_token="?"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ssmkernels.core.block_mask import BlockMask
 from ssmkernels.core.packing import spans
-from ssmkernels.core.plain import readable
 from ssmkernels.core.validate import precision
 from ssmkernels.ops.attention import hidden
 
@@ -86,7 +85,7 @@ def attend(
     lse = logits.masked_fill(blind, 0).logsumexp(-1, keepdim=True)  # (b h l 1)
     weights = torch.exp(s - lse).unflatten(1, (h_kv, h // h_kv))  # (b c g l m), 0 for what is not seen
     out = torch.einsum("bcglm,bmcv->blcgv", weights, v.to(wide)).flatten(2, 3)  # (b l h v)
-    if readable(out) and hidden.spread(out):
+    if hidden.spread(out):
         v = v.to(wide).repeat_interleave(h // h_kv, dim=2).transpose(1, 2).flatten(0, 1)  # (b·h m v)
         v, met = hidden.met((s != -torch.inf).flatten(0, 1), v)
         careful = torch.bmm(weights.flatten(1, 2).flatten(0, 1), v).masked_fill(met, torch.nan)  # (b·h l v)

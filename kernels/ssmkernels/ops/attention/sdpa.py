@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ssmkernels.core.double_backward import say_way_out
 from ssmkernels.core.packing import spans
+from ssmkernels.core.plain import readable
 from ssmkernels.core.validate import HALF, precision
 from ssmkernels.ops.attention import hidden, tiled, triton
 from ssmkernels.ops.attention.reference import distances, in_window
@@ -187,7 +188,7 @@ def _with_nan(q: Tensor, out: Tensor, keys: int) -> Tensor:
 
     Compiled code has no branch here, so that one graph serves few keys and many.
     """
-    if not torch.compiler.is_compiling() and (keys >= VECTOR or hidden.finite(q)):
+    if not torch.compiler.is_compiling() and (keys >= VECTOR or (readable(q) and hidden.finite(q))):
         return out
     return out.masked_fill(q.isnan().any(-1, keepdim=True), torch.nan)
 

@@ -1,14 +1,11 @@
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from ssmkernels import OPS, bilinear_dplr, bilinear_step, discretize_dplr, dplr_kernel, explain, native
+from ssmkernels import OPS, bilinear_dplr, bilinear_step, discretize_dplr, dplr_kernel, explain
 from ssmkernels.ops.dplr_kernel import cauchy, tiled
 from ssmkernels.ops.dplr_kernel.peers import PEERS
 
@@ -245,27 +242,6 @@ def test_the_same_bits_on_any_number_of_threads(arguments, run):
         results.append(run(able("cpu"), **made))
     torch.set_num_threads(before)
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
-
-
-# In a fresh process: the library chooses its instruction set once.
-CHECKED = """
-from ssmkernels import native
-from ssmkernels.testing import check
-import torch
-assert native.missing() is None, native.missing()
-assert native.info()["isa"] == "{isa}", native.info()
-sizes = [dict(n=n, length=l, rank=r) for n, l, r in ((1, 1, 1), (17, 37, 2), (33, 127, 1), (64, 200, 3))]
-check("dplr_kernel", "cpu", cases=[*sizes, dict(complex=False, n=19, length=70)], dtypes=[torch.float32, torch.float64])
-"""
-
-
-@pytest.mark.parametrize("isa", native.info().get("isas", []))
-def test_every_instruction_set(isa):
-    command = [sys.executable, "-c", CHECKED.format(isa=isa)]
-    answer = subprocess.run(command, env={**os.environ, "SSMZOO_CPU_ISA": isa}, capture_output=True, text=True)
-    if "cannot be run by this CPU" in answer.stderr:
-        pytest.skip(f"needs a CPU with {isa}")
-    assert answer.returncode == 0, answer.stderr[-4000:]
 
 
 @EACH

@@ -108,6 +108,7 @@ def test_the_matrix_sees_a_wrong_kernel(monkeypatch):
 
 
 @pytest.mark.op
+@pytest.mark.slow
 def test_random_calls_in_processes_of_their_own():
     done = python(str(Path(__file__).with_name("fuzz.py")), "--calls", "400", "--seed", "3")
     assert done.returncode == 0, done.stdout[-3000:]

@@ -207,6 +207,7 @@ for case, dtype, kept, wanted in [
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork, to measure each load on its own")
+@pytest.mark.slow
 def test_loading_takes_the_memory_of_the_file_alone(tmp_path):
     """With dtypes that are converted the larger of file and weights counts.
 

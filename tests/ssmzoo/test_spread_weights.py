@@ -18,6 +18,7 @@ def test_every_stateful_mixer_is_here():
     assert kinds == set(ssmzoo.list_mixers()) - {"bigbird", "linformer"}  # these see the whole sequence at once
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch was built without torch.distributed")
 def test_sharded_over_two_processes(on_two_processes):
     on_two_processes(PROGRAM)

@@ -17,17 +17,6 @@ from ssmkernels.ops.causal_conv1d import reference
 
 __all__ = ["causal_conv1d", "causal_conv1d_step", "missing", "step_unsupported", "unsupported"]
 
-_FORWARD = """
-    x weight bias initial cu_seqlens y final_state
-    dtype sequences length d width silu threads x_batch x_time
-"""
-_BACKWARD = _FORWARD + "dy dfinal dx dweight dbias dinitial dy_batch dy_time"
-_STEP = "state x weight bias y dtype batch d width silu threads x_batch"
-
-_Forward = native.arguments("_Forward", _FORWARD)
-_Backward = native.arguments("_Backward", _BACKWARD)
-_Step = native.arguments("_Step", _STEP)
-
 
 def unsupported(arguments: Mapping[str, Any]) -> str | None:
     x = arguments["x"]
@@ -66,7 +55,7 @@ def _conv(
     large_pages(y)
     values, _kept = _values(x, weight, bias, activation, initial_state, cu_seqlens)
     values |= {"y": y.data_ptr(), "final_state": final_state.data_ptr()}
-    native.run("causal_conv1d", _Forward(**values))
+    native.run("causal_conv1d", values)
     return y, final_state
 
 
@@ -81,7 +70,7 @@ def _outputs(x, weight, bias, activation, initial_state, cu_seqlens):
 
 
 def _values(x, weight, bias, activation, initial_state, cu_seqlens) -> tuple[dict[str, int], list[Any]]:
-    """The fields of ``_Forward`` but for the outputs, and the tensors that they point into."""
+    """The kernel's arguments but for the outputs, and the tensors that they point into."""
     wide = precision(x)
     x, weight = rows(x), weight.to(wide).contiguous()
     bias = None if bias is None else bias.to(wide).contiguous()
@@ -129,9 +118,9 @@ def conv_backward(
     }
     large_pages(gradients["dx"])
     values |= {name: address(g) for name, g in gradients.items()}
-    values |= {"dy": dy.data_ptr(), "dfinal": address(dfinal)}
+    values |= {"y": 0, "final_state": 0, "dy": dy.data_ptr(), "dfinal": address(dfinal)}
     values |= {"dy_batch": dy.stride(0), "dy_time": dy.stride(1)}
-    native.run("causal_conv1d_backward", _Backward(**values))
+    native.run("causal_conv1d_backward", values)
     inputs = (x, weight, bias, initial_state)
     return [g.to(t.dtype) for g, t in zip(gradients.values(), inputs, strict=True) if g is not None and t is not None]
 
@@ -177,20 +166,20 @@ def _step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activat
     batch, d = x.shape
     native.run(
         "causal_conv1d_step",
-        _Step(
-            own.data_ptr(),
-            x.data_ptr(),
-            weight.data_ptr(),
-            address(bias),
-            y.data_ptr(),
-            native.DTYPES[x.dtype],
-            batch,
-            d,
-            weight.shape[1],
-            activation == "silu",
-            native.threads(x.numel() * 4),
-            x.stride(0),
-        ),
+        {
+            "state": own.data_ptr(),
+            "x": x.data_ptr(),
+            "weight": weight.data_ptr(),
+            "bias": address(bias),
+            "y": y.data_ptr(),
+            "dtype": native.DTYPES[x.dtype],
+            "batch": batch,
+            "d": d,
+            "width": weight.shape[1],
+            "silu": activation == "silu",
+            "threads": native.threads(x.numel() * 4),
+            "x_batch": x.stride(0),
+        },
     )
     if own is not state:
         state.copy_(own)

@@ -18,11 +18,6 @@ __all__ = ["diagonal_kernel", "missing", "unsupported"]
 # Blocks that one task of the backward pass takes, and the least taps of a block: kSpan and kLeast in cpu.h.
 SPAN, LEAST = 96, 64
 
-_FORWARD = "ratio weight taps dtype complex length d n threads"
-
-_Forward = native.arguments("_Forward", _FORWARD)
-_Backward = native.arguments("_Backward", _FORWARD + " dratio dweight")
-
 
 def unsupported(arguments: Mapping[str, Any]) -> str | None:
     A = arguments["A"]
@@ -44,7 +39,7 @@ class _Taps(torch.autograd.Function):
         ctx.constants = length, dtype
         ratio, weight = _plain(ratio, weight)
         taps = ratio.new_empty((ratio.shape[0], length), dtype=dtype)
-        native.run("diagonal_kernel", _Forward(*_values(ratio, weight, taps)))
+        native.run("diagonal_kernel", _values(ratio, weight, taps))
         return taps
 
     @staticmethod
@@ -53,9 +48,8 @@ class _Taps(torch.autograd.Function):
         ratio, weight = _plain(*ctx.saved_tensors)
         dtaps = dtaps.contiguous()
         parts = [ratio.new_empty((_spans(dtaps.shape[1]), *ratio.shape)) for _ in range(2)]
-        native.run(
-            "diagonal_kernel_backward", _Backward(*_values(ratio, weight, dtaps), *(p.data_ptr() for p in parts))
-        )
+        gradients = {"dratio": parts[0].data_ptr(), "dweight": parts[1].data_ptr()}
+        native.run("diagonal_kernel_backward", _values(ratio, weight, dtaps) | gradients)
         return (*(p.sum(0) for p in parts), None, None)
 
 
@@ -63,12 +57,20 @@ def _plain(*tensors: Tensor) -> list[Tensor]:
     return [x.resolve_conj().contiguous() for x in tensors]
 
 
-def _values(ratio: Tensor, weight: Tensor, taps: Tensor) -> list[int]:
-    """The fields of ``_Forward``."""
-    d, n, length = *ratio.shape, taps.shape[1]
-    addresses = [x.data_ptr() for x in (ratio, weight, taps)]
-    sizes = [native.DTYPES[taps.dtype], ratio.is_complex(), length, d, n]
-    return [*addresses, *sizes, native.threads(taps.numel() * n)]
+def _values(ratio: Tensor, weight: Tensor, taps: Tensor) -> dict[str, int]:
+    """The kernel's arguments."""
+    d, n = ratio.shape
+    return {
+        "ratio": ratio.data_ptr(),
+        "weight": weight.data_ptr(),
+        "taps": taps.data_ptr(),
+        "dtype": native.DTYPES[taps.dtype],
+        "complex": ratio.is_complex(),
+        "length": taps.shape[1],
+        "d": d,
+        "n": n,
+        "threads": native.threads(taps.numel() * n),
+    }
 
 
 def _spans(length: int) -> int:

@@ -19,12 +19,6 @@ from ssmkernels.ops.dplr_kernel.discretize import bilinear_dplr, column, functio
 
 __all__ = ["dplr_kernel", "missing", "unsupported"]
 
-_FORWARD = "diagonal left right B C K d n rank length pairs single threads"
-_BACKWARD = _FORWARD + " dK ddiagonal dleft dright dB dC"
-
-_Forward = native.arguments("_Forward", _FORWARD)
-_Backward = native.arguments("_Backward", _BACKWARD)
-
 
 def unsupported(arguments: Mapping[str, Any]) -> str | None:
     A, P = arguments["A"], arguments["P"]
@@ -62,7 +56,7 @@ def _taps(
     """
     K = _outputs(diagonal, left, right, B, C, length, pairs, single)
     values, _kept = _values(diagonal, left, right, B, C, length, pairs, single)
-    native.run("dplr_kernel", _Forward(**values | {"K": K.data_ptr()}))
+    native.run("dplr_kernel", values | {"K": K.data_ptr()})
     return K
 
 
@@ -75,7 +69,7 @@ def _outputs(diagonal, left, right, B, C, length, pairs, single):
 
 
 def _values(diagonal, left, right, B, C, length, pairs, single) -> tuple[dict[str, int], list[Tensor]]:
-    """The fields of ``_Forward`` but for the output, and the tensors that they point into."""
+    """The kernel's arguments but for the output, and the tensors that they point into."""
     tensors = {"diagonal": diagonal, "left": left, "right": right, "B": B, "C": C}
     tensors = {name: t.contiguous() for name, t in tensors.items()}
     values = {name: t.data_ptr() for name, t in tensors.items()}
@@ -104,7 +98,7 @@ def taps_backward(
         for name, x in (("diagonal", diagonal), ("left", left), ("right", right), ("B", B), ("C", C))
     }
     addresses = {name: g.data_ptr() for name, g in gradients.items()}
-    native.run("dplr_kernel_backward", _Backward(**values, **addresses, K=0, dK=dK.data_ptr()))
+    native.run("dplr_kernel_backward", values | addresses | {"K": 0, "dK": dK.data_ptr()})
     return list(gradients.values())
 
 

@@ -19,15 +19,6 @@ __all__ = ["missing", "rms_norm", "unsupported"]
 
 PARTS = 64  # of the sum over rows: as in cpu_backward.cpp
 
-_FORWARD = """
-    x weight gate residual y summed dtype residual_wide rows d group gate_first threads
-    x_row gate_row residual_row eps
-"""
-_BACKWARD = _FORWARD + "dy dsummed dx dweight dgate dresidual parts dy_row dsummed_row"
-
-_Forward = native.arguments("_Forward", _FORWARD, numbers=("eps",))
-_Backward = native.arguments("_Backward", _BACKWARD, numbers=("eps",))
-
 
 def unsupported(arguments: Mapping[str, Any]) -> str | None:
     x = arguments["x"]
@@ -67,7 +58,7 @@ def _norm(
     values, _kept = _values(x, weight, eps, gate, norm_before_gate, group_size, residual)
     large_pages(y, summed)
     values |= {"y": y.data_ptr(), "summed": summed.data_ptr()}
-    native.run("rms_norm", _Forward(**values))
+    native.run("rms_norm", values)
     return y, summed
 
 
@@ -81,7 +72,7 @@ def _outputs(x, weight, eps, gate, norm_before_gate, group_size, residual):
 
 
 def _values(x, weight, eps, gate, norm_before_gate, group_size, residual) -> tuple[dict[str, Any], list[Any]]:
-    """The fields of ``_Forward`` but for the outputs, and the tensors that they point into."""
+    """The kernel's arguments but for the outputs, and the tensors that they point into."""
     x, gate, residual = _lines(x), _lines(gate), _lines(residual)
     weight = plain(weight, precision(x))
     rows, d = x.shape
@@ -138,11 +129,11 @@ def norm_backward(
         "dresidual": None if summed is None else summed.new_empty(summed.shape),
     }
     large_pages(*gradients.values())
-    values |= {name: address(g) for name, g in gradients.items()}
+    values |= {"y": 0, "summed": 0} | {name: address(g) for name, g in gradients.items()}
     values |= {"dy": dy_rows.data_ptr(), "dsummed": address(dsummed_rows), "parts": parts.data_ptr()}
     values["dy_row"] = dy_rows.stride(0)
     values["dsummed_row"] = 0 if dsummed_rows is None else dsummed_rows.stride(0)
-    native.run("rms_norm_backward", _Backward(**values))
+    native.run("rms_norm_backward", values)
     inputs = (x, weight, gate, summed)
     return [g.to(t.dtype) for g, t in zip(gradients.values(), inputs, strict=True) if g is not None and t is not None]
 

@@ -15,7 +15,7 @@ from ssmkernels.core.memory import large_pages
 from ssmkernels.core.validate import gradient_wanted, precision
 from ssmkernels.native import missing
 from ssmkernels.ops.selective_scan.again import again
-from ssmkernels.ops.selective_scan.cpu_arguments import Forward, chunk_length, kernel, numbers, values
+from ssmkernels.ops.selective_scan.cpu_arguments import chunk_length, kernel, numbers, values
 from ssmkernels.ops.selective_scan.cpu_backward import scan_backward
 from ssmkernels.ops.selective_scan.cpu_step import selective_scan_step
 
@@ -83,7 +83,7 @@ def _scan(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, starts if save else None
     )
     fields |= {"y": y.data_ptr(), "final_state": final_state.data_ptr()}
-    native.run(kernel(A), Forward(**fields))
+    native.run(kernel(A), fields)
     return y, final_state, starts
 
 

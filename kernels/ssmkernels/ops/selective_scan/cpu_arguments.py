@@ -11,16 +11,6 @@ from ssmkernels import native
 from ssmkernels.core.validate import precision
 from ssmkernels.native import address, rows
 
-_FORWARD = """
-    u delta z A B C D delta_bias initial cu_seqlens y final_state starts
-    dtype sequences length d n groups softplus fixed_B fixed_C chunk threads
-    u_batch u_time delta_batch delta_time z_batch z_time B_batch B_time C_batch C_time
-"""
-_BACKWARD = _FORWARD + "dy dfinal du ddelta dz dA dB dC dD ddelta_bias_ dinitial dy_batch dy_time"
-
-Forward = native.arguments("Forward", _FORWARD)
-Backward = native.arguments("Backward", _BACKWARD)
-
 
 def kernel(A: Tensor, suffix: str = "") -> str:
     """The kernel's name: those of complex states are others."""
@@ -51,7 +41,7 @@ def chunk_length(A: Tensor) -> int:
 def values(
     u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, starts
 ) -> tuple[dict[str, int], list[Any]]:
-    """The fields of ``Forward`` but for the outputs, and the tensors that they point into."""
+    """The kernels' arguments but for the outputs, and the tensors that they point into."""
     wide, dtype, chunk = precision(u), numbers(u, A), chunk_length(A)
     u, delta = rows(u), rows(delta)
     z = None if z is None else rows(z)
@@ -87,8 +77,7 @@ def values(
         "threads": torch.get_num_threads(),
     }
     for name, t in (("u", u), ("delta", delta), ("z", z), ("B", B), ("C", C)):
-        if t is not None:
-            found[name + "_batch"], found[name + "_time"] = t.stride()[:2]
+        found[name + "_batch"], found[name + "_time"] = (0, 0) if t is None else t.stride()[:2]
     return found, list(pointers.values())
 
 

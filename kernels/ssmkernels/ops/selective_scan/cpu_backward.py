@@ -9,7 +9,7 @@ from ssmkernels import native
 from ssmkernels.core.memory import large_pages
 from ssmkernels.core.validate import precision
 from ssmkernels.native import address, rows
-from ssmkernels.ops.selective_scan.cpu_arguments import Backward, kernel, numbers, reals, values
+from ssmkernels.ops.selective_scan.cpu_arguments import kernel, numbers, reals, values
 
 
 @torch.library.custom_op("ssmkernels::selective_scan_cpu_backward", mutates_args=())
@@ -53,14 +53,14 @@ def scan_backward(
         "dC": dC,
         "dD": zeros(D, wide),
         "dz": empty(z),
-        "ddelta_bias_": zeros(delta_bias, wide),
+        "ddelta_bias": zeros(delta_bias, wide),
         "dinitial": empty(initial_state),
     }
     large_pages(gradients["du"], gradients["ddelta"], gradients["dz"])
     fields |= {name: address(g) for name, g in gradients.items()}
-    fields |= {"dy": dy.data_ptr(), "dfinal": address(dfinal)}
+    fields |= {"y": 0, "final_state": 0, "dy": dy.data_ptr(), "dfinal": address(dfinal)}
     fields["dy_batch"], fields["dy_time"] = dy.stride()[:2]
-    native.run(kernel(A, "_backward"), Backward(**fields))
+    native.run(kernel(A, "_backward"), fields)
     if dtype.is_complex:
         dC *= 2  # as in maps
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)

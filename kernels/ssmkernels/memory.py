@@ -16,7 +16,6 @@ from collections.abc import Callable
 from torch import Tensor
 
 MAPPED = 2**22  # bytes from which large pages are worth a call: two of them
-LARGEST = 2**25 - 2**13  # bytes: with the allocator's own few in front no more than 32 MiB
 PAGE = mmap.PAGESIZE
 MADV_HUGEPAGE = 14  # Linux
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc
@@ -26,9 +25,11 @@ SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_THRESHOLD_
 def keep_memory() -> bool:
     """Lets the process keep what it frees, for the next call: for work that asks for the same memory again and again.
 
-    A step of training does; `ssmzoo train` and `ssmzoo generate` call this. By default glibc maps every block of more
-    than 32 MiB afresh and gives it back at once. After this the process stays as large as it has ever been, and a
-    little more, as blocks of many sizes leave gaps. Call it at the start: blocks that are there already stay mapped.
+    A step of training does; the commands `ssmzoo train`, `generate` and `bench` call this. By default glibc gives large
+    blocks back to the system when they are freed, every block of more than 32 MiB at once, and each layer's activations
+    are faulted in again: a fifth of a Mamba layer's forward pass. After this the process stays as large as it has ever
+    been, and a little more, as blocks of many sizes leave gaps. Call it at the start: blocks that are there already
+    stay mapped. Nothing else in this library changes the allocator's settings.
 
     Returns:
         Whether it will. Not where the C library is another than glibc, nor where somebody has set glibc's thresholds
@@ -42,21 +43,6 @@ def keep_memory() -> bool:
     settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 2**26))  # map nothing, trim never, grow by 64 MiB
     done = [libc.mallopt(*setting) for setting in settings]
     return all(done)
-
-
-def keep_a_layer() -> None:
-    """Lets glibc keep up to 64 MiB of freed memory; other allocators are left as they are.
-
-    It gives memory back to the system, and maps blocks afresh, by thresholds that follow the largest mapped block freed
-    so far (malloc(3), M_MMAP_THRESHOLD). While that is of a layer's size, each layer's activations are given back and
-    faulted in again, which can take a fifth of a Mamba layer's forward pass. So one block of the largest size that
-    counts is freed, untouched. Whoever sets these thresholds (``MALLOC_TRIM_THRESHOLD_``, mallopt) turns this off.
-    """
-    libc = _glibc()
-    if libc is not None:
-        libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
-        libc.free.restype, libc.free.argtypes = None, (ctypes.c_void_p,)
-        libc.free(libc.malloc(LARGEST))
 
 
 def large_pages(*tensors: Tensor | None) -> None:

@@ -50,8 +50,12 @@ def command(
         ),
     ] = None,
     keep_memory: Annotated[
-        bool, typer.Option("--keep-memory", help="Keep freed memory at hand, as `ssmzoo train` does.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--keep-memory/--no-keep-memory",
+            help="Keep freed memory at hand, as `ssmzoo train` does; wherever that can be done, by default.",
+        ),
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes, in about a minute: a look, no result.")] = False,
     settings: Annotated[
         list[str] | None,
@@ -85,7 +89,8 @@ def command(
     from ssmzoo.bench.record import Log, Machine
 
     todo = session.chosen(kinds, names)
-    if keep_memory and not ssmkernels.keep_memory():
+    kept = keep_memory is not False and ssmkernels.keep_memory()
+    if keep_memory and not kept:
         raise ValueError(
             "--keep-memory: the C library is not glibc, or MALLOC_... in the environment tells it otherwise"
         )
@@ -94,7 +99,7 @@ def command(
     place = _device(device)
     folder = out or Path("runs") / f"bench-{datetime.datetime.now():%Y-%m-%d-%H%M%S}"
     folder.mkdir(parents=True, exist_ok=True)
-    screen, machine = console(), Machine.here(keep_memory)
+    screen, machine = console(), Machine.here(kept)
     log = Log(folder / "bench.csv", machine)
     rows: list[Measurement] = []
     stopped = False

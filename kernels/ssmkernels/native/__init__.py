@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch  # first: its OpenMP runtime, and with it its threads, then serve this library too
 from torch import Tensor
 
-from ssmkernels.memory import keep_a_layer, large_pages
+from ssmkernels.memory import large_pages
 from ssmkernels.native.build import ABI, ISAS, NAME
 
 PATH = Path(__file__).resolve().parent.parent / NAME
@@ -58,7 +58,6 @@ def library() -> Library:
     if forced and forced not in able:
         known = "is none of its names" if forced not in ISAS else "cannot be run by this CPU, or was not built"
         return Library(None, "", f"SSMZOO_CPU_ISA={forced}: {forced!r} {known}; there are: {', '.join(able)}")
-    keep_a_layer()
     return Library(handle, forced or able[-1], None)
 
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 NAME = re.compile(r"`[^`\s]+`|(?<!\w)--[a-z]|SSMZOO_[A-Z]|MALLOC_")
 
 # What a message may put in: what a caller of the function was told to call the argument, or a path.
-NAMES = {"where", "origin", "argument"}
+NAMES = {"where", "origin", "argument", "unable"}
 PATHS = {"path", "folder", "source", "index", "run", "given"}
 
 # Those that are not about an argument, by the start of their text.

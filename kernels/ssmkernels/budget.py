@@ -104,7 +104,8 @@ class Rounding(TorchDispatchMode):
 
 def moved(value: Tensor, eps: float, sign: Callable[..., Tensor]) -> Tensor:
     """``value`` with every number off by the relative size ``eps``, up or down by ``sign(*shape)``."""
-    return value + value * (eps * sign(*value.shape).sign().to(value.device))  # 1 + eps would be 1 in float32
+    signs = sign(*value.shape).sign().to(value.device, value.real.dtype)  # in float32, 1 + eps may be 1
+    return value * (1 + eps * signs)
 
 
 def distance(actual: Tensor, exact: Tensor) -> Tensor:

@@ -23,9 +23,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from ssmkernels import sharded
 from ssmkernels.library import opaque
 from ssmkernels.plain import ZERO, filled, forward_differentiated, recorded, subclass, why_not_plain
+from ssmkernels.sharded import call_on_shards, is_distributed
 
 # Input elements from which a call on the reference is worth a warning: about a tenth of a second of it.
 LARGE_CALL = 2**20
@@ -194,8 +194,8 @@ class Op:
         It takes the reference. Others made of PyTorch's operators run only where they are forced, as not all of them
         have rules for every transform.
         """
-        if sharded.is_distributed(arguments):
-            return sharded.call(self.name, self.batched, arguments, functools.partial(self, implementation))
+        if is_distributed(arguments):
+            return call_on_shards(self.name, self.batched, arguments, functools.partial(self, implementation))
         forced, origin = self._forced(implementation)
         name = forced or "reference"
         if _explaining and threading.get_ident() in _explaining:
@@ -203,11 +203,11 @@ class Op:
             other = f"{name!r} takes such calls; this one runs where it is forced"
             choices = tuple(Choice(n, reason if n in KERNELS else "" if n == name else other) for n in self.names)
             raise _Explained(Explanation(self.name, name, reason, choices, able))
-        refusal = f"{self.name}: implementation {forced!r} ({origin}) cannot run this call: {reason}"
+        unable = f"{self.name}: implementation {forced!r} ({origin}) cannot run this call"
         if name in KERNELS or (self._loses_tangents(name) and forward_differentiated(arguments)):
-            raise ValueError(f'{refusal}; use("reference") can')
+            raise ValueError(f'{unable}: {reason}; use("reference") can')
         if forced is not None and (why_not := self.why_not(forced, arguments)):
-            raise ValueError(f"{self.name}: implementation {forced!r} ({origin}) cannot run this call: {why_not}")
+            raise ValueError(f"{unable}: {why_not}")
         wrapped = None if recorded() else subclass(arguments)
         if wrapped and any(isinstance(a, torch.Tensor) and a.is_complex() for a in arguments.values()):
             # PyTorch puts conjugates off; what reaches a subclass has lost them
@@ -219,7 +219,7 @@ class Op:
             if name == "reference":
                 raise
             told = " ".join(str(error).split())
-            raise RuntimeError(f'{refusal}; use("reference") can. PyTorch says: {told[:300]}') from error
+            raise RuntimeError(f'{unable}: {reason}; use("reference") can. PyTorch says: {told[:300]}') from error
 
     def _loses_tangents(self, name: str) -> bool:
         """Whether an implementation is an operator of ours in eager calls too, which forward mode passes over."""

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ssmkernels.plain import ZERO, filled, why_not_plain
 
@@ -99,6 +101,8 @@ class _NoSecond(torch.autograd.Function):
 
 def _memory(gradients: Gradients) -> tuple[Gradients, bool]:
     """The gradients, with memory under those zeros that autograd makes without, and whether kernels may read them."""
+    if any(isinstance(g, (FakeTensor, FunctionalTensor)) for g in gradients):
+        return gradients, True  # PyTorch records the backward pass, whose operators know shapes
     given = dict(enumerate(gradients))
     reason = why_not_plain(given)
     if reason == ZERO:

@@ -25,7 +25,7 @@ def is_distributed(arguments: Mapping[str, Any]) -> bool:
     return module is not None and any(isinstance(a, module.DTensor) for a in arguments.values())
 
 
-def call(op: str, batched: Mapping[str, int], arguments: Mapping[str, Any], run: Callable[..., Any]) -> Any:
+def call_on_shards(op: str, batched: Mapping[str, int], arguments: Mapping[str, Any], run: Callable[..., Any]) -> Any:
     """Runs the op on the local tensors and returns its results as DTensors.
 
     Args:

@@ -40,7 +40,7 @@ def test_lengths_go_up_to_the_longest(longest, lengths):
 
 
 def test_a_length_too_short_to_scale_is_refused():
-    with pytest.raises(ValueError, match="needs a length of 4 or more; got 3"):
+    with pytest.raises(ValueError, match="`length` must be at least 4; got 3"):
         scaling.lengths_to(3)
 
 

@@ -103,7 +103,7 @@ def test_views_of_one_storage_become_weights_of_their_own(tmp_path):
     ("change", "said"),
     [
         ({"n_layers": 10**4}, "do not fit the config: it has n_layers=10000, and they are"),
-        ({"d_model": 2**31 - 1}, "is larger than PyTorch can hold"),
+        ({"d_model": 2**31 - 1}, "makes a weight larger than PyTorch can hold"),
         ({"vocab_size": 2**30}, r"of another shape: embedding.weight \(20, 16\) for \(1073741824, 16\)"),
     ],
 )

@@ -88,6 +88,7 @@ def scan(
 @scan.register_fake
 def _(x, dt, A, B, C, initial_state, cu_seqlens):
     s = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    chunks: int | torch.SymInt
     if cu_seqlens is None:
         chunks = len_chunks(x, A)
     elif isinstance(x, FakeTensor):  # as long as the longest sequence

@@ -1,4 +1,4 @@
-"""Products with a weight matrix, by the faster of the two libraries that PyTorch ships for the CPU."""
+"""Products with a weight matrix, by the fastest that there is on the CPU for their size."""
 
 from __future__ import annotations
 
@@ -8,24 +8,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmkernels import native
+from ssmkernels.core.plain import why_not_plain
+
 # Weights from which oneDNN's longer way to a call is worth it. On two cores it then takes 0.9 of the time of PyTorch's
-# default library for many rows, 0.6 for one.
+# default library for many rows.
 LARGE = 2**19
+FEW = 1  # rows, for which the native library reads the weight at memory speed
+
+_Product = native.arguments("_Product", "x weight bias y dtype rows size outputs threads")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x ``(..., in)``, weight ``(out, in)``, bias ``(out)`` → ``(..., out)``, as PyTorch's.
 
-    PyTorch sends float32 products to whichever BLAS it was built with, and half precision to oneDNN, which serves
-    float32 as well and reads a weight at memory speed where there is a single row. Large float32 products on a CPU take
-    it too, where no gradient is wanted. ``torch.backends.mkldnn.enabled = False`` turns that off.
+    PyTorch sends float32 products to whichever BLAS it was built with. Large float32 products on a CPU go elsewhere,
+    where no gradient is wanted: those of one row, as in decoding, to the native library, whose threads a busy machine
+    does not hold up; others to oneDNN. ``torch.backends.mkldnn.enabled = False`` turns oneDNN off.
     """
-    if _by_onednn(x, weight):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    if _large(x, weight):
+        if x.numel() == x.shape[-1] * FEW and _native(x, weight, bias):
+            return _few_rows(x, weight, bias)
+        if torch.backends.mkldnn.enabled and _available():
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 
-def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+def _large(x: Tensor, weight: Tensor) -> bool:
     return (
         weight.numel() >= LARGE
         and not torch.is_grad_enabled()
@@ -37,9 +46,30 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
         and x.shape[-1] == weight.shape[1]  # or else PyTorch has the clearer error
         and x.numel() > 0
         and not torch.is_autocast_enabled("cpu")
-        and bool(torch.backends.mkldnn.enabled)
-        and _available()
     )
+
+
+def _native(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the native library may do it. Modes of PyTorch's, such as one that counts FLOPs, would miss that."""
+    return (
+        weight.is_contiguous()
+        and weight.device.type == "cpu"
+        and (bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1] and bias.device == x.device))
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and not why_not_plain({"x": x, "weight": weight, "bias": bias})
+        and native.missing() is None
+    )
+
+
+def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    outputs, size = weight.shape
+    x = x.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    y = x.new_empty(*x.shape[:-1], outputs)
+    places = (x.data_ptr(), weight.data_ptr(), native.address(bias), y.data_ptr(), native.DTYPES[x.dtype])
+    native.run("product", _Product(*places, x.numel() // size, size, outputs, native.threads(weight.numel())))
+    return y
 
 
 @functools.cache

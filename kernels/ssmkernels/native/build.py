@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # Raised whenever an argument structure or an exported function changes: a library of another number is refused.
-ABI = 2
+ABI = 3
 
 PACKAGE = Path(__file__).resolve().parent.parent
 NAME = "_native.dylib" if sys.platform == "darwin" else "_native.so"
@@ -68,7 +68,8 @@ def build(
         package: the folder ``ssmkernels`` with the sources.
         isas: instruction sets to build for; all that the machine's architecture and the compiler know if None.
         extra: further flags for the compiler and linker.
-        openmp: whether threads are OpenMP's or our own; OpenMP's where PyTorch's are the same, GCC's on Linux, if None.
+        openmp: whether long calls run on OpenMP's threads or our own; on OpenMP's where PyTorch's are the same, which
+            is so for GCC's on Linux, if None.
 
     Raises:
         BuildError: there is no compiler, or it fails.
@@ -79,7 +80,7 @@ def build(
         temporary = Path(folder)
         if openmp is None:
             openmp = sys.platform == "linux" and _compiles(compiler, ["-fopenmp"], temporary, OF_GCC, link=True)
-        flags.append("-fopenmp" if openmp else "-pthread")
+        flags += ["-pthread", *(["-fopenmp"] if openmp else [])]
         if _compiles(compiler, ["-Wno-maybe-uninitialized", "-Werror"], temporary):
             flags.append("-Wno-maybe-uninitialized")  # GCC's own headers of AVX-512 warn
         if isas is None:
@@ -94,7 +95,7 @@ def build(
                 )
         defines = {"ABI": str(ABI), "COMPILER": _quoted(_version(compiler, temporary)), "ISAS": _quoted(" ".join(isas))}
         defined = [f"-DSSMZOO_{name}={value}" for name, value in defines.items()]
-        for name in ("library", "threads_openmp" if openmp else "threads_pool"):
+        for name in ("library", "threads_openmp", "threads_pool"):
             source = package / "native" / f"{name}.cpp"
             jobs.append([*compiler, *flags, *defined, "-c", str(source), "-o", str(temporary / f"{name}.o")])
         with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -46,17 +46,17 @@ def _large(x: Tensor, weight: Tensor) -> bool:
         and x.shape[-1] == weight.shape[1]  # or else PyTorch has the clearer error
         and x.numel() > 0
         and not torch.is_autocast_enabled("cpu")
+        and not torch._C._len_torch_dispatch_stack()  # a mode, such as one that counts FLOPs, knows F.linear alone
+        and not torch._C._len_torch_function_stack()
     )
 
 
 def _native(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the native library may do it. Modes of PyTorch's, such as one that counts FLOPs, would miss that."""
+    """Whether the native library may do it."""
     return (
         weight.is_contiguous()
         and weight.device.type == "cpu"
         and (bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1] and bias.device == x.device))
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
         and not why_not_plain({"x": x, "weight": weight, "bias": bias})
         and native.missing() is None
     )

@@ -74,51 +74,37 @@ struct Claims {
 
 // body(index, claims) on up to `threads` threads, the caller's as number 0; all `tasks` are done when it returns.
 template <class Body>
-void on_threads(int64_t threads, int64_t tasks, const Body& body, decltype(ssmzoo_share)* share) {
+void on_threads(int64_t threads, int64_t tasks, const Body& body) {
     const SsmzooBody call = [](void* context, int index, SsmzooClaims* claims) {
         const FlushSubnormals flush;
         (*static_cast<const Body*>(context))(index, Claims{claims});
         finish_streams();
     };
-    share(threads, tasks, call, const_cast<Body*>(&body));
-}
-
-// task(i, scratch) for i in [0, tasks). Returns 0, or kOutOfMemory where a thread had none for its scratch.
-template <class Task>
-int with_scratch(int64_t tasks, int64_t threads, size_t scratch_bytes, const Task& task, decltype(ssmzoo_share)* share) {
-    if (tasks == 0) return 0;
-    int result = 0;
-    const auto body = [&](int, const Claims& claims) {
-        const Scratch scratch(scratch_bytes);
-        if (!scratch.data) __atomic_store_n(&result, kOutOfMemory, __ATOMIC_RELAXED);
-        for (int64_t i; (i = claims.next()) >= 0;)
-            if (scratch.data) task(i, scratch.data);
-    };
-    on_threads(threads, tasks, body, share);
-    return result;
-}
-
-// Each thread begins with a share of its own, tasks that follow one another, and helps with the others' when it is
-// done: from call to call a thread works on the same part of memory, which is still in its cache.
-template <class Task>
-int parallel_for(int64_t tasks, int64_t threads, size_t scratch_bytes, const Task& task) {
-    return with_scratch(tasks, threads, scratch_bytes, task, ssmzoo_share_long);
-}
-
-// The same for the short calls of decoding.
-template <class Task>
-int parallel_step(int64_t tasks, int64_t threads, size_t scratch_bytes, const Task& task) {
-    return with_scratch(tasks, threads, scratch_bytes, task, ssmzoo_share);
+    ssmzoo_share(threads, tasks, call, const_cast<Body*>(&body));
 }
 
 // Runs task(i, index) for i in [0, tasks), where `index` is that of the thread: a stage of a call, which begins when
 // the one before is done. Threads that wait for the next stage are awake, as long as stages are short.
+//
+// Each thread begins with a share of its own, tasks that follow one another, and helps with the others' when it is
+// done: from call to call a thread works on the same part of memory, which is still in its cache.
 template <class Task>
 void parallel_stage(int64_t tasks, int64_t threads, const Task& task) {
     const auto body = [&](int index, const Claims& claims) {
         for (int64_t i; (i = claims.next()) >= 0;) task(i, index);
     };
-    on_threads(threads, tasks, body, ssmzoo_share);
+    on_threads(threads, tasks, body);
+}
+
+// task(i, scratch) for i in [0, tasks), with scratch memory for each thread. Returns 0, or kOutOfMemory before any task
+// has run.
+template <class Task>
+int parallel_for(int64_t tasks, int64_t threads, size_t scratch_bytes, const Task& task) {
+    const size_t each = (scratch_bytes + 63) / 64 * 64;
+    const Scratch scratch(each * static_cast<size_t>(threads < tasks ? threads : tasks));
+    if (!scratch.data) return kOutOfMemory;
+    parallel_stage(tasks, threads, [&](int64_t i, int index) { task(i, scratch.data + static_cast<size_t>(index) * each); });
+    return 0;
 }
 
 }  // namespace SSMZOO_ISA

@@ -3,11 +3,11 @@
 // A thread that comes late, even while the next job is running, finds a number in the shares that is not its job's and
 // touches nothing else. So the caller waits for tasks that are done, and never for threads.
 //
-// Workers are started when they are first wanted. Between jobs they look for the next for a while, and sleep then. One
-// job runs at a time: who finds the workers taken, by another thread's call, does the whole of its own job alone.
+// Workers are started when they are first wanted, as many as there are cores for. Between jobs they look for the next
+// for a while, and sleep then. One job runs at a time: a caller that finds the workers taken, by another thread's call,
+// does the whole of its own job alone, and so does one that has lost by sharing (worth.h).
 #include <pthread.h>
 #include <signal.h>
-#include <time.h>
 
 #if defined(__linux__)
 #include <linux/futex.h>
@@ -15,13 +15,14 @@
 #include <unistd.h>
 #endif
 
-#include "job.h"
+#include "worth.h"
 
 namespace {
 
-constexpr int64_t kIdle = 100000;  // nanoseconds that a worker looks for the next job before it sleeps
-constexpr int64_t kEnd = 20000;    // nanoseconds that a caller looks for the end of others' tasks before it sleeps
-constexpr int kLooks = 32;         // between two looks at the clock
+constexpr int64_t kIdle = 100000;       // nanoseconds that a worker looks for the next job before it sleeps
+constexpr int64_t kEnd = 20000;         // nanoseconds that a caller looks for the end of others' tasks before it sleeps
+constexpr int64_t kAgain = 1000000000;  // nanoseconds until threads are asked for again after the system gave none
+constexpr int kLooks = 32;              // between two looks at the clock
 constexpr size_t kStack = 1 << 21;
 
 struct alignas(64) Worker {
@@ -31,8 +32,11 @@ struct alignas(64) Worker {
 SsmzooJob job;
 Worker sleepers[kMost];  // the workers, from 1 on
 pthread_once_t once = PTHREAD_ONCE_INIT;
-int taken = 0;    // held from a job's start to its end, by the one whose job it is
+Cores cores;
+Worth worth;
+int taken = 0;    // held from a job's start to its end by the thread whose job it is; what follows is that thread's
 int workers = 0;  // that have been started
+int64_t refused_until = 0;
 
 void relax() {
 #if defined(__x86_64__)
@@ -40,12 +44,6 @@ void relax() {
 #elif defined(__aarch64__)
     asm volatile("isb");
 #endif
-}
-
-int64_t now() {
-    timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return int64_t(time.tv_sec) * 1000000000 + time.tv_nsec;
 }
 
 // Looks until ready() or for so many nanoseconds; whether it is.
@@ -106,6 +104,19 @@ uint32_t await(Worker& self, uint32_t last) {
     return get(job.number, __ATOMIC_ACQUIRE);
 }
 
+// Waits for the tasks that others have begun.
+void await_end(int64_t begun) {
+    const int64_t from = now();
+    uint32_t done;
+    const auto ended = [&] { return (done = get(job.done, __ATOMIC_ACQUIRE)) == job.tasks; };
+    if (look(kEnd, ended)) return;
+    set(job.waiting, 1, __ATOMIC_SEQ_CST);
+    while ((done = get(job.done, __ATOMIC_SEQ_CST)) != job.tasks) sleep_on(job.done, done);
+    set(job.waiting, 0);
+    const int64_t time = now();
+    worth.waited(from - begun, time - from, time);
+}
+
 void* work(void* place) {
     Worker& self = *static_cast<Worker*>(place);
     const int index = static_cast<int>(&self - sleepers);
@@ -149,11 +160,17 @@ void begin_anew() {
 #endif
     for (Worker& worker : sleepers) worker.asleep = 0;
     workers = job.waiting = taken = 0;
+    refused_until = 0;
+    worth.forget();
 }
 
 void at_fork() { pthread_atfork(nullptr, nullptr, begin_anew); }
 
 }  // namespace
+
+extern "C" __attribute__((visibility("default"))) void ssmzoo_limit_threads(int count) {
+    cores.limit(count);
+}
 
 int64_t ssmzoo_claim(SsmzooClaims* claims) {
     int64_t task = claims->held;
@@ -172,11 +189,15 @@ int64_t ssmzoo_claim(SsmzooClaims* claims) {
 void ssmzoo_share(int64_t threads, int64_t tasks, SsmzooBody body, void* context) {
     if (threads > tasks) threads = tasks;
     if (threads > kMost) threads = kMost;
-    if (threads <= 1 || tasks > kTasks || __atomic_exchange_n(&taken, 1, __ATOMIC_ACQUIRE))
+    if (threads <= 1 || tasks > kTasks) return alone(tasks, body, context);
+    const int64_t begun = now();
+    const int limit = cores.useful(begun);
+    if (threads > limit) threads = limit;
+    if (threads <= 1 || !worth.shared(begun) || __atomic_exchange_n(&taken, 1, __ATOMIC_ACQUIRE))
         return alone(tasks, body, context);
     pthread_once(&once, at_fork);
-    while (workers < threads - 1 && start()) {
-    }
+    while (workers < threads - 1 && begun >= refused_until)
+        if (!start()) refused_until = begun + kAgain;
     const int team = static_cast<int>(threads - 1 < workers ? threads : workers + 1);
     const uint32_t number = job.number + 1;
     prepare(job, number, team, tasks, body, context);
@@ -188,12 +209,8 @@ void ssmzoo_share(int64_t threads, int64_t tasks, SsmzooBody body, void* context
         }
     SsmzooClaims claims = {&job, number, 0, -1, 0, 0, 0};
     body(context, 0, &claims);
-    uint32_t done = __atomic_add_fetch(&job.done, static_cast<uint32_t>(claims.given), __ATOMIC_ACQ_REL);
-    const auto ended = [&] { return (done = get(job.done, __ATOMIC_ACQUIRE)) == job.tasks; };
-    if (done != job.tasks && !look(kEnd, ended)) {
-        set(job.waiting, 1, __ATOMIC_SEQ_CST);
-        while ((done = get(job.done, __ATOMIC_SEQ_CST)) != job.tasks) sleep_on(job.done, done);
-        set(job.waiting, 0);
-    }
+    worth.helped(claims.given < tasks, begun);
+    const uint32_t done = __atomic_add_fetch(&job.done, static_cast<uint32_t>(claims.given), __ATOMIC_ACQ_REL);
+    if (done != job.tasks) await_end(begun);
     __atomic_store_n(&taken, 0, __ATOMIC_RELEASE);
 }

@@ -41,6 +41,23 @@ def bench_mixer(name: str, plan: Plan) -> Iterator[list[Measurement]]:
     if mixer is None:
         yield [refusal("mixers", name, "ssmzoo", "ours", why, plan)]
         return
+    refused, twins = twins_of(name, mixer, plan)
+    for row in refused:
+        yield [row]
+    for work in (FORWARD, BOTH):
+        yield hold(contest_of(name, mixer, twins, sizes, told, work, plan), plan)
+    if not plan.quick:
+        plan.say(f"{name}: growth with the length")
+        longer = ({**sizes, "length": max(1, round(sizes["length"] * factor))} for factor in GROWTH)
+        contests = (contest_of(name, mixer, None, one, told, BOTH, plan) for one in longer)
+        yield from grow(contests, plan)
+
+
+def twins_of(
+    name: str, mixer: Mixer, plan: Plan, kind: str = "mixers"
+) -> tuple[list[Measurement], list[tuple[str, str, Twin]]]:
+    """Lines of the peers that cannot take part; name, note and twin of those that can."""
+    refused: list[Measurement] = []
     twins: list[tuple[str, str, Twin]] = []
     for peer in on(plan.device.type, MIXERS.get(name, ())) if plan.peers else ():
         try:
@@ -50,14 +67,8 @@ def bench_mixer(name: str, plan: Plan) -> Iterator[list[Measurement]]:
         except Exception as error:  # whatever other people's code raises
             why = f"cannot be built: {first_line(error)}"
         if why:
-            yield [refusal("mixers", name, peer.name, "peer", why, plan)]
-    for work in (FORWARD, BOTH):
-        yield hold(contest_of(name, mixer, twins, sizes, told, work, plan), plan)
-    if not plan.quick:
-        plan.say(f"{name}: growth with the length")
-        longer = ({**sizes, "length": max(1, round(sizes["length"] * factor))} for factor in GROWTH)
-        contests = (contest_of(name, mixer, None, one, told, BOTH, plan) for one in longer)
-        yield from grow(contests, plan)
+            refused.append(refusal(kind, name, peer.name, "peer", why, plan))
+    return refused, twins
 
 
 def prepared(name: str, plan: Plan) -> tuple[Mixer | None, dict[str, Any], str, str]:

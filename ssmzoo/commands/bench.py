@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ssmzoo.bench.record import Machine
 
 USUAL = ("ops", "mixers", "models")
-KINDS = (*USUAL, "scaling")
+KINDS = (*USUAL, "scaling", "busy")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SECONDS, QUICK_SECONDS = 1.0, 0.1  # for each contestant of a contest
 
@@ -32,7 +32,7 @@ SECONDS, QUICK_SECONDS = 1.0, 0.1  # for each contestant of a contest
 def command(
     what: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[ops|mixers|models|scaling]", help="What to time; the first three if not given."),
+        typer.Argument(metavar="[ops|mixers|models|scaling|busy]", help="What to time; the first three if not given."),
     ] = None,
     only: Annotated[
         list[str] | None, typer.Option(metavar="NAME ...", help="Only these ops, mixers or models.")
@@ -62,7 +62,8 @@ def command(
         typer.Option("--set", metavar="KEY=VALUE", help="A size or an option, as l=1024 or length=1024."),
     ] = None,
 ) -> None:
-    """Time our ops, mixers and models beside the limit and beside other packages; or how they scale.
+    """Time our ops, mixers and models beside the limit and beside other packages; how they scale; or what
+    threads cost on a busy machine.
 
     Only what passes its check is timed. Contestants run by turns, and medians count. The folder gets a CSV file with
     every measurement and the machine, and figures. Ctrl-C keeps what is there. docs/bench.md explains how to read it.

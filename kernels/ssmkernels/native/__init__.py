@@ -18,6 +18,7 @@ import torch  # first: its OpenMP runtime, and with it its threads, then serve t
 from torch import Tensor
 
 from ssmkernels.core.memory import large_pages
+from ssmkernels.native import quota
 from ssmkernels.native.build import ABI, ISAS, NAME
 
 PATH = Path(__file__).resolve().parent.parent / NAME
@@ -58,6 +59,9 @@ def library() -> Library:
     if forced and forced not in able:
         known = "is none of its names" if forced not in ISAS else "cannot be run by this CPU, or was not built"
         return Library(None, "", f"SSMZOO_CPU_ISA={forced}: {forced!r} {known}; there are: {', '.join(able)}")
+    limit = quota.cores()
+    if limit is not None:
+        handle.ssmzoo_limit_threads(limit)
     return Library(handle, forced or able[-1], None)
 
 

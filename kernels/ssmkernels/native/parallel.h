@@ -66,45 +66,47 @@ class Scratch {
 
 constexpr int kOutOfMemory = 1;
 
-// One thread's way to the tasks of a job: the next that nobody has begun, or -1.
-struct Claims {
-    SsmzooClaims* claims;
-    int64_t next() const { return ssmzoo_claim(claims); }
-};
-
-// body(index, claims) on up to `threads` threads, the caller's as number 0; all `tasks` are done when it returns.
-template <class Body>
-void on_threads(int64_t threads, int64_t tasks, const Body& body) {
-    const SsmzooBody call = [](void* context, int index, SsmzooClaims* claims) {
-        const FlushSubnormals flush;
-        (*static_cast<const Body*>(context))(index, Claims{claims});
-        finish_streams();
-    };
-    ssmzoo_share(threads, tasks, call, const_cast<Body*>(&body));
-}
-
-// Runs task(i, index) for i in [0, tasks), where `index` is that of the thread: a stage of a call, which begins when
-// the one before is done. Threads that wait for the next stage are awake, as long as stages are short.
+// task(i, index) for i in [0, tasks) on up to `threads` threads, where `index` is that of the thread, the caller's 0.
 //
 // Each thread begins with a share of its own, tasks that follow one another, and helps with the others' when it is
 // done: from call to call a thread works on the same part of memory, which is still in its cache.
 template <class Task>
-void parallel_stage(int64_t tasks, int64_t threads, const Task& task) {
-    const auto body = [&](int index, const Claims& claims) {
-        for (int64_t i; (i = claims.next()) >= 0;) task(i, index);
+void on_threads(int64_t tasks, int64_t threads, const Task& task, decltype(ssmzoo_share)* share) {
+    const SsmzooBody body = [](void* context, int index, SsmzooClaims* claims) {
+        const FlushSubnormals flush;
+        for (int64_t i; (i = ssmzoo_claim(claims)) >= 0;) (*static_cast<const Task*>(context))(i, index);
+        finish_streams();
     };
-    on_threads(threads, tasks, body);
+    share(threads, tasks, body, const_cast<Task*>(&task));
 }
 
-// task(i, scratch) for i in [0, tasks), with scratch memory for each thread. Returns 0, or kOutOfMemory before any task
-// has run.
+// A stage of a short call, which begins when the one before is done: threads that wait for the next one are awake.
 template <class Task>
-int parallel_for(int64_t tasks, int64_t threads, size_t scratch_bytes, const Task& task) {
-    const size_t each = (scratch_bytes + 63) / 64 * 64;
+void parallel_stage(int64_t tasks, int64_t threads, const Task& task) {
+    on_threads(tasks, threads, task, ssmzoo_share);
+}
+
+// task(i, scratch), with scratch memory for each thread. Returns 0, or kOutOfMemory before any task has run.
+template <class Task>
+int with_scratch(int64_t tasks, int64_t threads, size_t bytes, const Task& task, decltype(ssmzoo_share)* share) {
+    const size_t each = (bytes + 63) / 64 * 64;
     const Scratch scratch(each * static_cast<size_t>(threads < tasks ? threads : tasks));
     if (!scratch.data) return kOutOfMemory;
-    parallel_stage(tasks, threads, [&](int64_t i, int index) { task(i, scratch.data + static_cast<size_t>(index) * each); });
+    const auto call = [&](int64_t i, int index) { task(i, scratch.data + static_cast<size_t>(index) * each); };
+    on_threads(tasks, threads, call, share);
     return 0;
+}
+
+// For long calls.
+template <class Task>
+int parallel_for(int64_t tasks, int64_t threads, size_t scratch_bytes, const Task& task) {
+    return with_scratch(tasks, threads, scratch_bytes, task, ssmzoo_share_long);
+}
+
+// For the short calls of decoding.
+template <class Task>
+int parallel_step(int64_t tasks, int64_t threads, size_t scratch_bytes, const Task& task) {
+    return with_scratch(tasks, threads, scratch_bytes, task, ssmzoo_share);
 }
 
 }  // namespace SSMZOO_ISA

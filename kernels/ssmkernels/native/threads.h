@@ -27,6 +27,8 @@ SSMZOO_HIDDEN int64_t ssmzoo_claim(SsmzooClaims* claims);
 // only once it holds a task. Returns when all tasks, numbered from 0, are done, and sees all that they wrote.
 SSMZOO_HIDDEN void ssmzoo_share(int64_t threads, int64_t tasks, SsmzooBody body, void* context);
 
-// The same for long calls, by OpenMP where the build has it: its threads are PyTorch's, which are still awake from the
-// products before, while ours would have to take the cores from them. All of its threads must come to the end.
+// The same for long calls, on OpenMP's threads as long as these come in time (threads_openmp.cpp).
 SSMZOO_HIDDEN void ssmzoo_share_long(int64_t threads, int64_t tasks, SsmzooBody body, void* context);
+
+// How many threads are of use at this time: no more than there are cores for them.
+SSMZOO_HIDDEN int ssmzoo_useful_threads(int64_t time);

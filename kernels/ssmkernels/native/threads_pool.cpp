@@ -168,9 +168,10 @@ void at_fork() { pthread_atfork(nullptr, nullptr, begin_anew); }
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) void ssmzoo_limit_threads(int count) {
-    cores.limit(count);
-}
+// For a process that has the time of so many cores alone.
+extern "C" __attribute__((visibility("default"))) void ssmzoo_limit_threads(int count) { cores.limit(count); }
+
+int ssmzoo_useful_threads(int64_t time) { return cores.useful(time); }
 
 int64_t ssmzoo_claim(SsmzooClaims* claims) {
     int64_t task = claims->held;

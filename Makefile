@@ -1,7 +1,7 @@
 # Each target does all its own set-up, in the folder .venv, the first time and whenever the requirements change.
 #
 #   make demo      train a small Mamba-attention hybrid on Python's standard library; it writes samples as it learns
-#   make test      run every test
+#   make test      run every test; with OP=selective_scan or MIXER=mamba, those of one op or mixer
 #   make lint      ruff and mypy
 #   make bench     time ops, mixers and models beside other packages, into runs/
 #   make readme    write the README's tables anew
@@ -39,7 +39,8 @@ demo: $(READY)
 
 # One PyTorch thread a worker: two workers with two threads each would wait for one another.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal \
+		$(foreach op,$(OP),--op $(op)) $(foreach mixer,$(MIXER),--mixer $(mixer))
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,7 +1,9 @@
-"""Writes the tables of the README and of the pages in docs/ anew, or of those that are named; ``--check`` only looks.
+"""Updates the tables of the README and of the pages in docs/, or of named pages; ``--check`` only compares.
 
 A marker says where a table comes from: ``<!-- ssmzoo ... -->`` from what that command prints,
-``<!-- bench FILE.csv NAME ... -->`` from measurements in docs/benchmarks/, of those names alone.
+``<!-- bench FILE.csv NAME ... -->`` and, in short, ``<!-- ratios FILE.csv NAME ... -->`` from measurements in
+docs/benchmarks/, of those names only. ``ratios`` takes several files, each followed by its names.
+``<!-- op NAME -->`` from the declaration of that op.
 """
 
 from __future__ import annotations
@@ -13,12 +15,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from ssmkernels import OPS
+from ssmkernels.core import describe
 from ssmzoo.bench.units import ratio, seconds
 from ssmzoo.commands._output import markdown_table, size
 
 DOCS = Path(__file__).parent
 PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
-TABLE = re.compile(r"(<!-- (ssmzoo|bench) (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- (ssmzoo|bench|ratios|op) (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Row = dict[str, str]
 
@@ -29,15 +33,20 @@ def fresh(match: re.Match[str]) -> str:
     if match[2] == "ssmzoo":
         command = [sys.executable, "-m", "ssmzoo", *words]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    else:
+    elif match[2] == "op":
+        declared = OPS[words[0]].declared
+        rows = [*describe.arguments(declared), *describe.results(declared)]
+        text = markdown_table(["argument", "shape or type", "dtype", "default"], [list(row) for row in rows], []) + "\n"
+    elif match[2] == "bench":
         text = measured(DOCS / "benchmarks" / words[0], words[1:])
+    else:
+        text = headlines(words)
     return match[1] + text + match[4]
 
 
 def measured(path: Path, names: list[str]) -> str:
     """The measurements of these names in a file that ``ssmzoo bench`` wrote, and below them the machine."""
-    with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["what"] in names and not row["not_timed"]]
+    rows = [row for row in read(path) if row["what"] in names]
     if rows and rows[0]["kind"] == "scaling":
         told = markdown_table(["what", "measured"], list(scaling(rows)), ["measured"])
     else:
@@ -46,8 +55,33 @@ def measured(path: Path, names: list[str]) -> str:
     return f"{told}\n\n{machine(rows[0])}\n" if rows else ""
 
 
+def read(path: Path) -> list[Row]:
+    with path.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if not row["not_timed"]]
+
+
+def headlines(words: list[str]) -> str:
+    """One line for each measurement: our time over the limit, and the time of every other package over ours."""
+    lines, rows = [], []
+    notes: dict[str, list[str]] = {}
+    for word in words:
+        if word.endswith(".csv"):
+            rows = read(DOCS / "benchmarks" / word)
+            continue
+        timed = [row for row in rows if row["what"] == word and row["median_s"] and row["length"] in ("", "0")]
+        for work in dict.fromkeys(row["pass"] for row in timed):
+            (ours,) = (row for row in timed if row["pass"] == work and row["role"] == "ours")
+            peers = [row for row in timed if row["pass"] == work and row["role"] == "peer"]
+            others = ", ".join(f"{row['implementation']} {ratio(float(row['ratio_to_ours']))}" for row in peers)
+            lines.append([f"{word}, {work}", ratio(float(ours["ratio_to_limit"])), others])
+        notes.setdefault(f"{timed[0]['shape']}; {machine(timed[0])}", []).append(word)
+    columns = ["what", "our time over the limit", "time of others over ours"]
+    below = "\n".join(f"- {', '.join(names)}: {note}" for note, names in notes.items())
+    return f"{markdown_table(columns, lines, columns[1:2])}\n\n{below}\n"
+
+
 def contests(rows: list[Row]) -> Iterator[list[str]]:
-    """Everyone's time at the one size that all were timed at."""
+    """All times at the one size at which everything was timed."""
     for row in rows:
         if row["median_s"] and row["length"] in ("", "0"):
             ratios = (ratio(float(row[key])) if row[key] else "" for key in ("ratio_to_limit", "ratio_to_ours"))
@@ -56,12 +90,15 @@ def contests(rows: list[Row]) -> Iterator[list[str]]:
 
 
 def scaling(rows: list[Row]) -> Iterator[list[str]]:
-    """How time for each token grows, what threads bring, and memory."""
+    """How the time per token grows, what threads gain, and memory."""
     for row in rows:
         what = f"{row['what']}, {row['pass']}"
         if row["per_token_ratio"]:
             first, last = (f"{int(length):,}" for length in row["shape"].removeprefix("length ").split(" to "))
-            yield [f"{what}: time for each token at {last} over that at {first}", ratio(float(row["per_token_ratio"]))]
+            yield [
+                f"{what}: time per token at length {last} over that at {first}",
+                ratio(float(row["per_token_ratio"])),
+            ]
         elif row["resident_bytes"]:
             yield [f"{what}: memory above inputs and results ({row['shape']})", size(int(row["resident_bytes"]))]
         elif row["implementation"].endswith(", 1 thread"):
@@ -70,7 +107,10 @@ def scaling(rows: list[Row]) -> Iterator[list[str]]:
                 for other in rows
                 if other["implementation"].endswith("threads") and other["pass"] == row["pass"]
             )
-            yield [f"{what}: one thread over {threads}, the same bits ({row['shape']})", ratio(speed_up(row, rows))]
+            yield [
+                f"{what}: time on one thread over time on {threads}, same bits ({row['shape']})",
+                ratio(speed_up(row, rows)),
+            ]
 
 
 def speed_up(one: Row, rows: list[Row]) -> float:

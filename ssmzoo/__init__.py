@@ -4,13 +4,14 @@ Start with ``ssmzoo.build("mamba-hybrid", d_model=1024)`` for a model and ``ssmz
 of its layers; ``list_models()`` and ``list_mixers()`` say what there is.
 """
 
+from ssmzoo.building import build
 from ssmzoo.config import ModelConfig, list_models
-from ssmzoo.mixers._base import Mixer
-from ssmzoo.mixers._s4 import set_rate
+from ssmzoo.mixer import Mixer
 from ssmzoo.model import ModelState, SequenceModel
+from ssmzoo.rate import set_rate
 from ssmzoo.registry import MixerInfo, build_mixer, list_mixers, register_mixer
 from ssmzoo.state import State
-from ssmzoo.zoo import build, swap_mixers
+from ssmzoo.swapping import swap_mixers
 
 __version__ = "0.1.0"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ssmzoo.config import ModelConfig
-from ssmzoo.init import initialise_mixer, initialise_mlp, residuals
-from ssmzoo.mixers._base import Mixer
+from ssmzoo.init import initialise_mixer, initialise_mlp
+from ssmzoo.mixer import Mixer
 from ssmzoo.mlp import MLPS
 from ssmzoo.norm import NORMS
 from ssmzoo.registry import build_mixer
@@ -25,7 +25,7 @@ class Block(nn.Module):
         kind = config.mlp.get("kind", "none")
         self.mlp = None if kind == "none" else MLPS[kind](config.d_model, **config.mlp_options())
         if self.mlp is not None:
-            initialise_mlp(self.mlp, residuals(config))
+            initialise_mlp(self.mlp, config.n_residuals)
         self.norm2 = None if self.mlp is None else norm(config.d_model, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -47,5 +47,5 @@ def entry_mixer(config: ModelConfig, entry: str) -> Mixer:
     """The mixer of an entry of the config, started as in a model of the config's depth."""
     options = config.mixer_options(entry)
     mixer = build_mixer(options.pop("kind"), config.d_model, **options)
-    initialise_mixer(mixer, residuals(config))
+    initialise_mixer(mixer, config.n_residuals)
     return mixer

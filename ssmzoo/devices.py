@@ -1,6 +1,9 @@
-"""Devices by name."""
+"""Devices by name, and the names that they have."""
 
 from __future__ import annotations
+
+import platform
+from pathlib import Path
 
 import torch
 
@@ -23,3 +26,25 @@ def usable(device: torch.device | str, argument: str) -> torch.device:
     except Exception as error:  # PyTorch raises what the device's back end does
         raise ValueError(f"{argument}: {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None
     return place
+
+
+def cpu_name() -> str:
+    """What the processor calls itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def gpu_name() -> str:
+    """The GPUs that PyTorch can use, or why there is none."""
+    if torch.cuda.is_available():
+        devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        runtime = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+        return ", ".join(f"{d.name} ({d.total_memory / 2**30:.0f} GiB)" for d in devices) + f"; {runtime}"
+    if torch.backends.mps.is_available():
+        return "Apple's (mps)"
+    built = torch.version.cuda or torch.version.hip
+    return "none found" if built else "none usable: this PyTorch is built for the CPU alone"

@@ -1,20 +1,17 @@
-"""The published start of what PyTorch's own layers start otherwise (GPT-2, and Mamba after it).
+"""How weights start.
 
-Biases of linear maps are 0, and each map that writes into the residual stream is divided by √residuals.
+PyTorch's own layers start as published for GPT-2, and for Mamba after it: biases of linear maps at 0, and each map that
+writes into the residual stream divided by √residuals. Mixers draw their time steps here too.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
-from ssmzoo.config import ModelConfig
-from ssmzoo.mixers._base import Mixer
-
-
-def residuals(config: ModelConfig) -> int:
-    """How many maps of a model write into its residual stream."""
-    return config.n_layers * (1 if config.mlp.get("kind", "none") == "none" else 2)
+from ssmzoo.mixer import Mixer
 
 
 @torch.no_grad()
@@ -39,3 +36,22 @@ def initialise_mlp(mlp: nn.Module, residuals: int) -> None:
 def _zero(bias: Tensor | None) -> None:
     if bias is not None:
         bias.zero_()
+
+
+def wide_dtype() -> torch.dtype:
+    """The dtype in which weights that stay float32 are created: float32, or float64 where that is the default."""
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
+
+
+def log_uniform(size: int, low: float, high: float) -> Tensor:
+    """``(size)`` of :func:`wide_dtype`, log-uniform in [low, high]."""
+    return torch.exp(torch.rand(size, dtype=wide_dtype()) * (math.log(high) - math.log(low)) + math.log(low))
+
+
+def inverse_softplus_of_log_uniform(size: int, low: float, high: float, floor: float) -> Tensor:
+    """``(size)`` of :func:`wide_dtype`: Mamba's bias of Δ.
+
+    Its softplus is log-uniform in [low, high], and at least ``floor``.
+    """
+    dt = log_uniform(size, low, high).clamp(min=floor)
+    return dt + torch.log(-torch.expm1(-dt))

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ssmkernels.core.validate import check_cu_seqlens
 from ssmzoo.block import Block, entry_mixer
 from ssmzoo.config import ModelConfig
+from ssmzoo.generate import generate
 from ssmzoo.linear import Linear, arrives_later, computes_on
-from ssmzoo.mixers._base import Mixer
+from ssmzoo.mixer import Mixer
 from ssmzoo.norm import NORMS
 from ssmzoo.state import State
 from ssmzoo.ties import KeepsTies
@@ -247,8 +248,6 @@ class SequenceModel(KeepsTies):
 
     def generate(self, ids: Any, max_new_tokens: int, **options: Any) -> Any:
         """Continues prompts token by token: see :func:`ssmzoo.generate.generate`, whose options it takes."""
-        from ssmzoo.generate import generate
-
         return generate(self, ids, max_new_tokens, **options)
 
     def num_parameters(self) -> int:

@@ -9,15 +9,20 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ssmkernels.core.dispatch import unknown
+from ssmkernels.core.names import unknown
 from ssmzoo.plain import short
 
 
 def options_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """The keyword options of a class or function: all its parameters but ``self`` and ``d_model``."""
-    target = function.__init__ if isinstance(function, type) else function  # type: ignore[misc]
-    parameters = list(inspect.signature(target).parameters.values())
+    parameters = list(inspect.signature(_spelled_out(function)).parameters.values())
     return {p.name: p for p in parameters if p.name not in ("self", "d_model") and p.kind is not p.VAR_KEYWORD}
+
+
+def _spelled_out(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What spells out the options: the function, a class's ``__init__``, or that of the dataclass of its options."""
+    target = getattr(function, "options_class", None) or function
+    return target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
 
 
 def check_options(what: str, function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -27,8 +32,8 @@ def check_options(what: str, function: Callable[..., Any], options: Mapping[str,
         TypeError: an option that does not exist, with those that do and the nearest; or a value of the wrong type.
     """
     known = options_of(function)
-    target = function.__init__ if isinstance(function, type) else function  # type: ignore[misc]
-    hints = typing.get_type_hints(target)
+    target = getattr(function, "options_class", None)
+    hints = typing.get_type_hints(_spelled_out(function) if target is None else target)
     for name in options:
         if name not in known:
             raise TypeError(unknown(f"option of {what}", name, known))

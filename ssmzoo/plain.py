@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -74,6 +75,24 @@ def parse_yaml(text: str, where: str) -> Any:
         if isinstance(error, _Refused):
             raise ValueError(str(error)) from None
         raise _invalid(where, error) from None  # a date or a number that Python cannot hold
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else, or is refused by :func:`parse_yaml`.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_CHARACTERS + 1)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no valid YAML: {error}") from None
+    values = parse_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping of config keys; got {type(values).__name__}")
+    return values
 
 
 class _Refused(ValueError):

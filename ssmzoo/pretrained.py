@@ -6,22 +6,20 @@ weight used at several places (a tied embedding, a shared mixer) is stored once.
 
 from __future__ import annotations
 
-import json
 import os
-import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from ssmzoo import files
+from ssmzoo.checkpoints import checksums
+from ssmzoo.checkpoints.published import convert_mamba_state_dict, published_config, published_weights
+from ssmzoo.checkpoints.weights import assign, main_dtype, read_tensors, skeleton, stored_weights, write_tensors
 from ssmzoo.config import ModelConfig
 from ssmzoo.files import replacing
 from ssmzoo.footprint import check_memory, footprint
 from ssmzoo.model import SequenceModel
-from ssmzoo.published import published_config
-from ssmzoo.weights import assign, line, main_dtype, read_tensors, skeleton, some, stored_weights, write_tensors
+
+__all__ = ["CONFIG", "WEIGHTS", "convert_mamba_state_dict", "load", "save"]
 
 CONFIG, WEIGHTS = "config.yaml", "model.safetensors"
 
@@ -48,7 +46,7 @@ def save(model: SequenceModel, folder: str | os.PathLike[str]) -> None:
     weights = {names[0]: tensor.detach().contiguous().cpu() for names, tensor in stored_weights(model)}
     with replacing(folder / WEIGHTS) as path:
         write_tensors(weights, path)
-        (folder / files.SUMS).unlink(missing_ok=True)  # those of a run's own weights, which are replaced now
+        (folder / checksums.SUMS).unlink(missing_ok=True)  # those of a run's own weights, which are replaced now
     with replacing(folder / CONFIG) as path:
         path.write_text(model.config.to_yaml())
 
@@ -80,12 +78,12 @@ def load(
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: give one that ssmzoo.pretrained.save or `ssmzoo train` wrote")
     if (folder / CONFIG).is_file():
-        folder = files.newest(folder, WEIGHTS)
+        folder = checksums.newest(folder, WEIGHTS)
         config, source = ModelConfig.from_yaml(folder / CONFIG), folder / WEIGHTS
         weights = read_tensors(source)
     elif (folder / "config.json").is_file():
         config = published_config(folder / "config.json")
-        source, found = _published_weights(folder)
+        source, found = published_weights(folder)
         weights = convert_mamba_state_dict(found)
         del found  # as `assign` takes them out of the one dictionary, one by one
     else:
@@ -109,56 +107,3 @@ def load(
         raise
     assign(model, weights, str(source), where)
     return model
-
-
-def convert_mamba_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Renames the weights of a published Mamba to ours; the tensors are the same.
-
-    Args:
-        state_dict: of a state-spaces checkpoint (``backbone.embedding.weight``), or of transformers'
-            ``MambaForCausalLM``, ``MambaModel`` or their Falcon Mamba twins (``backbone.embeddings.weight``,
-            ``embeddings.weight``).
-
-    Raises:
-        ValueError: keys of another kind of model, the first of them by name.
-    """
-    converted: dict[str, Tensor] = {}
-    strange = []
-    for key, tensor in state_dict.items():
-        name = re.sub(r"^embeddings\.", "embedding.", key.removeprefix("backbone."))
-        if not re.match(r"(embedding|norm_f|lm_head|layers\.\d+\.(mixer|norm2?|mlp))\.", name):
-            strange.append(key)
-        converted[name] = tensor
-    if strange:
-        raise ValueError(
-            f"convert_mamba_state_dict: `state_dict` holds weights that are none of Mamba: {some(strange)}"
-        )
-    return converted
-
-
-def _published_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    """The file that says what the weights are, and all of them: one file, or shards with their index."""
-    for name in (WEIGHTS, "pytorch_model.bin"):
-        whole, index = folder / name, folder / f"{name}.index.json"
-        if whole.is_file():
-            return whole, read_tensors(whole)
-        if index.is_file():
-            return index, _shards(index)
-    raise FileNotFoundError(f"no weights: {folder} holds neither {WEIGHTS} nor pytorch_model.bin, whole or in shards")
-
-
-def _shards(index: Path) -> dict[str, Tensor]:
-    """The tensors of all shards that an index (``{"weight_map": {tensor: file}}``) names."""
-    try:
-        places = dict(json.loads(index.read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{index} is no index of shards ({type(error).__name__}: {line(error)})") from None
-    weights: dict[str, Tensor] = {}
-    for shard in sorted(set(map(str, places.values()))):
-        if Path(shard).name != shard:
-            raise ValueError(f"{index} must name files beside it; got {shard!r}")
-        weights |= read_tensors(index.with_name(shard))
-    lacking = sorted(set(places) - set(weights))
-    if lacking:
-        raise ValueError(f"{index} names tensors that its shards do not hold: {some(lacking)}")
-    return weights

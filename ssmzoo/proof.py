@@ -19,7 +19,7 @@ import torch
 from ssmkernels import OPS
 from ssmkernels.check.report import Check
 from ssmkernels.check.spec import Case, Spec, specs
-from ssmkernels.core.dispatch import unknown
+from ssmkernels.core.names import unknown
 from ssmkernels.testing import check
 from ssmzoo.devices import usable
 

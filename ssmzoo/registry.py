@@ -9,10 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ssmkernels.core.dispatch import unknown
-from ssmzoo import mixers
-from ssmzoo.mixers._base import Mixer
+from ssmkernels.core.names import unknown
+from ssmzoo.mixer import Mixer
 from ssmzoo.options import check_options, options_of
+
+MIXERS = "ssmzoo.mixers"  # the package in which each file is a mixer
 
 M = TypeVar("M", bound=type[Mixer])
 
@@ -52,7 +53,7 @@ def register_mixer(name: str) -> Callable[[M], M]:
         if not (isinstance(cls, type) and issubclass(cls, Mixer)):
             raise TypeError(f"register_mixer({name!r}): `cls` must be a subclass of ssmzoo.Mixer; got {cls!r}")
         known = _registered.get(name)
-        if name in _files() and cls.__module__ != f"{mixers.__name__}.{name}":
+        if name in _files() and cls.__module__ != f"{MIXERS}.{name}":
             raise ValueError(f"register_mixer: `name` {name!r} belongs to a mixer of ssmzoo; choose another")
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(f"register_mixer: `name` {name!r} is taken by {known.__module__}.{known.__qualname__}")
@@ -107,14 +108,15 @@ def _load(name: str) -> type[Mixer]:
     if name not in _registered:
         if name not in _files():
             raise ValueError(unknown("mixer", name, {*_files(), *_registered}))
-        module = importlib.import_module(f"{mixers.__name__}.{name}")
+        module = importlib.import_module(f"{MIXERS}.{name}")
         if name not in _registered:
             raise ImportError(f"{module.__file__} must hold a class under @register_mixer({name!r})")
     return _registered[name]
 
 
 def _files() -> set[str]:
-    return {module.name for module in pkgutil.iter_modules(mixers.__path__) if not module.name.startswith("_")}
+    modules = pkgutil.iter_modules(importlib.import_module(MIXERS).__path__)
+    return {module.name for module in modules if not module.name.startswith("_")}
 
 
 def _missing(cls: type[Mixer]) -> tuple[str, ...]:

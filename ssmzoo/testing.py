@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ssmzoo.mixers._base import Mixer
+from ssmzoo.mixer import Mixer
 
 # Of values around 1 in float64: far above rounding, far below any mistake.
 TOLERANCE = 1e-8

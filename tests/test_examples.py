@@ -30,6 +30,7 @@ def test_every_example_is_run():
     assert sorted(path.name for path in EXAMPLES.glob("*.py")) == sorted(CASES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", sorted(CASES))
 def test_example(script, tmp_path):
     arguments, expected = CASES[script]

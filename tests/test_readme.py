@@ -50,6 +50,7 @@ def test_python_blocks_run(page):
         exec(compile(block, f"{page}, python block {i + 1}", "exec", dont_inherit=True), namespace)
 
 
+@pytest.mark.slow
 def test_tables_are_those_of_the_command():
     command = [sys.executable, str(ROOT / "docs" / "tables.py"), "--check"]
     result = subprocess.run(command, capture_output=True, text=True)

@@ -17,7 +17,7 @@ PATHS = {"path", "folder", "source", "index", "run", "given"}
 # Those that are not about an argument, by the start of their text.
 OTHERS = {
     "nothing was timed": "the result of a benchmark, not its arguments",
-    "{files.SUMS} is missing": "a reason, which the error about the folder puts in",
+    "{checksums.SUMS} is missing": "a reason, which the error about the folder puts in",
     "{STATE} is of step": "a reason, as above",
     "it differs from its checksum": "a reason, as above",
     "{str(error)}": "passes on another message",

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ssmkernels import fft_conv
-from ssmzoo.mixers._hippo import hippo
+from ssmzoo.lti.hippo import hippo
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

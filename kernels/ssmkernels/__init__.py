@@ -8,8 +8,11 @@ import importlib as _importlib
 import pathlib as _pathlib
 from typing import TYPE_CHECKING
 
-from ssmkernels.core.dispatch import OPS, Explanation, explain, use
+from ssmkernels.core.dispatch import explain
+from ssmkernels.core.explanation import Explanation
+from ssmkernels.core.forcing import use
 from ssmkernels.core.memory import keep_memory
+from ssmkernels.core.names import OPS
 
 if TYPE_CHECKING:  # for type checkers and editors alone
     from ssmkernels.ops.attention import attention, merge_attention

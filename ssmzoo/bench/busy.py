@@ -25,6 +25,7 @@ from ssmkernels.bench.peers import peers_of, setting_of
 from ssmkernels.check.spec import spec_of, specs
 from ssmkernels.core.dispatch import explain
 from ssmzoo.bench import mixers, models
+from ssmzoo.bench.peers import MIXERS, rivals
 from ssmzoo.registry import list_mixers
 
 KIND = "busy"
@@ -136,7 +137,7 @@ def _of_mixer(name: str, plan: Plan) -> Iterator[tuple[list[Measurement], Contes
     if mixer is None:
         yield [refusal(KIND, name, "ssmzoo", "ours", why, plan)], None
         return
-    refused, twins = mixers.twins_of(name, mixer, plan, KIND)
+    twins, refused = rivals(KIND, name, mixer, MIXERS.get(name, ()), plan)
     whole = mixers.contest_of(name, mixer, twins, sizes, told, FORWARD, plan)
     players = [one for one in whole.contestants if one.role != "limit" for _ in range(2)]
     yield refused, dataclasses.replace(whole, contestants=players)

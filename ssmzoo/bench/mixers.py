@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ssmkernels.bench import BOTH, FORWARD, Contest, Contestant, Measurement, Plan, grow, hold, refusal
 from ssmkernels.bench.contest import Results, first_line
 from ssmkernels.bench.peers import ABSENT
-from ssmzoo.bench.peers import MIXERS, Twin, on
+from ssmzoo.bench.peers import MIXERS, Twin, rivals
 from ssmzoo.bench.products import limit_of
-from ssmzoo.mixers._base import Mixer
+from ssmzoo.mixer import Mixer
 from ssmzoo.registry import build_mixer, list_mixers
 from ssmzoo.testing import check_mixer
 
@@ -41,9 +41,8 @@ def bench_mixer(name: str, plan: Plan) -> Iterator[list[Measurement]]:
     if mixer is None:
         yield [refusal("mixers", name, "ssmzoo", "ours", why, plan)]
         return
-    refused, twins = twins_of(name, mixer, plan)
-    for row in refused:
-        yield [row]
+    twins, absent = rivals("mixers", name, mixer, MIXERS.get(name, ()), plan)
+    yield from ([row] for row in absent)
     for work in (FORWARD, BOTH):
         yield hold(contest_of(name, mixer, twins, sizes, told, work, plan), plan)
     if not plan.quick:
@@ -51,24 +50,6 @@ def bench_mixer(name: str, plan: Plan) -> Iterator[list[Measurement]]:
         longer = ({**sizes, "length": max(1, round(sizes["length"] * factor))} for factor in GROWTH)
         contests = (contest_of(name, mixer, None, one, told, BOTH, plan) for one in longer)
         yield from grow(contests, plan)
-
-
-def twins_of(
-    name: str, mixer: Mixer, plan: Plan, kind: str = "mixers"
-) -> tuple[list[Measurement], list[tuple[str, str, Twin]]]:
-    """Lines of the peers that cannot take part; name, note and twin of those that can."""
-    refused: list[Measurement] = []
-    twins: list[tuple[str, str, Twin]] = []
-    for peer in on(plan.device.type, MIXERS.get(name, ())) if plan.peers else ():
-        try:
-            why = peer.package.missing
-            if not why:
-                twins.append((peer.name, peer.note, peer.make(mixer)))
-        except Exception as error:  # whatever other people's code raises
-            why = f"cannot be built: {first_line(error)}"
-        if why:
-            refused.append(refusal(kind, name, peer.name, "peer", why, plan))
-    return refused, twins
 
 
 def prepared(name: str, plan: Plan) -> tuple[Mixer | None, dict[str, Any], str, str]:

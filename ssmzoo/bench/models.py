@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ssmkernels.bench import Contest, Contestant, Measurement, Plan, clock, refusal, weigh
-from ssmkernels.bench.contest import Results, first_line
-from ssmzoo.bench.peers import MODELS, on
+from ssmkernels.bench.contest import Results
+from ssmzoo.bench.peers import MODELS, rivals
 from ssmzoo.bench.products import NAME, products
+from ssmzoo.building import build
 from ssmzoo.model import SequenceModel
-from ssmzoo.zoo import build
 
 DEFAULT = ("mamba-130m",)
 SIZES = {"length": 512, "batch": 1}
@@ -75,22 +75,14 @@ def contests(
     if wrong:
         yield [refusal(kind, name, "ssmzoo", "ours", f"fails its check: {wrong}", plan)], None
         return
-    rivals: list[tuple[str, str, nn.Module]] = []
-    for peer in on(plan.device.type, MODELS) if plan.peers else ():
-        try:
-            why = peer.package.missing
-            if not why:
-                rivals.append((peer.name, peer.note, peer.make(model)))
-        except Exception as error:  # whatever other people's code raises
-            why = f"cannot be built: {first_line(error)}"
-        if why:
-            yield [refusal(kind, name, peer.name, "peer", why, plan)], None
+    others, absent = rivals(kind, name, model, MODELS, plan)
+    yield absent, None
     shape = f"prompt of {sizes['length']}, {model.config.n_layers} layers, batch {sizes['batch']}"
     for work in works:
         plan.say(f"{name}, {work}: reading the prompt")
         contestants = [Contestant("ssmzoo", "ours", _ours(model, ids, work)) for _ in range(copies)]
         contestants += [
-            Contestant(n, "peer", _theirs(rival, ids, work), note) for n, note, rival in rivals for _ in range(copies)
+            Contestant(n, "peer", _theirs(rival, ids, work), note) for n, note, rival in others for _ in range(copies)
         ]
         tokens = sizes["batch"] if work == DECODING else ids.numel()
         limit = products(model, tokens, backward=False, outputs=ids.numel() if work == SCORING else sizes["batch"])

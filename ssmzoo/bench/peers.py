@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssmkernels.bench import Measurement, Plan, refusal
+from ssmkernels.bench.contest import first_line
 from ssmkernels.bench.peers import MAMBA_SSM, MAMBAPY, TORCH, TRANSFORMERS, Package, refuse
-from ssmzoo.mixers._base import Mixer
+from ssmzoo.mixer import Mixer
 from ssmzoo.model import SequenceModel
 from ssmzoo.options import options_of
 
@@ -41,17 +43,7 @@ def transformers_mamba(mixer: Any) -> Twin:
     kind, options = _kind(mixer)
     folder = "falcon_mamba" if mixer.bcdt_norm else "mamba"
     module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
-    config = getattr(importlib.import_module("transformers"), f"{kind}Config")(
-        hidden_size=mixer.d_model,
-        state_size=mixer.d_state,
-        conv_kernel=mixer.d_conv,
-        expand=_expand(mixer),
-        time_step_rank=mixer.dt_rank,
-        use_conv_bias=mixer.conv1d.bias is not None,
-        use_bias=mixer.in_proj.bias is not None,
-        num_hidden_layers=1,
-        **options,
-    )
+    config = getattr(importlib.import_module("transformers"), f"{kind}Config")(num_hidden_layers=1, **options)
     theirs = getattr(module, f"{kind}Mixer")(config, layer_idx=0, initialize_mixer_weights=False)
     return _same_names(theirs, mixer)
 
@@ -60,17 +52,8 @@ def mambapy(mixer: Any) -> Twin:
     """mambapy's MambaBlock, with its parallel scan."""
     from mambapy.mamba import MambaBlock, MambaConfig
 
-    refuse(mixer.bcdt_norm or mixer.bidirectional, "norms within, nor a second direction")
-    config = MambaConfig(
-        d_model=mixer.d_model,
-        n_layers=1,
-        dt_rank=mixer.dt_rank,
-        d_state=mixer.d_state,
-        expand_factor=_expand(mixer),
-        d_conv=mixer.d_conv,
-        bias=mixer.in_proj.bias is not None,
-        conv_bias=mixer.conv1d.bias is not None,
-    )
+    options = _options(mixer)
+    config = MambaConfig(n_layers=1, expand_factor=options.pop("expand"), **options)
     return _same_names(MambaBlock(config), mixer)
 
 
@@ -78,17 +61,7 @@ def mamba_ssm(mixer: Any) -> Twin:
     """mamba_ssm's Mamba, by its fused path; written against its published signature and has not been run."""
     from mamba_ssm.modules.mamba_simple import Mamba
 
-    refuse(mixer.bcdt_norm or mixer.bidirectional, "norms within, nor a second direction")
-    theirs = Mamba(
-        mixer.d_model,
-        d_state=mixer.d_state,
-        d_conv=mixer.d_conv,
-        expand=_expand(mixer),
-        dt_rank=mixer.dt_rank,
-        conv_bias=mixer.conv1d.bias is not None,
-        bias=mixer.in_proj.bias is not None,
-    )
-    return _same_names(theirs, mixer)
+    return _same_names(Mamba(**_options(mixer)), mixer)
 
 
 def llama_attention(mixer: Any) -> Twin:
@@ -150,14 +123,7 @@ def transformers_model(model: SequenceModel) -> nn.Module:
         theirs = getattr(transformers, f"{kind}ForCausalLM")(
             getattr(transformers, f"{kind}Config")(
                 vocab_size=config.padded_vocab_size,
-                hidden_size=config.d_model,
                 num_hidden_layers=config.n_layers,
-                state_size=mixer.d_state,
-                conv_kernel=mixer.d_conv,
-                expand=_expand(mixer),
-                time_step_rank=mixer.dt_rank,
-                use_conv_bias=mixer.conv1d.bias is not None,
-                use_bias=mixer.in_proj.bias is not None,
                 layer_norm_epsilon=config.norm_eps,
                 residual_in_fp32=config.residual_in_fp32,
                 tie_word_embeddings=model.tied,
@@ -172,10 +138,35 @@ def transformers_model(model: SequenceModel) -> nn.Module:
     return theirs.eval()
 
 
-def _kind(mixer: Any) -> tuple[str, dict[str, float]]:
-    """How transformers calls such a Mamba, and what its config has beside that of the plain one."""
+def _kind(mixer: Any) -> tuple[str, dict[str, Any]]:
+    """How transformers calls such a Mamba, and the options of its config."""
     refuse(mixer.bidirectional, "second direction")
-    return ("FalconMamba", {"mixer_rms_eps": mixer.bcdt_norm_eps}) if mixer.bcdt_norm else ("Mamba", {})
+    options = {
+        "hidden_size": mixer.d_model,
+        "state_size": mixer.d_state,
+        "conv_kernel": mixer.d_conv,
+        "expand": _expand(mixer),
+        "time_step_rank": mixer.dt_rank,
+        "use_conv_bias": mixer.conv1d.bias is not None,
+        "use_bias": mixer.in_proj.bias is not None,
+    }
+    if mixer.bcdt_norm:
+        return "FalconMamba", {**options, "mixer_rms_eps": mixer.bcdt_norm_eps}
+    return "Mamba", options
+
+
+def _options(mixer: Any) -> dict[str, Any]:
+    """The options of a plain Mamba by the names of its authors."""
+    refuse(mixer.bcdt_norm or mixer.bidirectional, "norms within, nor a second direction")
+    return {
+        "d_model": mixer.d_model,
+        "d_state": mixer.d_state,
+        "d_conv": mixer.d_conv,
+        "expand": _expand(mixer),
+        "dt_rank": mixer.dt_rank,
+        "conv_bias": mixer.conv1d.bias is not None,
+        "bias": mixer.in_proj.bias is not None,
+    }
 
 
 def _expand(mixer: Any) -> int:
@@ -239,3 +230,20 @@ MODELS = (ModelPeer("transformers", TRANSFORMERS, transformers_model, "a loop ov
 def on(device: str, peers: tuple[Any, ...]) -> list[Any]:
     """Those whose package runs on a kind of device."""
     return [peer for peer in peers if device in peer.package.devices]
+
+
+def rivals(
+    kind: str, name: str, ours: nn.Module, peers: tuple[Any, ...], plan: Plan
+) -> tuple[list[tuple[str, str, Any]], list[Measurement]]:
+    """Name, note and what each peer makes of ours; and the rows that say why others cannot take part."""
+    made, absent = [], []
+    for peer in on(plan.device.type, peers) if plan.peers else ():
+        try:
+            why = peer.package.missing
+            if not why:
+                made.append((peer.name, peer.note, peer.make(ours)))
+        except Exception as error:  # whatever other people's code raises
+            why = f"cannot be built: {first_line(error)}"
+        if why:
+            absent.append(refusal(kind, name, peer.name, "peer", why, plan))
+    return made, absent

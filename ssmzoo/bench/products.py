@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ssmkernels import fft_conv
 from ssmkernels.bench import Contestant
 from ssmkernels.core.products import linear
-from ssmzoo.mixers._base import Mixer
-from ssmzoo.mixers._s4 import S4Layer
+from ssmzoo.lti.layer import S4Layer
+from ssmzoo.mixer import Mixer
 from ssmzoo.model import SequenceModel
 
 NAME = "matrix products"

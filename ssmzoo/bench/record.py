@@ -16,7 +16,7 @@ import torch
 
 import ssmzoo
 from ssmkernels.bench import Measurement
-from ssmzoo.commands.env import cpu_name, gpu_name
+from ssmzoo.devices import cpu_name, gpu_name
 
 # Column → field of Measurement.
 MEASURED = {

@@ -8,7 +8,7 @@ from typing import Any
 from ssmkernels.bench import Measurement, Plan, bench_op, refusal
 from ssmkernels.bench.contest import first_line
 from ssmkernels.check.spec import spec_of, specs
-from ssmkernels.core.dispatch import unknown
+from ssmkernels.core.names import unknown
 
 USUAL = ("ops", "mixers", "models")
 KINDS = (*USUAL, "scaling", "busy")

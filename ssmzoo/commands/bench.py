@@ -32,45 +32,46 @@ SECONDS, QUICK_SECONDS = 1.0, 0.1  # for each contestant of a contest
 def command(
     what: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[ops|mixers|models|scaling|busy]", help="What to time; the first three if not given."),
+        typer.Argument(
+            metavar="[ops|mixers|models|scaling|busy]", help="What to time; ops, mixers and models by default."
+        ),
     ] = None,
     only: Annotated[
-        list[str] | None, typer.Option(metavar="NAME ...", help="Only these ops, mixers or models.")
+        list[str] | None, typer.Option(metavar="NAME ...", help="Time only these ops, mixers or models.")
     ] = None,
-    peers: Annotated[bool, typer.Option(help="Time other packages beside ours, those that are installed.")] = True,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one, by default.")] = None,
+    peers: Annotated[bool, typer.Option(help="Time other packages as well, if they are installed.")] = True,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU if there is one.")] = None,
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "float32",
     out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="For table and figures; runs/bench-TIME if not given.")
+        Path | None, typer.Option(metavar="FOLDER", help="The folder for results; runs/bench-TIME by default.")
     ] = None,
     seconds: Annotated[
         float | None,
         typer.Option(
-            metavar="S", help=f"For each contestant of each contest; more give more samples. [default: {SECONDS:g}]"
+            metavar="S", help=f"Seconds for each measurement; more seconds give more samples. [default: {SECONDS:g}]"
         ),
     ] = None,
     keep_memory: Annotated[
         bool | None,
         typer.Option(
             "--keep-memory/--no-keep-memory",
-            help="Keep freed memory at hand, as `ssmzoo train` does; wherever that can be done, by default.",
+            help="Keep freed memory in the process, as `ssmzoo train` does; by default wherever that is possible.",
         ),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Small sizes, in about a minute: a look, no result.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes, in about a minute: only a quick look.")] = False,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A size or an option, as l=1024 or length=1024."),
+        typer.Option("--set", metavar="KEY=VALUE", help="A size or an option, such as l=1024 or length=1024."),
     ] = None,
 ) -> None:
-    """Time our ops, mixers and models beside the limit and beside other packages; how they scale; or what
-    threads cost on a busy machine.
+    """Time ops, mixers and models, and compare them with the hardware's limit and with other packages.
 
-    Only what passes its check is timed. Contestants run by turns, and medians count. The folder gets a CSV file with
-    every measurement and the machine, and figures. Ctrl-C keeps what is there. docs/bench.md explains how to read it.
+    An implementation is timed only if it passes its check. All take turns, and medians are compared. The folder
+    receives a CSV file and figures; Ctrl-C keeps the measurements so far. docs/bench.md explains how to read them.
     """
     kinds, names = _kinds_and_names(what or [], only or [])
     if dtype not in DTYPES:
-        from ssmkernels.core.dispatch import unknown
+        from ssmkernels.core.names import unknown
 
         raise ValueError(unknown("dtype", dtype, DTYPES))
     if seconds is None:
@@ -79,7 +80,7 @@ def command(
         raise ValueError(f"--seconds must be above 0; got {seconds}")
     changes = parse_settings(settings or [])
     if changes and len(kinds) > 1:
-        raise ValueError("--set: name ops, mixers or models too, as their sizes have different names")
+        raise ValueError("--set: also name ops, mixers or models, because their sizes have different names")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it says at each call that it is slow
 
     import torch
@@ -106,7 +107,7 @@ def command(
     stopped = False
     with _Progress(screen, sum(map(len, todo.values()))) as progress:
         try:
-            progress.say("measuring what this machine can do")
+            progress.say("measuring the limits of this machine")
             kind_of = getattr(torch, dtype)
             limits = measure_limits(place, kind_of, quick=quick)
             screen.print(_limits_line(limits, machine, dtype, place))
@@ -124,7 +125,7 @@ def command(
         raise ValueError(f"nothing was timed: {rows[0].what}, {rows[0].implementation}: {rows[0].refused}")
     _draw(rows, machine, folder, screen)
     if stopped:
-        screen.print("stopped; what was measured before is kept")
+        screen.print("stopped; the measurements so far are kept")
         raise typer.Exit(130)
 
 
@@ -183,7 +184,7 @@ def _kinds_and_names(words: Sequence[str], only: Sequence[str]) -> tuple[list[st
     kinds = [words[0]] if words and words[0] in KINDS else list(USUAL)
     rest = list(words[1:] if words and words[0] in KINDS else words)
     if rest and not names:
-        from ssmkernels.core.dispatch import unknown
+        from ssmkernels.core.names import unknown
 
         raise ValueError(unknown("thing to time", rest[0], KINDS) + " Single ones go after --only.")
     return kinds, names + rest

@@ -26,7 +26,7 @@ OPTIONAL = {
     "accelerate": "ssmzoo train",
     "matplotlib": "the loss curve that ssmzoo train draws",
     "tokenizers": "training on tokens instead of bytes",
-    "transformers": "tests that hold our Mamba against theirs",
+    "transformers": "tests that compare our Mamba with theirs",
 }
 
 
@@ -39,13 +39,14 @@ def command() -> None:
     out.print(table("This machine", ("what", "which"), _machine()))
     out.print(table("Packages", ("package", "version", "for"), _packages()))
     out.print(table("Implementations, fastest first", ("op", "implementation", "can run here"), _implementations()))
-    out.print("ssmkernels.explain(op, *arguments) tells which one a certain call takes, and why.", style="dim")
+    out.print("ssmkernels.explain(op, *arguments) shows which one a call would use, and why.", style="dim")
 
 
 def _machine() -> list[list[str]]:
     import torch
 
     import ssmzoo
+    from ssmzoo.devices import cpu_name, gpu_name
 
     threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
     return [
@@ -57,30 +58,6 @@ def _machine() -> list[list[str]]:
         ["C++ compiler", _compiler() + " (torch.compile uses it)"],
         ["native library", _native()],
     ]
-
-
-def cpu_name() -> str:
-    """What the processor calls itself."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
-
-
-def gpu_name() -> str:
-    """The GPUs that PyTorch can use, or why there is none."""
-    import torch
-
-    if torch.cuda.is_available():
-        devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-        runtime = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
-        return ", ".join(f"{d.name} ({d.total_memory / 2**30:.0f} GiB)" for d in devices) + f"; {runtime}"
-    if torch.backends.mps.is_available():
-        return "Apple's (mps)"
-    built = torch.version.cuda or torch.version.hip
-    return "none found" if built else "none usable: this PyTorch is built for the CPU alone"
 
 
 def _native() -> str:

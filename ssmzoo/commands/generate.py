@@ -12,35 +12,35 @@ from ssmzoo.screen import printable, say
 
 
 def command(
-    model: Annotated[
-        str, typer.Argument(help="The folder of a trained model; or a model's name, with random weights.")
-    ],
-    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
-    max_new_tokens: Annotated[int, typer.Option(help="How many tokens to add, at most.")] = 300,
+    model: Annotated[str, typer.Argument(help="The folder of a trained model, or a model's name for random weights.")],
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="The largest number of tokens to add.")] = 300,
     temperature: Annotated[
-        float | None, typer.Option(help="0 takes the most likely token each time; 0.8 by default.")
+        float | None, typer.Option(help="Sampling temperature; 0 always takes the most likely token. [default: 0.8]")
     ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Draw from the k most likely tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Draw from the fewest tokens that reach p.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample only from the k most likely tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample from the fewest tokens that add up to probability p.")
+    ] = None,
     min_p: Annotated[
-        float | None, typer.Option(help="Draw from tokens this fraction as likely as the likeliest.")
+        float | None, typer.Option(help="Sample from tokens at least this fraction as likely as the most likely one.")
     ] = None,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: less of what is there already.")] = 1.0,
-    eos_id: Annotated[list[int] | None, typer.Option(help="Stop after this token id; may be given again.")] = None,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1, repeated tokens become less likely.")] = 1.0,
+    eos_id: Annotated[list[int] | None, typer.Option(help="Stop after this token id; repeatable.")] = None,
     stop: Annotated[
-        list[str] | None, typer.Option(help="Stop before this text, which is not printed; may be given again.")
+        list[str] | None, typer.Option(help="Stop before this text, which is not printed; repeatable.")
     ] = None,
     num_beams: Annotated[
-        int, typer.Option(help="Above 1: beam search, which draws nothing and prints at the end.")
+        int, typer.Option(help="With more than 1, use beam search instead of sampling, and print the text at the end.")
     ] = 1,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     tokenizer: Annotated[
         Path | None,
-        typer.Option(help="A `tokenizers` JSON file, where the folder has none and it is not a byte model."),
+        typer.Option(help="A JSON file of the `tokenizers` library, for a folder that has none."),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="As PyTorch names it; a GPU if there is one, by default.")] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda; by default a GPU if there is one.")] = None,
 ) -> None:
-    """Continue a prompt with a trained model, and print the text as it comes."""
+    """Continue a prompt with a trained model, and print the text as it is generated."""
     import torch
 
     from ssmkernels import keep_memory
@@ -51,7 +51,7 @@ def command(
     from ssmzoo.train.vocabulary import Bytes, decode, open_vocabulary
 
     if not prompt:
-        raise ValueError("`prompt` is empty: give the model at least one character to go on from")
+        raise ValueError("`prompt` is empty: give the model at least one character")
     if any("\ud800" <= c <= "\udfff" for c in prompt):
         raise ValueError(f"`prompt` must be UTF-8 text; got {prompt!r:.80}")
     keep_memory()
@@ -63,12 +63,12 @@ def command(
     check_model(built)
     folder = model_folder(model)
     if folder is None:
-        say(f"{model} holds no trained weights: what follows is noise", sys.stderr)
+        say(f"{model} holds no trained weights: the output is noise", sys.stderr)
     elif tokenizer is None and (folder / "tokenizer.json").is_file():
         tokenizer = folder / "tokenizer.json"
     if tokenizer is None and built.config.vocab_size != Bytes.size:
         raise ValueError(
-            f"{model} has {built.config.vocab_size} token ids and does not read bytes: name its --tokenizer"
+            f"{model} has {built.config.vocab_size} token ids and does not read bytes; give its --tokenizer"
         )
     vocabulary = open_vocabulary(tokenizer)
     if num_beams == 1 and temperature is None:

@@ -14,7 +14,6 @@ from ssmzoo.screen import printable
 
 if TYPE_CHECKING:
     from ssmzoo import ModelConfig, SequenceModel
-    from ssmzoo.block import Block
 
 CONTEXTS = [1024 * 4**i for i in range(6)]  # 1k to 1M
 
@@ -29,13 +28,13 @@ def command(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Change the config first, as d_model=512 or mixers.mamba.d_state=32.",
+            help="Change a config key first, such as d_model=512 or mixers.mamba.d_state=32.",
         ),
     ] = None,
 ) -> None:
     """Show a model's layers and parameters, and what a token costs as the context grows.
 
-    Nothing is downloaded and no weights are made, so this is quick for large models too.
+    Nothing is downloaded and no weights are created, so this is fast for large models too.
     """
     from ssmzoo import build
     from ssmzoo.config import load_config, model_folder
@@ -52,8 +51,8 @@ def command(
     costs = ("context", "FLOPs per token", "state")
     out.print(table("As the context grows", costs, _costs(model), numbers=costs))
     out.print(
-        "FLOPs of a forward pass, the mean over that many tokens: two a weight of every linear map,\n"
-        "and the mixing. State: what one sequence of that many tokens keeps between calls, in float32.",
+        "FLOPs per token of a forward pass, averaged over that many tokens: two per weight of every linear map,\n"
+        "plus the mixing. State: what one sequence of that many tokens keeps between calls, in float32.",
         style="dim",
     )
 
@@ -78,7 +77,7 @@ def _counted(number: int, what: str) -> str:
 
 def _parts(model: SequenceModel) -> list[list[str]]:
     """Rows of part, layers, how many, parameters, share. Weights used at several places count once."""
-    config, blocks = model.config, _blocks(model)
+    config, blocks = model.config, model.blocks
     parts: dict[str, tuple[list[int], list]] = {}
     for i, block in enumerate(blocks):
         entry = config.entry_of_layer(i)
@@ -109,10 +108,6 @@ def _parts(model: SequenceModel) -> list[list[str]]:
     return [*rows, ["total", "", "", f"{total:,}", ""]]
 
 
-def _blocks(model: SequenceModel) -> list[Block]:
-    return list(model.layers)  # type: ignore[arg-type]
-
-
 def _weights(modules: Iterable, seen: set[int]) -> int:
     """Parameters of the modules without those in ``seen``; adds them to it."""
     fresh = {id(p): p for module in modules for p in module.parameters() if id(p) not in seen}
@@ -133,7 +128,7 @@ def _ranges(layers: Sequence[int]) -> str:
 
 def _costs(model: SequenceModel) -> list[list[str]]:
     """Rows of context, FLOPs, state."""
-    stateful = all(block.mixer.has_state and block.mixer.causal for block in _blocks(model))
+    stateful = all(block.mixer.has_state and block.mixer.causal for block in model.blocks)
     rows = []
     for context in CONTEXTS:
         state = size(model.initial_state(1, max_length=context).nbytes) if stateful else "none"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ssmkernels.core.dispatch import unknown
+from ssmkernels.core.names import unknown
 from ssmzoo.commands._output import console, count, markdown_table, options_text, table
 from ssmzoo.screen import say
 
@@ -54,18 +54,21 @@ def _models(pattern: str) -> tuple[list[str], list[list[str]]]:
 
 
 def _mixers(pattern: str, here: bool) -> tuple[list[str], list[list[str]]]:
+    """Names and summaries; ``here`` adds the options, and whether each mixer works on this machine."""
     import ssmzoo
 
     known = ssmzoo.list_mixers()
     names = fnmatch.filter(known, pattern)
     if not names:
         raise ValueError(unknown("mixer", pattern, known))
-    columns = ["mixer", "what it is", "options", "needs"] + ["here"] * here
+    infos = [known[name] for name in names]
+    if not here:
+        return ["mixer", "what it is"], [[info.name, info.summary] for info in infos]
     rows = []
-    for info in (known[name] for name in names):
-        row = [info.name, info.summary, options_text(info.options), ", ".join(("torch", *info.needs))]
-        rows.append(row + ["yes" if info.available else "pip install " + " ".join(info.missing)] * here)
-    return columns, rows
+    for info in infos:
+        available = "yes" if info.available else "pip install " + " ".join(info.missing)
+        rows.append([info.name, info.summary, options_text(info.options), ", ".join(("torch", *info.needs)), available])
+    return ["mixer", "what it is", "options", "needs", "here"], rows
 
 
 def _pattern(config: ModelConfig) -> str:

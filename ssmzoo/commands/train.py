@@ -28,29 +28,30 @@ def command(
         list[str] | None,
         typer.Option(
             metavar="FILES|FOLDERS",
-            help="UTF-8 text, and folders of it. Without it, the source of Python's standard library. For a "
-            "classifier a .npz file, and perhaps a second one that is held out.",
+            help="UTF-8 text files, or folders of them; by default the source of Python's standard library. For a "
+            "classifier, a .npz file and optionally a second one for validation.",
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Where everything goes; runs/MODEL-TIME if not given."),
+        typer.Option(metavar="FOLDER", help="The folder for the results; runs/MODEL-TIME by default."),
     ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="A training setting, as steps=500, or a key of the model, as mixers.mamba.d_state=32.",
+            help="A training setting such as steps=500, or a config key such as mixers.mamba.d_state=32.",
         ),
     ] = None,
-    resume: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Go on with the run in this folder.")] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Continue the run in this folder.")] = None,
 ) -> None:
     """Train a language model on text, or a classifier on labelled sequences.
 
     Text is read as bytes, unless `--set tokenizer=FILE` names a file of the tokenizers library. A classifier's .npz
     file has `inputs` (n, l) of token ids or (n, l, d_input) of numbers, `labels` (n), and `lengths` (n) if they differ.
-    The run's folder gets config, weights, log and loss curve. Ctrl-C saves, and says how to go on.
+    The run's folder receives the config, the weights, a log and the loss curve. Ctrl-C saves the run and shows how to
+    continue it.
     """
     from ssmkernels import keep_memory
     from ssmzoo import train as training
@@ -60,23 +61,23 @@ def command(
     from ssmzoo.train.run import run_name
 
     if more_data and not data:
-        raise ValueError(f"one model at a time; got {more_data[0]!r} as well. Text to train on goes after --data")
+        raise ValueError(f"give one model; got {more_data[0]!r} as well. Text to train on goes after --data")
     sources = [*(data or []), *(more_data or [])] or None
     keep_memory()
     changes, overrides = split_settings(parse_settings(settings or []))
     try:
         if resume is not None:
             if out is not None:
-                raise ValueError("--resume goes on in its own folder: leave --out away")
+                raise ValueError("--resume continues in the folder of the run; leave out --out")
             if overrides:
-                raise ValueError(f"--set {next(iter(overrides))} cannot change: --resume goes on with its own model")
+                raise ValueError(f"--set {next(iter(overrides))} cannot change: --resume keeps the model of the run")
             if model is not None and run_name(model) != read_record(resume).model:
                 raise ValueError(f"`MODEL`: the run in {resume} trains {read_record(resume).model}, not {model}")
             training.resume(resume, sources, **changes)
             return
         if model is None:
             raise ValueError(
-                "`MODEL` is missing: name one, as in `ssmzoo train mamba-hybrid-tiny`; `ssmzoo list` shows them"
+                "`MODEL` is missing; name one, as in `ssmzoo train mamba-hybrid-tiny`. `ssmzoo list` shows all models"
             )
         if model_folder(model) is not None:
             if overrides:

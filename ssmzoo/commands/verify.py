@@ -19,17 +19,17 @@ SHOWN = 3  # failures of one implementation; the rest are counted
 
 
 def command(
-    op: Annotated[list[str] | None, typer.Option(metavar="OP", help="Check this op alone; may be repeated.")] = None,
+    op: Annotated[list[str] | None, typer.Option(metavar="OP", help="Check only this op; repeatable.")] = None,
     implementation: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Check this implementation alone; may be repeated.")
+        list[str] | None, typer.Option(metavar="NAME", help="Check only this implementation; repeatable.")
     ] = None,
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="Where kernels are checked, such as cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="Check kernels on this device, such as cuda.")] = "cpu",
     dtype: Annotated[
-        list[str] | None, typer.Option(metavar="DTYPE", help="Check in this dtype alone; may be repeated.")
+        list[str] | None, typer.Option(metavar="DTYPE", help="Check only in this dtype; repeatable.")
     ] = None,
     mixers: Annotated[bool, typer.Option("--mixers", help="Check the mixers alone.")] = False,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Every third case, in float32 and bfloat16, in well under a minute.")
+        bool, typer.Option("--quick", help="Check every third case, in float32 and bfloat16, in well under a minute.")
     ] = False,
     matrix: Annotated[
         bool, typer.Option("--matrix", help="Call every op in unusual ways instead: compiled, under vmap, forked, ...")
@@ -45,12 +45,12 @@ def command(
 
     chosen = bool(op or implementation or dtype or device != "cpu")
     if mixers and chosen:
-        raise ValueError("--mixers checks mixers alone; leave --op, --implementation, --device and --dtype away")
+        raise ValueError("--mixers checks only mixers; leave out --op, --implementation, --device and --dtype")
     if markdown and not matrix:
         raise ValueError("--markdown prints the table of --matrix; give both")
     if matrix:
         if mixers or quick or implementation or dtype or device != "cpu":
-            raise ValueError("--matrix takes --op and --markdown alone: each op runs as it is called, on the CPU")
+            raise ValueError("--matrix takes only --op and --markdown; it runs each op on the CPU")
         _matrix(op or (), markdown)
         return
     kernels: list[Summary] = []
@@ -72,7 +72,7 @@ def command(
         screen.print(
             table("Kernels", ("op", "implementation", "checks", "failed", "worst", "remarks"), _kernels(kernels))
         )
-        screen.print("worst: the largest error, as a part of what is allowed\n", style="dim")
+        screen.print("worst: the largest error, as a fraction of what is allowed\n", style="dim")
     if layers:
         screen.print(table("Mixers", ("mixer", "checks", "failed", "remarks"), _mixers(layers)))
     every = [*kernels, *layers]
@@ -85,7 +85,7 @@ def command(
     elif made:
         print(f"{made} checks in {seconds:.0f} s: all passed")
     else:
-        print("nothing could be checked: the remarks above say why")
+        print("nothing could be checked; the remarks above say why")
     if failed or not made:
         raise typer.Exit(1)
 
@@ -160,7 +160,7 @@ def _remarks(summary: Summary) -> str:
     if summary.unavailable:
         return f"not here: {summary.unavailable}"
     skipped = [f"{reason} ({count})" for reason, count in summary.skipped.most_common()]
-    return "cases passed over: " + ", ".join(skipped) if skipped else ""
+    return "cases skipped: " + ", ".join(skipped) if skipped else ""
 
 
 def _show_failures(summary: Summary) -> None:

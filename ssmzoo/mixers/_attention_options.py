@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-
-def check_at_least_one(**sizes: int | None) -> None:
-    """Raises ValueError for a size that is given and below 1."""
-    for name, size in sizes.items():
-        if size is not None and size < 1:
-            raise ValueError(f"Attention: `{name}` must be at least 1; got {size}")
+from ssmzoo.mixers._heads import heads_of_width
 
 
 def heads(d_model: int, head_dim: int, n_heads: int | None, n_kv_heads: int | None) -> tuple[int, int]:
@@ -18,13 +13,7 @@ def heads(d_model: int, head_dim: int, n_heads: int | None, n_kv_heads: int | No
     Raises:
         ValueError: they do not fit d_model or each other.
     """
-    if n_heads is None:
-        if d_model % head_dim:
-            raise ValueError(
-                f"Attention: `head_dim` must divide d_model, or `n_heads` be given; got "
-                f"head_dim={head_dim} and d_model={d_model}"
-            )
-        n_heads = d_model // head_dim
+    n_heads = heads_of_width("Attention", d_model, head_dim, n_heads)
     n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
     if n_heads % n_kv_heads:
         raise ValueError(

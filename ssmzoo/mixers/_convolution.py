@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ssmkernels.core.validate import precision
 from ssmkernels.ops.causal_conv1d import causal_conv1d
 from ssmzoo.linear import is_plain
-from ssmzoo.mixers._light_convolution import Places
+from ssmzoo.mixers._places import Places
 
 
 def convolve(

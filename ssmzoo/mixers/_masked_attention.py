@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -10,72 +11,49 @@ from torch import Tensor
 from ssmkernels import attention
 from ssmkernels.core.packing import spans
 from ssmkernels.core.validate import precision
+from ssmzoo.cache import FEW, KVCache, append, borders, positions
 from ssmzoo.linear import Linear
-from ssmzoo.mixers._base import Mixer
-from ssmzoo.mixers._cached import FEW, append, borders, positions
-from ssmzoo.mixers._kv_cache import KVCache
+from ssmzoo.mixers._heads import HeadMixer, HeadOptions
 from ssmzoo.mixers._pattern import Pattern, mask_of
 from ssmzoo.mixers._rope import rotary_angles, rotate
 from ssmzoo.state import State
 
 
-class MaskedAttention(Mixer):
+@dataclasses.dataclass(kw_only=True)
+class MaskedAttentionOptions(HeadOptions):
+    """Options of all mixers of sparse attention, beside those of :class:`~ssmzoo.mixers._heads.HeadOptions`.
+
+    Attributes:
+        rope: rotary position embedding (arXiv 2104.09864), in the rotate-half form; it takes the place of learned
+            positions where a paper has these.
+        rope_base: its base.
+    """
+
+    rope: bool = True
+    rope_base: float = 10000.0
+
+
+class MaskedAttention(HeadMixer):
     """Softmax attention to the keys that a pattern shows; which one says the mixer made of it.
 
     The time grows with the blocks that are visible. The state, where there is one, is a
-    :class:`~ssmzoo.mixers._kv_cache.KVCache` of all tokens, unless the mixer says otherwise.
-
-    Args:
-        d_model: width of input and output.
-        head_dim: width of each head.
-        n_heads: heads; d_model / head_dim of them if None.
-        rope: rotary position embedding (arXiv 2104.09864), in the rotate-half form.
-        rope_base: its base.
-        bias: biases on the query, key and value projections.
-        out_bias: a bias on the output projection.
+    :class:`~ssmzoo.cache.kv.KVCache` of all tokens, unless the mixer says otherwise.
 
     Raises:
         ValueError: sizes that do not fit together.
     """
 
+    options_class = MaskedAttentionOptions
     state_class: type[State] = KVCache
     pattern: Pattern
 
-    def __init__(
-        self,
-        d_model: int,
-        *,
-        head_dim: int,
-        n_heads: int | None,
-        rope: bool,
-        rope_base: float,
-        bias: bool,
-        out_bias: bool,
-    ):
-        super().__init__(d_model)
-        self.check_at_least(1, head_dim=head_dim, n_heads=n_heads)
-        if n_heads is None:
-            if d_model % head_dim:
-                raise ValueError(
-                    f"{type(self).__name__}: `head_dim` must divide d_model, or `n_heads` be given; got "
-                    f"head_dim={head_dim} and d_model={d_model}"
-                )
-            n_heads = d_model // head_dim
-        if rope and head_dim % 2:
-            raise ValueError(f"{type(self).__name__}: `head_dim` must be even, or `rope` false; got {head_dim}")
-        if rope and rope_base <= 1:
-            raise ValueError(f"{type(self).__name__}: `rope_base` must be above 1; got {rope_base}")
-        self.head_dim, self.n_heads = head_dim, n_heads
-        self.rope, self.rope_base = rope, rope_base
-        inner = n_heads * head_dim
-        self.q_proj, self.k_proj, self.v_proj = (Linear(d_model, inner, bias=bias) for _ in range(3))
-        self.out_proj = Linear(inner, d_model, bias=out_bias)
-
-    def check_at_least(self, least: int, **sizes: int | None) -> None:
-        """Raises ValueError for a size that is given and below ``least``."""
-        for name, size in sizes.items():
-            if size is not None and size < least:
-                raise ValueError(f"{type(self).__name__}: `{name}` must be at least {least}; got {size}")
+    def __init__(self, d_model: int, options: MaskedAttentionOptions):
+        super().__init__(d_model, options)
+        self.rope, self.rope_base = options.rope, options.rope_base
+        if self.rope and self.head_dim % 2:
+            raise ValueError(f"{type(self).__name__}: `head_dim` must be even, or `rope` false; got {self.head_dim}")
+        if self.rope and self.rope_base <= 1:
+            raise ValueError(f"{type(self).__name__}: `rope_base` must be above 1; got {self.rope_base}")
 
     def check_block_size(self, block_size: int) -> None:
         """Raises ValueError for a block that masks cannot have."""
@@ -83,10 +61,7 @@ class MaskedAttention(Mixer):
             raise ValueError(f"{type(self).__name__}: `block_size` must be a multiple of 8; got {block_size}")
 
     def initial_state(self, batch_size: int, max_length: int | None = None) -> State:
-        if not self.causal or not self.has_state:
-            raise ValueError(
-                f"{type(self).__name__}: there is no `initial_state`, as this mixer sees the whole sequence at once"
-            )
+        self.check_has_state()
         return self.empty_cache(batch_size, max_length or 0)
 
     def empty_cache(self, batch_size: int, capacity: int) -> KVCache:
@@ -104,7 +79,7 @@ class MaskedAttention(Mixer):
             y, state = self.mix(x.reshape(1, -1, self.d_model), state, packed)
             return y.view_as(x), state
         places = positions(x, state, cu_seqlens)
-        q, k = (self.heads_of(x, projection, places) for projection in (self.q_proj, self.k_proj))
+        q, k = (self.turned(x, projection, places) for projection in (self.q_proj, self.k_proj))
         v = self.heads_of(x, self.v_proj)
         first = state is None or state.longest == 0
         if state is not None:
@@ -120,10 +95,10 @@ class MaskedAttention(Mixer):
             state.trim()
         return self.out_proj(out.flatten(2)), state
 
-    def heads_of(self, x: Tensor, projection: Linear, places: Tensor | None = None) -> Tensor:
-        """(b l h d) of x; queries and keys turn by their places (b or 1, l)."""
-        heads = projection(x).unflatten(-1, (self.n_heads, self.head_dim))
-        if places is None or not self.rope:
+    def turned(self, x: Tensor, projection: Linear, places: Tensor) -> Tensor:
+        """Queries or keys (b l h d) of x, turned by their places (b or 1, l)."""
+        heads = self.heads_of(x, projection)
+        if not self.rope:
             return heads
         return rotate(heads, *rotary_angles(places, self.head_dim, self.rope_base, precision(x), None))
 

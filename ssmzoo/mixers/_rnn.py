@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmzoo.linear import Linear
-from ssmzoo.mixers._base import Mixer
+from ssmzoo.mixer import Mixer
 from ssmzoo.state import State
 
 
@@ -22,7 +22,14 @@ class RNNState(State):
 
 
 class RNNMixer(Mixer):
-    """What ``lstm`` and ``gru`` share; ``network`` is PyTorch's class."""
+    """What ``lstm`` and ``gru`` share; ``network`` is PyTorch's class.
+
+    Args:
+        d_model: width of input and output.
+        d_hidden: width of the recurrent layers; d_model if None.
+        n_rnn_layers: how many of them are stacked in this one mixer.
+        bidirectional: runs in both directions; then it is not causal and has no state.
+    """
 
     state_class = RNNState
     network: ClassVar[type[nn.LSTM] | type[nn.GRU]]
@@ -31,12 +38,10 @@ class RNNMixer(Mixer):
         self, d_model: int, *, d_hidden: int | None = None, n_rnn_layers: int = 1, bidirectional: bool = False
     ):
         super().__init__(d_model)
+        self.look_ahead(bidirectional)
         self.d_hidden = d_model if d_hidden is None else d_hidden
-        for name, value in (("d_hidden", self.d_hidden), ("n_rnn_layers", n_rnn_layers)):
-            if value < 1:
-                raise ValueError(f"{type(self).__name__}: `{name}` must be at least 1; got {value}")
+        self.check_at_least(1, d_hidden=self.d_hidden, n_rnn_layers=n_rnn_layers)
         self.n_rnn_layers = n_rnn_layers
-        self.causal = not bidirectional
         self.rnn = self.network(
             d_model, self.d_hidden, num_layers=n_rnn_layers, batch_first=True, bidirectional=bidirectional
         )
@@ -44,6 +49,7 @@ class RNNMixer(Mixer):
         self.out_proj = Linear(self.d_out, d_model, bias=False)
 
     def initial_state(self, batch_size: int, max_length: int | None = None) -> RNNState:
+        self.check_has_state()
         rows = self.like().new_zeros(batch_size, self.n_rnn_layers, self.d_hidden)
         return RNNState(rows, torch.zeros_like(rows) if self.network is nn.LSTM else None)
 

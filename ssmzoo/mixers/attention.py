@@ -10,16 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ssmkernels.core.validate import precision
+from ssmzoo.cache import FEW, Cache, KVCache, Logits, PagedCache, append, borders, empty, positions
+from ssmzoo.cache.hidden import HiddenCache, PagedHiddenCache, fold, unfold
 from ssmzoo.linear import Linear, is_plain
+from ssmzoo.mixer import Mixer
 from ssmzoo.mixers._alibi import alibi_slopes
-from ssmzoo.mixers._attention_options import check_at_least_one, check_hidden, heads, rotary_dim
-from ssmzoo.mixers._base import Mixer
-from ssmzoo.mixers._cached import FEW, Cache, append, borders, empty, positions
+from ssmzoo.mixers._attention_options import check_hidden, heads, rotary_dim
 from ssmzoo.mixers._convolution import convolve
-from ssmzoo.mixers._hidden_cache import HiddenCache, PagedHiddenCache, fold, unfold
-from ssmzoo.mixers._kv_cache import KVCache
-from ssmzoo.mixers._logits import Logits
-from ssmzoo.mixers._paged_cache import PagedCache
 from ssmzoo.mixers._rope import rotary_angles, rotate, scaling_of
 from ssmzoo.norm import RMSNorm
 from ssmzoo.registry import register_mixer
@@ -76,8 +73,8 @@ class Attention(Mixer):
             needs, which is copied whole.
         bidirectional: every token sees later ones too; there is then no state.
 
-    Its state is a :class:`~ssmzoo.mixers._kv_cache.KVCache`, a :class:`~ssmzoo.mixers._hidden_cache.HiddenCache`, with
-    ``page_size`` a :class:`~ssmzoo.mixers._paged_cache.PagedCache` of either kind, and with ``d_conv`` a
+    Its state is a :class:`~ssmzoo.cache.kv.KVCache`, a :class:`~ssmzoo.cache.hidden.HiddenCache`, with
+    ``page_size`` a :class:`~ssmzoo.cache.paged.PagedCache` of either kind, and with ``d_conv`` a
     :class:`ConvolvedState` of one of these. With a window it keeps what can still be seen, and about as much again,
     however many tokens come.
 
@@ -113,8 +110,9 @@ class Attention(Mixer):
         bidirectional: bool = False,
     ):
         super().__init__(d_model)
-        check_at_least_one(
-            head_dim=head_dim, n_heads=n_heads, n_kv_heads=n_kv_heads, window=window, page_size=page_size
+        self.look_ahead(bidirectional)
+        self.check_at_least(
+            1, head_dim=head_dim, n_heads=n_heads, n_kv_heads=n_kv_heads, window=window, page_size=page_size
         )
         n_heads, n_kv_heads = heads(d_model, head_dim, n_heads, n_kv_heads)
         self.rope_dim = rotary_dim(rope, rope_dim, rope_base, rope_scaling, head_dim)
@@ -144,7 +142,6 @@ class Attention(Mixer):
         self.rope_base, self.scaling = rope_base, scaling_of(rope_scaling)
         self.window, self.softcap, self.alibi = window, softcap, alibi
         self.d_conv, self.cache, self.page_size = d_conv, cache, page_size
-        self.causal = not bidirectional
         self.q_proj = Linear(d_model, n_heads * head_dim, bias=bias)
         self.k_proj = Linear(d_model, n_kv_heads * head_dim, bias=bias)
         self.v_proj = Linear(d_model, n_kv_heads * head_dim, bias=bias)
@@ -184,8 +181,7 @@ class Attention(Mixer):
         return Logits(1 / math.sqrt(self.head_dim), self.causal, window, self.softcap, slopes, self.sinks)
 
     def initial_state(self, batch_size: int, max_length: int | None = None) -> Cache | ConvolvedState:
-        if not self.causal:
-            raise ValueError("Attention: with `bidirectional` it has no state, as it sees the whole sequence at once")
+        self.check_has_state()
         keep = None if self.window is None else self.window - 1
         shape = (self.n_kv_heads, self.head_dim, self.head_dim) if self.cache == "kv" else (1, self.d_model, 0)
         like = self.like()

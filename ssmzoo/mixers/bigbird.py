@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 
 from ssmkernels import masks
 from ssmkernels.masks import BlockMask
-from ssmzoo.mixers._masked_attention import MaskedAttention
+from ssmzoo.mixers._masked_attention import MaskedAttention, MaskedAttentionOptions
 from ssmzoo.mixers._pattern import Pattern
 from ssmzoo.registry import register_mixer
 
@@ -53,6 +54,25 @@ class BigBirdPattern(Pattern):
         return (self.n_global + 1) // 2, max(0, blocks - self.n_global // 2)
 
 
+@dataclasses.dataclass(kw_only=True)
+class BigBirdOptions(MaskedAttentionOptions):
+    """Beside those of :class:`~ssmzoo.mixers._masked_attention.MaskedAttentionOptions`.
+
+    Attributes:
+        block_size: tokens of a block, a multiple of 8.
+        window_blocks: blocks around the queries' own, itself included; odd.
+        global_blocks: blocks that see all and are seen by all; the odd one at the beginning.
+        random_blocks: blocks drawn for each block of queries.
+        seed: of the draws; layers should differ in it, or share their graph.
+    """
+
+    block_size: int = 64
+    window_blocks: int = 3
+    global_blocks: int = 2
+    random_blocks: int = 3
+    seed: int = 0
+
+
 @register_mixer("bigbird")
 class BigBird(MaskedAttention):
     """Softmax attention to neighbouring, global and random blocks of keys, never causal: linear in length.
@@ -69,54 +89,24 @@ class BigBird(MaskedAttention):
 
     Args:
         d_model: width of input and output.
-        head_dim: d, width of each head.
-        n_heads: heads; d_model / head_dim of them if None.
-        block_size: tokens of a block, a multiple of 8.
-        window_blocks: blocks around the queries' own, itself included; odd.
-        global_blocks: blocks that see all and are seen by all; the odd one at the beginning.
-        random_blocks: blocks drawn for each block of queries.
-        seed: of the draws; layers should differ in it, or share their graph.
-        rope: rotary position embedding (arXiv 2104.09864), in the rotate-half form, in place of the paper's learned
-            positions.
-        rope_base: its base.
-        bias: biases on the query, key and value projections.
-        out_bias: a bias on the output projection.
+        options: those of :class:`BigBirdOptions`.
 
     Raises:
         ValueError: sizes that do not fit together.
     """
 
+    options_class = BigBirdOptions
     causal = False
     has_state = False
 
-    def __init__(
-        self,
-        d_model: int,
-        *,
-        head_dim: int = 64,
-        n_heads: int | None = None,
-        block_size: int = 64,
-        window_blocks: int = 3,
-        global_blocks: int = 2,
-        random_blocks: int = 3,
-        seed: int = 0,
-        rope: bool = True,
-        rope_base: float = 10000.0,
-        bias: bool = False,
-        out_bias: bool = False,
-    ):
-        super().__init__(
-            d_model,
-            head_dim=head_dim,
-            n_heads=n_heads,
-            rope=rope,
-            rope_base=rope_base,
-            bias=bias,
-            out_bias=out_bias,
+    def __init__(self, d_model: int, **options: Any):
+        o = BigBirdOptions(**options)
+        super().__init__(d_model, o)
+        self.check_block_size(o.block_size)
+        self.check_at_least(1, window_blocks=o.window_blocks)
+        self.check_at_least(0, global_blocks=o.global_blocks, random_blocks=o.random_blocks)
+        if o.window_blocks % 2 == 0:
+            raise ValueError(f"BigBird: `window_blocks` must be odd, as many on each side; got {o.window_blocks}")
+        self.pattern = BigBirdPattern(
+            o.block_size, self.n_heads, o.window_blocks, o.global_blocks, o.random_blocks, o.seed
         )
-        self.check_block_size(block_size)
-        self.check_at_least(1, window_blocks=window_blocks)
-        self.check_at_least(0, global_blocks=global_blocks, random_blocks=random_blocks)
-        if window_blocks % 2 == 0:
-            raise ValueError(f"BigBird: `window_blocks` must be odd, as many on each side; got {window_blocks}")
-        self.pattern = BigBirdPattern(block_size, self.n_heads, window_blocks, global_blocks, random_blocks, seed)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmkernels.ops.causal_conv1d import causal_conv1d
-from ssmzoo.mixers._light_convolution import LightConvolution, Places
+from ssmzoo.mixers._light_convolution import LightConvolution
+from ssmzoo.mixers._places import Places
 from ssmzoo.registry import register_mixer
 
 
@@ -22,38 +25,15 @@ class LightConv(LightConvolution):
 
     Args:
         d_model: width of input and output.
-        kernel_size: K; the paper's rise with depth: 3, 7, 15, then 31.
-        n_heads: how many kernels there are; each is shared by d_model / n_heads channels.
-        glu: the gated linear unit; without it u = in_proj(x).
-        weight_dropout: in training, the share of a kernel's taps that DropConnect leaves out.
-        bias: biases on both projections.
-        bidirectional: kernels are centred, with ⌊K / 2⌋ later tokens; there is then no state.
+        options: those of :class:`~ssmzoo.mixers._light_convolution.LightConvolutionOptions`.
 
     Raises:
         ValueError: sizes that do not fit together, or a share outside of [0, 1).
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        *,
-        kernel_size: int = 31,
-        n_heads: int = 16,
-        glu: bool = True,
-        weight_dropout: float = 0.0,
-        bias: bool = True,
-        bidirectional: bool = False,
-    ):
-        super().__init__(
-            d_model,
-            kernel_size=kernel_size,
-            n_heads=n_heads,
-            glu=glu,
-            weight_dropout=weight_dropout,
-            bias=bias,
-            bidirectional=bidirectional,
-        )
-        self.weight = nn.Parameter(torch.empty(n_heads, kernel_size))
+    def __init__(self, d_model: int, **options: Any):
+        super().__init__(d_model, **options)
+        self.weight = nn.Parameter(torch.empty(self.n_heads, self.kernel_size))
         nn.init.xavier_uniform_(self.weight)
 
     def convolve(self, u: Tensor, before: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import dataclasses
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ssmkernels import attention
 from ssmkernels.core.packing import spans
-from ssmzoo.linear import Linear
-from ssmzoo.mixers._base import Mixer
+from ssmzoo.mixers._heads import HeadMixer, HeadOptions
 from ssmzoo.registry import register_mixer
 
 
+@dataclasses.dataclass(kw_only=True)
+class LinformerOptions(HeadOptions):
+    """Beside those of :class:`~ssmzoo.mixers._heads.HeadOptions`.
+
+    Attributes:
+        proj_len: k, how many projected keys and values there are.
+        max_length: n, the longest sequence that it takes.
+        sharing: "none" gives each head its own E and F; "headwise" shares them among all heads, and "key-value" is one
+            matrix E = F for all (section 4, parameter sharing).
+    """
+
+    proj_len: int = 256
+    max_length: int = 512
+    sharing: Literal["none", "headwise", "key-value"] = "headwise"
+
+
 @register_mixer("linformer")
-class Linformer(Mixer):
+class Linformer(HeadMixer):
     """Softmax attention to ``proj_len`` learned mixtures of all keys and values: linear in length, never causal.
 
     It approximates softmax attention by one of low rank. For each head (equation 7), with E and F of
@@ -27,66 +43,32 @@ class Linformer(Mixer):
 
     Args:
         d_model: width of input and output.
-        head_dim: d, width of each head.
-        n_heads: heads; d_model / head_dim of them if None.
-        proj_len: k, how many projected keys and values there are.
-        max_length: n, the longest sequence that it takes.
-        sharing: "none" gives each head its own E and F; "headwise" shares them among all heads, and "key-value" is one
-            matrix E = F for all (section 4, parameter sharing).
-        bias: biases on the query, key and value projections.
-        out_bias: a bias on the output projection.
+        options: those of :class:`LinformerOptions`.
 
     Raises:
         ValueError: sizes that do not fit together; on a call, a sequence longer than max_length.
     """
 
+    options_class = LinformerOptions
     causal = False
     has_state = False
 
-    def __init__(
-        self,
-        d_model: int,
-        *,
-        head_dim: int = 64,
-        n_heads: int | None = None,
-        proj_len: int = 256,
-        max_length: int = 512,
-        sharing: Literal["none", "headwise", "key-value"] = "headwise",
-        bias: bool = False,
-        out_bias: bool = False,
-    ):
-        super().__init__(d_model)
-        for name, size in (
-            ("head_dim", head_dim),
-            ("n_heads", n_heads),
-            ("proj_len", proj_len),
-            ("max_length", max_length),
-        ):
-            if size is not None and size < 1:
-                raise ValueError(f"Linformer: `{name}` must be at least 1; got {size}")
-        if n_heads is None:
-            if d_model % head_dim:
-                raise ValueError(
-                    f"Linformer: `head_dim` must divide d_model, or `n_heads` be given; got head_dim={head_dim} and "
-                    f"d_model={d_model}"
-                )
-            n_heads = d_model // head_dim
-        self.head_dim, self.n_heads = head_dim, n_heads
-        self.proj_len, self.max_length = proj_len, max_length
-        inner = n_heads * head_dim
-        self.q_proj, self.k_proj, self.v_proj = (Linear(d_model, inner, bias=bias) for _ in range(3))
-        self.out_proj = Linear(inner, d_model, bias=out_bias)
+    def __init__(self, d_model: int, **options: Any):
+        o = LinformerOptions(**options)
+        super().__init__(d_model, o)
+        self.check_at_least(1, proj_len=o.proj_len, max_length=o.max_length)
+        self.proj_len, self.max_length = o.proj_len, o.max_length
         # Variance 1 / k, for which projections keep lengths (theorem 2).
-        shape = (n_heads if sharing == "none" else 1, proj_len, max_length)
-        self.E = nn.Parameter(torch.randn(shape) * proj_len**-0.5)
-        self.F = self.E if sharing == "key-value" else nn.Parameter(torch.randn(shape) * proj_len**-0.5)
+        shape = (self.n_heads if o.sharing == "none" else 1, o.proj_len, o.max_length)
+        self.E = nn.Parameter(torch.randn(shape) * o.proj_len**-0.5)
+        self.F = self.E if o.sharing == "key-value" else nn.Parameter(torch.randn(shape) * o.proj_len**-0.5)
 
     def mixing_flops(self, context: int) -> float:
         """4 proj_len · d for each head to project a key and a value, and as many to attend to the projected ones."""
         return 8 * self.proj_len * self.n_heads * self.head_dim
 
     def mix(self, x: Tensor, state: None, cu_seqlens: Tensor | None) -> tuple[Tensor, None]:
-        q, k, v = (p(x).unflatten(-1, (self.n_heads, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (self.heads_of(x, p) for p in (self.q_proj, self.k_proj, self.v_proj))
         borders = None
         if cu_seqlens is None:
             k, v = self._projected(self.E, k), self._projected(self.F, v)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ssmkernels import attention, masks
 from ssmkernels.masks import BlockMask
-from ssmzoo.mixers._kv_cache import KVCache
-from ssmzoo.mixers._masked_attention import MaskedAttention, masked
+from ssmzoo.cache import KVCache
+from ssmzoo.mixers._masked_attention import MaskedAttention, MaskedAttentionOptions, masked
 from ssmzoo.mixers._pattern import Pattern
 from ssmzoo.registry import register_mixer
 
@@ -56,7 +57,7 @@ class LongformerPattern(Pattern):
 
 @dataclasses.dataclass
 class LongformerCache(KVCache):
-    """A :class:`~ssmzoo.mixers._kv_cache.KVCache` that drops none of a sequence's first ``n_global`` tokens.
+    """A :class:`~ssmzoo.cache.kv.KVCache` that drops none of a sequence's first ``n_global`` tokens.
 
     They lie before the others, and count in ``keep``. What is held of a sequence is to the pattern a shorter sequence:
     it lacks only tokens that no window reaches any more.
@@ -67,6 +68,23 @@ class LongformerCache(KVCache):
     def _newest(self, x: Tensor, first: Tensor, keep: int) -> Tensor:
         recent = super()._newest(x, first + self.n_global, keep - self.n_global)
         return torch.cat([x[:, : self.n_global], recent], dim=1)
+
+
+@dataclasses.dataclass(kw_only=True)
+class LongformerOptions(MaskedAttentionOptions):
+    """Beside those of :class:`~ssmzoo.mixers._masked_attention.MaskedAttentionOptions`.
+
+    Attributes:
+        window: w, even if bidirectional: half of it lies on each side of a token.
+        n_global: how many of a sequence's first tokens are global.
+        global_projections: whether global tokens have projections of their own; as in the paper unless causal if None.
+        bidirectional: every token sees later ones too; there is then no state. The paper's encoder is.
+    """
+
+    window: int = 512
+    n_global: int = 1
+    global_projections: bool | None = None
+    bidirectional: bool = True
 
 
 @register_mixer("longformer")
@@ -87,17 +105,7 @@ class Longformer(MaskedAttention):
 
     Args:
         d_model: width of input and output.
-        head_dim: d, width of each head.
-        n_heads: heads; d_model / head_dim of them if None.
-        window: w, even if bidirectional: half of it lies on each side of a token.
-        n_global: how many of a sequence's first tokens are global.
-        global_projections: whether global tokens have projections of their own; as in the paper unless causal if None.
-        rope: rotary position embedding (arXiv 2104.09864), in the rotate-half form, in place of the paper's learned
-            positions.
-        rope_base: its base.
-        bias: biases on the query, key and value projections.
-        out_bias: a bias on the output projection.
-        bidirectional: every token sees later ones too; there is then no state. The paper's encoder is.
+        options: those of :class:`LongformerOptions`.
 
     Its state is a :class:`LongformerCache`: it keeps the global tokens, what the window can still reach, and about as
     much again, however many tokens come.
@@ -106,48 +114,26 @@ class Longformer(MaskedAttention):
         ValueError: sizes or options that do not fit together.
     """
 
+    options_class = LongformerOptions
     state_class = LongformerCache
 
-    def __init__(
-        self,
-        d_model: int,
-        *,
-        head_dim: int = 64,
-        n_heads: int | None = None,
-        window: int = 512,
-        n_global: int = 1,
-        global_projections: bool | None = None,
-        rope: bool = True,
-        rope_base: float = 10000.0,
-        bias: bool = False,
-        out_bias: bool = False,
-        bidirectional: bool = True,
-    ):
-        super().__init__(
-            d_model,
-            head_dim=head_dim,
-            n_heads=n_heads,
-            rope=rope,
-            rope_base=rope_base,
-            bias=bias,
-            out_bias=out_bias,
-        )
-        self.check_at_least(1, window=window)
-        self.check_at_least(0, n_global=n_global)
-        if bidirectional and window % 2:
-            raise ValueError(f"Longformer: `window` must be even, half of it for each side; got {window}")
-        if global_projections is None:
-            global_projections = bidirectional and n_global > 0
-        if global_projections and (not bidirectional or n_global == 0):
+    def __init__(self, d_model: int, **options: Any):
+        o = LongformerOptions(**options)
+        super().__init__(d_model, o)
+        self.check_at_least(1, window=o.window)
+        self.check_at_least(0, n_global=o.n_global)
+        if o.bidirectional and o.window % 2:
+            raise ValueError(f"Longformer: `window` must be even, half of it for each side; got {o.window}")
+        own = o.bidirectional and o.n_global > 0 if o.global_projections is None else o.global_projections
+        if own and (not o.bidirectional or o.n_global == 0):
             raise ValueError(
                 "Longformer: `global_projections` needs `bidirectional` and `n_global` of at least 1; got "
-                f"bidirectional={bidirectional} and n_global={n_global}"
+                f"bidirectional={o.bidirectional} and n_global={o.n_global}"
             )
-        left, right = (window // 2, window // 2) if bidirectional else (window - 1, 0)
-        self.causal, self.n_global = not bidirectional, n_global
-        self.pattern: LongformerPattern = LongformerPattern(BLOCK, 1, left, right, n_global, self.causal)
-        self.global_projections = global_projections
-        if global_projections:
+        left, right = (o.window // 2, o.window // 2) if o.bidirectional else (o.window - 1, 0)
+        self.n_global, self.global_projections = o.n_global, own
+        self.pattern: LongformerPattern = LongformerPattern(BLOCK, 1, left, right, o.n_global, self.causal)
+        if own:
             self.q_global_proj, self.k_global_proj, self.v_global_proj = (
                 copy.deepcopy(usual) for usual in (self.q_proj, self.k_proj, self.v_proj)
             )
@@ -169,8 +155,8 @@ class Longformer(MaskedAttention):
             return super().whole(x, places, q, k, v)
         n = self.n_global
         others = masked(self.pattern, q[:, n:], k, v)  # they are the last ones
-        q = self.heads_of(x[:, :n], self.q_global_proj, places[:, :n])
-        k, v = self.heads_of(x, self.k_global_proj, places), self.heads_of(x, self.v_global_proj)
+        q = self.turned(x[:, :n], self.q_global_proj, places[:, :n])
+        k, v = self.turned(x, self.k_global_proj, places), self.heads_of(x, self.v_global_proj)
         seeing_all = attention(q, k, v)
         assert isinstance(seeing_all, Tensor)
         return torch.cat([seeing_all, others], dim=1)

@@ -10,11 +10,7 @@ from ssmzoo.registry import register_mixer
 class LSTM(RNNMixer):
     """PyTorch's LSTM, a baseline: a nonlinear recurrence, one step after another.
 
-    Args:
-        d_model: width of input and output.
-        d_hidden: width of the recurrent layers; d_model if None.
-        n_rnn_layers: how many of them are stacked in this one mixer.
-        bidirectional: runs in both directions; then it is not causal and has no state.
+    Its options are those of :class:`~ssmzoo.mixers._rnn.RNNMixer`.
     """
 
     network = nn.LSTM

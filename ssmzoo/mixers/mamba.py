@@ -1,4 +1,23 @@
-"""Mamba's mixer (Gu and Dao 2023, arXiv 2312.00752, section 3.4 and figure 3)."""
+"""Mamba (Gu and Dao 2023, arXiv 2312.00752, section 3.4 and figure 3).
+
+Glossary, with the paper's letters where it has one:
+
+    b: batch    l: length    d: d_inner = expand · d_model, channels inside (D)    n: d_state, states of a channel (N)
+    w: d_conv, taps of the convolution        r: dt_rank, numbers that Δ is made of
+    A (d n), D (d): learned, the same for every token        Δ (b l d), B and C (b l n): made from the token itself
+
+One layer, for u (b l d_model); Δ, B and C select what a channel keeps of its past (algorithm 2)::
+
+    x, z  = in_proj(u)                                (b l d) each; z is the gate
+    x     = silu(conv1d(x))                           causal, over w tokens, channel by channel
+    δ, B, C = x_proj(x)                               (b l r), (b l n), (b l n)
+    Δ     = softplus(dt_proj(δ))                      (b l d)
+    h_t   = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t          (b d n), the state
+    y_t   = C_t · h_t + D x_t                         (b l d)
+    out   = out_proj(y · silu(z))                     (b l d_model)
+
+B is discretised as Δ B, as in the authors' code, where the paper's equation 4 has the exact form for zero-order hold.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from ssmkernels import mamba_step, rms_norm, selective_scan
+from ssmzoo.bidirectional import bidirectional as both_ways
+from ssmzoo.init import inverse_softplus_of_log_uniform, wide_dtype
 from ssmzoo.linear import Linear, WideBiasLinear, is_plain
-from ssmzoo.mixers._base import Mixer
+from ssmzoo.mixer import Mixer
 from ssmzoo.mixers._convolution import convolve
-from ssmzoo.mixers._init import inverse_softplus_of_log_uniform, wide_dtype
 from ssmzoo.registry import register_mixer
 from ssmzoo.state import State
 
@@ -26,14 +46,14 @@ class MambaState(State):
     ssm: Tensor  # (s, d_inner, d_state), float32
 
 
-class Direction(NamedTuple):
-    """The weights that belong to one direction of time."""
+class Selective(NamedTuple):
+    """The weights of the convolution and the scan; a second direction has some of its own."""
 
-    conv1d: nn.Module  # a Conv1d with weight (d_inner, 1, d_conv), as the other two if nothing replaces it
-    x_proj: nn.Module  # d_inner → dt_rank + 2 d_state
-    dt_proj: nn.Module  # dt_rank → d_inner
-    A_log: Tensor  # (d_inner, d_state)
-    D: Tensor  # (d_inner)
+    conv1d: nn.Module  # a Conv1d with weight (d 1 w), as the other two if nothing replaces it
+    x_proj: nn.Module  # d → r + 2 n
+    dt_proj: nn.Module  # r → d
+    A_log: Tensor  # (d n)
+    D: Tensor  # (d)
 
 
 @register_mixer("mamba")
@@ -86,36 +106,32 @@ class Mamba(Mixer):
         bidirectional: bool = False,
     ):
         super().__init__(d_model)
-        for name, value in (("d_state", d_state), ("d_conv", d_conv)):
-            if value < 1:
-                raise ValueError(f"Mamba: `{name}` must be at least 1; got {value}")
+        self.look_ahead(bidirectional)
+        self.check_at_least(1, d_state=d_state, d_conv=d_conv)
         self.d_inner = round(expand * d_model)
         if self.d_inner < 1 or self.d_inner != expand * d_model:
             raise ValueError(f"Mamba: `expand` · d_model must be a whole number of channels; got {expand} · {d_model}")
         if not 0 < dt_min <= dt_max:
             raise ValueError(f"Mamba: 0 < `dt_min` <= `dt_max` must hold; got {dt_min} and {dt_max}")
         self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
-        if self.dt_rank < 1:
-            raise ValueError(f"Mamba: `dt_rank` must be at least 1; got {dt_rank}")
+        self.check_at_least(1, dt_rank=self.dt_rank)
         if bcdt_norm_eps < 0:
             raise ValueError(f"Mamba: `bcdt_norm_eps` must not be negative; got {bcdt_norm_eps}")
         self.d_state, self.d_conv = d_state, d_conv
-        self.bcdt_norm, self.bcdt_norm_eps, self.bidirectional = bcdt_norm, bcdt_norm_eps, bidirectional
-        self.causal = not bidirectional
+        self.bcdt_norm, self.bcdt_norm_eps = bcdt_norm, bcdt_norm_eps
 
         self.in_proj = Linear(d_model, 2 * self.d_inner, bias=bias)
-        self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D = self._new_direction(conv_bias)
+        self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D = self._new_weights(conv_bias)
         self.out_proj = Linear(self.d_inner, d_model, bias=bias)
-        directions = [self.dt_proj]
+        self.float32_parameters = ("A_log", "D", "dt_proj.bias")
         if bidirectional:
-            self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b = self._new_direction(conv_bias)
-            directions.append(self.dt_proj_b)
-        own = ("A_log", "D", "dt_proj.bias", *(("A_b_log", "D_b", "dt_proj_b.bias") if bidirectional else ()))
-        self.float32_parameters = self.no_weight_decay = own
+            self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b = self._new_weights(conv_bias)
+            self.float32_parameters += ("A_b_log", "D_b", "dt_proj_b.bias")
+        self.no_weight_decay = self.float32_parameters
 
         bound = dt_scale * self.dt_rank**-0.5
         with torch.no_grad():
-            for dt_proj in directions:
+            for dt_proj in (self.dt_proj, self.dt_proj_b) if bidirectional else (self.dt_proj,):
                 if dt_init == "constant":
                     dt_proj.weight.fill_(bound)
                 else:
@@ -123,21 +139,20 @@ class Mamba(Mixer):
                 dt_bias = inverse_softplus_of_log_uniform(self.d_inner, dt_min, dt_max, dt_init_floor)
                 dt_proj.bias = nn.Parameter(dt_bias)  # a new one: the default dtype may be too narrow
 
-    def _new_direction(
-        self, conv_bias: bool
-    ) -> tuple[nn.Conv1d, nn.Linear, WideBiasLinear, nn.Parameter, nn.Parameter]:
-        """Fresh weights in the order of :class:`Direction`; those of Δ are set afterwards."""
-        d_inner, n = self.d_inner, self.d_state
+    def _new_weights(self, conv_bias: bool) -> tuple[nn.Conv1d, nn.Linear, WideBiasLinear, nn.Parameter, nn.Parameter]:
+        """Fresh weights in the order of :class:`Selective`; those of Δ are set afterwards."""
+        d, n, r = self.d_inner, self.d_state, self.dt_rank
         return (
             # Holds the weight and bias under their published names; the op does the convolution.
-            nn.Conv1d(d_inner, d_inner, self.d_conv, groups=d_inner, bias=conv_bias),
-            nn.Linear(d_inner, self.dt_rank + 2 * n, bias=False),
-            WideBiasLinear(self.dt_rank, d_inner),
-            nn.Parameter(torch.arange(1, n + 1, dtype=wide_dtype()).log().repeat(d_inner, 1)),  # S4D-real
-            nn.Parameter(torch.ones(d_inner, dtype=wide_dtype())),
+            nn.Conv1d(d, d, self.d_conv, groups=d, bias=conv_bias),
+            nn.Linear(d, r + 2 * n, bias=False),
+            WideBiasLinear(r, d),
+            nn.Parameter(torch.arange(1, n + 1, dtype=wide_dtype()).log().repeat(d, 1)),  # S4D-real: A = -1, …, -n
+            nn.Parameter(torch.ones(d, dtype=wide_dtype())),
         )
 
     def initial_state(self, batch_size: int, max_length: int | None = None) -> MambaState:
+        self.check_has_state()
         new = self.like(wide=True).new_zeros
         return MambaState(
             conv=new(batch_size, self.d_conv - 1, self.d_inner), ssm=new(batch_size, self.d_inner, self.d_state)
@@ -150,40 +165,64 @@ class Mamba(Mixer):
     def mix(self, x: Tensor, state: MambaState | None, cu_seqlens: Tensor | None) -> tuple[Tensor, MambaState | None]:
         if state is not None and x.shape[1] == 1 and cu_seqlens is None and self._may_step(x):
             return self._step(x, state), state
-        xz = self.in_proj(x)  # (b l 2 d_inner)
-        forward = Direction(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
-        y, after = self._along(forward, xz, state, cu_seqlens)
+        xz = self.in_proj(x)  # (b l 2d)
+        weights = Selective(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
         if self.bidirectional:
-            order = None if cu_seqlens is None else backwards(cu_seqlens, x.shape[1])
-            reverse = Direction(self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
-            y = y + _in_order(self._along(reverse, _in_order(xz, order), None, cu_seqlens)[0], order)
+            return self.out_proj(self._both_ways(weights, xz, cu_seqlens)), None
+        y, after = self._selective_ssm(weights, xz, state, cu_seqlens)  # (b l d)
         return self.out_proj(y), None if state is None else after
 
-    def _along(
-        self, w: Direction, xz: Tensor, state: MambaState | None, cu_seqlens: Tensor | None
+    def _selective_ssm(
+        self, w: Selective, xz: Tensor, state: MambaState | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, MambaState]:
-        """Convolution and gated scan in one direction: x beside z (b l 2 d_inner) → y (b l d_inner), state after."""
-        x, z = xz.chunk(2, dim=-1)  # (b l d_inner) each
-        x, conv = convolve(w.conv1d, x, self.d_conv, "silu", None if state is None else state.conv, cu_seqlens)
-        dt, bias, B, C = self._dt_B_C(x, w.x_proj, w.dt_proj)
+        """Convolution and gated scan: x beside z (b l 2d) → y · silu(z) (b l d), and the state after."""
+        conv, ssm = (None, None) if state is None else (state.conv, state.ssm)
+        x, z = xz.chunk(2, dim=-1)  # (b l d) each
+        x, conv = convolve(w.conv1d, x, self.d_conv, "silu", conv, cu_seqlens)  # (b l d)
+        dt, B, C = w.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)  # (b l r), (b l n), (b l n)
+        if self.bcdt_norm:
+            dt, B, C = (self._normed(t) for t in (dt, B, C))
+        if is_plain(w.dt_proj):  # the scan adds the bias, in float32
+            assert isinstance(w.dt_proj, nn.Linear)
+            delta, delta_bias = nn.functional.linear(dt, w.dt_proj.weight), w.dt_proj.bias
+        else:
+            delta, delta_bias = w.dt_proj(dt).to(x.dtype), None  # (b l d)
+        A = -torch.exp(w.A_log)  # (d n)
         y, ssm = selective_scan(
             x,
-            dt,
-            -torch.exp(w.A_log),
+            delta,
+            A,
             B,
             C,
             w.D,
             z,
-            bias,
+            delta_bias,
             delta_softplus=True,
-            initial_state=None if state is None else state.ssm,
+            initial_state=ssm,
             return_final_state=True,
             cu_seqlens=cu_seqlens,
         )
         return y, MambaState(conv, ssm)
 
+    def _normed(self, x: Tensor) -> Tensor:
+        return cast(Tensor, rms_norm(x, x.new_ones(x.shape[-1]), eps=self.bcdt_norm_eps))
+
+    # The second direction.
+
+    def _both_ways(self, weights: Selective, xz: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """The sum of both directions: x beside z (b l 2d) → (b l d)."""
+        reverse = Selective(self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
+        return both_ways(
+            lambda xz: self._selective_ssm(weights, xz, None, cu_seqlens)[0],
+            lambda xz: self._selective_ssm(reverse, xz, None, cu_seqlens)[0],
+            xz,
+            cu_seqlens,
+        )
+
+    # One token in one call, which gives the same as all of the above.
+
     def _may_step(self, x: Tensor) -> bool:
-        """Whether one call may stand for the whole layer: all of its maps are plain, and nobody listens to them."""
+        """Whether one call can compute the whole layer: no hooks, adapters or quantised layers, and no gradients."""
         m = self._modules
         return (
             not torch.is_grad_enabled()
@@ -211,28 +250,3 @@ class Mamba(Mixer):
             norm_eps=self.bcdt_norm_eps if self.bcdt_norm else None,
         )
         return y[:, None]
-
-    def _dt_B_C(self, x: Tensor, x_proj: nn.Module, dt_proj: nn.Module) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """(..., d_inner) → Δ (..., d_inner) and the bias that it still lacks, if any; B and C (..., d_state)."""
-        dt, B, C = x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        if self.bcdt_norm:
-            dt, B, C = (self._normed(t) for t in (dt, B, C))
-        if is_plain(dt_proj):  # the scan adds the bias, in float32
-            assert isinstance(dt_proj, nn.Linear)
-            return nn.functional.linear(dt, dt_proj.weight), dt_proj.bias, B, C
-        return dt_proj(dt).to(x.dtype), None, B, C
-
-    def _normed(self, x: Tensor) -> Tensor:
-        return cast(Tensor, rms_norm(x, x.new_ones(x.shape[-1]), eps=self.bcdt_norm_eps))
-
-
-def backwards(cu_seqlens: Tensor, length: int) -> Tensor:
-    """int64 ``(length)``: for each position of a packed batch, the one that mirrors it within its own sequence."""
-    position = torch.arange(length, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    sequence = torch.searchsorted(cu_seqlens[1:], position, right=True)
-    return (cu_seqlens[sequence] + cu_seqlens[sequence + 1] - 1 - position).long()
-
-
-def _in_order(x: Tensor, order: Tensor | None) -> Tensor:
-    """(b l d) with its time axis in another order; mirrored if None."""
-    return x.flip(1) if order is None else x.index_select(1, order)

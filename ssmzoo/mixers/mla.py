@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmkernels.core.validate import precision
+from ssmzoo.cache import FEW, Cache, Logits, PagedSharedCache, SharedCache, append, borders, empty, positions
 from ssmzoo.linear import Linear, is_plain
-from ssmzoo.mixers._base import Mixer
-from ssmzoo.mixers._cached import FEW, Cache, append, borders, empty, positions
-from ssmzoo.mixers._logits import Logits
+from ssmzoo.mixer import Mixer
+from ssmzoo.mixers._heads import heads_of_width
 from ssmzoo.mixers._rope import halves, rotary_angles, rotate, scaling_of
-from ssmzoo.mixers._shared_cache import PagedSharedCache, SharedCache
 from ssmzoo.norm import RMSNorm
 from ssmzoo.registry import register_mixer
 
@@ -94,29 +93,22 @@ class MLA(Mixer):
         page_size: int | None = None,
     ):
         super().__init__(d_model)
-        for name, size in (
-            ("n_heads", n_heads),
-            ("q_lora_rank", q_lora_rank),
-            ("kv_lora_rank", kv_lora_rank),
-            ("qk_nope_head_dim", qk_nope_head_dim),
-            ("v_head_dim", v_head_dim),
-            ("page_size", page_size),
-        ):
-            if size is not None and size < 1:
-                raise ValueError(f"MLA: `{name}` must be at least 1; got {size}")
+        self.check_at_least(
+            1,
+            n_heads=n_heads,
+            q_lora_rank=q_lora_rank,
+            kv_lora_rank=kv_lora_rank,
+            qk_nope_head_dim=qk_nope_head_dim,
+            v_head_dim=v_head_dim,
+            page_size=page_size,
+        )
         if qk_rope_head_dim < 2 or qk_rope_head_dim % 2:
             raise ValueError(f"MLA: `qk_rope_head_dim` must be even and at least 2; got {qk_rope_head_dim}")
         if rope_base <= 1:
             raise ValueError(f"MLA: `rope_base` must be above 1; got {rope_base}")
         if norm_eps < 0:
             raise ValueError(f"MLA: `norm_eps` must not be negative; got {norm_eps}")
-        if n_heads is None:
-            if d_model % v_head_dim:
-                raise ValueError(
-                    f"MLA: `v_head_dim` must divide d_model, or `n_heads` be given; got "
-                    f"v_head_dim={v_head_dim} and d_model={d_model}"
-                )
-            n_heads = d_model // v_head_dim
+        n_heads = heads_of_width("MLA", d_model, v_head_dim, n_heads, "v_head_dim")
         if kv_lora_rank is None:
             kv_lora_rank = max(1, min(4 * v_head_dim, d_model // 2))
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ssmzoo.mixers._base import Mixer
+from ssmzoo.mixer import Mixer
 from ssmzoo.registry import build_mixer, register_mixer
 from ssmzoo.state import State
 

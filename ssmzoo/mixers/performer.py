@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import dataclasses
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -10,16 +11,30 @@ from torch import Tensor
 from ssmkernels.core.packing import spans
 from ssmkernels.core.recompute import recomputed
 from ssmkernels.core.validate import precision
-from ssmzoo.linear import Linear
-from ssmzoo.mixers._base import Mixer
 from ssmzoo.mixers._favor import CHUNK, LOWEST, FeatureSums, absorb, causal, read
+from ssmzoo.mixers._heads import HeadMixer, HeadOptions
 from ssmzoo.registry import register_mixer
 
 SEGMENT = 256  # tokens whose features are held at a time; they should fit in a cache
 
 
+@dataclasses.dataclass(kw_only=True)
+class PerformerOptions(HeadOptions):
+    """Beside those of :class:`~ssmzoo.mixers._heads.HeadOptions`.
+
+    Attributes:
+        n_features: how many features each head has; the same for all heads.
+        features: their kind; "hyperbolic" ones come in pairs.
+        bidirectional: every token sees later ones too; there is then no state.
+    """
+
+    n_features: int = 256
+    features: Literal["positive", "hyperbolic"] = "positive"
+    bidirectional: bool = False
+
+
 @register_mixer("performer")
-class Performer(Mixer):
+class Performer(HeadMixer):
     """FAVOR+: attention whose cost grows linearly with length, with a state of a fixed size.
 
     It approximates softmax attention. With queries and keys divided by d^¼ and random w_1 … w_m, the kernel
@@ -33,13 +48,7 @@ class Performer(Mixer):
 
     Args:
         d_model: width of input and output.
-        head_dim: d, width of each head.
-        n_heads: heads; d_model / head_dim of them if None.
-        n_features: how many features each head has; the same for all heads.
-        features: their kind; "hyperbolic" ones come in pairs.
-        bias: biases on the query, key and value projections.
-        out_bias: a bias on the output projection.
-        bidirectional: every token sees later ones too; there is then no state.
+        options: those of :class:`PerformerOptions`.
 
     ``projection``, the w_r, is a buffer: saved with the weights, not trained, and redrawn by :meth:`redraw` alone.
     Unlike the authors' code no ε is added to features or normaliser: see ``_favor.py`` for what keeps them in range.
@@ -48,42 +57,19 @@ class Performer(Mixer):
         ValueError: sizes that do not fit together.
     """
 
+    options_class = PerformerOptions
     state_class = FeatureSums
     projection: Tensor  # (m, d), or (m / 2, d) for pairs
 
-    def __init__(
-        self,
-        d_model: int,
-        *,
-        head_dim: int = 64,
-        n_heads: int | None = None,
-        n_features: int = 256,
-        features: Literal["positive", "hyperbolic"] = "positive",
-        bias: bool = False,
-        out_bias: bool = False,
-        bidirectional: bool = False,
-    ):
-        super().__init__(d_model)
-        for name, size in (("head_dim", head_dim), ("n_heads", n_heads), ("n_features", n_features)):
-            if size is not None and size < 1:
-                raise ValueError(f"Performer: `{name}` must be at least 1; got {size}")
-        if n_heads is None:
-            if d_model % head_dim:
-                raise ValueError(
-                    f"Performer: `head_dim` must divide d_model, or `n_heads` be given; got head_dim={head_dim} and "
-                    f"d_model={d_model}"
-                )
-            n_heads = d_model // head_dim
-        self.hyperbolic = features == "hyperbolic"
-        if self.hyperbolic and n_features % 2:
-            raise ValueError(f"Performer: `n_features` must be even for hyperbolic features; got {n_features}")
-        self.head_dim, self.n_heads, self.n_features = head_dim, n_heads, n_features
-        self.causal = not bidirectional
-        inner = n_heads * head_dim
-        self.q_proj, self.k_proj, self.v_proj = (Linear(d_model, inner, bias=bias) for _ in range(3))
-        self.out_proj = Linear(inner, d_model, bias=out_bias)
-        rows = n_features // 2 if self.hyperbolic else n_features
-        self.register_buffer("projection", torch.empty(rows, head_dim))
+    def __init__(self, d_model: int, **options: Any):
+        o = PerformerOptions(**options)
+        super().__init__(d_model, o)
+        self.check_at_least(1, n_features=o.n_features)
+        self.n_features, self.hyperbolic = o.n_features, o.features == "hyperbolic"
+        if self.hyperbolic and o.n_features % 2:
+            raise ValueError(f"Performer: `n_features` must be even for hyperbolic features; got {o.n_features}")
+        rows = o.n_features // 2 if self.hyperbolic else o.n_features
+        self.register_buffer("projection", torch.empty(rows, self.head_dim))
         self.redraw()
 
     @torch.no_grad()
@@ -101,8 +87,7 @@ class Performer(Mixer):
         self.redraw()
 
     def initial_state(self, batch_size: int, max_length: int | None = None) -> FeatureSums:
-        if not self.causal:
-            raise ValueError("Performer: with `bidirectional` it has no state, as it sees the whole sequence at once")
+        self.check_has_state()
         return self._nothing(batch_size)
 
     def mixing_flops(self, context: int) -> float:
@@ -174,8 +159,7 @@ class Performer(Mixer):
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys divided by d^¼ (b h l d), and values beside a 1 (b h l d+1)."""
         q, k, v = (
-            p(x).unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2).to(precision(x))
-            for p in (self.q_proj, self.k_proj, self.v_proj)
+            self.heads_of(x, p).transpose(1, 2).to(precision(x)) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
         return q * self.head_dim**-0.25, k * self.head_dim**-0.25, torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
 

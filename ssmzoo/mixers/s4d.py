@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ssmkernels import diagonal_kernel, discretize_diagonal
-from ssmzoo.mixers._hippo import diagonal, nplr
-from ssmzoo.mixers._s4 import Continuous, S4Layer, check_state_size
-from ssmzoo.mixers._s4_recurrence import Diagonal, DiagonalStep
+from ssmzoo.lti.hippo import diagonal, nplr
+from ssmzoo.lti.layer import Continuous, S4Layer
+from ssmzoo.lti.options import LTIOptions
+from ssmzoo.lti.recurrence import Diagonal, DiagonalStep
 from ssmzoo.registry import register_mixer
+
+
+@dataclasses.dataclass(kw_only=True)
+class S4DOptions(LTIOptions):
+    """Those of :class:`~ssmzoo.lti.options.LTIOptions`, two of which are special to S4D.
+
+    Attributes:
+        init: the diagonal of A (n = 0, 1, ...): ``"lin"`` -1/2 + iπn, ``"inv"`` -1/2 + i (N/π)(N/(2n+1) - 1) with
+            N = d_state, ``"legs"`` the eigenvalues of the normal part of HiPPO-LegS, ``"real"`` -(n + 1). B starts at
+            1; for "legs" at half of HiPPO's, in the basis of those eigenvectors (arXiv 2206.11893, theorem 3).
+        discretization: ``"zoh"``, ``"bilinear"`` or ``"dss"`` (softmax, arXiv 2203.14343), which has no state, as its
+            kernel depends on the whole length.
+    """
+
+    init: Literal["legs", "lin", "inv", "real"] = "legs"
+    discretization: Literal["zoh", "bilinear", "dss"] = "zoh"
 
 
 @register_mixer("s4d")
@@ -20,70 +38,18 @@ class S4D(S4Layer):
 
     Args:
         d_model: width of input and output; each channel has a system of its own.
-        d_state: size of each channel's state, as d_state / 2 conjugate pairs (d_state numbers for ``init="real"``).
-        init: the diagonal of A (n = 0, 1, ...): ``"lin"`` -1/2 + iπn, ``"inv"`` -1/2 + i (N/π)(N/(2n+1) - 1) with
-            N = d_state, ``"legs"`` the eigenvalues of the normal part of HiPPO-LegS, ``"real"`` -(n + 1). B starts at
-            1; for "legs" at half of HiPPO's, in the basis of those eigenvectors (arXiv 2206.11893, theorem 3).
-        discretization: ``"zoh"``, ``"bilinear"`` or ``"dss"`` (softmax, arXiv 2203.14343), which has no state, as its
-            kernel depends on the whole length.
-        dt_min, dt_max: the step sizes Δ start log-uniform between them.
-        dt_tie: one Δ a channel; otherwise one for each state of it.
-        n_ssm: how many different A and B there are, dealt out to the channels in turn; one a channel if None.
-        channels: kernels, and so outputs, of each channel; they share its state.
-        bidirectional: adds a kernel that looks ahead; then it is not causal and has no state.
-        gate: multiplies the activations, mapped to gate · (channels inside), by a linear map of the layer's input.
-        bottleneck: d_model / bottleneck channels inside.
-        activation: after the convolution and its skip.
-        dropout: before the last linear map.
-        rate: stretches Δ: the spacing of the inputs over that for which the layer is made, or was trained. The
-            attribute of this name may change at any time, see :func:`ssmzoo.set_rate`.
-        lr: learning rate of A, B and Δ, which get no weight decay: a number, or one for each of "A", "B", "C" and "dt".
-            0 keeps a weight as it is; None, or a name left out, leaves it to the optimiser.
+        options: those of :class:`S4DOptions`.
     """
 
+    options_class = S4DOptions
     length_dependent = ("dss",)
 
-    def __init__(
-        self,
-        d_model: int,
-        *,
-        d_state: int = 64,
-        init: Literal["legs", "lin", "inv", "real"] = "legs",
-        discretization: Literal["zoh", "bilinear", "dss"] = "zoh",
-        dt_min: float = 0.001,
-        dt_max: float = 0.1,
-        dt_tie: bool = True,
-        n_ssm: int | None = None,
-        channels: int = 1,
-        bidirectional: bool = False,
-        gate: int | None = None,
-        bottleneck: int | None = None,
-        activation: Literal["gelu", "silu", "relu", "tanh", "none"] = "gelu",
-        dropout: float = 0.0,
-        rate: float = 1.0,
-        lr: float | dict[str, Any] | None = 0.001,
-    ):
-        check_state_size("S4D", d_state, pairs=init != "real")
-        A = diagonal(init, d_state)
-        super().__init__(
-            d_model,
-            A=A,
-            B=nplr("legs", d_state).B.to(A.dtype) / 2 if init == "legs" else torch.ones_like(A),
-            P=None,
-            discretization=discretization,
-            dt_min=dt_min,
-            dt_max=dt_max,
-            dt_tie=dt_tie,
-            n_ssm=n_ssm,
-            channels=channels,
-            bidirectional=bidirectional,
-            gate=gate,
-            bottleneck=bottleneck,
-            activation=activation,
-            dropout=dropout,
-            rate=rate,
-            lr=lr,
-        )
+    def __init__(self, d_model: int, **options: Any):
+        o = S4DOptions(**options)
+        o.check_state_size("S4D", pairs=o.init != "real")
+        A = diagonal(o.init, o.d_state)
+        B = nplr("legs", o.d_state).B.to(A.dtype) / 2 if o.init == "legs" else torch.ones_like(A)
+        super().__init__(d_model, o, A=A, B=B, P=None)
 
     def kernel(self, system: Continuous, C: Tensor, length: int) -> Tensor:
         return diagonal_kernel(system.A, system.B, C, system.dt, length, discretization=self.discretization)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ssmkernels import masks
 from ssmkernels.masks import BlockMask
-from ssmzoo.mixers._masked_attention import MaskedAttention
+from ssmzoo.mixers._masked_attention import MaskedAttention, MaskedAttentionOptions
 from ssmzoo.mixers._pattern import Pattern
 from ssmzoo.registry import register_mixer
 
@@ -49,6 +50,23 @@ class StridedPattern(Pattern):
         return keys.flatten(3), seen.flatten(3)
 
 
+@dataclasses.dataclass(kw_only=True)
+class StridedOptions(MaskedAttentionOptions):
+    """Beside those of :class:`~ssmzoo.mixers._masked_attention.MaskedAttentionOptions`.
+
+    The defaults are what Phi-3-small was published with.
+
+    Attributes:
+        block_size: tokens of a block, a multiple of 8.
+        local_blocks: blocks before the query that every head sees, its own included.
+        stride: in blocks, of those further away.
+    """
+
+    block_size: int = 64
+    local_blocks: int = 16
+    stride: int = 8
+
+
 @register_mixer("strided")
 class Strided(MaskedAttention):
     """Causal softmax attention to the latest blocks, and to every ``stride``-th one before, others for each head.
@@ -64,46 +82,20 @@ class Strided(MaskedAttention):
 
     Args:
         d_model: width of input and output.
-        head_dim: width of each head.
-        n_heads: heads; d_model / head_dim of them if None.
-        block_size: tokens of a block, a multiple of 8.
-        local_blocks: blocks before the query that every head sees, its own included.
-        stride: in blocks, of those further away. These three default to what Phi-3-small was published with.
-        rope: rotary position embedding (arXiv 2104.09864), in the rotate-half form.
-        rope_base: its base.
-        bias: biases on the query, key and value projections.
-        out_bias: a bias on the output projection.
+        options: those of :class:`StridedOptions`.
 
-    Its state is a :class:`~ssmzoo.mixers._kv_cache.KVCache` of all tokens for all heads; it drops nothing, though what
+    Its state is a :class:`~ssmzoo.cache.kv.KVCache` of all tokens for all heads; it drops nothing, though what
     is far and in none of its blocks a head will not see again.
 
     Raises:
         ValueError: sizes that do not fit together.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        *,
-        head_dim: int = 64,
-        n_heads: int | None = None,
-        block_size: int = 64,
-        local_blocks: int = 16,
-        stride: int = 8,
-        rope: bool = True,
-        rope_base: float = 10000.0,
-        bias: bool = False,
-        out_bias: bool = False,
-    ):
-        super().__init__(
-            d_model,
-            head_dim=head_dim,
-            n_heads=n_heads,
-            rope=rope,
-            rope_base=rope_base,
-            bias=bias,
-            out_bias=out_bias,
-        )
-        self.check_block_size(block_size)
-        self.check_at_least(1, local_blocks=local_blocks, stride=stride)
-        self.pattern = StridedPattern(block_size, self.n_heads, stride, local_blocks)
+    options_class = StridedOptions
+
+    def __init__(self, d_model: int, **options: Any):
+        o = StridedOptions(**options)
+        super().__init__(d_model, o)
+        self.check_block_size(o.block_size)
+        self.check_at_least(1, local_blocks=o.local_blocks, stride=o.stride)
+        self.pattern = StridedPattern(o.block_size, self.n_heads, o.stride, o.local_blocks)

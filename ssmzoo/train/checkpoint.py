@@ -18,13 +18,15 @@ import yaml
 from torch import Tensor, nn
 
 from ssmzoo import files, pretrained
+from ssmzoo.checkpoints import checksums
+from ssmzoo.checkpoints.checksums import checkpoints
+from ssmzoo.checkpoints.weights import fill, read_tensors, write_tensors
 from ssmzoo.config import ModelConfig
-from ssmzoo.files import checkpoints, sync
+from ssmzoo.files import sync
 from ssmzoo.model import SequenceModel
 from ssmzoo.pretrained import CONFIG, WEIGHTS
-from ssmzoo.weights import fill, read_tensors, write_tensors
 
-FOLDER, OPTIMIZER, STATE, LOG = files.CHECKPOINTS, "optimizer.safetensors", "state.yaml", "log.csv"
+FOLDER, OPTIMIZER, STATE, LOG = checksums.CHECKPOINTS, "optimizer.safetensors", "state.yaml", "log.csv"
 TOKENIZER = "tokenizer.json"
 
 
@@ -84,7 +86,7 @@ def _write_files(
     (folder / STATE).write_text(yaml.safe_dump(state))
     if (run / LOG).is_file():
         shutil.copyfile(run / LOG, folder / LOG)
-    files.seal(folder)
+    checksums.seal(folder)
 
 
 def settle(run: Path, folder: Path, keep: int) -> None:
@@ -100,9 +102,9 @@ def renew(run: Path, folder: Path) -> None:
     if (run / TOKENIZER).is_file():
         sources[TOKENIZER] = run / TOKENIZER
     with contextlib.suppress(ValueError):  # damaged files of the run are replaced
-        if files.check(run) == {name: files.checksum(path) for name, path in sources.items()}:
+        if checksums.check(run) == {name: checksums.checksum(path) for name, path in sources.items()}:
             return
-    files.install(run, {name: partial(files.link, path) for name, path in sources.items()})
+    checksums.install(run, {name: partial(files.link, path) for name, path in sources.items()})
 
 
 def read(run: Path) -> Checkpoint:
@@ -115,14 +117,14 @@ def read(run: Path) -> Checkpoint:
     folders = checkpoints(run)
     if not folders:
         raise FileNotFoundError(
-            f"{run} has no checkpoint to go on from: start the run again, with the same --out or another"
+            f"{run} has no checkpoint to continue from: start the run again, with the same --out or another"
         )
     folder = folders[-1]
     try:
-        version = files.check(folder)
+        version = checksums.check(folder)
         state = yaml.safe_load((folder / STATE).read_text())
         if version is None and state.get("checked"):
-            raise ValueError(f"{files.SUMS} is missing")
+            raise ValueError(f"{checksums.SUMS} is missing")
         if int(state["step"]) != int(folder.name.removeprefix("step-")):
             raise ValueError(f"{STATE} is of step {state['step']}")
         return Checkpoint(
@@ -135,7 +137,7 @@ def read(run: Path) -> Checkpoint:
             state.get("without_optimizer_state", []),
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
-        before = f"go on from the one before it, {folders[-2].name}" if len(folders) > 1 else "start the run again"
+        before = f"continue from the one before it, {folders[-2].name}" if len(folders) > 1 else "start the run again"
         reason = " ".join(str(error).split())
         raise ValueError(f"the checkpoint {folder} is damaged: delete it to {before}. ({reason})") from None
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
+from ssmzoo.checkpoints.checksums import CHECKPOINTS, checkpoints
 from ssmzoo.config import ModelConfig
-from ssmzoo.files import CHECKPOINTS, LEFT_OVER, checkpoints
-from ssmzoo.mixers._base import Mixer
+from ssmzoo.files import LEFT_OVER
+from ssmzoo.mixer import Mixer
 from ssmzoo.model import SequenceModel
 from ssmzoo.train import lock
 from ssmzoo.train.data import Data
@@ -41,7 +42,7 @@ def check_empty(run: Path) -> None:
     names = {name for name in names if not LEFT_OVER.fullmatch(name)}
     begun = names & {lock.FILE, "train.yaml"} and names <= BEGUN and not checkpoints(run)
     if names and not begun:
-        raise ValueError(f"{run} is not empty: go on with the run in it by --resume {run}, or choose another --out")
+        raise ValueError(f"{run} is not empty: continue its run with --resume {run}, or choose another --out")
 
 
 def check_names(run: Path, data: list[str] | str | None) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import yaml
 
-from ssmkernels.core.dispatch import unknown
+from ssmkernels.core.names import unknown
 from ssmzoo.config import ModelConfig
 from ssmzoo.options import convert
 

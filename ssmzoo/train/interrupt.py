@@ -18,7 +18,7 @@ class Interrupted(KeyboardInterrupt):
     """
 
     def __init__(self, folder: Path, step: int):
-        super().__init__(f"stopped and saved after step {step}; go on with: ssmzoo train --resume {folder}")
+        super().__init__(f"stopped and saved after step {step}; continue with: ssmzoo train --resume {folder}")
         self.folder = folder
         self.step = step
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ssmkernels.core.dispatch import unknown
+from ssmkernels.core.names import unknown
 from ssmzoo.config import ModelConfig
 from ssmzoo.train.data import Labelled, Source
 

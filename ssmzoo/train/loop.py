@@ -211,7 +211,7 @@ class Trainer:
             self._write(log, rows[:i])
             what, good = bad.replace("_", " "), checkpoint.checkpoints(self.run)[-1].name
             raise ValueError(
-                f"training came apart: the {what} is {row[bad]} at step {row['step']:.0f}; go on from {good} "
+                f"training diverged: the {what} is {row[bad]} at step {row['step']:.0f}; continue from {good} "
                 f"with --resume {self.run} and a smaller --set lr=..."
             )
 
@@ -235,7 +235,9 @@ class Trainer:
             yield
         except OSError as error:
             saved = checkpoint.checkpoints(self.run)
-            way = f"go on from {saved[-1].name} with: ssmzoo train --resume {self.run}" if saved else "start it again"
+            way = (
+                f"continue from {saved[-1].name} with: ssmzoo train --resume {self.run}" if saved else "start it again"
+            )
             raise OSError(
                 error.errno,
                 f"{error.strerror or error}: the run {self.run} could not {what} at step {self.step}; once that is "

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ssmzoo.mixers._base import Mixer
+from ssmzoo.mixer import Mixer
 from ssmzoo.train.config import TrainConfig
 
 

@@ -17,6 +17,7 @@ import torch
 from rich.text import Text
 from torch import Tensor
 
+from ssmzoo.building import build
 from ssmzoo.config import ModelConfig, load_config, model_folder
 from ssmzoo.files import replacing
 from ssmzoo.model import SequenceModel
@@ -43,7 +44,6 @@ from ssmzoo.train.output import Output
 from ssmzoo.train.record import IDS, DataSource, Record, describe, read_record, write_record
 from ssmzoo.train.repair import clear, complete, repair
 from ssmzoo.train.vocabulary import Vocabulary, decode, open_vocabulary
-from ssmzoo.zoo import build
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -212,13 +212,13 @@ def _finish(trainer: Trainer, vocabulary: Vocabulary | None, quiet: bool) -> Res
         f"writes to {run}"
     )
     if (run / checkpoint.FOLDER).is_dir():
-        console.print(f"goes on from step {trainer.step} of {trainer.config.steps}")
+        console.print(f"continues from step {trainer.step} of {trainer.config.steps}")
 
     def show_sample() -> str:
         assert isinstance(data, Data)
         assert vocabulary is not None
         prompt, text = _sample(trainer, data, vocabulary)
-        console.print("\nA sample, which goes on from the held-out text in bold:\n")
+        console.print("\nA sample, which continues the held-out text in bold:\n")
         console.print(Text.assemble((printable(prompt), "bold"), printable(text), "\n"))
         return prompt + text
 

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.util
+import json
+import os
+import subprocess
+import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -179,7 +185,7 @@ def gpu(monkeypatch):
     """As if there were a GPU, and CPU tensors were on it, for what asks ``ssmkernels.core.external``."""
     triton_support.missing()  # remembers the truth
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(external, "wrong_device", lambda name, tensor: None)
+    monkeypatch.setattr(external, "wrong_device", lambda a: None)
     external._missing.cache_clear()
     yield
     external._missing.cache_clear()
@@ -197,3 +203,33 @@ def stand_in() -> Callable[..., types.ModuleType]:
         return module
 
     return made
+
+
+@pytest.fixture(scope="session")
+def _interpreter() -> Iterator[subprocess.Popen[str]]:
+    """The process of interpreter.py."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SSMZOO_")}
+    program = str(Path(__file__).with_name("interpreter.py"))
+    command, pipe = [sys.executable, "-W", "ignore", program], subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) as process:
+        yield process
+
+
+@pytest.fixture
+def interpret(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., str]:
+    """``interpret(program, *arguments)``: what Python code prints in a process where Triton interprets its kernels."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+
+    def call(program: str, *arguments: str) -> str:
+        process = request.getfixturevalue("_interpreter")
+        source, output = tmp_path / "program.py", tmp_path / "output"
+        source.write_text(program)
+        process.stdin.write(json.dumps([str(source), str(output), arguments]) + "\n")
+        process.stdin.flush()
+        status = process.stdout.readline().strip()
+        printed = output.read_text() if output.exists() else ""
+        assert status == "0", f"exit status {status or 'of the process that forks'}\n{printed}"
+        return printed
+
+    return call

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import functools
+import gc
 import pathlib
 import re
 import types
+import weakref
 
 import pytest
 import torch
@@ -394,9 +396,16 @@ def test_windows_in_blocks_compile(arguments, assert_compiles, monkeypatch):
     assert_compiles(SDPA, **arguments(torch.float32, l=99, window=(5, 0)))
 
 
-@pytest.mark.parametrize("implementation", ["reference", "tiled"])
-@pytest.mark.parametrize("case", ["base", "no keys", "packed", "sinks, fewer keys", "everything, packed", "mask"])
-@pytest.mark.parametrize("return_lse", [False, True])
+OPCHECKED = [
+    (implementation, case, return_lse)
+    for implementation in ("reference", "tiled")
+    for case in ("base", "no keys", "packed", "sinks, fewer keys", "everything, packed", "mask")
+    for return_lse in (False, True)
+]
+OPCHECKED += [("sdpa", c, False) for c in ("packed, other keys", "packed, window, alibi", "packed, nothing")]
+
+
+@pytest.mark.parametrize(("implementation", "case", "return_lse"), OPCHECKED)
 def test_opcheck(implementation, case, return_lse, arguments, opcheck):
     made = arguments(**(CASES | OF_REFERENCE | MASKED)[case])
     mask = made.get("block_mask")
@@ -412,19 +421,6 @@ def test_opcheck(implementation, case, return_lse, arguments, opcheck):
         "cu_seqlens_k": made.get("cu_seqlens_k", made.get("cu_seqlens")),
     }
     opcheck(OPS["attention"].implementation(implementation).function.operator, operator_arguments)
-
-
-@pytest.mark.parametrize("case", ["packed, other keys", "packed, window, alibi", "packed, nothing"])
-def test_opcheck_of_packed_sdpa(case, arguments, opcheck):
-    made = arguments(**CASES[case])
-    operator_arguments = {
-        "left": 1,
-        "right": 0,
-        "scale": 0.4,
-        **{name: made.get(name) for name in ("q", "k", "v", "alibi_slopes", "cu_seqlens")},
-        "cu_seqlens_k": made.get("cu_seqlens_k", made["cu_seqlens"]).clone(),
-    }
-    opcheck(sdpa._packed.operator, operator_arguments)
 
 
 class Watch(TorchDispatchMode):
@@ -471,10 +467,20 @@ def test_tiled_visits_the_window_alone(arguments, small_tiles):
     assert watched(made).weights <= 2 * 4 * 120 * (11 + _parts.ROWS)
 
 
+def test_a_mask_is_not_kept_alive(arguments):
+    """What is remembered of calls that passed the checks are shapes and numbers."""
+    mask = window(7, left=1, right=0)
+    attention(**arguments(), block_mask=mask)
+    kept = weakref.ref(mask)
+    del mask
+    gc.collect()
+    assert kept() is None
+
+
 def test_the_page_quotes_the_code():
     root = pathlib.Path(__file__).parents[2]
     quotes = re.findall(r"^```py\n(.*?)^```", (root / "docs" / "attention.md").read_text(), re.DOTALL | re.MULTILINE)
-    code = (root / "kernels" / "ssmkernels" / "attention" / "tiled.py").read_text()
+    code = (root / "kernels" / "ssmkernels" / "ops" / "attention" / "tiled.py").read_text()
     assert len(quotes) > 1
     assert all(quote in code for quote in quotes)
 

@@ -16,6 +16,8 @@ from ssmkernels.compat.mamba_ssm import (
     selective_state_update_ref,
 )
 
+pytestmark = pytest.mark.op("selective_scan", "rms_norm")
+
 
 def per_channel(t, A, l):
     """B or C as published → (b d n l), or (1 d n l) when fixed."""
@@ -391,7 +393,7 @@ ERRORS = {
         ValueError,
         r"selective_scan_fn: `delta` must have .*\(b d l\)",
     ),
-    "B of a complex A": (lambda r: {"A": r(4, 3) + 0j}, ValueError, r"`B` must .*\(b n 2l\).* 2l=18; got \(2, 3, 9\)"),
+    "B of a complex A": (lambda r: {"A": r(4, 3) + 0j}, ValueError, r"`B` must .*\(b n 2l\).* l=9; got \(2, 3, 9\)"),
     "C as of a complex A": (lambda r: {"C": r(2, 3, 18)}, ValueError, r"`C` must have shape \(d n\) or \(b n l\)"),
     "groups": (lambda r: {"B": r(2, 3, 3, 9), "C": r(2, 3, 3, 9)}, ValueError, "3 groups .* 4 channels"),
     "no tensor": (lambda r: {"A": 1.0}, TypeError, "`A` must be a tensor"),

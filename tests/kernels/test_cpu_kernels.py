@@ -1,11 +1,8 @@
-"""The native kernels, beyond what every implementation must pass: each instruction set, threads, odd sizes, memory."""
+"""The native kernels, beyond what every implementation must pass: threads, odd sizes, memory."""
 
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,35 +13,16 @@ from ssmkernels.ops.selective_scan import cpu as scan_cpu
 from ssmkernels.ops.selective_scan.cpu_arguments import chunk_length
 from ssmkernels.testing import check
 
-pytestmark = pytest.mark.skipif(native.missing() is not None, reason=f"needs the native library: {native.missing()}")
+pytestmark = [
+    pytest.mark.op("selective_scan", "causal_conv1d"),
+    pytest.mark.skipif(native.missing() is not None, reason=f"needs the native library: {native.missing()}"),
+]
 
 SCAN = functools.partial(selective_scan, return_final_state=True, delta_softplus=True)
 CONV = functools.partial(causal_conv1d, return_final_state=True, activation="silu")
 SCAN_REFERENCE, CONV_REFERENCE = (functools.partial(f, implementation="reference") for f in (SCAN, CONV))
 SCAN, CONV = (functools.partial(f, implementation="cpu") for f in (SCAN, CONV))
 COMPLEX = functools.partial(SCAN)  # of a complex A
-
-# In a fresh process each: the library chooses its instruction set once.
-CHECKED = """
-from ssmkernels import native
-from ssmkernels.testing import check
-import torch
-torch.set_num_threads(1)
-assert native.missing() is None, native.missing()
-assert native.info()["isa"] == "{isa}", native.info()
-base = dict(b=1, l=67, d=37)
-for n in (1, 2, 3, 5, 7, 8, 16, 17, 32, 64, 100, 255, 256):
-    check("selective_scan", "cpu", cases=[dict(b=1, l=9, d=5, n=n, complex=n % 2 == 1)], dtypes=[torch.float32])
-odd = [dict(b=1, l=67, d=37, n=7), dict(fixed="BC"), dict(delta=30.0), dict(packed=True, b=1, l=21), dict(g=3)]
-odd += [dict(b=1, l=67, d=37, n=7, complex=True), dict(fixed="C", complex=True, frequency=1e3)]
-halves = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-check("selective_scan", "cpu", cases=odd, dtypes=halves)
-now = [dict(d=37, n=7), dict(d=5, n=17), dict(g=3), dict(d=5, n=17, complex=True)]
-check("selective_scan_step", "cpu", cases=now, dtypes=halves)
-small = [dict(w=3), dict(w=4, d=37, l=67), dict(w=7), dict(w=4, x=1e-3), dict(packed=True, b=1, l=21)]
-check("causal_conv1d", "cpu", cases=small, dtypes=halves)
-check("causal_conv1d_step", "cpu", cases=[dict(w=1), dict(w=4, d=37), dict(w=6)], dtypes=halves)
-"""
 
 
 @pytest.fixture
@@ -118,19 +96,6 @@ def on_threads():
 
 def same_bits(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
-
-
-@pytest.mark.parametrize("isa", native.info().get("isas", []))
-def test_every_instruction_set(isa):
-    answer = subprocess.run(
-        [sys.executable, "-c", CHECKED.format(isa=isa)],
-        env={**os.environ, "SSMZOO_CPU_ISA": isa},
-        capture_output=True,
-        text=True,
-    )
-    if "cannot be run by this CPU" in answer.stderr:
-        pytest.skip(f"needs a CPU with {isa}")
-    assert answer.returncode == 0, answer.stderr[-4000:]
 
 
 @REAL_AND_COMPLEX

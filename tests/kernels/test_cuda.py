@@ -7,7 +7,7 @@ import torch
 
 import ssmkernels
 from ssmkernels.check.spec import specs
-from ssmkernels.core.dispatch import OPS
+from ssmkernels.core.names import OPS
 from ssmkernels.testing import check
 
 pytestmark = [

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from ssmkernels import OPS, attention, decode_attention, explain, native
-from ssmkernels.ops.decode_attention import cpu
 
 REFERENCE = functools.partial(decode_attention, implementation="reference")
 SDPA = functools.partial(decode_attention, implementation="sdpa")
@@ -299,8 +298,8 @@ class TestNative:
         for given in (made, paged(made) if made["k_cache"].numel() else made):
             names = ("q", "k_cache", "v_cache", "lengths", "block_table")
             biases = (given.get("alibi_slopes"), given.get("sinks"))
-            values = (*(given.get(name) for name in names), 4, 0.3, 0.0, *biases, None, True)
-            torch.library.opcheck(cpu.decode, values)
+            values = (*(given.get(name) for name in names), 4, 0.3, 0.0, *biases, None, True, False)
+            torch.library.opcheck(torch.ops.ssmkernels.decode_attention_cpu.default, values)
             torch._dynamo.reset()
             compiled = torch.compile(CPU, fullgraph=True, backend="aot_eager")
             assert torch.equal(compiled(**given), CPU(**given))
@@ -399,6 +398,11 @@ def test_a_gpu_is_not_held_up(arguments):
             {"v_cache": torch.zeros(3, 10, 2, 3)},
             ValueError,
             r"`v_cache` must have shape .* m=11.*; got \(3, 10, 2, 3\)",
+        ),
+        (
+            {"v_cache": torch.zeros(3, 4, 2, 3), "block_table": torch.zeros(3, 1, dtype=torch.int32)},
+            ValueError,
+            r"`v_cache` must have shape \(pages page_size h_kv v\) with pages=3, page_size=11.*; got \(3, 4, 2, 3\)",
         ),
         (
             {"v_cache": torch.zeros(3, 11, 2, 3).half()},

@@ -1,10 +1,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -192,38 +188,10 @@ def test_native_bits_do_not_depend_on_threads(complex, length, arguments, run, m
         assert all(torch.equal(results[0][name], other[name]) for name in other)
 
 
-ISA_PROGRAM = """
-from ssmkernels import native
-from ssmkernels.testing import check
-import torch
-torch.set_num_threads(1)
-assert native.missing() is None, native.missing()
-assert native.info()["isa"] == "{isa}", native.info()
-rows = [dict(n=1), dict(n=9, length=70), dict(n=17, complex=False), dict(length=500, d=1), dict(discretization="dss")]
-check("diagonal_kernel", "cpu", cases=rows, dtypes=[torch.float32, torch.float64])
-"""
-
-
-@pytest.mark.slow
-@NEEDS_NATIVE
-@pytest.mark.parametrize("isa", native.info().get("isas", ()))
-def test_every_instruction_set(isa):
-    run = subprocess.run(
-        [sys.executable, "-c", ISA_PROGRAM.format(isa=isa)],
-        env={**os.environ, "SSMZOO_CPU_ISA": isa},
-        capture_output=True,
-        text=True,
-    )
-    if "cannot be run by this CPU" in run.stderr:
-        pytest.skip(f"needs a CPU with {isa}")
-    assert run.returncode == 0, run.stdout + run.stderr
-
-
 INTERPRETED = """
 from ssmkernels import OPS
 from ssmkernels.testing import check
 import torch
-torch.set_num_threads(1)
 rows = [dict(length=0), dict(length=65), dict(length=1), dict(n=17, complex=False), dict(length=1100, d=1, n=1)]
 rows += [dict(discretization="dss", decay=-1.0), dict(layout="strided"), dict(real_maps=True)]
 for cases, dtype in ((rows, torch.float32), (rows[1:4], torch.float64)):
@@ -236,16 +204,8 @@ torch.library.opcheck(OPS["diagonal_kernel"].implementation("triton").function.o
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_triton_in_the_interpreter():
-    """In a process of its own: Triton reads the variable when it is imported."""
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", INTERPRETED],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+def test_triton_in_the_interpreter(interpret):
+    interpret(INTERPRETED)
 
 
 @NEEDS_NATIVE

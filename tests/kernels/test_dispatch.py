@@ -11,10 +11,12 @@ import warnings
 
 import pytest
 import torch
+from torch import Tensor
 
 import ssmkernels
 from ssmkernels import OPS, explain, selective_scan, use
 from ssmkernels.core import dispatch
+from ssmkernels.core.declare import op
 from ssmkernels.core.dispatch import Op
 
 PACKAGE = pathlib.Path(ssmkernels.__file__).parent
@@ -31,31 +33,19 @@ def toy(monkeypatch):
     package = types.ModuleType(f"package_of_{name}")
     modules = {n: types.ModuleType(f"{package.__name__}.{n}") for n in ("quick", "steady", "reference")}
 
-    def quick(x: torch.Tensor) -> torch.Tensor:
-        return x + 1
-
-    def steady(x: torch.Tensor) -> torch.Tensor:
-        return x + 2
-
-    def reference(x: torch.Tensor) -> torch.Tensor:
-        return x + 3
-
-    for function in (quick, steady, reference):
-        setattr(modules[function.__name__], name, function)
-    modules["quick"].unsupported = lambda a: "an odd length" if a["x"].shape[0] % 2 else None
-    modules["quick"].slow = lambda a: "a long way" if a["x"].shape[0] > 10 else None
+    for step, module in enumerate(modules.values(), 1):
+        module.compute = lambda a, step=step: a.x + step
+    modules["quick"].unsupported = lambda a: "an odd length" if a.x.shape[0] % 2 else None
+    modules["quick"].slow = lambda a: "a long way" if a.x.shape[0] > 10 else None
     modules["steady"].missing = lambda: toy.lacks
     for module in (package, *modules.values()):
         monkeypatch.setitem(sys.modules, module.__name__, module)
 
-    op = Op(name, package.__name__, tuple(modules), fake=torch.empty_like)
-    monkeypatch.setattr(package, name, None, raising=False)
+    def toy(x: Tensor, *, implementation: str | None = None) -> Tensor:
+        """x and a number more."""
 
-    def toy(x, *, implementation=None):
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name}: `x` must be a tensor")
-        return op(implementation, x=x)
-
+    toy.__name__, toy.__module__ = name, package.__name__
+    toy = op(shapes={"x": "l"}, returns={"y": "l"}, implementations=tuple(modules))(toy)
     setattr(package, name, toy)
     toy.name, toy.lacks = name, None
     yield toy
@@ -237,8 +227,8 @@ def test_no_warning_without_a_reason(toy, monkeypatch):
 
 def test_explain(toy):
     toy.lacks = "no such machine"
-    for op in (toy, toy.name):
-        found = explain(op, ODD)
+    for named in (toy, toy.name):
+        found = explain(named, ODD)
         assert found.chosen == "reference"
         assert found.reasons == {"quick": "an odd length", "steady": "no such machine"}
     assert str(explain(toy, ODD)).splitlines() == [
@@ -290,10 +280,9 @@ def test_explain_leaves_other_threads_alone(toy):
 
 
 def test_autocast_stays_outside(toy, monkeypatch):
-    monkeypatch.setattr(sys.modules[f"package_of_{toy.name}.quick"], toy.name, lambda x: x @ x)
-    monkeypatch.setattr(OPS[toy.name], "fake", None)
+    monkeypatch.setattr(sys.modules[f"package_of_{toy.name}.quick"], "compute", lambda a: (a.x[:, None] * a.x) @ a.x)
     with torch.autocast("cpu", torch.bfloat16):
-        assert toy(torch.eye(2)).dtype == torch.float32
+        assert toy(torch.ones(2)).dtype == torch.float32
         assert (torch.eye(2) @ torch.eye(2)).dtype == torch.bfloat16
 
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +15,8 @@ from torch import Tensor
 import ssmkernels
 from ssmkernels.check.running import is_real_or_complex, with_gradients
 from ssmkernels.check.spec import Draw, spec_of, tensors_of
-from ssmkernels.core.dispatch import OPS, explain
+from ssmkernels.core.dispatch import explain
+from ssmkernels.core.names import OPS
 
 # Changes of each op's base case: small, and together with all arguments that have gradients.
 ROWS: dict[str, list[dict[str, Any]]] = {
@@ -117,17 +115,16 @@ def test_second_derivatives_are_the_reference_s_or_refused(op, implementation, r
         torch.testing.assert_close(found, wanted[name], rtol=1e-7, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.op
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_second_derivatives_of_triton_s_kernels():
-    """In float32, which all of them take, and in a process of its own, as Triton reads the variable on import."""
+def test_second_derivatives_of_triton_s_kernels(interpret):
+    """In float32, which all of them take."""
     program = f"""
 import sys
 import torch
 sys.path.insert(0, {os.path.dirname(__file__)!r})
 from test_double_backward import ROWS, _inputs, _second, explain, with_gradients
 
-torch.set_num_threads(1)
 checked = set()
 for op, rows in ROWS.items():
     for row in rows:
@@ -140,14 +137,7 @@ for op, rows in ROWS.items():
             checked.add(op)
 assert checked == set(ROWS) - {{"decode_attention", "rms_norm"}}, checked  # no gradient, and no Triton kernel
 """
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("SSMZOO_")}
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program],
-        env={**environment, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    interpret(program)
 
 
 @pytest.mark.parametrize(("op", "implementation"), sorted({p.values[:2] for p in _able()} - MAY_REFUSE))

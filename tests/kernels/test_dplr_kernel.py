@@ -1,14 +1,11 @@
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from ssmkernels import OPS, bilinear_dplr, bilinear_step, discretize_dplr, dplr_kernel, explain, native
+from ssmkernels import OPS, bilinear_dplr, bilinear_step, discretize_dplr, dplr_kernel, explain
 from ssmkernels.ops.dplr_kernel import cauchy, tiled
 from ssmkernels.ops.dplr_kernel.peers import PEERS
 
@@ -109,7 +106,7 @@ def test_any_state_size(name, complex, n, arguments, run, assert_same):
 @pytest.mark.parametrize("size", [{"d": 0}, {"n": 0}, {"rank": 0}], ids=str)
 def test_nothing_in_it(name, size, arguments, run, assert_same):
     made = arguments(**size)
-    if OPS["dplr_kernel"].why_not(name, made):
+    if OPS["dplr_kernel"].why_not(name, OPS["dplr_kernel"].declared.Arguments(**made)):
         pytest.skip(f"needs what {name} can run")
     assert_same(run(kernel(name), **made), run(kernel("reference"), **made))
     assert kernel(name)(**made).shape == (made["A"].shape[0], 17)
@@ -247,27 +244,6 @@ def test_the_same_bits_on_any_number_of_threads(arguments, run):
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
 
 
-# In a fresh process: the library chooses its instruction set once.
-CHECKED = """
-from ssmkernels import native
-from ssmkernels.testing import check
-import torch
-assert native.missing() is None, native.missing()
-assert native.info()["isa"] == "{isa}", native.info()
-sizes = [dict(n=n, length=l, rank=r) for n, l, r in ((1, 1, 1), (17, 37, 2), (33, 127, 1), (64, 200, 3))]
-check("dplr_kernel", "cpu", cases=[*sizes, dict(complex=False, n=19, length=70)], dtypes=[torch.float32, torch.float64])
-"""
-
-
-@pytest.mark.parametrize("isa", native.info().get("isas", []))
-def test_every_instruction_set(isa):
-    command = [sys.executable, "-c", CHECKED.format(isa=isa)]
-    answer = subprocess.run(command, env={**os.environ, "SSMZOO_CPU_ISA": isa}, capture_output=True, text=True)
-    if "cannot be run by this CPU" in answer.stderr:
-        pytest.skip(f"needs a CPU with {isa}")
-    assert answer.returncode == 0, answer.stderr[-4000:]
-
-
 @EACH
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_parameters(name, dtype, arguments):
@@ -296,9 +272,10 @@ def test_opcheck_of_the_native_operators(pairs, randn):
     shapes = ((2, 6), (2, 1, 6), (2, 1, 6), (2, 6), (2, 6))
     tensors = [(randn(*shape) / 4).requires_grad_() for shape in shapes]
     operators = torch.ops.ssmkernels
-    torch.library.opcheck(operators.dplr_kernel_cpu, (*tensors, 40, pairs, False))
+    torch.library.opcheck(operators.dplr_taps_cpu, (*tensors, 40, pairs, False, True))
     tensors = [t.detach() for t in tensors]
-    torch.library.opcheck(operators.dplr_kernel_cpu_backward, (*tensors, 40, pairs, False, randn(2, 40)))
+    wanted = [0, 1, 2, 3, 4]
+    torch.library.opcheck(operators.dplr_taps_cpu_backward, (*tensors, 40, pairs, False, randn(2, 40), wanted))
 
 
 def test_the_fastest_runs_and_the_others_say_why(arguments):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.machinery
 import sys
-import types
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from ssmkernels import causal_conv1d, explain, selective_scan
 from ssmkernels.bench.peers import peers_of
 from ssmkernels.check.running import is_real_or_complex, with_gradients
 from ssmkernels.check.spec import spec_of, tensors_of
-from ssmkernels.ops.causal_conv1d import causal_conv1d as public
 from ssmkernels.testing import check
 
 HALF = (torch.float16, torch.bfloat16)
@@ -268,14 +266,15 @@ def test_packed_scans_are_refused(packages, randn):
 
 def test_what_32_bits_cannot_reach_is_refused():
     x, weight = torch.empty(4, 2**20, 1024, device="meta"), torch.empty(1024, 4, device="meta")
-    made = {"x": x, "weight": weight, "initial_state": None, "cu_seqlens": None}
-    scan, conv = (importlib.import_module(f"ssmkernels.ops.{op}.{package}") for op, package in OPS.items())
-    assert conv.lacking(made) == "inputs of more than 2³¹ elements"
-    assert conv.lacking(made | {"x": x[:1]}) is None
-    made = {"u": x, "A": weight, "B": x[..., :4], "C": x[..., :4], "initial_state": None, "cu_seqlens": None}
-    assert scan.lacking(made) is None
-    made |= {"u": torch.cat([x] * 4), "A": weight.new_empty(1024, 256)}
-    assert scan.lacking(made) == "records of more than 2³¹ numbers"
+    Scan, Conv = (ssmkernels.OPS[op].declared.Arguments for op in OPS)
+    a = Conv(x, weight, None, None, None, None)
+    scan, conv = (importlib.import_module(f"ssmkernels.ops.{op}.external_{package}") for op, package in OPS.items())
+    assert conv.lacking(a) == "inputs of more than 2³¹ elements"
+    assert conv.lacking(a._replace(x=x[:1])) is None
+    a = Scan(x, x, weight, x[..., :4], x[..., :4], None, None, None, False, None, None)
+    assert scan.lacking(a) is None
+    a = a._replace(u=torch.cat([x] * 4), A=weight.new_empty(1024, 256))
+    assert scan.lacking(a) == "records of more than 2³¹ numbers"
 
 
 @BOTH
@@ -315,7 +314,7 @@ def test_the_peer_is_the_same_call(op, package, packages):
     assert check(op, peer.function, cases=[row], dtypes=[torch.float32], gradients=False).checks
 
 
-def test_the_function_stays_what_the_package_exports():
-    ssmkernels.OPS["causal_conv1d"].implementation("causal_conv1d")
-    assert importlib.import_module("ssmkernels.ops.causal_conv1d").causal_conv1d is public is ssmkernels.causal_conv1d
-    assert isinstance(importlib.import_module("ssmkernels.ops.causal_conv1d.causal_conv1d"), types.ModuleType)
+def test_a_package_of_the_ops_name_leaves_the_ops_function_in_its_place():
+    for op, package in OPS.items():
+        ssmkernels.OPS[op].implementation(package)
+        assert getattr(importlib.import_module(f"ssmkernels.ops.{op}"), op) is getattr(ssmkernels, op)

@@ -2,31 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
+from ssmkernels import OPS
 
-def interpret(program):
-    """In a process of its own: Triton reads the variable when it is imported."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("SSMZOO_")}
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program],
-        env={**environment, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-
-
-TRITON = [
-    pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
-]
 CUTS_OFF = """
 import numpy, torch
 import triton.runtime.interpreter as interpreter
@@ -46,7 +26,6 @@ def dot(self, a, b, sums, *how):
 
 dots = []
 interpreter.InterpreterBuilder.create_dot = dot
-torch.set_num_threads(1)
 rows = [dict(b=1, d=1, l_r=12), dict(b=1, d=1, l=300, l_k=300), dict(b=1, d=1, l=2050, l_k=2050)]
 check("fft_conv", "triton", cases=rows, dtypes=[torch.float32])
 assert dots
@@ -56,14 +35,12 @@ import torch
 from ssmkernels.ops.fft_conv import triton_launch
 from ssmkernels.testing import check
 
-torch.set_num_threads(1)
 triton_launch.PROGRAMS = 2
 check("fft_conv", "triton", cases=[dict(b=5, d=1, l=9, gate=True), dict(b=2, d=3, l=5)], dtypes=[torch.float32])
 """
 OPERATOR = """
 import torch
 from ssmkernels import fft_conv
-from ssmkernels.ops.fft_conv import triton
 
 def convolve(u, kernel, D, reverse, gate, borders):
     return fft_conv(u, kernel, D, kernel_reverse=reverse, gate=gate, cu_seqlens=borders, implementation="triton")
@@ -73,12 +50,12 @@ wanted = [torch.randn(shape, requires_grad=True) for shape in ((1, 7, 2), (2, 9)
 u, kernel, D, reverse, gate = wanted
 borders = torch.tensor([0, 3, 7], dtype=torch.int32)
 for arguments in ((u, kernel, D, reverse, gate, borders), (u, kernel, None, None, None, None)):
-    torch.library.opcheck(triton.conv, arguments)
     results = []
     for function in (convolve, torch.compile(convolve, fullgraph=True, backend="aot_eager")):
         y = function(*arguments)
         used = [a for a in arguments if a is not None and a.requires_grad]
         results.append([y, *torch.autograd.grad(y.sin().sum(), used)])
+    torch.library.opcheck(torch.ops.ssmkernels.fft_conv_triton, (*arguments, True))
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(eager, compiled, rtol=0, atol=0)
 every = torch.autograd.grad(convolve(*wanted, borders).sum(), wanted)
@@ -89,14 +66,9 @@ for some in ([0], [1, 2, 3], [4]):  # no gradient is wanted of the others
 """
 
 
-@pytest.mark.parametrize(
-    "program",
-    [
-        pytest.param(program, marks=TRITON, id=name)
-        for name, program in {"cuts off": CUTS_OFF, "parts": PARTS, "operator": OPERATOR}.items()
-    ],
-)
-def test_triton(program):
+@pytest.mark.slow
+@pytest.mark.parametrize("program", [CUTS_OFF, PARTS, OPERATOR], ids=["cuts off", "parts", "operator"])
+def test_triton(program, interpret):
     """On matrix units that cut off what sums of 8 products lose; with sums over sequences in parts; as an operator."""
     interpret(program)
 
@@ -106,9 +78,11 @@ def test_what_triton_cannot_do(randn, monkeypatch):
 
     def why(length, taps, reverse=None, dtype=torch.float32, **given):
         kernels = {"kernel": randn(1, taps), "kernel_reverse": None if reverse is None else randn(1, reverse)}
-        return triton.unsupported({"u": torch.empty(1, length, 1, dtype=dtype), "cu_seqlens": None, **kernels, **given})
+        nothing = {"D": None, "gate": None, "cu_seqlens": None}
+        a = {"u": torch.empty(1, length, 1, dtype=dtype), **nothing, **kernels, **given}
+        return triton.unsupported(OPS["fft_conv"].declared.Arguments(**a))
 
-    monkeypatch.setattr(triton, "wrong_device", lambda name, tensor: None)
+    monkeypatch.setattr(triton, "wrong_device", lambda a: None)
     assert why(4096, 4097) is why(8000, 193) is why(8000, 1, 192) is None
     assert why(4097, 4097) == why(8000, 194) == why(8000, 1, 193) == "a circle of more than 8192 points"
     assert "packed" in why(4097, 4097, cu_seqlens=torch.tensor([0, 1, 4097]))

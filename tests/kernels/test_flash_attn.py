@@ -18,6 +18,8 @@ from ssmkernels.check.spec import spec_of
 from ssmkernels.ops.attention import sdpa, triton
 from ssmkernels.testing import check
 
+pytestmark = pytest.mark.op("attention")
+
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -199,12 +201,13 @@ def test_its_place_in_the_order(package, made, monkeypatch):
 def test_on_a_gpu_sdpa_comes_first_where_its_fast_kernels_can_run(options, why, monkeypatch):
     """On meta tensors: all that it looks at are shapes, and that they are not on the CPU."""
     monkeypatch.setattr(triton, "missing", lambda: None)
-    monkeypatch.setattr(triton, "wrong_device", lambda name, tensor: None)
+    monkeypatch.setattr(triton, "wrong_device", lambda a: None)
     options = dict(options)
     dtype = options.pop("dtype", torch.bfloat16)
     q, k = (torch.empty(2, length, 4, 8, dtype=dtype, device="meta") for length in (7, options.pop("m", 7)))
-    call = {"left": options.pop("window", -1), "right": -1, "alibi_slopes": None, "cu_seqlens": None} | options
-    said = sdpa.slow({"q": q, "k": k, "v": k, **call})
+    Arguments = ssmkernels.OPS["attention"].declared.Arguments
+    call = dict.fromkeys(Arguments._fields) | {"left": options.pop("window", -1), "right": -1} | options
+    said = sdpa.slow(Arguments(**call | {"q": q, "k": k, "v": k}))
     assert said is None if why is None else why in said
 
 

@@ -11,7 +11,7 @@ import torch
 import ssmkernels
 from ssmkernels import masks
 from ssmkernels.compat.causal_conv1d import causal_conv1d_varlen_states
-from ssmkernels.core.dispatch import OPS
+from ssmkernels.core.names import OPS
 from ssmkernels.ops.diagonal_kernel import diagonal_kernel
 from ssmkernels.ops.dplr_kernel import dplr_kernel
 

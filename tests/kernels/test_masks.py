@@ -8,6 +8,8 @@ import torch
 from ssmkernels import attention, masks
 from ssmkernels.core import block_mask
 
+pytestmark = pytest.mark.op("attention")
+
 SIZES = pytest.mark.parametrize(("l", "m"), [(40, 40), (21, 53), (53, 21), (16, 32), (1, 9), (0, 9), (9, 0)], ids=str)
 BLOCK = (8, 16)
 

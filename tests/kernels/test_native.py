@@ -27,6 +27,9 @@ EXERCISE = (
     ELSEWHERE
     + """
 import torch
+from ssmkernels import explain
+from ssmkernels.check.running import run, with_gradients
+from ssmkernels.check.spec import spec_of
 from ssmkernels.testing import check
 assert native.missing() is None, native.missing()
 torch.set_num_threads(3)
@@ -37,7 +40,7 @@ scans += [dict(complex=True, **odd), dict(complex=True, fixed="C"), dict(complex
 steps = [dict(d=37, n=7), dict(n=17), dict(n=17, complex=True), dict(n=1, complex=True)]
 convolutions = [dict(w=4, d=37, l=67), dict(w=4, d=129, l=67, b=1), dict(w=4, d=64, l=2, b=1), dict(w=7)]
 convolutions += [dict(w=3, b=1, packed=True, l=21), dict(l=0)]
-for op, cases in {
+cases_of = {
     "selective_scan": scans,
     "selective_scan_step": steps,
     "causal_conv1d": convolutions,
@@ -47,10 +50,34 @@ for op, cases in {
     "diagonal_kernel": [dict(length=67, n=7), dict(length=257, complex=False), dict(discretization="dss")],
     "dplr_kernel": [dict(length=67, n=7, rank=2), dict(length=127, n=3, complex=False), dict(length=1, d=1, n=1)],
     "decode_attention": [dict(s=3, h=6, h_kv=2, k=13, v=21), dict(s=1, h=1, h_kv=1, k=1, v=1)],
-}.items():
-    check(op, "cpu", cases=cases, dtypes=[torch.float32, torch.float16])
+}
 for dtype in (torch.float32, torch.bfloat16, torch.float64):
     native.rows(torch.randn(3, 33, 1001).to(dtype).mT)
+dtypes = [torch.float32, torch.float16]
+"""
+)
+# Each call has right results.
+RIGHT = (
+    EXERCISE
+    + """
+for op, cases in cases_of.items():
+    check(op, "cpu", cases=cases, dtypes=dtypes)
+"""
+)
+# The same calls, with and without a backward pass, for the sanitizers to watch; checking results takes far longer.
+CALLED = (
+    EXERCISE
+    + """
+for op, cases in cases_of.items():
+    spec, called = spec_of(op), 0
+    for case in map(spec.case, cases):
+        for dtype in dtypes:
+            for gradients, prepared in ((False, dict), (True, with_gradients))[: 1 + spec.differentiable]:
+                arguments = spec.inputs(case, dtype, "cpu", 0)
+                if "cpu" in explain(op, **prepared(arguments)).able:
+                    run(spec, "cpu", arguments, gradients=gradients, poison=False)
+                    called += 1
+    assert called >= len(dtypes) * len(cases), (op, called)
 """
 )
 
@@ -213,14 +240,16 @@ class TestOfPip:
         monkeypatch.delenv("CXX", raising=False)
         monkeypatch.setattr(build.shutil, "which", lambda name: None)
 
+    @pytest.mark.slow
     def test_builds_what_runs_here(self, tmp_path):
         """Every kernel on threads of our own, which any thread of Python's may call."""
         target = tmp_path / "library.so"
         isa = native.info().get("isa", "baseline")
         build.build(target, isas=[isa], extra=["-O1"])
-        say(EXERCISE, target, SSMZOO_CPU_ISA=isa)
+        say(RIGHT, target, SSMZOO_CPU_ISA=isa)
         say(TOGETHER, target, SSMZOO_CPU_ISA=isa)
 
+    @pytest.mark.slow
     def test_compiles_for_a_mac(self, tmp_path, monkeypatch):
         monkeypatch.setattr(build.sys, "platform", "darwin")
         monkeypatch.setattr(platform, "machine", lambda: "arm64")
@@ -260,6 +289,7 @@ def test_no_second_openmp():
     assert len(runtimes) == 1, runtimes
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: the sanitizer is preloaded")
 @pytest.mark.parametrize(
     ("sanitizer", "flags", "openmp"),
@@ -279,7 +309,7 @@ def test_under_sanitizers(sanitizer, flags, openmp, compiler, tmp_path):
     isa = native.info().get("isa", "baseline")
     build.build(target, isas=[isa], extra=flags, openmp=openmp)
     say(
-        EXERCISE,
+        CALLED,
         target,
         LD_PRELOAD=str(Path(library).resolve()),
         ASAN_OPTIONS="detect_leaks=0",  # Python's own

@@ -14,7 +14,8 @@ from ssmkernels.check import matrix
 from ssmkernels.check.spec import spec_of
 from ssmkernels.check.ways import Calls, Refused
 from ssmkernels.core import dispatch
-from ssmkernels.core.dispatch import KERNELS, use
+from ssmkernels.core.dispatch import KERNELS
+from ssmkernels.core.forcing import use
 
 INFERENCE = """
 import torch
@@ -33,6 +34,7 @@ def python(*arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.op
 def test_every_op_with_tensors_that_are_not_plain_and_under_transforms():
     """In the ways that the table in docs/calls.md has not; that table's are tried where it is compared."""
     faults = [cell for cell in matrix.cells(ways=matrix.OTHERS) if cell.verdict.startswith(matrix.FAULT)]
@@ -105,6 +107,8 @@ def test_the_matrix_sees_a_wrong_kernel(monkeypatch):
         assert matrix.verdict(calls, way) == matrix.FAULT + "another result"
 
 
+@pytest.mark.op
+@pytest.mark.slow
 def test_random_calls_in_processes_of_their_own():
     done = python(str(Path(__file__).with_name("fuzz.py")), "--calls", "400", "--seed", "3")
     assert done.returncode == 0, done.stdout[-3000:]

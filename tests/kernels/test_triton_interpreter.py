@@ -1,30 +1,20 @@
 """Triton kernels in Triton's interpreter, on the CPU: the whole check, on cases small enough for it.
 
-In a process of its own: Triton reads ``TRITON_INTERPRET`` when it is imported. ``ssmzoo verify`` with that variable set
-runs all cases; here each op has rows that between them reach every branch of its kernels.
+``TRITON_INTERPRET=1 ssmzoo verify`` runs all cases; here each op has rows that between them reach every branch of its
+kernels.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-
 import pytest
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
-]
+pytestmark = pytest.mark.slow
 
 PROGRAM = """
-import sys, warnings
+import sys
 import torch
 from ssmkernels.testing import check
 
-torch.set_num_threads(1)
-warnings.filterwarnings("ignore", "overflow encountered", RuntimeWarning)  # exp(-x) in a sigmoid: 1 / inf is 0
 op, dtypes, rows = sys.argv[1], [getattr(torch, name) for name in sys.argv[2].split(",")], eval(sys.argv[3])
 gradients = op != "decode_attention"  # which has none here
 report = check(op, "triton", dtypes=dtypes, cases=rows, gradients=gradients)
@@ -131,37 +121,39 @@ FFT = [
 ]
 STEP = [{}, {"g": 3}, {"n": 17}, {"D": False, "z": False}, {"bias": False, "softplus": False}, {"layout": "strided"}]
 
+# All rows in float32; in bfloat16 those that reach what depends on the dtype; in the others one of these.
 CASES = [
     ("attention", "float32", ATTENTION),
-    ("attention", "bfloat16,float16", [ATTENTION[i] for i in (0, 10, 11, 13)]),
+    ("attention", "bfloat16", [ATTENTION[i] for i in (0, 10, 11, 13)]),
+    ("attention", "float16", ATTENTION[10:11]),
     ("causal_conv1d", "float32", CONVOLUTION),
-    ("causal_conv1d", "bfloat16,float16,float64", CONVOLUTION[:1] + CONVOLUTION[6:7]),
-    ("causal_conv1d_step", "float32,bfloat16,float16,float64", [{}, {"w": 1}, {"layout": "far"}]),
+    ("causal_conv1d", "bfloat16", [CONVOLUTION[0], CONVOLUTION[6]]),
+    ("causal_conv1d", "float16,float64", CONVOLUTION[6:7]),
+    ("causal_conv1d_step", "float32", [{}, {"w": 1}, {"layout": "far"}]),
+    ("causal_conv1d_step", "bfloat16,float16,float64", [{}]),
     ("decode_attention", "float32", DECODING),
-    ("decode_attention", "bfloat16,float16", DECODING[:1] + DECODING[7:8] + DECODING[-1:]),
+    ("decode_attention", "bfloat16", [DECODING[i] for i in (0, 7, -1)]),
+    ("decode_attention", "float16", DECODING[-1:]),
     ("dplr_kernel", "float32", DPLR),
     ("dplr_kernel", "bfloat16,float16,float64", DPLR[3:4]),
     ("fft_conv", "float32", FFT),
-    ("fft_conv", "bfloat16,float16", [*FFT[3:5], {"weights": "float32", "d": 1}, FFT[-4]]),
+    ("fft_conv", "bfloat16", [*FFT[3:5], {"weights": "float32", "d": 1}, FFT[-4]]),
+    ("fft_conv", "float16", [{"weights": "float32", "d": 1}]),
     ("selective_scan", "float32", SCAN),
-    ("selective_scan", "bfloat16,float16,float64", SCAN[:1] + SCAN[9:10]),
-    ("selective_scan_step", "float32,bfloat16,float16,float64", STEP),
+    ("selective_scan", "bfloat16", [SCAN[0], SCAN[9]]),
+    ("selective_scan", "float16,float64", SCAN[9:10]),
+    ("selective_scan_step", "float32", STEP),
+    ("selective_scan_step", "bfloat16,float16,float64", STEP[:1]),
 ]
 
 
 @pytest.mark.parametrize(("op", "dtypes", "rows"), CASES, ids=[f"{op}-{dtypes}" for op, dtypes, _ in CASES])
-def test_check_in_the_interpreter(op, dtypes, rows):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("SSMZOO_")}
-    run = subprocess.run(
-        [sys.executable, "-c", PROGRAM, op, dtypes, repr(rows)],
-        env={**environment, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+def test_check_in_the_interpreter(op, dtypes, rows, interpret):
+    interpret(PROGRAM, op, dtypes, repr(rows))
 
 
-def test_one_graph_and_opcheck():
+@pytest.mark.op("attention", "causal_conv1d", "decode_attention", "selective_scan")
+def test_one_graph_and_opcheck(interpret):
     program = """
 import torch
 from ssmkernels import attention, causal_conv1d, causal_conv1d_step, decode_attention, masks
@@ -221,8 +213,8 @@ def opcheck(operator, *arguments):
 
 ops = torch.ops.ssmkernels
 lists = mask.offsets, mask.columns, mask.patterns, mask.bits
-opcheck(ops.attention_triton, *heads, 1, 0, 0.5, 2.0, None, None, None, None, None, None)
-opcheck(ops.attention_triton, *heads[:3], None, heads[4], -1, -1, 0.5, 0.0, *lists, borders, borders)
+opcheck(ops.attention_triton, *heads, 1, 0, 0.5, 2.0, *(None,) * 6, True, True)
+opcheck(ops.attention_triton, *heads[:3], None, heads[4], -1, -1, 0.5, 0.0, *lists, borders, borders, False, True)
 two = torch.randn(2, 2, 2)
 opcheck(ops.causal_conv1d_triton, x, weight, A[:, 0], "silu", two[:, :1], borders)
 opcheck(ops.selective_scan_triton, x, x * 2, A, B, B, A[:, 0], x * 3, A[:, 1], True, state, None, True)
@@ -230,23 +222,16 @@ opcheck(ops.selective_scan_triton, x, x * 2, A, A * 2, B, None, None, None, Fals
 x0, x1, B0, B1 = x[:, 0].clone(), x[:, 1].clone(), B[:, 0].clone(), B[:, 1].clone()
 torch.library.opcheck(ops.causal_conv1d_step_triton.default, (torch.zeros(1, 1, 2), x0, weight, None, None))
 torch.library.opcheck(ops.selective_scan_step_triton.default, (state, x0, x1, A, B0, B1, None, None, None, True))
-decoding = query, *pages, lengths, table, 1, 0.5, 2.0, torch.rand(2), torch.rand(2), None, True
+decoding = query, *pages, lengths, table, 1, 0.5, 2.0, torch.rand(2), torch.rand(2), None, True, False
 torch.library.opcheck(ops.decode_attention_triton.default, decoding)
 cache = torch.randn(2, 3, 1, 2)
-decoding = query, cache, cache, lengths, None, -1, 0.5, 0.0, None, None, 2, False
+decoding = query, cache, cache, lengths, None, -1, 0.5, 0.0, None, None, 2, False, False
 torch.library.opcheck(ops.decode_attention_triton.default, decoding)
 """
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("SSMZOO_")}
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program],
-        env={**environment, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    interpret(program)
 
 
-def test_attention_under_masks_of_any_block_size_over_packed_sequences():
+def test_attention_under_masks_of_any_block_size_over_packed_sequences(interpret):
     program = """
 import torch
 from ssmkernels import attention, masks
@@ -267,8 +252,10 @@ def run(implementation, dtype, tensors, mask, **options):
     loss = (out * dout).sum() + (lse.masked_fill(~seen, 0) * dlse).sum()
     return [out, lse, *torch.autograd.grad(loss, leaves)]
 
-for block_q, block_k in ((8, 16), (24, 40), (16, 32), (5, 8)):
-    for heads, options in ((h, packed), (1, {**packed, "window": window}), (h, {"window": window})):
+alone, both, bounded = (h, packed), (1, {**packed, "window": window}), (h, {"window": window})
+blocks = {(8, 16): [alone, bounded], (24, 40): [both], (16, 32): [bounded], (5, 8): [alone, both]}
+for (block_q, block_k), ways in blocks.items():
+    for heads, options in ways:
         kind, pair = torch.rand(heads, -(-l // block_q), -(-m // block_k)), torch.rand(heads, l, m)
 
         def seen(h, i, j):
@@ -288,17 +275,11 @@ for block_q, block_k in ((8, 16), (24, 40), (16, 32), (5, 8)):
                 axis = 2 if f is found[1] else 1
                 assert torch.equal(f.movedim(axis, 0)[rows], o.movedim(axis, 0)[rows])
 """
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("SSMZOO_")}
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program],
-        env={**environment, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    interpret(program)
 
 
-def test_decoding_gives_the_same_bits_in_any_company_room_and_pages():
+@pytest.mark.op("decode_attention")
+def test_decoding_gives_the_same_bits_in_any_company_room_and_pages(interpret):
     program = """
 import functools
 import torch
@@ -327,11 +308,4 @@ for splits in (None, 5):
         for a, b in zip(paged, whole, strict=True):
             assert torch.equal(a, b)
 """
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("SSMZOO_")}
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program],
-        env={**environment, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    interpret(program)

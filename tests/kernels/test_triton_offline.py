@@ -1,14 +1,22 @@
-"""Every Triton kernel compiles for chips that are not there, spills nothing, and its shared memory fits."""
+"""Every Triton kernel compiles for chips that are not there, spills nothing, and its shared memory fits.
+
+Every case is compiled for the H100 and H200, and for one of the other chips; each op for all of them.
+``SSMZOO_CHIPS=all`` compiles each case for each chip, in twice the time.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+
+from ssmkernels.check.offline import CHIPS, compiling_for, offline_cases
+from ssmkernels.core.names import OPS
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -19,8 +27,10 @@ import torch
 from ssmkernels.check.offline import CHIPS, compiling_for, offline_cases
 
 torch.set_num_threads(1)
-chip, found = sys.argv[1], 0
-for name, launch in offline_cases():
+chip, wanted, found = sys.argv[1], eval(sys.argv[2]), 0
+for number, (name, launch) in enumerate(offline_cases()):
+    if number not in wanted:
+        continue
     with compiling_for(chip) as reports:
         launch()
     assert reports, f"{name}: no kernel"
@@ -35,13 +45,64 @@ print(f"{found} kernels")
 """
 
 
+MAIN = "sm_90"
+
+
+def spread(names):
+    """By chip, the numbers of the cases to compile for it: all for sm_90, and each for one of the others.
+
+    Consecutive cases of an op are for consecutive chips, and each op begins with another chip than the one before it.
+    """
+    chips = list(CHIPS)
+    if os.environ.get("SSMZOO_CHIPS") == "all":
+        return {chip: set(range(len(names))) for chip in chips}
+    found = {chip: set() for chip in chips}
+    found[MAIN] = set(range(len(names)))
+    chips.remove(MAIN)
+    by_op = itertools.groupby(enumerate(names), lambda case: case[1].partition(":")[0])
+    for first, (_, cases) in enumerate(by_op):
+        numbers = [number for number, _ in cases]
+        for i in range(max(len(numbers), len(chips))):
+            found[chips[(first + i) % len(chips)]].add(numbers[i % len(numbers)])
+    return found
+
+
+@pytest.fixture(scope="module")
+def names():
+    """Of all cases, as the process that compiles them sees them."""
+    return [name for name, _ in offline_cases()]
+
+
+@pytest.fixture(scope="module")
+def ops(request, names):
+    """Those to compile."""
+    chosen = request.config.getoption("op")
+    return {OPS[op].package.rpartition(".")[2] for op in chosen} or {name.partition(":")[0] for name in names}
+
+
+def test_each_case_has_a_chip_and_each_op_has_all(names, monkeypatch):
+    monkeypatch.delenv("SSMZOO_CHIPS", raising=False)
+    found = spread(names)
+    assert set().union(*found.values()) == set(range(len(names)))
+    assert found.pop(MAIN) == set(range(len(names)))
+    for numbers in found.values():
+        assert len(numbers) <= len(names) // 2
+        assert {names[i].partition(":")[0] for i in numbers} == {name.partition(":")[0] for name in names}
+    monkeypatch.setenv("SSMZOO_CHIPS", "all")
+    assert all(numbers == set(range(len(names))) for numbers in spread(names).values())
+
+
+@pytest.mark.op
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_compiles_without_spills(chip, tmp_path):
+@pytest.mark.parametrize("chip", CHIPS)
+def test_compiles_without_spills(chip, names, ops, tmp_path):
+    cases = {i for i in spread(names)[chip] if names[i].partition(":")[0] in ops}
+    if not cases:
+        pytest.skip("needs an op with Triton kernels")
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "SSMZOO_DISABLE")}
     run = subprocess.run(
-        [sys.executable, "-c", PROGRAM, chip],
-        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
+        [sys.executable, "-c", PROGRAM, chip, repr(cases)],
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_DISABLE_LINE_INFO": "1"},
         capture_output=True,
         text=True,
     )
@@ -85,8 +146,6 @@ for chip in ("sm_90", "gfx942"):
 
 
 def test_an_unknown_chip_is_named():
-    from ssmkernels.check.offline import compiling_for
-
     with pytest.raises(ValueError, match="sm_90"), compiling_for("sm_91"):
         pass
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ssmkernels.core.dispatch import unknown
+from ssmkernels.core.names import unknown
 from ssmkernels.core.packing import pad, spans
 from ssmkernels.core.validate import (
     check_cu_seqlens,

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ssmkernels.check.spec import spec_of
-from ssmkernels.core.dispatch import OPS, explain
+from ssmkernels.core.dispatch import explain
+from ssmkernels.core.names import OPS
 from ssmkernels.core.validate import check_written
 
 STATES = [(op, name) for op in OPS for name in spec_of(op).mutates]

@@ -5,9 +5,11 @@ Prints a line for each model that gives something else.
 
 from __future__ import annotations
 
+import runpy
 import sys
 import warnings
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -17,21 +19,14 @@ from torch.nn import functional as F
 
 import ssmzoo
 
-MIXERS = {
-    "mamba": {"d_state": 3},
-    "attention": {"head_dim": 8},
-    "paged": {"kind": "attention", "head_dim": 8, "page_size": 4},
-    "hidden": {"kind": "attention", "head_dim": 8, "rope": False, "cache": "hidden"},
-    "mla": {"n_heads": 2, "kv_lora_rank": 4, "q_lora_rank": 6},
-    "longformer": {"head_dim": 8, "window": 4, "bidirectional": False},
-    "strided": {"head_dim": 8, "block_size": 8},
-    "performer": {"head_dim": 8, "n_features": 8},
-    "lightconv": {},
-    "dynamicconv": {},
-    "lstm": {},
-    "gru": {},
-    "s4": {"d_state": 4},
-    "s4d": {"d_state": 4},
+SMALL = runpy.run_path(str(Path(__file__).with_name("small_mixers.py")))["SMALL"]
+HEADS = SMALL["attention"]
+MIXERS = {name: options for name, options in SMALL.items() if name not in ("bigbird", "linformer")}  # have no states
+MIXERS |= {
+    "paged": {"kind": "attention", "page_size": 4} | HEADS,
+    "hidden": {"kind": "attention", "rope": False, "cache": "hidden"} | HEADS,
+    "mla": SMALL["mla"] | {"q_lora_rank": 6},
+    "longformer": SMALL["longformer"] | {"bidirectional": False},
     "both": {"kind": "parallel", "branches": ["mamba", "mla"]},
 }
 IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from ssmzoo import build_mixer
-from ssmzoo.mixers._cached import FEW
-from ssmzoo.mixers._kv_cache import SMALLEST
+from ssmzoo.cache.calls import FEW
+from ssmzoo.cache.kv import SMALLEST
 from ssmzoo.mixers.attention import Attention, ConvolvedState
 from ssmzoo.registry import mixer_class
 
@@ -574,7 +574,7 @@ class TestErrors:
 
     def test_bidirectional_has_no_state(self, plain):
         mixer = make(bidirectional=True)
-        with pytest.raises(ValueError, match="with `bidirectional` it has no state"):
+        with pytest.raises(ValueError, match="Attention: there is no `initial_state` with `bidirectional=True`"):
             mixer.initial_state(2)
         with pytest.raises(ValueError, match="`state` must be None, as this mixer sees the whole sequence"):
             mixer(inputs(2, 3), plain.initial_state(2))

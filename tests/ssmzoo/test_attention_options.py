@@ -11,9 +11,9 @@ import torch.nn.functional as F
 import yaml
 
 import ssmzoo
+from ssmzoo.cache.calls import FEW
+from ssmzoo.cache.hidden import HiddenCache
 from ssmzoo.mixers._alibi import alibi_slopes
-from ssmzoo.mixers._cached import FEW
-from ssmzoo.mixers._hidden_cache import HiddenCache
 from ssmzoo.mixers._rope import rotary_angles, rotate
 from ssmzoo.mixers.attention import Attention
 

@@ -200,7 +200,7 @@ def test_a_stopped_run_keeps_what_it_has(run, tmp_path, monkeypatch):
     small = ("--set", "d_model=64", "--set", "length=4")
     status, out, _ = run("mixers", "--only", "gru", "--quick", "--no-peers", *small, "--out", str(tmp_path))
     assert status == 130
-    assert "what was measured before is kept" in out
+    assert "the measurements so far are kept" in out
     assert {row["pass"] for row in read(tmp_path)} == {"forward"}
     assert (tmp_path / "mixers.png").exists()
 

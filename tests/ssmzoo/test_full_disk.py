@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import ssmzoo
-from ssmzoo import pretrained, weights
+from ssmzoo import pretrained
+from ssmzoo.checkpoints import weights
 from ssmzoo.train import loop, resume, train
 from ssmzoo.train import run as run_module
 
@@ -87,7 +88,7 @@ def test_a_run_on_a_full_disk_says_how_to_go_on_and_loses_nothing(whole, tmp_pat
         with pytest.raises(OSError, match="File too large") as error:
             train(LSTM, whole.parent / "text.txt", QUICK, run, quiet=True)
     monkeypatch.setattr(loop, "batch", draw)
-    assert "go on from step-0000002 with: ssmzoo train --resume" in str(error.value)
+    assert "continue from step-0000002 with: ssmzoo train --resume" in str(error.value)
     assert "\n" not in str(error.value)
     names = sorted(path.name for path in [*run.iterdir(), *(run / "checkpoints").iterdir()])
     assert not [name for name in names if name.startswith(".")], "left over"

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from ssmkernels import diagonal_kernel, dplr_kernel
-from ssmzoo.mixers._hippo import diagonal, hippo, low_rank, nplr
+from ssmzoo.lti.hippo import diagonal, hippo, low_rank, nplr
+
+pytestmark = pytest.mark.mixer("s4", "s4d")
 
 INITS = ["legs", "legt", "fourier"]
 SIZES = [2, 4, 6, 64, 128, 256]

@@ -91,7 +91,7 @@ def test_an_error_shows_what_was_given(arguments, run):
 
 
 def test_list_shows_descriptions(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(config, "_folder", lambda: tmp_path / "[")  # as if it were configs/
+    monkeypatch.setattr(config.catalogue, "configs_folder", lambda: tmp_path / "[")  # as if it were configs/
     for arguments in (["list"], ["list", "--markdown"]):
         status, text = run(*arguments)
         assert status == 0

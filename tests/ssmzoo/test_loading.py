@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import ssmzoo
-from ssmzoo import pretrained, registry, weights
+from ssmzoo import pretrained, registry
+from ssmzoo.checkpoints import weights
 
 NEEDED = {"parallel": {"branches": {"mamba": {"d_state": 4}, "attention": {"head_dim": 8}}}, "mla": {"n_heads": 2}}
 PLAIN = {"d_model": 16, "n_layers": 2, "vocab_size": 20}
@@ -206,6 +207,7 @@ for case, dtype, kept, wanted in [
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork, to measure each load on its own")
+@pytest.mark.slow
 def test_loading_takes_the_memory_of_the_file_alone(tmp_path):
     """With dtypes that are converted the larger of file and weights counts.
 

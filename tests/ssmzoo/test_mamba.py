@@ -7,7 +7,7 @@ import torch
 
 import ssmzoo
 from ssmkernels.bench import peak_memory
-from ssmzoo.mixers.mamba import backwards
+from ssmzoo.bidirectional import backwards
 
 D_MODEL = 24
 

@@ -11,7 +11,7 @@ import torch
 
 import ssmzoo
 from ssmzoo import build_mixer
-from ssmzoo.mixers._cached import FEW
+from ssmzoo.cache.calls import FEW
 from ssmzoo.mixers.mla import LatentCache
 from ssmzoo.registry import mixer_class
 

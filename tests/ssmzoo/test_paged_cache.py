@@ -18,11 +18,13 @@ from hypothesis import strategies as st
 
 import ssmkernels
 import ssmzoo
-from ssmzoo.mixers._cached import FEW
-from ssmzoo.mixers._hidden_cache import PagedHiddenCache
-from ssmzoo.mixers._paged_cache import PagedCache
+from ssmzoo.cache.calls import FEW
+from ssmzoo.cache.hidden import PagedHiddenCache
+from ssmzoo.cache.paged import PagedCache
 from ssmzoo.mixers.attention import Attention, ConvolvedState
 from ssmzoo.mixers.mla import PagedLatentCache
+
+pytestmark = pytest.mark.mixer("attention", "mla")
 
 D_MODEL = 32
 SIZES = pytest.mark.parametrize("page_size", [1, 3, 16])

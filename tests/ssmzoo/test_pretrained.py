@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ssmzoo
-from ssmzoo import pretrained, weights
+from ssmzoo import pretrained
+from ssmzoo.checkpoints import weights
 
 TINY = {
     "d_model": 16,

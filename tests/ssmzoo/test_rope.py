@@ -9,6 +9,8 @@ import torch
 
 from ssmzoo.mixers._rope import LinearScaling, YarnScaling, halves, rotary_angles, rotate, scaling_of
 
+pytestmark = pytest.mark.mixer("attention", "mla", "longformer", "bigbird", "strided")
+
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 OPTIONS = [

@@ -10,6 +10,8 @@ import ssmzoo.mixers.longformer as longformer_module
 from ssmzoo import build_mixer
 from ssmzoo.mixers import _pattern
 
+pytestmark = pytest.mark.mixer("longformer", "bigbird", "strided")
+
 LENGTHS = (1, 7, 8, 9, 40, 53)
 CASES = [
     ("longformer", {"window": 6, "n_global": 2, "bias": True, "out_bias": True}),

@@ -1,8 +1,6 @@
 """Models whose weights are elsewhere between calls, sharded or offloaded, generate as they otherwise do."""
 
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,14 +18,10 @@ def test_every_stateful_mixer_is_here():
     assert kinds == set(ssmzoo.list_mixers()) - {"bigbird", "linformer"}  # these see the whole sequence at once
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch was built without torch.distributed")
-def test_sharded_over_two_processes(tmp_path):
-    commands = [[sys.executable, str(PROGRAM), str(rank), "2", str(tmp_path / "store")] for rank in range(2)]
-    running = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
-    for process in running:
-        output, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-3000:]
-        assert output == ""
+def test_sharded_over_two_processes(on_two_processes):
+    on_two_processes(PROGRAM)
 
 
 def offloaded(model, tmp_path):

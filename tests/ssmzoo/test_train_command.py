@@ -71,10 +71,10 @@ def test_ctrl_c_says_how_to_go_on_and_exits_with_130(folder, monkeypatch, capsys
     with monkeypatch.context() as patch:
         patch.setattr(loop, "batch", batch)
         assert call(train.command, "small.yaml", "--data", "a.txt", "--out", "run", *settings()) == 130
-    assert "stopped and saved after step 1; go on with: ssmzoo train --resume run" in capsys.readouterr().out
+    assert "stopped and saved after step 1; continue with: ssmzoo train --resume run" in capsys.readouterr().out
     call(train.command, "--resume", "run")
     shown = capsys.readouterr().out
-    assert "goes on from step 1 of 3" in shown
+    assert "continues from step 1 of 3" in shown
     with pytest.raises(ValueError, match="the run in run trains small, not lstm-tiny"):
         call(train.command, "lstm-tiny", "--resume", "run")
     assert call(train.command, "small.yaml", "--resume", "run", "--set", "steps=4") is None
@@ -83,15 +83,15 @@ def test_ctrl_c_says_how_to_go_on_and_exits_with_130(folder, monkeypatch, capsys
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "`MODEL` is missing: name one, as in `ssmzoo train mamba-hybrid-tiny`"),
+        ([], "`MODEL` is missing; name one, as in `ssmzoo train mamba-hybrid-tiny`"),
         (["mamba-tiny"], "unknown model: 'mamba-tiny'. Did you mean '"),
-        (["small.yaml", "a.txt"], "one model at a time; got 'a.txt' as well. Text to train on goes after --data"),
+        (["small.yaml", "a.txt"], "give one model; got 'a.txt' as well. Text to train on goes after --data"),
         (["small.yaml", "--set", "stpes=3"], "unknown setting: 'stpes'. Did you mean 'steps'"),
         (["small.yaml", "--set", "mixers.lstm.width=3"], "unknown option of mixer 'lstm': 'width'"),
         (["small.yaml", "--data", "none.txt"], "no data file or folder none.txt"),
         (["--resume", "none"], "none is no training run"),
-        (["--resume", "none", "--out", "there"], "--resume goes on in its own folder: leave --out away"),
-        (["--resume", "none", "--set", "d_model=3"], "--set d_model cannot change: --resume goes on"),
+        (["--resume", "none", "--out", "there"], "--resume continues in the folder of the run; leave out --out"),
+        (["--resume", "none", "--set", "d_model=3"], "--set d_model cannot change: --resume keeps"),
         ([".", "--set", "d_model=3"], "--set d_model cannot change: . holds trained weights"),
         (["."], "holds no model"),
     ],
@@ -105,7 +105,7 @@ def test_what_train_refuses(arguments, message):
 def test_generate_with_a_tokenizer(folder, capsys):
     tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers")
     pretrained.save(ssmzoo.build("small.yaml", vocab_size=3), "words")
-    with pytest.raises(ValueError, match="words has 3 token ids and does not read bytes: name its --tokenizer"):
+    with pytest.raises(ValueError, match="words has 3 token ids and does not read bytes; give its --tokenizer"):
         call(generate.command, "words", "the cat")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"the": 0, "cat": 1, "?": 2}, unk_token="?"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -153,7 +153,7 @@ def test_two_processes_train_as_one_does_on_the_parts_of_both(folder):
         found = [float(row[column]) for row in two if row[column]]
         assert found == pytest.approx([float(row[column]) for row in one if row[column]], rel=1e-4)
 
-    assert launch("--resume", "two", "--set", "steps=14").count("goes on from step 12 of 14") == 1
+    assert launch("--resume", "two", "--set", "steps=14").count("continues from step 12 of 14") == 1
     assert log.read(folder / "two" / "log.csv")[:13] == two
 
 

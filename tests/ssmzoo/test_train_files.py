@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ssmzoo
-from ssmzoo import files, pretrained
+from ssmzoo import pretrained
+from ssmzoo.checkpoints import checksums
 from ssmzoo.train import resume, train
 from ssmzoo.train import run as run_module
 
@@ -48,20 +49,20 @@ def same(a, b):
 
 def reseal(folder):
     """Gives a changed checkpoint checksums that fit, so that the checks behind them speak."""
-    (folder / files.SUMS).unlink()
-    files.seal(folder)
+    (folder / checksums.SUMS).unlink()
+    checksums.seal(folder)
 
 
 def test_a_run_killed_before_it_renewed_its_weights_uses_the_newest_checkpoint(run):
     newest = pretrained.load(run)
     older, name = run / "checkpoints" / "step-0000002", pretrained.WEIGHTS
-    files.install(run, {name: lambda path: shutil.copyfile(older / name, path)})
-    assert files.checksum(run / name) == files.checksum(older / name)
+    checksums.install(run, {name: lambda path: shutil.copyfile(older / name, path)})
+    assert checksums.checksum(run / name) == checksums.checksum(older / name)
     assert same(pretrained.load(run), newest)
     with pytest.raises(ValueError, match="is complete"):
         resume(run, quiet=True)
-    assert files.checksum(run / name) == files.checksum(run / "checkpoints" / "step-0000004" / name)
-    (run / files.SUMS).unlink()
+    assert checksums.checksum(run / name) == checksums.checksum(run / "checkpoints" / "step-0000004" / name)
+    (run / checksums.SUMS).unlink()
     (run / name).unlink()
     shutil.copyfile(older / name, run / name)  # killed before it had checksums, and once more before the next renewal
     assert same(pretrained.load(run), newest)
@@ -81,7 +82,7 @@ def test_a_crash_between_two_files_leaves_the_old_the_new_or_a_refusal(tmp_path,
     for moment in range(6):
         folder = tmp_path / str(moment)
         folder.mkdir()
-        files.install(folder, {"a": write["old"], "b": write["old"]})
+        checksums.install(folder, {"a": write["old"], "b": write["old"]})
         calls = []
 
         def crash(source, target, calls=calls, moment=moment):
@@ -93,14 +94,14 @@ def test_a_crash_between_two_files_leaves_the_old_the_new_or_a_refusal(tmp_path,
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", crash)
             with contextlib.suppress(KeyboardInterrupt):
-                files.install(folder, {"a": write["new"], "b": write["new"]})
+                checksums.install(folder, {"a": write["new"], "b": write["new"]})
         content = (folder / "a").read_text() + (folder / "b").read_text()
         seen.add(content)
         if content == "newold":
             with pytest.raises(ValueError, match="differs from its checksum"):
-                files.check(folder)
+                checksums.check(folder)
         else:
-            assert files.check(folder) is not None
+            assert checksums.check(folder) is not None
     assert seen == {"oldold", "newold", "newnew"}
 
 
@@ -109,8 +110,8 @@ def test_checkpoints_sort_as_numbers_and_strangers_do_not_count(run):
     (folder / "step-notes.txt").write_text("mine")
     (folder / "step-9999999").mkdir()
     (folder / "step-10000000").mkdir()
-    assert [path.name for path in files.checkpoints(run)][-2:] == ["step-9999999", "step-10000000"]
-    assert len(files.checkpoints(run)) == 4
+    assert [path.name for path in checksums.checkpoints(run)][-2:] == ["step-9999999", "step-10000000"]
+    assert len(checksums.checkpoints(run)) == 4
 
 
 @pytest.mark.parametrize("left", [".lock", "train.yaml"])

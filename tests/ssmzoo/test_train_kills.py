@@ -29,6 +29,7 @@ def library(tmp_path):
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="needs Linux: a library is preloaded to count system calls")
 @pytest.mark.skipif(COMPILER is None, reason="needs a C compiler")
+@pytest.mark.slow
 def test_kills_at_any_change_of_files_leave_no_trace(library, tmp_path):
     """SSMZOO_KILLS=100 makes that many in place of 6."""
     kills = int(os.environ.get("SSMZOO_KILLS", "6"))

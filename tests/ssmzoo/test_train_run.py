@@ -122,7 +122,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(text, tmp_path, monkeypa
     with monkeypatch.context() as patch:
         stop_at(patch, 5, number)
         with pytest.raises(
-            Interrupted, match="stopped and saved after step 5; go on with: ssmzoo train --resume"
+            Interrupted, match="stopped and saved after step 5; continue with: ssmzoo train --resume"
         ) as stop:
             train(TINY, text, QUICK | options, stopped, quiet=True)
     assert stop.value.step == 5
@@ -206,9 +206,7 @@ def test_a_tokenizer_goes_with_the_run(text, run, tmp_path):
 def test_a_folder_in_use(text, run):
     run.mkdir()
     (run / "thesis.txt").write_text("all of it")
-    with pytest.raises(
-        ValueError, match="is not empty: go on with the run in it by --resume .*, or choose another --out"
-    ):
+    with pytest.raises(ValueError, match="is not empty: continue its run with --resume .*, or choose another --out"):
         train(LSTM, text, QUICK, run, quiet=True)
     assert [path.name for path in run.iterdir()] == ["thesis.txt"]
 
@@ -224,7 +222,7 @@ def test_a_loss_that_is_no_number(text, run, monkeypatch):
 
     monkeypatch.setattr(loop.F, "cross_entropy", cross_entropy)
     with pytest.raises(
-        ValueError, match="training came apart: the loss is nan at step 5; go on from step-0000003 with"
+        ValueError, match="training diverged: the loss is nan at step 5; continue from step-0000003 with"
     ):
         train(LSTM, text, QUICK, run, quiet=True)
     monkeypatch.undo()
@@ -238,7 +236,7 @@ def test_a_gradient_that_is_no_number(text, run):
     model.layers[0].norm.weight.register_hook(lambda grad: grad * float("inf"))
     with pytest.raises(
         ValueError,
-        match="training came apart: the gradient norm is (inf|nan) at step 1; go on from step-0000000",
+        match="training diverged: the gradient norm is (inf|nan) at step 1; continue from step-0000000",
     ):
         train(model, text, QUICK, run, quiet=True)
 
@@ -253,7 +251,7 @@ def test_a_damaged_checkpoint(text, tmp_path, name):
         path.write_bytes(broken)
         with pytest.raises(
             ValueError,
-            match="step-0000006 is damaged: delete it to go on from the one before it, step-0000003",
+            match="step-0000006 is damaged: delete it to continue from the one before it, step-0000003",
         ) as error:
             resume(run, steps=9, quiet=True)
         assert "\n" not in str(error.value)
@@ -273,7 +271,7 @@ def test_folders_without_a_run(tmp_path):
     with pytest.raises(ValueError, match=r"train\.yaml is damaged"):
         resume(tmp_path, quiet=True)
     (tmp_path / "train.yaml").write_text("{model: x, data: null, fingerprint: '', settings: {}}")
-    with pytest.raises(FileNotFoundError, match="has no checkpoint to go on from"):
+    with pytest.raises(FileNotFoundError, match="has no checkpoint to continue from"):
         resume(tmp_path, quiet=True)
 
 

@@ -1,5 +1,8 @@
 """Every mixer under the transforms of ``torch.func``: gradients, those of each sample, and forward mode."""
 
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 from torch.func import functional_call, grad, jvp, vmap
@@ -7,23 +10,10 @@ from torch.func import functional_call, grad, jvp, vmap
 import ssmzoo
 
 D_MODEL = 16
-HEADS = {"head_dim": 8}
-OPTIONS = {
-    "mamba": {"d_state": 3},
-    "attention": HEADS | {"window": 4, "d_conv": 3, "gate": "headwise"},
-    "mla": {"n_heads": 2, "kv_lora_rank": 4},
-    "longformer": HEADS | {"window": 4},
-    "bigbird": HEADS | {"block_size": 8},
-    "strided": HEADS | {"block_size": 8},
-    "performer": HEADS | {"n_features": 8},
-    "linformer": HEADS | {"proj_len": 4, "max_length": 24},
-    "lightconv": {},
-    "dynamicconv": {},
-    "lstm": {},
-    "gru": {},
-    "s4": {"d_state": 4},
-    "s4d": {"d_state": 4},
-    "parallel": {"branches": {"mamba": {"d_state": 3}, "mla": {"n_heads": 2, "kv_lora_rank": 4}}},
+SMALL = runpy.run_path(str(Path(__file__).with_name("small_mixers.py")))["SMALL"]
+OPTIONS = SMALL | {
+    "attention": SMALL["attention"] | {"window": 4, "d_conv": 3, "gate": "headwise"},
+    "parallel": {"branches": {name: SMALL[name] for name in ("mamba", "mla")}},
 }
 NO_VMAP = ("lstm", "gru")  # PyTorch's own networks, whose weights it cannot batch
 

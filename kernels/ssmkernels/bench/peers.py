@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ssmkernels.check.spec import Case
-from ssmkernels.core.dispatch import OPS
+from ssmkernels.core.names import OPS
 
 ABSENT = "not installed"
 

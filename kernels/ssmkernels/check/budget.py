@@ -17,6 +17,7 @@ relative error, which sees small values beside large ones.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -78,6 +79,11 @@ class Truth:
         return float(relative.median()) if relative.numel() else 0.0
 
 
+@functools.cache
+def _rounds(operator: Any) -> bool:
+    return operator.overloadpacket.__name__.removesuffix("_") in ROUNDS
+
+
 class Rounding(TorchDispatchMode):
     """Inside, every result of an operator that rounds is off by a random part, up to ``eps``, of itself."""
 
@@ -89,11 +95,10 @@ class Rounding(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        if name.removesuffix("_") in ROUNDS and (result.is_floating_point() or result.is_complex()):
-            noise = torch.empty(result.shape, dtype=result.real.dtype if result.is_complex() else result.dtype)
-            noise = noise.to(result.device).uniform_(-self.eps, self.eps, generator=self._generator(result.device))
-            result.mul_(1 + noise)  # an infinity stays one
+        if _rounds(func) and (result.is_floating_point() or result.is_complex()):
+            factor = torch.empty_like(result.real if result.is_complex() else result)
+            factor.uniform_(1 - self.eps, 1 + self.eps, generator=self._generator(result.device))
+            result.mul_(factor)  # an infinity stays one
         return result
 
     def _generator(self, device: torch.device) -> torch.Generator:

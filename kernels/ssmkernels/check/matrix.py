@@ -15,7 +15,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from ssmkernels.core.dispatch import OPS, use
+from ssmkernels.core.forcing import use
+from ssmkernels.core.names import OPS
 
 # Those of the table in the documentation, by their headings
 TABLE = {

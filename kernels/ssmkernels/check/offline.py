@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ssmkernels.core.dispatch import OPS, unknown
+from ssmkernels.core.names import OPS, unknown
 
 
 class Chip(NamedTuple):

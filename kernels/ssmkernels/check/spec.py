@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ssmkernels.core.block_mask import BlockMask
-from ssmkernels.core.dispatch import OPS, unknown
+from ssmkernels.core.names import OPS, unknown
 
 Case = Mapping[str, Any]
 

@@ -22,7 +22,8 @@ from ssmkernels.check.budget import BAND, Rounding, Truth, differs, moved
 from ssmkernels.check.report import Check, Report
 from ssmkernels.check.running import Member, Results, is_real_or_complex, run, threads, with_gradients
 from ssmkernels.check.spec import Case, Draw, Spec, spec_of
-from ssmkernels.core.dispatch import OPS, explain, unknown
+from ssmkernels.core.dispatch import explain
+from ssmkernels.core.names import OPS, unknown
 from ssmkernels.core.validate import HALF
 
 __all__ = ["Check", "Examination", "Report", "check"]

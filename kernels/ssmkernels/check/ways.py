@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssmkernels.check.spec import Spec, tensors_of
 from ssmkernels.check.wrapper import Wrapper, floating, unwrap
-from ssmkernels.core.dispatch import KERNELS, OPS
+from ssmkernels.core.dispatch import KERNELS
+from ssmkernels.core.names import OPS
 
 Arguments = dict[str, Any]
 Results = list[Tensor]

@@ -142,8 +142,7 @@ def update(
         held = held.scatter(2, places, new[..., new.shape[-1] - last :].to(held.dtype))
     weight, bias, activation = beside(weight, x), beside(bias, x), _activation(op, activation)
     initial = state.transpose(1, 2).to(precision(x), copy=True)  # the state itself is about to change
-    inputs = {"x": x, "weight": weight, "bias": bias, "state": initial}
-    if new.shape[-1] == 1 and gradient_wanted(inputs) is None:
+    if new.shape[-1] == 1 and gradient_wanted((x, weight, bias, initial)) is None:
         y = causal_conv1d_step(initial, new[..., 0], weight, bias, activation, implementation=implementation)[:, None]
     else:
         y, _ = causal_conv1d(

@@ -31,7 +31,6 @@ def scan(
     """As :func:`ssmkernels.compat.mamba_ssm.selective_scan_fn`; ``op`` is what errors call it."""
     sizes = check_shapes(op, {"u": (u, "b d l"), "delta": (delta, "b d l"), "A": (A, "d n")}, ("u", "delta", "A"))
     others = {"D": (D, "d"), "z": (z, "b d l"), "delta_bias": (delta_bias, "d")}
-    sizes["2l"] = 2 * sizes["l"]
     check_shapes(op, {"u": (u, "b d l"), **_shapes(A, B, C), **others}, ("B", "C"), **sizes)
     check_options(op, "bool", delta_softplus=delta_softplus, return_last_state=return_last_state)
     dtype = together(u, delta, z)
@@ -80,8 +79,8 @@ def inner(
 ) -> Tensor:
     """As :func:`ssmkernels.compat.mamba_ssm.mamba_inner_fn`; ``op`` is what errors call it."""
     weights = {
-        "xz": (xz, "b 2d l"),
         "A": (A, "d n"),
+        "xz": (xz, "b 2d l"),
         "conv1d_weight": (conv1d_weight, "d 1 w"),
         "x_proj_weight": (x_proj_weight, "rows d"),
         "delta_proj_weight": (delta_proj_weight, "d r"),
@@ -102,9 +101,7 @@ def inner(
         "c_rms_weight": (c_rms_weight, "n"),
         "dt_rms_weight": (dt_rms_weight, "d"),
     }
-    check_shapes(op, {"xz": (xz, "b 2d l"), **others}, **{**sizes, "2n": 2 * n, "2l": 2 * sizes["l"]})
-    if sizes["2d"] != 2 * sizes["d"]:
-        raise ValueError(f"{op}: `xz` must have shape (b 2d l) with d={sizes['d']}; got {tuple(xz.shape)}")
+    check_shapes(op, {"xz": (xz, "b 2d l"), **others}, **sizes)
     rows = r + mapped * ((B is None) + (C is None))
     if sizes["rows"] < rows:
         raise ValueError(f"{op}: `x_proj_weight` must have {rows} rows here; got {tuple(x_proj_weight.shape)}")

@@ -76,7 +76,7 @@ def update(
     held = held.to(torch.promote_types(precision(u), A.dtype if A.is_complex() else u.dtype))
     held = held if held.ndim == 3 else held.reshape(b, d, n)  # a view of `state` where it can be
 
-    if gradient_wanted({"state": held, **arguments}) is None:
+    if gradient_wanted((held, *arguments.values())) is None:
         y = selective_scan_step(held, **arguments, delta_softplus=dt_softplus, implementation=implementation)
     else:
         timed = {

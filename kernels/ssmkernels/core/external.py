@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,9 +40,11 @@ def _missing(module: str) -> str | None:
     return None
 
 
-def wrong_device(name: str, tensor: Tensor) -> str | None:
-    """Why CUDA kernels cannot reach the tensor; None where they can."""
-    return None if tensor.is_cuda else f"its tensors must be on a GPU; `{name}` is on {tensor.device}"
+def wrong_device(a: Any) -> str | None:
+    """Why CUDA kernels cannot reach the tensors of a call; None where they can."""
+    name = a.declared.leader
+    device = getattr(a, name).device
+    return None if device.type == "cuda" else f"its tensors must be on a GPU; `{name}` is on {device}"
 
 
 def without_second_derivative(package: str, *results: Tensor) -> None:

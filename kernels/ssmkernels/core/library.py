@@ -1,9 +1,8 @@
-"""Plain functions as nodes that ``torch.compile`` does not look into, and when to call which."""
+"""Plain functions as nodes that ``torch.compile`` does not look into."""
 
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +20,9 @@ with torch.inference_mode(False):
     _INCLUDED, _EXCLUDED = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
 
 
-def opaque(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+def opaque(
+    name: str, function: Callable[..., Any], fake: Callable[..., Any], schema: str | None = None
+) -> Callable[..., Any]:
     """The same function, as the single node ``ssmkernels::name`` where it is traced or given tensors without values.
 
     Eager calls go straight to ``function``, with PyTorch's own autograd. Under a compiler its loops over time would be
@@ -29,18 +30,18 @@ def opaque(name: str, function: Callable[..., Any], fake: Callable[..., Any]) ->
     its backward runs it again under autograd.
 
     Args:
-        function: annotated; takes tensors, None, bools, numbers and strings, returns a tensor or a tuple of tensors.
-        fake: takes the same arguments, returns empty outputs of the right shapes, dtypes and device.
+        function: takes tensors, None, bools, numbers and strings, returns a tensor or a tuple of tensors.
+        fake: takes the same arguments, returns empty contiguous outputs of the right shapes, dtypes and device.
+        schema: of the operator; from the function's annotations if None.
     """
-    parameters = list(inspect.signature(function).parameters)
-    schema = torch.library.infer_schema(function, mutates_args=())
+    schema = schema or torch.library.infer_schema(function, mutates_args=())
     several = schema.rsplit("->", 1)[1].strip().startswith("(")
     arguments = schema.rsplit("->", 1)[0].strip()[1:-1]
 
     def forward(*args: Any) -> Any:
         with torch._C._ForceDispatchKeyGuard(_INCLUDED, _EXCLUDED), torch.no_grad():
             outputs = function(*args)
-        fresh = _unaliased(outputs if several else (outputs,), args)
+        fresh = _unaliased([o.contiguous() for o in (outputs if several else (outputs,))], args)
         return fresh if several else fresh[0]
 
     def backward(*args: Any) -> list[Tensor]:
@@ -90,10 +91,10 @@ def opaque(name: str, function: Callable[..., Any], fake: Callable[..., Any]) ->
     operator.register_autograd(autograd, setup_context=setup_context)
 
     @functools.wraps(function)
-    def call(**arguments: Any) -> Any:
-        if recorded() or any(isinstance(a, Tensor) and a.is_meta for a in arguments.values()):
-            return operator(*(arguments[p] for p in parameters))
-        return function(**arguments)
+    def call(*args: Any) -> Any:
+        if recorded() or any(isinstance(a, Tensor) and a.is_meta for a in args):
+            return operator(*args)
+        return function(*args)
 
     call.operator = operator  # type: ignore[attr-defined]
     return call
@@ -102,19 +103,6 @@ def opaque(name: str, function: Callable[..., Any], fake: Callable[..., Any]) ->
 def wants_graph(*tensors: Tensor | None) -> bool:
     """Whether autograd records what is computed from these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def operator_or_plain(
-    operator: Callable[..., Any], plain: Callable[..., Any], graph: bool = False
-) -> Callable[..., Any]:
-    """The operator where a graph or a compiler needs it, else the plain function, which is called in far less time.
-
-    Args:
-        operator: ``plain`` as an operator of ``torch.library``.
-        plain: computes the same, and nothing of autograd or compilers.
-        graph: whether autograd records the call.
-    """
-    return operator if graph or torch.compiler.is_compiling() else plain
 
 
 def _unaliased(outputs: Sequence[Tensor], inputs: Sequence[Any]) -> tuple[Tensor, ...]:

@@ -32,7 +32,7 @@ def call_on_shards(op: str, batched: Mapping[str, int], arguments: Mapping[str, 
         op: the op's name, for messages.
         batched: arguments whose first axis is the batch → the least number of axes with which it is.
         arguments: the op's arguments by name; at least one is a DTensor.
-        run: takes the same arguments, with local tensors.
+        run: takes the same arguments, as one mapping, with local tensors.
 
     Raises:
         ValueError: an argument is placed so that the op is not local to each process, or is no DTensor; by name.
@@ -68,7 +68,7 @@ def call_on_shards(op: str, batched: Mapping[str, int], arguments: Mapping[str, 
         stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
         return DTensor.from_local(result.contiguous(), mesh, placements, run_check=False, shape=shape, stride=stride)
 
-    results = run(**{**arguments, **local})
+    results = run({**arguments, **local})
     return tuple(map(wrap, results)) if isinstance(results, tuple) else wrap(results)
 
 

@@ -36,12 +36,12 @@ def _missing() -> str | None:
     return None
 
 
-def wrong_device(name: str, tensor: Tensor) -> str | None:
-    """Why kernels cannot reach the tensor; None where they can."""
+def wrong_device(a: Any) -> str | None:
+    """Why kernels cannot reach the tensors of a call; None where they can."""
     wanted, where = ("cpu", "the CPU, for Triton's interpreter") if interpreting() else ("cuda", "a GPU")
-    if tensor.device.type != wanted:
-        return f"its tensors must be on {where}; `{name}` is on {tensor.device}"
-    return None
+    name = a.declared.leader
+    device = getattr(a, name).device
+    return None if device.type == wanted else f"its tensors must be on {where}; `{name}` is on {device}"
 
 
 # A compiler need not look into them

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ssmkernels.core.plain import readable
+from ssmkernels.core.shapes import expanded, learn, letters_of, pretty
 
 HALF = (torch.bfloat16, torch.float16)
 REAL = (torch.float32, torch.float64, *HALF)
@@ -25,9 +26,10 @@ def check_shapes(
 
     Args:
         op: the function's name, for the message.
-        arguments: name → (value, shape). A shape is sizes in letters, ``"b l d"``; alternatives differ in rank and are
-            separated by ``|``; a number, or an expression of one letter such as ``w-1``, stands for itself. A value
-            that is None is passed over.
+        arguments: name → (value, shape). A shape is sizes in letters, ``"b l d"``; of alternatives, separated by ``|``,
+            the first that fits is taken; ``...`` are the further axes of the first tensor; a number stands for itself,
+            and a sum such as ``w-1`` or ``r+2n`` for its value (:mod:`ssmkernels.core.shapes`). A value that is None is
+            passed over.
         required: names whose value must not be None.
         sizes: letters already known.
 
@@ -38,18 +40,19 @@ def check_shapes(
         TypeError: an argument is no tensor, or a sparse one.
         ValueError: an argument has another shape or lies on another device.
     """
-    device = None
+    device, axes = None, None
     for name, (value, shape) in arguments.items():
         if value is None and name not in required:
             continue
         if not isinstance(value, Tensor):
-            raise TypeError(f"{op}: `{name}` must be a tensor of shape {_pretty(shape)}; got {type(value).__name__}")
+            raise TypeError(f"{op}: `{name}` must be a tensor of shape {pretty(shape)}; got {type(value).__name__}")
         if value.layout is not torch.strided:
             raise TypeError(f"{op}: `{name}` must be a dense tensor; got layout {value.layout}")
-        fitting = [s for s in shape.split("|") if len(s.split()) == value.ndim]
-        if not fitting or not _matches(value, fitting[0].split(), sizes):
-            known = _known(shape, sizes)
-            raise ValueError(f"{op}: `{name}` must have shape {_pretty(shape)}{known}; got {tuple(value.shape)}")
+        axes = value.ndim if axes is None else axes
+        fitting = [letters for letters in expanded(shape, axes) if len(letters) == value.ndim]
+        if not any(learn(letters, value.shape, sizes) for letters in fitting):
+            known = _known(shape, axes, sizes)
+            raise ValueError(f"{op}: `{name}` must have shape {pretty(shape)}{known}; got {tuple(value.shape)}")
         if device is None:
             device, first = value.device, name
         elif value.device != device:
@@ -57,30 +60,10 @@ def check_shapes(
     return sizes
 
 
-def _matches(value: Tensor, letters: list[str], sizes: dict[str, int]) -> bool:
-    """Whether the shape fits the letters; learns the sizes of new ones."""
-    learned = dict(sizes)
-    for letter, size in zip(letters, value.shape, strict=True):
-        if letter.isdigit():
-            expected = int(letter)
-        elif letter.endswith("-1"):
-            expected = learned[letter[:-2]] - 1
-        elif letter.endswith("+1"):
-            expected = learned[letter[:-2]] + 1
-        else:
-            expected = learned.setdefault(letter, size)
-        if expected != size:
-            return False
-    sizes.update(learned)
-    return True
-
-
-def _pretty(shape: str) -> str:
-    return " or ".join(f"({s.strip()})" for s in shape.split("|"))
-
-
-def _known(shape: str, sizes: Mapping[str, int]) -> str:
-    letters = dict.fromkeys(word.removesuffix("-1").removesuffix("+1") for word in shape.replace("|", " ").split())
+def _known(shape: str, axes: int, sizes: Mapping[str, int]) -> str:
+    """The sizes known of a shape's letters, and of the axes n1, n2 and so on for which ``...`` stands."""
+    terms = [term for letters in expanded(shape, axes) for term in letters]
+    letters = dict.fromkeys(x for term in terms for x in ([term] if term in sizes else letters_of(term)))
     known = [f"{letter}={sizes[letter]}" for letter in letters if letter in sizes]
     return " with " + ", ".join(known) if known else ""
 
@@ -137,6 +120,18 @@ def check_options(op: str, kind: str, /, **options: Any) -> None:
             raise TypeError(f"{op}: `{name}` must be {kind}; got {type(value).__name__}")
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise ValueError(f"{op}: `{name}` must fit in 64 bits; got an int of {value.bit_length()} bits")
+
+
+def check_choice(op: str, name: str, value: Any, words: tuple[str, ...], optional: bool = False) -> None:
+    """Checks that an option is one of some words.
+
+    Raises:
+        ValueError: naming the option, the words and what came.
+    """
+    if (value is None and optional) or (isinstance(value, str) and value in words):
+        return
+    known = " or ".join([*(["None"] if optional else []), *map(repr, words)])
+    raise ValueError(f"{op}: `{name}` must be {known}; got {value!r}")
 
 
 def check_length(op: str, length: object) -> None:
@@ -198,13 +193,16 @@ def copied(index: Tensor | None) -> Tensor | None:
     return index.clone() if isinstance(index, Tensor) and readable(index) else index
 
 
-def check_cu_seqlens(op: str, cu_seqlens: Tensor | None, x: Tensor, name: str = "cu_seqlens") -> int:
+def check_cu_seqlens(
+    op: str, cu_seqlens: Tensor | None, x: Tensor, name: str = "cu_seqlens", values: bool = True
+) -> int:
     """Checks the borders of a packed batch; returns the number of sequences, which without packing is the batch size.
 
     Args:
         cu_seqlens: None, or int32 ``(s + 1)``: sequence i takes positions ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``.
             Its values are read where that costs nothing: on the CPU and outside of a compiler.
         x: what is packed, ``(b, l, ...)``.
+        values: whether to look at its values too.
 
     Raises:
         TypeError: it is no int32 tensor.
@@ -226,12 +224,23 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor | None, x: Tensor, name: str = 
         raise ValueError(
             f"{op}: with `{name}` the sequences lie one after another in a batch of 1; got a batch of {batch}"
         )
-    if readable(cu_seqlens):
-        borders = cu_seqlens.tolist()
-        if borders[0] != 0 or borders[-1] != length or any(a > b for a, b in zip(borders, borders[1:], strict=False)):
-            shown = borders if len(borders) <= 8 else [*borders[:4], "...", *borders[-3:]]
-            raise ValueError(f"{op}: `{name}` must rise from 0 to the length {length} without falling; got {shown}")
+    if values:
+        check_borders(op, cu_seqlens, length, name)
     return cu_seqlens.shape[0] - 1
+
+
+def check_borders(op: str, cu_seqlens: Tensor, length: int, name: str = "cu_seqlens") -> None:
+    """Checks that the borders of packed sequences rise from 0 to ``length``, where reading them costs nothing.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if not readable(cu_seqlens):
+        return
+    borders = cu_seqlens.tolist()
+    if borders[0] != 0 or borders[-1] != length or any(a > b for a, b in zip(borders, borders[1:], strict=False)):
+        shown = borders if len(borders) <= 8 else [*borders[:4], "...", *borders[-3:]]
+        raise ValueError(f"{op}: `{name}` must rise from 0 to the length {length} without falling; got {shown}")
 
 
 def precision(*tensors: Tensor | None) -> torch.dtype:
@@ -291,9 +300,9 @@ def _overlaps(x: Tensor) -> bool:
     return x.numel() > 0 and offsets.unique().numel() < offsets.numel()
 
 
-def gradient_wanted(arguments: Mapping[str, Any]) -> str | None:
+def gradient_wanted(a: Iterable[Any]) -> str | None:
     """Why a step without a backward pass cannot run a call: it would lose the gradient. None where none is wanted."""
-    tensors = (value for value in arguments.values() if isinstance(value, Tensor))
+    tensors = (x for x in a if isinstance(x, Tensor))
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return "a step has no gradient here; call it under torch.no_grad()"
     return None
@@ -316,6 +325,8 @@ def once(check: Callable[..., None], *arguments: Any) -> None:
     except TypeError:  # an argument that cannot be hashed, which is none that passes
         return check(*arguments)
     check(*arguments)
+    if not all(isinstance(a, _LIGHT) for a in arguments):  # the record would keep an object such as a mask alive
+        return None
     if len(_passed) >= MOST_PASSED:
         _passed.clear()
     _passed.add(key)
@@ -323,5 +334,6 @@ def once(check: Callable[..., None], *arguments: Any) -> None:
 
 
 MOST_PASSED = 4096
+_LIGHT = (Tensor, int, float, str, tuple, type(None))
 
 _passed: set[tuple[Any, ...]] = set()

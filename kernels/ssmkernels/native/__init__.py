@@ -73,6 +73,13 @@ def missing() -> str | None:
 missing._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a compiler need not look into the loader
 
 
+def wrong_device(a: Any) -> str | None:
+    """Why kernels cannot reach the tensors of a call; None where they can."""
+    name = a.declared.leader
+    device = getattr(a, name).device
+    return None if device.type == "cpu" else f"its tensors must be on the CPU; `{name}` is on {device}"
+
+
 def info() -> dict[str, Any]:
     """The library: path, ABI and what is missing; where it loads also the ISA in use, those built, OpenMP, compiler."""
     handle, isa, why = library()

@@ -21,7 +21,7 @@ import torch
 
 import ssmzoo
 from ssmzoo import pretrained
-from ssmzoo.files import checkpoints
+from ssmzoo.checkpoints.checksums import checkpoints
 from ssmzoo.train import resume, train
 from ssmzoo.train import run as run_module
 

@@ -2,17 +2,83 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from ssmkernels.core.dispatch import Op
-from ssmkernels.core.validate import check_cu_seqlens, check_options, check_same_dtype, check_shapes, copied, precision
+from ssmkernels.core.block_mask import MEMBERS
+from ssmkernels.core.declare import op
+from ssmkernels.core.validate import check_borders, check_cu_seqlens, copied
 from ssmkernels.masks import BlockMask
-from ssmkernels.ops.attention._arguments import bounds, check_block_mask, check_logits
+from ssmkernels.ops.attention._arguments import bounds, check_block_mask, check_logits, scale_of
 from ssmkernels.ops.attention.merge import merge_attention
 
 __all__ = ["attention", "merge_attention"]
 
 
+def _check(
+    name: str,
+    sizes: dict[str, int],
+    k: Tensor,
+    softcap: float,
+    block_mask: Any,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    **others: Any,
+) -> None:
+    """Heads, constants, the mask, and how many sequences queries and keys are packed from."""
+    check_logits(name, sizes, softcap)
+    check_block_mask(name, block_mask, sizes, k.device)
+    if cu_seqlens_k is None:
+        if cu_seqlens is not None and sizes["l"] != sizes["m"]:
+            raise ValueError(
+                f"{name}: without `cu_seqlens_k` the packed `k` must be as long as `q`, {sizes['l']}; got {sizes['m']}"
+            )
+    elif cu_seqlens is None:
+        raise ValueError(f"{name}: `cu_seqlens_k` needs `cu_seqlens`, the borders of the queries; got None")
+    elif check_cu_seqlens(name, cu_seqlens_k, k, "cu_seqlens_k", values=False) != sizes["s"]:
+        raise ValueError(
+            f"{name}: `cu_seqlens_k` must pack {sizes['s']} sequences, as `cu_seqlens` does; "
+            f"got {cu_seqlens_k.shape[0] - 1}"
+        )
+
+
+def _lower(
+    causal: bool,
+    window: tuple[int, int] | None,
+    scale: float | None,
+    softcap: float,
+    block_mask: BlockMask | None,
+    cu_seqlens_k: Tensor | None,
+    **others: Any,
+) -> dict[str, Any]:
+    """What implementations take: a window without ``causal``, a scale, a mask's tensors, borders of the keys."""
+    left, right = bounds("attention", causal, window)
+    if cu_seqlens_k is None:
+        cu_seqlens_k = others["cu_seqlens"]
+    else:
+        cu_seqlens_k = copied(cu_seqlens_k)
+        check_borders("attention", cu_seqlens_k, others["k"].shape[1], "cu_seqlens_k")
+    members = {f"block_{member}": None if block_mask is None else getattr(block_mask, member) for member in MEMBERS}
+    others |= {"left": left, "right": right, "scale": scale_of(others["q"], scale), "softcap": float(softcap)}
+    return {**others, **members, "cu_seqlens_k": cu_seqlens_k}
+
+
+@op(
+    shapes={"q": "b l h k", "k": "b m h_kv k", "v": "b m h_kv v", "alibi_slopes": "h", "sinks": "h"},
+    returns={"out": "b l h v", "lse": "b h l: sums if return_lse"},
+    wide="alibi_slopes sinks",
+    check=_check,
+    takes="""
+        q: Tensor, k: Tensor, v: Tensor, alibi_slopes: Tensor | None, sinks: Tensor | None,
+        left: int, right: int, scale: float, softcap: float,
+        block_offsets: Tensor | None, block_columns: Tensor | None,
+        block_patterns: Tensor | None, block_bits: Tensor | None,
+        cu_seqlens: Tensor | None, cu_seqlens_k: Tensor | None, return_lse: bool
+    """,
+    lower=_lower,
+    implementations=("sdpa", "flash_attn", "triton", "tiled", "reference"),
+)
 def attention(
     q: Tensor,
     k: Tensor,
@@ -67,92 +133,9 @@ def attention(
     Returns:
         ``(b, l, h, v)`` in q's dtype; with ``return_lse`` also lse ``(b, h, l)``, the natural logarithm,
         over the keys and the sink alike, float32 (float64 for float64 input). A query that sees no key
-        gives 0 with gradients of 0, and an lse of -∞ (its sink, where there is one).
+        gives 0 with gradients of 0, and an lse of -∞ (its sink, where there is one). NaN or infinity at a key
+        or value changes no row that does not see it; docs/attention.md gives the limits.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name.
     """
-    op = "attention"
-    sizes = check_shapes(
-        op,
-        {
-            "q": (q, "b l h k"),
-            "k": (k, "b m h_kv k"),
-            "v": (v, "b m h_kv v"),
-            "alibi_slopes": (alibi_slopes, "h"),
-            "sinks": (sinks, "h"),
-        },
-        ("q", "k", "v"),
-    )
-    check_same_dtype(op, {"q": q, "k": k, "v": v})
-    check_options(op, "bool", causal=causal, return_lse=return_lse)
-    scale = check_logits(op, sizes, q, scale, softcap, alibi_slopes, sinks)
-    left, right = bounds(op, causal, window)
-    check_block_mask(op, block_mask, sizes, q)
-    cu_seqlens, cu_seqlens_k = copied(cu_seqlens), copied(cu_seqlens_k)
-    sequences = check_cu_seqlens(op, cu_seqlens, q)
-    if cu_seqlens_k is None:
-        if cu_seqlens is not None and sizes["l"] != sizes["m"]:
-            raise ValueError(
-                f"{op}: without `cu_seqlens_k` the packed `k` must be as long as `q`, {sizes['l']}; got {sizes['m']}"
-            )
-        cu_seqlens_k = cu_seqlens
-    elif cu_seqlens is None:
-        raise ValueError(f"{op}: `cu_seqlens_k` needs `cu_seqlens`, the borders of the queries; got None")
-    elif check_cu_seqlens(op, cu_seqlens_k, k, "cu_seqlens_k") != sequences:
-        raise ValueError(
-            f"{op}: `cu_seqlens_k` must pack {sequences} sequences, as `cu_seqlens` does; "
-            f"got {cu_seqlens_k.shape[0] - 1}"
-        )
-    out, lse = _ATTENTION(
-        implementation,
-        q=q,
-        k=k,
-        v=v,
-        left=left,
-        right=right,
-        scale=scale,
-        softcap=float(softcap),
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        block_offsets=None if block_mask is None else block_mask.offsets,
-        block_columns=None if block_mask is None else block_mask.columns,
-        block_patterns=None if block_mask is None else block_mask.patterns,
-        block_bits=None if block_mask is None else block_mask.bits,
-        cu_seqlens=cu_seqlens,
-        cu_seqlens_k=cu_seqlens_k,
-        return_lse=return_lse,
-    )
-    return (out, lse) if return_lse else out
-
-
-def fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    left: int,
-    right: int,
-    scale: float,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    block_offsets: Tensor | None,
-    block_columns: Tensor | None,
-    block_patterns: Tensor | None,
-    block_bits: Tensor | None,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor]:
-    """Empty outputs. Without ``return_lse`` an implementation may give an lse of any size."""
-    b, l, h, _ = q.shape
-    return q.new_empty(b, l, h, v.shape[-1]), q.new_empty((b, h, l) if return_lse else (0,), dtype=precision(q))
-
-
-_ATTENTION = Op(
-    "attention",
-    __name__,
-    ("sdpa", "flash_attn", "triton", "tiled", "reference"),
-    fake=fake,
-    batched={"q": 4, "k": 4, "v": 4},
-)

@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ssmkernels.core.block_mask import BlockMask
-from ssmkernels.core.validate import check_options, check_parameters, window_bound
+from ssmkernels.core.validate import window_bound
 
 UNBOUNDED = 2**31 - 1  # a window's bound from which it is none: no sequence reaches as far
 
@@ -38,35 +39,27 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def check_logits(
-    op: str,
-    sizes: Mapping[str, int],
-    q: Tensor,
-    scale: float | None,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-) -> float:
-    """Checks the heads and whatever shapes the logits; returns the scale, 1/√k where none is given.
+def check_logits(op: str, sizes: Mapping[str, int], softcap: float) -> None:
+    """Checks the heads and what bounds the logits.
 
     Raises:
-        TypeError: ``alibi_slopes`` or ``sinks`` of another dtype than q's or the one of its sums; no number.
         ValueError: h_kv does not divide h, no head dim, or a negative ``softcap``.
     """
-    check_parameters(op, q, {"alibi_slopes": alibi_slopes, "sinks": sinks})
-    check_options(op, "number", softcap=softcap)
-    check_options(op, "number or None", scale=scale)
-    h, h_kv, k = sizes["h"], sizes["h_kv"], sizes["k"]
+    h, h_kv = sizes["h"], sizes["h_kv"]
     if h_kv == 0 or h % h_kv:
         raise ValueError(f"{op}: the {h_kv} heads of keys and values must divide the {h} heads of `q`")
-    if k == 0:
+    if sizes["k"] == 0:
         raise ValueError(f"{op}: `q` must have a head dim of at least 1; got 0")
     if softcap < 0:
         raise ValueError(f"{op}: `softcap` must be positive, or 0 for none; got {softcap!r}")
-    return 1 / math.sqrt(k) if scale is None else float(scale)
 
 
-def check_block_mask(op: str, block_mask: Any, sizes: Mapping[str, int], q: Tensor) -> None:
+def scale_of(q: Tensor, scale: float | None) -> float:
+    """The scale of the products of queries and keys: 1/√k where none is given."""
+    return 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+
+
+def check_block_mask(op: str, block_mask: Any, sizes: Mapping[str, int], device: torch.device) -> None:
     """Checks that a mask, if there is one, fits queries, keys and heads.
 
     Raises:
@@ -86,5 +79,5 @@ def check_block_mask(op: str, block_mask: Any, sizes: Mapping[str, int], q: Tens
         )
     if block_mask.heads not in (1, sizes["h"]):
         raise ValueError(f"{op}: `block_mask` must have 1 head, or {sizes['h']} as `q`; got {block_mask.heads}")
-    if block_mask.device != q.device:
-        raise ValueError(f"{op}: `block_mask` must be on {q.device}, where `q` is; got {block_mask.device}")
+    if block_mask.device != device:
+        raise ValueError(f"{op}: `block_mask` must be on {device}, where `q` is; got {block_mask.device}")

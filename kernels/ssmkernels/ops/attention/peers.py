@@ -6,15 +6,22 @@ What needs a GPU is written against its published signature and has not been run
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ssmkernels.bench.peers import FLASH_ATTN, TORCH, Peer, Setting, refuse
-from ssmkernels.core.block_mask import BlockMask
 from ssmkernels.ops.attention._arguments import bounds
 from ssmkernels.ops.attention.reference import distances, in_window
+
+
+def refuse_given(options: Mapping[str, Any]) -> None:
+    """Refuses a call where any of these options is given."""
+    for name, value in options.items():
+        refuse(isinstance(value, Tensor) or bool(value), f"`{name}`")
 
 
 def sdpa(
@@ -25,18 +32,10 @@ def sdpa(
     causal: bool = False,
     window: tuple[int, int] | None = None,
     scale: float | None = None,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    block_mask: BlockMask | None = None,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    return_lse: bool = False,
+    **others: Any,
 ) -> Tensor:
     """PyTorch's scaled_dot_product_attention, which wants heads before time; under a window with a mask made before."""
-    refuse(softcap or alibi_slopes is not None or sinks is not None, "such biases")
-    refuse(block_mask is not None, "block masks")
-    refuse(cu_seqlens is not None or cu_seqlens_k is not None or return_lse, "packed sequences or log-sum-exp")
+    refuse_given(others)
     refuse(window is None and causal and q.shape[1] != k.shape[1], "causal mask aligned to the last key")
     mask = None if window is None else _mask(q.shape[1], k.shape[1], *bounds("SDPA", causal, window), q.device)
     refuse(mask is not None and not bool(mask.any(1).all()), "rows that see nothing")
@@ -62,18 +61,13 @@ def flash_attn(
     scale: float | None = None,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    block_mask: BlockMask | None = None,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    return_lse: bool = False,
+    **others: Any,
 ) -> Tensor:
     """FlashAttention 2."""
     from flash_attn import flash_attn_func
 
     refuse(q.dtype not in (torch.float16, torch.bfloat16), "kernel but for float16 and bfloat16")
-    refuse(block_mask is not None, "block masks")
-    refuse(sinks is not None or cu_seqlens is not None or cu_seqlens_k is not None or return_lse, "such options here")
+    refuse_given(others)
     return flash_attn_func(
         q,
         k,

@@ -2,54 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ssmkernels.core.block_mask import BlockMask
 from ssmkernels.core.packing import spans
 from ssmkernels.core.validate import precision
+from ssmkernels.ops.attention import hidden
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    left: int,
-    right: int,
-    scale: float,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    block_offsets: Tensor | None,
-    block_columns: Tensor | None,
-    block_patterns: Tensor | None,
-    block_bits: Tensor | None,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor]:
+def compute(a: Any) -> tuple[Tensor, Tensor]:
     shown = None
-    if block_offsets is not None:
-        members = (block_offsets, block_columns, block_patterns, block_bits)
-        shown = BlockMask(q.shape[1], k.shape[1], *members).dense()  # type: ignore[arg-type]  # all or none
+    if a.block_offsets is not None:
+        members = (a.block_offsets, a.block_columns, a.block_patterns, a.block_bits)
+        shown = BlockMask(a.q.shape[1], a.k.shape[1], *members).dense()
 
     def one_batch(queries: slice, keys: slice) -> tuple[Tensor, Tensor]:
-        qs, ks, vs = q[:, queries], k[:, keys], v[:, keys]
-        distance = distances(qs.shape[1], ks.shape[1], q.device)
-        seen = in_window(distance, left, right)
+        q, k, v = a.q[:, queries], a.k[:, keys], a.v[:, keys]
+        distance = distances(q.shape[1], k.shape[1], q.device)
+        seen = in_window(distance, a.left, a.right)
         if shown is not None:
             seen = seen & shown[:, queries, keys]  # (1 l m) or (h l m)
-        return attend(qs, ks, vs, distance, seen, scale, softcap, alibi_slopes, sinks)
+        return attend(q, k, v, distance, seen, a.scale, a.softcap, a.alibi_slopes, a.sinks)
 
-    if cu_seqlens is None or cu_seqlens_k is None:
+    if a.cu_seqlens is None:
         out, lse = one_batch(slice(None), slice(None))
     else:
         parts = [one_batch(slice(0), slice(0))]
-        for (_, queries), (_, keys) in zip(spans(cu_seqlens), spans(cu_seqlens_k), strict=True):
+        for (_, queries), (_, keys) in zip(spans(a.cu_seqlens), spans(a.cu_seqlens_k), strict=True):
             parts.append(one_batch(queries, keys))
         out = torch.cat([out for out, _ in parts], dim=1)
         lse = torch.cat([lse for _, lse in parts], dim=2)
-    return out, lse if return_lse else lse.new_empty(0)
+    return out, lse if a.return_lse else lse.new_empty(0)
 
 
 def distances(l: int, m: int, device: torch.device) -> Tensor:
@@ -99,4 +85,9 @@ def attend(
     lse = logits.masked_fill(blind, 0).logsumexp(-1, keepdim=True)  # (b h l 1)
     weights = torch.exp(s - lse).unflatten(1, (h_kv, h // h_kv))  # (b c g l m), 0 for what is not seen
     out = torch.einsum("bcglm,bmcv->blcgv", weights, v.to(wide)).flatten(2, 3)  # (b l h v)
+    if hidden.spread(out):
+        v = v.to(wide).repeat_interleave(h // h_kv, dim=2).transpose(1, 2).flatten(0, 1)  # (b·h m v)
+        v, met = hidden.met((s != -torch.inf).flatten(0, 1), v)
+        careful = torch.bmm(weights.flatten(1, 2).flatten(0, 1), v).masked_fill(met, torch.nan)  # (b·h l v)
+        out = hidden.repaired(out, careful.unflatten(0, s.shape[:2]).transpose(1, 2))
     return out.to(q.dtype).contiguous(), lse.masked_fill(blind, -torch.inf).squeeze(-1)

@@ -6,8 +6,6 @@ comes through."""
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,11 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmkernels.core.double_backward import say_way_out
-from ssmkernels.core.library import opaque
 from ssmkernels.core.packing import spans
 from ssmkernels.core.plain import readable
 from ssmkernels.core.validate import HALF, precision
-from ssmkernels.ops.attention import triton
+from ssmkernels.ops.attention import hidden, tiled, triton
 from ssmkernels.ops.attention.reference import distances, in_window
 
 LARGE = 2**21  # numbers of a mask that is better not written
@@ -27,40 +24,38 @@ VECTOR = 64  # at least the numbers in a vector register of any CPU
 BLOCK = 64  # a window's blocks are multiples of it: aligned for vectors, and large enough to be worth a block
 
 
-def unsupported(arguments: Mapping[str, Any]) -> str | None:
-    if arguments["softcap"] > 0:
+def unsupported(a: Any) -> str | None:
+    if a.softcap > 0:
         return "PyTorch's attention has no softcap"
-    if arguments["sinks"] is not None:
+    if a.sinks is not None:
         return "PyTorch's attention has no sinks"
-    if arguments.get("block_offsets") is not None:  # attention alone has them; its rules serve decode_attention too
+    if getattr(a, "block_offsets", None) is not None:  # attention alone has them; its rules serve decode_attention too
         return "PyTorch's attention has no block masks"
-    if arguments["return_lse"]:
+    if a.return_lse:
         return "PyTorch's attention does not return the log-sum-exp"
     return None
 
 
-def slow(arguments: Mapping[str, Any]) -> str | None:
-    q, k, slopes = (arguments[name] for name in ("q", "k", "alibi_slopes"))
-    if q.device.type != "cpu":
-        return _slow_on_gpu(arguments)
-    lengths = [(q.shape[1], k.shape[1])]
-    if arguments["cu_seqlens"] is not None and not torch.compiler.is_compiling():
-        borders = (arguments[name].tolist() for name in ("cu_seqlens", "cu_seqlens_k"))
+def slow(a: Any) -> str | None:
+    if a.q.device.type != "cpu":
+        return _slow_on_gpu(a)
+    lengths = [(a.q.shape[1], a.k.shape[1])]
+    if a.cu_seqlens is not None and not torch.compiler.is_compiling():
+        borders = (a.cu_seqlens.tolist(), a.cu_seqlens_k.tolist())
         lengths = list(zip(*([end - start for start, end in itertools.pairwise(b)] for b in borders), strict=True))
-    left, right = arguments["left"], arguments["right"]
-    size = sum(mask_size(l, m, left, right, slopes is not None) for l, m in lengths)
-    size *= 1 if slopes is None else q.shape[2]
+    alibi = a.alibi_slopes is not None
+    size = sum(mask_size(l, m, a.left, a.right, alibi) for l, m in lengths)
+    size *= a.q.shape[2] if alibi else 1
     return f"PyTorch's attention would need a mask of {size} numbers" if size > LARGE else None
 
 
-def _slow_on_gpu(arguments: Mapping[str, Any]) -> str | None:
+def _slow_on_gpu(a: Any) -> str | None:
     """Its other kernels are there for what ours cannot run."""
-    q, k, slopes = (arguments[name] for name in ("q", "k", "alibi_slopes"))
-    if triton.missing() or triton.unsupported(arguments):
+    if triton.missing() or triton.unsupported(a):
         return None
-    if arguments["cu_seqlens"] is not None:
+    if a.cu_seqlens is not None:
         return "PyTorch's attention would take one packed sequence after another"
-    if mask_size(q.shape[1], k.shape[1], arguments["left"], arguments["right"], slopes is not None):
+    if mask_size(a.q.shape[1], a.k.shape[1], a.left, a.right, a.alibi_slopes is not None):
         return "PyTorch's fastest kernel takes no masks"
     return None
 
@@ -76,76 +71,32 @@ def mask_size(l: int, m: int, left: int, right: int, alibi: bool) -> int:
     return l * m
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    left: int,
-    right: int,
-    scale: float,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    block_offsets: Tensor | None,
-    block_columns: Tensor | None,
-    block_patterns: Tensor | None,
-    block_bits: Tensor | None,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor]:
-    if cu_seqlens is None:
-        out = one_batch(q, k, v, left, right, scale, alibi_slopes)
+def traceable(a: Any) -> bool:
+    """Whether no loop over sequences has to be kept from compilers."""
+    return a.cu_seqlens is None
+
+
+def compute(a: Any) -> tuple[Tensor, Tensor]:
+    def part(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return one_batch(q, k, v, a.left, a.right, a.scale, a.alibi_slopes)
+
+    if a.cu_seqlens is None:
+        out = part(a.q, a.k, a.v)
     else:
-        out = _packed(
-            q=q,
-            k=k,
-            v=v,
-            left=left,
-            right=right,
-            scale=scale,
-            alibi_slopes=alibi_slopes,
-            cu_seqlens=cu_seqlens,
-            cu_seqlens_k=cu_seqlens_k,
-        )
-    return out, q.new_empty(0, dtype=precision(q))
+        outs = [part(a.q[:, :0], a.k[:, :0], a.v[:, :0])]
+        for (_, queries), (_, keys) in zip(spans(a.cu_seqlens), spans(a.cu_seqlens_k), strict=True):
+            outs.append(part(a.q[:, queries], a.k[:, keys], a.v[:, keys]))
+        out = torch.cat(outs, dim=1)
+    masked = a.left >= 0 or (a.right >= 0 and a.q.shape[1] > 1)
+    if masked and hidden.spread(_telling(out, a.left, a.cu_seqlens)):
+        out = hidden.repaired(out, tiled.compute(a)[0])
+    return out, a.q.new_empty(0, dtype=precision(a.q))
 
 
-attention.compiles = True  # type: ignore[attr-defined]  # all but the packed call, which is an operator of its own
-
-
-def _one_by_one(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    left: int,
-    right: int,
-    scale: float,
-    alibi_slopes: Tensor | None,
-    cu_seqlens: Tensor,
-    cu_seqlens_k: Tensor,
-) -> Tensor:
-    outs = [one_batch(q[:, :0], k[:, :0], v[:, :0], left, right, scale, alibi_slopes)]
-    for (_, queries), (_, keys) in zip(spans(cu_seqlens), spans(cu_seqlens_k), strict=True):
-        outs.append(one_batch(q[:, queries], k[:, keys], v[:, keys], left, right, scale, alibi_slopes))
-    return torch.cat(outs, dim=1)
-
-
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    left: int,
-    right: int,
-    scale: float,
-    alibi_slopes: Tensor | None,
-    cu_seqlens: Tensor,
-    cu_seqlens_k: Tensor,
-) -> Tensor:
-    return q.new_empty(*q.shape[:3], v.shape[3])
-
-
-_packed = opaque("attention_sdpa_packed", _one_by_one, _fake)
+def _telling(out: Tensor, left: int, cu_seqlens: Tensor | None) -> Tensor:
+    """The rows that show whether a hidden value has spread: the last query of a long causal call sees every value."""
+    causal = left < 0 and cu_seqlens is None
+    return out[:, -1] if causal and out.shape[1] >= VECTOR else out
 
 
 def one_batch(
@@ -237,9 +188,7 @@ def _with_nan(q: Tensor, out: Tensor, keys: int) -> Tensor:
 
     Compiled code has no branch here, so that one graph serves few keys and many.
     """
-    if not torch.compiler.is_compiling() and (
-        keys >= VECTOR or (readable(q) and math.isfinite(q.detach().sum().item()))
-    ):
+    if not torch.compiler.is_compiling() and (keys >= VECTOR or (readable(q) and hidden.finite(q))):
         return out
     return out.masked_fill(q.isnan().any(-1, keepdim=True), torch.nan)
 

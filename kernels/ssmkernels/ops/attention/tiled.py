@@ -16,46 +16,28 @@ from torch import Tensor
 from ssmkernels.core.double_backward import twice_differentiable
 from ssmkernels.core.packing import spans
 from ssmkernels.core.validate import precision
-from ssmkernels.ops.attention import reference
+from ssmkernels.ops.attention import hidden, reference
 from ssmkernels.ops.attention._parts import LN2, LOG2E, Call, Part, parts
 from ssmkernels.ops.attention._tiles import Lists, Tile
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    left: int,
-    right: int,
-    scale: float,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    block_offsets: Tensor | None,
-    block_columns: Tensor | None,
-    block_patterns: Tensor | None,
-    block_bits: Tensor | None,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor]:
+def compute(a: Any) -> tuple[Tensor, Tensor]:
     lists = None
-    if block_offsets is not None:
-        members = (block_offsets, block_columns, block_patterns, block_bits)
-        lists = Lists(*members, dtype=precision(q))  # type: ignore[arg-type]  # all or none
-    sequences = [(slice(0, q.shape[1]), slice(0, k.shape[1]))]
-    if cu_seqlens is not None and cu_seqlens_k is not None:
-        both = zip(spans(cu_seqlens), spans(cu_seqlens_k), strict=True)
+    if a.block_offsets is not None:
+        lists = Lists(a.block_offsets, a.block_columns, a.block_patterns, a.block_bits, dtype=precision(a.q))
+    sequences = [(slice(0, a.q.shape[1]), slice(0, a.k.shape[1]))]
+    if a.cu_seqlens is not None:
+        both = zip(spans(a.cu_seqlens), spans(a.cu_seqlens_k), strict=True)
         sequences = [(queries, keys) for (_, queries), (_, keys) in both]
-    call = Call(sequences, lists, left, right, scale, softcap)
+    call = Call(sequences, lists, a.left, a.right, a.scale, a.softcap)
+    constants = a._replace(q=None, k=None, v=None, alibi_slopes=None, sinks=None, return_lse=True)
 
-    def again(call: Call, again: Any, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, sinks: Tensor | None):
-        members = (block_offsets, block_columns, block_patterns, block_bits)
-        constants = (left, right, scale, softcap)
-        return reference.attention(q, k, v, *constants, slopes, sinks, *members, cu_seqlens, cu_seqlens_k, True)
+    def again(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        names = ("q", "k", "v", "alibi_slopes", "sinks")
+        return reference.compute(constants._replace(**dict(zip(names, tensors[2:], strict=True))))
 
-    out, lse = _Attention.apply(call, again, q, k, v, alibi_slopes, sinks)
-    return out, lse if return_lse else lse.new_empty(0)
+    out, lse = _Attention.apply(call, again, a.q, a.k, a.v, a.alibi_slopes, a.sinks)
+    return out, lse if a.return_lse else lse.new_empty(0)
 
 
 class _Attention(torch.autograd.Function):
@@ -76,7 +58,12 @@ class _Attention(torch.autograd.Function):
         lse = torch.zeros(b, h, l, dtype=wide, device=q.device)
         for part in parts(call, q, k, alibi_slopes is not None):
             slopes, logits = (None if x is None else part.per_head(x) for x in (alibi_slopes, sinks))
-            part_out, part_lse = _forward(part, part.rows(q), part.columns(k), part.columns(v), slopes, logits)
+            inputs = (part, part.rows(q), part.columns(k), part.columns(v), slopes, logits)
+            part_out, part_lse = _forward(*inputs)
+            if hidden.spread(part_out if part_out.numel() else part_lse):
+                careful_out, careful_lse = _forward(*inputs, careful=True)
+                part_out = hidden.repaired(part_out, careful_out)
+                part_lse = torch.where(part_lse.isnan(), careful_lse, part_lse)
             part.put_rows(out, part_out)
             part.put_row_sums(lse, part_lse)
         ctx.call, ctx.again = call, again
@@ -117,28 +104,36 @@ class _Attention(torch.autograd.Function):
 
 
 def _forward(
-    part: Part, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, sinks: Tensor | None
+    part: Part,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    careful: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """q (n r k), k (n c k), v (n c v) → out (n r v), lse (n r)."""
+    """q (n r k), k (n c k), v (n c v) → out (n r v), lse (n r).
+
+    Args:
+        careful: keep NaN and infinity away from the rows that do not see them, at the price of a third product.
+    """
     out, lse = q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2])
     lowest = torch.finfo(q.dtype).min  # and not -∞, as -∞ less -∞ is NaN
-    lost, q = _without_nan(q)
     for rows, tiles in part.tiles():
         q_i = q[:, rows] * part.call.factor
         top = q.new_full(q_i.shape[:2], lowest)
         total, mean = torch.zeros_like(top), torch.zeros_like(out[:, rows])
-        seen = torch.zeros_like(top, dtype=torch.bool)  # whether a query sees a key; kept if some query has NaN
         if sinks is not None:
             sinks_i = part.per_row(sinks * LOG2E, rows)
             top = sinks_i.clamp(min=lowest)
             total = torch.exp2(sinks_i - top)
         for tile in tiles:
             k_j, v_j = part.take(k, tile), part.take(v, tile)
-            s = _logits(part, q_i, k_j, tile, slopes)
-            highest = s.amax(-1)
-            if lost is not None:
-                seen |= highest != -torch.inf
-            higher = torch.maximum(top, highest)
+            s = _logits(part, q_i, k_j, tile, slopes, careful)
+            if careful:
+                v_j, met = hidden.met(s != -torch.inf, v_j)
+                mean.masked_fill_(met, torch.nan)
+            higher = torch.maximum(top, s.amax(-1))
             p = s.sub_(higher[..., None]).exp2_()
             decay = torch.exp2(top - higher)
             total = total.mul_(decay).add_(p.sum(-1))
@@ -146,22 +141,7 @@ def _forward(
             top = higher
         lse[:, rows] = (top + total.log2()) * LN2  # -∞ where nothing was seen
         out[:, rows] = mean / total.masked_fill(total == 0, 1)[..., None]
-        if lost is not None:
-            seen &= lost[:, rows]
-            lse[:, rows].masked_fill_(seen, torch.nan)
-            out[:, rows].masked_fill_(seen[..., None], torch.nan)
     return out, lse
-
-
-def _without_nan(q: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Which queries hold NaN, (n r), None if none does; and the queries with 0 in place of these.
-
-    A hidden key's logit is made -∞ by adding that, which NaN would outlast.
-    """
-    lost = q.isnan().any(-1)
-    if q.device.type == "cpu" and not lost.any():  # elsewhere it costs more to ask than to compute
-        return None, q
-    return lost, q.masked_fill(lost[..., None], 0)
 
 
 def _backward(
@@ -197,13 +177,18 @@ def _backward(
     return dq.mul_(factor * unit), dk.mul_(unit), dv, None if dslopes is None else dslopes.flatten()
 
 
-def _logits(part: Part, q: Tensor, k: Tensor, tile: Tile, slopes: Tensor | None) -> Tensor:
-    """Of one tile, (n r c), to base 2, from queries that are scaled already; -∞ where a query does not see the key."""
+def _logits(part: Part, q: Tensor, k: Tensor, tile: Tile, slopes: Tensor | None, careful: bool = False) -> Tensor:
+    """Of one tile, (n r c), to base 2, from queries that are scaled already; -∞ where a query does not see the key.
+
+    Adding -∞ is fast and does not hide NaN. ``careful`` writes -∞ instead; so does a GPU, where both cost the same.
+    """
     s = torch.bmm(q, k.transpose(1, 2))
     if part.call.softcap > 0:
         s.tanh_().mul_(part.call.softcap * LOG2E)
     if slopes is not None and tile.far is not None:
         part.spread(s).addcmul_(slopes[:, None, :, None] * LOG2E, tile.far, value=-1)
-    if tile.bias is not None:
+    if tile.bias is not None and (careful or s.device.type != "cpu"):
+        part.spread(s).masked_fill_(tile.bias == -torch.inf, -torch.inf)
+    elif tile.bias is not None:
         part.spread(s).add_(tile.bias)
     return s

@@ -1,96 +1,51 @@
-"""Attention in Triton: what it can run, its forward pass's launch, and its place in PyTorch."""
+"""Attention in Triton: what it can run, and its forward pass's launch."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ssmkernels.core.double_backward import twice_differentiable
-from ssmkernels.core.library import operator_or_plain, wants_graph
+from ssmkernels.core.names import OPS
 from ssmkernels.core.triton_support import kernels, missing, on_device_of, wrong_device
 from ssmkernels.core.validate import precision
-from ssmkernels.ops.attention import reference
-from ssmkernels.ops.attention.triton_arguments import Call, Mask, options, places, query_lists, values
-from ssmkernels.ops.attention.triton_backward import _attention_backward, backward
+from ssmkernels.ops.attention.triton_arguments import options, places, query_lists, values
+from ssmkernels.ops.attention.triton_backward import backward
 
-__all__ = ["attention", "missing", "offline_cases", "unsupported"]
+__all__ = ["SAVES", "backward", "empty", "forward", "missing", "offline_cases", "unsupported"]
+
+SAVES = ("out", "lse")
 
 WIDEST = 256  # head dim
 
 
-def unsupported(arguments: Mapping[str, Any]) -> str | None:
-    q, v = arguments["q"], arguments["v"]
+def unsupported(a: Any) -> str | None:
+    q, v = a.q, a.v
     if q.dtype == torch.float64:
         return "float64"
     if max(q.shape[3], v.shape[3]) > WIDEST:
         return f"head dims above {WIDEST}"
     if v.shape[3] == 0:
         return "the values have no head dim"
-    return wrong_device("q", q)
+    return wrong_device(a)
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    left: int,
-    right: int,
-    scale: float,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    block_offsets: Tensor | None,
-    block_columns: Tensor | None,
-    block_patterns: Tensor | None,
-    block_bits: Tensor | None,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor]:
-    run = operator_or_plain(forward, _attention, wants_graph(q, k, v, alibi_slopes, sinks))
-    masks = (block_offsets, block_columns, block_patterns, block_bits, cu_seqlens, cu_seqlens_k)
-    return run(q, k, v, alibi_slopes, sinks, left, right, scale, softcap, *masks)
-
-
-attention.compiles = True  # type: ignore[attr-defined]  # it is an operator already
-
-
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    left: int,
-    right: int,
-    scale: float,
-    softcap: float,
-    block_offsets: Tensor | None,
-    block_columns: Tensor | None,
-    block_patterns: Tensor | None,
-    block_bits: Tensor | None,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """out (b l h v) and lse (b h l)."""
-    out, lse = _outputs(q, v)
-    members = (block_offsets, block_columns, block_patterns, block_bits)
-    mask = None if block_offsets is None else Mask(*members)  # type: ignore[arg-type]  # all or none
-    call = Call(left, right, scale, softcap, mask, cu_seqlens, cu_seqlens_k)
-    fields = values(call, q, k, v, alibi_slopes)
+def forward(a: Any, save: bool) -> tuple[Tensor, Tensor]:
+    out, lse = empty(a, save)
+    fields = values(a)
     own = options("forward", fields)
-    tiles, where = places(cu_seqlens, q.shape[1], fields["MASK_Q"], own["ROWS"])
+    tiles, where = places(a.cu_seqlens, a.q.shape[1], fields["MASK_Q"], own["ROWS"])
     if out.numel():
-        with on_device_of(q):
-            kernels(__package__).forward[(tiles * q.shape[2] * q.shape[0],)](
+        with on_device_of(a.q):
+            kernels(__package__).forward[(tiles * a.q.shape[2] * a.q.shape[0],)](
                 **fields,
                 **where,
-                **query_lists(mask),
-                sinks=None if sinks is None else sinks.contiguous(),
+                **query_lists(a),
+                sinks=None if a.sinks is None else a.sinks.contiguous(),
                 out=out,
                 lse=lse,
                 tiles=tiles,
@@ -99,48 +54,10 @@ def _attention(
     return out, lse
 
 
-forward = torch.library.custom_op("ssmkernels::attention_triton", _attention, mutates_args=())
-
-
-def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    b, l, h, _ = q.shape
-    return q.new_empty(b, l, h, v.shape[3]), q.new_empty((b, h, l), dtype=precision(q))
-
-
-@forward.register_fake
-def _(q, k, v, *others):
-    return _outputs(q, v)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.constants = inputs[5:9]
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:5], *inputs[9:], *output)
-
-
-def _again(ctx: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The reference, and its arguments in the order of :func:`_attention`."""
-
-    def attention(q, k, v, slopes, sinks, left, right, scale, softcap, *masks):
-        return reference.attention(q, k, v, left, right, scale, softcap, slopes, sinks, *masks)
-
-    *tensors, _, _ = ctx.saved_tensors
-    return attention, (*tensors[:5], *ctx.constants, *tensors[5:], True)
-
-
-@twice_differentiable(_again)
-def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, out, lse = ctx.saved_tensors
-    if dout is None:
-        dout = out.new_zeros(out.shape)
-    leaves, masks = tensors[:5], tensors[5:]
-    found = iter(backward(*leaves, *ctx.constants, *masks, out, lse, dout, dlse, ctx.needs_input_grad[3]))
-    dq, dk, dv = next(found), next(found), next(found)
-    dsinks = None if leaves[4] is None else next(found)
-    return dq, dk, dv, next(found, None), dsinks, *(None,) * 10
-
-
-forward.register_autograd(_backward, setup_context=_setup_context)
+def empty(a: Any, _: bool) -> tuple[Tensor, Tensor]:
+    """The log-sum-exp is there even where nobody wants it: the backward pass does."""
+    b, l, h, _k = a.q.shape
+    return a.q.new_empty(b, l, h, a.v.shape[3]), a.q.new_empty((b, h, l), dtype=precision(a.q))
 
 
 def offline_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -159,10 +76,11 @@ def offline_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
             masks = [meta(*shape, dtype=torch.int32) for shape in shapes]
             masks.append(meta(7, block, block // 8, dtype=torch.uint8))
         masks += [meta(5, dtype=torch.int32) if packed else None] * 2
-        arguments: list[Any] = [*tensors, *constants, *masks]
-        out, lse = _attention(*arguments)
-        arguments += [out, lse, out, lse if biases else None, biases]
-        _attention_backward(*arguments)
+        a = OPS["attention"].declared.Arguments(*tensors, *constants, *masks, biases)
+        out, lse = forward(a, True)
+        wanted = ["alibi_slopes"] if biases else []
+        grads = SimpleNamespace(out=out, lse=lse if biases else None, wanted=wanted)
+        backward(a, SimpleNamespace(out=out, lse=lse), grads)
 
     for dtype, k, v, block, packed, biases in (
         (torch.bfloat16, 64, 64, 0, False, False),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,58 +15,35 @@ from ssmkernels.core.triton_support import all_registers, interpreting, next_pow
 LOG2E = math.log2(math.e)
 
 
-class Mask(NamedTuple):
-    """A block mask's members, as ``BlockMask`` has them."""
-
-    offsets: Tensor
-    columns: Tensor
-    patterns: Tensor
-    bits: Tensor
-
-
-class Call(NamedTuple):
-    """What has no gradient: constants, masks, borders of sequences."""
-
-    left: int
-    right: int
-    scale: float
-    softcap: float
-    mask: Mask | None
-    cu_seqlens: Tensor | None
-    cu_seqlens_k: Tensor | None
-
-
-def values(call: Call, q: Tensor, k: Tensor, v: Tensor, alibi_slopes: Tensor | None) -> dict[str, Any]:
+def values(a: Any) -> dict[str, Any]:
     """What all kernels that meet tiles take, but for the tiles' own places and lists."""
-    (l, h, k_size), (m, h_kv, v_size) = q.shape[1:], v.shape[1:]
-    soft = call.softcap > 0
+    (l, h, k_size), (m, h_kv, v_size) = a.q.shape[1:], a.v.shape[1:]
+    soft = a.softcap > 0
     found = {
-        "q": q,
-        "k": k,
-        "v": v,
-        "slopes": None if alibi_slopes is None else alibi_slopes.contiguous(),
-        "cu_seqlens": None if call.cu_seqlens is None else call.cu_seqlens.contiguous(),
-        "cu_seqlens_k": None if call.cu_seqlens_k is None else call.cu_seqlens_k.contiguous(),
+        "q": a.q,
+        "k": a.k,
+        "v": a.v,
+        "slopes": None if a.alibi_slopes is None else a.alibi_slopes.contiguous(),
+        "cu_seqlens": None if a.cu_seqlens is None else a.cu_seqlens.contiguous(),
+        "cu_seqlens_k": None if a.cu_seqlens_k is None else a.cu_seqlens_k.contiguous(),
         "l": l,
         "m": m,
         "zero": 0,
-        "left": min(call.left, l + m),
-        "right": min(call.right, l + m),
-        "factor": call.scale / call.softcap if soft else call.scale * LOG2E,
-        "cap": call.softcap * LOG2E,
+        "left": min(a.left, l + m),
+        "right": min(a.right, l + m),
+        "factor": a.scale / a.softcap if soft else a.scale * LOG2E,
+        "cap": a.softcap * LOG2E,
         "H": h,
         "GROUP": h // h_kv,
         "K": k_size,
         "V": v_size,
         "SOFTCAP": soft,
-        "MASK_Q": 0 if call.mask is None else call.mask.bits.shape[1],
-        "MASK_K": 0 if call.mask is None else 8 * call.mask.bits.shape[2],
+        "MASK_Q": 0 if a.block_bits is None else a.block_bits.shape[1],
+        "MASK_K": 0 if a.block_bits is None else 8 * a.block_bits.shape[2],
         "BLOCK_K": max(16, next_power_of_2(k_size)),
         "BLOCK_V": max(16, next_power_of_2(v_size)),
     }
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        found |= strides(name, x)
-    return found
+    return found | strides("q", a.q) | strides("k", a.k) | strides("v", a.v)
 
 
 def strides(name: str, x: Tensor) -> dict[str, int]:
@@ -74,20 +51,18 @@ def strides(name: str, x: Tensor) -> dict[str, int]:
     return {f"{name}_{axis}": s for axis, s in zip(("batch", "position", "head", "step"), x.stride(), strict=True)}
 
 
-def query_lists(mask: Mask | None) -> dict[str, Any]:
+def query_lists(a: Any) -> dict[str, Any]:
     """For each row of blocks the key blocks that it shows."""
-    if mask is None:
-        return _lists(None, None, None, None)
-    return _lists(mask.offsets, mask.columns, mask.patterns, mask.bits)
+    return _lists(a.block_offsets, a.block_columns, a.block_patterns, a.block_bits)
 
 
-def key_lists(mask: Mask | None, k_len: int) -> dict[str, Any]:
+def key_lists(a: Any) -> dict[str, Any]:
     """For each column of blocks the query blocks that see it: the lists transposed, without a read on the host."""
-    if mask is None:
-        return _lists(None, None, None, None)
-    offsets, columns, patterns, bits = mask
+    offsets, columns, patterns, bits = a.block_offsets, a.block_columns, a.block_patterns, a.block_bits
+    if offsets is None:
+        return query_lists(a)
     heads, rows = offsets.shape[0], offsets.shape[1] - 1
-    count = -(-k_len // (8 * bits.shape[2]))
+    count = -(-a.k.shape[1] // (8 * bits.shape[2]))
     number = torch.arange(len(columns), device=columns.device, dtype=torch.int32)
     line = torch.searchsorted(offsets[:, 1:].flatten(), number, right=True)  # head · rows + row
     head, row = line // max(1, rows), line % max(1, rows)

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import importlib
+from typing import Any
 
 from torch import Tensor
 
-from ssmkernels.core.dispatch import Op
-from ssmkernels.core.validate import (
-    check_cu_seqlens,
-    check_dtypes,
-    check_options,
-    check_parameters,
-    check_same_dtype,
-    check_shapes,
-    check_written,
-    copied,
-    precision,
-)
+from ssmkernels.core.declare import op
 
 __all__ = ["causal_conv1d", "causal_conv1d_step"]
 
-# The module that calls the package of this name. Were it loaded later, it would take the place of the function below.
-importlib.import_module(f"{__name__}.causal_conv1d")
+
+def _check(name: str, sizes: dict[str, int], weight: Tensor, **_: Any) -> None:
+    if sizes["w"] == 0:
+        raise ValueError(f"{name}: `weight` (d w) must be at least 1 wide; got {tuple(weight.shape)}")
 
 
+@op(
+    shapes={"x": "b l d", "weight": "d w", "bias": "d", "initial_state": "s w-1 d"},
+    returns={"y": "b l d", "final_state": "s w-1 d: sums if return_final_state"},
+    wide="weight bias",
+    sums="initial_state",
+    choices={"activation": ("silu",)},
+    check=_check,
+    implementations=("triton", "cpu", "causal_conv1d", "reference"),
+)
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -64,28 +64,19 @@ def causal_conv1d(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype, device or name.
     """
-    sizes = check_shapes(
-        "causal_conv1d",
-        {"x": (x, "b l d"), "weight": (weight, "d w"), "bias": (bias, "d")},
-        ("x", "weight"),
-    )
-    cu_seqlens = copied(cu_seqlens)
-    s = check_cu_seqlens("causal_conv1d", cu_seqlens, x)
-    check_options("causal_conv1d", "bool", return_final_state=return_final_state)
-    _check_values("causal_conv1d", x, weight, bias, activation, initial_state, "initial_state")
-    check_shapes("causal_conv1d", {"x": (x, "b l d"), "initial_state": (initial_state, "s w-1 d")}, s=s, **sizes)
-    y, final_state = _CONV(
-        implementation,
-        x=x,
-        weight=weight,
-        bias=bias,
-        activation=activation,
-        initial_state=initial_state,
-        cu_seqlens=cu_seqlens,
-    )
-    return (y, final_state) if return_final_state else y
 
 
+@op(
+    shapes={"x": "b d", "weight": "d w", "bias": "d", "state": "b w-1 d"},
+    returns={"y": "b d"},
+    wide="weight bias",
+    sums="state",
+    choices={"activation": ("silu",)},
+    mutates=("state",),
+    check=_check,
+    step=True,
+    implementations=("triton", "cpu", "reference"),
+)
 def causal_conv1d_step(
     state: Tensor,
     x: Tensor,
@@ -112,53 +103,3 @@ def causal_conv1d_step(
     Raises:
         TypeError, ValueError: as :func:`causal_conv1d`.
     """
-    check_shapes(
-        "causal_conv1d_step",
-        {"x": (x, "b d"), "weight": (weight, "d w"), "bias": (bias, "d"), "state": (state, "b w-1 d")},
-        ("x", "weight", "state"),
-    )
-    _check_values("causal_conv1d_step", x, weight, bias, activation, state, "state")
-    check_written("causal_conv1d_step", "state", state)
-    return _STEP(implementation, state=state, x=x, weight=weight, bias=bias, activation=activation)
-
-
-def _check_values(
-    op: str,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    state: Tensor | None,
-    state_name: str,
-) -> None:
-    """The rules that shapes alone do not tell."""
-    check_same_dtype(op, {"x": x})
-    check_parameters(op, x, {"weight": weight, "bias": bias})
-    check_dtypes(op, {state_name: state}, [precision(x)])
-    if weight.shape[1] == 0:
-        raise ValueError(f"{op}: `weight` (d w) must be at least 1 wide; got {tuple(weight.shape)}")
-    if activation is not None and not (isinstance(activation, str) and activation == "silu"):
-        raise ValueError(f"{op}: `activation` must be None or 'silu'; got {activation!r}")
-
-
-def _fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    s = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    state = x.new_empty((s, weight.shape[1] - 1, x.shape[2]), dtype=precision(x))
-    return x.new_empty(x.shape), state
-
-
-_CONV = Op(
-    "causal_conv1d",
-    __name__,
-    ("triton", "cpu", "causal_conv1d", "reference"),
-    fake=_fake,
-    batched={"x": 3, "initial_state": 3},
-)
-_STEP = Op("causal_conv1d_step", __name__, ("triton", "cpu", "reference"), batched={"x": 2, "state": 3})

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmkernels.bench.peers import CAUSAL_CONV1D, FLA, TORCH, TRANSFORMERS, Peer, Setting, refuse
+from ssmkernels.core.names import OPS
 from ssmkernels.core.validate import precision
-from ssmkernels.ops.causal_conv1d.causal_conv1d import call
+from ssmkernels.ops.causal_conv1d.external_causal_conv1d import call
 
 SETTINGS = {
     "causal_conv1d": Setting(
@@ -50,7 +51,7 @@ def causal_conv1d(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The CUDA kernel of the package causal_conv1d, which takes time-major tensors as transposed views."""
     refuse(initial_state is not None or cu_seqlens is not None, "initial state or packed sequences")
-    y = call(x, weight, bias, activation, None, None)
+    y = call(OPS["causal_conv1d"].declared.Arguments(x, weight, bias, activation, None, None))
     return (y, _last(x, weight.shape[1])) if return_final_state else y
 
 

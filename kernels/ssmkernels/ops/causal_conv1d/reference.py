@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,31 +12,24 @@ from ssmkernels.core.packing import spans
 from ssmkernels.core.validate import precision
 
 
-def causal_conv1d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def compute(a: Any) -> tuple[Tensor, Tensor]:
+    x, state, cu_seqlens = a.x, a.initial_state, a.cu_seqlens
     s = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    state = initial_state
     if state is None:
-        state = x.new_zeros(s, weight.shape[1] - 1, x.shape[2], dtype=precision(x))
+        state = x.new_zeros(s, a.weight.shape[1] - 1, x.shape[2], dtype=precision(x))
     if cu_seqlens is None:
-        return _one_batch(x, weight, bias, activation, state)
+        return _one_batch(x, a.weight, a.bias, a.activation, state)
     ys, states = [x[:, :0]], [state[:0]]
     for i, time in spans(cu_seqlens):
-        y, last = _one_batch(x[:, time], weight, bias, activation, state[i : i + 1])
+        y, last = _one_batch(x[:, time], a.weight, a.bias, a.activation, state[i : i + 1])
         ys.append(y)
         states.append(last)
     return torch.cat(ys, dim=1), torch.cat(states)
 
 
-def causal_conv1d_step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    y, last = _one_batch(x[:, None], weight, bias, activation, state)
-    state.copy_(last)
+def step(a: Any) -> Tensor:
+    y, last = _one_batch(a.x[:, None], a.weight, a.bias, a.activation, a.state)
+    a.state.copy_(last)
     return y[:, 0]
 
 

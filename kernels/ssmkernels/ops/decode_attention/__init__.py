@@ -2,17 +2,105 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ssmkernels.core.dispatch import Op
+from ssmkernels.core.declare import op
 from ssmkernels.core.plain import readable
-from ssmkernels.core.validate import check_dtypes, check_options, check_range, check_same_dtype, check_shapes, precision
-from ssmkernels.ops.attention._arguments import bounds, check_logits
+from ssmkernels.core.validate import check_range, check_shapes
+from ssmkernels.ops.attention._arguments import bounds, check_logits, scale_of
 
 __all__ = ["decode_attention"]
 
 
+def _check(
+    name: str,
+    sizes: dict[str, int],
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor | None,
+    softcap: float,
+    num_splits: int | None,
+    **others: Any,
+) -> None:
+    """Which of its two shapes a cache must have, heads, and constants."""
+    rows = "s m" if block_table is None else "pages page_size"
+    caches = {"k_cache": (k_cache, f"{rows} h_kv k"), "v_cache": (v_cache, f"{rows} h_kv v")}
+    check_shapes(name, caches, **{letter: sizes[letter] for letter in ("s", "h_kv", "k")})
+    check_logits(name, sizes, softcap)
+    if num_splits is not None and num_splits < 1:
+        raise ValueError(f"{name}: `num_splits` must be at least 1, or None; got {num_splits}")
+    check_range(name, 1, num_splits=num_splits)
+
+
+def _lower(
+    lengths: Tensor,
+    block_table: Tensor | None,
+    window: tuple[int, int] | None,
+    scale: float | None,
+    softcap: float,
+    **others: Any,
+) -> dict[str, Any]:
+    """What implementations take: the window's left bound, a scale, and lengths and pages that exist."""
+    others["left"], _ = bounds("decode_attention", True, window)
+    if readable(lengths):
+        lengths, block_table = checked_places(lengths, block_table, others["k_cache"])
+    others |= {"lengths": lengths, "block_table": block_table}
+    return {**others, "scale": scale_of(others["q"], scale), "softcap": float(softcap)}
+
+
+def checked_places(lengths: Tensor, block_table: Tensor | None, k_cache: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Copies of both, whose tokens all lie within the cache: what is checked stays so whatever another thread writes.
+
+    It reads them, which on a GPU would mean to wait for it.
+
+    Raises:
+        ValueError: a length beyond the cache, or a page that does not exist.
+    """
+    lengths, block_table = lengths.clone(), None if block_table is None else block_table.clone()
+    name = "decode_attention"
+    pages, size = k_cache.shape[:2]
+    room = size if block_table is None else block_table.shape[1] * size
+    for i, length in enumerate(lengths.tolist()):
+        if not 0 <= length <= room:
+            raise ValueError(f"{name}: `lengths` must lie between 0 and the cache's {room}; got {length} at {i}")
+    if block_table is None or block_table.numel() == 0:
+        return lengths, block_table
+    low, high = (int(page) for page in block_table.aminmax())
+    if low < 0 or high >= pages:  # which is an error only where the entry is used
+        used = torch.arange(block_table.shape[1]) * size < lengths[:, None]
+        wrong = (used & ((block_table < 0) | (block_table >= pages))).nonzero().tolist()
+        if wrong:
+            i, j = wrong[0]
+            page = int(block_table[i, j])
+            raise ValueError(f"{name}: `block_table` must name pages 0 to {pages - 1}; got {page} in row {i}")
+    return lengths, block_table
+
+
+@op(
+    shapes={
+        "q": "s l h k",
+        "k_cache": "s m h_kv k | pages page_size h_kv k",
+        "v_cache": "s m h_kv v | pages page_size h_kv v",
+        "lengths": "s",
+        "block_table": "s blocks",
+        "alibi_slopes": "h",
+        "sinks": "h",
+    },
+    returns={"out": "s l h v", "lse": "s h l: sums if return_lse"},
+    wide="alibi_slopes sinks",
+    int32="lengths block_table",
+    check=_check,
+    takes="""
+        q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, block_table: Tensor | None, left: int,
+        scale: float, softcap: float, alibi_slopes: Tensor | None, sinks: Tensor | None, num_splits: int | None,
+        return_lse: bool
+    """,
+    lower=_lower,
+    implementations=("triton", "cpu", "sdpa", "reference"),
+)
 def decode_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -64,97 +152,3 @@ def decode_attention(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name.
     """
-    op = "decode_attention"
-    rows = "s m" if block_table is None else "pages page_size"
-    sizes = check_shapes(
-        op,
-        {
-            "q": (q, "s l h k"),
-            "k_cache": (k_cache, f"{rows} h_kv k"),
-            "v_cache": (v_cache, f"{rows} h_kv v"),
-            "lengths": (lengths, "s"),
-            "block_table": (block_table, "s blocks"),
-            "alibi_slopes": (alibi_slopes, "h"),
-            "sinks": (sinks, "h"),
-        },
-        ("q", "k_cache", "v_cache", "lengths"),
-    )
-    check_same_dtype(op, {"q": q, "k_cache": k_cache, "v_cache": v_cache})
-    check_dtypes(op, {"lengths": lengths, "block_table": block_table}, [torch.int32])
-    check_options(op, "bool", return_lse=return_lse)
-    check_options(op, "int or None", num_splits=num_splits)
-    scale = check_logits(op, sizes, q, scale, softcap, alibi_slopes, sinks)
-    left, _ = bounds(op, True, window)
-    if num_splits is not None and num_splits < 1:
-        raise ValueError(f"{op}: `num_splits` must be at least 1, or None; got {num_splits}")
-    check_range(op, 1, num_splits=num_splits)
-    if readable(lengths):  # copies, so that what is checked stays so whatever another thread writes meanwhile
-        lengths, block_table = lengths.clone(), None if block_table is None else block_table.clone()
-        check_places(lengths, block_table, k_cache)
-    out, lse = _DECODE(
-        implementation,
-        q=q,
-        k_cache=k_cache,
-        v_cache=v_cache,
-        lengths=lengths,
-        block_table=block_table,
-        left=left,
-        scale=scale,
-        softcap=float(softcap),
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        num_splits=num_splits,
-        return_lse=return_lse,
-    )
-    return (out, lse) if return_lse else out
-
-
-def check_places(lengths: Tensor, block_table: Tensor | None, k_cache: Tensor) -> None:
-    """Whether all tokens lie within the cache; reads them, which on a GPU would mean to wait for it.
-
-    Raises:
-        ValueError: a length beyond the cache, or a page that does not exist.
-    """
-    op = "decode_attention"
-    pages, size = k_cache.shape[:2]
-    room = size if block_table is None else block_table.shape[1] * size
-    for i, length in enumerate(lengths.tolist()):
-        if not 0 <= length <= room:
-            raise ValueError(f"{op}: `lengths` must lie between 0 and the cache's {room}; got {length} at {i}")
-    if block_table is None or block_table.numel() == 0:
-        return
-    low, high = (int(page) for page in block_table.aminmax())
-    if low < 0 or high >= pages:  # which is an error only where the entry is used
-        used = torch.arange(block_table.shape[1]) * size < lengths[:, None]
-        wrong = (used & ((block_table < 0) | (block_table >= pages))).nonzero().tolist()
-        if wrong:
-            i, j = wrong[0]
-            page = int(block_table[i, j])
-            raise ValueError(f"{op}: `block_table` must name pages 0 to {pages - 1}; got {page} in row {i}")
-
-
-def _fake(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    block_table: Tensor | None,
-    left: int,
-    scale: float,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    num_splits: int | None,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor]:
-    s, l, h, _ = q.shape
-    return q.new_empty(s, l, h, v_cache.shape[-1]), q.new_empty((s, h, l) if return_lse else (0,), dtype=precision(q))
-
-
-_DECODE = Op(
-    "decode_attention",
-    __name__,
-    ("triton", "cpu", "sdpa", "reference"),
-    fake=_fake,
-    batched={"q": 4, "k_cache": 4, "v_cache": 4, "lengths": 1},
-)

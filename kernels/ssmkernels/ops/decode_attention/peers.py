@@ -5,11 +5,14 @@ What needs a GPU is written against its published signature and has not been run
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ssmkernels.bench.peers import FLASH_ATTN, TORCH, Peer, Setting, refuse
+from ssmkernels.ops.attention.peers import refuse_given
 
 SETTINGS = {"decode_attention": Setting(case={"lengths": "full"}, further=({"page_size": 16},), backward=False)}
 
@@ -20,20 +23,13 @@ def sdpa(
     v_cache: Tensor,
     lengths: Tensor,
     *,
-    block_table: Tensor | None = None,
-    window: tuple[int, int] | None = None,
     scale: float | None = None,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
     num_splits: int | None = None,
-    return_lse: bool = False,
+    **others: Any,
 ) -> Tensor:
     """PyTorch's scaled_dot_product_attention of one token over caches that are all full."""
-    refuse(
-        q.shape[1] != 1 or block_table is not None or window is not None, "mask for several tokens, pages or windows"
-    )
-    refuse(softcap or alibi_slopes is not None or sinks is not None or return_lse, "such biases, nor log-sum-exp")
+    refuse(q.shape[1] != 1, "mask for several tokens")
+    refuse_given(others)
     # On a GPU the lengths cannot be read without waiting for it; there they are taken to be full.
     refuse(lengths.device.type == "cpu" and bool((lengths != k_cache.shape[1]).any()), "cache that is not full")
     q, k, v = (t.transpose(1, 2) for t in (q, k_cache, v_cache))
@@ -52,15 +48,14 @@ def flash_attn(
     scale: float | None = None,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
     num_splits: int | None = None,
-    return_lse: bool = False,
+    **others: Any,
 ) -> Tensor:
     """FlashAttention 2 over a cache, split over keys."""
     from flash_attn import flash_attn_with_kvcache
 
     refuse(q.dtype not in (torch.float16, torch.bfloat16), "kernel but for float16 and bfloat16")
-    refuse(sinks is not None or return_lse, "sinks, nor log-sum-exp in this adapter")
+    refuse_given(others)
     return flash_attn_with_kvcache(
         q,
         k_cache,

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ssmkernels.ops.attention.reference import attend, in_window
 
 
-def decode_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    block_table: Tensor | None,
-    left: int,
-    scale: float,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    num_splits: int | None,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor]:
-    if block_table is not None:
-        k_cache, v_cache = (_gather(pages, block_table, lengths) for pages in (k_cache, v_cache))
+def compute(a: Any) -> tuple[Tensor, Tensor]:
+    q, k_cache, v_cache, lengths = a.q, a.k_cache, a.v_cache, a.lengths
+    if a.block_table is not None:
+        k_cache, v_cache = (_gather(pages, a.block_table, lengths) for pages in (k_cache, v_cache))
     position = torch.arange(k_cache.shape[1], device=q.device)
     of_query = lengths[:, None] - q.shape[1] + torch.arange(q.shape[1], device=q.device)  # (s l)
     distance = (position - of_query[..., None])[:, None]  # (s 1 l m)
     written = (position < lengths[:, None])[..., None, None]  # (s m 1 1)
     k, v = (torch.where(written, cache, 0) for cache in (k_cache, v_cache))  # a weight of 0 does not undo a NaN
-    out, lse = attend(q, k, v, distance, in_window(distance, left, 0), scale, softcap, alibi_slopes, sinks)
-    return out, lse if return_lse else lse.new_empty(0)
+    seen = in_window(distance, a.left, 0)
+    out, lse = attend(q, k, v, distance, seen, a.scale, a.softcap, a.alibi_slopes, a.sinks)
+    return out, lse if a.return_lse else lse.new_empty(0)
 
 
 def _gather(pages: Tensor, block_table: Tensor, lengths: Tensor) -> Tensor:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ssmkernels.core.library import operator_or_plain
+from ssmkernels.core.names import OPS
 from ssmkernels.core.triton_support import all_registers, kernels, missing, next_power_of_2, on_device_of, wrong_device
-from ssmkernels.core.validate import gradient_wanted, precision
+from ssmkernels.core.validate import precision
 
-__all__ = ["decode_attention", "missing", "offline_cases", "unsupported"]
+__all__ = ["forward", "missing", "offline_cases", "unsupported"]
 
 WIDEST = 256  # head dim
 TALLEST = 64  # rows of a tile: queries times the heads that share keys
@@ -22,59 +22,26 @@ LONG = 32768  # keys of a sequence that alone shall give each multiprocessor two
 MULTIPROCESSORS = 132  # where there is no GPU to ask
 
 
-def unsupported(arguments: Mapping[str, Any]) -> str | None:
-    q, v_cache = arguments["q"], arguments["v_cache"]
+def unsupported(a: Any) -> str | None:
+    q, v_cache = a.q, a.v_cache
     if q.dtype == torch.float64:
         return "float64"
     if max(q.shape[3], v_cache.shape[3]) > WIDEST:
         return f"head dims above {WIDEST}"
     if v_cache.shape[3] == 0:
         return "the values have no head dim"
-    return wrong_device("q", q) or gradient_wanted(arguments)
+    return wrong_device(a)
 
 
-def decode_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    block_table: Tensor | None,
-    left: int,
-    scale: float,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    num_splits: int | None,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor]:
-    run = operator_or_plain(decode, _decode)
-    biases = (alibi_slopes, sinks)
-    return run(q, k_cache, v_cache, lengths, block_table, left, scale, softcap, *biases, num_splits, return_lse)
-
-
-decode_attention.compiles = True  # type: ignore[attr-defined]  # it is an operator already
-
-
-def _decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    block_table: Tensor | None,
-    left: int,
-    scale: float,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    num_splits: int | None,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor]:
-    out, lse = _outputs(q, v_cache, return_lse)
+def forward(a: Any, _: bool) -> tuple[Tensor, Tensor]:
+    q, k_cache, v_cache, block_table, num_splits = a.q, a.k_cache, a.v_cache, a.block_table, a.num_splits
+    (s, l, h, k_size), (page_size, h_kv, v_size) = q.shape, v_cache.shape[1:]
+    out = q.new_empty(s, l, h, v_size)
+    lse = q.new_empty((s, h, l) if a.return_lse else 0, dtype=precision(q))
     if out.numel() == 0:
         return out, lse
-    (s, l, h, k_size), (page_size, h_kv, v_size) = q.shape, v_cache.shape[1:]
     room = page_size if block_table is None else block_table.shape[1] * page_size
-    left = min(left, room)
+    left = min(a.left, room)
     most = room if left < 0 else min(room, left + l)  # keys that any sequence's queries see
     part_keys = _part_keys(q, l * h // h_kv, h_kv)
     parts = -(-most // part_keys) if num_splits is None else min(num_splits, most)
@@ -84,8 +51,8 @@ def _decode(
         "sums": sums,
         "tops": tops,
         "totals": totals,
-        "lengths": lengths,
-        "lengths_step": lengths.stride(0),
+        "lengths": a.lengths,
+        "lengths_step": a.lengths.stride(0),
         "l": l,
         "left": left,
         "parts": parts,
@@ -103,13 +70,13 @@ def _decode(
         "k_cache": k_cache,
         "v_cache": v_cache,
         "block_table": block_table,
-        "slopes": None if alibi_slopes is None else alibi_slopes.contiguous(),
+        "slopes": None if a.alibi_slopes is None else a.alibi_slopes.contiguous(),
         "tiles": tiles,
-        "scale": scale,
-        "softcap": softcap,
+        "scale": a.scale,
+        "softcap": a.softcap,
         "K": k_size,
         "PAGE": 1 if block_table is None else page_size,
-        "SOFTCAP": softcap > 0,
+        "SOFTCAP": a.softcap > 0,
         **_strides(q, k_cache, v_cache, block_table),
     }
     with on_device_of(q):
@@ -117,9 +84,9 @@ def _decode(
             kernels(__package__).attend[(s * parts * h_kv * tiles,)](**common, **own, **options)
         kernels(__package__).join[(s * l * h,)](
             **common,
-            sinks=None if sinks is None else sinks.contiguous(),
+            sinks=None if a.sinks is None else a.sinks.contiguous(),
             out=out,
-            lse=lse if return_lse else None,
+            lse=lse if a.return_lse else None,
             PARTS=PARTS,
             num_warps=4,
         )
@@ -163,19 +130,6 @@ def _strides(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor | 
     return found | {"table_sequence": table[0], "table_block": table[1]}
 
 
-def _outputs(q: Tensor, v_cache: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
-    s, l, h, _ = q.shape
-    return q.new_empty(s, l, h, v_cache.shape[3]), q.new_empty((s, h, l) if return_lse else 0, dtype=precision(q))
-
-
-decode = torch.library.custom_op("ssmkernels::decode_attention_triton", _decode, mutates_args=())
-
-
-@decode.register_fake
-def _(q, k_cache, v_cache, lengths, block_table, left, scale, softcap, alibi_slopes, sinks, num_splits, return_lse):
-    return _outputs(q, v_cache, return_lse)
-
-
 def offline_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     """Launches on meta tensors, by name, for compiling without a GPU."""
 
@@ -189,7 +143,9 @@ def offline_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         slopes, sinks = (made(h) if biases else None for _ in range(2))
         q, k_cache, v_cache = made(2, l, h, k), made(*pages, h_kv, k), made(*pages, h_kv, v)
         lengths = made(2, dtype=torch.int32)
-        _decode(q, k_cache, v_cache, lengths, table, left, 0.1, softcap, slopes, sinks, None, biases)
+        Arguments = OPS["decode_attention"].declared.Arguments
+        a = Arguments(q, k_cache, v_cache, lengths, table, left, 0.1, softcap, slopes, sinks, None, biases)
+        forward(a, False)
 
     for dtype, l, h, h_kv, k, v, page_size, biases in (
         (torch.bfloat16, 1, 32, 4, 128, 128, 0, False),

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from ssmkernels.core.dispatch import Op
-from ssmkernels.core.validate import check_length, check_shapes, precision
+from ssmkernels.core.declare import op
+from ssmkernels.core.validate import check_length
 from ssmkernels.ops.diagonal_kernel.discretize import check_diagonal, discretize_diagonal
 
 __all__ = ["diagonal_kernel", "discretize_diagonal"]
 
 
+def _check(name: str, _: dict[str, int], *, B: Tensor, C: Tensor, length: int, **others: Any) -> None:
+    check_diagonal(name, maps={"B": B, "C": C}, **others)
+    check_length(name, length)
+
+
+@op(
+    shapes={"A": "d n", "B": "d n", "C": "d n", "dt": "d"},
+    returns={"K": "d length: sums"},
+    own="A B C dt",
+    check=_check,
+    implementations=("triton", "cpu", "tiled", "reference"),
+)
 def diagonal_kernel(
     A: Tensor,
     B: Tensor,
@@ -45,18 +59,3 @@ def diagonal_kernel(
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, or an unknown
             discretisation.
     """
-    check_shapes(
-        "diagonal_kernel",
-        {"A": (A, "d n"), "B": (B, "d n"), "C": (C, "d n"), "dt": (dt, "d")},
-        ("A", "B", "C", "dt"),
-    )
-    check_diagonal("diagonal_kernel", A, {"B": B, "C": C}, dt, discretization)
-    check_length("diagonal_kernel", length)
-    return _KERNEL(implementation, A=A, B=B, C=C, dt=dt, length=length, discretization=discretization)
-
-
-def _fake(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, discretization: str) -> Tensor:
-    return dt.new_empty((A.shape[0], length), dtype=precision(A, B, C, dt))
-
-
-_KERNEL = Op("diagonal_kernel", __name__, ("triton", "cpu", "tiled", "reference"), fake=_fake)

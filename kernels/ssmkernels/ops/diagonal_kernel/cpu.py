@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ssmkernels import native
-from ssmkernels.core.double_backward import twice_differentiable
-from ssmkernels.native import missing
-from ssmkernels.ops.diagonal_kernel.modes import powers_summed, sum_of_powers
+from ssmkernels.core.gradient import with_gradient
+from ssmkernels.native import missing, wrong_device
+from ssmkernels.ops.diagonal_kernel.modes import Powers, powers_summed, sum_of_powers
 
-__all__ = ["diagonal_kernel", "missing", "unsupported"]
+__all__ = ["compute", "missing", "unsupported"]
 
 # Blocks that one task of the backward pass takes, and the least taps of a block: kSpan and kLeast in cpu.h.
 SPAN, LEAST = 96, 64
@@ -24,50 +22,41 @@ _Forward = native.arguments("_Forward", _FORWARD)
 _Backward = native.arguments("_Backward", _FORWARD + " dratio dweight")
 
 
-def unsupported(arguments: Mapping[str, Any]) -> str | None:
-    A = arguments["A"]
-    if A.device.type != "cpu":
-        return f"its tensors must be on the CPU; `A` is on {A.device}"
-    if A.numel() == 0:
-        return "no channels or no states"
-    return None
+def unsupported(a: Any) -> str | None:
+    return wrong_device(a) or ("no channels or no states" if a.A.numel() == 0 else None)
 
 
-def diagonal_kernel(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, discretization: str) -> Tensor:
-    return sum_of_powers(_Taps.apply, A, B, C, dt, length, discretization)
+def compute(a: Any) -> Tensor:
+    return sum_of_powers(_taps, a)
 
 
-class _Taps(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, ratio: Tensor, weight: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(ratio, weight)
-        ctx.constants = length, dtype
-        ratio, weight = _plain(ratio, weight)
-        taps = ratio.new_empty((ratio.shape[0], length), dtype=dtype)
-        native.run("diagonal_kernel", _Forward(*_values(ratio, weight, taps)))
-        return taps
-
-    @staticmethod
-    @twice_differentiable(lambda ctx: (powers_summed, (*ctx.saved_tensors, *ctx.constants)))
-    def backward(ctx: Any, dtaps: Tensor) -> tuple[Tensor | None, ...]:
-        ratio, weight = _plain(*ctx.saved_tensors)
-        dtaps = dtaps.contiguous()
-        parts = [ratio.new_empty((_spans(dtaps.shape[1]), *ratio.shape)) for _ in range(2)]
-        native.run(
-            "diagonal_kernel_backward", _Backward(*_values(ratio, weight, dtaps), *(p.data_ptr() for p in parts))
-        )
-        return (*(p.sum(0) for p in parts), None, None)
+def _forward(a: Powers) -> Tensor:
+    a = _plain(a)
+    taps = a.ratio.new_empty((a.ratio.shape[0], a.length), dtype=a.dtype)
+    native.run("diagonal_kernel", _Forward(*_values(a, taps)))
+    return taps
 
 
-def _plain(*tensors: Tensor) -> list[Tensor]:
-    return [x.resolve_conj().contiguous() for x in tensors]
+def _backward(a: Powers, dtaps: Tensor, _: set[str]) -> dict[str, Tensor]:
+    a, dtaps = _plain(a), dtaps.contiguous()
+    parts = [a.ratio.new_empty((_spans(a.length), *a.ratio.shape)) for _ in range(2)]
+    native.run("diagonal_kernel_backward", _Backward(*_values(a, dtaps), *(p.data_ptr() for p in parts)))
+    return {"ratio": parts[0].sum(0), "weight": parts[1].sum(0)}
 
 
-def _values(ratio: Tensor, weight: Tensor, taps: Tensor) -> list[int]:
+_taps = with_gradient(_forward, _backward, powers_summed)
+
+
+def _plain(a: Powers) -> Powers:
+    ratio, weight = (x.resolve_conj().contiguous() for x in (a.ratio, a.weight))
+    return a._replace(ratio=ratio, weight=weight)
+
+
+def _values(a: Powers, taps: Tensor) -> list[int]:
     """The fields of ``_Forward``."""
-    d, n, length = *ratio.shape, taps.shape[1]
-    addresses = [x.data_ptr() for x in (ratio, weight, taps)]
-    sizes = [native.DTYPES[taps.dtype], ratio.is_complex(), length, d, n]
+    d, n = a.ratio.shape
+    addresses = [x.data_ptr() for x in (a.ratio, a.weight, taps)]
+    sizes = [native.DTYPES[taps.dtype], a.ratio.is_complex(), a.length, d, n]
     return [*addresses, *sizes, native.threads(taps.numel() * n)]
 
 

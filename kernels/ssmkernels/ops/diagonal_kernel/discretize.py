@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssmkernels.core.dispatch import unknown
+from ssmkernels.core.names import unknown
 from ssmkernels.core.validate import COMPLEX, REAL, check_dtypes, check_length, check_shapes, precision
 
 DISCRETIZATIONS = ("bilinear", "dss", "zoh")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,10 +11,10 @@ from ssmkernels.core.validate import precision
 from ssmkernels.ops.diagonal_kernel.discretize import discretize_diagonal, softmax_modes, widen
 
 
-def diagonal_kernel(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, discretization: str) -> Tensor:
-    wide = precision(A, B, C, dt)
-    A, B, C = (widen(x, wide) for x in (A, B, C))
-    dt = dt.to(wide)
+def compute(a: Any) -> Tensor:
+    wide = precision(a.A, a.B, a.C, a.dt)
+    A, B, C = (widen(x, wide) for x in (a.A, a.B, a.C))
+    dt, length, discretization = a.dt.to(wide), a.length, a.discretization
     if discretization != "dss":
         A_bar, B_bar = discretize_diagonal(A, B, dt, discretization=discretization)
         return _response(A_bar, B_bar, C, length)

@@ -1,82 +1,68 @@
-"""The kernel of a diagonal state-space model in Triton: the kernels' launches, and their place in autograd."""
+"""The kernel of a diagonal state-space model in Triton: the kernels' launches."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ssmkernels.core.double_backward import twice_differentiable
+from ssmkernels.core.gradient import with_gradient
 from ssmkernels.core.triton_support import all_registers, kernels, missing, on_device_of, wrong_device
-from ssmkernels.ops.diagonal_kernel.modes import power_table, powers_summed, sum_of_powers
+from ssmkernels.ops.diagonal_kernel.modes import Powers, power_table, powers_summed, sum_of_powers
 
-__all__ = ["diagonal_kernel", "missing", "offline_cases", "unsupported"]
+__all__ = ["compute", "missing", "offline_cases", "unsupported"]
 
 FINE = 16  # entries of the finer table of powers: J in triton_kernels.py
 TILE = 16  # blocks, and states, of one program
 
 
-def unsupported(arguments: Mapping[str, Any]) -> str | None:
-    A = arguments["A"]
-    if A.numel() == 0:
-        return "no channels or no states"
-    return wrong_device("A", A)
+def unsupported(a: Any) -> str | None:
+    return "no channels or no states" if a.A.numel() == 0 else wrong_device(a)
 
 
-def diagonal_kernel(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, discretization: str) -> Tensor:
-    return sum_of_powers(_Taps.apply, A, B, C, dt, length, discretization)
+def compute(a: Any) -> Tensor:
+    return sum_of_powers(_taps, a)
 
 
-class _Taps(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, ratio: Tensor, weight: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(ratio, weight)
-        ctx.constants = length, dtype
-        return _forward(ratio, weight, length, dtype)
-
-    @staticmethod
-    @twice_differentiable(lambda ctx: (powers_summed, (*ctx.saved_tensors, *ctx.constants)))
-    def backward(ctx: Any, dtaps: Tensor) -> tuple[Tensor | None, ...]:
-        ratio, weight = ctx.saved_tensors
-        return (*_backward(ratio, weight, dtaps.contiguous()), None, None)
-
-
-def _forward(ratio: Tensor, weight: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    d = ratio.shape[0]
-    taps = ratio.new_empty((d, length), dtype=dtype)
-    if length:
-        values, starts = _values(ratio, length, dtype)
-        values |= _table("starts", starts * weight[..., None], dtype) | {"taps": taps}
-        options = _options(length, 64)
+def _forward(a: Powers) -> Tensor:
+    d = a.ratio.shape[0]
+    taps = a.ratio.new_empty((d, a.length), dtype=a.dtype)
+    if a.length:
+        values, starts = _values(a)
+        values |= _table("starts", starts * a.weight[..., None], a.dtype) | {"taps": taps}
+        options = _options(a.length, 64)
         grid = (d, -(-values["blocks"] // TILE), options["R"] // options["I"])
-        with on_device_of(ratio):
+        with on_device_of(a.ratio):
             kernels(__package__).forward[grid](**values, **options)
     return taps
 
 
-def _backward(ratio: Tensor, weight: Tensor, dtaps: Tensor) -> tuple[Tensor, Tensor]:
+def _backward(a: Powers, dtaps: Tensor, _: set[str]) -> dict[str, Tensor]:
+    ratio, weight, dtaps = a.ratio, a.weight, dtaps.contiguous()
+    if not a.length:
+        return {"ratio": torch.zeros_like(ratio), "weight": torch.zeros_like(weight)}
     d, n = ratio.shape
-    length, dtype = dtaps.shape[1], dtaps.dtype
-    if not length:
-        return torch.zeros_like(ratio), torch.zeros_like(weight)
-    values, starts = _values(ratio, length, dtype)
+    values, starts = _values(a)
     tiles = -(-values["blocks"] // TILE)
     parts = 2 if ratio.is_complex() else 1
     dratio, dweight = (dtaps.new_empty(parts, tiles, d, n) for _ in range(2))
-    last = power_table(ratio, _block(length))[0][..., -1:]
-    values |= _table("starts", starts, dtype) | {"last": _table("last", last, dtype)["last"]}
+    last = power_table(ratio, _block(a.length))[0][..., -1:]
+    values |= _table("starts", starts, a.dtype) | {"last": _table("last", last, a.dtype)["last"]}
     values |= {"dtaps": dtaps, "dratio": dratio, "dweight": dweight, "found_part": tiles * d * n}
-    options = _options(length, 16 if dtype == torch.float64 else 32)
+    options = _options(a.length, 16 if a.dtype == torch.float64 else 32)
     with on_device_of(ratio):
         kernels(__package__).backward[(d, tiles, -(-n // TILE))](**values, **options)
     totals = [found.sum(1, dtype=torch.float64) for found in (dratio, dweight)]
     if not ratio.is_complex():
-        return totals[0][0] * weight, totals[1][0]
+        return {"ratio": totals[0][0] * weight, "weight": totals[1][0]}
     dratio, dweight = (2 * torch.complex(re, -im) for re, im in totals)  # (d n), conjugated
-    return dratio * weight.conj_physical(), dweight
+    return {"ratio": dratio * weight.conj_physical(), "weight": dweight}
+
+
+_taps = with_gradient(_forward, _backward, powers_summed)
 
 
 def _block(length: int) -> int:
@@ -84,15 +70,16 @@ def _block(length: int) -> int:
     return 64 if length <= 4096 else 256
 
 
-def _values(ratio: Tensor, length: int, dtype: torch.dtype) -> tuple[dict[str, Any], Tensor]:
+def _values(a: Powers) -> tuple[dict[str, Any], Tensor]:
     """What both kernels take, and the powers that blocks start from (d n blocks), in float64."""
-    block, n = _block(length), ratio.shape[1]
-    fine, leap = power_table(ratio, FINE)
+    block = _block(a.length)
+    fine, leap = power_table(a.ratio, FINE)
     coarse, leap = power_table(leap, block // FINE)
-    blocks = -(-length // block)
+    blocks = -(-a.length // block)
     starts, _ = power_table(leap, blocks)
-    values = _table("fine", fine, dtype) | _table("coarse", coarse, dtype)
-    return values | {"length": length, "blocks": blocks, "n": n, "COMPLEX": ratio.is_complex()}, starts
+    values = _table("fine", fine, a.dtype) | _table("coarse", coarse, a.dtype)
+    sizes = {"length": a.length, "blocks": blocks, "n": a.ratio.shape[1], "COMPLEX": a.ratio.is_complex()}
+    return values | sizes, starts
 
 
 def _table(name: str, x: Tensor, dtype: torch.dtype) -> dict[str, Any]:
@@ -112,8 +99,8 @@ def offline_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
 
     def launches(dtype: torch.dtype, n: int, length: int, complex: bool) -> None:
         ratio = torch.empty(4, n, dtype=torch.complex128 if complex else torch.float64, device="meta")
-        taps = _forward(ratio, ratio, length, dtype)
-        _backward(ratio, ratio, taps)
+        a = Powers(ratio, ratio, length, dtype)
+        _backward(a, _forward(a), {"ratio", "weight"})
 
     for dtype, n, length, complex in (
         (torch.float32, 32, 16384, True),

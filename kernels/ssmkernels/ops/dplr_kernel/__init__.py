@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from ssmkernels.core.dispatch import Op
-from ssmkernels.core.validate import check_length, precision
+from ssmkernels.core.declare import op
+from ssmkernels.core.validate import check_length
 from ssmkernels.ops.dplr_kernel.discretize import (
+    SHAPES,
     bilinear_dplr,
     bilinear_step,
-    check_dplr,
+    check_system,
     discretize_dplr,
     ranked,
 )
@@ -17,6 +20,23 @@ from ssmkernels.ops.dplr_kernel.discretize import (
 __all__ = ["bilinear_dplr", "bilinear_step", "discretize_dplr", "dplr_kernel"]
 
 
+def _check(name: str, _: dict[str, int], *, length: int, **system: Any) -> None:
+    check_system(name, **system)
+    check_length(name, length)
+
+
+def _lower(P: Tensor, Q: Tensor, **others: Any) -> dict[str, Any]:
+    return {**others, "P": ranked(P), "Q": ranked(Q)}
+
+
+@op(
+    shapes=SHAPES,
+    returns={"K": "d length: sums"},
+    own=" ".join(SHAPES),
+    check=_check,
+    lower=_lower,
+    implementations=("triton", "cpu", "tiled", "cauchy", "reference"),
+)
 def dplr_kernel(
     A: Tensor,
     P: Tensor,
@@ -55,25 +75,3 @@ def dplr_kernel(
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, or an unknown
             discretisation.
     """
-    check_dplr("dplr_kernel", A, P, Q, {"B": B, "C": C}, dt, discretization)
-    check_length("dplr_kernel", length)
-    return _KERNEL(
-        implementation,
-        A=A,
-        P=ranked(P),
-        Q=ranked(Q),
-        B=B,
-        C=C,
-        dt=dt,
-        length=length,
-        discretization=discretization,
-    )
-
-
-def _fake(
-    A: Tensor, P: Tensor, Q: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, discretization: str
-) -> Tensor:
-    return dt.new_empty((A.shape[0], length), dtype=precision(A, P, Q, B, C, dt))
-
-
-_KERNEL = Op("dplr_kernel", __name__, ("triton", "cpu", "tiled", "cauchy", "reference"), fake=_fake)

@@ -20,8 +20,8 @@ to the largest tap: of taps far smaller than that, an FFT keeps fewer digits tha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,49 +33,47 @@ from ssmkernels.ops.dplr_kernel.discretize import discretize_dplr, doubled, func
 PRECISE = 256  # taps in float64
 CHUNK = 2**20  # complex numbers that are worked on at a time
 
-Sums = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
+class Resolvents(NamedTuple):
+    """Sums Σ_n pairs_kn / (one_less - half poles_n), (d k f), in complex128.
 
-def unsupported(arguments: Mapping[str, Any]) -> str | None:
-    if arguments["discretization"] != "bilinear":
-        return "the resolvent of the continuous system is that of the bilinear rule"
-    if arguments["A"].shape[0] == 0:
-        return "no channels"
-    wide = precision(*(arguments[name] for name in ("A", "P", "Q", "B", "C", "dt")))
-    if wide == torch.float64 and arguments["length"] > PRECISE:
-        return f"in float64 beyond {PRECISE} taps: its FFT rounds all taps alike, too much for small ones"
-    return "no float64 on this device" if arguments["A"].device.type == "mps" else None
-
-
-def dplr_kernel(
-    A: Tensor, P: Tensor, Q: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, discretization: str
-) -> Tensor:
-    held = A.shape[1] * (2 if A.is_complex() else 1)
-    return around_the_circle(A, P, Q, B, C, dt, length, discretization, cauchy_sums, CHUNK // max(1, A.shape[0] * held))
-
-
-def around_the_circle(
-    A: Tensor,
-    P: Tensor,
-    Q: Tensor,
-    B: Tensor,
-    C: Tensor,
-    dt: Tensor,
-    length: int,
-    discretization: str,
-    sums: Sums,
-    step: int,
-) -> Tensor:
-    """The kernel, by ``step`` frequencies at a time.
-
-    ``sums`` makes the Cauchy products: from ΔΛ (d N), pairs (d k N), 1 - z and (1 + z)/2, both (f), all of them
-    complex128, Σ_n pairs_kn / (1 - z - (1 + z)/2 ΔΛ_n), (d k f).
+    Attributes:
+        poles: ΔΛ ``(d N)``.
+        pairs: ``(d k N)``.
+        one_less, half: 1 - z and (1 + z)/2, ``(f)``.
     """
-    wide = precision(A, P, Q, B, C, dt)
+
+    poles: Tensor
+    pairs: Tensor
+    one_less: Tensor
+    half: Tensor
+
+
+Sums = Callable[[Resolvents], Tensor]
+
+
+def unsupported(a: Any) -> str | None:
+    if a.discretization != "bilinear":
+        return "the resolvent of the continuous system is that of the bilinear rule"
+    if a.A.shape[0] == 0:
+        return "no channels"
+    if a.length > PRECISE and precision(a.A, a.P, a.Q, a.B, a.C, a.dt) == torch.float64:
+        return f"in float64 beyond {PRECISE} taps: its FFT rounds all taps alike, too much for small ones"
+    return "no float64 on this device" if a.A.device.type == "mps" else None
+
+
+def compute(a: Any) -> Tensor:
+    held = a.A.shape[1] * (2 if a.A.is_complex() else 1)
+    return around_the_circle(a, cauchy_sums, CHUNK // max(1, a.A.shape[0] * held))
+
+
+def around_the_circle(a: Any, sums: Sums, step: int) -> Tensor:
+    """The kernel, by ``step`` frequencies at a time, with Cauchy products by ``sums``."""
+    wide, length = precision(a.A, a.P, a.Q, a.B, a.C, a.dt), a.length
     size = max(length, 1)
-    A, P, Q, B, C = doubled(A, P, Q, B, C)
-    dt = dt.double()
-    A_bar, _ = discretize_dplr(A, P, Q, B, dt, discretization=discretization)
+    A, P, Q, B, C = doubled(a.A, a.P, a.Q, a.B, a.C)
+    dt = a.dt.double()
+    A_bar, _ = discretize_dplr(A, P, Q, B, dt, discretization=a.discretization)
     row = output(C, A)  # (d N)
     row = row - _last(row, A_bar, size) / math.e
     poles, lefts, rights = _pairs(A, P, Q, B, row)
@@ -124,7 +122,7 @@ def _transfer(
     ranks = lefts.shape[1]
     pairs = (lefts[:, :, None] * rights[:, None]).flatten(1, 2)  # (d (1+r)(1+r) N)
     half = (1 + z) / 2
-    products = sums(dt[:, None] * poles, pairs, -torch.complex(small, z.imag), half)
+    products = sums(Resolvents(dt[:, None] * poles, pairs, -torch.complex(small, z.imag), half))
     products = products.unflatten(1, (ranks, ranks))  # (d 1+r 1+r f)
     f = dt[:, None] * half  # (d f)
     if ranks == 2:  # a division, where a library would set up an inverse for each frequency
@@ -139,5 +137,5 @@ def _transfer(
     return dt[:, None] * corrected[..., 0, 0]
 
 
-def cauchy_sums(poles: Tensor, pairs: Tensor, one_less: Tensor, half: Tensor) -> Tensor:
-    return pairs @ (1 / (one_less - half * poles[..., None]))
+def cauchy_sums(a: Resolvents) -> Tensor:
+    return a.pairs @ (1 / (a.one_less - a.half * a.poles[..., None]))

@@ -14,10 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ssmkernels.core.dispatch import unknown
+from ssmkernels.core.names import unknown
 from ssmkernels.core.validate import COMPLEX, REAL, check_dtypes, check_shapes, precision
 
 DISCRETIZATIONS = ("bilinear", "zoh")
+
+SHAPES = {"A": "d n", "P": "d n | d r n", "Q": "d n | d r n", "B": "d n", "C": "d n", "dt": "d"}
 
 
 def discretize_dplr(
@@ -44,7 +46,7 @@ def discretize_dplr(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, or an unknown discretisation.
     """
-    check_dplr("discretize_dplr", A, P, Q, {"B": B}, dt, discretization)
+    check_dplr("discretize_dplr", discretization, A=A, P=P, Q=Q, B=B, dt=dt)
     wide = precision(A, P, Q, B, dt)
     if discretization == "bilinear":
         structured = bilinear_dplr(A, P, Q, B, dt)
@@ -104,7 +106,7 @@ def bilinear_dplr(A: Tensor, P: Tensor, Q: Tensor, B: Tensor, dt: Tensor) -> Str
     Returns:
         the system in float64 (complex128 where A is complex), on the same device.
     """
-    check_dplr("bilinear_dplr", A, P, Q, {"B": B}, dt, "bilinear")
+    check_dplr("bilinear_dplr", "bilinear", A=A, P=P, Q=Q, B=B, dt=dt)
     A, P, Q, B = doubled(A, ranked(P), ranked(Q), B)
     dt = dt.double()[:, None]  # (d 1)
     inverse = 1 / (1 - dt * A / 2)  # 1/M (d n)
@@ -134,17 +136,18 @@ def bilinear_step(h: Tensor, u: Tensor, A: Tensor, P: Tensor, Q: Tensor, B: Tens
     return bilinear_dplr(A, P, Q, B, dt).step(h, u)
 
 
-def check_dplr(
-    op: str, A: Tensor, P: Tensor, Q: Tensor, maps: dict[str, Tensor], dt: Tensor, discretization: str
-) -> None:
-    """Checks what every function here takes; ``maps`` are B, and C where there is one, by name.
+def check_dplr(op: str, discretization: str, **system: Tensor) -> None:
+    """Checks what every function here takes: A, P, Q, B, perhaps C, and dt, by name.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, or an unknown discretisation.
     """
-    named = {"A": (A, "d n"), "P": (P, "d n|d r n"), "Q": (Q, "d n|d r n")}
-    named |= {name: (value, "d n") for name, value in maps.items()} | {"dt": (dt, "d")}
-    check_shapes(op, named, tuple(named))
+    check_shapes(op, {name: (value, SHAPES[name]) for name, value in system.items()}, tuple(system))
+    check_system(op, discretization=discretization, **system)
+
+
+def check_system(op: str, *, A: Tensor, P: Tensor, Q: Tensor, dt: Tensor, discretization: str, **maps: Tensor) -> None:
+    """The rules of :func:`check_dplr` that letters for sizes do not tell."""
     if P.shape != Q.shape:
         raise ValueError(f"{op}: `Q` must have the shape of `P`, {tuple(P.shape)}; got {tuple(Q.shape)}")
     check_dtypes(op, {"A": A}, (*REAL, *COMPLEX))

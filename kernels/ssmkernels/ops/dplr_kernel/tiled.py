@@ -10,7 +10,6 @@ roots of unity must, and any discretisation will do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,23 +19,22 @@ from ssmkernels.core.validate import precision
 from ssmkernels.ops.dplr_kernel.discretize import discretize_dplr, output
 
 
-def unsupported(arguments: Mapping[str, Any]) -> str | None:
-    return "no float64 on this device" if arguments["A"].device.type == "mps" else None
+def unsupported(a: Any) -> str | None:
+    return "no float64 on this device" if a.A.device.type == "mps" else None
 
 
-def dplr_kernel(
-    A: Tensor, P: Tensor, Q: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, discretization: str
-) -> Tensor:
-    wide = precision(A, P, Q, B, C, dt)
-    block = 1 << (max(length, 1) - 1).bit_length() // 2
-    blocks = -(-max(length, 1) // block)
-    A_bar, B_bar = discretize_dplr(A, P, Q, B, dt.double(), discretization=discretization)
-    rows, A_block = _table(output(C, A).double(), A_bar, block)  # (d block N), (d N N)
+def compute(a: Any) -> Tensor:
+    wide = precision(a.A, a.P, a.Q, a.B, a.C, a.dt)
+    taps = max(a.length, 1)
+    block = 1 << (taps - 1).bit_length() // 2
+    blocks = -(-taps // block)
+    A_bar, B_bar = discretize_dplr(a.A, a.P, a.Q, a.B, a.dt.double(), discretization=a.discretization)
+    rows, A_block = _table(output(a.C, a.A).double(), A_bar, block)  # (d block N), (d N N)
     columns, _ = _table(B_bar, A_block.mT, blocks)  # (d blocks N)
-    taps = torch.bmm(columns.to(wide), rows.to(wide).mT)  # (d blocks block)
-    if taps.requires_grad:  # bmm is very slow on strides of 0, which the gradient of a sum has
-        taps.register_hook(lambda g: None if g is None else g.contiguous())
-    return taps.flatten(1)[:, :length].contiguous()
+    K = torch.bmm(columns.to(wide), rows.to(wide).mT)  # (d blocks block)
+    if K.requires_grad:  # bmm is very slow on strides of 0, which the gradient of a sum has
+        K.register_hook(lambda g: None if g is None else g.contiguous())
+    return K.flatten(1)[:, : a.length].contiguous()
 
 
 def _table(row: Tensor, matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -6,57 +6,35 @@ All else, that is C̃, Woodbury's inverse of r rows and the inverse FFT, is PyTo
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ssmkernels.core.double_backward import twice_differentiable
+from ssmkernels.core.gradient import with_gradient
 from ssmkernels.core.triton_support import all_registers, kernels, missing, next_power_of_2, on_device_of, wrong_device
 from ssmkernels.ops.dplr_kernel import cauchy
 
-__all__ = ["dplr_kernel", "missing", "offline_cases", "unsupported"]
+__all__ = ["compute", "missing", "offline_cases", "unsupported"]
 
 CHUNK = 2**22  # complex numbers of Cauchy products at a time
 SPAN = 2048  # frequencies of one program in the backward pass
 
 
-def unsupported(arguments: Mapping[str, Any]) -> str | None:
-    A = arguments["A"]
-    if A.numel() == 0:
+def unsupported(a: Any) -> str | None:
+    if a.A.numel() == 0:
         return "no channels or no states"
-    return wrong_device("A", A) or cauchy.unsupported(arguments)
+    return wrong_device(a) or cauchy.unsupported(a)
 
 
-def dplr_kernel(
-    A: Tensor, P: Tensor, Q: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, discretization: str
-) -> Tensor:
-    held = A.shape[0] * (1 + P.shape[1]) ** 2
-    return cauchy.around_the_circle(A, P, Q, B, C, dt, length, discretization, _Sums.apply, CHUNK // held)
+def compute(a: Any) -> Tensor:
+    held = a.A.shape[0] * (1 + a.P.shape[1]) ** 2
+    return cauchy.around_the_circle(a, _sums, CHUNK // held)
 
 
-class _Sums(torch.autograd.Function):
-    """Σ_n pairs_kn / (s - h poles_n), (d k f)."""
-
-    @staticmethod
-    def forward(ctx: Any, poles: Tensor, pairs: Tensor, s: Tensor, h: Tensor) -> Tensor:
-        ctx.save_for_backward(poles, pairs, s, h)
-        return _forward(poles.contiguous(), pairs.contiguous(), _nodes(s, h))
-
-    @staticmethod
-    @twice_differentiable(lambda ctx: (cauchy.cauchy_sums, ctx.saved_tensors))
-    def backward(ctx: Any, dsums: Tensor) -> tuple[Tensor | None, ...]:
-        poles, pairs, s, h = ctx.saved_tensors
-        dpairs, derived = _backward(poles.contiguous(), _nodes(s, h), dsums.resolve_conj().contiguous())
-        return (derived * pairs.conj()).sum(1), dpairs, None, None
-
-
-def _nodes(s: Tensor, h: Tensor) -> Tensor:
-    return torch.stack([s.real, s.imag, h.real, h.imag])
-
-
-def _forward(poles: Tensor, pairs: Tensor, nodes: Tensor) -> Tensor:
+def _forward(a: cauchy.Resolvents) -> Tensor:
+    poles, pairs, nodes = _memory(a)
     (d, number, states), count = pairs.shape, nodes.shape[1]
     sums = pairs.new_empty((d, number, count))
     K = min(next_power_of_2(number), 16)
@@ -78,8 +56,9 @@ def _forward(poles: Tensor, pairs: Tensor, nodes: Tensor) -> Tensor:
     return sums
 
 
-def _backward(poles: Tensor, nodes: Tensor, dsums: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the pairs, and what times their conjugates is that of the poles: both (d k N)."""
+def _backward(a: cauchy.Resolvents, dsums: Tensor, _: set[str]) -> dict[str, Tensor]:
+    poles, pairs, nodes = _memory(a)
+    dsums = dsums.resolve_conj().contiguous()
     (d, number, count), states = dsums.shape, poles.shape[1]
     K, N, F = min(next_power_of_2(number), 4), 4, 32
     spans = -(-count // SPAN)
@@ -100,7 +79,17 @@ def _backward(poles: Tensor, nodes: Tensor, dsums: Tensor) -> tuple[Tensor, Tens
             num_warps=4,
             **all_registers(),
         )
-    return found[0].sum(0), found[1].sum(0)
+    dpairs, derived = (x.sum(0) for x in found)  # (d k N); the latter times conj(pairs) is the poles' gradient
+    return {"poles": (derived * pairs.conj()).sum(1), "pairs": dpairs}
+
+
+_sums = with_gradient(_forward, _backward, cauchy.cauchy_sums)
+
+
+def _memory(a: cauchy.Resolvents) -> tuple[Tensor, Tensor, Tensor]:
+    """Poles, pairs and frequencies as the kernels read them."""
+    s, h = a.one_less, a.half
+    return a.poles.contiguous(), a.pairs.contiguous(), torch.stack([s.real, s.imag, h.real, h.imag])
 
 
 def offline_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -109,8 +98,9 @@ def offline_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     def launches(rank: int) -> None:
         poles = torch.empty(4, 64, dtype=torch.complex128, device="meta")
         pairs = poles.new_empty((4, (1 + rank) ** 2, 64))
-        nodes = torch.empty(4, 8193, dtype=torch.float64, device="meta")
-        _backward(poles, nodes, _forward(poles, pairs, nodes))
+        z = poles.new_empty(8193)
+        a = cauchy.Resolvents(poles, pairs, z, z)
+        _backward(a, _forward(a), {"poles", "pairs"})
 
     for rank in (0, 1, 2):
         yield f"rank {rank}", functools.partial(launches, rank)

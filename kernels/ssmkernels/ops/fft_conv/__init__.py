@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ssmkernels.core.dispatch import Op
-from ssmkernels.core.validate import check_cu_seqlens, check_parameters, check_same_dtype, check_shapes, copied
+from ssmkernels.core.declare import op
 
 __all__ = ["fft_conv"]
 
 
+@op(
+    shapes={"u": "b l d", "kernel": "d l_k", "D": "d", "kernel_reverse": "d l_r", "gate": "b l d"},
+    returns={"y": "b l d"},
+    wide="kernel D kernel_reverse",
+    implementations=("triton", "fft", "reference"),
+)
 def fft_conv(
     u: Tensor,
     kernel: Tensor,
@@ -48,35 +53,3 @@ def fft_conv(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name.
     """
-    check_shapes(
-        "fft_conv",
-        {
-            "u": (u, "b l d"),
-            "kernel": (kernel, "d l_k"),
-            "D": (D, "d"),
-            "kernel_reverse": (kernel_reverse, "d l_r"),
-            "gate": (gate, "b l d"),
-        },
-        ("u", "kernel"),
-    )
-    cu_seqlens = copied(cu_seqlens)
-    check_cu_seqlens("fft_conv", cu_seqlens, u)
-    check_same_dtype("fft_conv", {"u": u, "gate": gate})
-    check_parameters("fft_conv", u, {"kernel": kernel, "D": D, "kernel_reverse": kernel_reverse})
-    return _FFT_CONV(
-        implementation, u=u, kernel=kernel, D=D, kernel_reverse=kernel_reverse, gate=gate, cu_seqlens=cu_seqlens
-    )
-
-
-def _fake(
-    u: Tensor,
-    kernel: Tensor,
-    D: Tensor | None,
-    kernel_reverse: Tensor | None,
-    gate: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> Tensor:
-    return u.new_empty(u.shape)
-
-
-_FFT_CONV = Op("fft_conv", __name__, ("triton", "fft", "reference"), fake=_fake, batched={"u": 3, "gate": 3})

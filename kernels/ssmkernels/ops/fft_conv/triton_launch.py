@@ -17,10 +17,10 @@ SMALLEST, LARGEST = 256, 4096  # complex points of a circle, each for two real o
 PROGRAMS = 512  # that share sums over sequences
 
 
-def points_of(length: int, kernel: Tensor, reverse: Tensor | None) -> int:
+def points_of(length: int, a: Any) -> int:
     """Complex points of a circle on which a sequence does not wrap around. Taps from the length-th on meet nothing."""
-    after = max(min(kernel.shape[1], length) - 1, 0)
-    ahead = 0 if reverse is None else min(reverse.shape[1], max(length - 1, 0))
+    after = max(min(a.kernel.shape[1], length) - 1, 0)
+    ahead = min(_count(a.kernel_reverse), max(length - 1, 0))
     return max(SMALLEST, next_power_of_2(length + max(after, ahead)) // 2)
 
 
@@ -53,22 +53,22 @@ class Circle:
         return {"spans": self.spans, **shape, "FOLDED": self.folded}
 
 
-def circles_of(u: Tensor, kernel: Tensor, reverse: Tensor | None, cu_seqlens: Tensor | None) -> list[Circle]:
-    """Borders of packed sequences are read on the host."""
-    b, length, _ = u.shape
-    if cu_seqlens is None:
-        return [Circle(points_of(length, kernel, reverse), length, b, None)]
-    borders = cu_seqlens.tolist()
+def circles_of(a: Any) -> list[Circle]:
+    """The circles of a call. Borders of packed sequences are read on the host."""
+    b, length, _ = a.u.shape
+    if a.cu_seqlens is None:
+        return [Circle(points_of(length, a), length, b, None)]
+    borders = a.cu_seqlens.tolist()
     found: dict[int, list[tuple[int, int]]] = {}
     for start, end in itertools.pairwise(borders):
         if start < end:
-            found.setdefault(points_of(end - start, kernel, reverse), []).append((start, end))
+            found.setdefault(points_of(end - start, a), []).append((start, end))
     return [
         Circle(
             points,
             max(end - start for start, end in spans),
             len(spans),
-            torch.tensor(spans, dtype=torch.int32).to(u.device),
+            torch.tensor(spans, dtype=torch.int32).to(a.u.device),
         )
         for points, spans in sorted(found.items())
     ]
@@ -99,19 +99,12 @@ def _tables(m: int, device: torch.device) -> dict[str, Tensor]:
     }
 
 
-def convolve(
-    circles: list[Circle],
-    x: Tensor,
-    kernel: Tensor,
-    D: Tensor | None,
-    reverse: Tensor | None,
-    gate: Tensor | None,
-    adjoint: bool,
-) -> Tensor:
-    """x and gate (b d l) → the gated convolution with the skip, or its adjoint, (b l d)."""
+def convolve(circles: list[Circle], a: Any, x: Tensor, gate: Tensor | None, adjoint: bool) -> Tensor:
+    """x and gate (b d l) → the gated convolution of x with the taps and the skip of a call, or its adjoint, (b l d)."""
     d = x.shape[1]
     y = torch.empty_like(x)
-    D = None if D is None else D.contiguous()
+    kernel, reverse = a.kernel, a.kernel_reverse
+    D = None if a.D is None else a.D.contiguous()
     with on_device_of(x):
         for circle in circles:
             spectra = x.new_empty((d, 2, circle.points), dtype=torch.float32)
@@ -124,7 +117,7 @@ def convolve(
                 **_steps("kernel", kernel),
                 **_steps("reverse", reverse),
                 taps=min(kernel.shape[1], circle.points),
-                ahead=0 if reverse is None else min(reverse.shape[1], circle.points),
+                ahead=min(_count(reverse), circle.points),
                 **options,
             )
             kernels(__package__).convolve[(circle.rows * d,)](
@@ -138,22 +131,18 @@ def _steps(name: str, taps: Tensor | None) -> dict[str, int]:
     return dict(zip((f"{name}_channel", f"{name}_step"), (0, 0) if taps is None else taps.stride(), strict=True))
 
 
-def correlate(
-    circles: list[Circle],
-    x: Tensor,
-    g: Tensor,
-    kernel: Tensor,
-    D: Tensor | None,
-    reverse: Tensor | None,
-    gate: Tensor | None,
-) -> list[Tensor]:
-    """x, g and gate (b d l) → the gradients of kernel and of those of D and reverse that are given."""
+def _count(taps: Tensor | None) -> int:
+    return 0 if taps is None else taps.shape[1]
+
+
+def correlate(circles: list[Circle], a: Any, x: Tensor, g: Tensor, gate: Tensor | None) -> dict[str, Tensor]:
+    """x, g and gate (b d l) → the gradients of kernel, D and kernel_reverse, of those that are given."""
     d = x.shape[1]
-    found = [
-        w if w is None else w.new_zeros((len(circles), *w.shape), dtype=torch.float32) for w in (kernel, D, reverse)
-    ]
+    given = {name: w for name in ("kernel", "D", "kernel_reverse") if (w := getattr(a, name)) is not None}
+    found = {name: w.new_zeros((len(circles), *w.shape), dtype=torch.float32) for name, w in given.items()}
     for i, circle in enumerate(circles):
-        dkernel, dD, dreverse = (None if w is None else w[i] for w in found)
+        here = {name: total[i] for name, total in found.items()}
+        dD = here.get("D")
         share = -(-circle.rows // max(1, PROGRAMS // d))
         parts = -(-circle.rows // share)
         sums = x.new_empty((parts, d, 2, circle.points), dtype=torch.float32)
@@ -165,21 +154,17 @@ def correlate(
             )
             kernels(__package__).lags[(d,)](
                 sums,
-                dkernel,
-                dreverse,
+                here["kernel"],
+                here.get("kernel_reverse"),
                 **tables,
                 channels=d,
                 parts=parts,
-                taps=min(kernel.shape[1], circle.longest),
-                ahead=0 if reverse is None else min(reverse.shape[1], circle.longest - 1),
-                kernel_channel=kernel.shape[1],
-                reverse_channel=0 if reverse is None else reverse.shape[1],
+                taps=min(a.kernel.shape[1], circle.longest),
+                ahead=min(_count(a.kernel_reverse), circle.longest - 1),
+                kernel_channel=a.kernel.shape[1],
+                reverse_channel=_count(a.kernel_reverse),
                 **circle.options(),
             )
         if dD is not None and at_zero is not None:
             dD.copy_(at_zero.sum(0))
-    return [
-        parts.sum(0).to(w.dtype)
-        for w, parts in zip((kernel, D, reverse), found, strict=True)
-        if w is not None and parts is not None
-    ]
+    return {name: total.sum(0) for name, total in found.items()}

@@ -4,21 +4,34 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ssmkernels.core.dispatch import Op
-from ssmkernels.core.validate import (
-    check_dtypes,
-    check_options,
-    check_parameters,
-    check_same_dtype,
-    check_shapes,
-    check_written,
-    once,
-    precision,
-)
+from ssmkernels.core.declare import op
 
 __all__ = ["mamba_step"]
 
 
+@op(
+    shapes={
+        "x": "b m",
+        "conv_weight": "d w",
+        "conv_state": "b w-1 d",
+        "conv_bias": "d",
+        "A_log": "d n",
+        "ssm_state": "b d n",
+        "dt_proj": "d r",
+        "dt_bias": "d",
+        "D": "d",
+        "out_proj": "m d",
+        "out_bias": "m",
+        "in_proj": "2d m",
+        "in_bias": "2d",
+        "x_proj": "r+2n d",
+    },
+    returns={"y": "b m"},
+    wide="conv_weight conv_bias dt_bias A_log D",
+    sums="conv_state ssm_state",
+    mutates=("conv_state", "ssm_state"),
+    implementations=("cpu", "steps", "reference"),
+)
 def mamba_step(
     conv_state: Tensor,
     ssm_state: Tensor,
@@ -70,81 +83,3 @@ def mamba_step(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name.
     """
-    arguments = {
-        "conv_state": conv_state,
-        "ssm_state": ssm_state,
-        "x": x,
-        "in_proj": in_proj,
-        "in_bias": in_bias,
-        "conv_weight": conv_weight,
-        "conv_bias": conv_bias,
-        "x_proj": x_proj,
-        "dt_proj": dt_proj,
-        "dt_bias": dt_bias,
-        "A_log": A_log,
-        "D": D,
-        "out_proj": out_proj,
-        "out_bias": out_bias,
-        "norm_eps": norm_eps,
-    }
-    once(_check, *arguments.values())
-    check_written("mamba_step", "conv_state", conv_state)
-    check_written("mamba_step", "ssm_state", ssm_state)
-    return _STEP(implementation, **arguments)
-
-
-def _check(
-    conv_state: Tensor,
-    ssm_state: Tensor,
-    x: Tensor,
-    in_proj: Tensor,
-    in_bias: Tensor | None,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    x_proj: Tensor,
-    dt_proj: Tensor,
-    dt_bias: Tensor,
-    A_log: Tensor,
-    D: Tensor,
-    out_proj: Tensor,
-    out_bias: Tensor | None,
-    norm_eps: float | None,
-) -> None:
-    shapes = {
-        "x": (x, "b m"),
-        "conv_weight": (conv_weight, "d w"),
-        "conv_state": (conv_state, "b w-1 d"),
-        "conv_bias": (conv_bias, "d"),
-        "A_log": (A_log, "d n"),
-        "ssm_state": (ssm_state, "b d n"),
-        "dt_proj": (dt_proj, "d r"),
-        "dt_bias": (dt_bias, "d"),
-        "D": (D, "d"),
-        "out_proj": (out_proj, "m d"),
-        "out_bias": (out_bias, "m"),
-    }
-    optional = ("in_bias", "conv_bias", "out_bias")
-    sizes = check_shapes("mamba_step", shapes, [name for name in shapes if name not in optional])
-    _check_rows("in_proj", in_proj, "2d, m", (2 * sizes["d"], sizes["m"]), x)
-    _check_rows("in_bias", in_bias, "2d", (2 * sizes["d"],), x)
-    _check_rows("x_proj", x_proj, "r + 2n, d", (sizes["r"] + 2 * sizes["n"], sizes["d"]), x)
-    alike = {"x": x, "in_proj": in_proj, "in_bias": in_bias, "x_proj": x_proj, "dt_proj": dt_proj}
-    check_same_dtype("mamba_step", {**alike, "out_proj": out_proj, "out_bias": out_bias})
-    weights = {"conv_weight": conv_weight, "conv_bias": conv_bias, "dt_bias": dt_bias, "A_log": A_log, "D": D}
-    check_parameters("mamba_step", x, weights)
-    check_dtypes("mamba_step", {"conv_state": conv_state, "ssm_state": ssm_state}, [precision(x)])
-    check_options("mamba_step", "number or None", norm_eps=norm_eps)
-
-
-def _check_rows(name: str, value: Tensor | None, letters: str, shape: tuple[int, ...], x: Tensor) -> None:
-    """Shapes that no single letter tells."""
-    if value is None and name.endswith("_bias"):
-        return
-    check_shapes("mamba_step", {name: (value, " ".join("ij"[: len(shape)]))}, (name,))
-    if value is not None and value.shape != shape:
-        raise ValueError(f"mamba_step: `{name}` must have shape ({letters}) = {shape}; got {tuple(value.shape)}")
-    if value is not None and value.device != x.device:
-        raise ValueError(f"mamba_step: `{name}` must be on {x.device}, where `x` is; got {value.device}")
-
-
-_STEP = Op("mamba_step", __name__, ("cpu", "steps", "reference"), batched={"x": 2, "conv_state": 3, "ssm_state": 3})

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
-from ssmkernels.core.dispatch import Op
-from ssmkernels.core.validate import check_options, check_parameters, check_same_dtype, check_shapes, once
+from ssmkernels.core.declare import op
 
 __all__ = ["rms_norm"]
 
 
+def _check(name: str, sizes: dict[str, int], group_size: int | None, **_: Any) -> None:
+    if group_size is not None and (group_size < 1 or sizes["d"] % group_size):
+        raise ValueError(f"{name}: `group_size` must divide the {sizes['d']} channels of `x`; got {group_size}")
+
+
+@op(
+    shapes={"x": "... d", "weight": "d", "gate": "... d", "residual": "... d"},
+    returns={"y": "... d", "summed": "... d: residual if residual"},
+    wide="weight residual",
+    check=_check,
+    implementations=("cpu", "reference"),
+)
 def rms_norm(
     x: Tensor,
     weight: Tensor,
@@ -49,58 +61,3 @@ def rms_norm(
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, or groups that do not
             divide d.
     """
-    once(_check, x, weight, eps, gate, norm_before_gate, group_size, residual)
-    y, summed = _NORM(
-        implementation,
-        x=x,
-        weight=weight,
-        eps=eps,
-        gate=gate,
-        norm_before_gate=norm_before_gate,
-        group_size=group_size,
-        residual=residual,
-    )
-    return y if residual is None else (y, summed)
-
-
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    gate: Tensor | None,
-    norm_before_gate: bool,
-    group_size: int | None,
-    residual: Tensor | None,
-) -> None:
-    if not isinstance(x, Tensor) or x.ndim == 0:
-        came = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"rms_norm: `x` must be a tensor of shape (..., d); got {came}")
-    shape = " ".join([*(f"n{i}" for i in range(1, x.ndim)), "d"])
-    sizes = check_shapes(
-        "rms_norm",
-        {"x": (x, shape), "weight": (weight, "d"), "gate": (gate, shape), "residual": (residual, shape)},
-        ("weight",),
-    )
-    check_same_dtype("rms_norm", {"x": x, "gate": gate})
-    check_parameters("rms_norm", x, {"weight": weight, "residual": residual})
-    check_options("rms_norm", "number", eps=eps)
-    check_options("rms_norm", "bool", norm_before_gate=norm_before_gate)
-    check_options("rms_norm", "int or None", group_size=group_size)
-    if group_size is not None and (group_size < 1 or sizes["d"] % group_size):
-        raise ValueError(f"rms_norm: `group_size` must divide the {sizes['d']} channels of `x`; got {group_size}")
-
-
-def _fake(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    gate: Tensor | None,
-    norm_before_gate: bool,
-    group_size: int | None,
-    residual: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    summed = x.new_empty(0) if residual is None else residual.new_empty(residual.shape)
-    return torch.empty_like(x, memory_format=torch.contiguous_format), summed
-
-
-_NORM = Op("rms_norm", __name__, ("cpu", "reference"), fake=_fake, batched={"x": 2, "gate": 2, "residual": 2})

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ssmkernels import native
-from ssmkernels.core.double_backward import twice_differentiable
 from ssmkernels.core.memory import large_pages
 from ssmkernels.core.validate import precision
-from ssmkernels.native import address, missing, plain
-from ssmkernels.ops.rms_norm import reference
+from ssmkernels.native import address, missing, plain, wrong_device
 
-__all__ = ["missing", "rms_norm", "unsupported"]
+__all__ = ["DROPS", "SAVES", "backward", "forward", "missing", "restore", "unsupported"]
 
 PARTS = 64  # of the sum over rows: as in cpu_backward.cpp
 
@@ -28,62 +24,55 @@ _BACKWARD = _FORWARD + "dy dsummed dx dweight dgate dresidual parts dy_row dsumm
 _Forward = native.arguments("_Forward", _FORWARD, numbers=("eps",))
 _Backward = native.arguments("_Backward", _BACKWARD, numbers=("eps",))
 
-
-def unsupported(arguments: Mapping[str, Any]) -> str | None:
-    x = arguments["x"]
-    if x.device.type != "cpu":
-        return f"its tensors must be on the CPU; `x` is on {x.device}"
-    return "no channels" if x.shape[-1] == 0 else None
+# The backward pass takes the sum x + residual, and not the residual.
+SAVES, DROPS = ("summed",), ("residual",)
 
 
-def rms_norm(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    gate: Tensor | None,
-    norm_before_gate: bool,
-    group_size: int | None,
-    residual: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    tensors = (x, weight, gate, residual)
-    graph = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    run = norm if graph or torch.compiler.is_compiling() else _norm
-    return run(x, weight, eps, gate, norm_before_gate, group_size, residual)
+def unsupported(a: Any) -> str | None:
+    return wrong_device(a) or ("no channels" if a.x.shape[-1] == 0 else None)
 
 
-rms_norm.compiles = True  # type: ignore[attr-defined]  # it is an operator already
-
-
-def _norm(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    gate: Tensor | None,
-    norm_before_gate: bool,
-    group_size: int | None,
-    residual: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    y, summed = _outputs(x, weight, eps, gate, norm_before_gate, group_size, residual)
-    values, _kept = _values(x, weight, eps, gate, norm_before_gate, group_size, residual)
+def forward(a: Any, _: bool) -> tuple[Tensor, Tensor]:
+    y = a.x.new_empty(a.x.shape)
+    summed = a.x.new_empty(0, dtype=precision(a.x)) if a.residual is None else a.residual.new_empty(a.residual.shape)
+    values, _kept = _values(a, a.residual)
     large_pages(y, summed)
     values |= {"y": y.data_ptr(), "summed": summed.data_ptr()}
     native.run("rms_norm", _Forward(**values))
     return y, summed
 
 
-norm = torch.library.custom_op("ssmkernels::rms_norm_cpu", _norm, mutates_args=())
+def restore(a: Any, saved: Any) -> Any:
+    """The arguments with the residual: its derivative by x is 0, and that by the residual is 1."""
+    # Without a residual the sum is empty
+    return a._replace(residual=saved.summed - a.x) if saved.summed.shape == a.x.shape else a
 
 
-@norm.register_fake
-def _outputs(x, weight, eps, gate, norm_before_gate, group_size, residual):
-    summed = x.new_empty(0) if residual is None else residual.new_empty(residual.shape)
-    return torch.empty_like(x, memory_format=torch.contiguous_format), summed
+def backward(a: Any, saved: Any, grads: Any) -> dict[str, Any]:
+    summed = saved.summed if saved.summed.shape == a.x.shape else None
+    values, _kept = _values(a, summed)
+    dy, dsummed = _lines(grads.y), None if summed is None else _lines(grads.summed)
+    wide, d = precision(a.x), a.x.shape[-1]
+    parts = a.x.new_zeros((PARTS, d), dtype=wide)
+    found = {
+        "x": a.x.new_empty(a.x.shape),
+        "weight": a.weight.new_empty(d, dtype=wide),
+        "gate": None if a.gate is None else a.gate.new_empty(a.gate.shape),
+        "residual": None if summed is None else summed.new_empty(summed.shape),
+    }
+    large_pages(*found.values())
+    values |= {f"d{name}": address(g) for name, g in found.items()}
+    values |= {"dy": dy.data_ptr(), "dsummed": address(dsummed), "parts": parts.data_ptr()}
+    values["dy_row"] = dy.stride(0)
+    values["dsummed_row"] = 0 if dsummed is None else dsummed.stride(0)
+    native.run("rms_norm_backward", _Backward(**values))
+    return found
 
 
-def _values(x, weight, eps, gate, norm_before_gate, group_size, residual) -> tuple[dict[str, Any], list[Any]]:
-    """The fields of ``_Forward`` but for the outputs, and the tensors that they point into."""
-    x, gate, residual = _lines(x), _lines(gate), _lines(residual)
-    weight = plain(weight, precision(x))
+def _values(a: Any, residual: Tensor | None) -> tuple[dict[str, Any], list[Any]]:
+    """The fields of ``_Forward`` except the outputs, and the tensors that they point into."""
+    x, gate, residual = _lines(a.x), _lines(a.gate), _lines(residual)
+    weight = plain(a.weight, precision(x))
     rows, d = x.shape
     values = {
         "x": x.data_ptr(),
@@ -94,83 +83,20 @@ def _values(x, weight, eps, gate, norm_before_gate, group_size, residual) -> tup
         "residual_wide": residual is not None and residual.dtype != x.dtype,
         "rows": rows,
         "d": d,
-        "group": group_size or d,
-        "gate_first": not norm_before_gate,
+        "group": a.group_size or d,
+        "gate_first": not a.norm_before_gate,
         "threads": native.threads(4 * x.numel()),
         "x_row": x.stride(0),
         "gate_row": 0 if gate is None else gate.stride(0),
         "residual_row": 0 if residual is None else residual.stride(0),
-        "eps": eps,
+        "eps": a.eps,
     }
     return values, [x, weight, gate, residual]
 
 
-def _lines(x: Tensor | None) -> Tensor | None:
+def _lines(x: Any) -> Any:
     """(..., d) → (rows, d) with the channels side by side."""
     if x is None:
         return None
     x = x.reshape(-1, x.shape[-1]) if x.ndim != 2 else x
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-
-
-@torch.library.custom_op("ssmkernels::rms_norm_cpu_backward", mutates_args=())
-def norm_backward(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    gate: Tensor | None,
-    norm_before_gate: bool,
-    group_size: int | None,
-    summed: Tensor | None,
-    dy: Tensor,
-    dsummed: Tensor | None,
-) -> list[Tensor]:
-    """Gradients of x and weight, then of those of gate and residual that are given; ``summed`` is x + residual."""
-    values, _kept = _values(x, weight, eps, gate, norm_before_gate, group_size, summed)
-    dy_rows, dsummed_rows = _lines(dy), _lines(dsummed)
-    assert dy_rows is not None
-    wide, d = precision(x), x.shape[-1]
-    parts = x.new_zeros((PARTS, d), dtype=wide)
-    gradients = {
-        "dx": x.new_empty(x.shape),
-        "dweight": weight.new_empty(d, dtype=wide),
-        "dgate": None if gate is None else gate.new_empty(gate.shape),
-        "dresidual": None if summed is None else summed.new_empty(summed.shape),
-    }
-    large_pages(*gradients.values())
-    values |= {name: address(g) for name, g in gradients.items()}
-    values |= {"dy": dy_rows.data_ptr(), "dsummed": address(dsummed_rows), "parts": parts.data_ptr()}
-    values["dy_row"] = dy_rows.stride(0)
-    values["dsummed_row"] = 0 if dsummed_rows is None else dsummed_rows.stride(0)
-    native.run("rms_norm_backward", _Backward(**values))
-    inputs = (x, weight, gate, summed)
-    return [g.to(t.dtype) for g, t in zip(gradients.values(), inputs, strict=True) if g is not None and t is not None]
-
-
-@norm_backward.register_fake
-def _(x, weight, eps, gate, norm_before_gate, group_size, summed, dy, dsummed):
-    return [t.new_empty(t.shape) for t in (x, weight, gate, summed) if t is not None]
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, ctx.eps, gate, ctx.norm_before_gate, ctx.group_size, residual = inputs
-    ctx.save_for_backward(x, weight, gate, None if residual is None else output[1])
-
-
-def _again(ctx: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    x, weight, gate, summed = ctx.saved_tensors
-    residual = None if summed is None else summed - x  # its derivative by x is 0, and that by the residual is 1
-    return reference.rms_norm, (x, weight, ctx.eps, gate, ctx.norm_before_gate, ctx.group_size, residual)
-
-
-@twice_differentiable(_again)
-def _backward(ctx: Any, dy: Tensor | None, dsummed: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, weight, gate, summed = ctx.saved_tensors
-    dy = x.new_zeros(x.shape) if dy is None else dy
-    dsummed = None if summed is None else dsummed
-    found = iter(norm_backward(x, weight, ctx.eps, gate, ctx.norm_before_gate, ctx.group_size, summed, dy, dsummed))
-    dx, dweight, dgate, dresidual = (None if t is None else next(found) for t in (x, weight, gate, summed))
-    return dx, dweight, None, dgate, None, None, dresidual
-
-
-norm.register_autograd(_backward, setup_context=_setup_context)

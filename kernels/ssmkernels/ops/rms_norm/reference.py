@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,23 +11,15 @@ from torch import Tensor
 from ssmkernels.core.validate import precision
 
 
-def rms_norm(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    gate: Tensor | None,
-    norm_before_gate: bool,
-    group_size: int | None,
-    residual: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def compute(a: Any) -> tuple[Tensor, Tensor]:
     """y and x + residual, which is empty without a residual."""
-    wide = precision(x)
-    summed = x.new_empty(0) if residual is None else (x.to(residual.dtype) + residual).contiguous()
+    x, gate, residual, wide = a.x, a.gate, a.residual, precision(a.x)
+    summed = x.new_empty(0, dtype=wide) if residual is None else (x.to(residual.dtype) + residual).contiguous()
     y = (x if residual is None else summed).to(wide)
-    if gate is not None and not norm_before_gate:
+    if gate is not None and not a.norm_before_gate:
         y = y * F.silu(gate.to(wide))
-    y = _normalised(y, eps, group_size or y.shape[-1]) * weight.to(wide)
-    if gate is not None and norm_before_gate:
+    y = _normalised(y, a.eps, a.group_size or y.shape[-1]) * a.weight.to(wide)
+    if gate is not None and a.norm_before_gate:
         y = y * F.silu(gate.to(wide))
     return y.to(x.dtype).contiguous(), summed
 

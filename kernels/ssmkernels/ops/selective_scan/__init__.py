@@ -2,25 +2,47 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ssmkernels.core.dispatch import Op
-from ssmkernels.core.validate import (
-    check_cu_seqlens,
-    check_dtypes,
-    check_options,
-    check_parameters,
-    check_same_dtype,
-    check_shapes,
-    check_written,
-    copied,
-    precision,
-)
+from ssmkernels.core.declare import op
+from ssmkernels.core.validate import check_dtypes, precision
 
 __all__ = ["selective_scan", "selective_scan_step"]
 
 
+def _check(name: str, sizes: dict[str, int], u: Tensor, A: Tensor, B: Tensor, C: Tensor, **others: Any) -> None:
+    """The dtypes of what may be complex, and groups that divide the channels."""
+    wide = precision(u)
+    complex_wide = torch.complex128 if wide == torch.float64 else torch.complex64
+    check_dtypes(name, {"A": A}, dict.fromkeys((wide, u.dtype, complex_wide)))
+    check_dtypes(name, {"B": B, "C": C}, dict.fromkeys((u.dtype, wide, *((complex_wide,) if A.is_complex() else ()))))
+    states = {key: x for key, x in others.items() if key in ("state", "initial_state")}
+    check_dtypes(name, states, [complex_wide if A.is_complex() else wide])
+    if sizes.get("g", 1) == 0 or sizes["d"] % sizes.get("g", 1):
+        raise ValueError(f"{name}: the {sizes['g']} groups of `B` and `C` must divide the {sizes['d']} channels of `u`")
+
+
+@op(
+    shapes={
+        "u": "b l d",
+        "delta": "b l d",
+        "A": "d n",
+        "B": "b l n | b l g n | d n",
+        "C": "b l n | b l g n | d n",
+        "D": "d",
+        "z": "b l d",
+        "delta_bias": "d",
+        "initial_state": "s d n",
+    },
+    returns={"y": "b l d", "final_state": "s d n: sums A if return_final_state"},
+    wide="D delta_bias",
+    own="A B C initial_state",
+    check=_check,
+    implementations=("triton", "cpu", "mamba_ssm", "tiled", "reference"),
+)
 def selective_scan(
     u: Tensor,
     delta: Tensor,
@@ -70,42 +92,28 @@ def selective_scan(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name.
     """
-    sizes = check_shapes(
-        "selective_scan",
-        {
-            "u": (u, "b l d"),
-            "delta": (delta, "b l d"),
-            "A": (A, "d n"),
-            "B": (B, "b l n | b l g n | d n"),
-            "C": (C, "b l n | b l g n | d n"),
-            "D": (D, "d"),
-            "z": (z, "b l d"),
-            "delta_bias": (delta_bias, "d"),
-        },
-        ("u", "delta", "A", "B", "C"),
-    )
-    cu_seqlens = copied(cu_seqlens)
-    s = check_cu_seqlens("selective_scan", cu_seqlens, u)
-    check_shapes("selective_scan", {"u": (u, "b l d"), "initial_state": (initial_state, "s d n")}, s=s, **sizes)
-    check_options("selective_scan", "bool", delta_softplus=delta_softplus, return_final_state=return_final_state)
-    _check_values("selective_scan", sizes, u, delta, A, B, C, D, z, delta_bias, initial_state, "initial_state")
-    y, final_state = _SCAN(
-        implementation,
-        u=u,
-        delta=delta,
-        A=A,
-        B=B,
-        C=C,
-        D=D,
-        z=z,
-        delta_bias=delta_bias,
-        delta_softplus=delta_softplus,
-        initial_state=initial_state,
-        cu_seqlens=cu_seqlens,
-    )
-    return (y, final_state) if return_final_state else y
 
 
+@op(
+    shapes={
+        "u": "b d",
+        "delta": "b d",
+        "A": "d n",
+        "B": "b n | b g n",
+        "C": "b n | b g n",
+        "D": "d",
+        "z": "b d",
+        "delta_bias": "d",
+        "state": "b d n",
+    },
+    returns={"y": "b d"},
+    wide="D delta_bias",
+    own="A B C state",
+    mutates=("state",),
+    check=_check,
+    step=True,
+    implementations=("triton", "cpu", "reference"),
+)
 def selective_scan_step(
     state: Tensor,
     u: Tensor,
@@ -137,93 +145,3 @@ def selective_scan_step(
     Raises:
         TypeError, ValueError: as :func:`selective_scan`.
     """
-    sizes = check_shapes(
-        "selective_scan_step",
-        {
-            "u": (u, "b d"),
-            "delta": (delta, "b d"),
-            "A": (A, "d n"),
-            "B": (B, "b n | b g n"),
-            "C": (C, "b n | b g n"),
-            "D": (D, "d"),
-            "z": (z, "b d"),
-            "delta_bias": (delta_bias, "d"),
-            "state": (state, "b d n"),
-        },
-        ("u", "delta", "A", "B", "C", "state"),
-    )
-    check_options("selective_scan_step", "bool", delta_softplus=delta_softplus)
-    _check_values("selective_scan_step", sizes, u, delta, A, B, C, D, z, delta_bias, state, "state")
-    check_written("selective_scan_step", "state", state)
-    return _STEP(
-        implementation,
-        state=state,
-        u=u,
-        delta=delta,
-        A=A,
-        B=B,
-        C=C,
-        D=D,
-        z=z,
-        delta_bias=delta_bias,
-        delta_softplus=delta_softplus,
-    )
-
-
-def _check_values(
-    op: str,
-    sizes: dict[str, int],
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    state: Tensor | None,
-    state_name: str,
-) -> None:
-    """The rules that shapes alone do not tell: dtypes, and groups that divide the channels."""
-    check_same_dtype(op, {"u": u, "delta": delta, "z": z})
-    check_parameters(op, u, {"D": D, "delta_bias": delta_bias})
-    wide = precision(u)
-    complex_wide = torch.complex128 if wide == torch.float64 else torch.complex64
-    check_dtypes(op, {"A": A}, dict.fromkeys((wide, u.dtype, complex_wide)))
-    check_dtypes(op, {"B": B, "C": C}, dict.fromkeys((u.dtype, wide, *((complex_wide,) if A.is_complex() else ()))))
-    check_dtypes(op, {state_name: state}, [complex_wide if A.is_complex() else wide])
-    if sizes.get("g", 1) == 0 or sizes["d"] % sizes.get("g", 1):
-        raise ValueError(f"{op}: the {sizes['g']} groups of `B` and `C` must divide the {sizes['d']} channels of `u`")
-
-
-def _fake(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    s = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dtype = torch.promote_types(precision(u), A.dtype)
-    return torch.empty_like(u, memory_format=torch.contiguous_format), u.new_empty((s, *A.shape), dtype=dtype)
-
-
-_SCAN = Op(
-    "selective_scan",
-    __name__,
-    ("triton", "cpu", "mamba_ssm", "tiled", "reference"),
-    fake=_fake,
-    batched={"u": 3, "delta": 3, "B": 3, "C": 3, "z": 3, "initial_state": 3},
-)
-_STEP = Op(
-    "selective_scan_step",
-    __name__,
-    ("triton", "cpu", "reference"),
-    batched={"u": 2, "delta": 2, "B": 2, "C": 2, "z": 2, "state": 3},
-)

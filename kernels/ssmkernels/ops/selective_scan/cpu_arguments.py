@@ -48,17 +48,16 @@ def chunk_length(A: Tensor) -> int:
     return min(max(64, 4 * n // 64 * 64), 512)
 
 
-def values(
-    u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, starts
-) -> tuple[dict[str, int], list[Any]]:
-    """The fields of ``Forward`` but for the outputs, and the tensors that they point into."""
-    wide, dtype, chunk = precision(u), numbers(u, A), chunk_length(A)
-    u, delta = rows(u), rows(delta)
-    z = None if z is None else rows(z)
-    B, C = (_map(t) for t in maps(B, C, dtype))
-    A, initial_state = (None if t is None else reals(t.to(dtype)).contiguous() for t in (A, initial_state))
-    D, delta_bias = (None if t is None else t.to(wide).contiguous() for t in (D, delta_bias))
-    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+def values(a: Any, starts: Tensor | None) -> tuple[dict[str, int], list[Any]]:
+    """The fields of ``Forward`` except the outputs, and the tensors that they point into."""
+    wide, dtype = precision(a.u), numbers(a.u, a.A)
+    u, delta = rows(a.u), rows(a.delta)
+    z = None if a.z is None else rows(a.z)
+    B, C = (_map(t) for t in maps(a.B, a.C, dtype))
+    A = reals(a.A.to(dtype)).contiguous()
+    initial_state = None if a.initial_state is None else reals(a.initial_state.to(dtype)).contiguous()
+    D, delta_bias = (None if t is None else t.to(wide).contiguous() for t in (a.D, a.delta_bias))
+    cu_seqlens = None if a.cu_seqlens is None else a.cu_seqlens.contiguous()
     pointers = {
         "u": u,
         "delta": delta,
@@ -80,10 +79,10 @@ def values(
         "d": A.shape[0],
         "n": A.shape[1],
         "groups": max(t.shape[2] if t.ndim == 4 else 1 for t in (B, C)),
-        "softplus": delta_softplus,
+        "softplus": a.delta_softplus,
         "fixed_B": B.ndim == 2,
         "fixed_C": C.ndim == 2,
-        "chunk": chunk,
+        "chunk": chunk_length(a.A),
         "threads": torch.get_num_threads(),
     }
     for name, t in (("u", u), ("delta", delta), ("z", z), ("B", B), ("C", C)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,31 +13,14 @@ from ssmkernels.core.validate import precision
 from ssmkernels.native import address, rows
 from ssmkernels.ops.selective_scan.cpu_arguments import Backward, kernel, numbers, reals, values
 
+_FIELDS = {"delta_bias": "ddelta_bias_", "initial_state": "dinitial"}  # of Backward, where it has other names
 
-@torch.library.custom_op("ssmkernels::selective_scan_cpu_backward", mutates_args=())
-def scan_backward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    starts: Tensor,
-    dy: Tensor,
-    dfinal: Tensor | None,
-) -> list[Tensor]:
-    """Gradients of u, delta, A, B, C, then of those of D, z, delta_bias and the initial state that are given.
 
-    The kernel's gradients of complex numbers are Wirtinger's d/dx; PyTorch's are their conjugates.
-    """
-    wide, dtype = precision(u), numbers(u, A)
-    fields, _kept = values(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, starts)
-    dy = rows(dy)
+def backward(a: Any, saved: Any, grads: Any) -> dict[str, Tensor]:
+    """The kernel's gradients of complex numbers are Wirtinger's d/dx; PyTorch's are their conjugates."""
+    wide, dtype = precision(a.u), numbers(a.u, a.A)
+    fields, _kept = values(a, saved.starts)
+    dy, dfinal = rows(grads.y), grads.final_state
     dfinal = None if dfinal is None else reals(dfinal.resolve_conj().conj_physical()).contiguous()
 
     def empty(x: Tensor | None) -> Tensor | None:
@@ -44,28 +29,25 @@ def scan_backward(
     def zeros(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         return None if x is None else x.new_zeros(x.shape, dtype=dtype)
 
-    dC = C.new_zeros(C.shape, dtype=dtype)
-    gradients = {
-        "du": empty(u),
-        "ddelta": empty(delta),
-        "dA": zeros(A, dtype),
-        "dB": zeros(B, dtype),
-        "dC": dC,
-        "dD": zeros(D, wide),
-        "dz": empty(z),
-        "ddelta_bias_": zeros(delta_bias, wide),
-        "dinitial": empty(initial_state),
+    found: dict[str, Any] = {
+        "u": empty(a.u),
+        "delta": empty(a.delta),
+        "A": zeros(a.A, dtype),
+        "B": zeros(a.B, dtype),
+        "C": zeros(a.C, dtype),
+        "D": zeros(a.D, wide),
+        "z": empty(a.z),
+        "delta_bias": zeros(a.delta_bias, wide),
+        "initial_state": empty(a.initial_state),
     }
-    large_pages(gradients["du"], gradients["ddelta"], gradients["dz"])
-    fields |= {name: address(g) for name, g in gradients.items()}
+    large_pages(found["u"], found["delta"], found["z"])
+    fields |= {_FIELDS.get(name, "d" + name): address(g) for name, g in found.items()}
     fields |= {"dy": dy.data_ptr(), "dfinal": address(dfinal)}
     fields["dy_batch"], fields["dy_time"] = dy.stride()[:2]
-    native.run(kernel(A, "_backward"), Backward(**fields))
+    native.run(kernel(a.A, "_backward"), Backward(**fields))
     if dtype.is_complex:
-        dC *= 2  # as in maps
-    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    pairs = zip(gradients.values(), inputs, strict=True)
-    return [_gradient(g, x) for g, x in pairs if g is not None and x is not None]
+        found["C"] *= 2  # as in maps
+    return {name: _gradient(g, getattr(a, name)) for name, g in found.items() if g is not None}
 
 
 def _gradient(g: Tensor, x: Tensor) -> Tensor:
@@ -73,9 +55,3 @@ def _gradient(g: Tensor, x: Tensor) -> Tensor:
     if not g.is_complex():
         return g.to(x.dtype)
     return g.conj_physical_() if x.is_complex() else g.real.to(x.dtype).contiguous()
-
-
-@scan_backward.register_fake
-def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, starts, dy, dfinal):
-    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    return [x.new_empty(x.shape) for x in inputs if x is not None]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
 from ssmkernels import native
-from ssmkernels.core.library import operator_or_plain
-from ssmkernels.native import address, rows
+from ssmkernels.native import address, missing, rows
+from ssmkernels.ops.selective_scan.cpu import unsupported
 from ssmkernels.ops.selective_scan.cpu_arguments import kernel, maps, reals
+
+__all__ = ["forward", "missing", "unsupported"]
 
 _STEP = """
     state u delta z A B C D delta_bias y dtype batch d n groups_B groups_C softplus threads
@@ -17,52 +20,26 @@ _STEP = """
 _Step = native.arguments("_Step", _STEP)
 
 
-def selective_scan_step(
-    state: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> Tensor:
-    return operator_or_plain(step, _step)(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-
-
-def _step(
-    state: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> Tensor:
-    own = state.resolve_conj().contiguous()
+def forward(a: Any, _: bool) -> Tensor:
+    own = a.state.resolve_conj().contiguous()
     wide = own.real.dtype if own.is_complex() else own.dtype
-    u, delta = rows(u), rows(delta)
-    A_ = reals(A.to(own.dtype)).contiguous()
-    B, C = (_map(t) for t in maps(B, C, own.dtype))
-    z = None if z is None else rows(z)
-    D = None if D is None else D.to(wide).contiguous()
-    delta_bias = None if delta_bias is None else delta_bias.to(wide).contiguous()
+    u, delta = rows(a.u), rows(a.delta)
+    A = reals(a.A.to(own.dtype)).contiguous()
+    B, C = (_map(t) for t in maps(a.B, a.C, own.dtype))
+    z = None if a.z is None else rows(a.z)
+    D = None if a.D is None else a.D.to(wide).contiguous()
+    delta_bias = None if a.delta_bias is None else a.delta_bias.to(wide).contiguous()
     y = u.new_empty(u.shape)
     batch, d = u.shape
-    n = A_.shape[1]
+    n = A.shape[1]
     native.run(
-        kernel(A, "_step"),
+        kernel(a.A, "_step"),
         _Step(
             own.data_ptr(),
             u.data_ptr(),
             delta.data_ptr(),
             address(z),
-            A_.data_ptr(),
+            A.data_ptr(),
             B.data_ptr(),
             C.data_ptr(),
             address(D),
@@ -74,7 +51,7 @@ def _step(
             n,
             1 if B.ndim == 2 else B.shape[1],
             1 if C.ndim == 2 else C.shape[1],
-            delta_softplus,
+            a.delta_softplus,
             native.threads(batch * d * n),
             u.stride(0),
             delta.stride(0),
@@ -83,8 +60,8 @@ def _step(
             C.stride(0),
         ),
     )
-    if own is not state:
-        state.copy_(own)
+    if own is not a.state:
+        a.state.copy_(own)
     return y
 
 
@@ -92,11 +69,3 @@ def _map(x: Tensor) -> Tensor:
     """B or C (b n) or (b g n) with its groups and states side by side."""
     beside = (x.stride(-1) == 1 or x.shape[-1] == 1) and (x.ndim == 2 or x.stride(1) == x.shape[2])
     return x if beside else x.contiguous()
-
-
-step = torch.library.custom_op("ssmkernels::selective_scan_step_cpu", _step, mutates_args=("state",))
-
-
-@step.register_fake
-def _(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus):
-    return u.new_empty(u.shape)

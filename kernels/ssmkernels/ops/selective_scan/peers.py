@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmkernels.bench.peers import MAMBA_SSM, MAMBAPY, TORCH, TRANSFORMERS, Peer, Setting, refuse
-from ssmkernels.ops.selective_scan import mamba_ssm as package
+from ssmkernels.core.names import OPS
+from ssmkernels.ops.selective_scan import external_mamba_ssm as package
 
 SETTINGS = {
     "selective_scan": Setting(
@@ -125,7 +126,8 @@ def mamba_ssm(
     """mamba_ssm's CUDA kernel, which wants channels before time."""
     refuse(initial_state is not None or cu_seqlens is not None, "initial state or packed sequences")
     refuse(A.is_complex() or B.ndim != 3, "complex A, fixed maps or groups in this adapter")
-    y, last = package.call(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    arguments = OPS["selective_scan"].declared.Arguments
+    y, last = package.call(arguments(u, delta, A, B, C, D, z, delta_bias, delta_softplus, None, None))
     return (y, last) if return_final_state else y
 
 

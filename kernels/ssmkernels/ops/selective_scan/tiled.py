@@ -7,7 +7,7 @@ Everything inside a chunk is time-first, so that one step is one fused multiply-
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ssmkernels.core.double_backward import twice_differentiable
+from ssmkernels.core.names import OPS
 from ssmkernels.core.packing import pad
 from ssmkernels.core.validate import precision
 from ssmkernels.ops.selective_scan import reference
@@ -23,45 +24,32 @@ from ssmkernels.ops.selective_scan import reference
 ELEMENTS = 2**19  # of one (t b d n) tensor in a chunk: a few of them stay in the cache
 
 
-def unsupported(arguments: Mapping[str, Any]) -> str | None:
-    if arguments["A"].is_complex():
+TRACEABLE = True  # its core is an operator
+LOSES_TANGENTS = True  # as its core is an operator in eager calls too
+
+
+def unsupported(a: Any) -> str | None:
+    if a.A.is_complex():
         return "complex A"
-    if arguments["B"].ndim == 2 or arguments["C"].ndim == 2:
+    if a.B.ndim == 2 or a.C.ndim == 2:
         return "B or C fixed over time"
     return None
 
 
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    wide = precision(u)
-    x = u.to(wide)
-    dt = delta.to(wide)
-    if delta_bias is not None:
-        dt = dt + delta_bias.to(wide)
-    if delta_softplus:
+def compute(a: Any) -> tuple[Tensor, Tensor]:
+    wide = precision(a.u)
+    x, dt = a.u.to(wide), a.delta.to(wide)
+    if a.delta_bias is not None:
+        dt = dt + a.delta_bias.to(wide)
+    if a.delta_softplus:
         dt = F.softplus(dt, threshold=40)
-    B, C = (t.to(wide) if t.ndim == 4 else t.to(wide).unsqueeze(2) for t in (B, C))  # (b l g n)
-    y, final_state, _ = scan(x, dt, A.to(wide), B, C, initial_state, cu_seqlens)
-    if D is not None:
-        y = y + D.to(wide) * x
-    if z is not None:
-        y = y * F.silu(z.to(wide))
-    return y.to(u.dtype), final_state
-
-
-selective_scan.compiles = True  # type: ignore[attr-defined]  # its core is an operator already
-selective_scan.loses_tangents = True  # type: ignore[attr-defined]  # as its operator does in eager calls too
+    B, C = (t.to(wide) if t.ndim == 4 else t.to(wide).unsqueeze(2) for t in (a.B, a.C))  # (b l g n)
+    y, final_state, _ = scan(x, dt, a.A.to(wide), B, C, a.initial_state, a.cu_seqlens)
+    if a.D is not None:
+        y = y + a.D.to(wide) * x
+    if a.z is not None:
+        y = y * F.silu(a.z.to(wide))
+    return y.to(a.u.dtype), final_state
 
 
 @torch.library.custom_op("ssmkernels::selective_scan_tiled", mutates_args=())
@@ -162,7 +150,8 @@ def _by_reference(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """:func:`scan` without the chunks' states."""
-    return reference.selective_scan(x, dt, A, B, C, None, None, None, False, initial_state, cu_seqlens)
+    arguments = OPS["selective_scan"].declared.Arguments
+    return reference.compute(arguments(x, dt, A, B, C, None, None, None, False, initial_state, cu_seqlens))
 
 
 @twice_differentiable(_again)

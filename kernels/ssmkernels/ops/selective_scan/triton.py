@@ -3,89 +3,37 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ssmkernels.core.double_backward import twice_differentiable
-from ssmkernels.core.library import operator_or_plain, wants_graph
-from ssmkernels.core.triton_support import kernels, missing, on_device_of, wrong_device
-from ssmkernels.core.validate import gradient_wanted, precision
-from ssmkernels.ops.selective_scan.again import again
+from ssmkernels.core.names import OPS
+from ssmkernels.core.triton_support import kernels, missing, on_device_of
+from ssmkernels.core.validate import precision
+from ssmkernels.ops.selective_scan import triton_step as step
 from ssmkernels.ops.selective_scan.triton_arguments import chunk_length, count_groups, forward_options, values
-from ssmkernels.ops.selective_scan.triton_backward import _scan_backward, scan_backward
-from ssmkernels.ops.selective_scan.triton_step import _step, selective_scan_step
+from ssmkernels.ops.selective_scan.triton_backward import backward
+from ssmkernels.ops.selective_scan.triton_step import unsupported
 
-__all__ = ["missing", "offline_cases", "selective_scan", "selective_scan_step", "step_unsupported", "unsupported"]
+__all__ = ["SAVES", "backward", "empty", "forward", "missing", "offline_cases", "unsupported"]
 
-LARGEST = 256
-
-
-def unsupported(arguments: Mapping[str, Any]) -> str | None:
-    A = arguments["A"]
-    if A.is_complex():
-        return "complex A"
-    if A.numel() == 0:
-        return "no channels or no states"
-    if A.shape[1] > LARGEST:
-        return f"a state of more than {LARGEST}"
-    return wrong_device("u", arguments["u"])
+SAVES = ("starts",)  # the states before each chunk, (chunks d n)
 
 
-def step_unsupported(arguments: Mapping[str, Any]) -> str | None:
-    return gradient_wanted(arguments) or unsupported(arguments)
-
-
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    graph = wants_graph(u, delta, A, B, C, D, z, delta_bias, initial_state)
-    run = operator_or_plain(scan, _scan, graph)
-    y, final_state, _ = run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, graph)
-    return y, final_state
-
-
-selective_scan.compiles = True  # type: ignore[attr-defined]  # it is an operator already
-
-
-def _scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y (b l d), the final state (s d n) and, if they are to be saved, the states before each chunk (chunks d n)."""
-    arguments = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens)
-    y, final_state, starts = _outputs(*arguments, save)
-    n, groups = A.shape[1], count_groups(B, C)
-    per_group = A.shape[0] // groups
-    options = forward_options(n, per_group, u.dtype)
+def forward(a: Any, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    y, final_state, starts = empty(a, save)
+    n, groups = a.A.shape[1], count_groups(a.B, a.C)
+    per_group = a.A.shape[0] // groups
+    options = forward_options(n, per_group, a.u.dtype)
     blocks = -(-per_group // options["BLOCK_D"])
     programs = final_state.shape[0] * groups * blocks
     if programs:
-        fields = values(u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, groups)
+        fields = values(a, groups)
         fields |= {
-            "initial": None if initial_state is None else initial_state.contiguous(),
+            "initial": None if a.initial_state is None else a.initial_state.contiguous(),
             "starts": starts if save else None,
             "y": y,
             "final": final_state,
@@ -93,45 +41,22 @@ def _scan(
             "d_blocks": groups * blocks,
             "zero": 0,
         }
-        with on_device_of(u):
+        with on_device_of(a.u):
             kernels(__package__).forward[(programs,)](**fields, **options)
     return y, final_state, starts
 
 
-scan = torch.library.custom_op("ssmkernels::selective_scan_triton", _scan, mutates_args=())
-
-
-@scan.register_fake
-def _outputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, save):
-    s = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+def empty(a: Any, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    u, A = a.u, a.A
+    s = u.shape[0] if a.cu_seqlens is None else a.cu_seqlens.shape[0] - 1
     chunk, wide = chunk_length(A.shape[1]), precision(u)
-    # Packed, sequence i's chunks have the numbers from cu_seqlens[i] // chunk + i on: some belong to nobody
-    chunks = s * -(-u.shape[1] // chunk) if cu_seqlens is None else u.shape[1] // chunk + s
+    # Packed, sequence i's chunks have the numbers from cu_seqlens[i] // chunk + i on; some belong to no sequence
+    chunks = s * -(-u.shape[1] // chunk) if a.cu_seqlens is None else u.shape[1] // chunk + s
     return (
         u.new_empty(u.shape),
         u.new_empty((s, *A.shape), dtype=wide),
-        (u.new_empty if cu_seqlens is None else u.new_zeros)((chunks if save else 0, *A.shape), dtype=wide),
+        (u.new_empty if a.cu_seqlens is None else u.new_zeros)((chunks if save else 0, *A.shape), dtype=wide),
     )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.delta_softplus, initial_state, cu_seqlens, _ = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, initial_state, cu_seqlens, output[2])
-
-
-@twice_differentiable(again)
-def _backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, initial_state, cu_seqlens, starts = ctx.saved_tensors
-    if dy is None:
-        dy = tensors[0].new_zeros(tensors[0].shape)
-    given = initial_state is not None
-    found = iter(scan_backward(*tensors, ctx.delta_softplus, given, cu_seqlens, starts, dy, dfinal))
-    gradients = [None if t is None else next(found) for t in tensors]
-    return (*gradients, None, next(found, None), None, None)
-
-
-scan.register_autograd(_backward, setup_context=_setup_context)
 
 
 def offline_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -149,11 +74,13 @@ def offline_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         D, z, bias = (None, None, None) if plain else (vector, x, vector)
         cu_seqlens = meta(4, dtype=torch.int32) if packed else None
         initial = None if plain else meta(3 if packed else 1, 512, n, dtype=wide)
-        _, final, starts = _scan(x, x, A, B, B, D, z, bias, not plain, initial, cu_seqlens, True)
-        dfinal = None if plain else final
-        _scan_backward(x, x, A, B, B, D, z, bias, not plain, not plain, cu_seqlens, starts, x, dfinal)
+        Scan, Step = (OPS[name].declared.Arguments for name in ("selective_scan", "selective_scan_step"))
+        a = Scan(x, x, A, B, B, D, z, bias, not plain, initial, cu_seqlens)
+        _, final, starts = forward(a, True)
+        backward(a, SimpleNamespace(starts=starts), SimpleNamespace(y=x, final_state=None if plain else final))
         if not fixed:
-            _step(final[:1], x[:, 0], x[:, 0], A, B[:, 0], B[:, 0], D, None if z is None else z[:, 0], bias, not plain)
+            z = None if z is None else z[:, 0]
+            step.forward(Step(final[:1], x[:, 0], x[:, 0], A, B[:, 0], B[:, 0], D, z, bias, not plain), False)
 
     for dtype, n, option in (
         (torch.float32, 16, ""),

@@ -12,28 +12,17 @@ from ssmkernels.core.triton_support import all_registers, next_power_of_2
 from ssmkernels.core.validate import precision
 
 
-def values(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    cu_seqlens: Tensor | None,
-    groups: int,
-) -> dict[str, Any]:
+def values(a: Any, groups: int) -> dict[str, Any]:
     """What all kernels take of the arguments."""
+    u, A = a.u, a.A
     wide = precision(u)
-    D, delta_bias = (None if t is None else t.to(wide).contiguous() for t in (D, delta_bias))
+    D, delta_bias = (None if t is None else t.to(wide).contiguous() for t in (a.D, a.delta_bias))
     A2 = (A.to(wide) / math.log(2)).contiguous()
-    found: dict[str, Any] = {"u": u, "delta": delta, "z": z, "A2": A2, "D": D, "bias": delta_bias}
-    for name, x in (("u", u), ("delta", delta), ("z", z)):
+    found: dict[str, Any] = {"u": u, "delta": a.delta, "z": a.z, "A2": A2, "D": D, "bias": delta_bias}
+    for name, x in (("u", u), ("delta", a.delta), ("z", a.z)):
         strides = (0, 0, 0) if x is None else x.stride()
         found |= {f"{name}_{axis}": stride for axis, stride in zip(("batch", "time", "d"), strides, strict=True)}
-    for name, x in (("B", B), ("C", C)):
+    for name, x in (("B", a.B), ("C", a.C)):
         fixed = x.ndim == 2
         if fixed:
             x = x.to(wide).contiguous()
@@ -45,12 +34,12 @@ def values(
         }
         found |= {name: x, f"FIXED_{name}": fixed}
     return found | {
-        "cu_seqlens": None if cu_seqlens is None else cu_seqlens.contiguous(),
+        "cu_seqlens": None if a.cu_seqlens is None else a.cu_seqlens.contiguous(),
         "length": u.shape[1],
         "per_group": A.shape[0] // groups,
         "d": A.shape[0],
         "n": A.shape[1],
-        "SOFTPLUS": delta_softplus,
+        "SOFTPLUS": a.delta_softplus,
     }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ssmkernels.core.triton_support import kernels, on_device_of
@@ -13,23 +12,9 @@ from ssmkernels.core.validate import precision
 from ssmkernels.ops.selective_scan.triton_arguments import backward_options, count_groups, values
 
 
-def _scan_backward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    has_initial_state: bool,
-    cu_seqlens: Tensor | None,
-    starts: Tensor,
-    dy: Tensor,
-    dfinal: Tensor | None,
-) -> list[Tensor]:
-    """Gradients of u, delta, A, B, C, then of those of D, z, delta_bias and the initial state that are given."""
+def backward(a: Any, saved: Any, grads: Any) -> dict[str, Any]:
+    u, A, B, C, cu_seqlens = a.u, a.A, a.B, a.C, a.cu_seqlens
+    dy, dfinal = grads.y, grads.final_state
     d, n = A.shape
     wide, groups = precision(u), count_groups(B, C)
     per_group = d // groups
@@ -42,17 +27,17 @@ def _scan_backward(
     def empty(*shape: int) -> Tensor:
         return u.new_empty(shape, dtype=wide)
 
-    du, ddelta, dz = (None if t is None else t.new_empty(t.shape) for t in (u, delta, z))
-    dinitial = empty(sequences, d, n) if has_initial_state else None
+    du, ddelta, dz = (None if t is None else t.new_empty(t.shape) for t in (u, a.delta, a.z))
+    dinitial = empty(sequences, d, n) if a.initial_state is not None else None
     dA = empty(workers, d, n)
-    dD, dbias = (None if t is None else empty(workers, d) for t in (D, delta_bias))
+    dD, dbias = (None if t is None else empty(workers, d) for t in (a.D, a.delta_bias))
     maps: dict[str, Any] = {}
     for name, x in (("dB", B), ("dC", C)):
         maps[name], strides = _partial(x, groups, parts, workers, empty)
         maps |= {f"{name}_{axis}": stride for axis, stride in zip(("part", "group", "time"), strides, strict=True)}
     if programs:
-        fields = values(u, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens, groups)
-        fields |= {"starts": starts, "dy": dy, "dfinal": None if dfinal is None else dfinal.contiguous(), "dz": dz}
+        fields = values(a, groups)
+        fields |= {"starts": saved.starts, "dy": dy, "dfinal": None if dfinal is None else dfinal.contiguous()}
         fields |= dict(zip(("dy_batch", "dy_time", "dy_d"), dy.stride(), strict=True))
         fields |= {
             "du": du,
@@ -69,23 +54,17 @@ def _scan_backward(
         fields["scratch"] = empty(programs, tiles, options["BLOCK_D"], options["N"])
         with on_device_of(u):
             kernels(__package__).backward[(programs,)](**fields, **options)
-    found = [du, ddelta, dA.sum(0).to(A.dtype), _total(maps["dB"], B), _total(maps["dC"], C)]
-    found.append(None if dD is None or D is None else dD.sum(0).to(D.dtype))
-    found.append(dz)
-    found.append(None if dbias is None or delta_bias is None else dbias.sum(0).to(delta_bias.dtype))
-    return [t for t in (*found, dinitial) if t is not None]
-
-
-scan_backward = torch.library.custom_op("ssmkernels::selective_scan_triton_backward", _scan_backward, mutates_args=())
-
-
-@scan_backward.register_fake
-def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, has_initial_state, cu_seqlens, starts, dy, dfinal):
-    found = [t.new_empty(t.shape) for t in (u, delta, A, B, C, D, z, delta_bias) if t is not None]
-    if has_initial_state:
-        s = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        found.append(u.new_empty((s, *A.shape), dtype=precision(u)))
-    return found
+    return {
+        "u": du,
+        "delta": ddelta,
+        "A": dA.sum(0),
+        "B": _total(maps["dB"], B),
+        "C": _total(maps["dC"], C),
+        "D": None if dD is None else dD.sum(0),
+        "z": dz,
+        "delta_bias": None if dbias is None else dbias.sum(0),
+        "initial_state": dinitial,
+    }
 
 
 def _partial(

@@ -1,0 +1,182 @@
+"""What an op is: the names, shapes and dtypes of its arguments and results, read from its public function.
+
+Everything that follows from them is here: which values are checked how, the schema of its operators, its empty results
+for compilers, and which arguments belong to single sequences.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections import namedtuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ssmkernels.core.shapes import expanded, size_of
+from ssmkernels.core.validate import precision
+
+# Python's annotations in the words of torch.library; a size may be a symbol.
+TYPES = {
+    "Tensor": "Tensor",
+    "bool": "bool",
+    "int": "SymInt",
+    "float": "float",
+    "str": "str",
+}
+
+# Parameters that only choose what the public function does; implementations do not see them.
+PUBLIC = ("implementation", "return_final_state")
+
+
+class Result(NamedTuple):
+    """One result. It is empty, and not returned, where the argument or option named by ``condition`` is not given.
+
+    ``dtypes`` names arguments, whose dtypes are promoted, and "sums", float32 or float64 as the arguments are.
+    """
+
+    name: str
+    shape: str
+    dtypes: tuple[str, ...]
+    condition: str | None
+
+
+class Declaration:
+    """An op's arguments and results.
+
+    Attributes:
+        name: of the op.
+        signature: of the public function.
+        annotations: parameter → its type, for all parameters.
+        shapes: tensor argument → its shape in letters, in the order in which they are checked.
+        leader: the first of these; its dtype and device are those of the call.
+        results: by name.
+        takes: what implementations take: name → type.
+        Arguments: the named tuple in which they take it.
+        mutates: arguments that the op writes.
+        dtypes: argument → its dtypes in words, where they are not the first tensor's.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        shapes: Mapping[str, str],
+        returns: Mapping[str, str],
+        takes: str | None,
+        mutates: tuple[str, ...],
+    ):
+        self.name = function.__name__
+        self.signature = inspect.signature(function)
+        self.annotations = {p.name: _kind(p.annotation) for p in self.signature.parameters.values()}
+        self.shapes = dict(shapes)
+        self.leader = next(iter(shapes))
+        self.results = {name: _result(name, text, self.leader) for name, text in returns.items()}
+        if takes is None:
+            self.takes = {name: kind for name, kind in self.annotations.items() if name not in PUBLIC}
+        else:
+            self.takes = dict(part.strip().split(": ") for part in takes.split(","))
+        self.Arguments = self._arguments()
+        self.mutates = mutates
+        self.dtypes: dict[str, str] = {}
+        for name in shapes:
+            if name not in self.annotations:
+                raise ValueError(f"{self.name}: `shapes` names {name!r}, which is no argument")
+
+    def _arguments(self) -> Any:
+        arguments: Any = namedtuple(self.name, self.takes)  # type: ignore[misc]  # the fields are the signature's
+        arguments.declared = self
+        return arguments
+
+    def required(self, name: str) -> bool:
+        return self.annotations[name] == "Tensor"
+
+    @property
+    def batched(self) -> dict[str, int]:
+        """Arguments whose first axis is the batch → the least number of axes with which it is."""
+        found = {}
+        for name, shape in self.shapes.items():
+            ranks = [len(s.split()) for s in shape.split("|") if s.split()[0] in ("b", "s", "...")]
+            if ranks:
+                found[name] = min(ranks)
+        return found
+
+    @property
+    def schema(self) -> str:
+        """The arguments in the notation of ``torch.library``, without brackets."""
+        aliases = {name: f"({chr(97 + i)}!)" for i, name in enumerate(self.mutates)}
+        parts = []
+        for name, kind in self.takes.items():
+            optional = kind.endswith(" | None")
+            word = TYPES[kind.removesuffix(" | None")]
+            parts.append(f"{word}{aliases.get(name, '')}{'?' * optional} {name}")
+        return ", ".join(parts)
+
+    def sizes(self, a: Any) -> dict[str, Any]:
+        """The size of every letter in a call."""
+        found: dict[str, Any] = {}
+        leader = getattr(a, self.leader)
+        for name, shape in self.shapes.items():
+            value = getattr(a, name, None)
+            if value is None:
+                continue
+            letters = next(s for s in expanded(shape, leader.ndim) if len(s) == value.ndim)
+            for letter, size in zip(letters, value.shape, strict=True):
+                found.setdefault(letter, size)
+        if "b" in found:
+            packed = getattr(a, "cu_seqlens", None)
+            found.setdefault("s", found["b"] if packed is None else packed.shape[0] - 1)
+        return found
+
+    def outputs(self, a: Any) -> tuple[Tensor, ...]:
+        """Empty results of a call."""
+        sizes = self.sizes(a)
+        leader = getattr(a, self.leader)
+        made = []
+        for result in self.results.values():
+            if result.condition in self.takes and not _given(getattr(a, result.condition)):  # type: ignore[arg-type]
+                shape: list[Any] = [0]
+            else:
+                (letters,) = expanded(result.shape, leader.ndim)
+                # a letter may have the name of another argument: the head dim ``k`` that of the keys
+                options = {x: getattr(a, x) for x in letters if x in self.takes and x not in sizes}
+                shape = [size_of(x, options | sizes) for x in letters]
+            made.append(leader.new_empty(shape, dtype=self._dtype(result, a)))
+        return tuple(made)
+
+    def _dtype(self, result: Result, a: Any) -> torch.dtype:
+        found = None
+        for word in result.dtypes:
+            tensors = [x for x in a if isinstance(x, Tensor)]
+            x = None if word == "sums" else getattr(a, word)
+            dtype = precision(*tensors) if x is None else x.dtype
+            found = dtype if found is None else torch.promote_types(found, dtype)
+        assert found is not None
+        return found
+
+    def select(self, results: Any, given: Mapping[str, Any]) -> Any:
+        """What the public function returns of several results: one tensor, or a tuple of them."""
+        wanted = [
+            x
+            for result, x in zip(self.results.values(), results, strict=True)
+            if result.condition is None or _given(given[result.condition])
+        ]
+        return wanted[0] if len(wanted) == 1 else tuple(wanted)
+
+
+def _kind(annotation: Any) -> str:
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    return text.replace("torch.", "")
+
+
+def _given(value: Any) -> bool:
+    return value is not None and value is not False
+
+
+def _result(name: str, text: str, leader: str) -> Result:
+    """``"s d n: sums A if return_final_state"``"""
+    match = re.fullmatch(r"([^:]+?)(?:: *(.*?))?(?: +if +(\w+))?", text.strip())
+    assert match is not None
+    shape, dtypes, condition = match.groups()
+    return Result(name, shape, tuple((dtypes or leader).split()), condition)

@@ -1,0 +1,57 @@
+"""The causal convolution's step in Triton: its launch, and what the convolution itself shares with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ssmkernels.core.triton_support import kernels, missing, next_power_of_2, on_device_of, wrong_device
+
+__all__ = ["block_of", "forward", "missing", "unsupported", "warps_of"]
+
+WIDEST = 16  # taps are unrolled
+
+
+def unsupported(a: Any) -> str | None:
+    if a.weight.shape[1] > WIDEST:
+        return f"a width of more than {WIDEST}"
+    return wrong_device(a)
+
+
+def forward(a: Any, save: bool) -> Tensor:
+    x, weight, bias = a.x, a.weight, a.bias
+    y = x.new_empty(x.shape)
+    b, d = x.shape
+    block = block_of(d)
+    d_blocks = -(-d // block)
+    if y.numel():
+        with on_device_of(x):
+            kernels(__package__).step[(b * d_blocks,)](
+                a.state,
+                x,
+                weight,
+                bias,
+                y,
+                *a.state.stride(),
+                *x.stride(),
+                *weight.stride(),
+                0 if bias is None else bias.stride(0),
+                d,
+                d_blocks,
+                W=weight.shape[1],
+                SILU=a.activation == "silu",
+                BLOCK_D=block,
+                num_warps=warps_of(block, 1),
+            )
+    return y
+
+
+def block_of(d: int) -> int:
+    """Channels of a program."""
+    return min(128, next_power_of_2(d))
+
+
+def warps_of(block: int, channels: int) -> int:
+    """Warps of 32 threads with so many channels each."""
+    return max(1, block // (32 * channels))

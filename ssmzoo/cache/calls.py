@@ -1,0 +1,67 @@
+"""What mixers whose state is a cache have in common."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ssmzoo.cache.kv import KVCache
+from ssmzoo.cache.paged import PagedCache
+from ssmzoo.cache.tokens import owners
+
+Cache = KVCache | PagedCache  # one interface: append, append_packed, places, packed, recent, decode, trim
+
+FEW = 8  # new tokens up to which a call on a filled cache counts as decoding
+
+
+def empty(
+    kind: type[Cache],
+    like: Tensor,
+    shape: tuple[int, int, int, int],
+    capacity: int,
+    keep: int | None,
+    page_size: int | None,
+) -> Cache:
+    """A cache of this kind without tokens: its own ``empty``, where ``page_size`` goes with kinds that have pages."""
+    if issubclass(kind, PagedCache):
+        assert page_size is not None
+        return kind.empty(like, shape, capacity, keep, page_size)
+    return kind.empty(like, shape, capacity, keep)
+
+
+def positions(x: Tensor, cache: Cache | None, cu_seqlens: Tensor | None) -> Tensor:
+    """Where in its sequence each token of x ``(b, l, …)`` stands: ``(b, l)``, or ``(1, l)`` if the same for all."""
+    l = x.shape[1]
+    if cu_seqlens is None:
+        steps = torch.arange(l, device=x.device)
+        return steps[None] if cache is None else cache.lengths[:, None] + steps
+    places = owners(cu_seqlens, l)[1] if cache is None else cache.places(cu_seqlens, l)[1]
+    return places[None]
+
+
+def append(cache: Cache, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, queries: Tensor) -> None:
+    """Adds new tokens to a cache, packed or not, as the gradients of what is to be computed from it allow.
+
+    Args:
+        cache: changed in place.
+        k, v: of the new tokens, ``(b, l, h_kv, k)`` and ``(b, l, h_kv, v)``.
+        cu_seqlens: their borders, or None.
+        queries: what will meet the cache: their gradients need it as it is then.
+    """
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (queries, k, v))
+    if cu_seqlens is None:
+        cache.append(k, v, differentiable)
+    else:
+        cache.append_packed(k, v, cu_seqlens, differentiable)
+
+
+def borders(x: Tensor, cache: Cache | None, cu_seqlens: Tensor | None, few: int = FEW) -> Tensor | None:
+    """int32 ``(b + 1)``, with which a batch x ``(b, l, …)`` of more than a few tokens should be packed; mostly None.
+
+    That is where sequences of several lengths go on together: no dense call knows at which positions they stand.
+    ``few`` is how many tokens the caller can decode without that.
+    """
+    b, l = x.shape[:2]
+    if cache is None or cache.even or cu_seqlens is not None or l <= few:
+        return None
+    return torch.arange(0, b * l + 1, l, dtype=torch.int32, device=x.device)

@@ -1,0 +1,1 @@
+"""Formats on disk: published checkpoints, files of tensors, and checksums."""

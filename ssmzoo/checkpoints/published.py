@@ -1,0 +1,141 @@
+"""Published checkpoints of Mamba and Falcon Mamba: their ``config.json``, the names of their weights, and shards."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ssmzoo.checkpoints.weights import line, read_tensors, some
+from ssmzoo.config import ModelConfig
+
+FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def published_config(path: Path) -> ModelConfig:
+    """Our config from that of a published checkpoint, of state-spaces or of transformers.
+
+    Raises:
+        ValueError: it is damaged, or describes something other than Mamba-1 and Falcon Mamba.
+    """
+    try:
+        given = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no valid JSON: {str(error).splitlines()[0]}") from None
+    if not isinstance(given, dict):
+        raise ValueError(f"{path} must hold a JSON object; got {type(given).__name__}")
+    try:
+        values = _from_transformers(given) if "model_type" in given else _from_state_spaces(given)
+    except KeyError as error:
+        raise ValueError(f"{path}: the key {error} is missing") from None
+    if values is None:
+        raise ValueError(
+            f"{path} describes no Mamba-1, nor Falcon Mamba: other published architectures cannot be loaded"
+        )
+    return ModelConfig.from_dict({"pattern": ["mamba"], **values}, str(path))
+
+
+def _from_state_spaces(given: Mapping[str, Any]) -> dict[str, Any] | None:
+    mixer = dict(given.get("ssm_cfg") or {})
+    if mixer.pop("layer", "Mamba1") != "Mamba1" or given.get("attn_layer_idx") or given.get("d_intermediate"):
+        return None
+    mixer.pop("use_fast_path", None)  # which of their kernels runs
+    return {
+        "d_model": given["d_model"],
+        "n_layers": given["n_layer"],
+        "mixers": {"mamba": mixer},
+        "vocab_size": given["vocab_size"],
+        "pad_vocab_size_multiple": given.get("pad_vocab_size_multiple", 8),
+        "norm": "rms" if given.get("rms_norm", True) else "layer",
+        "residual_in_fp32": given.get("residual_in_fp32", True),
+        "tie_embeddings": given.get("tie_embeddings", True),
+    }
+
+
+def _from_transformers(given: Mapping[str, Any]) -> dict[str, Any] | None:
+    if given["model_type"] not in ("mamba", "falcon_mamba") or given.get("hidden_act", "silu") != "silu":
+        return None
+    d_model = given["hidden_size"]
+    expand = given.get("expand", 2)
+    if "intermediate_size" in given:  # it counts: falcon-mamba-7b has 8192 of them beside an `expand` of 16
+        expand = given["intermediate_size"] / d_model
+    mixer = {
+        "d_state": given.get("state_size", 16),
+        "d_conv": given.get("conv_kernel", 4),
+        "expand": int(expand) if expand == int(expand) else expand,
+        "dt_rank": given.get("time_step_rank", "auto"),
+        "conv_bias": given.get("use_conv_bias", True),
+        "bias": given.get("use_bias", False),
+    }
+    if given["model_type"] == "falcon_mamba":
+        mixer |= {"bcdt_norm": True, "bcdt_norm_eps": given.get("mixer_rms_eps", 1e-6)}
+    return {
+        "d_model": d_model,
+        "n_layers": given["num_hidden_layers"],
+        "mixers": {"mamba": mixer},
+        "vocab_size": given["vocab_size"],
+        "norm_eps": given.get("layer_norm_epsilon", 1e-5),
+        "residual_in_fp32": given.get("residual_in_fp32", True),
+        "tie_embeddings": given.get("tie_word_embeddings", True),
+    }
+
+
+def convert_mamba_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Renames the weights of a published Mamba to ours; the tensors are the same.
+
+    Args:
+        state_dict: of a state-spaces checkpoint (``backbone.embedding.weight``), or of transformers'
+            ``MambaForCausalLM``, ``MambaModel`` or their Falcon Mamba twins (``backbone.embeddings.weight``,
+            ``embeddings.weight``).
+
+    Raises:
+        ValueError: keys of another kind of model, the first of them by name.
+    """
+    converted: dict[str, Tensor] = {}
+    strange = []
+    for key, tensor in state_dict.items():
+        name = re.sub(r"^embeddings\.", "embedding.", key.removeprefix("backbone."))
+        if not re.match(r"(embedding|norm_f|lm_head|layers\.\d+\.(mixer|norm2?|mlp))\.", name):
+            strange.append(key)
+        converted[name] = tensor
+    if strange:
+        raise ValueError(
+            f"convert_mamba_state_dict: `state_dict` holds weights that are none of Mamba: {some(strange)}"
+        )
+    return converted
+
+
+def published_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """The file that says what the weights are, and all of them: one file, or shards with their index.
+
+    Raises:
+        FileNotFoundError, ValueError: there are none, or they are damaged.
+    """
+    for name in FILES:
+        whole, index = folder / name, folder / f"{name}.index.json"
+        if whole.is_file():
+            return whole, read_tensors(whole)
+        if index.is_file():
+            return index, _shards(index)
+    raise FileNotFoundError(f"no weights: {folder} holds neither {' nor '.join(FILES)}, whole or in shards")
+
+
+def _shards(index: Path) -> dict[str, Tensor]:
+    """The tensors of all shards that an index (``{"weight_map": {tensor: file}}``) names."""
+    try:
+        places = dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} is no index of shards ({type(error).__name__}: {line(error)})") from None
+    weights: dict[str, Tensor] = {}
+    for shard in sorted(set(map(str, places.values()))):
+        if Path(shard).name != shard:
+            raise ValueError(f"{index} must name files beside it; got {shard!r}")
+        weights |= read_tensors(index.with_name(shard))
+    lacking = sorted(set(places) - set(weights))
+    if lacking:
+        raise ValueError(f"{index} names tensors that its shards do not hold: {some(lacking)}")
+    return weights

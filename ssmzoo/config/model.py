@@ -1,0 +1,232 @@
+"""The typed config of a model, its YAML, and overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ssmkernels.core.names import unknown
+from ssmzoo.config.entries import check_nesting, merge, reachable
+from ssmzoo.mixer import Mixer
+from ssmzoo.mlp import MLPS
+from ssmzoo.options import check_options, check_range, convert, options_of
+from ssmzoo.plain import check_plain, read_mapping, short
+from ssmzoo.registry import mixer_class
+
+MAX_LAYERS = 10_000
+MAX_SIZE = 2**31 - 1  # of any width or count
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    """Everything that makes up one :class:`~ssmzoo.SequenceModel`. It names mixers, never code.
+
+    Attributes:
+        d_model: width of the residual stream.
+        n_layers: number of blocks.
+        pattern: the order of mixers, repeated down the layers: names of entries of ``mixers``, or of registered mixers.
+        mixers: options by entry. An entry may name its ``kind`` (the entry's own name otherwise), and may be
+            ``shared: true``: one set of weights at each of its places.
+        mlp: options of the channel mixer after each mixer: ``kind`` is "swiglu", "gelu" or "none".
+        vocab_size: number of token ids; None for real-valued features in and out.
+        pad_vocab_size_multiple: the embedding's rows are rounded up to a multiple of it.
+        d_input: width of real-valued input features, which replace token ids where it is set.
+        output: what comes out: "tokens" (a logit for each id and step), "classes" (a logit for each class and
+            sequence) or "features" (d_output numbers a step). If None: "classes" where n_classes is set, else "tokens"
+            where vocab_size is, else "features".
+        n_classes: number of classes.
+        pooling: which steps the classes are read from: the "mean" of all, or the "last".
+        d_output: width of output features; d_input if None.
+        tie_embeddings: the token logits use the embedding's weights.
+        norm: "rms" or "layer", before each mixer and MLP and at the end.
+        norm_eps: added to the mean square, or the variance.
+        residual_in_fp32: keep the residual stream in float32 whatever the weights are.
+        dropout: on what each mixer and MLP adds to the residual stream.
+        bidirectional: every mixer looks both ways; each must be able to.
+        description: one line for lists.
+        train: defaults of ``ssmzoo train`` for this model.
+    """
+
+    d_model: int
+    n_layers: int
+    pattern: list[str]
+    mixers: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    mlp: dict[str, Any] = dataclasses.field(default_factory=lambda: {"kind": "none"})
+    vocab_size: int | None = None
+    pad_vocab_size_multiple: int = 1
+    d_input: int | None = None
+    output: Literal["tokens", "classes", "features"] | None = None
+    n_classes: int | None = None
+    pooling: Literal["mean", "last"] = "mean"
+    d_output: int | None = None
+    tie_embeddings: bool = True
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-5
+    residual_in_fp32: bool = False
+    dropout: float = 0.0
+    bidirectional: bool = False
+    description: str = ""
+    train: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            where, value = f"config key `{field.name}`", getattr(self, field.name)
+            check_plain(value, where)
+            setattr(self, field.name, check_range(where, field.name, convert(where, value, hints[field.name])))
+        self.pattern = [convert("each entry of config key `pattern`", name, str) for name in self.pattern]
+        self.mixers = {
+            convert("each name in config key `mixers`", name, str): dict(
+                convert(f"config key `mixers.{name:.80}`", options, dict | None) or {}
+            )
+            for name, options in self.mixers.items()
+        }
+        if self.output is None:
+            self.output = "classes" if self.n_classes else "tokens" if self.vocab_size else "features"
+        if self.output == "features" and self.d_output is None:
+            self.d_output = self.d_input
+        self._check()
+
+    def _check(self) -> None:
+        for name in (
+            "d_model",
+            "n_layers",
+            "vocab_size",
+            "pad_vocab_size_multiple",
+            "d_input",
+            "n_classes",
+            "d_output",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"config key `{name}` must be at least 1; got {short(value)}")
+            most = MAX_LAYERS if name == "n_layers" else MAX_SIZE
+            if value is not None and value > most:
+                raise ValueError(f"config key `{name}` must be at most {most}; got {short(value)}")
+        if not self.pattern:
+            raise ValueError("config key `pattern` must name at least one mixer; got an empty list")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"config key `dropout` must be in [0, 1); got {self.dropout}")
+        if self.vocab_size is None and self.d_input is None:
+            raise ValueError(
+                "config: set `vocab_size` for token ids in, or `d_input` for real-valued features in; got neither"
+            )
+        needed = {"tokens": "vocab_size", "classes": "n_classes", "features": "d_output"}[self.output or ""]
+        if getattr(self, needed) is None:
+            raise ValueError(f"config: `output: {self.output}` needs `{needed}`; it is not set")
+        if convert("config key `mlp.kind`", self.mlp.get("kind", "none"), str) not in MLPS:
+            raise ValueError(unknown("`kind` of mlp", self.mlp["kind"], MLPS))
+        check_options(f"mlp {self.mlp.get('kind', 'none')!r}", MLPS[self.mlp.get("kind", "none")], self.mlp_options())
+        check_nesting(self.pattern, self.mixers)
+        used = self.entries_used()
+        for entry in self.mixers:
+            if entry not in used:
+                raise ValueError(
+                    f"config: `mixers.{entry:.80}` is used nowhere in `pattern` {short(self.pattern)}; "
+                    + (f"did you mean one of {short(sorted(used))}?" if used else "")
+                )
+
+    def entries_used(self) -> set[str]:
+        """Names that the pattern, and the parallel entries in it, refer to; looks each mixer up."""
+        used = reachable(self.pattern, self.mixers)
+        for entry in sorted(used):
+            self.mixer_class(entry)
+        return used
+
+    def entry_of_layer(self, layer: int) -> str:
+        """The pattern's name at a layer."""
+        return self.pattern[layer % len(self.pattern)]
+
+    def mixer_class(self, entry: str) -> type[Mixer]:
+        """The class of an entry of ``mixers``, or of a registered mixer's name."""
+        kind = self.mixers.get(entry, {}).get("kind", entry)
+        return mixer_class(convert(f"config key `mixers.{entry:.80}.kind`", kind, str))
+
+    def mixer_options(self, entry: str) -> dict[str, Any]:
+        """``kind`` and the options that an entry's mixer is built with; named branches are spelled out."""
+        options = {k: v for k, v in self.mixers.get(entry, {}).items() if k != "shared"}
+        options.setdefault("kind", entry)
+        branches = options.get("branches")
+        if isinstance(branches, Sequence) and not isinstance(branches, str):
+            options["branches"] = {name: self.mixer_options(name) for name in branches}
+        elif self.bidirectional and options["kind"] != "parallel":
+            if "bidirectional" not in options_of(self.mixer_class(entry)):
+                raise ValueError(f"config: `bidirectional` is set, but mixer {options['kind']!r} can only look back")
+            options["bidirectional"] = True
+        return options
+
+    def mlp_options(self) -> dict[str, Any]:
+        """The channel mixer's options without its kind."""
+        return {k: v for k, v in self.mlp.items() if k != "kind"}
+
+    @property
+    def n_residuals(self) -> int:
+        """How many maps of the model write into its residual stream."""
+        return self.n_layers * (1 if self.mlp.get("kind", "none") == "none" else 2)
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: ``vocab_size`` rounded up to ``pad_vocab_size_multiple``."""
+        multiple = self.pad_vocab_size_multiple
+        return -(-(self.vocab_size or 0) // multiple) * multiple
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, without what is at its default."""
+        default = {f.name: _default(f) for f in dataclasses.fields(self)}
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if value != default[name]}
+
+    def to_yaml(self) -> str:
+        """Itself as YAML."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "config") -> ModelConfig:
+        """A config from plain data.
+
+        Raises:
+            ValueError, TypeError: an unknown or missing key, or a value that does not fit, by name.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        for key in values:
+            if key not in known:
+                raise ValueError(unknown(f"key of {where}", key, known))
+        for key in ("d_model", "n_layers", "pattern"):
+            if key not in values:
+                raise ValueError(f"{where}: the key `{key}` is missing")
+        return cls(**values)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> ModelConfig:
+        """A config from a YAML file.
+
+        Raises:
+            FileNotFoundError, ValueError, TypeError: no such file, no YAML mapping in it, or keys that do not fit.
+        """
+        return cls.from_dict(read_mapping(Path(path)), str(path))
+
+    def override(self, overrides: Mapping[str, Any]) -> ModelConfig:
+        """A new config with some values changed: nested (``mixers={"mamba": {"d_state": 8}}``) or dotted
+        (``{"mixers.mamba.d_state": 8}``). Dictionaries merge, all else is replaced."""
+        values = dataclasses.asdict(self)
+        if "output" not in overrides and {"n_classes", "d_output", "vocab_size"} & set(overrides):
+            values["output"] = None  # to be derived again
+        if "d_input" in overrides and self.d_output == self.d_input:
+            values["d_output"] = None  # likewise
+        for key, value in overrides.items():
+            merge(values, key.split("."), value)
+        if "pattern" in overrides:  # entries that only the old pattern used go with it
+            asked = {*(overrides.get("mixers") or {})}
+            asked |= {key.split(".")[1] for key in overrides if key.startswith("mixers.")}
+            kept = reachable(values["pattern"], values["mixers"]) | asked
+            values["mixers"] = {name: options for name, options in values["mixers"].items() if name in kept}
+        return ModelConfig.from_dict(values)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default

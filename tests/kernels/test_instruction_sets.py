@@ -1,0 +1,57 @@
+"""The native kernels in each instruction set that the library was built for, on sizes that fill vectors and do not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ssmkernels import native
+
+# In a process for each: the library chooses its instruction set once.
+PROGRAM = """
+import sys, torch
+from ssmkernels import native
+from ssmkernels.testing import check
+
+torch.set_num_threads(1)
+assert native.missing() is None, native.missing()
+assert native.info()["isa"] == sys.argv[1], native.info()
+single, both = [torch.float32], [torch.float32, torch.float64]
+halves = [*both, torch.bfloat16, torch.float16]
+scans = [dict(b=1, l=67, d=37, n=7), dict(fixed="BC"), dict(delta=30.0), dict(packed=True, b=1, l=21), dict(g=3)]
+scans += [dict(b=1, l=67, d=37, n=7, complex=True), dict(fixed="C", complex=True, frequency=1e3)]
+states = (1, 2, 3, 5, 7, 8, 16, 17, 32, 64, 100, 255, 256)
+steps = [dict(d=37, n=7), dict(d=5, n=17), dict(g=3), dict(d=5, n=17, complex=True)]
+convolutions = [dict(w=3), dict(w=4, d=37, l=67), dict(w=7), dict(w=4, x=1e-3), dict(packed=True, b=1, l=21)]
+diagonals = [dict(n=1), dict(n=9, length=70), dict(n=17, complex=False), dict(length=500, d=1)]
+dplr = [dict(n=n, length=l, rank=r) for n, l, r in ((1, 1, 1), (17, 37, 2), (33, 127, 1), (64, 200, 3))]
+for op, dtypes, cases in (
+    ("selective_scan", single, [dict(b=1, l=9, d=5, n=n, complex=n % 2 == 1) for n in states]),
+    ("selective_scan", halves, scans),
+    ("selective_scan_step", halves, steps),
+    ("causal_conv1d", halves, convolutions),
+    ("causal_conv1d_step", halves, [dict(w=1), dict(w=4, d=37), dict(w=6)]),
+    ("diagonal_kernel", both, [*diagonals, dict(discretization="dss")]),
+    ("dplr_kernel", both, [*dplr, dict(complex=False, n=19, length=70)]),
+):
+    check(op, "cpu", cases=cases, dtypes=dtypes)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.op("selective_scan", "causal_conv1d", "diagonal_kernel", "dplr_kernel")
+@pytest.mark.skipif(native.missing() is not None, reason=f"needs the native library: {native.missing()}")
+@pytest.mark.parametrize("isa", native.info().get("isas", []))
+def test_every_instruction_set(isa):
+    answer = subprocess.run(
+        [sys.executable, "-c", PROGRAM, isa],
+        env={**os.environ, "SSMZOO_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+    if "cannot be run by this CPU" in answer.stderr:
+        pytest.skip(f"needs a CPU with {isa}")
+    assert answer.returncode == 0, answer.stderr[-4000:]

@@ -1,0 +1,19 @@
+"""Options that make each mixer small, for the tests that build all of them."""
+
+HEADS = {"head_dim": 8}
+SMALL = {
+    "mamba": {"d_state": 3},
+    "attention": HEADS,
+    "mla": {"n_heads": 2, "kv_lora_rank": 4},
+    "longformer": HEADS | {"window": 4},
+    "bigbird": HEADS | {"block_size": 8},
+    "strided": HEADS | {"block_size": 8},
+    "performer": HEADS | {"n_features": 8},
+    "linformer": HEADS | {"proj_len": 4, "max_length": 24},
+    "lightconv": {},
+    "dynamicconv": {},
+    "lstm": {},
+    "gru": {},
+    "s4": {"d_state": 4},
+    "s4d": {"d_state": 4},
+}

@@ -24,6 +24,7 @@ TITLES = {
     "ops": "Ops: time relative to the limit of memory bandwidth and matrix rate",
     "mixers": "Mixers: time relative to their matrix products alone",
     "models": "Models: time relative to their matrix products alone",
+    "busy": "Beside a busy process on each core: time relative to the same on one thread",
 }
 BAR, HEADING, GAP, WIDTH = 0.27, 0.3, 0.16, 11.0  # inches: a bar's line, a group's heading, the space after it
 TOP, BOTTOM, LEFT = 1.12, 0.62, 1.75

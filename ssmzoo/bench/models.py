@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ DEFAULT = ("mamba-130m",)
 SIZES = {"length": 512, "batch": 1}
 QUICK = {"length": 64, "batch": 1}
 QUICK_LAYERS = 2
+ROOM = 4096  # tokens after the prompt
 SAME = 1e-3  # token by token against at once, relative to the largest logit, in float32
 
 PREFILL = "prefill"  # reads a prompt, as generation does: the last position's logits, and the state
@@ -33,37 +34,13 @@ def bench_model(name: str, plan: Plan) -> Iterator[list[Measurement]]:
 
     ``plan.changes`` may hold length and batch; everything else in it overrides the model's config.
     """
-    sizes = {key: plan.changes.get(key, value) for key, value in (QUICK if plan.quick else SIZES).items()}
-    overrides = {key: value for key, value in plan.changes.items() if key not in sizes}
-    if plan.quick:
-        overrides.setdefault("n_layers", QUICK_LAYERS)
-    plan.say(f"{name}: building")
-    torch.manual_seed(0)
-    model = build(name, device=plan.device, dtype=plan.dtype, **overrides).eval()
-    vocabulary = model.config.padded_vocab_size
-    if model.config.output not in (None, "tokens") or model.config.d_input is not None:
-        yield [refusal("models", name, "ssmzoo", "ours", "only models of tokens are timed", plan)]
-        return
-    ids = torch.randint(vocabulary, (sizes["batch"], sizes["length"]), device=plan.device)
-    plan.say(f"{name}: checking")
-    wrong = _fails(model, ids[:, :8], plan)
-    if wrong:
-        yield [refusal("models", name, "ssmzoo", "ours", f"fails its check: {wrong}", plan)]
-        return
-    others, absent = rivals("models", name, model, MODELS, plan)
-    yield from ([row] for row in absent)
-    shape = f"prompt of {sizes['length']}, {model.config.n_layers} layers, batch {sizes['batch']}"
     timed = []
     try:
-        for work in (PREFILL, SCORING, DECODING):
-            plan.say(f"{name}, {work}: reading the prompt")
-            contestants = [Contestant("ssmzoo", "ours", _ours(model, ids, work))]
-            contestants += [Contestant(n, "peer", _theirs(rival, ids, work), note) for n, note, rival in others]
-            tokens = sizes["batch"] if work == DECODING else ids.numel()
-            limit = products(model, tokens, backward=False, outputs=ids.numel() if work == SCORING else sizes["batch"])
-            contestants += [limit] if limit is not None else []
-            contest = Contest("models", name, work, shape, contestants, limited_by=NAME, tokens=tokens)
-            timed.append((contest, clock(contest, plan)))
+        for refused, contest in contests(name, plan, (PREFILL, SCORING, DECODING)):
+            for row in refused:
+                yield [row]
+            if contest is not None:
+                timed.append((contest, clock(contest, plan)))
         while timed:
             rows = weigh(*timed[0], plan)
             del timed[0]
@@ -74,6 +51,45 @@ def bench_model(name: str, plan: Plan) -> Iterator[list[Measurement]]:
         raise
 
 
+def contests(
+    name: str, plan: Plan, works: Sequence[str], *, kind: str = "models", copies: int = 1
+) -> Iterator[tuple[list[Measurement], Contest | None]]:
+    """Lines of those who cannot take part, and a contest of each kind of work, as soon as each is ready.
+
+    Everyone is in it so many times, each with a state of its own.
+    """
+    sizes = {key: plan.changes.get(key, value) for key, value in (QUICK if plan.quick else SIZES).items()}
+    overrides = {key: value for key, value in plan.changes.items() if key not in sizes}
+    if plan.quick:
+        overrides.setdefault("n_layers", QUICK_LAYERS)
+    plan.say(f"{name}: building")
+    torch.manual_seed(0)
+    model = build(name, device=plan.device, dtype=plan.dtype, **overrides).eval()
+    vocabulary = model.config.padded_vocab_size
+    if model.config.output not in (None, "tokens") or model.config.d_input is not None:
+        yield [refusal(kind, name, "ssmzoo", "ours", "only models of tokens are timed", plan)], None
+        return
+    ids = torch.randint(vocabulary, (sizes["batch"], sizes["length"]), device=plan.device)
+    plan.say(f"{name}: checking")
+    wrong = _fails(model, ids[:, :8], plan)
+    if wrong:
+        yield [refusal(kind, name, "ssmzoo", "ours", f"fails its check: {wrong}", plan)], None
+        return
+    others, absent = rivals(kind, name, model, MODELS, plan)
+    yield absent, None
+    shape = f"prompt of {sizes['length']}, {model.config.n_layers} layers, batch {sizes['batch']}"
+    for work in works:
+        plan.say(f"{name}, {work}: reading the prompt")
+        contestants = [Contestant("ssmzoo", "ours", _ours(model, ids, work)) for _ in range(copies)]
+        contestants += [
+            Contestant(n, "peer", _theirs(rival, ids, work), note) for n, note, rival in others for _ in range(copies)
+        ]
+        tokens = sizes["batch"] if work == DECODING else ids.numel()
+        limit = products(model, tokens, backward=False, outputs=ids.numel() if work == SCORING else sizes["batch"])
+        contestants += [limit] if limit is not None and copies == 1 else []
+        yield [], Contest(kind, name, work, shape, contestants, limited_by=NAME, tokens=tokens)
+
+
 def _ours(model: SequenceModel, ids: Tensor, work: str) -> Callable[[], Results]:
     @torch.no_grad()
     def read() -> Results:
@@ -82,7 +98,7 @@ def _ours(model: SequenceModel, ids: Tensor, work: str) -> Callable[[], Results]
 
     if work != DECODING:
         return read
-    room = ids.shape[1] + 4096
+    room = ids.shape[1] + ROOM
     with torch.no_grad():
         state: Any = model(ids, model.initial_state(len(ids), max_length=room))[1]
 

@@ -11,8 +11,8 @@ from ssmkernels.check.spec import spec_of, specs
 from ssmkernels.core.names import unknown
 
 USUAL = ("ops", "mixers", "models")
-KINDS = (*USUAL, "scaling")
-ONE_OF = {"ops": "op", "mixers": "mixer", "models": "model", "scaling": "op or mixer"}
+KINDS = (*USUAL, "scaling", "busy")
+ONE_OF = {"ops": "op", "mixers": "mixer", "models": "model", "scaling": "op or mixer", "busy": "op, mixer or model"}
 
 
 def names_of(kind: str) -> list[str]:
@@ -27,6 +27,8 @@ def names_of(kind: str) -> list[str]:
         from ssmzoo.bench.scaling import scalable
 
         return scalable()
+    if kind == "busy":
+        return list(dict.fromkeys(name for each in USUAL for name in names_of(each)))
     from ssmzoo.config import list_models
 
     return list_models()
@@ -38,9 +40,9 @@ def chosen(kinds: Sequence[str], only: Sequence[str]) -> dict[str, list[str]]:
     Raises:
         ValueError: a name that no kind has; says which there are and the nearest.
     """
-    from ssmzoo.bench import models, scaling
+    from ssmzoo.bench import busy, models, scaling
 
-    usual = {"models": models.DEFAULT, "scaling": scaling.DEFAULT}
+    usual = {"models": models.DEFAULT, "scaling": scaling.DEFAULT, "busy": busy.DEFAULT}
     known = {kind: names_of(kind) for kind in kinds}
     every = sorted({name for names in known.values() for name in names})
     for name in only:
@@ -58,13 +60,13 @@ def check_changes(kind: str, names: Iterable[str], changes: Mapping[str, Any]) -
     Raises:
         ValueError: a name that nothing has, or a value of another type.
     """
-    if kind == "models":
+    if kind == "models" or (kind == "busy" and not set(names) <= {*specs(), *names_of("mixers")}):
         return
     known: dict[str, Any] = {}
-    if kind in ("ops", "scaling"):
+    if kind in ("ops", "scaling", "busy"):
         for name in set(names) & set(specs()):
             known |= spec_of(name).case({})
-    if kind in ("mixers", "scaling"):
+    if kind in ("mixers", "scaling", "busy"):
         from ssmzoo.bench.mixers import SIZES
         from ssmzoo.registry import list_mixers
 
@@ -100,6 +102,10 @@ def _bench(kind: str) -> Callable[[str, Plan], Iterator[list[Measurement]]]:
         from ssmzoo.bench.scaling import bench_scaling
 
         return bench_scaling
+    if kind == "busy":
+        from ssmzoo.bench.busy import bench_busy
+
+        return bench_busy
     from ssmzoo.bench.models import bench_model
 
     return bench_model

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ssmzoo.bench.record import Machine
 
 USUAL = ("ops", "mixers", "models")
-KINDS = (*USUAL, "scaling")
+KINDS = (*USUAL, "scaling", "busy")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SECONDS, QUICK_SECONDS = 1.0, 0.1  # for each contestant of a contest
 
@@ -32,7 +32,9 @@ SECONDS, QUICK_SECONDS = 1.0, 0.1  # for each contestant of a contest
 def command(
     what: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[ops|mixers|models|scaling]", help="What to time; ops, mixers and models by default."),
+        typer.Argument(
+            metavar="[ops|mixers|models|scaling|busy]", help="What to time; ops, mixers and models by default."
+        ),
     ] = None,
     only: Annotated[
         list[str] | None, typer.Option(metavar="NAME ...", help="Time only these ops, mixers or models.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import sys
 
@@ -11,7 +12,7 @@ import torch
 import ssmzoo
 from ssmkernels import bench
 from ssmzoo import cli
-from ssmzoo.bench import mixers, models, products, session, units
+from ssmzoo.bench import busy, mixers, models, products, session, units
 from ssmzoo.bench import peers as other
 from ssmzoo.bench.record import MEASURED, Log, Machine
 
@@ -111,6 +112,60 @@ def test_how_things_scale_from_end_to_end(run, tmp_path, monkeypatch):
     assert "causal_conv1d, forward + backward: 3.0 MiB of memory" in out
     assert "× the first" in out
     assert (tmp_path / "scaling-growth.png").stat().st_size > 1000
+
+
+def test_threads_beside_busy_processes_from_end_to_end(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(busy, "SAMPLE", 1e-3)
+    started = []
+
+    @contextlib.contextmanager
+    def counting():
+        with real() as cores:
+            started.append(len(cores))
+            yield cores
+
+    real = busy.busy
+    monkeypatch.setattr(busy, "busy", counting)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        names = ("--only", "decode_attention", "gru")
+        small = ("--set", "m=64", "--set", "d_model=64", "--set", "length=8")
+        status, out, _ = run("busy", "--quick", *small, "--out", str(tmp_path), *names)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert status == 0
+    rows = [row for row in read(tmp_path) if row["median_s"]]
+    assert len(started) == 3  # an op, a layer, one token of a layer
+    assert {row["kind"] for row in rows} == {"busy"}
+    assert {(row["what"], row["pass"]) for row in rows if row["role"] == "ours"} == {
+        ("decode_attention", "forward"),
+        ("gru", "forward"),
+        ("gru", "decoding"),
+    }
+    for one, two in zip(rows[::2], rows[1::2], strict=True):
+        name = one["implementation"].removesuffix(", 1 thread")
+        assert two["implementation"] == f"{name}, 2 threads"
+        assert not one["limit_s"]
+        assert two["limit_s"] == one["median_s"]
+        assert two["limited_by"] == busy.ONE
+    assert "2 threads" in out
+    assert (tmp_path / "busy.png").stat().st_size > 1000
+
+
+def test_a_model_beside_busy_processes(monkeypatch):
+    monkeypatch.setattr(busy, "SAMPLE", 1e-3)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        rows = [row for rows in busy.bench_busy("mamba-hybrid-tiny", plan({"length": 8})) for row in rows]
+        assert [row.implementation for row in rows if row.median] == ["ssmzoo, 1 thread", "ssmzoo, 2 threads"]
+        torch.set_num_threads(1)
+        ((row,),) = busy.bench_busy("mamba-hybrid-tiny", plan({}))
+        assert "PyTorch has one thread" in row.refused
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_several_names_after_only(run, tmp_path):
@@ -216,6 +271,7 @@ def test_everything_that_exists_is_timed_by_itself():
     assert set(todo["mixers"]) == set(ssmzoo.list_mixers()) - {"parallel"}  # which needs to be told its branches
     assert todo["models"] == ["mamba-130m"]
     assert todo["scaling"] == ["selective_scan", "mamba"]
+    assert todo["busy"] == ["mamba_step", "decode_attention", "mamba", "mamba-130m"]
 
 
 @pytest.mark.parametrize("name", ["mamba", "attention", "lstm", "gru"])

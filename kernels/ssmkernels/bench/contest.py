@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ssmkernels.bench.limits import Limits
-from ssmkernels.bench.measure import Timing, compete, exponent, peak_memory
+from ssmkernels.bench.measure import SHORTEST, Timing, compete, exponent, peak_memory
 
 Results = Mapping[str, Tensor]
 Role = Literal["ours", "peer", "limit"]
@@ -35,6 +35,7 @@ class Plan:
         quick: small sizes, and no growth.
         changes: sizes and options by name, over the usual ones.
         say: is told what is going on.
+        shortest: seconds that a sample of a contest lasts at least, in which short calls are repeated.
     """
 
     device: torch.device
@@ -45,6 +46,7 @@ class Plan:
     quick: bool = False
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     say: Callable[[str], None] = lambda text: None
+    shortest: float = SHORTEST
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Contest:
     """What is to be done, and by whom.
 
     Attributes:
-        kind: "ops", "mixers", "models" or "scaling".
+        kind: "ops", "mixers", "models", "scaling" or "busy".
         what: the op's, mixer's or model's name.
         work: "forward", "forward + backward", "prefill" or "decoding".
         shape: the sizes, for people.
@@ -148,7 +150,8 @@ def clock(contest: Contest, plan: Plan) -> list[Measurement]:
         del results
     del truth
     plan.say(f"{contest.what}, {contest.work}: timing")
-    timings = compete({one.name: one.call for one in admitted}, device=plan.device, seconds=plan.seconds)
+    calls = {one.name: one.call for one in admitted}
+    timings = compete(calls, device=plan.device, seconds=plan.seconds, shortest=plan.shortest)
     ours = min((timings[one.name].median for one in admitted if one.role == "ours"), default=None)
     limit = next((timings[one.name].median for one in admitted if one.role == "limit"), contest.limit)
     rows = []

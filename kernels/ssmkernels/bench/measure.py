@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 LEAST, MOST = 3, 50  # samples of one contestant
 SLOW = 10  # times the seconds that a contestant has: from there on, two samples must do
-SHORTEST = 2e-3  # seconds that a sample lasts at least: quicker calls are repeated within it
+SHORTEST = 2e-3  # seconds that a sample usually lasts at least: quicker calls are repeated within it
 CACHE = 2**28  # bytes; more than any GPU's caches hold
 
 
@@ -41,7 +41,11 @@ class Timing:
 
 
 def compete(
-    calls: Mapping[str, Callable[[], object]], *, device: torch.device | str = "cpu", seconds: float = 1.0
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    device: torch.device | str = "cpu",
+    seconds: float = 1.0,
+    shortest: float = SHORTEST,
 ) -> dict[str, Timing]:
     """Times functions against one another: they run by turns, so that what slows the machine down slows all of them.
 
@@ -52,11 +56,12 @@ def compete(
         calls: name → what is timed.
         device: where it computes: its work is waited for. On a GPU its caches are emptied before each call.
         seconds: for each of them, about.
+        shortest: seconds that a sample lasts at least.
     """
     watch = stopwatch(torch.device(device))
     first = {name: watch(call, 1) for name, call in calls.items()}
     samples = {name: [taken] if taken > seconds else [] for name, taken in first.items()}
-    repeats = {name: max(1, math.ceil(SHORTEST / max(taken, 1e-9))) for name, taken in first.items()}
+    repeats = {name: max(1, math.ceil(shortest / max(taken, 1e-9))) for name, taken in first.items()}
     counts = {}
     for name, taken in first.items():
         least = 1 if taken > SLOW * seconds else LEAST - len(samples[name])

@@ -20,7 +20,7 @@ import torch  # first: its OpenMP runtime, and with it its threads, then serve t
 from torch import Tensor
 
 from ssmkernels.core.memory import large_pages
-from ssmkernels.native import sources
+from ssmkernels.native import quota, sources
 
 PATH = sources.PACKAGE / sources.NAME
 
@@ -60,6 +60,9 @@ def library() -> Library:
     if forced and forced not in able:
         known = "is none of its names" if forced not in sources.ISAS else "cannot be run by this CPU, or was not built"
         return Library(None, "", f"SSMZOO_CPU_ISA={forced}: {forced!r} {known}; there are: {', '.join(able)}")
+    limit = quota.cores()
+    if limit is not None:
+        handle.ssmzoo_limit_threads(limit)
     return Library(handle, forced or able[-1], None)
 
 

@@ -70,7 +70,8 @@ def build(
         package: the folder ``ssmkernels`` with the sources.
         isas: instruction sets to build for; all that the machine's architecture and the compiler know if None.
         extra: further flags for the compiler and linker.
-        openmp: whether threads are OpenMP's or our own; OpenMP's where PyTorch's are the same, GCC's on Linux, if None.
+        openmp: whether long calls run on OpenMP's threads or our own; on OpenMP's where PyTorch's are the same, which
+            is so for GCC's on Linux, if None.
         cache: a folder that keeps what was compiled: a source is compiled again only when it, one of its headers, the
             flags or the compiler have changed.
 
@@ -83,7 +84,7 @@ def build(
         flags = [*FLAGS, *extra, *shlex.split(os.environ.get("CXXFLAGS", ""))]
         if openmp is None:
             openmp = sys.platform == "linux" and _compiles(compiler, ["-fopenmp"], temporary, OF_GCC, link=True)
-        flags.append("-fopenmp" if openmp else "-pthread")
+        flags += ["-pthread", *(["-fopenmp"] if openmp else [])]
         if _compiles(compiler, ["-Wno-maybe-uninitialized", "-Werror"], temporary):
             flags.append("-Wno-maybe-uninitialized")  # GCC's own headers of AVX-512 warn
         if isas is None:
@@ -100,7 +101,7 @@ def build(
         jobs = [(name, files, [*ISAS[isa], f"-DSSMZOO_ISA_{isa}"]) for name, files in units for isa in isas]
         own = [f"-DSSMZOO_{name}={_quoted(value)}" for name, value in defines.items()]
         jobs.append(("library", [package / "native" / "library.cpp"], own))
-        jobs.append(("threads", [package / "native" / ("threads_openmp.cpp" if openmp else "threads_pool.cpp")], []))
+        jobs += [(name, [package / "native" / f"{name}.cpp"], []) for name in ("threads_openmp", "threads_pool")]
         compile_one = functools.partial(
             _compile, [*compiler, *flags], version, [package, package / "ops"], cache or temporary, temporary
         )

@@ -66,65 +66,47 @@ class Scratch {
 
 constexpr int kOutOfMemory = 1;
 
-// body(index, count) on `threads` threads at once, or fewer.
-template <class Body>
-void on_threads(int64_t threads, const Body& body) {
-    const SsmzooBody call = [](void* context, int index, int count) {
+// task(i, index) for i in [0, tasks) on up to `threads` threads, where `index` is that of the thread, the caller's 0.
+//
+// Each thread begins with a share of its own, tasks that follow one another, and helps with the others' when it is
+// done: from call to call a thread works on the same part of memory, which is still in its cache.
+template <class Task>
+void on_threads(int64_t tasks, int64_t threads, const Task& task, decltype(ssmzoo_share)* share) {
+    const SsmzooBody body = [](void* context, int index, SsmzooClaims* claims) {
         const FlushSubnormals flush;
-        (*static_cast<const Body*>(context))(index, count);
+        for (int64_t i; (i = ssmzoo_claim(claims)) >= 0;) (*static_cast<const Task*>(context))(i, index);
+        finish_streams();
     };
-    ssmzoo_on_threads(static_cast<int>(threads), call, const_cast<Body*>(&body));
+    share(threads, tasks, body, const_cast<Task*>(&task));
 }
 
-// Tasks [next, end) that nobody has begun, on a cache line of its own.
-struct alignas(64) Share {
-    int64_t next, end;
-};
+// A stage of a short call, which begins when the one before is done: threads that wait for the next one are awake.
+template <class Task>
+void parallel_stage(int64_t tasks, int64_t threads, const Task& task) {
+    on_threads(tasks, threads, task, ssmzoo_share);
+}
 
-// Runs task(i, scratch) for i in [0, tasks). Returns 0, or kOutOfMemory before any task has run on that thread.
-//
-// Each thread begins with a share of its own, tasks that follow one another, and helps with the others' when it is done:
-// from call to call a thread works on the same part of memory, which is still in its cache, and nobody waits for a thread
-// that the system has put aside.
+// task(i, scratch), with scratch memory for each thread. Returns 0, or kOutOfMemory before any task has run.
+template <class Task>
+int with_scratch(int64_t tasks, int64_t threads, size_t bytes, const Task& task, decltype(ssmzoo_share)* share) {
+    const size_t each = (bytes + 63) / 64 * 64;
+    const Scratch scratch(each * static_cast<size_t>(threads < tasks ? threads : tasks));
+    if (!scratch.data) return kOutOfMemory;
+    const auto call = [&](int64_t i, int index) { task(i, scratch.data + static_cast<size_t>(index) * each); };
+    on_threads(tasks, threads, call, share);
+    return 0;
+}
+
+// For long calls.
 template <class Task>
 int parallel_for(int64_t tasks, int64_t threads, size_t scratch_bytes, const Task& task) {
-    if (tasks == 0) return 0;
-    int result = 0;
-    const int team = static_cast<int>(threads < tasks ? threads : tasks);
-    const Scratch memory(sizeof(Share) * static_cast<size_t>(team));
-    if (!memory.data) return kOutOfMemory;
-    Share* const shares = reinterpret_cast<Share*>(memory.data);
-    for (int k = 0; k < team; ++k) shares[k] = {tasks * k / team, tasks * (k + 1) / team};
-    on_threads(team, [&](int own, int) {
-        const Scratch scratch(scratch_bytes);
-        if (!scratch.data) __atomic_store_n(&result, kOutOfMemory, __ATOMIC_RELAXED);
-        for (int k = 0; k < team && scratch.data; ++k) {
-            Share& share = shares[(own + k) % team];
-            for (int64_t i; (i = __atomic_fetch_add(&share.next, 1, __ATOMIC_RELAXED)) < share.end;)
-                task(i, scratch.data);
-        }
-        finish_streams();
-    });
-    return result;
+    return with_scratch(tasks, threads, scratch_bytes, task, ssmzoo_share_long);
 }
 
-// The threads of one call, which go through its stages side by side and wait for each other in between: for stages so
-// short that waking the threads for each would take longer.
-struct Team {
-    int index, count;
-
-    // task(i) for i in [0, tasks), each on one of the threads; all of them are done when any thread returns.
-    template <class Task>
-    void each(int64_t tasks, const Task& task) const {
-        const int64_t end = tasks * (index + 1) / count;
-        for (int64_t i = tasks * index / count; i < end; ++i) task(i);
-        ssmzoo_meet(count);
-    }
-};
-
-template <class Body>
-void parallel_team(int64_t threads, const Body& body) {
-    on_threads(threads, [&](int index, int count) { body(Team{index, count}); });
+// For the short calls of decoding.
+template <class Task>
+int parallel_step(int64_t tasks, int64_t threads, size_t scratch_bytes, const Task& task) {
+    return with_scratch(tasks, threads, scratch_bytes, task, ssmzoo_share);
 }
 
 }  // namespace SSMZOO_ISA

@@ -1,16 +1,57 @@
-// Threads by OpenMP: where its runtime is the one that PyTorch uses, both share one pool of threads, which are awake.
+// Threads for long calls: OpenMP's where the build has it, as its runtime is then the one that PyTorch uses.
+//
+// PyTorch's threads spin for milliseconds after each of its own operations, on the cores that ours would need. So they
+// are taken for long calls, too, as long as they come: a call in which they did not, so that the end of OpenMP's region
+// was waited for in vain, is the last for a while. Those after it go to threads of our own (worth.h).
+#include "worth.h"
+
+#if defined(_OPENMP)
 #include <omp.h>
 
-#include "threads.h"
+namespace {
+
+Worth worth;
+int recording = 0;  // held by the thread that changes it
+
+void record(bool helped, int64_t worked, int64_t waiting, int64_t time) {
+    if (__atomic_exchange_n(&recording, 1, __ATOMIC_ACQUIRE)) return;
+    worth.waited(helped ? worked : 0, waiting, time);
+    __atomic_store_n(&recording, 0, __ATOMIC_RELEASE);
+}
+
+}  // namespace
 
 // The version of OpenMP, as year and month.
 extern "C" __attribute__((visibility("default"))) int ssmzoo_openmp() { return _OPENMP; }
 
-void ssmzoo_on_threads(int wanted, SsmzooBody body, void* context) {
-#pragma omp parallel num_threads(wanted) if (wanted > 1)
-    body(context, omp_get_thread_num(), omp_get_num_threads());
+void ssmzoo_share_long(int64_t threads, int64_t tasks, SsmzooBody body, void* context) {
+    if (threads > tasks) threads = tasks;
+    if (threads > kMost) threads = kMost;
+    if (threads <= 1 || tasks > kTasks) return alone(tasks, body, context);
+    const int64_t begun = now();
+    const int limit = ssmzoo_useful_threads(begun);
+    if (threads > limit) threads = limit;
+    if (threads <= 1 || !worth.shared(begun)) return ssmzoo_share(threads, tasks, body, context);
+    SsmzooJob job;
+    const int team = static_cast<int>(threads);
+    prepare(job, 1, team, tasks, body, context);
+    int64_t given = 0, worked = begun;
+#pragma omp parallel num_threads(team)
+    {
+        SsmzooClaims claims = {&job, 1, omp_get_thread_num(), -1, 0, 0, 0};
+        body(context, claims.share, &claims);
+        if (omp_get_thread_num() == 0) {
+            given = claims.given;
+            worked = now();
+        }
+    }
+    const int64_t ended = now();
+    record(given < tasks, worked - begun, ended - worked, ended);
 }
+#else
+extern "C" __attribute__((visibility("default"))) int ssmzoo_openmp() { return 0; }
 
-void ssmzoo_meet(int) {
-#pragma omp barrier
+void ssmzoo_share_long(int64_t threads, int64_t tasks, SsmzooBody body, void* context) {
+    ssmzoo_share(threads, tasks, body, context);
 }
+#endif

@@ -98,7 +98,7 @@ int conv_step(const ConvStepArguments& a) {
     typedef typename Sum<T>::type S;
     const int64_t tiles = ceil_div(a.d, kTile), w = a.width;
     const size_t bytes = sizeof(S) * static_cast<size_t>((w + 1) * kTile);
-    return parallel_for(a.batch * tiles, a.threads, bytes, [&](int64_t i, char* scratch) {
+    return parallel_step(a.batch * tiles, a.threads, bytes, [&](int64_t i, char* scratch) {
         const int64_t batch = i / tiles, first = i % tiles * kTile, channels = minimum(kTile, a.d - first);
         S* weight = reinterpret_cast<S*>(scratch);
         S* bias = weight + w * kTile;

@@ -281,14 +281,8 @@ int decode_attention(const DecodeArguments& a) {
     if (!softmaxes.data || !sums.data || !scratch.data) return kOutOfMemory;
     kernel.softmaxes = reinterpret_cast<Softmax<S>*>(softmaxes.data);
     kernel.sums = reinterpret_cast<S*>(sums.data);
-    int64_t next = 0;
-    parallel_team(threads, [&](const Team& team) {
-        team.each(team.count, [&](int64_t thread) {
-            for (int64_t task; (task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < tasks;)
-                kernel.part(task, scratch.data + thread * each);
-        });
-        team.each(a.sequences * a.h, [&](int64_t task) { kernel.join(task); });
-    });
+    parallel_stage(tasks, threads, [&](int64_t task, int thread) { kernel.part(task, scratch.data + thread * each); });
+    parallel_stage(a.sequences * a.h, threads, [&](int64_t task, int) { kernel.join(task); });
     return 0;
 }
 

@@ -2,6 +2,7 @@
 // memory: every weight and state is read once, as it lies, and what lies between is a few vectors a sequence.
 #include "native/math.h"
 #include "native/parallel.h"
+#include "native/product.h"
 #include "native/tiles.h"
 
 namespace ssmzoo {
@@ -30,44 +31,6 @@ struct Between {
         : x(static_cast<S*>(a.scratch)), xz(x + a.batch * a.m), inputs(xz + a.batch * 2 * a.d),
           maps(inputs + a.batch * a.d), y(maps + a.batch * (a.rank + 2 * a.n)), spare(y + a.batch * a.d) {}
 };
-
-constexpr int64_t kOutputs = 4;  // of a product at once: they share each read of the input
-
-// weight (outputs size) times `from` (b size), plus a bias, for outputs [first, last); put(batch, output, value) takes
-// each. The order of the additions depends on the size alone.
-template <class T, class S, class Store>
-void product(const void* weight, const void* bias, const S* from, int64_t batch, int64_t size, int64_t first,
-             int64_t last, const Store& put) {
-    using V = typename Lanes<S>::V;
-    constexpr int64_t lanes = Lanes<S>::count;
-    for (int64_t o = first; o < last; o += kOutputs) {
-        const T* rows[kOutputs];
-        for (int64_t i = 0; i < kOutputs; ++i) rows[i] = at<T>(weight, minimum(o + i, last - 1) * size);
-        for (int64_t b = 0; b < batch; ++b) {
-            const S* x = from + b * size;
-            V sums[2][kOutputs] = {};
-            int64_t k = 0;
-            for (; k + 2 * lanes <= size; k += 2 * lanes)
-                for (int half = 0; half < 2; ++half) {
-                    // The next outputs' weights, used but once: they shall not drive all else out of the caches
-                    for (int i = 0; i < kOutputs; ++i)
-                        __builtin_prefetch(rows[i] + kOutputs * size + k + half * lanes, 0, 0);
-                    const V v = load(x + k + half * lanes);
-                    for (int i = 0; i < kOutputs; ++i)
-                        sums[half][i] = fma(read(rows[i] + k + half * lanes), v, sums[half][i]);
-                }
-            for (; k < size; k += lanes) {
-                const V v = read_some(x + k, size - k);
-                for (int i = 0; i < kOutputs; ++i)
-                    sums[0][i] = fma(read_some(rows[i] + k, size - k), v, sums[0][i]);
-            }
-            for (int i = 0; i < kOutputs && o + i < last; ++i) {
-                V sum = sums[0][i] + sums[1][i];
-                put(b, o + i, sum_lanes<S, 1>(&sum)[0] + (bias ? *at<S>(bias, o + i) : S(0)));
-            }
-        }
-    }
-}
 
 // x of one tile of channels through the convolution and silu → inputs.
 template <class S>
@@ -154,32 +117,31 @@ int mamba_step(const MambaStepArguments& a) {
     for (int64_t b = 0; b < a.batch; ++b)
         for (int64_t k = 0; k < a.m; k += lanes)
             write_some(between.x + b * a.m + k, read_some(at<T>(a.x, b * a.x_batch + k), a.m - k), a.m - k);
-    parallel_team(a.threads, [&](const Team& team) {
-        team.each(ceil_div(2 * a.d, kTile), [&](int64_t i) {
-            product<T>(a.in_proj, a.in_bias, between.x, a.batch, a.m, i * kTile, minimum(2 * a.d, (i + 1) * kTile),
-                       [&](int64_t b, int64_t o, S value) { between.xz[b * 2 * a.d + o] = value; });
-        });
-        team.each(a.batch * tiles, [&](int64_t i) {
-            const int64_t first = i % tiles * kTile;
-            convolve(a, between, i / tiles, first, minimum(kTile, a.d - first),
-                     between.spare + team.index * (a.width + 1) * kTile);
-        });
-        team.each(ceil_div(rows, 2 * kOutputs), [&](int64_t i) {
-            product<T>(a.x_proj, nullptr, between.inputs, a.batch, a.d, i * 2 * kOutputs,
-                       minimum(rows, (i + 1) * 2 * kOutputs),
-                       [&](int64_t b, int64_t o, S value) { between.maps[b * rows + o] = value; });
-        });
-        if (a.normalised) team.each(a.batch, [&](int64_t b) { normalise(a, between.maps + b * rows); });
-        team.each(a.batch * tiles, [&](int64_t i) {
-            const int64_t batch = i / tiles, tile = i % tiles * kTile;
-            for (int64_t first = tile; first < minimum(a.d, tile + kTile); first += lanes)
-                advance<T>(a, between, batch, first, minimum(a.d - first, lanes));
-        });
-        team.each(ceil_div(a.m, 4 * kOutputs), [&](int64_t i) {
-            product<T>(a.out_proj, a.out_bias, between.y, a.batch, a.d, i * 4 * kOutputs,
-                       minimum(a.m, (i + 1) * 4 * kOutputs),
-                       [&](int64_t b, int64_t o, S value) { narrow(value, static_cast<T*>(a.y) + b * a.m + o); });
-        });
+    const auto stage = [&](int64_t tasks, const auto& task) { parallel_stage(tasks, a.threads, task); };
+    stage(ceil_div(2 * a.d, kTile), [&](int64_t i, int) {
+        product<T>(a.in_proj, a.in_bias, between.x, a.batch, a.m, i * kTile, minimum(2 * a.d, (i + 1) * kTile),
+                   [&](int64_t b, int64_t o, S value) { between.xz[b * 2 * a.d + o] = value; });
+    });
+    stage(a.batch * tiles, [&](int64_t i, int thread) {
+        const int64_t first = i % tiles * kTile;
+        convolve(a, between, i / tiles, first, minimum(kTile, a.d - first),
+                 between.spare + thread * (a.width + 1) * kTile);
+    });
+    stage(ceil_div(rows, 2 * kOutputs), [&](int64_t i, int) {
+        product<T>(a.x_proj, nullptr, between.inputs, a.batch, a.d, i * 2 * kOutputs,
+                   minimum(rows, (i + 1) * 2 * kOutputs),
+                   [&](int64_t b, int64_t o, S value) { between.maps[b * rows + o] = value; });
+    });
+    if (a.normalised) stage(a.batch, [&](int64_t b, int) { normalise(a, between.maps + b * rows); });
+    stage(a.batch * tiles, [&](int64_t i, int) {
+        const int64_t batch = i / tiles, tile = i % tiles * kTile;
+        for (int64_t first = tile; first < minimum(a.d, tile + kTile); first += lanes)
+            advance<T>(a, between, batch, first, minimum(a.d - first, lanes));
+    });
+    stage(ceil_div(a.m, 4 * kOutputs), [&](int64_t i, int) {
+        product<T>(a.out_proj, a.out_bias, between.y, a.batch, a.d, i * 4 * kOutputs,
+                   minimum(a.m, (i + 1) * 4 * kOutputs),
+                   [&](int64_t b, int64_t o, S value) { narrow(value, static_cast<T*>(a.y) + b * a.m + o); });
     });
     return 0;
 }

@@ -53,7 +53,7 @@ int scan_step_as(const ScanStepArguments& a) {
     constexpr int lanes = Lanes<S>::count;
     using V = typename K::V;
     const int64_t tiles = ceil_div(a.d, kTile);
-    return parallel_for(a.batch * tiles, a.threads, 0, [&](int64_t i, char*) {
+    return parallel_step(a.batch * tiles, a.threads, 0, [&](int64_t i, char*) {
         const int64_t batch = i / tiles, tile = i % tiles * kTile;
         for (int64_t first = tile; first < minimum(a.d, tile + kTile); first += lanes) {
             const int64_t count = a.d - first;

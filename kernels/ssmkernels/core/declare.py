@@ -189,9 +189,6 @@ class _Rules:
         leader = given[self.leader]
         if self.packed:
             sizes["s"] = check_cu_seqlens(op, given["cu_seqlens"], leader, values=False)
-        if self.late:
-            shapes = {name: (given[name], shape) for name, shape in self.late.items()}
-            check_shapes(op, shapes, self.required, **sizes)
         if self.alike:
             check_same_dtype(op, {name: given[name] for name in self.alike})
         check_parameters(op, leader, {name: given[name] for name in self.wide})
@@ -203,3 +200,6 @@ class _Rules:
             check_choice(op, name, given[name], words, optional=name in self.optional)
         if self.check is not None:
             self.check(op, sizes, **given)
+        if self.late:
+            shapes = {name: (given[name], shape) for name, shape in self.late.items()}
+            check_shapes(op, shapes, self.required, **sizes)

@@ -85,8 +85,8 @@ def build(
         if openmp is None:
             openmp = sys.platform == "linux" and _compiles(compiler, ["-fopenmp"], temporary, OF_GCC, link=True)
         flags += ["-pthread", *(["-fopenmp"] if openmp else [])]
-        if _compiles(compiler, ["-Wno-maybe-uninitialized", "-Werror"], temporary):
-            flags.append("-Wno-maybe-uninitialized")  # GCC's own headers of AVX-512 warn
+        if _compiles(compiler, ["-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Werror"], temporary):
+            flags += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # GCC's own headers of AVX-512 warn
         if isas is None:
             known = ISAS if platform.machine().lower() in ("x86_64", "amd64") else ("baseline",)
             isas = [isa for isa in known if _compiles(compiler, ISAS[isa], temporary)]

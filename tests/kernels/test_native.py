@@ -290,11 +290,15 @@ def test_a_compiler_that_fails(monkeypatch, tmp_path):
 # A package with one kernel, which squares a number as often as its header says.
 TINY = {
     "native/library.cpp": """
-extern "C" const char* ssmzoo_sources() { return SSMZOO_SOURCES; }
-extern "C" const char* ssmzoo_layouts() { return SSMZOO_LAYOUTS; }
+#define SSMZOO_PUBLIC extern "C" __attribute__((visibility("default")))
+SSMZOO_PUBLIC const char* ssmzoo_sources() { return SSMZOO_SOURCES; }
+SSMZOO_PUBLIC const char* ssmzoo_layouts() { return SSMZOO_LAYOUTS; }
 """,
     "native/threads_pool.cpp": "",
-    "native/isa.h": '#define SSMZOO_EXPORT(name) extern "C" int tiny_##name\n#include <stdint.h>\n',
+    "native/isa.h": """
+#include <stdint.h>
+#define SSMZOO_EXPORT(name) extern "C" __attribute__((visibility("default"))) int tiny_##name
+""",
     "ops/square/cpu.h": """
 #include "native/isa.h"
 namespace ssmzoo {

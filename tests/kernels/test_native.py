@@ -290,11 +290,16 @@ def test_a_compiler_that_fails(monkeypatch, tmp_path):
 # A package with one kernel, which squares a number as often as its header says.
 TINY = {
     "native/library.cpp": """
-extern "C" const char* ssmzoo_sources() { return SSMZOO_SOURCES; }
-extern "C" const char* ssmzoo_layouts() { return SSMZOO_LAYOUTS; }
+#define SSMZOO_PUBLIC extern "C" __attribute__((visibility("default")))
+SSMZOO_PUBLIC const char* ssmzoo_sources() { return SSMZOO_SOURCES; }
+SSMZOO_PUBLIC const char* ssmzoo_layouts() { return SSMZOO_LAYOUTS; }
 """,
-    "native/threads_pool.cpp": "",
-    "native/isa.h": '#define SSMZOO_EXPORT(name) extern "C" int tiny_##name\n#include <stdint.h>\n',
+    "native/threads_openmp.cpp": "int openmp;\n",
+    "native/threads_pool.cpp": "int pool;\n",
+    "native/isa.h": """
+#include <stdint.h>
+#define SSMZOO_EXPORT(name) extern "C" __attribute__((visibility("default"))) int tiny_##name
+""",
     "ops/square/cpu.h": """
 #include "native/isa.h"
 namespace ssmzoo {
@@ -352,7 +357,7 @@ class TestChanges:
 
     def test_only_what_includes_a_change_is_compiled(self, compiler, tiny):
         first = self.build(tiny)
-        assert {*first} == {"square", "other", "threads", "library"}
+        assert {*first} == {"square", "other", "threads_openmp", "threads_pool", "library"}
         assert self.build(tiny) == first
         (tiny / "ops/square/cpu.h").write_text(TINY["ops/square/cpu.h"].replace("kTimes = 1", "kTimes = 2"))
         second = self.build(tiny)

@@ -124,6 +124,6 @@ def _members(name: str, structures: Mapping[str, str]) -> list[str]:
             if field is None or not (field[1] or kind in ("int64_t", "double")):
                 raise SourceError(f"{name}: {statement!r} is no pointer, int64_t, double or structure of arguments")
             found.append("*" * (kind == "double" and not field[1]) + field[2])
-    if len(set(found)) < len(found):
+    if len({field.lstrip("*") for field in found}) < len(found):
         raise SourceError(f"{name}: two members have the same name")
     return found

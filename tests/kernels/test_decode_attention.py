@@ -299,7 +299,8 @@ class TestNative:
             names = ("q", "k_cache", "v_cache", "lengths", "block_table")
             biases = (given.get("alibi_slopes"), given.get("sinks"))
             values = (*(given.get(name) for name in names), 4, 0.3, 0.0, *biases, None, True, False)
-            torch.library.opcheck(torch.ops.ssmkernels.decode_attention_cpu.default, values)
+            operator = OPS["decode_attention"].implementation("cpu").function.operator
+            torch.library.opcheck(operator, values)
             torch._dynamo.reset()
             compiled = torch.compile(CPU, fullgraph=True, backend="aot_eager")
             assert torch.equal(compiled(**given), CPU(**given))

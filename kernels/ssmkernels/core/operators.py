@@ -97,6 +97,7 @@ def kernel(declared: Declaration, name: str, module: Any, reference: Callable[[A
         outputs = operator(*a, graph) if graph or torch.compiler.is_compiling() else forward(a, False)
         return outputs if len(names) == 1 else pick(outputs)
 
+    run.operator = operator  # type: ignore[attr-defined]
     return run
 
 

@@ -54,10 +54,10 @@ def _lower(
 ) -> dict[str, Any]:
     """What implementations take: a window without ``causal``, a scale, a mask's tensors, borders of the keys."""
     left, right = bounds("attention", causal, window)
+    cu_seqlens_k = copied(cu_seqlens_k)
     if cu_seqlens_k is None:
         cu_seqlens_k = others["cu_seqlens"]
     else:
-        cu_seqlens_k = copied(cu_seqlens_k)
         check_borders("attention", cu_seqlens_k, others["k"].shape[1], "cu_seqlens_k")
     members = {f"block_{member}": None if block_mask is None else getattr(block_mask, member) for member in MEMBERS}
     others |= {"left": left, "right": right, "scale": scale_of(others["q"], scale), "softcap": float(softcap)}

@@ -8,13 +8,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as _module
 
-from ssmkernels.core.products import linear
+from ssmkernels.native.products import linear
 
 _WEIGHTS = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)  # the last two stand for plain ones while tracing
 
 
 class Linear(nn.Linear):
-    """PyTorch's, except for large float32 products without gradients on a CPU (:mod:`ssmkernels.core.products`)."""
+    """PyTorch's, except for large float32 products without gradients on a CPU (:mod:`ssmkernels.native.products`)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)

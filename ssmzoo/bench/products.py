@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ssmkernels import fft_conv
 from ssmkernels.bench import Contestant
-from ssmkernels.core.products import linear
+from ssmkernels.native.products import linear
 from ssmzoo.lti.layer import S4Layer
 from ssmzoo.mixer import Mixer
 from ssmzoo.model import SequenceModel

@@ -23,7 +23,7 @@ import ctypes, sys, time
 import torch
 from ssmkernels import native
 from ssmkernels.check.spec import spec_of, tensors_of
-from ssmkernels.core.products import linear
+from ssmkernels.native.products import linear
 
 ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(2**64 - 1), 0, 0, 0)  # anyone may trace this process
 torch.manual_seed(0)

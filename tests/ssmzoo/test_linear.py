@@ -8,8 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssmkernels import native
-from ssmkernels.core import products
-from ssmkernels.core.products import LARGE, linear
+from ssmkernels.native import products
+from ssmkernels.native.products import LARGE, linear
 from ssmzoo.linear import Linear
 
 OUT, IN = 1024, 640  # large enough

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ssmkernels.core.products import linear
+from ssmkernels.native.products import linear
 from ssmkernels.ops.causal_conv1d import causal_conv1d_step
 from ssmkernels.ops.mamba_step.reference import compose
 from ssmkernels.ops.selective_scan import selective_scan_step

@@ -20,12 +20,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := runs/demo
 
-.PHONY: demo test lint bench readme clean
+.PHONY: demo test lint bench readme clean native
 
 # A run that was stopped goes on, to more steps if asked; one that has them all only writes again.
 # Threads that wait sleep: where other programs use the cores as well, spinning ones would hold each other up many times over.
 demo: export OMP_WAIT_POLICY ?= PASSIVE
-demo: $(READY)
+demo: native
 	@if [ -e $(DEMO)/.complete ] && steps=$$(cat $(DEMO)/.complete) && [ "$${steps:-1000}" -ge $(STEPS) ]; then \
 		echo "$(DEMO) is trained; to train it again: rm -r $(DEMO)"; \
 	elif [ -e $(DEMO)/train.yaml ]; then \
@@ -38,7 +38,7 @@ demo: $(READY)
 	$(BIN)/ssmzoo generate $(DEMO) "def "
 
 # One PyTorch thread a worker: two workers with two threads each would wait for one another.
-test: $(READY)
+test: native
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal \
 		$(foreach op,$(OP),--op $(op)) $(foreach mixer,$(MIXER),--mixer $(mixer))
 
@@ -47,11 +47,15 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)
+bench: native
 	$(BIN)/ssmzoo bench --peers
 
-readme: $(READY)
+readme: native
 	$(BIN)/python docs/tables.py
+
+# The kernels whose sources, flags or compiler have changed since they were compiled last.
+native: $(READY)
+	@$(BIN)/python -m ssmkernels.native.build --optional
 
 # PyTorch comes first and alone, so that a build of the user's choice is there before anything asks for one. A build for
 # GPUs brings the triton that it was made for; only where it brings none does our own pin hold.

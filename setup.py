@@ -4,7 +4,6 @@
 `configs/` is data, installed as `ssmzoo/configs`.
 """
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -12,13 +11,12 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).resolve().parent
-NATIVE = ROOT / "kernels" / "ssmkernels" / "native" / "build.py"
+KERNELS = Path(__file__).resolve().parent / "kernels"
 
-# By its path: importing ssmkernels would need PyTorch.
-spec = importlib.util.spec_from_file_location("build_native", NATIVE)
-native = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(native)
+sys.path.insert(0, str(KERNELS))
+from backend import native_build  # noqa: E402
+
+native = native_build()
 
 
 class BuildNative(build_ext):
@@ -32,8 +30,12 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext):
         target = Path(self.get_ext_fullpath(ext.name))
+        package = target.parent
+        if not self.editable_mode:  # a package whose sources nobody edits need not look at them again
+            (package / native.DIGEST).parent.mkdir(parents=True, exist_ok=True)
+            (package / native.DIGEST).write_text(native.digest())
         try:
-            native.build(target, NATIVE.parent.parent)
+            native.build(target, cache=native.CACHE)
         except native.BuildError as error:
             print(f"WARNING: without the native CPU kernels, which are much faster: {error}", file=sys.stderr)
             target.unlink(missing_ok=True)  # one of an older version

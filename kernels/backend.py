@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from setuptools import build_meta
@@ -27,15 +29,19 @@ __all__ = [
     "prepare_metadata_for_build_wheel",
 ]
 
-# By its path: importing ssmkernels would need PyTorch.
-_spec = importlib.util.spec_from_file_location("build_native", Path(__file__).parent / "ssmkernels/native/build.py")
-_native: Any = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_native)
+
+def native_build() -> Any:
+    """The module ``ssmkernels.native.build``. What its packages import needs PyTorch, so they stay empty here."""
+    for name in ("ssmkernels", "ssmkernels.native"):
+        package = ModuleType(name)
+        package.__path__ = [str(Path(__file__).parent.joinpath(*name.split(".")))]
+        sys.modules.setdefault(name, package)
+    return importlib.import_module("ssmkernels.native.build")
 
 
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
-    return [*build_meta.get_requires_for_build_wheel(config_settings), *_native.wanted()]
+    return [*build_meta.get_requires_for_build_wheel(config_settings), *native_build().wanted()]
 
 
 def get_requires_for_build_editable(config_settings: Any = None) -> list[str]:
-    return [*build_meta.get_requires_for_build_editable(config_settings), *_native.wanted()]
+    return [*build_meta.get_requires_for_build_editable(config_settings), *native_build().wanted()]

@@ -65,6 +65,14 @@ def test_wheel_holds_both_packages_and_the_configs(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
+def test_wheel_says_what_its_native_sources_are(installed):
+    code = (
+        "from ssmkernels import native; from ssmkernels.native import sources as s; print(s.digest(), native._digest())"
+    )
+    digest, said = run(sys.executable, "-c", code, PYTHONPATH=str(installed)).split()
+    assert (installed / "ssmkernels" / "native" / "sources.sha256").read_text() == said == digest
+
+
 def test_wheel_without_a_compiler_suits_every_platform(wheel):
     assert wheel.name.endswith("-py3-none-any.whl")
 

@@ -30,7 +30,7 @@ class TokenModel(Protocol):
 
 def check_model(model: TokenModel) -> None:
     """Refuses a model that cannot continue token ids, saying why."""
-    if not isinstance(getattr(model, "config", None), ModelConfig):
+    if not isinstance(model, nn.Module) or not isinstance(getattr(model, "config", None), ModelConfig):
         raise TypeError(f"generate: `model` must be a SequenceModel; got {type(model).__name__}")
     config = model.config
     if config.output != "tokens" or config.d_input is not None:
@@ -38,7 +38,6 @@ def check_model(model: TokenModel) -> None:
         raise ValueError(
             f"generate: `model` must go from tokens to tokens; this one goes from {into} to {config.output}"
         )
-    assert isinstance(model, nn.Module)
     for name, module in model.named_modules():
         if isinstance(module, Mixer) and not (module.causal and module.has_state):
             why = "has no state" if module.causal else "is bidirectional"

@@ -147,8 +147,9 @@ _lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: TokenModel) -> Iterator[None]:
     """Evaluation mode for as long as any thread is in here; the last one to leave puts the modes back."""
+    assert isinstance(model, nn.Module)
     with _lock:
         users, modes = _running.get(model) or (0, [])
         if users == 0:

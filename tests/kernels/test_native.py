@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import platform
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from ssmkernels import native
-from ssmkernels.native import build
+from ssmkernels.native import build, sources
 
 # The library at another place, and what it says.
 ELSEWHERE = """
@@ -146,7 +147,6 @@ def why_missing(path, **environment):
 
 def test_info():
     info = native.info()
-    assert info["abi"] == native.ABI
     if info["missing"]:
         pytest.skip(f"needs the native library: {info['missing']}")
     assert Path(info["path"]).exists()
@@ -174,11 +174,20 @@ def library_of(compiler, folder, source):
     return folder / "other.so"
 
 
-def test_a_library_of_another_version(compiler, tmp_path):
-    older = library_of(compiler, tmp_path, 'extern "C" int ssmzoo_abi() { return 0; }')
-    said = why_missing(older)
-    assert f"is of another version (ABI 0, not {native.ABI})" in said
-    assert "install ssmzoo again" in said
+def said_by(*names):
+    """Sources of a library that has these functions, with nothing to say."""
+    return "".join(f'extern "C" const char* ssmzoo_{name}() {{ return ""; }}\n' for name in names)
+
+
+def test_a_library_of_other_sources(compiler, tmp_path):
+    """It is not loaded, and calls do not quietly go elsewhere."""
+    stale = library_of(compiler, tmp_path, said_by("sources", "layouts", "isas", "compiler"))
+    code = ELSEWHERE + "import warnings; warnings.simplefilter('error'); native.missing()"
+    answer = subprocess.run([sys.executable, "-c", code, str(stale)], capture_output=True, text=True, check=False)
+    warned = answer.stderr.splitlines()[-1]
+    for said in (warned, why_missing(stale)):
+        assert f"{stale} was built from other sources than those beside it" in said
+        assert "run `python -m ssmkernels.native.build`" in said
 
 
 def test_a_library_of_something_else(compiler, tmp_path):
@@ -276,6 +285,127 @@ def test_a_compiler_that_fails(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", str(failing))
     with pytest.raises(build.BuildError, match="the C\\+\\+ compiler failed: (.|\n)*it is broken"):
         build.build(tmp_path / "library.so")
+
+
+# A package with one kernel, which squares a number as often as its header says.
+TINY = {
+    "native/library.cpp": """
+extern "C" const char* ssmzoo_sources() { return SSMZOO_SOURCES; }
+extern "C" const char* ssmzoo_layouts() { return SSMZOO_LAYOUTS; }
+""",
+    "native/threads_pool.cpp": "",
+    "native/isa.h": '#define SSMZOO_EXPORT(name) extern "C" int tiny_##name\n#include <stdint.h>\n',
+    "ops/square/cpu.h": """
+#include "native/isa.h"
+namespace ssmzoo {
+// double wrong, in_a_comment;
+struct SquareArguments {
+    const double *x, *unused;  /* int64_t neither; */
+    int64_t n, count;
+    double scale;
+};
+}
+constexpr int kTimes = 1;
+""",
+    "ops/square/cpu.cpp": """
+#include "square/cpu.h"
+namespace ssmzoo {
+struct MoreArguments {
+    SquareArguments inner;
+    const void* const_free;
+    double* y;
+};
+}
+SSMZOO_EXPORT(square)(const ssmzoo::MoreArguments* a) {
+    for (int i = 0; i < a->inner.n; ++i) {
+        a->y[i] = a->inner.scale * a->inner.x[i];
+        for (int k = 0; k < kTimes; ++k) a->y[i] *= a->y[i];
+    }
+    return 0;
+}
+""",
+    "ops/other/cpu.cpp": "int other() { return 0; }\n",
+}
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    package = tmp_path / "package"
+    for name, text in TINY.items():
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text(text)
+    for name in ("build.py", "sources.py"):
+        (package / "native" / name).write_text("")
+    return package
+
+
+class TestChanges:
+    """What a change of a source means for the library."""
+
+    def build(self, package, **more):
+        folder = package.parent / "cache"
+        options = {"isas": ["baseline"], "openmp": False, "extra": ["-O0"], "cache": folder} | more
+        build.build(package.parent / "library.so", package, **options)
+        return {
+            path.name.rpartition("-")[0]: path for path in sorted(folder.iterdir(), key=lambda p: p.stat().st_mtime_ns)
+        }
+
+    def test_only_what_includes_a_change_is_compiled(self, compiler, tiny):
+        first = self.build(tiny)
+        assert {*first} == {"square", "other", "threads", "library"}
+        assert self.build(tiny) == first
+        (tiny / "ops/square/cpu.h").write_text(TINY["ops/square/cpu.h"].replace("kTimes = 1", "kTimes = 2"))
+        second = self.build(tiny)
+        assert {name for name in first if first[name] != second[name]} == {"square", "library"}
+        third = self.build(tiny, extra=["-O1"])
+        assert all(third[name] != second[name] for name in third)
+
+    def test_a_kernel_takes_its_arguments_by_name(self, compiler, tiny, monkeypatch):
+        assert sources.layouts(tiny) == {
+            "square": ["x", "unused", "n", "count", "*scale", "const_free", "y"],
+        }
+        self.build(tiny)
+        handle = ctypes.CDLL(str(tiny.parent / "library.so"))
+        handle.ssmzoo_sources.restype = handle.ssmzoo_layouts.restype = ctypes.c_char_p
+        assert handle.ssmzoo_sources().decode() == sources.digest(tiny)
+        handle.ssmzoo_tiny_square = handle.tiny_square
+        monkeypatch.setattr(native, "library", lambda: native.Library(handle, "tiny", None))
+        monkeypatch.setattr(native, "kernel", native.kernel.__wrapped__)
+        x, y = torch.arange(5.0, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
+        values = {"y": y.data_ptr(), "x": x.data_ptr(), "unused": 0, "const_free": 0}
+        values |= {"scale": 0.5, "n": 4, "count": 7}
+        native.run("square", values)
+        assert y.tolist() == [0.0, 0.25, 1.0, 2.25, 0.0]
+        with pytest.raises(TypeError, match=r"square: the kernel takes x, unused, .*; length does not fit"):
+            native.run("square", {**values, "length": 4})
+        with pytest.raises(KeyError, match="count"):
+            native.run("square", {**{k: v for k, v in values.items() if k != "count"}, "length": 4})
+
+    @pytest.mark.parametrize("file", ["native/isa.h", "native/build.py", "ops/square/cpu.cpp"])
+    def test_every_edit_changes_the_digest(self, tiny, file):
+        before = sources.digest(tiny)
+        assert before == sources.digest(tiny)
+        (tiny / file).write_text((tiny / file).read_text() + "\n")
+        assert before != sources.digest(tiny)
+
+    @pytest.mark.parametrize(
+        ("old", "new", "said"),
+        [
+            ("int64_t n, count", "int32_t n, count", "SquareArguments: 'int32_t n, count' is no pointer, int64_t"),
+            ("double scale", "float scale", "'float scale' is no pointer"),
+            ("double scale", "double scale[2]", r"'double scale\[2\]' is no pointer"),
+            ("double scale", "double scale = 1", "'double scale = 1' is no pointer"),
+            ("double scale", "double n", "two members have the same name"),
+            ("struct SquareArguments", "struct Square", "no source defines the structure SquareArguments"),
+            ('#include "native/isa.h"', '#include "isa2.h"', "cpu.h: its header 'isa2.h' was not found"),
+        ],
+    )
+    def test_a_source_that_breaks_the_rules(self, compiler, tiny, old, new, said):
+        text = TINY["ops/square/cpu.h"]
+        assert old in text
+        (tiny / "ops/square/cpu.h").write_text(text.replace(old, new))
+        with pytest.raises(build.BuildError, match=said):
+            self.build(tiny)
 
 
 @pytest.mark.skipif(native.missing() is not None, reason="needs the native library")

@@ -10,24 +10,26 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from collections.abc import Callable
-from pathlib import Path
+import struct
+import warnings
+from collections.abc import Callable, Mapping
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch  # first: its OpenMP runtime, and with it its threads, then serve this library too
 from torch import Tensor
 
 from ssmkernels.core.memory import large_pages
-from ssmkernels.native import quota
-from ssmkernels.native.build import ABI, ISAS, NAME
+from ssmkernels.native import quota, sources
 
-PATH = Path(__file__).resolve().parent.parent / NAME
+PATH = sources.PACKAGE / sources.NAME
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 SMALL = 2**16  # multiply-adds that one thread does in the time that it takes to wake another, and to wait for it
 
-REBUILD = "install a C++ compiler (g++ or clang++) and install ssmzoo again, or run `python -m ssmkernels.native.build`"
+BUILD = "run `python -m ssmkernels.native.build`"
+REBUILD = f"install a C++ compiler (g++, clang++ or `pip install ziglang`) and {BUILD}"
 
 
 class Library(NamedTuple):
@@ -45,24 +47,29 @@ def library() -> Library:
         return Library(None, "", f"the native CPU library was not built ({PATH} does not exist): {REBUILD}")
     try:
         handle = ctypes.CDLL(str(PATH))
-        abi = handle.ssmzoo_abi()
+        for name in ("ssmzoo_sources", "ssmzoo_layouts", "ssmzoo_isas", "ssmzoo_compiler"):
+            getattr(handle, name).restype = ctypes.c_char_p
     except (OSError, AttributeError) as error:
         return Library(None, "", f"the native CPU library does not load ({error}): {REBUILD}")
-    if abi != ABI:
-        return Library(
-            None, "", f"the native CPU library {PATH} is of another version (ABI {abi}, not {ABI}): {REBUILD}"
-        )
-    for name in ("ssmzoo_isas", "ssmzoo_compiler"):
-        getattr(handle, name).restype = ctypes.c_char_p
+    if handle.ssmzoo_sources().decode() != _digest():
+        stale = f"the native CPU library {PATH} was built from other sources than those beside it: {BUILD}"
+        warnings.warn(stale, stacklevel=2)  # a missing one may be meant, this is not
+        return Library(None, "", stale)
     able = [isa for isa in handle.ssmzoo_isas().decode().split() if handle.ssmzoo_can_run(isa.encode())]
     forced = os.environ.get("SSMZOO_CPU_ISA")
     if forced and forced not in able:
-        known = "is none of its names" if forced not in ISAS else "cannot be run by this CPU, or was not built"
+        known = "is none of its names" if forced not in sources.ISAS else "cannot be run by this CPU, or was not built"
         return Library(None, "", f"SSMZOO_CPU_ISA={forced}: {forced!r} {known}; there are: {', '.join(able)}")
     limit = quota.cores()
     if limit is not None:
         handle.ssmzoo_limit_threads(limit)
     return Library(handle, forced or able[-1], None)
+
+
+def _digest() -> str:
+    """The sources': as they were installed, or in a checkout, where they may have been edited since, as they are."""
+    installed = sources.PACKAGE / sources.DIGEST
+    return installed.read_text() if installed.exists() else sources.digest()
 
 
 def missing() -> str | None:
@@ -81,9 +88,9 @@ def wrong_device(a: Any) -> str | None:
 
 
 def info() -> dict[str, Any]:
-    """The library: path, ABI and what is missing; where it loads also the ISA in use, those built, OpenMP, compiler."""
+    """The library: path and what is missing; where it loads also the ISA in use, those built, OpenMP, compiler."""
     handle, isa, why = library()
-    found: dict[str, Any] = {"path": str(PATH), "missing": why, "abi": ABI}
+    found: dict[str, Any] = {"path": str(PATH), "missing": why}
     if handle is not None:
         found |= {
             "isa": isa,
@@ -94,36 +101,43 @@ def info() -> dict[str, Any]:
     return found
 
 
-def arguments(name: str, fields: str, numbers: tuple[str, ...] = ()) -> type[ctypes.Structure]:
-    """A kernel's argument structure: the named addresses and 64-bit integers, in the order of its C++ source.
+class Kernel(NamedTuple):
+    """A function of the library, for the instruction set in use, and how its arguments lie in memory."""
 
-    Those in ``numbers`` are doubles.
-    """
-    kinds = [(field, ctypes.c_double if field in numbers else ctypes.c_int64) for field in fields.split()]
-    return type(name, (ctypes.Structure,), {"_fields_": kinds})
-
-
-_Transpose = arguments("_Transpose", "from to bytes batch rows columns from_batch from_row from_column threads")
+    function: Callable[[bytes], int]
+    fields: tuple[str, ...]
+    ordered: Callable[[Mapping[str, float]], tuple[float, ...]]
+    pack: Callable[..., bytes]
 
 
 @functools.cache
-def kernel(name: str) -> Callable[[Any], int]:
-    """The named function of the library, for the instruction set in use."""
+def kernel(name: str) -> Kernel:
+    """The named kernel, with the layout that the library itself says it was compiled with."""
     handle, isa, why = library()
     if handle is None:
         raise RuntimeError(why)
+    found = dict(line.split(maxsplit=1) for line in handle.ssmzoo_layouts().decode().splitlines())[name].split()
     function = getattr(handle, f"ssmzoo_{isa}_{name}")
-    function.restype = ctypes.c_int
-    return function
+    function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
+    fields = tuple(field.lstrip("*") for field in found)
+    layout = "".join("d" if field.startswith("*") else "q" for field in found)
+    return Kernel(function, fields, itemgetter(*fields), struct.Struct(layout).pack)
 
 
-def run(name: str, values: ctypes.Structure) -> None:
-    """Calls a kernel.
+def run(name: str, values: Mapping[str, float]) -> None:
+    """Calls a kernel with the addresses and numbers for each member of its structure in C++, by name.
 
     Raises:
+        KeyError: values lack one.
+        TypeError: they have one that the kernel does not know.
         MemoryError: there was none left for its scratch memory.
     """
-    if kernel(name)(ctypes.byref(values)):
+    function, fields, ordered, pack = kernel(name)
+    if len(values) != len(fields):
+        raise TypeError(
+            f"{name}: the kernel takes {', '.join(fields)}; {' and '.join({*values} ^ {*fields})} does not fit"
+        )
+    if function(pack(*ordered(values))):
         raise MemoryError(f"{name}: no memory left for the kernel's own use")
 
 
@@ -151,6 +165,19 @@ def rows(x: Tensor) -> Tensor:
     to = x.new_empty(x.shape)  # from channels before time, which is how mamba_ssm's callers hold activations
     large_pages(to)
     batch, length, d = x.shape
-    places = (x.data_ptr(), to.data_ptr(), x.element_size(), batch, length, d, x.stride(0), 1, x.stride(2))
-    run("transpose", _Transpose(*places, torch.get_num_threads()))
+    run(
+        "transpose",
+        {
+            "from": x.data_ptr(),
+            "to": to.data_ptr(),
+            "bytes": x.element_size(),
+            "batch": batch,
+            "rows": length,
+            "columns": d,
+            "from_batch": x.stride(0),
+            "from_row": 1,
+            "from_column": x.stride(2),
+            "threads": torch.get_num_threads(),
+        },
+    )
     return to

@@ -1,12 +1,15 @@
 """Builds the native CPU library: a C++ compiler is all that it needs.
 
-Imports only the standard library, since ``setup.py`` runs it before PyTorch is there. To build it again by hand::
+Uses only the standard library, since ``setup.py`` runs it before PyTorch is there. To build the library again, after an
+edit of a source or where there was no compiler::
 
-    python kernels/ssmkernels/native/build.py
+    python -m ssmkernels.native.build
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import functools
 import importlib.util
 import os
@@ -16,34 +19,28 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-# Raised whenever an argument structure or an exported function changes: a library of another number is refused.
-ABI = 3
+from ssmkernels.native.sources import (
+    DIGEST,
+    FLAGS,
+    ISAS,
+    NAME,
+    PACKAGE,
+    SourceError,
+    combined,
+    digest,
+    included,
+    kernels,
+    layouts,
+)
 
-PACKAGE = Path(__file__).resolve().parent.parent
-NAME = "_native.dylib" if sys.platform == "darwin" else "_native.so"
-
-FLAGS = [
-    "-std=c++17",
-    "-O3",
-    "-fPIC",
-    "-fvisibility=hidden",
-    "-fno-exceptions",  # with nothing of the C++ library either, no linker needs to know of one
-    "-ffp-contract=off",  # two paths through a kernel must round alike
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-Wall",
-    "-Wextra",
-]
-AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-ISAS = {
-    "baseline": [],
-    "avx2": AVX2,
-    "avx512": [*AVX2, "-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw"],
-}
+# What was compiled before in this checkout; an installed package keeps nothing.
+CACHE = PACKAGE.parent.parent / "build" / "native" if (PACKAGE.parent / "backend.py").exists() else None
+KEPT = 30 * 24 * 3600  # seconds for which a compiled source that no build needs stays
 
 # Programs to try a compiler on: any takes the first, Clang refuses the second.
 NOTHING = "int main() { return 0; }\n"
@@ -54,12 +51,17 @@ class BuildError(Exception):
     """No library could be built; says what is missing and what to do."""
 
 
+class NoCompilerError(BuildError):
+    """There is no compiler."""
+
+
 def build(
     target: Path,
     package: Path = PACKAGE,
     isas: Sequence[str] | None = None,
     extra: Sequence[str] = (),
     openmp: bool | None = None,
+    cache: Path | None = None,
 ) -> None:
     """Compiles and links the library.
 
@@ -70,14 +72,16 @@ def build(
         extra: further flags for the compiler and linker.
         openmp: whether long calls run on OpenMP's threads or our own; on OpenMP's where PyTorch's are the same, which
             is so for GCC's on Linux, if None.
+        cache: a folder that keeps what was compiled: a source is compiled again only when it, one of its headers, the
+            flags or the compiler have changed.
 
     Raises:
-        BuildError: there is no compiler, or it fails.
+        BuildError: there is no compiler, or it fails, or a source breaks the rules of ``sources.layouts``.
     """
     compiler = find_compiler()
-    flags = [*FLAGS, f"-I{package}", f"-I{package / 'ops'}", *extra, *shlex.split(os.environ.get("CXXFLAGS", ""))]
     with tempfile.TemporaryDirectory() as folder:
         temporary = Path(folder)
+        flags = [*FLAGS, *extra, *shlex.split(os.environ.get("CXXFLAGS", ""))]
         if openmp is None:
             openmp = sys.platform == "linux" and _compiles(compiler, ["-fopenmp"], temporary, OF_GCC, link=True)
         flags += ["-pthread", *(["-fopenmp"] if openmp else [])]
@@ -86,28 +90,85 @@ def build(
         if isas is None:
             known = ISAS if platform.machine().lower() in ("x86_64", "amd64") else ("baseline",)
             isas = [isa for isa in known if _compiles(compiler, ISAS[isa], temporary)]
-        jobs = []
-        for source in sorted([*package.glob("native/cpu*.cpp"), *package.glob("ops/*/cpu*.cpp")]):
-            for isa in isas:
-                output = temporary / f"{source.parent.name}-{source.stem}-{isa}.o"
-                jobs.append(
-                    [*compiler, *flags, *ISAS[isa], f"-DSSMZOO_ISA_{isa}", "-c", str(source), "-o", str(output)]
-                )
-        defines = {"ABI": str(ABI), "COMPILER": _quoted(_version(compiler, temporary)), "ISAS": _quoted(" ".join(isas))}
-        defined = [f"-DSSMZOO_{name}={value}" for name, value in defines.items()]
-        for name in ("library", "threads_openmp", "threads_pool"):
-            source = package / "native" / f"{name}.cpp"
-            jobs.append([*compiler, *flags, *defined, "-c", str(source), "-o", str(temporary / f"{name}.o")])
+        version = _version(compiler, temporary)
+        defines = {
+            "COMPILER": version,
+            "ISAS": " ".join(isas),
+            "SOURCES": digest(package),
+            "LAYOUTS": _layouts(package),
+        }
+        units = sorted(kernels(package).items(), key=lambda unit: -sum(file.stat().st_size for file in unit[1]))
+        jobs = [(name, files, [*ISAS[isa], f"-DSSMZOO_ISA_{isa}"]) for name, files in units for isa in isas]
+        own = [f"-DSSMZOO_{name}={_quoted(value)}" for name, value in defines.items()]
+        jobs.append(("library", [package / "native" / "library.cpp"], own))
+        jobs += [(name, [package / "native" / f"{name}.cpp"], []) for name in ("threads_openmp", "threads_pool")]
+        compile_one = functools.partial(
+            _compile, [*compiler, *flags], version, [package, package / "ops"], cache or temporary, temporary
+        )
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(functools.partial(_run, folder=temporary), jobs))
+            objects = list(pool.map(compile_one, *zip(*jobs, strict=True)))
         linked = temporary / NAME
-        objects = [job[-1] for job in jobs]
         end = shlex.split(os.environ.get("LDFLAGS", ""))
-        _run([*compiler, *flags, "-shared", *objects, "-o", str(linked), *end], temporary)
+        _run([*compiler, *flags, "-shared", *map(str, objects), "-o", str(linked), *end], temporary)
         target.parent.mkdir(parents=True, exist_ok=True)
-        staged = target.with_name(f"{target.name}.{os.getpid()}")  # two builds at once must not write into one file
-        shutil.copy(linked, staged)
-        os.replace(staged, target)  # a process that has the old one loaded keeps it
+        _put(linked, target)
+        if cache is not None:
+            _forget(cache)
+
+
+def _compile(
+    command: Sequence[str],
+    version: str,
+    include: Sequence[Path],
+    cache: Path,
+    folder: Path,
+    name: str,
+    files: Sequence[Path],
+    own: Sequence[str],
+) -> Path:
+    """The object file of a few sources together, as it was made before from the same contents by the same command."""
+    try:
+        contents = [part for path, text in included(files, include).items() for part in (path.name, text)]
+    except SourceError as error:
+        raise BuildError(str(error)) from error
+    key = combined(version, *(part for part in command if part != sys.executable), *own, *contents)
+    kept = cache / f"{name}-{key}.o"
+    if kept.exists():
+        os.utime(kept)
+        return kept
+    unit = folder / f"{name}-{key}.cpp"
+    unit.write_text("".join(f'#include "{file}"\n' for file in files))
+    made = folder / f"{key}.made"
+    _run([*command, *(f"-I{path}" for path in include), *own, "-c", str(unit), "-o", str(made)], folder)
+    cache.mkdir(parents=True, exist_ok=True)
+    _put(made, kept)
+    return kept
+
+
+def _put(file: Path, target: Path) -> None:
+    """Copies a file to its place, whole at once.
+
+    Two builds must not write into one file, and a process that has the old library loaded keeps it.
+    """
+    staged = target.with_name(f"{target.name}.{os.getpid()}")
+    shutil.copy(file, staged)
+    os.replace(staged, target)
+
+
+def _forget(cache: Path) -> None:
+    """Deletes what no build has needed for long."""
+    for file in cache.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another build's
+            if file.stat().st_mtime < time.time() - KEPT:
+                file.unlink()
+
+
+def _layouts(package: Path) -> str:
+    """One line a kernel: its name and its arguments."""
+    try:
+        return "\n".join(" ".join([kernel, *fields]) for kernel, fields in layouts(package).items())
+    except SourceError as error:
+        raise BuildError(str(error)) from error
 
 
 def find_compiler() -> list[str]:
@@ -129,7 +190,7 @@ def find_compiler() -> list[str]:
         named[0] = os.path.abspath(named[0])  # the build calls it from elsewhere
     command = named or _on_path() or _packaged()
     if not command:
-        raise BuildError(
+        raise NoCompilerError(
             "no C++ compiler was found; install one (g++ or clang++, or `pip install ziglang`) and install ssmzoo again"
         )
     return command
@@ -176,7 +237,7 @@ def _version(compiler: Sequence[str], folder: Path) -> str:
 
 
 def _quoted(text: str) -> str:
-    return '"' + text.replace("\\", "/").replace('"', "'") + '"'
+    return '"' + text.replace("\\", "/").replace('"', "'").replace("\n", "\\n") + '"'
 
 
 def _compiles(
@@ -207,9 +268,23 @@ def _run(command: Sequence[str], folder: Path) -> None:
         print(result.stderr, file=sys.stderr)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Builds the library that the package beside this file loads; in a checkout, only what has changed."""
+    parser = argparse.ArgumentParser("python -m ssmkernels.native.build", description=main.__doc__)
+    parser.add_argument("--optional", action="store_true", help="only warn where there is no compiler")
+    optional = parser.parse_args().optional
     try:
-        build(PACKAGE / NAME)
+        build(PACKAGE / NAME, cache=CACHE)
+    except NoCompilerError as error:
+        if not optional:
+            sys.exit(str(error))
+        print(f"WARNING: without the native CPU kernels, which are much faster: {error}", file=sys.stderr)
     except BuildError as error:
         sys.exit(str(error))
-    print(PACKAGE / NAME)
+    else:
+        (PACKAGE / DIGEST).unlink(missing_ok=True)  # the sources need no longer be as they were installed
+        print(PACKAGE / NAME)
+
+
+if __name__ == "__main__":
+    main()

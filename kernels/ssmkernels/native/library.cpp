@@ -1,7 +1,8 @@
-// What the loader asks first: does this library fit the Python code, what was built into it, what can this CPU run?
+// What the loader asks first: which sources is this library built from, and what can this CPU run of it?
 //
-// Compiled once, for the baseline. The build passes SSMZOO_ABI, SSMZOO_COMPILER and SSMZOO_ISAS (the space-separated
-// names of the instruction sets that it compiled for).
+// Compiled once, for the baseline. The build passes SSMZOO_SOURCES (their digest), SSMZOO_LAYOUTS (one line for each
+// kernel: its name, then its arguments in their order), SSMZOO_COMPILER and SSMZOO_ISAS (the space-separated names of
+// the instruction sets that it compiled for).
 #include <string.h>
 
 #if defined(__x86_64__)
@@ -10,8 +11,9 @@
 
 #define SSMZOO_PUBLIC extern "C" __attribute__((visibility("default")))
 
-// Raised whenever an argument structure or an exported function changes; the same number as in native/build.py.
-SSMZOO_PUBLIC int ssmzoo_abi() { return SSMZOO_ABI; }
+SSMZOO_PUBLIC const char* ssmzoo_sources() { return SSMZOO_SOURCES; }
+
+SSMZOO_PUBLIC const char* ssmzoo_layouts() { return SSMZOO_LAYOUTS; }
 
 SSMZOO_PUBLIC const char* ssmzoo_compiler() { return SSMZOO_COMPILER; }
 

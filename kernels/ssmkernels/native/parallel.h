@@ -11,7 +11,7 @@
 #include "threads.h"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
+#include <xmmintrin.h>
 #endif
 
 namespace ssmzoo {

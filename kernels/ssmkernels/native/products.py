@@ -16,8 +16,6 @@ from ssmkernels.core.plain import why_not_plain
 LARGE = 2**19
 FEW = 1  # rows, for which the native library reads the weight at memory speed
 
-_Product = native.arguments("_Product", "x weight bias y dtype rows size outputs threads")
-
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x ``(..., in)``, weight ``(out, in)``, bias ``(out)`` → ``(..., out)``, as PyTorch's.
@@ -67,8 +65,20 @@ def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     x = x.contiguous()
     bias = None if bias is None else bias.contiguous()
     y = x.new_empty(*x.shape[:-1], outputs)
-    places = (x.data_ptr(), weight.data_ptr(), native.address(bias), y.data_ptr(), native.DTYPES[x.dtype])
-    native.run("product", _Product(*places, x.numel() // size, size, outputs, native.threads(weight.numel())))
+    native.run(
+        "product",
+        {
+            "x": x.data_ptr(),
+            "weight": weight.data_ptr(),
+            "bias": native.address(bias),
+            "y": y.data_ptr(),
+            "dtype": native.DTYPES[x.dtype],
+            "rows": x.numel() // size,
+            "size": size,
+            "outputs": outputs,
+            "threads": native.threads(weight.numel()),
+        },
+    )
     return y
 
 

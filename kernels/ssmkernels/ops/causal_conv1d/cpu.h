@@ -10,7 +10,7 @@
 
 namespace ssmzoo {
 
-// As in cpu.py. Strides count elements; the last axis is contiguous. S is float, or double where x is.
+// Strides count elements; the last axis is contiguous. S is float, or double where x is.
 struct ConvArguments {
     const void* x;                         // (b l d), any floating dtype
     const void *weight, *bias, *initial;   // S: (d w), (d), (s w-1 d); the last two may be null

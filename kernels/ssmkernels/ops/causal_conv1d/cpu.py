@@ -15,15 +15,6 @@ from ssmkernels.native import wrong_device as unsupported
 
 __all__ = ["backward", "forward", "missing", "unsupported"]
 
-_FORWARD = """
-    x weight bias initial cu_seqlens y final_state
-    dtype sequences length d width silu threads x_batch x_time
-"""
-_BACKWARD = _FORWARD + "dy dfinal dx dweight dbias dinitial dy_batch dy_time"
-
-_Forward = native.arguments("_Forward", _FORWARD)
-_Backward = native.arguments("_Backward", _BACKWARD)
-
 
 def forward(a: Any, save: bool) -> tuple[Tensor, Tensor]:
     fields, _kept = _fields(a)
@@ -31,7 +22,7 @@ def forward(a: Any, save: bool) -> tuple[Tensor, Tensor]:
     final_state = a.x.new_empty((fields["sequences"], fields["width"] - 1, fields["d"]), dtype=precision(a.x))
     large_pages(y)
     fields |= {"y": y.data_ptr(), "final_state": final_state.data_ptr()}
-    native.run("causal_conv1d", _Forward(**fields))
+    native.run("causal_conv1d", fields)
     return y, final_state
 
 
@@ -47,13 +38,20 @@ def backward(a: Any, saved: Any, grads: Any) -> dict[str, Any]:
     }
     large_pages(found["x"])
     fields |= {"d" + name.removesuffix("_state"): address(g) for name, g in found.items()}
-    fields |= {"dy": dy.data_ptr(), "dfinal": address(dfinal), "dy_batch": dy.stride(0), "dy_time": dy.stride(1)}
-    native.run("causal_conv1d_backward", _Backward(**fields))
+    fields |= {
+        "y": 0,
+        "final_state": 0,
+        "dy": dy.data_ptr(),
+        "dfinal": address(dfinal),
+        "dy_batch": dy.stride(0),
+        "dy_time": dy.stride(1),
+    }
+    native.run("causal_conv1d_backward", fields)
     return found
 
 
 def _fields(a: Any) -> tuple[dict[str, int], list[Any]]:
-    """The fields of ``_Forward`` except the outputs, and the tensors that they point into."""
+    """The kernel's arguments except the outputs, and the tensors that they point into."""
     wide = precision(a.x)
     x, weight = rows(a.x), a.weight.to(wide).contiguous()
     bias = None if a.bias is None else a.bias.to(wide).contiguous()

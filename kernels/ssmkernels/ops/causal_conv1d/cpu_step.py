@@ -13,8 +13,6 @@ from ssmkernels.native import wrong_device as unsupported
 
 __all__ = ["forward", "missing", "unsupported"]
 
-_Step = native.arguments("_Step", "state x weight bias y dtype batch d width silu threads x_batch")
-
 
 def forward(a: Any, save: bool) -> Tensor:
     wide = precision(a.x)
@@ -25,20 +23,20 @@ def forward(a: Any, save: bool) -> Tensor:
     batch, d = x.shape
     native.run(
         "causal_conv1d_step",
-        _Step(
-            own.data_ptr(),
-            x.data_ptr(),
-            weight.data_ptr(),
-            address(bias),
-            y.data_ptr(),
-            native.DTYPES[x.dtype],
-            batch,
-            d,
-            weight.shape[1],
-            a.activation == "silu",
-            native.threads(x.numel() * 4),
-            x.stride(0),
-        ),
+        {
+            "state": own.data_ptr(),
+            "x": x.data_ptr(),
+            "weight": weight.data_ptr(),
+            "bias": address(bias),
+            "y": y.data_ptr(),
+            "dtype": native.DTYPES[x.dtype],
+            "batch": batch,
+            "d": d,
+            "width": weight.shape[1],
+            "silu": a.activation == "silu",
+            "threads": native.threads(x.numel() * 4),
+            "x_batch": x.stride(0),
+        },
     )
     if own is not a.state:
         a.state.copy_(own)

@@ -14,17 +14,6 @@ from ssmkernels.ops.decode_attention import checked_places, reference
 
 __all__ = ["checked", "forward", "missing", "unsupported"]
 
-_Arguments = native.arguments(
-    "_Arguments",
-    """
-    q k v lengths block_table slopes sinks out lse
-    dtype sequences l h h_kv k_size v_size page_size left splits threads
-    q_sequence q_position q_head lengths_step table_sequence table_block
-    k_page k_position k_head k_step v_page v_position v_head v_step scale softcap
-    """,
-    numbers=("scale", "softcap"),
-)
-
 
 def unsupported(a: Any) -> str | None:
     return wrong_device(a) or ("the values have no head dim" if a.v_cache.shape[3] == 0 else None)
@@ -47,41 +36,44 @@ def forward(a: Any, _: bool) -> tuple[Tensor, Tensor]:
     keys = lengths.sum() if a.left < 0 else lengths.clamp(max=a.left + l).sum()
     native.run(
         "decode_attention",
-        _Arguments(
-            q.data_ptr(),
-            k_cache.data_ptr(),
-            v_cache.data_ptr(),
-            lengths.data_ptr(),
-            address(block_table),
-            address(slopes),
-            address(sinks),
-            out.data_ptr(),
-            lse.data_ptr() if a.return_lse else 0,
-            native.DTYPES[q.dtype],
-            s,
-            l,
-            h,
-            h_kv,
-            k_size,
-            v_size,
-            k_cache.shape[1],
-            a.left,
-            a.num_splits or 0,
-            native.threads(int(keys) * l * h * (k_size + v_size)),
-            *q.stride()[:3],
-            lengths.stride(0),
-            *((0, 0) if block_table is None else block_table.stride()),
-            *_steps(k_cache),
-            *_steps(v_cache),
-            a.scale,
-            a.softcap,
-        ),
+        {
+            "q": q.data_ptr(),
+            "k": k_cache.data_ptr(),
+            "v": v_cache.data_ptr(),
+            "lengths": lengths.data_ptr(),
+            "block_table": address(block_table),
+            "slopes": address(slopes),
+            "sinks": address(sinks),
+            "out": out.data_ptr(),
+            "lse": lse.data_ptr() if a.return_lse else 0,
+            "dtype": native.DTYPES[q.dtype],
+            "sequences": s,
+            "l": l,
+            "h": h,
+            "h_kv": h_kv,
+            "k_size": k_size,
+            "v_size": v_size,
+            "page_size": k_cache.shape[1],
+            "left": a.left,
+            "splits": a.num_splits or 0,
+            "threads": native.threads(int(keys) * l * h * (k_size + v_size)),
+            **_steps("q", q, "sequence", "position", "head"),
+            "lengths_step": lengths.stride(0),
+            **_steps("table", block_table, "sequence", "block"),
+            **_steps("k", k_cache, "page", "position", "head", "step"),
+            **_steps("v", v_cache, "page", "position", "head", "step"),
+            "scale": a.scale,
+            "softcap": a.softcap,
+        },
     )
     if l > 1 and hidden.spread(out):  # a single query sees all keys that the library visits
         out = hidden.repaired(out, reference.compute(a)[0])
     return out, lse
 
 
-def _steps(cache: Tensor) -> tuple[int, ...]:
-    """Its strides; the last is 1 where there is nothing to step to, so that elements count as side by side."""
-    return *cache.stride()[:3], cache.stride(3) if cache.shape[3] > 1 else 1
+def _steps(name: str, x: Tensor | None, *axes: str) -> dict[str, int]:
+    """The strides of the named axes. A head of one element has a step of 1, so that it counts as contiguous."""
+    steps = (0,) * len(axes) if x is None else x.stride()
+    if x is not None and axes[-1] == "step" and x.shape[-1] <= 1:
+        steps = (*steps[:-1], 1)
+    return {f"{name}_{axis}": step for axis, step in zip(axes, steps, strict=False)}

@@ -5,8 +5,6 @@ namespace ssmzoo {
 namespace SSMZOO_ISA {
 namespace {
 
-constexpr int64_t kLanes = Lanes<double>::count;
-
 // start ratio^i for i in [0, count), for N states side by side, which hides the latency of their products. The real
 // parts of the j-th go to row j of the table, the imaginary ones times `sign` to row n + j; both times `factor`. Writes up
 // to a whole vector; returns in `start` what comes after the last that was written.

@@ -12,7 +12,7 @@
 
 namespace ssmzoo {
 
-// As in cpu.py. All are contiguous; a complex number is two doubles.
+// All are contiguous; a complex number is two doubles.
 struct DiagonalArguments {
     const double *ratio, *weight;  // (d n)
     void* taps;                    // S: (d length), read by the backward pass, which has their gradients there
@@ -21,6 +21,7 @@ struct DiagonalArguments {
 
 namespace SSMZOO_ISA {
 
+constexpr int64_t kLanes = Lanes<double>::count;
 constexpr int64_t kRows = 6;                                     // of a product that are in registers at once, and
 constexpr int64_t kColumns = SSMZOO_VECTOR_BYTES == 64 ? 4 : 2;  // vectors of each
 constexpr int64_t kSpan = 16 * kRows;                            // blocks of a task

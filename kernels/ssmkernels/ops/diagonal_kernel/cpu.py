@@ -16,11 +16,6 @@ __all__ = ["compute", "missing", "unsupported"]
 # Blocks that one task of the backward pass takes, and the least taps of a block: kSpan and kLeast in cpu.h.
 SPAN, LEAST = 96, 64
 
-_FORWARD = "ratio weight taps dtype complex length d n threads"
-
-_Forward = native.arguments("_Forward", _FORWARD)
-_Backward = native.arguments("_Backward", _FORWARD + " dratio dweight")
-
 
 def unsupported(a: Any) -> str | None:
     return wrong_device(a) or ("no channels or no states" if a.A.numel() == 0 else None)
@@ -33,14 +28,15 @@ def compute(a: Any) -> Tensor:
 def _forward(a: Powers) -> Tensor:
     a = _plain(a)
     taps = a.ratio.new_empty((a.ratio.shape[0], a.length), dtype=a.dtype)
-    native.run("diagonal_kernel", _Forward(*_values(a, taps)))
+    native.run("diagonal_kernel", _values(a, taps))
     return taps
 
 
 def _backward(a: Powers, dtaps: Tensor, _: set[str]) -> dict[str, Tensor]:
     a, dtaps = _plain(a), dtaps.contiguous()
     parts = [a.ratio.new_empty((_spans(a.length), *a.ratio.shape)) for _ in range(2)]
-    native.run("diagonal_kernel_backward", _Backward(*_values(a, dtaps), *(p.data_ptr() for p in parts)))
+    gradients = {"dratio": parts[0].data_ptr(), "dweight": parts[1].data_ptr()}
+    native.run("diagonal_kernel_backward", _values(a, dtaps) | gradients)
     return {"ratio": parts[0].sum(0), "weight": parts[1].sum(0)}
 
 
@@ -52,12 +48,20 @@ def _plain(a: Powers) -> Powers:
     return a._replace(ratio=ratio, weight=weight)
 
 
-def _values(a: Powers, taps: Tensor) -> list[int]:
-    """The fields of ``_Forward``."""
+def _values(a: Powers, taps: Tensor) -> dict[str, int]:
+    """The kernels' arguments."""
     d, n = a.ratio.shape
-    addresses = [x.data_ptr() for x in (a.ratio, a.weight, taps)]
-    sizes = [native.DTYPES[taps.dtype], a.ratio.is_complex(), a.length, d, n]
-    return [*addresses, *sizes, native.threads(taps.numel() * n)]
+    return {
+        "ratio": a.ratio.data_ptr(),
+        "weight": a.weight.data_ptr(),
+        "taps": taps.data_ptr(),
+        "dtype": native.DTYPES[taps.dtype],
+        "complex": a.ratio.is_complex(),
+        "length": a.length,
+        "d": d,
+        "n": n,
+        "threads": native.threads(taps.numel() * n),
+    }
 
 
 def _spans(length: int) -> int:

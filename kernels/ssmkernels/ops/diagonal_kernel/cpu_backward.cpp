@@ -9,15 +9,13 @@
 namespace ssmzoo {
 
 // Beside the gradients of the taps, where they go: one part for each span, (spans d n).
-struct DiagonalBackward {
+struct DiagonalBackwardArguments {
     DiagonalArguments a;
     double *dratio, *dweight;
 };
 
 namespace SSMZOO_ISA {
 namespace {
-
-constexpr int64_t kLanes = Lanes<double>::count;
 
 // What a task keeps of each state.
 enum { kRatio, kPower, kBefore, kStart, kStartBefore, kWeightSum, kRatioSum, kArrays };
@@ -139,7 +137,7 @@ void add_block(const Memory<S, complex>& m, const S* sums, int64_t before) {
 }
 
 template <class S, bool complex>
-void span_of_gradients(const DiagonalBackward& b, const Cut& cut, int64_t channel, int64_t span, char* scratch) {
+void span_of_gradients(const DiagonalBackwardArguments& b, const Cut& cut, int64_t channel, int64_t span, char* scratch) {
     const DiagonalArguments& a = b.a;
     const Memory<S, complex> m(a.n, cut, scratch);
     const int64_t first = cut.first(span), count = cut.count(span);
@@ -186,7 +184,7 @@ void span_of_gradients(const DiagonalBackward& b, const Cut& cut, int64_t channe
 }
 
 template <class S, bool complex>
-int all_gradients(const DiagonalBackward& b) {
+int all_gradients(const DiagonalBackwardArguments& b) {
     const Cut cut(b.a.length);
     const size_t bytes = Memory<S, complex>::bytes(b.a.n, cut);
     return parallel_for(b.a.d * cut.spans, b.a.threads, bytes, [&](int64_t i, char* scratch) {
@@ -198,7 +196,7 @@ int all_gradients(const DiagonalBackward& b) {
 }  // namespace SSMZOO_ISA
 }  // namespace ssmzoo
 
-SSMZOO_EXPORT(diagonal_kernel_backward)(const ssmzoo::DiagonalBackward* b) {
+SSMZOO_EXPORT(diagonal_kernel_backward)(const ssmzoo::DiagonalBackwardArguments* b) {
     using namespace ssmzoo::SSMZOO_ISA;
     if (b->a.dtype) return b->a.complex ? all_gradients<double, true>(*b) : all_gradients<double, false>(*b);
     return b->a.complex ? all_gradients<float, true>(*b) : all_gradients<float, false>(*b);

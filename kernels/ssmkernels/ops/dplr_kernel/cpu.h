@@ -17,7 +17,7 @@
 
 namespace ssmzoo {
 
-// As in cpu.py; all contiguous. N is n, or 2n for pairs.
+// All are contiguous. N is n, or 2n for pairs.
 struct DplrArguments {
     const double *diagonal, *left, *right, *B, *C;  // (d N), (d r N), (d r N), (d N), (d N)
     void* K;                                        // (d length), double where not single

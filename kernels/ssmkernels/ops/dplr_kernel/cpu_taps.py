@@ -10,11 +10,6 @@ from torch import Tensor
 from ssmkernels import native
 from ssmkernels.core.declaration import Declaration
 
-_FORWARD = "diagonal left right B C K d n rank length pairs single threads"
-
-_Forward = native.arguments("_Forward", _FORWARD)
-_Backward = native.arguments("_Backward", _FORWARD + " dK ddiagonal dleft dright dB dC")
-
 
 def dplr_taps(
     diagonal: Tensor, left: Tensor, right: Tensor, B: Tensor, C: Tensor, length: int, pairs: bool, single: bool
@@ -45,7 +40,7 @@ DECLARED = Declaration(dplr_taps, SHAPES, {"K": "d length"}, None, ())
 def forward(a: Any, save: bool) -> Tensor:
     (K,) = empty(a, save)
     values, _kept = _values(a)
-    native.run("dplr_kernel", _Forward(**values, K=K.data_ptr()))
+    native.run("dplr_kernel", values | {"K": K.data_ptr()})
     return K
 
 
@@ -59,12 +54,12 @@ def backward(a: Any, _: Any, grads: Any) -> dict[str, Tensor]:
     dK = grads.K.contiguous()
     found = {name: torch.empty_like(getattr(a, name), memory_format=torch.contiguous_format) for name in SHAPES}
     addresses = {"d" + name: g.data_ptr() for name, g in found.items()}
-    native.run("dplr_kernel_backward", _Backward(**values, **addresses, K=0, dK=dK.data_ptr()))
+    native.run("dplr_kernel_backward", values | addresses | {"K": 0, "dK": dK.data_ptr()})
     return found
 
 
 def _values(a: Any) -> tuple[dict[str, int], list[Tensor]]:
-    """The fields of ``_Forward`` but for the output, and the tensors that they point into."""
+    """The kernel's arguments except the output, and the tensors that they point into."""
     tensors = {name: getattr(a, name).contiguous() for name in SHAPES}
     d, rank, N = a.left.shape
     n = N // 2 if a.pairs else N

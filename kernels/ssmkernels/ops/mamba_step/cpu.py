@@ -15,15 +15,6 @@ __all__ = ["forward", "missing", "unsupported"]
 TILE = 64  # channels: kTile in tiles.h
 FEW = 8  # sequences; from there on a matrix product of a library does better by the weights than row by row
 
-_Step = native.arguments(
-    "_Step",
-    """
-    conv_state ssm_state x in_proj in_bias conv_weight conv_bias x_proj dt_proj dt_bias A_log D out_proj out_bias
-    y scratch dtype batch m d n width rank normalised threads x_batch eps
-    """,
-    numbers=("eps",),
-)
-
 
 def unsupported(a: Any) -> str | None:
     if why := wrong_device(a):
@@ -51,35 +42,35 @@ def forward(a: Any, _: bool) -> Tensor:
     scratch = a.ssm_state.new_empty(between + threads * (width + 1) * TILE)
     native.run(
         "mamba_step",
-        _Step(
-            own[0].data_ptr(),
-            own[1].data_ptr(),
-            x.data_ptr(),
-            in_proj.data_ptr(),
-            address(in_bias),
-            conv_weight.data_ptr(),
-            address(conv_bias),
-            x_proj.data_ptr(),
-            dt_proj.data_ptr(),
-            dt_bias.data_ptr(),
-            A_log.data_ptr(),
-            D.data_ptr(),
-            out_proj.data_ptr(),
-            address(out_bias),
-            y.data_ptr(),
-            scratch.data_ptr(),
-            native.DTYPES[x.dtype],
-            batch,
-            m,
-            d,
-            n,
-            width,
-            rank,
-            a.norm_eps is not None,
-            threads,
-            x.stride(0),
-            a.norm_eps or 0.0,
-        ),
+        {
+            "conv_state": own[0].data_ptr(),
+            "ssm_state": own[1].data_ptr(),
+            "x": x.data_ptr(),
+            "in_proj": in_proj.data_ptr(),
+            "in_bias": address(in_bias),
+            "conv_weight": conv_weight.data_ptr(),
+            "conv_bias": address(conv_bias),
+            "x_proj": x_proj.data_ptr(),
+            "dt_proj": dt_proj.data_ptr(),
+            "dt_bias": dt_bias.data_ptr(),
+            "A_log": A_log.data_ptr(),
+            "D": D.data_ptr(),
+            "out_proj": out_proj.data_ptr(),
+            "out_bias": address(out_bias),
+            "y": y.data_ptr(),
+            "scratch": scratch.data_ptr(),
+            "dtype": native.DTYPES[x.dtype],
+            "batch": batch,
+            "m": m,
+            "d": d,
+            "n": n,
+            "width": width,
+            "rank": rank,
+            "normalised": a.norm_eps is not None,
+            "threads": threads,
+            "x_batch": x.stride(0),
+            "eps": a.norm_eps or 0.0,
+        },
     )
     for state, used in zip(states, own, strict=True):
         if used is not state:

@@ -7,7 +7,7 @@
 
 namespace ssmzoo {
 
-// As in cpu.py. Strides count elements; the last axis is contiguous. T is x's dtype, S its precision, R the residual's.
+// Strides count elements; the last axis is contiguous. T is x's dtype, S its precision, R the residual's.
 struct NormArguments {
     const void *x, *weight, *gate, *residual;  // T: (rows d); S: (d); T: (rows d) or null; R: (rows d) or null
     void *y, *summed;                          // T: (rows d); R: (rows d) where there is a residual

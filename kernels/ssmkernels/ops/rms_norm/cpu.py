@@ -15,15 +15,6 @@ __all__ = ["DROPS", "SAVES", "backward", "forward", "missing", "restore", "unsup
 
 PARTS = 64  # of the sum over rows: as in cpu_backward.cpp
 
-_FORWARD = """
-    x weight gate residual y summed dtype residual_wide rows d group gate_first threads
-    x_row gate_row residual_row eps
-"""
-_BACKWARD = _FORWARD + "dy dsummed dx dweight dgate dresidual parts dy_row dsummed_row"
-
-_Forward = native.arguments("_Forward", _FORWARD, numbers=("eps",))
-_Backward = native.arguments("_Backward", _BACKWARD, numbers=("eps",))
-
 # The backward pass takes the sum x + residual, and not the residual.
 SAVES, DROPS = ("summed",), ("residual",)
 
@@ -38,7 +29,7 @@ def forward(a: Any, _: bool) -> tuple[Tensor, Tensor]:
     values, _kept = _values(a, a.residual)
     large_pages(y, summed)
     values |= {"y": y.data_ptr(), "summed": summed.data_ptr()}
-    native.run("rms_norm", _Forward(**values))
+    native.run("rms_norm", values)
     return y, summed
 
 
@@ -61,16 +52,16 @@ def backward(a: Any, saved: Any, grads: Any) -> dict[str, Any]:
         "residual": None if summed is None else summed.new_empty(summed.shape),
     }
     large_pages(*found.values())
-    values |= {f"d{name}": address(g) for name, g in found.items()}
+    values |= {"y": 0, "summed": 0} | {f"d{name}": address(g) for name, g in found.items()}
     values |= {"dy": dy.data_ptr(), "dsummed": address(dsummed), "parts": parts.data_ptr()}
     values["dy_row"] = dy.stride(0)
     values["dsummed_row"] = 0 if dsummed is None else dsummed.stride(0)
-    native.run("rms_norm_backward", _Backward(**values))
+    native.run("rms_norm_backward", values)
     return found
 
 
 def _values(a: Any, residual: Tensor | None) -> tuple[dict[str, Any], list[Any]]:
-    """The fields of ``_Forward`` except the outputs, and the tensors that they point into."""
+    """The kernel's arguments except the outputs, and the tensors that they point into."""
     x, gate, residual = _lines(a.x), _lines(a.gate), _lines(residual)
     weight = plain(a.weight, precision(x))
     rows, d = x.shape

@@ -11,7 +11,7 @@
 
 namespace ssmzoo {
 
-// As in cpu_arguments.py. S is float, or double where activations are. A, B, C and all states are real or complex; if
+// S is float, or double where activations are. A, B, C and all states are real or complex; if
 // complex, two reals a number: n and strides count reals. The last axis is contiguous.
 struct ScanArguments {
     const void *u, *delta, *z;                          // (b l d), any floating dtype; z may be null
@@ -92,16 +92,40 @@ struct Ahead {
     }
 };
 
-// How the input map B, or the output map C, is read at time t: one number for all lanes, or one a channel for all time.
-template <class K, bool fixed>
+// What the input map B, or the output map C, varies over. What runs rarely is compiled for `unknown` alone.
+enum class Over { time, channels, unknown };
+
+// Such a map: at each time one number for all lanes, or for all time one a channel.
+template <class K, Over over = Over::unknown>
 struct Map {
     const typename K::S* p;
-    int64_t stride;  // over time, where there is one
+    int64_t stride;  // over time
+    bool is_fixed;
+
+    template <Over known>
+    SSMZOO_INLINE Map<K, known> as() const {
+        return {p, stride, is_fixed};
+    }
+
+    SSMZOO_INLINE bool fixed() const { return over == Over::unknown ? is_fixed : over == Over::channels; }
 
     SSMZOO_INLINE typename K::Number operator()(int64_t t, int64_t j, int64_t c) const {
-        return fixed ? K::load(p + j * K::parts * kTile + c, kTile) : K::splat(p + t * stride + j * K::parts);
+        return fixed() ? K::load(p + j * K::parts * kTile + c, kTile) : K::splat(p + t * stride + j * K::parts);
     }
 };
+
+// f(B, C) for the maps as what they are; where they are fixed and that is not `often` so, as ones of which any may be.
+template <bool often, class K, class F>
+SSMZOO_INLINE void with_maps(const Map<K>& B, const Map<K>& C, const F& f) {
+    if (!B.is_fixed && !C.is_fixed) return f(B.template as<Over::time>(), C.template as<Over::time>());
+    if constexpr (often) {
+        if (!C.is_fixed) return f(B.template as<Over::channels>(), C.template as<Over::time>());
+        if (!B.is_fixed) return f(B.template as<Over::time>(), C.template as<Over::channels>());
+        return f(B.template as<Over::channels>(), C.template as<Over::channels>());
+    } else {
+        f(B, C);
+    }
+}
 
 // A tile of parameters and its walk through a sequence. All scratch arrays are (., 64).
 template <class K>
@@ -157,16 +181,14 @@ struct Walk {
         limit = finite ? exp2_safe<S> / (largest + S(1)) : S(-1);
     }
 
-    template <bool fixed>
-    Map<K, fixed> map_B(const ScanArguments& a, Tile tile, const Sequence& s, int64_t t0) const {
-        if (fixed) return {B, 0};
-        return {at<S>(a.B, s.batch * a.B_batch + (s.start + t0) * a.B_time + tile.group * a.n), a.B_time};
+    Map<K> map_B(const ScanArguments& a, Tile tile, const Sequence& s, int64_t t0) const {
+        if (a.fixed_B) return {B, 0, true};
+        return {at<S>(a.B, s.batch * a.B_batch + (s.start + t0) * a.B_time + tile.group * a.n), a.B_time, false};
     }
 
-    template <bool fixed>
-    Map<K, fixed> map_C(const ScanArguments& a, Tile tile, const Sequence& s, int64_t t0) const {
-        if (fixed) return {C, 0};
-        return {at<S>(a.C, s.batch * a.C_batch + (s.start + t0) * a.C_time + tile.group * a.n), a.C_time};
+    Map<K> map_C(const ScanArguments& a, Tile tile, const Sequence& s, int64_t t0) const {
+        if (a.fixed_C) return {C, 0, true};
+        return {at<S>(a.C, s.batch * a.C_batch + (s.start + t0) * a.C_time + tile.group * a.n), a.C_time, false};
     }
 
     // u, delta → dt, dtu. Returns whether decays may go unguarded: |dt A| is small throughout, and nothing is NaN.

@@ -10,7 +10,7 @@ from ssmkernels import native
 from ssmkernels.core.memory import large_pages
 from ssmkernels.core.validate import precision
 from ssmkernels.native import missing, wrong_device
-from ssmkernels.ops.selective_scan.cpu_arguments import Forward, chunk_length, kernel, numbers, values
+from ssmkernels.ops.selective_scan.cpu_arguments import chunk_length, kernel, numbers, values
 from ssmkernels.ops.selective_scan.cpu_backward import backward
 
 __all__ = ["SAVES", "backward", "empty", "forward", "missing", "unsupported"]
@@ -28,7 +28,7 @@ def forward(a: Any, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     large_pages(y, starts)
     fields, _kept = values(a, starts if save else None)
     fields |= {"y": y.data_ptr(), "final_state": final_state.data_ptr()}
-    native.run(kernel(a.A), Forward(**fields))
+    native.run(kernel(a.A), fields)
     return y, final_state, starts
 
 

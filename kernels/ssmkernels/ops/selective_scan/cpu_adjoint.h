@@ -22,6 +22,7 @@ struct Adjoint {
     S *decays, *states;                // of the chunk, for one group of n and vectors
     S *maps;                           // (chunk 2n) of the tile
     bool gated;
+    bool safe;                         // decays need no guards in this chunk
 
     static constexpr int kVectors = 2;
     static constexpr int64_t kGroup = K::backward_states * K::parts * kVectors * Lanes<S>::count;
@@ -49,14 +50,31 @@ struct AheadBoth {
     Ahead read, written;
 };
 
+// The decays of N states from the j-th on, for M vectors of channels from c on, through a chunk.
+template <class K, bool guarded>
+void all_decays(const Walk<K>& w, const Adjoint<K>& r, int64_t N, int64_t M, int64_t j, int64_t c, int64_t steps) {
+    constexpr int64_t lanes = Lanes<typename K::S>::count;
+    for (int64_t i = 0; i < N; ++i)
+        for (int64_t m = 0; m < M; ++m) {
+            const typename K::Rate rate = w.rate(j + i, c + m * lanes);
+            for (int64_t t = 0; t < steps; ++t)
+                K::store(r.decays + ((t * N + i) * M + m) * K::parts * lanes, lanes,
+                         K::template decay<guarded>(load(w.dt + t * kTile + c + m * lanes), rate));
+        }
+}
+
 // N states from the j-th on, for M vectors of channels from c on, through a chunk: forward once more, then backward.
-template <class K, int N, int M, bool fixed_B, bool fixed_C, bool guarded>
-void chunk_adjoint(const Walk<K>& w, const Adjoint<K>& r, const AheadBoth& next, Map<K, fixed_B> B, Map<K, fixed_C> C,
+template <class K, int N, int M, Over over_B, Over over_C>
+void chunk_adjoint(const Walk<K>& w, const Adjoint<K>& r, const AheadBoth& next, Map<K, over_B> B, Map<K, over_C> C,
                    int64_t n, int64_t j, int64_t c, int64_t steps) {
     typedef typename K::S S;
     using V = typename K::V;
     using Number = typename K::Number;
     constexpr int lanes = Lanes<S>::count;
+    if (r.safe)
+        all_decays<K, false>(w, r, N, M, j, c, steps);
+    else
+        all_decays<K, true>(w, r, N, M, j, c, steps);
     Number h[N][M];
     for (int i = 0; i < N; ++i)
         for (int m = 0; m < M; ++m) h[i][m] = K::load(w.h + (j + i) * K::parts * kTile + c + m * lanes, kTile);
@@ -64,14 +82,12 @@ void chunk_adjoint(const Walk<K>& w, const Adjoint<K>& r, const AheadBoth& next,
         for (int m = 0; m < M; ++m) {
             if (j == 0) next.read.template fetch<false>(t, c + m * lanes);
             const int64_t at = t * kTile + c + m * lanes;
-            const V dt = load(w.dt + at), dtu = load(w.dtu + at);
+            const V dtu = load(w.dtu + at);
             V sum = load(r.y + at);
             for (int i = 0; i < N; ++i) {
                 const int64_t k = ((t * N + i) * M + m) * K::parts * lanes, channel = c + m * lanes;
-                const Number decay = K::template decay<guarded>(dt, w.rate(j + i, channel));
-                h[i][m] = fma(decay, h[i][m], dtu * B(t, j + i, channel));
+                h[i][m] = fma(K::load(r.decays + k, lanes), h[i][m], dtu * B(t, j + i, channel));
                 sum = fma_real(h[i][m], C(t, j + i, channel), sum);
-                K::store(r.decays + k, lanes, decay);
                 K::store(r.states + k, lanes, h[i][m]);
             }
             if (r.gated) store(r.y + at, sum);
@@ -83,8 +99,8 @@ void chunk_adjoint(const Walk<K>& w, const Adjoint<K>& r, const AheadBoth& next,
             const int64_t at = (j + i) * K::parts * kTile + c + m * lanes;
             g[i][m] = K::load(r.g + at, kTile);
             dA[i][m] = K::load(r.dA + at, kTile);
-            if (fixed_B) dB[i][m] = K::load(r.dB + at, kTile);
-            if (fixed_C) dC[i][m] = K::load(r.dC + at, kTile);
+            if (B.fixed()) dB[i][m] = K::load(r.dB + at, kTile);
+            if (C.fixed()) dC[i][m] = K::load(r.dC + at, kTile);
         }
     for (int64_t t = steps - 1; t >= 0; --t) {
         Number dB_t[N], dC_t[N];  // where they vary: over the channels, lane by lane
@@ -102,9 +118,9 @@ void chunk_adjoint(const Walk<K>& w, const Adjoint<K>& r, const AheadBoth& next,
                 const Number after = K::load(r.states + k, lanes);
                 const Number now = fma(C(t, j + i, channel), e, g[i][m]);
                 q = fma_real(now, B(t, j + i, channel), q);
-                if (fixed_B) dB[i][m] = fma(now, dtu, dB[i][m]);
+                if (B.fixed()) dB[i][m] = fma(now, dtu, dB[i][m]);
                 else dB_t[i] = fma(now, dtu, dB_t[i]);
-                if (fixed_C) dC[i][m] = fma(after, e, dC[i][m]);
+                if (C.fixed()) dC[i][m] = fma(after, e, dC[i][m]);
                 else dC_t[i] = fma(after, e, dC_t[i]);
                 g[i][m] = now * K::load(r.decays + k, lanes);
                 const Number p = g[i][m] * before;
@@ -114,7 +130,7 @@ void chunk_adjoint(const Walk<K>& w, const Adjoint<K>& r, const AheadBoth& next,
             store(r.q + at, q);
             store(r.ddt + at, ddt);
         }
-        if (!fixed_B || !fixed_C) {
+        if (!B.fixed() || !C.fixed()) {
             constexpr int half = N * K::parts;
             V sums[2 * half];
             for (int i = 0; i < N; ++i) {
@@ -136,26 +152,29 @@ void chunk_adjoint(const Walk<K>& w, const Adjoint<K>& r, const AheadBoth& next,
             const int64_t at = (j + i) * K::parts * kTile + c + m * lanes;
             K::store(r.g + at, kTile, g[i][m]);
             K::store(r.dA + at, kTile, dA[i][m]);
-            if (fixed_B) K::store(r.dB + at, kTile, dB[i][m]);
-            if (fixed_C) K::store(r.dC + at, kTile, dC[i][m]);
+            if (B.fixed()) K::store(r.dB + at, kTile, dB[i][m]);
+            if (C.fixed()) K::store(r.dC + at, kTile, dC[i][m]);
         }
 }
 
-template <class K, int M, bool fixed_B, bool fixed_C, bool guarded>
-void all_states(const Walk<K>& w, const Adjoint<K>& r, const AheadBoth& next, Map<K, fixed_B> B, Map<K, fixed_C> C,
-                int64_t n, int64_t c, int64_t steps) {
+template <class K, int M>
+void all_states(const Walk<K>& w, const Adjoint<K>& r, const AheadBoth& next, Map<K> B, Map<K> C, int64_t n, int64_t c,
+                int64_t steps) {
     in_groups<K::backward_states>(n / K::parts, [&](auto count, int64_t j) {
-        chunk_adjoint<K, decltype(count)::value, M, fixed_B, fixed_C, guarded>(w, r, next, B, C, n, j, c, steps);
+        constexpr int N = decltype(count)::value;
+        with_maps<N == K::backward_states && M == 2>(B, C, [&](auto b, auto c_) {
+            chunk_adjoint<K, N, M>(w, r, next, b, c_, n, j, c, steps);
+        });
     });
 }
 
-template <class K, bool fixed_B, bool fixed_C, bool guarded>
-void all_channels(const Walk<K>& w, const Adjoint<K>& r, const AheadBoth& next, Map<K, fixed_B> B, Map<K, fixed_C> C,
-                  int64_t n, int64_t channels, int64_t steps) {
+template <class K>
+void all_channels(const Walk<K>& w, const Adjoint<K>& r, const AheadBoth& next, Map<K> B, Map<K> C, int64_t n,
+                  int64_t channels, int64_t steps) {
     constexpr int64_t lanes = Lanes<typename K::S>::count;
     int64_t c = 0;
-    for (; c + lanes < channels; c += 2 * lanes) all_states<K, 2, fixed_B, fixed_C, guarded>(w, r, next, B, C, n, c, steps);
-    if (c < channels) all_states<K, 1, fixed_B, fixed_C, guarded>(w, r, next, B, C, n, c, steps);
+    for (; c + lanes < channels; c += 2 * lanes) all_states<K, 2>(w, r, next, B, C, n, c, steps);
+    if (c < channels) all_states<K, 1>(w, r, next, B, C, n, c, steps);
 }
 
 }  // namespace SSMZOO_ISA

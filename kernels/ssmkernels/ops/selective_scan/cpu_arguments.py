@@ -11,16 +11,6 @@ from ssmkernels import native
 from ssmkernels.core.validate import precision
 from ssmkernels.native import address, rows
 
-_FORWARD = """
-    u delta z A B C D delta_bias initial cu_seqlens y final_state starts
-    dtype sequences length d n groups softplus fixed_B fixed_C chunk threads
-    u_batch u_time delta_batch delta_time z_batch z_time B_batch B_time C_batch C_time
-"""
-_BACKWARD = _FORWARD + "dy dfinal du ddelta dz dA dB dC dD ddelta_bias_ dinitial dy_batch dy_time"
-
-Forward = native.arguments("Forward", _FORWARD)
-Backward = native.arguments("Backward", _BACKWARD)
-
 
 def kernel(A: Tensor, suffix: str = "") -> str:
     """The kernel's name: those of complex states are others."""
@@ -49,7 +39,7 @@ def chunk_length(A: Tensor) -> int:
 
 
 def values(a: Any, starts: Tensor | None) -> tuple[dict[str, int], list[Any]]:
-    """The fields of ``Forward`` except the outputs, and the tensors that they point into."""
+    """The kernel's arguments except the outputs, and the tensors that they point into."""
     wide, dtype = precision(a.u), numbers(a.u, a.A)
     u, delta = rows(a.u), rows(a.delta)
     z = None if a.z is None else rows(a.z)
@@ -86,8 +76,7 @@ def values(a: Any, starts: Tensor | None) -> tuple[dict[str, int], list[Any]]:
         "threads": torch.get_num_threads(),
     }
     for name, t in (("u", u), ("delta", delta), ("z", z), ("B", B), ("C", C)):
-        if t is not None:
-            found[name + "_batch"], found[name + "_time"] = t.stride()[:2]
+        found[name + "_batch"], found[name + "_time"] = (0, 0) if t is None else t.stride()[:2]
     return found, list(pointers.values())
 
 

@@ -8,7 +8,7 @@
 namespace ssmzoo {
 namespace SSMZOO_ISA {
 
-template <class K, class T, bool fixed_B, bool fixed_C>
+template <class K, class T>
 void item_adjoint(const ScanBackwardArguments& b, const Item& item, int64_t item_index, int64_t tile_index,
                   const Partial<typename K::S>& partial, char* scratch) {
     typedef typename K::S S;
@@ -60,16 +60,12 @@ void item_adjoint(const ScanBackwardArguments& b, const Item& item, int64_t item
         const int64_t position = item.offset + (chunk - item.first) * a.chunk;
         r.maps = partial.maps + (tile_index * partial.positions + position) * 2 * n;
         memset(r.maps, 0, sizeof(S) * static_cast<size_t>(steps * 2 * n));
-        const Map<K, fixed_B> B = w.template map_B<fixed_B>(a, tile_, s, t0);
-        const Map<K, fixed_C> C = w.template map_C<fixed_C>(a, tile_, s, t0);
         const Ahead read =
             Ahead::of<T>({u, delta, z, dy}, {a.u_time, a.delta_time, a.z_time, b.dy_time}).moved(-a.chunk);
         const T* const to[] = {at<T>(b.du, out), at<T>(b.ddelta, out), z ? at<T>(b.dz, out) : nullptr, nullptr};
         const AheadBoth next = {read, large ? read : Ahead::of<T>(to, {a.d, a.d, a.d, a.d}).moved(-a.chunk)};
-        if (safe)
-            all_channels<K, fixed_B, fixed_C, false>(w, r, next, B, C, n, tile_.channels, steps);
-        else
-            all_channels<K, fixed_B, fixed_C, true>(w, r, next, B, C, n, tile_.channels, steps);
+        r.safe = safe;
+        all_channels(w, r, next, w.map_B(a, tile_, s, t0), w.map_C(a, tile_, s, t0), n, tile_.channels, steps);
         for (int64_t t = 0; t < steps; ++t)
             for (int64_t c = 0; c < tile_.channels; c += lanes) {
                 const int64_t i = t * kTile + c, count = tile_.channels - c, o = out + t * a.d + c;
@@ -120,11 +116,7 @@ int scan_backward_as(const ScanBackwardArguments& b) {
         const Window window = cursor.next(a, positions);
         int failed = parallel_for(window.count * tiles, a.threads, bytes, [&](int64_t i, char* scratch) {
             const int64_t part = i / tiles, tile_index = i % tiles;
-            const Item& item = window.items[part];
-            if (a.fixed_B && a.fixed_C) return item_adjoint<K, T, true, true>(b, item, part, tile_index, partial, scratch);
-            if (a.fixed_B) return item_adjoint<K, T, true, false>(b, item, part, tile_index, partial, scratch);
-            if (a.fixed_C) return item_adjoint<K, T, false, true>(b, item, part, tile_index, partial, scratch);
-            return item_adjoint<K, T, false, false>(b, item, part, tile_index, partial, scratch);
+            item_adjoint<K, T>(b, window.items[part], part, tile_index, partial, scratch);
         });
         const int64_t chunks = ceil_div(window.positions, a.chunk);
         failed = failed || parallel_for(tiles + chunks, a.threads, 0, [&](int64_t i, char*) {

@@ -11,9 +11,9 @@ from ssmkernels import native
 from ssmkernels.core.memory import large_pages
 from ssmkernels.core.validate import precision
 from ssmkernels.native import address, rows
-from ssmkernels.ops.selective_scan.cpu_arguments import Backward, kernel, numbers, reals, values
+from ssmkernels.ops.selective_scan.cpu_arguments import kernel, numbers, reals, values
 
-_FIELDS = {"delta_bias": "ddelta_bias_", "initial_state": "dinitial"}  # of Backward, where it has other names
+_FIELDS = {"initial_state": "dinitial"}  # of Backward, where it has other names
 
 
 def backward(a: Any, saved: Any, grads: Any) -> dict[str, Tensor]:
@@ -42,9 +42,9 @@ def backward(a: Any, saved: Any, grads: Any) -> dict[str, Tensor]:
     }
     large_pages(found["u"], found["delta"], found["z"])
     fields |= {_FIELDS.get(name, "d" + name): address(g) for name, g in found.items()}
-    fields |= {"dy": dy.data_ptr(), "dfinal": address(dfinal)}
+    fields |= {"y": 0, "final_state": 0, "dy": dy.data_ptr(), "dfinal": address(dfinal)}
     fields["dy_batch"], fields["dy_time"] = dy.stride()[:2]
-    native.run(kernel(a.A, "_backward"), Backward(**fields))
+    native.run(kernel(a.A, "_backward"), fields)
     if dtype.is_complex:
         found["C"] *= 2  # as in maps
     return {name: _gradient(g, getattr(a, name)) for name, g in found.items() if g is not None}

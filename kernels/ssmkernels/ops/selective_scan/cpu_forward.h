@@ -7,8 +7,8 @@ namespace ssmzoo {
 namespace SSMZOO_ISA {
 
 // N states from the j-th on, for one vector of channels c, through a chunk: adds their part to y.
-template <class K, int N, bool fixed_B, bool fixed_C, bool guarded>
-void advance(const Walk<K>& w, const Ahead& next, Map<K, fixed_B> B, Map<K, fixed_C> C, typename K::S* y, int64_t j,
+template <class K, int N, bool guarded, Over over_B, Over over_C>
+void advance(const Walk<K>& w, const Ahead& next, Map<K, over_B> B, Map<K, over_C> C, typename K::S* y, int64_t j,
              int64_t c, int64_t steps) {
     using V = typename K::V;
     typename K::Rate A[N];
@@ -30,16 +30,20 @@ void advance(const Walk<K>& w, const Ahead& next, Map<K, fixed_B> B, Map<K, fixe
     for (int i = 0; i < N; ++i) K::store(w.h + (j + i) * K::parts * kTile + c, kTile, h[i]);
 }
 
-template <class K, bool fixed_B, bool fixed_C, bool guarded>
-void advance_all(const Walk<K>& w, const Ahead& next, Map<K, fixed_B> B, Map<K, fixed_C> C, typename K::S* y,
-                 int64_t n, int64_t channels, int64_t steps) {
+template <class K>
+void advance_all(const Walk<K>& w, const Ahead& next, Map<K> B, Map<K> C, bool safe, typename K::S* y, int64_t n,
+                 int64_t channels, int64_t steps) {
     for (int64_t c = 0; c < channels; c += Lanes<typename K::S>::count)
         in_groups<K::forward_states>(n / K::parts, [&](auto count, int64_t j) {
-            advance<K, decltype(count)::value, fixed_B, fixed_C, guarded>(w, next, B, C, y, j, c, steps);
+            constexpr int N = decltype(count)::value;
+            if (!safe) return advance<K, N, true>(w, next, B, C, y, j, c, steps);
+            with_maps<N == K::forward_states>(B, C, [&](auto b, auto c_) {
+                advance<K, N, false>(w, next, b, c_, y, j, c, steps);
+            });
         });
 }
 
-template <class K, class T, bool fixed_B, bool fixed_C>
+template <class K, class T>
 void scan_tile(const ScanArguments& a, const Sequence& s, Tile tile, char* scratch) {
     typedef typename K::S S;
     using V = typename K::V;
@@ -66,17 +70,12 @@ void scan_tile(const ScanArguments& a, const Sequence& s, Tile tile, char* scrat
                 const V x = read_some(u + t * a.u_time + c, tile.channels - c);
                 store(y + t * kTile + c, a.D ? load(w.D + c) * x : V{});
             }
-        const Map<K, fixed_B> B = w.template map_B<fixed_B>(a, tile, s, t0);
-        const Map<K, fixed_C> C = w.template map_C<fixed_C>(a, tile, s, t0);
         T* out = static_cast<T*>(a.y) + (s.batch * a.length + s.start + t0) * a.d + tile.first;
         const T* z = a.z ? at<T>(a.z, s.batch * a.z_batch + (s.start + t0) * a.z_time + tile.first) : nullptr;
         const T* delta = at<T>(a.delta, s.batch * a.delta_batch + (s.start + t0) * a.delta_time + tile.first);
         const Ahead next =
             Ahead::of<T>({u, delta, z, large ? nullptr : out}, {a.u_time, a.delta_time, a.z_time, a.d}).moved(a.chunk);
-        if (safe)
-            advance_all<K, fixed_B, fixed_C, false>(w, next, B, C, y, a.n, tile.channels, steps);
-        else
-            advance_all<K, fixed_B, fixed_C, true>(w, next, B, C, y, a.n, tile.channels, steps);
+        advance_all(w, next, w.map_B(a, tile, s, t0), w.map_C(a, tile, s, t0), safe, y, a.n, tile.channels, steps);
         for (int64_t t = 0; t < steps; ++t)
             for (int64_t c = 0; c < tile.channels; c += Lanes<S>::count) {
                 V sum = load(y + t * kTile + c);
@@ -93,12 +92,7 @@ int scan_as(const ScanArguments& a) {
     const int64_t tiles = a.groups * tiles_per_group(a);
     const size_t bytes = sizeof(S) * static_cast<size_t>(Walk<K>::size(a.n, a.chunk) + a.chunk * kTile);
     return parallel_for(a.sequences * tiles, a.threads, bytes, [&](int64_t i, char* scratch) {
-        const Sequence s = sequence(a, i / tiles);
-        const Tile t = tile(a, i % tiles);
-        if (a.fixed_B && a.fixed_C) return scan_tile<K, T, true, true>(a, s, t, scratch);
-        if (a.fixed_B) return scan_tile<K, T, true, false>(a, s, t, scratch);
-        if (a.fixed_C) return scan_tile<K, T, false, true>(a, s, t, scratch);
-        return scan_tile<K, T, false, false>(a, s, t, scratch);
+        scan_tile<K, T>(a, sequence(a, i / tiles), tile(a, i % tiles), scratch);
     });
 }
 

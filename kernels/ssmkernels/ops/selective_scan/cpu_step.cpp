@@ -5,7 +5,7 @@
 
 namespace ssmzoo {
 
-// As in cpu_step.py; as in cpu.h, n and strides count reals.
+// As in cpu.h, n and strides count reals.
 struct ScanStepArguments {
     void* state;                            // S: (b d n), contiguous
     const void *u, *delta, *z;              // (b d); z may be null

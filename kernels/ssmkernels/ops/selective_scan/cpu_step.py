@@ -13,12 +13,6 @@ from ssmkernels.ops.selective_scan.cpu_arguments import kernel, maps, reals
 
 __all__ = ["forward", "missing", "unsupported"]
 
-_STEP = """
-    state u delta z A B C D delta_bias y dtype batch d n groups_B groups_C softplus threads
-    u_batch delta_batch z_batch B_batch C_batch
-"""
-_Step = native.arguments("_Step", _STEP)
-
 
 def forward(a: Any, _: bool) -> Tensor:
     own = a.state.resolve_conj().contiguous()
@@ -34,31 +28,31 @@ def forward(a: Any, _: bool) -> Tensor:
     n = A.shape[1]
     native.run(
         kernel(a.A, "_step"),
-        _Step(
-            own.data_ptr(),
-            u.data_ptr(),
-            delta.data_ptr(),
-            address(z),
-            A.data_ptr(),
-            B.data_ptr(),
-            C.data_ptr(),
-            address(D),
-            address(delta_bias),
-            y.data_ptr(),
-            native.DTYPES[u.dtype],
-            batch,
-            d,
-            n,
-            1 if B.ndim == 2 else B.shape[1],
-            1 if C.ndim == 2 else C.shape[1],
-            a.delta_softplus,
-            native.threads(batch * d * n),
-            u.stride(0),
-            delta.stride(0),
-            0 if z is None else z.stride(0),
-            B.stride(0),
-            C.stride(0),
-        ),
+        {
+            "state": own.data_ptr(),
+            "u": u.data_ptr(),
+            "delta": delta.data_ptr(),
+            "z": address(z),
+            "A": A.data_ptr(),
+            "B": B.data_ptr(),
+            "C": C.data_ptr(),
+            "D": address(D),
+            "delta_bias": address(delta_bias),
+            "y": y.data_ptr(),
+            "dtype": native.DTYPES[u.dtype],
+            "batch": batch,
+            "d": d,
+            "n": n,
+            "groups_B": 1 if B.ndim == 2 else B.shape[1],
+            "groups_C": 1 if C.ndim == 2 else C.shape[1],
+            "softplus": a.delta_softplus,
+            "threads": native.threads(batch * d * n),
+            "u_batch": u.stride(0),
+            "delta_batch": delta.stride(0),
+            "z_batch": 0 if z is None else z.stride(0),
+            "B_batch": B.stride(0),
+            "C_batch": C.stride(0),
+        },
     )
     if own is not a.state:
         a.state.copy_(own)

@@ -237,7 +237,7 @@ def test_one_that_cannot_be_built_does_not_stop_the_rest(run, tmp_path):
         (["ops", "--dtype", "float33"], "unknown dtype: 'float33'. Did you mean 'float32'?"),
         (["ops", "--seconds", "0"], "--seconds must be above 0; got 0"),
         (["ops", "--device", "tpu"], "--device must be cpu or cuda; got 'tpu'"),
-        (["--set", "l=3"], "name ops, mixers or models too"),
+        (["--set", "l=3"], "also name ops, mixers or models"),
         (["ops", "--set", "dd=3"], "unknown size or option of ops: 'dd'"),
         (["scaling", "--only", "rms_norm"], "unknown op or mixer: 'rms_norm'"),
         (["scaling", "--only", "mamba", "--set", "l=3"], "unknown size or option of scaling: 'l'"),

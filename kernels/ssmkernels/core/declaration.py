@@ -6,9 +6,9 @@ for compilers, and which arguments belong to single sequences.
 
 from __future__ import annotations
 
+import collections
 import inspect
 import re
-from collections import namedtuple
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from ssmkernels.core.shapes import expanded, size_of
 from ssmkernels.core.validate import precision
+
+named_tuple: Any = collections.namedtuple  # type checkers want to read its fields, which are only known at run time
 
 # Python's annotations in the words of torch.library; a size may be a symbol.
 TYPES = {
@@ -77,17 +79,13 @@ class Declaration:
             self.takes = {name: kind for name, kind in self.annotations.items() if name not in PUBLIC}
         else:
             self.takes = dict(part.strip().split(": ") for part in takes.split(","))
-        self.Arguments = self._arguments()
+        self.Arguments = named_tuple(self.name, self.takes)
+        self.Arguments.declared = self
         self.mutates = mutates
         self.dtypes: dict[str, str] = {}
         for name in shapes:
             if name not in self.annotations:
                 raise ValueError(f"{self.name}: `shapes` names {name!r}, which is no argument")
-
-    def _arguments(self) -> Any:
-        arguments: Any = namedtuple(self.name, self.takes)  # type: ignore[misc]  # the fields are the signature's
-        arguments.declared = self
-        return arguments
 
     def required(self, name: str) -> bool:
         return self.annotations[name] == "Tensor"
@@ -135,7 +133,7 @@ class Declaration:
         leader = getattr(a, self.leader)
         made = []
         for result in self.results.values():
-            if result.condition in self.takes and not _given(getattr(a, result.condition)):  # type: ignore[arg-type]
+            if result.condition in self.takes and not _given(getattr(a, result.condition)):
                 shape: list[Any] = [0]
             else:
                 (letters,) = expanded(result.shape, leader.ndim)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections import namedtuple
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -85,7 +85,7 @@ class Declaration:
                 raise ValueError(f"{self.name}: `shapes` names {name!r}, which is no argument")
 
     def _arguments(self) -> Any:
-        arguments: Any = namedtuple(self.name, self.takes)  # type: ignore[misc]  # the fields are the signature's
+        arguments = record(self.name, self.takes)
         arguments.declared = self
         return arguments
 
@@ -135,7 +135,7 @@ class Declaration:
         leader = getattr(a, self.leader)
         made = []
         for result in self.results.values():
-            if result.condition in self.takes and not _given(getattr(a, result.condition)):  # type: ignore[arg-type]
+            if result.condition in self.takes and not _given(getattr(a, result.condition)):
                 shape: list[Any] = [0]
             else:
                 (letters,) = expanded(result.shape, leader.ndim)
@@ -168,6 +168,11 @@ class Declaration:
 def _kind(annotation: Any) -> str:
     text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
     return text.replace("torch.", "")
+
+
+def record(name: str, fields: Iterable[str]) -> Any:
+    """A class of named tuples whose fields are known only when it is made."""
+    return namedtuple(name, fields)
 
 
 def _given(value: Any) -> bool:

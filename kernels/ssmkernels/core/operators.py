@@ -17,14 +17,13 @@ Eager calls without gradients go straight to ``forward``; all others through the
 
 from __future__ import annotations
 
-from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ssmkernels.core.declaration import Declaration
+from ssmkernels.core.declaration import Declaration, record
 from ssmkernels.core.double_backward import twice_differentiable
 from ssmkernels.core.library import NAMESPACE, opaque
 
@@ -113,8 +112,7 @@ def _differentiable(
 ) -> None:
     """Registers the backward pass, an operator too, with the operator."""
     Arguments, count = declared.Arguments, len(declared.takes)
-    Saved: Any = namedtuple("Saved", saves)
-    Grads: Any = namedtuple("Grads", [*declared.results, "wanted"])
+    Saved, Grads = record("Saved", saves), record("Grads", (*declared.results, "wanted"))
     drops = [Arguments._fields.index(drop) for drop in getattr(module, "DROPS", ())]
     restore = getattr(module, "restore", lambda a, saved: a)
     places = [names.index(save) for save in saves]

@@ -216,12 +216,13 @@ lists = mask.offsets, mask.columns, mask.patterns, mask.bits
 opcheck(ops.attention_triton, *heads, 1, 0, 0.5, 2.0, *(None,) * 6, True, True)
 opcheck(ops.attention_triton, *heads[:3], None, heads[4], -1, -1, 0.5, 0.0, *lists, borders, borders, False, True)
 two = torch.randn(2, 2, 2)
-opcheck(ops.causal_conv1d_triton, x, weight, A[:, 0], "silu", two[:, :1], borders)
+opcheck(ops.causal_conv1d_triton, x, weight, A[:, 0], "silu", two[:, :1], borders, True)
 opcheck(ops.selective_scan_triton, x, x * 2, A, B, B, A[:, 0], x * 3, A[:, 1], True, state, None, True)
 opcheck(ops.selective_scan_triton, x, x * 2, A, A * 2, B, None, None, None, False, two, borders, True)
 x0, x1, B0, B1 = x[:, 0].clone(), x[:, 1].clone(), B[:, 0].clone(), B[:, 1].clone()
-torch.library.opcheck(ops.causal_conv1d_step_triton.default, (torch.zeros(1, 1, 2), x0, weight, None, None))
-torch.library.opcheck(ops.selective_scan_step_triton.default, (state, x0, x1, A, B0, B1, None, None, None, True))
+torch.library.opcheck(ops.causal_conv1d_step_triton.default, (torch.zeros(1, 1, 2), x0, weight, None, None, False))
+step = state, x0, x1, A, B0, B1, None, None, None, True, False
+torch.library.opcheck(ops.selective_scan_step_triton.default, step)
 decoding = query, *pages, lengths, table, 1, 0.5, 2.0, torch.rand(2), torch.rand(2), None, True, False
 torch.library.opcheck(ops.decode_attention_triton.default, decoding)
 cache = torch.randn(2, 3, 1, 2)

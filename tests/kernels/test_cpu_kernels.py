@@ -7,8 +7,7 @@ import functools
 import pytest
 import torch
 
-from ssmkernels import causal_conv1d, causal_conv1d_step, explain, native, selective_scan, selective_scan_step
-from ssmkernels.ops.causal_conv1d import cpu as conv_cpu
+from ssmkernels import OPS, causal_conv1d, causal_conv1d_step, explain, native, selective_scan, selective_scan_step
 from ssmkernels.ops.selective_scan import cpu as scan_cpu
 from ssmkernels.ops.selective_scan.cpu_arguments import chunk_length
 from ssmkernels.testing import check
@@ -283,9 +282,9 @@ def test_growing_states(growth, scan_inputs):
 def test_memory_above_inputs_and_outputs(scan_inputs):
     """Saved for the backward pass: the states at the chunks' starts, a quarter of one activation at n 16."""
     made = scan_inputs(b=1, l=640, d=64, n=16)
-    _, _, starts = scan_cpu._scan(
-        *(made[k] for k in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")), True, None, None, True
-    )
+    takes = OPS["selective_scan"].declared.Arguments
+    absent = {"delta_softplus": True, "initial_state": None, "cu_seqlens": None}
+    _, _, starts = scan_cpu.forward(takes(**made | absent), True)
     assert starts.numel() * 4 == made["u"].numel()
 
 
@@ -306,10 +305,11 @@ def test_what_it_cannot_do_is_said(scan_inputs):
 def test_opcheck(cu_seqlens, scan_inputs, conv_inputs, opcheck):
     shape = {"b": 2 if cu_seqlens is None else 1, "l": 17, "d": 5, "cu_seqlens": cu_seqlens}
     made = {"cu_seqlens": None, **scan_inputs(**shape, n=3)}
-    opcheck(scan_cpu.scan, made | {"delta_softplus": True, "save": True})
+    scan, conv = (OPS[name].implementation("cpu").function.operator for name in ("selective_scan", "causal_conv1d"))
+    opcheck(scan, made | {"delta_softplus": True, "save": True})
     made = {"cu_seqlens": None, **scan_inputs(**shape, n=3, complex=True)}
-    opcheck(scan_cpu.scan, made | {"B": made["B"].real.clone(), "delta_softplus": True, "save": True})
-    opcheck(conv_cpu.conv, {"cu_seqlens": None, **conv_inputs(**shape)} | {"activation": "silu"})
+    opcheck(scan, made | {"B": made["B"].real.clone(), "delta_softplus": True, "save": True})
+    opcheck(conv, {"cu_seqlens": None, **conv_inputs(**shape)} | {"activation": "silu", "save": True})
 
 
 @EACH

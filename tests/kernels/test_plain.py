@@ -101,7 +101,7 @@ def test_the_matrix_sees_a_wrong_kernel(monkeypatch):
     calls = Calls("fft_conv", spec_of("fft_conv"))
     assert matrix.verdict(calls, "deepcopy") == matrix.RIGHT
     made = OPS["fft_conv"].implementation("fft")
-    wrong = dataclasses.replace(made, function=lambda **arguments: 2 * made.function(**arguments))
+    wrong = dataclasses.replace(made, function=lambda a: 2 * made.function(a))
     monkeypatch.setitem(OPS["fft_conv"]._loaded, "fft", wrong)
     for way in ("deepcopy", "pickle", "inference_mode", "threads", "fork", "compile"):
         assert matrix.verdict(calls, way) == matrix.FAULT + "another result"

@@ -30,6 +30,7 @@ def compute(a: Any) -> tuple[Tensor, Tensor]:
         out = part(slice(None), max(each, default=0))
     else:
         out = torch.cat([part(slice(i, i + 1), length) for i, length in enumerate(each)])
-    if (a.left >= 0 or a.q.shape[1] > 1) and hidden.spread(out):
+    # Not with gradients: to record both ways would change the last digits of those of other sequences
+    if not out.requires_grad and (a.left >= 0 or a.q.shape[1] > 1) and hidden.spread(out):
         out = hidden.repaired(out, reference.compute(a)[0])
     return out.contiguous(), a.q.new_empty(0, dtype=precision(a.q))

@@ -134,9 +134,8 @@ def run(name: str, values: Mapping[str, float]) -> None:
     """
     function, fields, ordered, pack = kernel(name)
     if len(values) != len(fields):
-        raise TypeError(
-            f"{name}: the kernel takes {', '.join(fields)}; {' and '.join({*values} ^ {*fields})} does not fit"
-        )
+        differing = ", ".join({*values} ^ {*fields})
+        raise TypeError(f"{name}: `values` must have {', '.join(fields)}; got others or not all: {differing}")
     if function(pack(*ordered(values))):
         raise MemoryError(f"{name}: no memory left for the kernel's own use")
 

@@ -64,7 +64,9 @@ class Worth {
 class Cores {
     int limit_ = kMost;  // of the process's time, in cores
     int able_ = kMost;   // that the calling threads may run on, when they were last counted
+#if defined(__linux__)
     int64_t counted_until_ = 0;
+#endif
 
   public:
     void limit(int count) { set(limit_, count < 1 ? 1 : count < kMost ? count : kMost); }

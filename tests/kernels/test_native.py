@@ -381,7 +381,7 @@ class TestChanges:
         values |= {"scale": 0.5, "n": 4, "count": 7}
         native.run("square", values)
         assert y.tolist() == [0.0, 0.25, 1.0, 2.25, 0.0]
-        with pytest.raises(TypeError, match=r"square: the kernel takes x, unused, .*; length does not fit"):
+        with pytest.raises(TypeError, match=r"square: `values` must have x, unused, .*; got others or not all: length"):
             native.run("square", {**values, "length": 4})
         with pytest.raises(KeyError, match="count"):
             native.run("square", {**{k: v for k, v in values.items() if k != "count"}, "length": 4})

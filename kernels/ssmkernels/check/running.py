@@ -69,7 +69,8 @@ def run(
         returned = _call(spec, implementation, arguments)
         results = dict(zip(spec.results, tensors_of(returned), strict=False))
         tensors = {name: value.detach() for name, value in results.items()}
-        tensors |= {name: arguments[name] for name in spec.mutates}
+        # A copy of what lies far apart, which would keep gigabytes of address space
+        tensors |= {name: arguments[name].contiguous() for name in spec.mutates}
         if not gradients:
             return Results(tensors)
         if incoming is None:

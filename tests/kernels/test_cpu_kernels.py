@@ -317,6 +317,18 @@ def test_compiles(function, inputs, assert_compiles):
     assert_compiles(function, **inputs[function](b=1, l=9, d=5, cu_seqlens=[0, 4, 9]))
 
 
+@EACH
+def test_compiled_code_checks_the_borders(function, inputs):
+    """No kernel reads where they point before they are known to lie within the batch."""
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    made = inputs[function](b=1, l=9, d=5, cu_seqlens=[0, 4, 9])
+    compiled(**made)
+    wrong = torch.tensor([0, 4, 10**6], dtype=torch.int32)
+    with torch.no_grad(), pytest.raises(ValueError, match="`cu_seqlens` must rise from 0 to the length 9"):
+        compiled(**made | {"cu_seqlens": wrong})
+
+
 @torch.no_grad()
 def test_the_steps_compile(scan_inputs, conv_inputs):
     made = scan_inputs(b=2, l=1, d=5, n=3)

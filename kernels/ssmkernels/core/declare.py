@@ -72,7 +72,8 @@ def op(
         returns: result → ``"shape: dtypes if condition"``. The dtypes are arguments', promoted, and ``sums`` is
             float32, or float64 where an argument is; the first argument's if left out. The result is only returned
             where the option or argument named by the condition is given.
-        implementations: by name, the fastest first. Each is a module beside the op (:mod:`ssmkernels.core.dispatch`).
+        implementations: by name, the fastest first. Each is a module beside the op
+            (:mod:`ssmkernels.core.implementation`).
         wide: arguments that may stay float32 beside half-precision activations.
         sums: arguments in the dtype of sums and states: float32, or float64 for float64 input.
         int32: arguments of integers.

@@ -17,6 +17,7 @@ Eager calls without gradients go straight to ``forward``; all others through the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch import Tensor
 from ssmkernels.core.declaration import Declaration, named_tuple
 from ssmkernels.core.double_backward import twice_differentiable
 from ssmkernels.core.library import NAMESPACE, opaque
+from ssmkernels.core.validate import check_borders, copied
 
 
 def composed(
@@ -67,7 +69,7 @@ def kernel(declared: Declaration, name: str, module: Any, reference: Callable[[A
     saves = tuple(getattr(module, "SAVES", ()))
     names = [*results, *(extra for extra in saves if extra not in results)]
     empty = getattr(module, "empty", None) or (lambda a, save: declared.outputs(a))
-    checked = getattr(module, "checked", lambda a: a)
+    checked = getattr(module, "checked", functools.partial(_with_borders, declared))
     pick = (lambda outputs: outputs[0]) if len(results) == 1 else (lambda outputs: tuple(outputs[: len(results)]))
 
     def several(outputs: Any) -> Any:
@@ -98,6 +100,16 @@ def kernel(declared: Declaration, name: str, module: Any, reference: Callable[[A
 
     run.operator = operator  # type: ignore[attr-defined]
     return run
+
+
+def _with_borders(declared: Declaration, a: Any) -> Any:
+    """The arguments with borders of packed sequences that rise: in compiled code nobody has read them yet."""
+    borders = getattr(a, "cu_seqlens", None)
+    if borders is None:
+        return a
+    a = a._replace(cu_seqlens=copied(borders))
+    check_borders(declared.name, a.cu_seqlens, getattr(a, declared.leader).shape[1])
+    return a
 
 
 def _differentiable(

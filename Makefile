@@ -23,8 +23,6 @@ DEMO := runs/demo
 .PHONY: demo test lint bench readme clean native
 
 # A run that was stopped goes on, to more steps if asked; one that has them all only writes again.
-# Threads that wait sleep: where other programs use the cores as well, spinning ones would hold each other up many times over.
-demo: export OMP_WAIT_POLICY ?= PASSIVE
 demo: native
 	@if [ -e $(DEMO)/.complete ] && steps=$$(cat $(DEMO)/.complete) && [ "$${steps:-1000}" -ge $(STEPS) ]; then \
 		echo "$(DEMO) is trained; to train it again: rm -r $(DEMO)"; \

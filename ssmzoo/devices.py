@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
 
 import torch
+
+from ssmkernels.native import quota
 
 
 def usable(device: torch.device | str, argument: str) -> torch.device:
@@ -26,6 +29,18 @@ def usable(device: torch.device | str, argument: str) -> torch.device:
     except Exception as error:  # PyTorch raises what the device's back end does
         raise ValueError(f"{argument}: {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None
     return place
+
+
+def fit_threads() -> None:
+    """Gives PyTorch no more threads than the container has cores, as the commands do at their start.
+
+    PyTorch counts the machine's cores. Where a control group allows half a core, two threads that wait for each other
+    use up its time. Does nothing if ``OMP_NUM_THREADS`` or ``MKL_NUM_THREADS`` says how many threads there are to be.
+    """
+    cores = quota.cores()
+    chosen = any(name in os.environ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
+    if cores is not None and not chosen and torch.get_num_threads() > cores:
+        torch.set_num_threads(cores)
 
 
 def cpu_name() -> str:

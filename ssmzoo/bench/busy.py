@@ -1,6 +1,6 @@
-"""What threads cost where other programs want the same cores: calls on one thread and on several, by turns.
+"""What threads cost on a busy machine: calls on one thread and on several take turns, beside a busy process on each core.
 
-A busy process stands on each core meanwhile. Who waits for a thread that has no core loses more than threads bring.
+A program that waits for a thread without a core loses more than threads bring.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssmkernels.bench import FORWARD, Contest, Contestant, Measurement, Plan, clock, refusal
+from ssmkernels.bench import BOTH, FORWARD, Contest, Contestant, Measurement, Plan, clock, refusal
 from ssmkernels.bench.contest import Results
 from ssmkernels.bench.ops import Admitted, checked_rows, fails, make, real_use
 from ssmkernels.bench.ops import contest_of as contest_of_op
@@ -29,11 +29,11 @@ from ssmzoo.bench.peers import MIXERS, rivals
 from ssmzoo.registry import list_mixers
 
 KIND = "busy"
-DEFAULT = ("mamba_step", "decode_attention", "mamba", "mamba-130m")
+DEFAULT = ("mamba_step", "decode_attention", "mamba", "attention", "mamba-130m", "mamba-hybrid-tiny")
 SAMPLE = 0.05  # seconds of a sample at least: several turns of the system's scheduler, a few milliseconds each
 ONE = "the same on one thread"
 
-# Works until its parent is gone, however that ends.
+# Works until its parent has ended, in whatever way.
 BUSY = """
 import os, sys
 if hasattr(os, "sched_setaffinity"):
@@ -46,9 +46,9 @@ while os.getppid() == parent:
 
 
 def bench_busy(name: str, plan: Plan) -> Iterator[list[Measurement]]:
-    """Times an op, a mixer (a whole sequence, and one token) or a model (one token), and their peers.
+    """Times an op, a mixer (a whole sequence, with and without gradients, and one token) or a model (one token).
 
-    Each is timed on one thread and on as many as PyTorch has, beside a busy process on each core. In a line of several
+    Each, and its peers, is timed on one thread and on as many as PyTorch has, beside a busy process on each core. In a line of several
     threads ``limit`` is the time of the same on one, so that ``of_limit`` says what threads cost or bring.
     """
     most = torch.get_num_threads()
@@ -68,7 +68,7 @@ def bench_busy(name: str, plan: Plan) -> Iterator[list[Measurement]]:
 
 
 def on_busy_cores(contest: Contest, plan: Plan, most: int) -> list[Measurement]:
-    """Times contestants who come in pairs, the first of each on one thread and the second on ``most``."""
+    """Times contestants that come in pairs: the first of each pair on one thread, the second on ``most``."""
     told = {1: "1 thread", most: f"{most} threads"}
     pairs = zip(contest.contestants[::2], contest.contestants[1::2], strict=True)
     everyone = [
@@ -103,7 +103,7 @@ def busy() -> Iterator[Sequence[int]]:
 
 
 def _contests(name: str, plan: Plan) -> Iterator[tuple[list[Measurement], Contest | None]]:
-    """Who does not take part, and the contests of all that has this name, with everyone in it twice."""
+    """Those that cannot take part, and the contests of everything with this name; each contestant is in twice."""
     if name in specs():
         yield from _of_op(name, plan)
     if name in list_mixers():
@@ -138,24 +138,37 @@ def _of_mixer(name: str, plan: Plan) -> Iterator[tuple[list[Measurement], Contes
         yield [refusal(KIND, name, "ssmzoo", "ours", why, plan)], None
         return
     twins, refused = rivals(KIND, name, mixer, MIXERS.get(name, ()), plan)
-    whole = mixers.contest_of(name, mixer, twins, sizes, told, FORWARD, plan)
-    players = [one for one in whole.contestants if one.role != "limit" for _ in range(2)]
-    yield refused, dataclasses.replace(whole, contestants=players)
+    yield refused, None
+    for work in (FORWARD, BOTH):
+        whole = mixers.contest_of(name, mixer, twins, sizes, told, work, plan)
+        players = [one for one in whole.contestants if one.role != "limit" for _ in range(2)]
+        yield [], dataclasses.replace(whole, contestants=players)
     if mixer.causal:
         x = torch.randn(sizes["batch"], 1, sizes["d_model"], dtype=plan.dtype)
         shape = ", ".join(f"{key} {value}" for key, value in sizes.items() if key != "length") + told
-        pair = [Contestant("ssmzoo", "ours", _one_token(mixer, x)) for _ in range(2)]
-        yield [], Contest(KIND, name, models.DECODING, shape, pair, tokens=sizes["batch"])
+        players = [Contestant("ssmzoo", "ours", _recorded(_decoder(mixer, len(x)), x)) for _ in range(2)]
+        for peer, note, twin in twins:
+            if twin.decoder is not None:
+                players += [Contestant(peer, "peer", _recorded(twin.decoder(), x), note) for _ in range(2)]
+        yield [], Contest(KIND, name, models.DECODING, shape, players, tokens=sizes["batch"])
 
 
-def _one_token(mixer: Any, x: Tensor) -> Callable[[], Results]:
-    state = mixer.initial_state(len(x), max_length=models.ROOM)
+def _decoder(mixer: Any, batch: int) -> Callable[[Tensor], Tensor]:
+    """Reads one more token at each call."""
+    state = mixer.initial_state(batch, max_length=models.ROOM)
 
-    @torch.no_grad()
-    def call() -> Results:
+    def call(x: Tensor) -> Tensor:
         nonlocal state
         y, state = mixer(x, state)
-        return {"y": y}
+        return y
+
+    return call
+
+
+def _recorded(decoder: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Results]:
+    def call() -> Results:
+        with torch.no_grad():
+            return {"y": decoder(x)}
 
     return call
 

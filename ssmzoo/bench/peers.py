@@ -6,6 +6,7 @@ for it refuses with NotImplementedError.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,10 +25,18 @@ from ssmzoo.options import options_of
 
 @dataclass(frozen=True)
 class Twin:
-    """Another implementation of a mixer: ``call`` maps x to y; ``weights`` has its parameters under our names."""
+    """Another implementation of a mixer.
+
+    Attributes:
+        call: maps x to y.
+        weights: its parameters under our names.
+        decoder: makes a function that reads one more token at each call, from a state of its own; None where the
+            package has no such thing.
+    """
 
     call: Callable[[Tensor], Tensor]
     weights: Mapping[str, nn.Parameter]
+    decoder: Callable[[], Callable[[Tensor], Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,18 @@ def transformers_mamba(mixer: Any) -> Twin:
     module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
     config = getattr(importlib.import_module("transformers"), f"{kind}Config")(num_hidden_layers=1, **options)
     theirs = getattr(module, f"{kind}Mixer")(config, layer_idx=0, initialize_mixer_weights=False)
-    return _same_names(theirs, mixer)
+
+    def decoder() -> Callable[[Tensor], Tensor]:
+        cache = importlib.import_module("transformers").DynamicCache(config=config)
+        weight = theirs.in_proj.weight
+        with torch.no_grad():  # a first token creates the cache; its traces are removed
+            theirs(torch.zeros(1, 1, mixer.d_model, device=weight.device, dtype=weight.dtype), cache_params=cache)
+        for states in (cache.layers[0].conv_states, cache.layers[0].recurrent_states):
+            for state in states.values() if isinstance(states, dict) else states:
+                state.zero_()
+        return lambda x: theirs(x, cache_params=cache)
+
+    return dataclasses.replace(_same_names(theirs, mixer), decoder=decoder)
 
 
 def mambapy(mixer: Any) -> Twin:

@@ -89,7 +89,9 @@ def command(
     from ssmkernels.bench import Plan, measure_limits
     from ssmzoo.bench import session
     from ssmzoo.bench.record import Log, Machine
+    from ssmzoo.devices import fit_threads
 
+    fit_threads()
     todo = session.chosen(kinds, names)
     kept = keep_memory is not False and ssmkernels.keep_memory()
     if keep_memory and not kept:

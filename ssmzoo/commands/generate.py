@@ -46,7 +46,7 @@ def command(
     from ssmkernels import keep_memory
     from ssmzoo import build
     from ssmzoo.config import model_folder
-    from ssmzoo.devices import usable
+    from ssmzoo.devices import fit_threads, usable
     from ssmzoo.generate import check_model
     from ssmzoo.train.vocabulary import Bytes, decode, open_vocabulary
 
@@ -55,6 +55,7 @@ def command(
     if any("\ud800" <= c <= "\udfff" for c in prompt):
         raise ValueError(f"`prompt` must be UTF-8 text; got {prompt!r:.80}")
     keep_memory()
+    fit_threads()
     if device is None:
         found = torch.accelerator.current_accelerator(check_available=True)
         device = "cpu" if found is None else found.type

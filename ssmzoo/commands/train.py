@@ -56,6 +56,7 @@ def command(
     from ssmkernels import keep_memory
     from ssmzoo import train as training
     from ssmzoo.config import load_config, model_folder
+    from ssmzoo.devices import fit_threads
     from ssmzoo.train.config import split_settings
     from ssmzoo.train.record import read_record
     from ssmzoo.train.run import run_name
@@ -64,6 +65,7 @@ def command(
         raise ValueError(f"give one model; got {more_data[0]!r} as well. Text to train on goes after --data")
     sources = [*(data or []), *(more_data or [])] or None
     keep_memory()
+    fit_threads()
     changes, overrides = split_settings(parse_settings(settings or []))
     try:
         if resume is not None:

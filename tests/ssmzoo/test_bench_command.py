@@ -137,11 +137,12 @@ def test_threads_beside_busy_processes_from_end_to_end(run, tmp_path, monkeypatc
         torch.set_num_threads(threads)
     assert status == 0
     rows = [row for row in read(tmp_path) if row["median_s"]]
-    assert len(started) == 3  # an op, a layer, one token of a layer
+    assert len(started) == 4  # an op, a layer, its gradients, one token of it
     assert {row["kind"] for row in rows} == {"busy"}
     assert {(row["what"], row["pass"]) for row in rows if row["role"] == "ours"} == {
         ("decode_attention", "forward"),
         ("gru", "forward"),
+        ("gru", "forward + backward"),
         ("gru", "decoding"),
     }
     for one, two in zip(rows[::2], rows[1::2], strict=True):

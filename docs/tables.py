@@ -47,7 +47,10 @@ def fresh(match: re.Match[str]) -> str:
 def measured(path: Path, names: list[str]) -> str:
     """The measurements of these names in a file that ``ssmzoo bench`` wrote, and below them the machine."""
     rows = [row for row in read(path) if row["what"] in names]
-    if rows and rows[0]["kind"] == "scaling":
+    if rows and rows[0]["kind"] == "busy":
+        columns = ["what", "implementation", "one thread", "several threads over one"]
+        told = markdown_table(columns, list(busy(rows)), columns[2:])
+    elif rows and rows[0]["kind"] == "scaling":
         told = markdown_table(["what", "measured"], list(scaling(rows)), ["measured"])
     else:
         columns = ["what", "implementation", "median", "times the limit", "times ours"]
@@ -87,6 +90,13 @@ def contests(rows: list[Row]) -> Iterator[list[str]]:
             ratios = (ratio(float(row[key])) if row[key] else "" for key in ("ratio_to_limit", "ratio_to_ours"))
             what = f"{row['what']}, {row['pass']} ({row['shape']})"
             yield [what, row["implementation"], seconds(float(row["median_s"])), *ratios]
+
+
+def busy(rows: list[Row]) -> Iterator[list[str]]:
+    """What several threads cost or bring on a busy machine."""
+    for one, many in zip(rows[::2], rows[1::2], strict=True):
+        what, name = f"{one['what']}, {one['pass']} ({one['shape']})", one["implementation"].removesuffix(", 1 thread")
+        yield [what, name, seconds(float(one["median_s"])), ratio(float(many["ratio_to_limit"]))]
 
 
 def scaling(rows: list[Row]) -> Iterator[list[str]]:

@@ -1,4 +1,4 @@
-"""What threads cost on a busy machine: calls on one thread and on several take turns, beside a busy process on each core.
+"""What threads cost on a busy machine: a busy process on each core, and calls on one thread and on several by turns.
 
 A program that waits for a thread without a core loses more than threads bring.
 """
@@ -48,8 +48,9 @@ while os.getppid() == parent:
 def bench_busy(name: str, plan: Plan) -> Iterator[list[Measurement]]:
     """Times an op, a mixer (a whole sequence, with and without gradients, and one token) or a model (one token).
 
-    Each, and its peers, is timed on one thread and on as many as PyTorch has, beside a busy process on each core. In a line of several
-    threads ``limit`` is the time of the same on one, so that ``of_limit`` says what threads cost or bring.
+    Each, and its peers, is timed on one thread and on as many as PyTorch has, beside a busy process on each core. In a
+    line of several threads ``limit`` is the time of the same on one, so that ``of_limit`` says what threads cost or
+    bring. With gradients only ours is timed: peers take half a minute a call.
     """
     most = torch.get_num_threads()
     if plan.device.type != "cpu" or most < 2:
@@ -139,8 +140,8 @@ def _of_mixer(name: str, plan: Plan) -> Iterator[tuple[list[Measurement], Contes
         return
     twins, refused = rivals(KIND, name, mixer, MIXERS.get(name, ()), plan)
     yield refused, None
-    for work in (FORWARD, BOTH):
-        whole = mixers.contest_of(name, mixer, twins, sizes, told, work, plan)
+    for work, others in ((FORWARD, twins), (BOTH, [])):
+        whole = mixers.contest_of(name, mixer, others, sizes, told, work, plan)
         players = [one for one in whole.contestants if one.role != "limit" for _ in range(2)]
         yield [], dataclasses.replace(whole, contestants=players)
     if mixer.causal:

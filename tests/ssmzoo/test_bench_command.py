@@ -272,7 +272,7 @@ def test_everything_that_exists_is_timed_by_itself():
     assert set(todo["mixers"]) == set(ssmzoo.list_mixers()) - {"parallel"}  # which needs to be told its branches
     assert todo["models"] == ["mamba-130m"]
     assert todo["scaling"] == ["selective_scan", "mamba"]
-    assert todo["busy"] == ["mamba_step", "decode_attention", "mamba", "mamba-130m"]
+    assert set(todo["busy"]) <= {*specs(), *ssmzoo.list_mixers(), *ssmzoo.list_models()}
 
 
 @pytest.mark.parametrize("name", ["mamba", "attention", "lstm", "gru"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,40 @@ NAMESPACE = "ssmkernels"
 # Inference mode at import would leave autograd out of these sets for ever.
 with torch.inference_mode(False):
     _INCLUDED, _EXCLUDED = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+
+
+def define(name: str, function: Callable[..., Any], fake: Callable[..., Any], schema: str | None = None) -> Any:
+    """Registers the operator ``ssmkernels::name``, which changes none of its arguments, and returns it.
+
+    ``torch.library.custom_op`` would import PyTorch's compiler at the operator's first call, which takes seconds, and
+    look for shared memory at each one; ``opcheck`` looks for it in the tests.
+
+    Args:
+        function: what it runs.
+        fake: takes the same arguments, returns empty outputs of the right shapes, dtypes and device.
+        schema: in the notation of ``torch.library``, ``"(Tensor x, int n) -> Tensor"``; from the function's annotations
+            if None.
+    """
+    schema = schema or torch.library.infer_schema(function, mutates_args=())
+    qualified = f"{NAMESPACE}::{name}"
+    torch.library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(qualified, "default", _undisturbed(function))
+    torch.library.register_fake(qualified, fake)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _undisturbed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, into which Dynamo does not look. Dynamo cannot before something has imported it."""
+    disabled: list[Callable[..., Any]] = []
+
+    def call(*args: Any) -> Any:
+        if not disabled:
+            if "torch._dynamo" not in sys.modules:
+                return function(*args)
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args)
+
+    return call
 
 
 def opaque(
@@ -66,15 +101,9 @@ def opaque(
     def backward_fake(*args: Any) -> list[Tensor]:
         return [torch.empty_like(args[i], memory_format=torch.contiguous_format) for i in args[-1]]
 
-    backward_operator = torch.library.custom_op(
-        f"{NAMESPACE}::{name}_backward",
-        backward,
-        mutates_args=(),
-        schema=f"({arguments}, Tensor?[] grads, int[] wanted) -> Tensor[]",
-    )
-    backward_operator.register_fake(backward_fake)
-    operator = torch.library.custom_op(f"{NAMESPACE}::{name}", forward, mutates_args=(), schema=schema)
-    operator.register_fake(fake)
+    backward_schema = f"({arguments}, Tensor?[] grads, int[] wanted) -> Tensor[]"
+    backward_operator = define(f"{name}_backward", backward, backward_fake, backward_schema)
+    operator = define(name, forward, fake, schema)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.tensors = [isinstance(a, Tensor) for a in inputs]
@@ -88,7 +117,7 @@ def opaque(
         found = iter(backward_operator(*args, list(grads), wanted))
         return tuple(next(found) if i in wanted else None for i in range(len(args)))
 
-    operator.register_autograd(autograd, setup_context=setup_context)
+    torch.library.register_autograd(operator, autograd, setup_context=setup_context)
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:

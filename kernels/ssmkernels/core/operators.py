@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ssmkernels.core.declaration import Declaration, named_tuple
 from ssmkernels.core.double_backward import twice_differentiable
-from ssmkernels.core.library import NAMESPACE, opaque
+from ssmkernels.core.library import NAMESPACE, define, opaque
 from ssmkernels.core.validate import check_borders, copied
 
 
@@ -83,13 +83,13 @@ def kernel(declared: Declaration, name: str, module: Any, reference: Callable[[A
         return made[0] if len(names) == 1 else tuple(made)
 
     returns = "Tensor" if len(names) == 1 else f"({', '.join(['Tensor'] * len(names))})"
-    operator = torch.library.custom_op(
-        f"{NAMESPACE}::{declared.name}_{name}",
-        raw,
-        mutates_args=declared.mutates,
-        schema=f"({declared.schema}, bool save) -> {returns}",
-    )
-    operator.register_fake(fake)
+    schema = f"({declared.schema}, bool save) -> {returns}"
+    if declared.mutates:
+        qualified = f"{NAMESPACE}::{declared.name}_{name}"
+        operator: Any = torch.library.custom_op(qualified, raw, mutates_args=declared.mutates, schema=schema)
+        operator.register_fake(fake)
+    else:
+        operator = define(f"{declared.name}_{name}", raw, fake, schema)
     if hasattr(module, "backward"):
         _differentiable(declared, name, module, operator, names, saves, empty, reference)
 
@@ -143,13 +143,8 @@ def _differentiable(
         a = restore(Arguments(*args[:count]), Saved(*args[count : count + len(saves)]))
         return [torch.empty_like(a[i], memory_format=torch.contiguous_format) for i in args[-1]]
 
-    backward_operator = torch.library.custom_op(
-        f"{NAMESPACE}::{declared.name}_{name}_backward",
-        backward,
-        mutates_args=(),
-        schema=f"({', '.join([declared.schema, *others])}, int[] wanted) -> Tensor[]",
-    )
-    backward_operator.register_fake(backward_fake)
+    schema = f"({', '.join([declared.schema, *others])}, int[] wanted) -> Tensor[]"
+    backward_operator = define(f"{declared.name}_{name}_backward", backward, backward_fake, schema)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         outputs = (output,) if len(names) == 1 else output
@@ -177,4 +172,4 @@ def _differentiable(
         found = iter(backward_operator(*a, *saved, first, *others, wanted))
         return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
 
-    operator.register_autograd(autograd, setup_context=setup_context)
+    torch.library.register_autograd(operator, autograd, setup_context=setup_context)

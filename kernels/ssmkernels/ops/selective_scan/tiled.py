@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ssmkernels.core.double_backward import twice_differentiable
+from ssmkernels.core.library import define
 from ssmkernels.core.names import OPS
 from ssmkernels.core.packing import pad
 from ssmkernels.core.validate import precision
@@ -52,14 +53,13 @@ def compute(a: Any) -> tuple[Tensor, Tensor]:
     return y.to(a.u.dtype), final_state
 
 
-@torch.library.custom_op("ssmkernels::selective_scan_tiled", mutates_args=())
-def scan(
+def _scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x, dt (b l d), A (d n), B, C (b l g n), of one dtype → y (b l d), final state (s d n), the chunks' first ones."""
     if cu_seqlens is not None:
         index, mask = pad(cu_seqlens)
-        y, final_state, starts = scan(*_padded(x, dt, A, B, C, index, mask), initial_state, None)
+        y, final_state, starts = _scan(*_padded(x, dt, A, B, C, index, mask), initial_state, None)
         return y[mask][None], final_state, starts
     h = x.new_zeros(x.shape[0], *A.shape) if initial_state is None else initial_state.clone()
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -73,8 +73,7 @@ def scan(
     return y, h, torch.stack(starts) if starts else x.new_empty(0, *h.shape)
 
 
-@scan.register_fake
-def _(x, dt, A, B, C, initial_state, cu_seqlens):
+def _scan_fake(x, dt, A, B, C, initial_state, cu_seqlens):
     s = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     chunks: int | torch.SymInt
     if cu_seqlens is None:
@@ -90,8 +89,7 @@ def _(x, dt, A, B, C, initial_state, cu_seqlens):
     )
 
 
-@torch.library.custom_op("ssmkernels::selective_scan_tiled_backward", mutates_args=())
-def scan_backward(
+def _scan_backward(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -107,7 +105,7 @@ def scan_backward(
         index, mask = pad(cu_seqlens)
         padded = _padded(x, dt, A, B, C, index, mask)
         dy = torch.where(mask[..., None], dy[0, index], 0)
-        dx, ddt, dA, dB, dC, dh = scan_backward(*padded, None, starts, dy, dh)
+        dx, ddt, dA, dB, dC, dh = _scan_backward(*padded, None, starts, dy, dh)
         return dx[mask][None], ddt[mask][None], dA, dB[mask][None], dC[mask][None], dh
     dx, ddt, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C))
     dA = torch.zeros_like(A)
@@ -133,8 +131,7 @@ def scan_backward(
     return dx, ddt, dA, dB, dC, g
 
 
-@scan_backward.register_fake
-def _(x, dt, A, B, C, cu_seqlens, starts, dy, dh):
+def _scan_backward_fake(x, dt, A, B, C, cu_seqlens, starts, dy, dh):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, A, B, C, dh))
 
 
@@ -163,7 +160,9 @@ def _backward(ctx: Any, dy: Tensor | None, dh: Tensor | None, _: Tensor | None) 
     return (*grads, dh if ctx.needs_input_grad[5] else None, None)
 
 
-scan.register_autograd(_backward, setup_context=_setup_context)
+scan = define("selective_scan_tiled", _scan, _scan_fake)
+scan_backward = define("selective_scan_tiled_backward", _scan_backward, _scan_backward_fake)
+torch.library.register_autograd(scan, _backward, setup_context=_setup_context)
 
 
 class _Chunk:

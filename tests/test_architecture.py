@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 # folder right below the package; "ssmzoo" is what `import ssmzoo` gives.
 LAYERS = (
     "bidirectional devices files linear plain screen state ties",  # serve everything
-    "mlp norm options",
+    "mlp norm options yaml_text",
     "mixer",  # the one interface
     "cache init rate registry",
     "lti",  # what S4 and S4D share

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ssmzoo.plain import parse_yaml, short
+from ssmzoo.plain import short
+from ssmzoo.yaml_text import parse_yaml
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:

@@ -7,11 +7,10 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import yaml
-
 from ssmkernels.core.names import unknown
 from ssmzoo.config import ModelConfig
 from ssmzoo.options import convert
+from ssmzoo.yaml_text import dump_yaml
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +116,7 @@ class TrainConfig:
 
     def to_yaml(self) -> str:
         """Itself as YAML."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None)
+        return dump_yaml(self.to_dict())
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(TrainConfig))

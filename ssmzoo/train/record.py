@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ssmzoo.files import replacing
 from ssmzoo.train.data import Source
+from ssmzoo.yaml_text import dump_yaml
 
 FILE = "train.yaml"
 IDS = "ids"
@@ -54,7 +55,7 @@ def write_record(run: Path, record: Record) -> None:
     """Writes or replaces a run's record."""
     fields = dataclasses.asdict(record)
     fields["checksum"] = _checksum(fields)
-    text = yaml.safe_dump(fields, sort_keys=False, default_flow_style=None)
+    text = dump_yaml(fields)
     with replacing(run / FILE) as path:
         path.write_text(text)
 

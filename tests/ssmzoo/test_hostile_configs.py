@@ -12,8 +12,9 @@ import ssmzoo
 from ssmzoo.commands._settings import parse_settings
 from ssmzoo.config import load_config
 from ssmzoo.footprint import footprint
-from ssmzoo.plain import MAX_CHARACTERS, MAX_VALUES, check_plain, parse_yaml, short
+from ssmzoo.plain import MAX_VALUES, check_plain, short
 from ssmzoo.pretrained import save
+from ssmzoo.yaml_text import MAX_CHARACTERS, parse_yaml
 
 TINY = {"d_model": 16, "n_layers": 2, "pattern": ["mamba"], "vocab_size": 11}
 HEAD = "d_model: 16\nn_layers: 2\nvocab_size: 11\npattern: [mamba]\n"

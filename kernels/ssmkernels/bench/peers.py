@@ -6,13 +6,18 @@ call that all of them can do. Packages are imported when a peer is called, and n
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from ssmkernels.check.spec import Case
+from ssmkernels.core.declare import Binder
 from ssmkernels.core.names import OPS
 
 ABSENT = "not installed"
@@ -93,6 +98,33 @@ def peers_of(op: str, device: str) -> tuple[Peer, ...]:
 def setting_of(op: str) -> Setting:
     """How an op is called when it is timed."""
     return getattr(_module(op), "SETTINGS", {}).get(op, Setting())
+
+
+def calls_like(op: str, takes: str = "") -> Callable[[Callable[[Any], Any]], Callable[..., Any]]:
+    """Decorates ``peer(a)``, where ``a`` holds the public arguments of ``op`` by name: it is then called as the op is.
+
+    Args:
+        takes: optional arguments that the peer knows. A call in which another is not at its default raises
+            NotImplementedError.
+    """
+    declared = OPS[op].declared
+    bind = Binder(declared)
+    known = {*takes.split(), *bind.needed, "implementation"}
+    others = {name: default for name, default in bind.blank.items() if name not in known}
+
+    def decorate(peer: Callable[[Any], Any]) -> Callable[..., Any]:
+        @functools.wraps(peer)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            given = bind(args, kwargs)
+            for name, default in others.items():
+                value = given[name]
+                refuse(isinstance(value, Tensor) or value != default, f"`{name}`")
+            return peer(types.SimpleNamespace(**given))
+
+        call.__signature__ = declared.signature  # type: ignore[attr-defined]
+        return call
+
+    return decorate
 
 
 def refuse(condition: object, what: str) -> None:

@@ -100,7 +100,7 @@ def op(
             )
             for name in names.split()
         }
-        bind = _Binder(declared)
+        bind = Binder(declared)
         rules = _Rules(declared, wide.split(), sums.split(), int32.split(), own.split(), choices or {}, check)
         packed = "cu_seqlens" in declared.annotations
         dropped = [name for name in declared.annotations if name not in (*declared.takes, "implementation")]
@@ -129,7 +129,7 @@ def op(
     return decorate
 
 
-class _Binder:
+class Binder:
     """Arguments by name, in the order of the signature; as :meth:`inspect.Signature.bind`, in a tenth of its time."""
 
     def __init__(self, declared: Declaration):

@@ -5,12 +5,13 @@ What needs a GPU is written against its published signature and has not been run
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssmkernels.bench.peers import CAUSAL_CONV1D, FLA, TORCH, TRANSFORMERS, Peer, Setting, refuse
-from ssmkernels.core.names import OPS
+from ssmkernels.bench.peers import CAUSAL_CONV1D, FLA, TORCH, TRANSFORMERS, Peer, Setting, calls_like, refuse
 from ssmkernels.core.validate import precision
 from ssmkernels.ops.causal_conv1d.external_causal_conv1d import call
 
@@ -21,84 +22,57 @@ SETTINGS = {
 }
 
 
-def torch_conv1d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    *,
-    initial_state: Tensor | None = None,
-    return_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+@calls_like("causal_conv1d", takes="bias activation return_final_state")
+def torch_conv1d(a: Any) -> Tensor | tuple[Tensor, Tensor]:
     """PyTorch's grouped convolution, then its SiLU."""
-    refuse(initial_state is not None or cu_seqlens is not None, "initial state or packed sequences")
-    d, w = weight.shape
-    y = F.conv1d(x.transpose(1, 2), weight[:, None], bias, padding=w - 1, groups=d)[..., : x.shape[1]].transpose(1, 2)
-    y = F.silu(y) if activation == "silu" else y
-    return (y, _last(x, w)) if return_final_state else y
+    d, w = a.weight.shape
+    y = F.conv1d(a.x.transpose(1, 2), a.weight[:, None], a.bias, padding=w - 1, groups=d)[..., : a.x.shape[1]]
+    y = y.transpose(1, 2)
+    return _results(a, F.silu(y) if a.activation == "silu" else y)
 
 
-def causal_conv1d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    *,
-    initial_state: Tensor | None = None,
-    return_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+@calls_like("causal_conv1d", takes="bias activation return_final_state")
+def causal_conv1d(a: Any) -> Tensor | tuple[Tensor, Tensor]:
     """The CUDA kernel of the package causal_conv1d, which takes time-major tensors as transposed views."""
-    refuse(initial_state is not None or cu_seqlens is not None, "initial state or packed sequences")
-    y = call(OPS["causal_conv1d"].declared.Arguments(x, weight, bias, activation, None, None))
-    return (y, _last(x, weight.shape[1])) if return_final_state else y
+    return _results(a, call(a))
 
 
-def fla(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    *,
-    initial_state: Tensor | None = None,
-    return_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+@calls_like("causal_conv1d", takes="bias activation return_final_state")
+def fla(a: Any) -> Tensor | tuple[Tensor, Tensor]:
     """flash-linear-attention's Triton kernel."""
     try:
         from fla.modules.conv import causal_conv1d as conv
     except ImportError:  # where versions before 0.4 keep it
         from fla.modules.convolution import causal_conv1d as conv
 
-    refuse(initial_state is not None or cu_seqlens is not None, "initial state or packed sequences in this adapter")
-    y, _ = conv(x=x, weight=weight, bias=bias, activation=activation)
-    return (y, _last(x, weight.shape[1])) if return_final_state else y
+    y, _ = conv(x=a.x, weight=a.weight, bias=a.bias, activation=a.activation)
+    return _results(a, y)
 
 
-def transformers_step(
-    state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
-) -> Tensor:
+@calls_like("causal_conv1d_step", takes="bias activation")
+def transformers_step(a: Any) -> Tensor:
     """What transformers' Mamba does for one token; its state has the channels first."""
     from transformers.models.mamba.modeling_mamba import causal_conv1d_update
 
-    return causal_conv1d_update(x[..., None], state.transpose(1, 2), weight, bias, activation)[..., 0]
+    return causal_conv1d_update(a.x[..., None], a.state.transpose(1, 2), a.weight, a.bias, a.activation)[..., 0]
 
 
-def causal_conv1d_step(
-    state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
-) -> Tensor:
+@calls_like("causal_conv1d_step", takes="bias activation")
+def causal_conv1d_step(a: Any) -> Tensor:
     """The package causal_conv1d's kernel for one token."""
     from causal_conv1d import causal_conv1d_update
 
-    refuse(state.dtype != x.dtype, "float32 state beside half precision")
-    return causal_conv1d_update(x, state.transpose(1, 2), weight, bias, activation)
+    refuse(a.state.dtype != a.x.dtype, "float32 state beside half precision")
+    return causal_conv1d_update(a.x, a.state.transpose(1, 2), a.weight, a.bias, a.activation)
 
 
-def _last(x: Tensor, w: int) -> Tensor:
-    """The last w - 1 inputs, zeros before the first: (b w-1 d)."""
-    padded = F.pad(x, (0, 0, w - 1, 0))
-    return padded[:, padded.shape[1] - (w - 1) :].to(torch.promote_types(x.dtype, precision(x)))
+def _results(a: Any, y: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    """y, and where it is wanted the final state: the last w - 1 inputs, zeros before the first, (b w-1 d)."""
+    if not a.return_final_state:
+        return y
+    before = a.weight.shape[1] - 1
+    padded = F.pad(a.x, (0, 0, before, 0))
+    return y, padded[:, padded.shape[1] - before :].to(torch.promote_types(a.x.dtype, precision(a.x)))
 
 
 CHANNELS_FIRST = "wants channels before time: our layout is handed over as a transposed view"

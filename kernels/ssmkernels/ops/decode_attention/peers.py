@@ -7,67 +7,41 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssmkernels.bench.peers import FLASH_ATTN, TORCH, Peer, Setting, refuse
-from ssmkernels.ops.attention.peers import refuse_given
+from ssmkernels.bench.peers import FLASH_ATTN, TORCH, Peer, Setting, calls_like, refuse
+from ssmkernels.ops.attention.peers import flash_options
 
 SETTINGS = {"decode_attention": Setting(case={"lengths": "full"}, further=({"page_size": 16},), backward=False)}
 
 
-def sdpa(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    *,
-    scale: float | None = None,
-    num_splits: int | None = None,
-    **others: Any,
-) -> Tensor:
+@calls_like("decode_attention", takes="scale num_splits")
+def sdpa(a: Any) -> Tensor:
     """PyTorch's scaled_dot_product_attention of one token over caches that are all full."""
-    refuse(q.shape[1] != 1, "mask for several tokens")
-    refuse_given(others)
+    refuse(a.q.shape[1] != 1, "mask for several tokens")
     # On a GPU the lengths cannot be read without waiting for it; there they are taken to be full.
-    refuse(lengths.device.type == "cpu" and bool((lengths != k_cache.shape[1]).any()), "cache that is not full")
-    q, k, v = (t.transpose(1, 2) for t in (q, k_cache, v_cache))
+    full = a.lengths.device.type != "cpu" or bool((a.lengths == a.k_cache.shape[1]).all())
+    refuse(not full, "cache that is not full")
+    q, k, v = (t.transpose(1, 2) for t in (a.q, a.k_cache, a.v_cache))
     shared = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=shared).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, scale=a.scale, enable_gqa=shared).transpose(1, 2)
 
 
-def flash_attn(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    *,
-    block_table: Tensor | None = None,
-    window: tuple[int, int] | None = None,
-    scale: float | None = None,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    num_splits: int | None = None,
-    **others: Any,
-) -> Tensor:
+@calls_like("decode_attention", takes="block_table window scale softcap alibi_slopes num_splits")
+def flash_attn(a: Any) -> Tensor:
     """FlashAttention 2 over a cache, split over keys."""
     from flash_attn import flash_attn_with_kvcache
 
-    refuse(q.dtype not in (torch.float16, torch.bfloat16), "kernel but for float16 and bfloat16")
-    refuse_given(others)
     return flash_attn_with_kvcache(
-        q,
-        k_cache,
-        v_cache,
-        cache_seqlens=lengths,
-        block_table=block_table,
-        softmax_scale=scale,
+        a.q,
+        a.k_cache,
+        a.v_cache,
+        cache_seqlens=a.lengths,
+        block_table=a.block_table,
         causal=True,
-        window_size=(-1, -1) if window is None else window,
-        softcap=softcap,
-        alibi_slopes=None if alibi_slopes is None else alibi_slopes.float(),
-        num_splits=num_splits or 0,
+        num_splits=a.num_splits or 0,
+        **flash_options(a),
     )
 
 

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ssmkernels.bench.peers import TORCH, Peer, refuse
+from ssmkernels.bench.peers import TORCH, Peer, calls_like, refuse
 from ssmkernels.ops.dplr_kernel.discretize import discretize_dplr
 
 LARGEST = 2**25  # of (d n length) with gradients
 
 
-def cauchy(
-    A: Tensor,
-    P: Tensor,
-    Q: Tensor,
-    B: Tensor,
-    C: Tensor,
-    dt: Tensor,
-    length: int,
-    *,
-    discretization: str = "bilinear",
-) -> Tensor:
+@calls_like("dplr_kernel")
+def cauchy(a: Any) -> Tensor:
     """All frequencies and all states at once; conjugate pairs and rank one alone."""
-    refuse(discretization != "bilinear", "discretization but bilinear")
+    A, P, Q, B, C, dt, length = a.A, a.P, a.Q, a.B, a.C, a.dt, a.length
     refuse(not A.is_complex(), "real A")
     refuse(P.ndim == 3 and P.shape[1] != 1, "rank but one")
     refuse(length == 0, "length 0")

@@ -5,12 +5,13 @@ What needs a GPU is written against its published signature and has not been run
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssmkernels.bench.peers import MAMBA_SSM, MAMBAPY, TORCH, TRANSFORMERS, Peer, Setting, refuse
-from ssmkernels.core.names import OPS
+from ssmkernels.bench.peers import MAMBA_SSM, MAMBAPY, TORCH, TRANSFORMERS, Peer, Setting, calls_like, refuse
 from ssmkernels.ops.selective_scan import external_mamba_ssm as package
 
 SETTINGS = {
@@ -20,171 +21,88 @@ SETTINGS = {
 }
 
 
-def loop(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    *,
-    initial_state: Tensor | None = None,
-    return_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+@calls_like("selective_scan", takes="D z delta_bias delta_softplus return_final_state")
+def loop(a: Any) -> Tensor | tuple[Tensor, Tensor]:
     """As people write it without a kernel: everything (b l d n) at once, then a loop over time."""
-    refuse(initial_state is not None or cu_seqlens is not None, "initial state or packed sequences")
-    decay, fed = _discretized(u, delta, A, B, C, delta_bias, delta_softplus)
+    decay, fed = _discretized(a)
     h = torch.zeros_like(fed[:, 0])
     outputs = []
-    for t in range(u.shape[1]):
+    for t in range(a.u.shape[1]):
         h = decay[:, t] * h + fed[:, t]
-        outputs.append((h @ C[:, t, :, None].to(h.dtype))[..., 0])
-    y = _finished(torch.stack(outputs, dim=1), u, D, z)
-    return (y, h) if return_final_state else y
+        outputs.append((h @ a.C[:, t, :, None].to(h.dtype))[..., 0])
+    y = _finished(a, torch.stack(outputs, dim=1))
+    return (y, h) if a.return_final_state else y
 
 
-def mambapy(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    *,
-    initial_state: Tensor | None = None,
-    return_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+@calls_like("selective_scan", takes="D z delta_bias delta_softplus return_final_state")
+def mambapy(a: Any) -> Tensor | tuple[Tensor, Tensor]:
     """mambapy's parallel scan, within the lines that its MambaBlock has around it."""
     from mambapy.pscan import pscan
 
-    refuse(initial_state is not None or cu_seqlens is not None, "initial state or packed sequences")
-    states = pscan(*_discretized(u, delta, A, B, C, delta_bias, delta_softplus))
-    y = _finished((states @ C[..., None].to(states.dtype))[..., 0], u, D, z)
-    return (y, states[:, -1]) if return_final_state else y
+    states = pscan(*_discretized(a))
+    y = _finished(a, (states @ a.C[..., None].to(states.dtype))[..., 0])
+    return (y, states[:, -1]) if a.return_final_state else y
 
 
-def transformers(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    *,
-    initial_state: Tensor | None = None,
-    return_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+@calls_like("selective_scan", takes="D z delta_bias delta_softplus return_final_state")
+def transformers(a: Any) -> Tensor | tuple[Tensor, Tensor]:
     """What transformers' Mamba calls; without mamba_ssm that is a loop over time."""
     from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
-    refuse(initial_state is not None or cu_seqlens is not None, "initial state or packed sequences")
-    refuse(A.is_complex() or B.ndim != 3, "complex A, fixed maps or groups")
+    refuse(a.A.is_complex() or a.B.ndim != 3, "complex A, fixed maps or groups")
+    u, delta, B, C = (x.transpose(1, 2) for x in (a.u, a.delta, a.B, a.C))
+    z = None if a.z is None else a.z.transpose(1, 2)
     found = mamba_selective_scan(
-        u.transpose(1, 2),
-        delta.transpose(1, 2),
-        A,
-        B.transpose(1, 2),
-        C.transpose(1, 2),
-        D=D,
-        z=None if z is None else z.transpose(1, 2),
-        delta_bias=delta_bias,
-        delta_softplus=delta_softplus,
-        return_last_state=return_final_state,
+        u, delta, a.A, B, C, a.D, z, a.delta_bias, a.delta_softplus, return_last_state=a.return_final_state
     )
-    y, last = found if return_final_state else (found, None)
+    y, last = found if a.return_final_state else (found, None)
     y = y.transpose(1, 2).to(u.dtype)  # as their mixer does
     return y if last is None else (y, last)
 
 
-def mamba_ssm(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    *,
-    initial_state: Tensor | None = None,
-    return_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+@calls_like("selective_scan", takes="D z delta_bias delta_softplus return_final_state")
+def mamba_ssm(a: Any) -> Tensor | tuple[Tensor, Tensor]:
     """mamba_ssm's CUDA kernel, which wants channels before time."""
-    refuse(initial_state is not None or cu_seqlens is not None, "initial state or packed sequences")
-    refuse(A.is_complex() or B.ndim != 3, "complex A, fixed maps or groups in this adapter")
-    arguments = OPS["selective_scan"].declared.Arguments
-    y, last = package.call(arguments(u, delta, A, B, C, D, z, delta_bias, delta_softplus, None, None))
-    return (y, last) if return_final_state else y
+    refuse(a.A.is_complex() or a.B.ndim != 3, "complex A, fixed maps or groups in this adapter")
+    y, last = package.call(a)
+    return (y, last) if a.return_final_state else y
 
 
-def transformers_step(
-    state: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-) -> Tensor:
+@calls_like("selective_scan_step", takes="D z delta_bias delta_softplus")
+def transformers_step(a: Any) -> Tensor:
     """What transformers' Mamba does for one token."""
     from transformers.models.mamba.modeling_mamba import mamba_selective_state_update
 
-    refuse(A.is_complex() or B.ndim != 2, "complex A or groups")
+    refuse(a.A.is_complex() or a.B.ndim != 2, "complex A or groups")
     return mamba_selective_state_update(
-        state, u, delta, A, B, C, D=D, dt_bias=delta_bias, dt_softplus=delta_softplus, z=z
+        a.state, a.u, a.delta, a.A, a.B, a.C, D=a.D, dt_bias=a.delta_bias, dt_softplus=a.delta_softplus, z=a.z
     )
 
 
-def mamba_ssm_step(
-    state: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-) -> Tensor:
+@calls_like("selective_scan_step", takes="D z delta_bias delta_softplus")
+def mamba_ssm_step(a: Any) -> Tensor:
     """mamba_ssm's Triton kernel for one token."""
     from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 
-    refuse(A.is_complex(), "complex A")
-    return selective_state_update(state, u, delta, A, B, C, D=D, z=z, dt_bias=delta_bias, dt_softplus=delta_softplus)
+    refuse(a.A.is_complex(), "complex A")
+    return selective_state_update(
+        a.state, a.u, a.delta, a.A, a.B, a.C, a.D, a.z, dt_bias=a.delta_bias, dt_softplus=a.delta_softplus
+    )
 
 
-def _discretized(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, delta_bias: Tensor | None, delta_softplus: bool
-) -> tuple[Tensor, Tensor]:
+def _discretized(a: Any) -> tuple[Tensor, Tensor]:
     """exp(Δ A) and Δ B u, (b l d n)."""
-    refuse(A.is_complex() or B.ndim != 3 or C.ndim != 3, "complex A, fixed maps or groups")
-    delta = delta if delta_bias is None else delta + delta_bias
-    delta = F.softplus(delta) if delta_softplus else delta
-    delta = delta.to(torch.promote_types(delta.dtype, A.dtype))[..., None]
-    return torch.exp(delta * A), delta * B[:, :, None] * u[..., None]
+    refuse(a.A.is_complex() or a.B.ndim != 3 or a.C.ndim != 3, "complex A, fixed maps or groups")
+    delta = a.delta if a.delta_bias is None else a.delta + a.delta_bias
+    delta = F.softplus(delta) if a.delta_softplus else delta
+    delta = delta.to(torch.promote_types(delta.dtype, a.A.dtype))[..., None]
+    return torch.exp(delta * a.A), delta * a.B[:, :, None] * a.u[..., None]
 
 
-def _finished(y: Tensor, u: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
-    y = y if D is None else y + D * u
-    return (y if z is None else y * F.silu(z)).to(u.dtype)
+def _finished(a: Any, y: Tensor) -> Tensor:
+    """With the skip and the gate."""
+    y = y if a.D is None else y + a.D * a.u
+    return (y if a.z is None else y * F.silu(a.z)).to(a.u.dtype)
 
 
 CHANNELS_FIRST = "wants channels before time: our layout is handed over as a transposed view"

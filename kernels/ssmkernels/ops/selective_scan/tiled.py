@@ -63,14 +63,14 @@ def _scan(
         return y[mask][None], final_state, starts
     h = x.new_zeros(x.shape[0], *A.shape) if initial_state is None else initial_state.clone()
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    starts = []
+    chunks = []
     for time in _chunks(x, A):
-        starts.append(h)
+        chunks.append(h)
         chunk = _Chunk(x, dt, A, B, C, time)
         states = chunk.states(h)
         y[:, time] = torch.einsum("tbgcn,tbgn->btgc", chunk.grouped(states), chunk.C).flatten(2)
         h = states[-1].clone()
-    return y, h, torch.stack(starts) if starts else x.new_empty(0, *h.shape)
+    return y, h, torch.stack(chunks) if chunks else x.new_empty(0, *h.shape)
 
 
 def _scan_fake(x, dt, A, B, C, initial_state, cu_seqlens):
@@ -201,7 +201,9 @@ def _chunks(x: Tensor, A: Tensor) -> list[slice]:
     return [slice(start, min(start + length, x.shape[1])) for start in range(0, x.shape[1], length)]
 
 
-def _padded(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, index: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+def _padded(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, index: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """A packed batch as a padded one. Where Δ is 0 the state neither decays nor takes anything in: it stays."""
     kept = mask[..., None]
     x, dt = (torch.where(kept, t[0, index], 0) for t in (x, dt))

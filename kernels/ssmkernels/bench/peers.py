@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from ssmkernels.check.spec import Case
-from ssmkernels.core.declare import Binder
+from ssmkernels.core.binding import Binder
 from ssmkernels.core.names import OPS
 
 ABSENT = "not installed"
@@ -108,9 +108,9 @@ def calls_like(op: str, takes: str = "") -> Callable[[Callable[[Any], Any]], Cal
             NotImplementedError.
     """
     declared = OPS[op].declared
-    bind = Binder(declared)
-    known = {*takes.split(), *bind.needed, "implementation"}
-    others = {name: default for name, default in bind.blank.items() if name not in known}
+    bind = Binder(declared.signature)
+    known = {*takes.split(), "implementation"}
+    others = {name: default for name, default in bind.defaults.items() if name not in known}
 
     def decorate(peer: Callable[[Any], Any]) -> Callable[..., Any]:
         @functools.wraps(peer)

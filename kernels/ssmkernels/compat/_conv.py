@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,39 +12,28 @@ from ssmkernels.compat._dtypes import INDICES, beside
 from ssmkernels.core.validate import check_dtypes, check_options, check_shapes, gradient_wanted, precision
 
 
-def conv(
-    op: str,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    seq_idx: Tensor | None,
-    initial_states: Tensor | None,
-    return_final_states: bool,
-    final_states_out: Tensor | None,
-    activation: str | None,
-    implementation: str | None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """As :func:`ssmkernels.compat.causal_conv1d.causal_conv1d_fn`; ``op`` is what errors call it."""
+def conv(a: Any) -> Tensor | tuple[Tensor, Tensor]:
+    """As :func:`ssmkernels.compat.causal_conv1d.causal_conv1d_fn`."""
     check_shapes(
-        op,
+        a.op,
         {
-            "x": (x, "b d l"),
-            "weight": (weight, "d w"),
-            "bias": (bias, "d"),
-            "seq_idx": (seq_idx, "b l"),
-            "initial_states": (initial_states, "b d w-1"),
-            "final_states_out": (final_states_out, "b d w-1"),
+            "x": (a.x, "b d l"),
+            "weight": (a.weight, "d w"),
+            "bias": (a.bias, "d"),
+            "seq_idx": (a.seq_idx, "b l"),
+            "initial_states": (a.initial_states, "b d w-1"),
+            "final_states_out": (a.final_states_out, "b d w-1"),
         },
         ("x", "weight"),
     )
-    check_options(op, "bool", return_final_states=return_final_states)
-    activation = _activation(op, activation)
-    time_major, weight, bias = x.transpose(1, 2), beside(weight, x), beside(bias, x)
-    state = None if initial_states is None else initial_states.transpose(1, 2).to(precision(x))
-    if seq_idx is not None:
-        if return_final_states or final_states_out is not None:
-            raise ValueError(f"{op}: with `seq_idx` there are no final states: leave away `return_final_states`")
-        y = _by_sequence(op, time_major, weight, bias, activation, seq_idx, state, implementation)
+    check_options(a.op, "bool", return_final_states=a.return_final_states)
+    activation = _activation(a.op, a.activation)
+    time_major, weight, bias = a.x.transpose(1, 2), beside(a.weight, a.x), beside(a.bias, a.x)
+    state = None if a.initial_states is None else a.initial_states.transpose(1, 2).to(precision(a.x))
+    if a.seq_idx is not None:
+        if a.return_final_states or a.final_states_out is not None:
+            raise ValueError(f"{a.op}: with `seq_idx` there are no final states: leave away `return_final_states`")
+        y = _by_sequence(a, time_major, weight, bias, activation, state)
         return y.transpose(1, 2)
     y, last = causal_conv1d(
         time_major,
@@ -51,26 +42,20 @@ def conv(
         activation,
         initial_state=state,
         return_final_state=True,
-        implementation=implementation,
+        implementation=a.implementation,
     )
-    final = last.transpose(1, 2).to(x.dtype)
-    if final_states_out is not None:
-        final = final_states_out.copy_(final)
-    return (y.transpose(1, 2), final) if return_final_states else y.transpose(1, 2)
+    final = last.transpose(1, 2).to(a.x.dtype)
+    if a.final_states_out is not None:
+        final = a.final_states_out.copy_(final)
+    return (y.transpose(1, 2), final) if a.return_final_states else y.transpose(1, 2)
 
 
 def _by_sequence(
-    op: str,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    seq_idx: Tensor,
-    initial_state: Tensor | None,
-    implementation: str | None,
+    a: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, initial_state: Tensor | None
 ) -> Tensor:
     """x (b l d), initial state (b w-1 d) or None → y (b l d): all rows packed, a border at each change of number."""
-    check_dtypes(op, {"seq_idx": seq_idx}, INDICES)
+    seq_idx = a.seq_idx
+    check_dtypes(a.op, {"seq_idx": seq_idx}, INDICES)
     (b, l, d), w = x.shape, weight.shape[1]
     first = torch.ones_like(seq_idx, dtype=torch.bool)
     first[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
@@ -80,7 +65,7 @@ def _by_sequence(
         if again.any():
             row, time = again.nonzero()[0].tolist()
             raise ValueError(
-                f"{op}: the tokens of a sequence must stand together; in `seq_idx`, row {row}, number "
+                f"{a.op}: the tokens of a sequence must stand together; in `seq_idx`, row {row}, number "
                 f"{int(seq_idx[row, time])} stops after position {time} and comes back by position {time + k}"
             )
     starts = first.flatten().nonzero().flatten()
@@ -96,54 +81,46 @@ def _by_sequence(
         initial_state=state,
         return_final_state=True,
         cu_seqlens=cu_seqlens,
-        implementation=implementation,
+        implementation=a.implementation,
     )
     return torch.where(seq_idx[..., None] >= 0, y.view(b, l, d), 0)
 
 
-def update(
-    op: str,
-    x: Tensor,
-    conv_state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    cache_seqlens: Tensor | None,
-    conv_state_indices: Tensor | None,
-    implementation: str | None,
-) -> Tensor:
-    """As :func:`ssmkernels.compat.causal_conv1d.causal_conv1d_update`; ``op`` is what errors call it."""
+def update(a: Any) -> Tensor:
+    """As :func:`ssmkernels.compat.causal_conv1d.causal_conv1d_update`."""
     sizes = check_shapes(
-        op,
+        a.op,
         {
-            "x": (x, "b d | b d l"),
-            "weight": (weight, "d w"),
-            "bias": (bias, "d"),
-            "conv_state": (conv_state, "b d m" if conv_state_indices is None else "s d m"),
-            "cache_seqlens": (cache_seqlens, "b"),
-            "conv_state_indices": (conv_state_indices, "b"),
+            "x": (a.x, "b d | b d l"),
+            "weight": (a.weight, "d w"),
+            "bias": (a.bias, "d"),
+            "conv_state": (a.conv_state, "b d m" if a.conv_state_indices is None else "s d m"),
+            "cache_seqlens": (a.cache_seqlens, "b"),
+            "conv_state_indices": (a.conv_state_indices, "b"),
         },
         ("x", "weight", "conv_state"),
     )
-    check_dtypes(op, {"cache_seqlens": cache_seqlens, "conv_state_indices": conv_state_indices}, INDICES)
+    check_dtypes(a.op, {"cache_seqlens": a.cache_seqlens, "conv_state_indices": a.conv_state_indices}, INDICES)
     before, m = sizes["w"] - 1, sizes["m"]
     if m < before:
-        raise ValueError(f"{op}: `conv_state` must hold at least {before} inputs, w - 1; got {tuple(conv_state.shape)}")
-    rows = conv_state_indices
-    held = conv_state if rows is None else conv_state[rows.clamp(min=0)]  # (b d m)
-    new = x[..., None] if x.ndim == 2 else x
-    if cache_seqlens is None:
+        raise ValueError(
+            f"{a.op}: `conv_state` must hold at least {before} inputs, w - 1; got {tuple(a.conv_state.shape)}"
+        )
+    rows = a.conv_state_indices
+    held = a.conv_state if rows is None else a.conv_state[rows.clamp(min=0)]  # (b d m)
+    new = a.x[..., None] if a.x.ndim == 2 else a.x
+    if a.cache_seqlens is None:
         state = held[..., m - before :]
         held = torch.cat([held, new.to(held.dtype)], dim=-1)[..., new.shape[-1] :]
     else:
-        state = held.gather(2, _ring(cache_seqlens, -before, 0, held))
+        state = held.gather(2, _ring(a.cache_seqlens, -before, 0, held))
         last = min(new.shape[-1], m)  # earlier ones would be overwritten by later ones
-        places = _ring(cache_seqlens, new.shape[-1] - last, new.shape[-1], held)
+        places = _ring(a.cache_seqlens, new.shape[-1] - last, new.shape[-1], held)
         held = held.scatter(2, places, new[..., new.shape[-1] - last :].to(held.dtype))
-    weight, bias, activation = beside(weight, x), beside(bias, x), _activation(op, activation)
-    initial = state.transpose(1, 2).to(precision(x), copy=True)  # the state itself is about to change
-    if new.shape[-1] == 1 and gradient_wanted((x, weight, bias, initial)) is None:
-        y = causal_conv1d_step(initial, new[..., 0], weight, bias, activation, implementation=implementation)[:, None]
+    weight, bias, activation = beside(a.weight, a.x), beside(a.bias, a.x), _activation(a.op, a.activation)
+    initial = state.transpose(1, 2).to(precision(a.x), copy=True)  # the state itself is about to change
+    if new.shape[-1] == 1 and gradient_wanted((a.x, weight, bias, initial)) is None:
+        y = causal_conv1d_step(initial, new[..., 0], weight, bias, activation, implementation=a.implementation)[:, None]
     else:
         y, _ = causal_conv1d(
             new.transpose(1, 2),
@@ -152,15 +129,15 @@ def update(
             activation,
             initial_state=initial,
             return_final_state=True,
-            implementation=implementation,
+            implementation=a.implementation,
         )
     if rows is None:
-        conv_state.copy_(held)
+        a.conv_state.copy_(held)
     else:
         kept = rows >= 0
-        conv_state[rows[kept]] = held[kept]
+        a.conv_state[rows[kept]] = held[kept]
         y = torch.where(kept[:, None, None], y, 0)
-    return y[:, 0] if x.ndim == 2 else y.transpose(1, 2)
+    return y[:, 0] if a.x.ndim == 2 else y.transpose(1, 2)
 
 
 def _ring(cache_seqlens: Tensor, start: int, end: int, state: Tensor) -> Tensor:

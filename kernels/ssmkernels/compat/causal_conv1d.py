@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ssmkernels.compat._calls import by_reference, compatible
 from ssmkernels.compat._conv import conv, update
 from ssmkernels.compat._dtypes import INDICES
 from ssmkernels.core.packing import last_of_each
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 
+@compatible(conv)
 def causal_conv1d_fn(
     x: Tensor,
     weight: Tensor,
@@ -61,20 +63,9 @@ def causal_conv1d_fn(
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device; ``seq_idx`` together with final
             states; a sequence of ``seq_idx`` that another one interrupts for less than w-1 steps.
     """
-    return conv(
-        "causal_conv1d_fn",
-        x,
-        weight,
-        bias,
-        seq_idx,
-        initial_states,
-        return_final_states,
-        final_states_out,
-        activation,
-        None,
-    )
 
 
+@compatible(conv, "reference")
 def causal_conv1d_ref(
     x: Tensor,
     weight: Tensor,
@@ -86,20 +77,9 @@ def causal_conv1d_ref(
     seq_idx: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`causal_conv1d_fn` by our reference, with the package's other order of arguments."""
-    return conv(
-        "causal_conv1d_ref",
-        x,
-        weight,
-        bias,
-        seq_idx,
-        initial_states,
-        return_final_states,
-        final_states_out,
-        activation,
-        "reference",
-    )
 
 
+@compatible(update)
 def causal_conv1d_update(
     x: Tensor,
     conv_state: Tensor,
@@ -128,21 +108,11 @@ def causal_conv1d_update(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype, device or name.
     """
-    return update(
-        "causal_conv1d_update", x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices, None
-    )
 
 
-def causal_conv1d_update_ref(
-    x: Tensor,
-    conv_state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    cache_seqlens: Tensor | None = None,
-) -> Tensor:
-    """:func:`causal_conv1d_update` by our reference."""
-    return update("causal_conv1d_update_ref", x, conv_state, weight, bias, activation, cache_seqlens, None, "reference")
+causal_conv1d_update_ref = by_reference(
+    "causal_conv1d_update_ref", causal_conv1d_update, update, conv_state_indices=None
+)
 
 
 def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -> Tensor:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ssmkernels.compat._calls import by_reference, compatible
 from ssmkernels.compat._scan import inner, scan
 from ssmkernels.compat._update import update
 
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 
+@compatible(scan)
 def selective_scan_fn(
     u: Tensor,
     delta: Tensor,
@@ -62,27 +64,12 @@ def selective_scan_fn(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name.
     """
-    arguments = u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state
-    return scan("selective_scan_fn", *arguments, implementation=None)
 
 
-def selective_scan_ref(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    return_last_state: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`selective_scan_fn` by our reference."""
-    arguments = u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state
-    return scan("selective_scan_ref", *arguments, implementation="reference")
+selective_scan_ref = by_reference("selective_scan_ref", selective_scan_fn, scan)
 
 
+@compatible(inner)
 def mamba_inner_fn(
     xz: Tensor,
     conv1d_weight: Tensor,
@@ -131,71 +118,21 @@ def mamba_inner_fn(
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, or one that another one makes
             meaningless.
     """
-    return inner(
-        "mamba_inner_fn",
-        xz,
-        conv1d_weight,
-        conv1d_bias,
-        x_proj_weight,
-        delta_proj_weight,
-        out_proj_weight,
-        out_proj_bias,
-        A,
-        B,
-        C,
-        D,
-        delta_bias,
-        B_proj_bias,
-        C_proj_bias,
-        delta_softplus,
-        checkpoint_lvl=checkpoint_lvl,
-        b_rms_weight=b_rms_weight,
-        c_rms_weight=c_rms_weight,
-        dt_rms_weight=dt_rms_weight,
-        b_c_dt_rms_eps=b_c_dt_rms_eps,
-        implementation=None,
-    )
 
 
-def mamba_inner_ref(
-    xz: Tensor,
-    conv1d_weight: Tensor,
-    conv1d_bias: Tensor | None,
-    x_proj_weight: Tensor,
-    delta_proj_weight: Tensor,
-    out_proj_weight: Tensor,
-    out_proj_bias: Tensor | None,
-    A: Tensor,
-    B: Tensor | None = None,
-    C: Tensor | None = None,
-    D: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    B_proj_bias: Tensor | None = None,
-    C_proj_bias: Tensor | None = None,
-    delta_softplus: bool = True,
-) -> Tensor:
-    """:func:`mamba_inner_fn` by our references."""
-    return inner(
-        "mamba_inner_ref",
-        xz,
-        conv1d_weight,
-        conv1d_bias,
-        x_proj_weight,
-        delta_proj_weight,
-        out_proj_weight,
-        out_proj_bias,
-        A,
-        B,
-        C,
-        D,
-        delta_bias,
-        B_proj_bias,
-        C_proj_bias,
-        delta_softplus,
-        implementation="reference",
-    )
+mamba_inner_ref = by_reference(
+    "mamba_inner_ref",
+    mamba_inner_fn,
+    inner,
+    checkpoint_lvl=0,
+    b_rms_weight=None,
+    c_rms_weight=None,
+    dt_rms_weight=None,
+    b_c_dt_rms_eps=1e-6,
+)
 
 
+@compatible(update)
 def selective_state_update(
     state: Tensor,
     x: Tensor,
@@ -228,22 +165,8 @@ def selective_state_update(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name.
     """
-    arguments = state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices
-    return update("selective_state_update", *arguments, implementation=None)
 
 
-def selective_state_update_ref(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-) -> Tensor:
-    """:func:`selective_state_update` by our reference."""
-    arguments = state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, None
-    return update("selective_state_update_ref", *arguments, implementation="reference")
+selective_state_update_ref = by_reference(
+    "selective_state_update_ref", selective_state_update, update, state_batch_indices=None
+)

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ssmkernels.core.binding import Binder
 from ssmkernels.core.declaration import Declaration
 from ssmkernels.core.dispatch import Op
 from ssmkernels.core.validate import (
@@ -100,7 +101,7 @@ def op(
             )
             for name in names.split()
         }
-        bind = Binder(declared)
+        bind = Binder(declared.signature)
         rules = _Rules(declared, wide.split(), sums.split(), int32.split(), own.split(), choices or {}, check)
         packed = "cu_seqlens" in declared.annotations
         dropped = [name for name in declared.annotations if name not in (*declared.takes, "implementation")]
@@ -127,32 +128,6 @@ def op(
         return call  # type: ignore[return-value]
 
     return decorate
-
-
-class Binder:
-    """Arguments by name, in the order of the signature; as :meth:`inspect.Signature.bind`, in a tenth of its time."""
-
-    def __init__(self, declared: Declaration):
-        parameters = list(declared.signature.parameters.values())
-        self.signature = declared.signature
-        self.blank = {p.name: p.default for p in parameters}
-        self.positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-        self.needed = [p.name for p in parameters if p.default is p.empty]
-        self.place = {p.name: i if p.name in self.positional else len(parameters) for i, p in enumerate(parameters)}
-
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        count = len(args)
-        wrong = count > len(self.positional)
-        for name in kwargs:
-            wrong = wrong or self.place.get(name, -1) < count
-        for name in self.needed[count:]:
-            wrong = wrong or name not in kwargs
-        if wrong:
-            self.signature.bind(*args, **kwargs)  # raises Python's own error
-        given = dict(self.blank)
-        given.update(zip(self.positional, args, strict=False))
-        given.update(kwargs)
-        return given
 
 
 class _Rules:

@@ -1,0 +1,58 @@
+"""Functions with the signatures of other packages, whose work another function does on the arguments by name."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from ssmkernels.core.binding import Binder
+from ssmkernels.core.declaration import named_tuple
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def compatible(compute: Callable[[Any], Any], implementation: str | None = None) -> Callable[[F], F]:
+    """Decorates a function that is a signature and a docstring.
+
+    Args:
+        compute: does the work. It takes a named tuple of the arguments, with ``op``, the function's name for messages,
+            and ``implementation`` beside them.
+    """
+
+    def decorate(function: F) -> F:
+        return _calling(compute, implementation, function, {})
+
+    return decorate
+
+
+def by_reference(name: str, function: F, compute: Callable[[Any], Any], /, **fixed: Any) -> F:
+    """The same function by our references, under the name that it has in its package.
+
+    Args:
+        function: made by :func:`compatible` with the same ``compute``.
+        fixed: values of arguments that the package's own has not.
+    """
+    call = _calling(compute, "reference", function, fixed, name)
+    call.__name__ = call.__qualname__ = name
+    call.__doc__ = f":func:`{function.__name__}` by our references."
+    return call
+
+
+def _calling(
+    compute: Callable[[Any], Any], implementation: str | None, function: F, fixed: dict[str, Any], name: str = ""
+) -> F:
+    signature = inspect.signature(function)
+    kept = [parameter for parameter in signature.parameters.values() if parameter.name not in fixed]
+    signature = signature.replace(parameters=kept)
+    bind = Binder(signature)
+    others = {**fixed, "op": name or function.__name__, "implementation": implementation}
+    Arguments = named_tuple(function.__name__, [*signature.parameters, *others])
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return compute(Arguments(**bind(args, kwargs), **others))
+
+    call.__signature__ = signature  # type: ignore[attr-defined]
+    return call  # type: ignore[return-value]

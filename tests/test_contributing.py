@@ -153,10 +153,7 @@ SPECS = (
         rows=({"l": 1}, {"state": False}, {"b": 1, "packed": True}),
         make=make,
         flops=lambda case: 3.0 * case["b"] * case["l"] * case["d"],
-        results={"y": 1, "final_state": -1},
         bench={"l": 64},
-        batched=lambda case: {"x": "cu_seqlens", "initial_state": ""},
-        wide=lambda case: ("decay", "initial_state"),
         exact=(),
     ),
 )

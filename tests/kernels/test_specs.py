@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from ssmkernels import OPS, explain
 from ssmkernels.check.running import is_real_or_complex, run, with_gradients
-from ssmkernels.check.spec import specs, tensors_of
+from ssmkernels.check.spec import Draw, specs, tensors_of
 from ssmkernels.testing import check
 
 SPECS = specs()
@@ -59,7 +59,8 @@ def test_a_spec_is_whole(op):
     returned = tensors_of(spec.function()(**spec.inputs(spec.case({}), torch.float32, "cpu", 0)))
     assert len(returned) <= len(spec.results)
     layouts = {case["layout"] for case in cases}
-    assert layouts == {"contiguous", "strided", *(["far"] if spec.batched(spec.case({})) else [])}
+    batched = spec.declared.per_sequence(spec.make(spec.case({}), Draw(0)))
+    assert layouts == {"contiguous", "strided", *(["far"] if batched else [])}
 
 
 @EVERY

@@ -152,7 +152,12 @@ def _poisoned() -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """One sequence of a call: where it lies in each argument of ``batched`` (see :class:`Spec`) and in each result."""
+    """One sequence of a call: where it lies in each argument of ``batched`` and in each result.
+
+    Attributes:
+        batched: :meth:`~ssmkernels.core.declaration.Declaration.per_sequence` of the arguments.
+        results: :attr:`Spec.results`.
+    """
 
     batched: Mapping[str, str]
     results: Mapping[str, int]
@@ -160,8 +165,9 @@ class Member:
     row: int
 
     @classmethod
-    def of(cls, batched: Mapping[str, str], results: Mapping[str, int], arguments: Mapping[str, Any]) -> Member | None:
+    def of(cls, spec: Spec, arguments: Mapping[str, Any]) -> Member | None:
         """The longest sequence of a packed call, or the middle row of a batch; None where there is but one."""
+        batched, results = spec.declared.per_sequence(arguments), spec.results
         borders = arguments.get("cu_seqlens")
         if borders is not None:
             return None if len(borders) < 3 else cls(batched, results, arguments, int(borders.diff().argmax()))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ssmkernels.core.block_mask import BlockMask
+from ssmkernels.core.declaration import Declaration
 from ssmkernels.core.names import OPS, unknown
 
 Case = Mapping[str, Any]
@@ -29,13 +30,9 @@ class Spec:
         rows: further cases; each varies the base in one thing or few.
         make: case and source of randomness → the public function's arguments, as float64 or complex128 on the CPU.
         flops: case → floating-point operations of a forward pass.
-        results: what the function returns: name → its time axis, along which a packed batch is cut; -1 where it has a
-            row for each sequence.
         bench: sizes, over the base, that stand for real use.
-        batched: case → arguments that belong to single sequences: name → the argument with the borders that cut its
-            axis 1 when it is packed, or "" where it has a row for each sequence even then.
-        wide: case → arguments that stay float32 beside half-precision ones.
-        mutates: arguments that the function writes; they count as results.
+        wide: case → arguments that stay float32 beside half-precision ones. If None, those that the op declares as
+            sums, and those that it declares as wide where the case's "weights" are "float32".
         differentiable: whether gradients are part of it.
         dtypes: what it takes.
         exact: implementations whose bits depend on neither the batch nor the number of threads; elsewhere a library's
@@ -47,14 +44,32 @@ class Spec:
     rows: Sequence[Case]
     make: Callable[[Case, Draw], dict[str, Any]]
     flops: Callable[[Case], float]
-    results: Mapping[str, int]
     bench: Case
-    batched: Callable[[Case], Mapping[str, str]] = lambda case: {}
-    wide: Callable[[Case], Sequence[str]] = lambda case: ()
-    mutates: tuple[str, ...] = ()
+    wide: Callable[[Case], Sequence[str]] | None = None
     differentiable: bool = True
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     exact: tuple[str, ...] = ("cpu", "triton")
+
+    @property
+    def declared(self) -> Declaration:
+        """The op's declaration."""
+        return OPS[self.op].declared
+
+    @property
+    def results(self) -> Mapping[str, int]:
+        """What the function returns: name → its time axis, along which a packed batch is cut; -1 without one."""
+        return self.declared.time_axes
+
+    @property
+    def mutates(self) -> tuple[str, ...]:
+        """Arguments that the function writes; they count as results."""
+        return self.declared.mutates
+
+    def float32(self, case: Case) -> Sequence[str]:
+        """Arguments that stay float32 beside half-precision ones."""
+        if self.wide is not None:
+            return self.wide(case)
+        return (*self.declared.sums, *(self.declared.wide if case.get("weights") == "float32" else ()))
 
     def cases(self) -> list[Case]:
         """The base case and every row's."""
@@ -79,7 +94,7 @@ class Spec:
     def inputs(self, case: Case, dtype: torch.dtype, device: torch.device | str, seed: int) -> dict[str, Any]:
         """The public function's arguments for a case: rounded to ``dtype``, in the case's layout, without gradients."""
         arguments = self.make(case, Draw(seed))
-        batched, wide = self.batched(case), self.wide(case)
+        batched, wide = self.declared.per_sequence(arguments), self.float32(case)
         return {
             name: lay_out(_cast(value, dtype, name in wide).to(device), case["layout"], name in batched)
             if isinstance(value, Tensor)

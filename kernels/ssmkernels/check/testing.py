@@ -218,7 +218,7 @@ class Examination:
 
     def _alone(self, whole: Results, gradients: bool) -> list[Check]:
         """One sequence beside NaN, and for our own kernels by itself: the same bits as in the batch."""
-        sequence = Member.of(self.spec.batched(self.case), self.spec.results, self.inputs())
+        sequence = Member.of(self.spec, self.inputs())
         if sequence is None:
             return []
         mine = sequence.own(whole)
@@ -240,7 +240,7 @@ def _truths(
 ) -> dict[str, Truth]:
     """Every result and gradient of a case as it should be."""
     named = dict(case)
-    wide = spec.wide(named)
+    wide = spec.float32(named)
 
     def reference(arguments: Mapping[str, Any], noise: float = 0.0) -> dict[str, Tensor]:
         return run(spec, "reference", arguments, gradients=gradients, seed=seed, noise=noise).tensors

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ssmkernels.core.shapes import expanded, size_of
+from ssmkernels.core.shapes import expanded, learn, size_of
 from ssmkernels.core.validate import precision
 
 named_tuple: Any = collections.namedtuple  # type checkers want to read its fields, which are only known at run time
@@ -28,6 +28,9 @@ TYPES = {
     "float": "float",
     "str": "str",
 }
+
+# Letter of a time axis → the argument with the borders that cut it.
+BORDERS = {"l": "cu_seqlens", "m": "cu_seqlens_k"}
 
 # Parameters that only choose what the public function does; implementations do not see them.
 PUBLIC = ("implementation", "return_final_state")
@@ -59,6 +62,8 @@ class Declaration:
         Arguments: the named tuple in which they take it.
         mutates: arguments that the op writes.
         dtypes: argument → its dtypes in words, where they are not the first tensor's.
+        wide: arguments that may stay float32 beside half-precision activations.
+        sums: arguments in the dtype of sums and states.
     """
 
     def __init__(
@@ -83,6 +88,8 @@ class Declaration:
         self.Arguments.declared = self
         self.mutates = mutates
         self.dtypes: dict[str, str] = {}
+        self.wide: tuple[str, ...] = ()
+        self.sums: tuple[str, ...] = ()
         for name in shapes:
             if name not in self.annotations:
                 raise ValueError(f"{self.name}: `shapes` names {name!r}, which is no argument")
@@ -98,6 +105,31 @@ class Declaration:
             ranks = [len(s.split()) for s in shape.split("|") if s.split()[0] in ("b", "s", "...")]
             if ranks:
                 found[name] = min(ranks)
+        return found
+
+    @property
+    def time_axes(self) -> dict[str, int]:
+        """Result → the axis along which a packed batch is cut; -1 where it has a row for each sequence."""
+        shapes = {name: result.shape.split() for name, result in self.results.items()}
+        packed = "cu_seqlens" in self.annotations
+        return {name: shape.index("l") if packed and "l" in shape else -1 for name, shape in shapes.items()}
+
+    def per_sequence(self, arguments: Mapping[str, Any]) -> dict[str, str]:
+        """Arguments of a call that belong to single sequences → the argument with the borders that cut axis 1.
+
+        That is "" where an argument has a row for each sequence, even in a packed batch.
+        """
+        found: dict[str, str] = {}
+        sizes: dict[str, int] = {}
+        for name, shape in self.shapes.items():
+            value = arguments.get(name)
+            if not isinstance(value, Tensor):
+                continue
+            fitting = (x for x in expanded(shape, arguments[self.leader].ndim) if len(x) == value.ndim)
+            letters = next(x for x in fitting if learn(x, value.shape, sizes))
+            if letters[0] in ("b", "s", "n1"):
+                borders = BORDERS.get(letters[1], "") if len(letters) > 1 else ""
+                found[name] = borders if borders in self.annotations else ""
         return found
 
     @property

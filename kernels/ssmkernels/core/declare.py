@@ -101,6 +101,7 @@ def op(
             )
             for name in names.split()
         }
+        declared.wide, declared.sums = tuple(wide.split()), tuple(sums.split())
         bind = Binder(declared.signature)
         rules = _Rules(declared, wide.split(), sums.split(), int32.split(), own.split(), choices or {}, check)
         packed = "cu_seqlens" in declared.annotations

@@ -197,9 +197,6 @@ SPECS = (
         rows=ROWS,
         make=make,
         flops=flops,
-        results={"out": 1, "lse": 2},
         bench={"b": 1, "l": 1024, "h": 12, "h_kv": 12, "k": 64},
-        batched=lambda case: {"q": "cu_seqlens", "k": "cu_seqlens_k", "v": "cu_seqlens_k"},
-        wide=lambda case: ("alibi_slopes", "sinks") if case["weights"] == "float32" else (),
     ),
 )

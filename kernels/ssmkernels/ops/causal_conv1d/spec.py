@@ -79,10 +79,6 @@ def flops(case: Case) -> float:
     return 2.0 * case["b"] * case["l"] * case["d"] * case["w"]
 
 
-def wide(case: Case) -> tuple[str, ...]:
-    return ("weight", "bias") if case["weights"] == "float32" else ()
-
-
 STEP_BASE = {key: value for key, value in BASE.items() if key not in ("l", "state", "packed")}
 STEP_ROWS = (*(row for row in ROWS if set(row) <= {*STEP_BASE, "layout"}), {"layout": "far"})
 
@@ -93,10 +89,7 @@ SPECS = (
         rows=ROWS,
         make=make,
         flops=flops,
-        results={"y": 1, "final_state": -1},
         bench={"b": 1, "l": 512, "d": 1536},
-        batched=lambda case: {"x": "cu_seqlens", "initial_state": ""},
-        wide=lambda case: (*wide(case), "initial_state"),
     ),
     Spec(
         op="causal_conv1d_step",
@@ -104,11 +97,7 @@ SPECS = (
         rows=STEP_ROWS,
         make=make_step,
         flops=lambda case: flops({**case, "l": 1}),
-        results={"y": 1},
         bench={"b": 1, "d": 1536},
-        batched=lambda case: {"x": "", "state": ""},
-        wide=lambda case: (*wide(case), "state"),
-        mutates=("state",),
         differentiable=False,
     ),
 )

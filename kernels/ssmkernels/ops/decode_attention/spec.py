@@ -145,11 +145,6 @@ def pages(cache: Tensor, lengths: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return found, table
 
 
-def batched(case: Case) -> dict[str, str]:
-    own = ("q", "lengths") if case["page_size"] else ("q", "lengths", "k_cache", "v_cache")
-    return dict.fromkeys((*own, "block_table"), "")
-
-
 def flops(case: Case) -> float:
     """Two matrix products over each sequence's tokens; a window is not taken off."""
     dims = case["k"] + (case["k"] if case["v"] is None else case["v"])
@@ -163,9 +158,6 @@ SPECS = (
         rows=ROWS,
         make=make,
         flops=flops,
-        results={"out": 1, "lse": -1},
         bench={"s": 1, "m": 32768, "h": 32, "h_kv": 4, "k": 128, "lengths": "full"},
-        batched=batched,
-        wide=lambda case: ("alibi_slopes", "sinks") if case["weights"] == "float32" else (),
     ),
 )

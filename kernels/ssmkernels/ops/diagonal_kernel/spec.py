@@ -88,7 +88,6 @@ SPECS = (
         rows=ROWS,
         make=make,
         flops=flops,
-        results={"K": 1},
         bench={"d": 256, "n": 32, "length": 16384, "dt": 0.01},
     ),
 )

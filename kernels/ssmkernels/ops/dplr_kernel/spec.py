@@ -104,7 +104,6 @@ SPECS = (
         rows=ROWS,
         make=make,
         flops=flops,
-        results={"K": 1},
         exact=("cpu",),  # PyTorch's FFT follows the Triton kernels
         bench={"d": 256, "n": 32, "length": 16384, "dt": 0.01, "frequency": 30.0},
     ),

@@ -95,9 +95,6 @@ SPECS = (
         rows=ROWS,
         make=make,
         flops=flops,
-        results={"y": 1},
         bench={"b": 1, "l": 4096, "l_k": 4096, "d": 256, "decay": 0.001},
-        batched=lambda case: {"u": "cu_seqlens", "gate": "cu_seqlens"},
-        wide=lambda case: ("kernel", "D", "kernel_reverse") if case["weights"] == "float32" else (),
     ),
 )

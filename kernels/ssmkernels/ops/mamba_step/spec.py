@@ -84,11 +84,6 @@ def flops(case: Case) -> float:
     return b * d * (2.0 * (3 * m + w + r + 2 * n + r) + 8.0 * n)
 
 
-def wide(case: Case) -> tuple[str, ...]:
-    kept = ("conv_weight", "conv_bias", "dt_bias", "A_log", "D") if case["weights"] == "float32" else ()
-    return (*kept, "conv_state", "ssm_state")
-
-
 SPECS = (
     Spec(
         op="mamba_step",
@@ -96,11 +91,7 @@ SPECS = (
         rows=ROWS,
         make=make,
         flops=flops,
-        results={"y": 1},
         bench={"b": 1, "m": 768, "d": 1536, "n": 16, "r": 48, "biases": False},
-        batched=lambda case: dict.fromkeys(("conv_state", "ssm_state", "x"), ""),
-        wide=wide,
-        mutates=("conv_state", "ssm_state"),
         differentiable=False,
     ),
 )

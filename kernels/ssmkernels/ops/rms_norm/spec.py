@@ -85,9 +85,7 @@ SPECS = (
         rows=ROWS,
         make=make,
         flops=flops,
-        results={"y": -1, "summed": -1},
         bench={"shape": (1, 2048, 768), "gate": False},
-        batched=lambda case: {} if len(case["shape"]) == 1 else {"x": "", "gate": "", "residual": ""},
         wide=wide,
     ),
 )

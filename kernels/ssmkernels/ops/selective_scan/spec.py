@@ -127,11 +127,6 @@ def flops(case: Case) -> float:
     return (20.0 if case["complex"] else 6.0) * case["b"] * case["l"] * case["d"] * case["n"]
 
 
-def batched(case: Case) -> dict[str, str]:
-    timed = [name for name in ("u", "delta", "z", "B", "C") if name not in case["fixed"]]
-    return {**dict.fromkeys(timed, "cu_seqlens"), "initial_state": ""}
-
-
 def wide(case: Case) -> tuple[str, ...]:
     return ("A", "D", "delta_bias") if case["weights"] == "float32" else ()
 
@@ -146,9 +141,7 @@ SPECS = (
         rows=ROWS,
         make=make,
         flops=flops,
-        results={"y": 1, "final_state": -1},
         bench={"b": 1, "l": 512, "d": 1536, "n": 16},
-        batched=batched,
         wide=lambda case: (*wide(case), "initial_state"),
     ),
     Spec(
@@ -157,11 +150,8 @@ SPECS = (
         rows=STEP_ROWS,
         make=make_step,
         flops=lambda case: flops({**case, "l": 1}),
-        results={"y": 1},
         bench={"b": 1, "d": 1536, "n": 16},
-        batched=lambda case: dict.fromkeys(("u", "delta", "B", "C", "z", "state"), ""),
         wide=lambda case: (*wide(case), "state"),
-        mutates=("state",),
         differentiable=False,
     ),
 )

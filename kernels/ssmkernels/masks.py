@@ -13,7 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ssmkernels.core.block_mask import BlockMask, from_blocks
+from ssmkernels.core.block_mask import BlockMask
+from ssmkernels.core.mask_blocks import BlockSize, any_and_all, checked, ends, least_and_most, made
 from ssmkernels.core.validate import check_range, window_bound
 
 __all__ = [
@@ -28,8 +29,6 @@ __all__ = [
     "whole_blocks",
     "window",
 ]
-
-BlockSize = int | tuple[int, int]
 
 
 def from_function(
@@ -48,22 +47,22 @@ def from_function(
             bool that broadcasts against all three, True where the query sees the key.
         heads: for how many heads to ask; 1 if all share the mask.
     """
-    block_size = _checked("from_function", q_len, k_len, block_size, heads=heads)
+    block_size = checked("from_function", q_len, k_len, block_size, heads=heads)
     k_len = q_len if k_len is None else k_len
     rows, columns = (-(-length // block) for length, block in zip((q_len, k_len), block_size, strict=True))
     every = torch.ones(heads, rows, columns, dtype=torch.bool, device=device)
-    return _made(f, q_len, k_len, block_size, ~every, every)
+    return made(f, q_len, k_len, block_size, ~every, every)
 
 
 def causal(q_len: int, k_len: int | None = None, *, block_size: BlockSize = 128) -> BlockMask:
     """Keys up to the query's own position, as ``causal=True`` gives them."""
-    _checked("causal", q_len, k_len, block_size)
+    checked("causal", q_len, k_len, block_size)
     return window(q_len, k_len, left=-1, right=0, block_size=block_size)
 
 
 def window(q_len: int, k_len: int | None = None, *, left: int, right: int, block_size: BlockSize = 128) -> BlockMask:
     """Keys from ``left`` before the query's position to ``right`` after it, inclusive; -1 for no bound."""
-    block_size = _checked("window", q_len, k_len, block_size)
+    block_size = checked("window", q_len, k_len, block_size)
     for name, value in (("left", left), ("right", right)):
         if value < -1:
             raise ValueError(f"window: `{name}` must be at least 0, or -1 for no bound; got {value}")
@@ -72,7 +71,7 @@ def window(q_len: int, k_len: int | None = None, *, left: int, right: int, block
     left, right = window_bound(left), window_bound(right)
     low = -left if left >= 0 else -(q_len + k_len)
     high = right if right >= 0 else q_len + k_len
-    (first_q, last_q), (first_k, last_k) = _ends(q_len, k_len, block_size)
+    (first_q, last_q), (first_k, last_k) = ends(q_len, k_len, block_size)
     nearest, furthest = first_k - last_q[:, None] - shift, last_k - first_q[:, None] - shift  # (rows columns)
     full = (nearest >= low) & (furthest <= high)
     partly = (furthest >= low) & (nearest <= high) & ~full
@@ -81,18 +80,18 @@ def window(q_len: int, k_len: int | None = None, *, left: int, right: int, block
         return (j - i - shift >= low) & (j - i - shift <= high)
 
     alike = (first_k - first_q[:, None])[partly]  # the same distance of both corners
-    return _made(seen, q_len, k_len, block_size, full[None], partly[None], alike)
+    return made(seen, q_len, k_len, block_size, full[None], partly[None], alike)
 
 
 def prefix(q_len: int, k_len: int | None = None, *, length: int, block_size: BlockSize = 128) -> BlockMask:
     """The first ``length`` keys for every query, the others causally (prefix LM: Raffel et al. 2020)."""
     check_range("prefix", 0, length=length)
     k_len = q_len if k_len is None else k_len
-    block_size = _checked("prefix", q_len, k_len, block_size)
-    _, (first_k, last_k) = _ends(q_len, k_len, block_size)
+    block_size = checked("prefix", q_len, k_len, block_size)
+    _, (first_k, last_k) = ends(q_len, k_len, block_size)
     full = (last_k < length).expand(1, -(-q_len // block_size[0]), -1)
     partly = (first_k < length) & ~full
-    whole = _made(lambda h, i, j: j < length, q_len, k_len, block_size, full, partly)
+    whole = made(lambda h, i, j: j < length, q_len, k_len, block_size, full, partly)
     return whole | causal(q_len, k_len, block_size=block_size)
 
 
@@ -105,7 +104,7 @@ def global_tokens(
         tokens: the first so many keys, or integer ``(tokens)`` positions of keys.
     """
     k_len = q_len if k_len is None else k_len
-    block_size = _checked("global_tokens", q_len, k_len, block_size)
+    block_size = checked("global_tokens", q_len, k_len, block_size)
     positions = torch.arange(tokens) if isinstance(tokens, int) else tokens
     if positions.ndim != 1 or positions.is_floating_point() or ((positions < 0) | (positions >= k_len)).any():
         raise ValueError(f"global_tokens: `tokens` must be positions from 0 to {k_len - 1}; got {tokens!r}")
@@ -113,7 +112,7 @@ def global_tokens(
     is_global[positions] = True
     of_query = is_global[(torch.arange(q_len) + k_len - q_len).clamp(min=-1)]
     (rows_any, rows_all), (columns_any, columns_all) = (
-        _any_and_all(flags, block) for flags, block in zip((of_query, is_global[:k_len]), block_size, strict=True)
+        any_and_all(flags, block) for flags, block in zip((of_query, is_global[:k_len]), block_size, strict=True)
     )
     full = rows_all[:, None] | columns_all
     partly = (rows_any[:, None] | columns_any) & ~full
@@ -121,7 +120,7 @@ def global_tokens(
     def seen(_: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return of_query[i] | is_global[j]
 
-    return _made(seen, q_len, k_len, block_size, full[None], partly[None])
+    return made(seen, q_len, k_len, block_size, full[None], partly[None])
 
 
 def random_blocks(
@@ -143,10 +142,10 @@ def random_blocks(
             not hidden, which ``& causal(...)`` does.
         beside: draw none of the blocks in which this mask, of the same sizes, shows anything.
     """
-    block_size = _checked("random_blocks", q_len, k_len, block_size, heads=heads)
+    block_size = checked("random_blocks", q_len, k_len, block_size, heads=heads)
     check_range("random_blocks", 0, count=count)
     k_len = q_len if k_len is None else k_len
-    (_, last_q), (first_k, _) = _ends(q_len, k_len, block_size)
+    (_, last_q), (first_k, _) = ends(q_len, k_len, block_size)
     rows, columns = len(last_q), len(first_k)
     drawn = torch.rand(heads, rows, columns, generator=torch.Generator().manual_seed(seed))
     open_to = (first_k <= last_q[:, None] + k_len - q_len) if causal else torch.ones(rows, columns, dtype=torch.bool)
@@ -170,7 +169,7 @@ def whole_blocks(q_len: int, k_len: int | None = None, *, visible: Tensor, block
     Args:
         visible: bool ``(heads, rows, columns)``, of blocks; one head if all share the mask.
     """
-    block_size = _checked("whole_blocks", q_len, k_len, block_size)
+    block_size = checked("whole_blocks", q_len, k_len, block_size)
     k_len = q_len if k_len is None else k_len
     grid = tuple(-(-length // block) for length, block in zip((q_len, k_len), block_size, strict=True))
     if visible.dtype != torch.bool or visible.ndim != 3 or visible.shape[0] < 1 or visible.shape[1:] != grid:
@@ -179,7 +178,7 @@ def whole_blocks(q_len: int, k_len: int | None = None, *, visible: Tensor, block
             f"got {visible.dtype} {tuple(visible.shape)}"
         )
     nothing = torch.zeros_like(visible)
-    return _made(lambda h, i, j: torch.zeros(1, dtype=torch.bool), q_len, k_len, block_size, visible, nothing)
+    return made(lambda h, i, j: torch.zeros(1, dtype=torch.bool), q_len, k_len, block_size, visible, nothing)
 
 
 def strided(
@@ -202,12 +201,12 @@ def strided(
             0 for none.
         heads: 1 if all share the mask.
     """
-    block_size = _checked("strided", q_len, k_len, block_size, heads=heads)
+    block_size = checked("strided", q_len, k_len, block_size, heads=heads)
     if stride < 1 or local < 0:
         raise ValueError(f"strided: `stride` must be at least 1 and `local` at least 0; got {stride} and {local}")
     check_range("strided", 0, stride=stride, local=local)
     k_len = q_len if k_len is None else k_len
-    (_, last_q), (first_k, _) = _ends(q_len, k_len, block_size)
+    (_, last_q), (first_k, _) = ends(q_len, k_len, block_size)
     column = torch.arange(len(first_k))
     own = (last_q + k_len - q_len).div(block_size[1], rounding_mode="floor")[:, None]
     near = (column - own).abs() < local  # (rows columns)
@@ -227,76 +226,12 @@ def document(ids: Tensor, ids_k: Tensor | None = None, *, block_size: BlockSize 
         if value.ndim != 1 or value.is_floating_point() or value.is_complex():
             raise ValueError(f"document: `{name}` must be integers of one axis; got {value.dtype} {tuple(value.shape)}")
     q_len, k_len = len(ids), len(ids_k)
-    block_size = _checked("document", q_len, k_len, block_size)
+    block_size = checked("document", q_len, k_len, block_size)
     (least_q, most_q), (least_k, most_k) = (
-        _least_and_most(x.cpu().long(), block) for x, block in zip((ids, ids_k), block_size, strict=True)
+        least_and_most(x.cpu().long(), block) for x, block in zip((ids, ids_k), block_size, strict=True)
     )
     one = (least_q == most_q)[:, None] & (least_k == most_k)
     full = one & (least_q[:, None] == least_k)
     partly = (least_q[:, None] <= most_k) & (least_k <= most_q[:, None]) & ~full
     q, k = ids.cpu(), ids_k.cpu()
-    return _made(lambda _, i, j: q[i] == k[j], q_len, k_len, block_size, full[None], partly[None])
-
-
-def _checked(maker: str, q_len: int, k_len: int | None, block_size: BlockSize, heads: int = 1) -> tuple[int, int]:
-    """``block_size`` as a pair.
-
-    Raises:
-        ValueError: a length below 0, no heads, or blocks of no size or of keys that do not fill bytes.
-    """
-    for name, value, least in (("q_len", q_len, 0), ("k_len", k_len, 0), ("heads", heads, 1)):
-        check_range(maker, least, **{name: value})
-    pair = (block_size, block_size) if isinstance(block_size, int) else tuple(block_size)
-    if len(pair) != 2 or min(pair) < 1 or pair[1] % 8:
-        raise ValueError(f"{maker}: `block_size` must be queries and keys, these a multiple of 8; got {block_size!r}")
-    check_range(maker, 1, block_size=max(pair))
-    return pair
-
-
-def _made(
-    f: Callable[[Tensor, Tensor, Tensor], Tensor],
-    q_len: int,
-    k_len: int,
-    block_size: tuple[int, int],
-    full: Tensor,
-    partly: Tensor,
-    alike: Tensor | None = None,
-) -> BlockMask:
-    """A mask whose blocks are ``full``, or as ``f`` says where ``partly``: each bool (heads rows columns)."""
-    block_q, block_k = block_size
-
-    def contents(h: Tensor, r: Tensor, c: Tensor) -> Tensor:
-        i = r[:, None, None] * block_q + torch.arange(block_q, device=r.device)[:, None]
-        j = c[:, None, None] * block_k + torch.arange(block_k, device=r.device)
-        seen = f(h[:, None, None], i.clamp(max=q_len - 1), j.clamp(max=k_len - 1))
-        if not isinstance(seen, Tensor) or seen.dtype != torch.bool:
-            came = seen.dtype if isinstance(seen, Tensor) else type(seen).__name__
-            raise TypeError(f"from_function: `f` must return bool; got {came}")
-        return seen.expand(len(h), block_q, block_k)
-
-    return from_blocks(q_len, k_len, block_size, full, partly, contents, alike)
-
-
-def _ends(q_len: int, k_len: int, block_size: tuple[int, int]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """First and last index of each block of queries, and of keys."""
-    firsts = [torch.arange(0, length, block) for length, block in zip((q_len, k_len), block_size, strict=True)]
-    (q, last_q), (k, last_k) = (
-        (first, (first + block - 1).clamp(max=length - 1))
-        for first, length, block in zip(firsts, (q_len, k_len), block_size, strict=True)
-    )
-    return (q, last_q), (k, last_k)
-
-
-def _any_and_all(flags: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Of each block of flags."""
-    least, most = _least_and_most(flags.int(), block)
-    return most > 0, least > 0
-
-
-def _least_and_most(values: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Of each block of integers ``(l)``; the last one may be short."""
-    if not len(values):
-        return values, values
-    short = -len(values) % block
-    least, most = torch.cat([values, values[-1:].expand(short)]).unflatten(0, (-1, block)).aminmax(dim=1)
-    return least, most
+    return made(lambda _, i, j: q[i] == k[j], q_len, k_len, block_size, full[None], partly[None])

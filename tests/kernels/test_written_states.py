@@ -9,7 +9,7 @@ from torch import Tensor
 from ssmkernels.check.spec import spec_of
 from ssmkernels.core.dispatch import explain
 from ssmkernels.core.names import OPS
-from ssmkernels.core.validate import check_written
+from ssmkernels.core.written import check_written
 
 STATES = [(op, name) for op in OPS for name in spec_of(op).mutates]
 

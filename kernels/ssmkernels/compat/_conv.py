@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ssmkernels import causal_conv1d, causal_conv1d_step
 from ssmkernels.compat._dtypes import INDICES, beside
-from ssmkernels.core.validate import check_dtypes, check_options, check_shapes, gradient_wanted, precision
+from ssmkernels.core.validate import check_dtypes, check_options, check_shapes, precision
+from ssmkernels.core.written import gradient_wanted
 
 
 def conv(a: Any) -> Tensor | tuple[Tensor, Tensor]:

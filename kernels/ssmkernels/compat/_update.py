@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ssmkernels import selective_scan, selective_scan_step
 from ssmkernels.compat._dtypes import INDICES, beside, together
-from ssmkernels.core.validate import check_dtypes, check_options, check_shapes, gradient_wanted, precision
+from ssmkernels.core.validate import check_dtypes, check_options, check_shapes, precision
+from ssmkernels.core.written import gradient_wanted
 
 
 def update(a: Any) -> Tensor:

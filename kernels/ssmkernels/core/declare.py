@@ -25,6 +25,7 @@ import torch
 from ssmkernels.core.binding import Binder
 from ssmkernels.core.declaration import Declaration
 from ssmkernels.core.dispatch import Op
+from ssmkernels.core.once import once
 from ssmkernels.core.validate import (
     check_borders,
     check_choice,
@@ -34,11 +35,10 @@ from ssmkernels.core.validate import (
     check_parameters,
     check_same_dtype,
     check_shapes,
-    check_written,
     copied,
-    once,
     precision,
 )
+from ssmkernels.core.written import check_written
 
 F = TypeVar("F", bound=Callable[..., Any])
 

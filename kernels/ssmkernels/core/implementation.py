@@ -27,7 +27,7 @@ from typing import Any
 
 from ssmkernels.core.declaration import Declaration
 from ssmkernels.core.operators import composed, kernel
-from ssmkernels.core.validate import gradient_wanted
+from ssmkernels.core.written import gradient_wanted
 
 EXTERNAL = frozenset({"mamba_ssm", "causal_conv1d", "flash_attn"})
 

@@ -5,7 +5,7 @@ All that needs only shapes, dtypes and devices costs microseconds and is traced 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -256,84 +256,3 @@ def check_parameters(op: str, x: Tensor, arguments: Mapping[str, Any], also: Ite
         TypeError: naming the argument, what is allowed and what came.
     """
     check_dtypes(op, arguments, dict.fromkeys((x.dtype, precision(x), *also)))
-
-
-def check_written(op: str, name: str, state: Tensor) -> None:
-    """Checks that a step can write its new state into ``state``.
-
-    Raises:
-        ValueError: it is a view whose sign or conjugate PyTorch has put off, several of its elements share memory, or
-            it is a leaf that requires grad.
-    """
-    if torch.compiler.is_compiling():
-        return
-    if state.is_neg() or state.is_conj():
-        raise ValueError(
-            f"{op}: `{name}` is written in place and must be plain memory; got a negated or conjugated view "
-            f"(x.conj(), x.conj().imag): pass a copy, `{name}.resolve_conj().resolve_neg().clone()`"
-        )
-    if not state.is_contiguous() and _overlaps(state):
-        raise ValueError(
-            f"{op}: `{name}` is written in place and its elements must not share memory; got strides "
-            f"{state.stride()} for shape {tuple(state.shape)}, as of an expanded tensor: pass a copy, `{name}.clone()`"
-        )
-    if state.requires_grad and state.is_leaf and torch.is_grad_enabled():
-        raise ValueError(
-            f"{op}: `{name}` is written in place and must not be a leaf that requires grad: pass `{name}.clone()` to "
-            f"have a gradient, or `{name}.detach()`, or call under torch.no_grad()"
-        )
-
-
-def _overlaps(x: Tensor) -> bool:
-    """Whether two elements lie at one place in memory."""
-    axes = sorted((stride, size) for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1)
-    reach = 0
-    for stride, size in axes:
-        if stride <= reach:
-            break
-        reach += stride * (size - 1)
-    else:
-        return False
-    offsets = torch.zeros((), dtype=torch.int64)  # axes interleave, which few views do: count the places
-    for stride, size in axes:
-        offsets = offsets[..., None] + stride * torch.arange(size)
-    return x.numel() > 0 and offsets.unique().numel() < offsets.numel()
-
-
-def gradient_wanted(a: Iterable[Any]) -> str | None:
-    """Why a step without a backward pass cannot run a call: it would lose the gradient. None where none is wanted."""
-    tensors = (x for x in a if isinstance(x, Tensor))
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return "a step has no gradient here; call it under torch.no_grad()"
-    return None
-
-
-def once(check: Callable[..., None], *arguments: Any) -> None:
-    """Calls ``check(*arguments)``, unless arguments of the same shapes, dtypes, layouts, devices and values passed.
-
-    For checks that look at nothing else of a tensor, in calls so short that the check itself would take the time.
-    """
-    if torch.compiler.is_compiling():
-        return check(*arguments)
-    key = (
-        check,
-        *[(a.shape, a.dtype, a.layout, a.device) if isinstance(a, Tensor) else (type(a), a) for a in arguments],
-    )
-    try:
-        if key in _passed:
-            return None
-    except TypeError:  # an argument that cannot be hashed, which is none that passes
-        return check(*arguments)
-    check(*arguments)
-    if not all(isinstance(a, _LIGHT) for a in arguments):  # the record would keep an object such as a mask alive
-        return None
-    if len(_passed) >= MOST_PASSED:
-        _passed.clear()
-    _passed.add(key)
-    return None
-
-
-MOST_PASSED = 4096
-_LIGHT = (Tensor, int, float, str, tuple, type(None))
-
-_passed: set[tuple[Any, ...]] = set()

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # for type checkers and editors alone
     from ssmkernels.ops.mamba_step import mamba_step
     from ssmkernels.ops.rms_norm import rms_norm
     from ssmkernels.ops.selective_scan import selective_scan, selective_scan_step
+    from ssmkernels.ops.ssd import ssd, ssd_step
 
 __all__ = ["OPS", "Explanation", "explain", "keep_memory", "use"]
 

@@ -91,7 +91,7 @@ def longer(spec):
     for row in spec.rows:
         if (
             len(row) == 1
-            and row.keys() <= {"l", "m", "length", "d", "shape"}
+            and row.keys() <= {"l", "m", "length", "d", "p", "shape"}
             and all(v not in (0, 1) for v in row.values())
         ):
             return row

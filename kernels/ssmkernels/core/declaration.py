@@ -27,6 +27,7 @@ TYPES = {
     "int": "SymInt",
     "float": "float",
     "str": "str",
+    "tuple[float, float]": "float[]",
 }
 
 # Letter of a time axis → the argument with the borders that cut it.

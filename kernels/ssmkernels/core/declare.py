@@ -46,6 +46,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 # arguments by name; raises TypeError or ValueError.
 Check = Callable[..., None]
 
+# Annotations of options → what check_options calls them.
+_WORDS = {"bool": "bool", "int": "int", "float": "number", "tuple[float, float]": "two numbers"}
+
 
 def op(
     *,
@@ -155,9 +158,9 @@ class _Rules:
         self.late = {name: declared.shapes[name] for name in (declared.leader, *late)} if late else {}
         self.alike = [name for name in declared.shapes if name not in (*wide, *sums, *int32, *own)]
         self.options = [
-            (kind.replace("float", "number"), name)
+            (_WORDS[kind.removesuffix(" | None")] + " or None" * kind.endswith(" | None"), name)
             for name, kind in declared.annotations.items()
-            if kind.removesuffix(" | None") in ("bool", "int", "float")
+            if kind.removesuffix(" | None") in _WORDS
         ]
 
     def __call__(self, *values: Any) -> None:
@@ -172,7 +175,7 @@ class _Rules:
         check_dtypes(op, {name: given[name] for name in self.sums}, [precision(leader)])
         check_dtypes(op, {name: given[name] for name in self.int32}, [torch.int32])
         for kind, name in self.options:
-            check_options(op, kind.replace(" | ", " or "), **{name: given[name]})
+            check_options(op, kind, **{name: given[name]})
         for name, words in self.choices.items():
             check_choice(op, name, given[name], words, optional=name in self.optional)
         if self.check is not None:

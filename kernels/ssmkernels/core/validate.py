@@ -105,17 +105,23 @@ def check_options(op: str, kind: str, /, **options: Any) -> None:
 
     Args:
         op: the function's name, for the message.
-        kind: "bool", "int" or "number", with " or None" where None will do. A bool is no number here.
+        kind: "bool", "int", "number" or "two numbers", with " or None" where None will do. A bool is no number here.
         options: by name.
 
     Raises:
         TypeError: naming the option, what was expected and what came.
         ValueError: an int that no kernel can be told.
     """
-    kinds = _KINDS[kind.removesuffix(" or None")]
+    one = kind.removesuffix(" or None")
     for name, value in options.items():
         if value is None and kind.endswith(" or None"):
             continue
+        if one == "two numbers":
+            if not isinstance(value, tuple | list) or len(value) != 2:
+                raise TypeError(f"{op}: `{name}` must be {kind}; got {value!r}")
+            check_options(op, "number", **{f"{name}[{i}]": number for i, number in enumerate(value)})
+            continue
+        kinds = _KINDS[one]
         if not isinstance(value, kinds) or (isinstance(value, bool) and kind != "bool"):
             raise TypeError(f"{op}: `{name}` must be {kind}; got {type(value).__name__}")
         if isinstance(value, int) and not -(2**63) <= value < 2**63:

@@ -1,0 +1,148 @@
+"""Cases, inputs and cost of the state-space dual and its step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ssmkernels.check.spec import Case, Draw, Spec
+
+BASE = {
+    "b": 2,
+    "l": 13,
+    "h": 4,
+    "p": 3,
+    "n": 5,
+    "g": 2,
+    "D": "h",  # its shape in letters; "" for none
+    "z": True,
+    "bias": True,
+    "softplus": True,
+    "limit": (0.0, math.inf),
+    "chunk": None,
+    "state": True,
+    "packed": False,
+    "weights": "float32",  # of A, D and the bias beside half precision; or "same"
+    "delta": 1.0,  # scale of the step sizes
+    "decay": 1.0,  # scale of A
+    "x": 1.0,  # scale of x
+}
+
+ROWS = (
+    {"D": "", "z": False, "bias": False, "softplus": False, "state": False},
+    {"l": 0},
+    {"l": 1},
+    {"l": 2},
+    {"l": 63, "h": 2, "g": 1},
+    {"l": 64, "h": 2, "g": 1},
+    {"l": 65, "h": 2, "g": 1},
+    {"l": 300, "b": 1, "h": 1, "g": 1},
+    {"chunk": 1},
+    {"chunk": 4},
+    {"chunk": 16, "l": 50},
+    {"chunk": 128, "l": 150, "b": 1, "h": 1, "g": 1},
+    {"h": 1, "g": 1},
+    {"h": 11, "g": 1},
+    {"h": 6, "g": 3},
+    {"g": 4},
+    {"p": 1},
+    {"p": 7},
+    {"p": 16, "n": 16},
+    {"p": 33, "h": 2},
+    {"p": 64, "n": 128, "b": 1, "h": 2, "g": 1},
+    {"n": 1},
+    {"n": 16},
+    {"n": 33},
+    {"D": "hp"},
+    {"D": ""},
+    {"z": False},
+    {"bias": False},
+    {"softplus": False},
+    {"state": False},
+    {"limit": (0.3, 0.9)},
+    {"limit": (0.3, 0.9), "softplus": False, "bias": False},
+    {"limit": (0.5, 0.5)},
+    {"b": 1, "packed": True, "l": 21},
+    {"b": 1, "packed": True, "l": 150, "h": 2, "g": 1, "state": False, "D": "hp"},
+    {"b": 1, "packed": True, "l": 21, "limit": (0.3, 0.9), "chunk": 4},
+    {"weights": "same"},
+    {"delta": 1e-4},
+    {"delta": 30.0},
+    {"decay": 1e-3},
+    {"decay": 100.0},
+    {"x": 1e3},
+    {"layout": "strided"},
+    {"layout": "far", "b": 1, "l": 3, "h": 2},
+)
+
+
+def make(case: Case, draw: Draw) -> dict[str, Any]:
+    b, l, h, p, n, g = (case[key] for key in "blhpng")
+    borders = draw.borders(l) if case["packed"] else None
+    s = b if borders is None else len(borders) - 1
+    dt = draw.normal(b, l, h) if case["softplus"] else draw.uniform(-0.2, 1.2, b, l, h)
+    return {
+        "x": draw.normal(b, l, h, p, scale=case["x"]),
+        "dt": dt * case["delta"],
+        "A": -draw.uniform(0.1, 1.0, h) * case["decay"],
+        "B": draw.normal(b, l, g, n),
+        "C": draw.normal(b, l, g, n),
+        "D": draw.normal(*(case[letter] for letter in case["D"])) if case["D"] else None,
+        "z": draw.normal(b, l, h, p) if case["z"] else None,
+        "dt_bias": draw.normal(h) if case["bias"] else None,
+        "dt_softplus": case["softplus"],
+        "dt_limit": case["limit"],
+        "chunk_size": case["chunk"],
+        "initial_state": draw.normal(s, h, p, n) if case["state"] else None,
+        "return_final_state": True,
+        "cu_seqlens": borders,
+    }
+
+
+def make_step(case: Case, draw: Draw) -> dict[str, Any]:
+    whole = make({**case, "l": 1, "packed": False, "state": True, "chunk": None}, draw)
+    timed = ("x", "dt", "B", "C", "z")
+    step = {name: value[:, 0] if name in timed and value is not None else value for name, value in whole.items()}
+    step["state"] = step.pop("initial_state")
+    del step["return_final_state"], step["cu_seqlens"], step["chunk_size"]
+    return step
+
+
+def flops(case: Case) -> float:
+    """Five for each state and token: the decay, the outer product's multiply-add, the output's."""
+    return 5.0 * case["b"] * case["l"] * case["h"] * case["p"] * case["n"]
+
+
+def wide(case: Case) -> tuple[str, ...]:
+    return ("A", "D", "dt_bias") if case["weights"] == "float32" else ()
+
+
+STEP_BASE = {key: value for key, value in BASE.items() if key not in ("l", "chunk", "state", "packed")}
+STEP_ROWS = (*(row for row in ROWS if set(row) <= {*STEP_BASE, "layout"}), {"layout": "far"})
+
+SPECS = (
+    Spec(
+        op="ssd",
+        base=BASE,
+        rows=ROWS,
+        make=make,
+        flops=flops,
+        results={"y": 1, "final_state": -1},
+        bench={"b": 1, "l": 2048, "h": 24, "p": 64, "n": 128, "g": 1},
+        batched=lambda case: {**dict.fromkeys(("x", "dt", "z", "B", "C"), "cu_seqlens"), "initial_state": ""},
+        wide=lambda case: (*wide(case), "initial_state"),
+    ),
+    Spec(
+        op="ssd_step",
+        base=STEP_BASE,
+        rows=STEP_ROWS,
+        make=make_step,
+        flops=lambda case: flops({**case, "l": 1}),
+        results={"y": 1},
+        bench={"b": 1, "h": 24, "p": 64, "n": 128, "g": 1},
+        batched=lambda case: dict.fromkeys(("x", "dt", "B", "C", "z", "state"), ""),
+        wide=lambda case: (*wide(case), "state"),
+        mutates=("state",),
+        differentiable=False,
+    ),
+)

@@ -12,7 +12,7 @@
 // A state is real: [h] or, of conjugate pairs, [Re h, Im h]; each half is padded with zeros to whole vectors.
 #pragma once
 
-#include "dplr_kernel/cpu_gemm.h"
+#include "native/gemm.h"
 #include "native/parallel.h"
 
 namespace ssmzoo {

@@ -39,7 +39,7 @@ def _check(name: str, sizes: dict[str, int], dt_limit: Any, chunk_size: int | No
     wide="A D dt_bias",
     sums="initial_state",
     check=_check,
-    implementations=("tiled", "reference"),
+    implementations=("cpu", "tiled", "reference"),
 )
 def ssd(
     x: Tensor,

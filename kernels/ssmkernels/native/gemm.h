@@ -1,0 +1,135 @@
+// Products of small matrices, all of which fit in a core's own cache.
+//
+// Row-major; the columns of B and C are whole vectors. Each element of a result is one chain of fused multiply-adds in
+// the order of k, so that it depends on nothing else.
+#pragma once
+
+#include "tiles.h"
+
+namespace ssmzoo {
+namespace SSMZOO_ISA {
+
+// Accumulators: rows by vectors, as many as the registers take beside a row of B and one number of A.
+#if SSMZOO_VECTOR_BYTES == 64
+constexpr int kRows = 6, kVectors = 4;
+#elif SSMZOO_VECTOR_BYTES == 32
+constexpr int kRows = 6, kVectors = 2;
+#else
+constexpr int kRows = 4, kVectors = 2;
+#endif
+
+// Element (i, k) of the left factor is p[i * row + k * column]: it may lie transposed.
+template <class S>
+struct Left {
+    const S* p;
+    int64_t row, column;
+
+    SSMZOO_INLINE Left from(int64_t i) const { return {p + i * row, row, column}; }
+};
+
+// Which elements of a left factor count; the others are not read, and may meet infinities. With `edge` e, row i has
+// those at k < e + i in `lower`, and those at k >= e + i in `upper`.
+enum class Shape { full, lower, upper };
+
+// How a product begins: with 0, or with `scale` times what is in C.
+template <class S>
+struct Onto {
+    bool added;
+    S scale;
+};
+
+template <class S, int R, int N, Shape shape>
+SSMZOO_INLINE void multiply(Left<S> A, const S* B, int64_t ldb, S* C, int64_t ldc, int64_t inner, int64_t edge,
+                            Onto<S> onto) {
+    using V = typename Lanes<S>::V;
+    constexpr int count = Lanes<S>::count;
+    V sum[R][N];
+    if (onto.added) {
+        const V scale = splat<S>(onto.scale);
+        for (int i = 0; i < R; ++i)
+            for (int j = 0; j < N; ++j) sum[i][j] = scale * load(C + i * ldc + j * count);
+    } else {
+        for (int i = 0; i < R; ++i)
+            for (int j = 0; j < N; ++j) sum[i][j] = V{};
+    }
+    const auto add = [&](int64_t k, int first, int last) __attribute__((always_inline)) {
+        V b[N];
+        for (int j = 0; j < N; ++j) b[j] = load(B + k * ldb + j * count);
+        for (int i = 0; i < R; ++i) {
+            if (i < first || i >= last) continue;
+            const V a = splat<S>(A.p[i * A.row + k * A.column]);
+            for (int j = 0; j < N; ++j) sum[i][j] = fma(a, b[j], sum[i][j]);
+        }
+    };
+    if (shape == Shape::upper)
+        for (int k = 0; k < R - 1; ++k) add(edge + k, 0, k + 1);
+    const int64_t start = shape == Shape::upper ? edge + R - 1 : 0, end = shape == Shape::lower ? edge : inner;
+    for (int64_t k = start; k < end; ++k) add(k, 0, R);
+    if (shape == Shape::lower)
+        for (int k = 0; k < R - 1; ++k) add(edge + k, k + 1, R);
+    for (int i = 0; i < R; ++i)
+        for (int j = 0; j < N; ++j) store(C + i * ldc + j * count, sum[i][j]);
+}
+
+template <class S, int R, int N, Shape shape>
+void multiply_rows(Left<S> A, const S* B, int64_t ldb, S* C, int64_t ldc, int64_t rows, int64_t inner, int64_t edge,
+                   Onto<S> onto) {
+    int64_t i = 0;
+    for (; i + R <= rows; i += R)
+        multiply<S, R, N, shape>(A.from(i), B, ldb, C + i * ldc, ldc, inner, edge + i, onto);
+    if constexpr (R > 1)
+        if (i < rows)
+            multiply_rows<S, R / 2, N, shape>(A.from(i), B, ldb, C + i * ldc, ldc, rows - i, inner, edge + i, onto);
+}
+
+// Numbers that product's `panel` must have room for.
+template <class S>
+constexpr int64_t panel_size(int64_t inner) {
+    return inner * kVectors * Lanes<S>::count;
+}
+
+// C (rows, columns) = A (rows, inner) B (inner, columns), onto what is there if so told. A panel of B's columns is
+// copied to where it is contiguous.
+template <class S, Shape shape = Shape::full>
+void product(Left<S> A, const S* B, int64_t ldb, S* C, int64_t ldc, int64_t rows, int64_t columns, int64_t inner,
+             S* panel, int64_t edge = 0, Onto<S> onto = {false, S(0)}) {
+    constexpr int64_t wide = kVectors * Lanes<S>::count;
+    int64_t j = 0;
+    for (; j + wide <= columns; j += wide) {
+        for (int64_t k = 0; k < inner; ++k) memcpy(panel + k * wide, B + k * ldb + j, sizeof(S) * wide);
+        multiply_rows<S, kRows, kVectors, shape>(A, panel, wide, C + j, ldc, rows, inner, edge, onto);
+    }
+    for (; j < columns; j += Lanes<S>::count)
+        multiply_rows<S, kRows, 1, shape>(A, B + j, ldb, C + j, ldc, rows, inner, edge, onto);
+}
+
+// y = x M, for a single row x: M is read in place.
+template <class S>
+void row_product(const S* x, const S* M, int64_t ldm, S* y, int64_t columns, int64_t inner) {
+    constexpr int64_t wide = 8 * Lanes<S>::count;
+    int64_t j = 0;
+    const Onto<S> nothing = {false, S(0)};
+    for (; j + wide <= columns; j += wide)
+        multiply<S, 1, 8, Shape::full>({x, 0, 1}, M + j, ldm, y + j, 0, inner, 0, nothing);
+    for (; j < columns; j += Lanes<S>::count)
+        multiply<S, 1, 1, Shape::full>({x, 0, 1}, M + j, ldm, y + j, 0, inner, 0, nothing);
+}
+
+// (rows, columns) → (columns, rows), and into another precision.
+template <class To, class From>
+void transpose(To* to, int64_t ldt, const From* from, int64_t ldf, int64_t rows, int64_t columns) {
+    constexpr int64_t block = 16;
+    for (int64_t i0 = 0; i0 < rows; i0 += block)
+        for (int64_t j0 = 0; j0 < columns; j0 += block)
+            for (int64_t j = j0; j < minimum(j0 + block, columns); ++j)
+                for (int64_t i = i0; i < minimum(i0 + block, rows); ++i)
+                    to[j * ldt + i] = static_cast<To>(from[i * ldf + j]);
+}
+
+template <class To, class From>
+void convert(To* to, const From* from, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<To>(from[i]);
+}
+
+}  // namespace SSMZOO_ISA
+}  // namespace ssmzoo

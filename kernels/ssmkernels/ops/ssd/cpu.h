@@ -1,0 +1,283 @@
+// What the state-space dual's forward and backward passes share: arguments, blocks of heads, and a chunk's matrices.
+//
+// A task takes one sequence and a block of heads of one group, and walks over time in chunks of c tokens, as tiled.py
+// does for all chunks at once. C, B and their product are laid out once a chunk for the whole block. Sums over heads
+// are taken within the block, whose size depends on the number of heads alone.
+//
+// Letters are those of tiled.py: G = C Bᵀ, L the decays from token to token, M = L ∘ G, E the decays from the chunk's
+// start, F those to its end, X = Δ ∘ x, S the state, which lies here as (n, p). Matrices over two tokens lie transposed,
+// (j, i), so that lanes run over the later token.
+#pragma once
+
+#include "native/gemm.h"
+#include "native/math.h"
+#include "native/parallel.h"
+
+namespace ssmzoo {
+
+// S is float, or double where activations are. The last axis is contiguous, and so are both last ones of x and z.
+struct SsdArguments {
+    const void *x, *z, *dt;                     // (b l h p), any floating dtype; z may be null; (b l h)
+    const void *A, *B, *C, *D, *dt_bias;        // S: (h), (b l g n), likewise, (h skip) or null, (h) or null
+    const void* initial;                        // S: (s h p n) or null
+    const int32_t* cu_seqlens;                  // (s + 1) or null
+    void *y, *final_state, *starts;             // (b l h p); S: (s h p n); (segments h n p), p in lines, or null
+    int64_t dtype, sequences, length, heads, p, n, groups, skip, softplus, chunk, threads;
+    int64_t x_batch, x_time, z_batch, z_time, dt_batch, dt_time, B_batch, B_time, C_batch, C_time;
+    double dt_least, dt_most;
+};
+
+namespace SSMZOO_ISA {
+
+constexpr int64_t kSegment = 4;  // chunks between saved states
+constexpr int64_t kBlock = 4;    // heads of a task, at most
+
+inline int64_t round_up(int64_t size, int64_t to) { return ceil_div(size, to) * to; }
+
+template <class S>
+constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(S));  // numbers of a cache line, or of the widest vector
+
+// One sequence: where it lies, and which of the saved states are its own.
+struct Sequence {
+    int64_t index, batch, start, length, first_segment;
+};
+
+inline Sequence sequence(const SsdArguments& a, int64_t i) {
+    const int64_t tokens = a.chunk * kSegment;
+    if (!a.cu_seqlens) return {i, i, 0, a.length, i * ceil_div(a.length, tokens)};
+    const int64_t start = a.cu_seqlens[i], end = a.cu_seqlens[i + 1];
+    return {i, 0, start, end - start, start / tokens + i};  // at most length / tokens + 1 each: none overlap
+}
+
+// A block of heads of one group; `part` is its number within the group.
+struct Block {
+    int64_t first, heads, group, part;
+};
+
+inline int64_t blocks_per_group(const SsdArguments& a) { return ceil_div(a.heads / a.groups, kBlock); }
+
+inline Block block(const SsdArguments& a, int64_t i) {
+    const int64_t blocks = blocks_per_group(a), heads = a.heads / a.groups, group = i / blocks, part = i % blocks;
+    const int64_t first = part * heads / blocks, end = (part + 1) * heads / blocks;  // of nearly equal size
+    return {group * heads + first, end - first, group, part};
+}
+
+// A piece of memory that arrays are taken from, each on a cache line's border; counts only where there is none.
+template <class S>
+struct Memory {
+    S* p;
+    int64_t used;
+
+    S* take(int64_t count) {
+        S* taken = p ? p + used : nullptr;
+        used += round_up(count, kLine<S>);
+        return taken;
+    }
+};
+
+// A row of activations as numbers of sums, with zeros up to a whole vector.
+template <class S, class T>
+SSMZOO_INLINE void widen_row(S* to, const void* from, int64_t offset, int64_t count, S factor) {
+    constexpr int lanes = Lanes<S>::count;
+    const T* p = at<T>(from, offset);
+    const auto scale = splat(factor);
+    for (int64_t c = 0; c < count; c += lanes) store(to + c, scale * read_some(p + c, count - c));
+}
+
+template <class S>
+void read_row(S* to, const void* from, int64_t dtype, int64_t offset, int64_t count, S factor = S(1)) {
+    if constexpr (sizeof(S) == 8) {
+        widen_row<S, double>(to, from, offset, count, factor);
+    } else {
+        if (dtype == 0) widen_row<S, float>(to, from, offset, count, factor);
+        if (dtype == 2) widen_row<S, bfloat16>(to, from, offset, count, factor);
+        if (dtype == 3) widen_row<S, float16>(to, from, offset, count, factor);
+    }
+}
+
+template <class S, class T>
+SSMZOO_INLINE void narrow_row(void* to, int64_t offset, const S* from, int64_t count) {
+    constexpr int lanes = Lanes<S>::count;
+    T* p = static_cast<T*>(to) + offset;
+    for (int64_t c = 0; c < count; c += lanes) write_some(p + c, load(from + c), count - c);
+}
+
+template <class S>
+void write_row(void* to, int64_t dtype, int64_t offset, const S* from, int64_t count) {
+    if constexpr (sizeof(S) == 8) {
+        narrow_row<S, double>(to, offset, from, count);
+    } else {
+        if (dtype == 0) narrow_row<S, float>(to, offset, from, count);
+        if (dtype == 2) narrow_row<S, bfloat16>(to, offset, from, count);
+        if (dtype == 3) narrow_row<S, float16>(to, offset, from, count);
+    }
+}
+
+// f(i) for vectors from the first element on.
+template <class S, class F>
+SSMZOO_INLINE void vectors(int64_t count, const F& f) {
+    for (int64_t i = 0; i < count; i += Lanes<S>::count) f(i);
+}
+
+// The tokens of a chunk: the first one's place in its sequence, how many there are, and that in whole vectors.
+struct Span {
+    int64_t start, tokens, padded;
+};
+
+template <class S>
+Span span(const SsdArguments& a, const Sequence& s, int64_t chunk) {
+    const int64_t start = chunk * a.chunk, tokens = minimum(a.chunk, s.length - start);
+    return {start, tokens, round_up(tokens, Lanes<S>::count)};
+}
+
+// What all heads of a group share in a chunk.
+template <class S>
+struct Shared {
+    Left<S> B, C;      // as they lie: (c n)
+    S *C_turned, *G;   // (n c), (c c): element (j, i) of G is C_i · B_j
+
+    void take(Memory<S>& memory, const SsdArguments& a) {
+        C_turned = memory.take(a.n * a.chunk);
+        G = memory.take(a.chunk * a.chunk);
+    }
+
+    void read(const SsdArguments& a, const Sequence& s, Span t, int64_t group, S* panel) {
+        const int64_t time = s.start + t.start;
+        B = {at<S>(a.B, s.batch * a.B_batch + time * a.B_time + group * a.n), a.B_time, 1};
+        C = {at<S>(a.C, s.batch * a.C_batch + time * a.C_time + group * a.n), a.C_time, 1};
+        transpose(C_turned, a.chunk, C.p, a.C_time, t.tokens, a.n);
+        for (int64_t j = 0; j < a.n; ++j)
+            for (int64_t i = t.tokens; i < t.padded; ++i) C_turned[j * a.chunk + i] = S(0);
+        product(B, C_turned, a.chunk, G, a.chunk, t.tokens, t.padded, a.n, panel);
+    }
+
+    Left<S> B_turned() const { return {B.p, 1, B.row}; }
+};
+
+// One head's step sizes and decays in a chunk, (c) each, 0 and 1 beyond its tokens.
+template <class S>
+struct Steps {
+    S *raw, *delta, *decay, *E, *F;  // raw: before softplus and limits
+    S whole;                         // the decay over all of the chunk
+
+    void take(Memory<S>& memory, const SsdArguments& a) {
+        raw = memory.take(a.chunk);
+        delta = memory.take(a.chunk);
+        decay = memory.take(a.chunk);
+        E = memory.take(a.chunk);
+        F = memory.take(a.chunk);
+    }
+
+    void read(const SsdArguments& a, const Sequence& s, Span t, int64_t head) {
+        const int64_t offset = s.batch * a.dt_batch + (s.start + t.start) * a.dt_time + head;
+        const S bias = a.dt_bias ? *at<S>(a.dt_bias, head) : S(0);
+        for (int64_t i = 0; i < t.padded; ++i) raw[i] = S(0);
+        for (int64_t i = 0; i < t.tokens; ++i) raw[i] = number(a, offset + i * a.dt_time) + bias;
+        const auto A = splat(*at<S>(a.A, head)), least = splat(S(a.dt_least)), most = splat(S(a.dt_most));
+        vectors<S>(t.padded, [&](int64_t i) {
+            auto step = load(raw + i);
+            if (a.softplus) step = softplus<S>(step);
+            step = clamp(step, least, most);
+            store(delta + i, step);
+            store(decay + i, exp<S>(step * A));
+        });
+        for (int64_t i = t.tokens; i < t.padded; ++i) delta[i] = S(0), decay[i] = S(1);
+        S product = S(1);
+        for (int64_t i = 0; i < t.padded; ++i) E[i] = product = product * decay[i];
+        whole = product;
+        product = S(1);
+        for (int64_t i = t.padded - 1; i >= 0; --i) {
+            F[i] = product;
+            product = product * decay[i];
+        }
+    }
+
+  private:
+    static S number(const SsdArguments& a, int64_t i) {
+        if constexpr (sizeof(S) == 8) {
+            return *at<double>(a.dt, i);
+        } else {
+            if (a.dtype == 2) return widen(*at<bfloat16>(a.dt, i));
+            if (a.dtype == 3) return widen(*at<float16>(a.dt, i));
+            return *at<float>(a.dt, i);
+        }
+    }
+};
+
+// put(j, i, L, G) for vectors of the elements (j, i) with i >= j, those left of them 0; the last row first. L comes row by
+// row from the one below: no decay is ever a quotient of two others. `row` is (c).
+template <class S, class Put>
+void decays(Span t, const S* decay, const S* G, int64_t stride, S* row, const Put& put) {
+    for (int64_t i = 0; i < t.padded; ++i) row[i] = S(0);
+    for (int64_t j = t.tokens - 1; j >= 0; --j) {
+        const int64_t first = j / Lanes<S>::count * Lanes<S>::count;
+        if (j + 1 < t.tokens) {
+            const auto factor = splat(decay[j + 1]);
+            for (int64_t i = first; i < t.padded; i += Lanes<S>::count) store(row + i, factor * load(row + i));
+        }
+        row[j] = S(1);
+        for (int64_t i = first; i < t.padded; i += Lanes<S>::count) put(j, i, load(row + i), load(G + j * stride + i));
+    }
+}
+
+// The factors of a head's outputs, Y = E ∘ (C S) + M X = [E ∘ C, M] [S; X], and what they give.
+template <class S>
+struct Outputs {
+    S *left, *row;  // the first factor, (n + c, c), transposed; (c)
+    int64_t width;  // p in whole vectors
+
+    void take(Memory<S>& memory, const SsdArguments& a) {
+        width = round_up(a.p, Lanes<S>::count);
+        left = memory.take((a.n + a.chunk) * a.chunk);
+        row = memory.take(a.chunk);
+    }
+
+    S* M(const SsdArguments& a) const { return left + a.n * a.chunk; }
+
+    // Y, (c, width), of the head whose S and X, (n + c, width), are in `factor`.
+    void compute(const SsdArguments& a, Span t, const Shared<S>& shared, const Steps<S>& steps, const S* factor, S* Y,
+                 S* panel) const {
+        for (int64_t j = 0; j < a.n; ++j)
+            vectors<S>(t.padded, [&](int64_t i) {
+                store(left + j * a.chunk + i, load(steps.E + i) * load(shared.C_turned + j * a.chunk + i));
+            });
+        S* m = M(a);
+        decays(t, steps.decay, shared.G, a.chunk, row, [&](int64_t j, int64_t i, typename Lanes<S>::V L,
+                                                          typename Lanes<S>::V G) { store(m + j * a.chunk + i, L * G); });
+        product<S, Shape::lower>(Left<S>{left, 1, a.chunk}, factor, width, Y, width, t.tokens, width, a.n + t.tokens,
+                              panel, a.n + 1);
+    }
+};
+
+// Where one head's row of x, z or y is at the first token of a chunk, and from token to token.
+struct Rows {
+    const void* from;
+    int64_t offset, stride;
+
+    Rows(const SsdArguments& a, const Sequence& s, Span t, int64_t head, const void* of, int64_t batch, int64_t time)
+        : from(of), offset(s.batch * batch + (s.start + t.start) * time + head * a.p), stride(time) {}
+
+    int64_t operator()(int64_t token) const { return offset + token * stride; }
+};
+
+inline Rows rows_of_x(const SsdArguments& a, const Sequence& s, Span t, int64_t head) {
+    return Rows(a, s, t, head, a.x, a.x_batch, a.x_time);
+}
+
+inline Rows rows_of_z(const SsdArguments& a, const Sequence& s, Span t, int64_t head) {
+    return Rows(a, s, t, head, a.z, a.z_batch, a.z_time);
+}
+
+// Of a result, which is contiguous.
+inline Rows rows_of(const SsdArguments& a, const Sequence& s, Span t, int64_t head, const void* result) {
+    return Rows(a, s, t, head, result, a.length * a.heads * a.p, a.heads * a.p);
+}
+
+// The factor of x in y: a number for all of the head's channels, or one for each.
+template <class S>
+S skip(const SsdArguments& a, int64_t head, int64_t channel) {
+    return a.D ? *at<S>(a.D, head * a.skip + (a.skip > 1 ? channel : 0)) : S(0);
+}
+
+}  // namespace SSMZOO_ISA
+}  // namespace ssmzoo

@@ -1,0 +1,40 @@
+"""The state-space dual in the native CPU library: what it can run, and its forward pass (``cpu.cpp``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ssmkernels import native
+from ssmkernels.core.memory import large_pages
+from ssmkernels.core.validate import precision
+from ssmkernels.native import missing, wrong_device
+from ssmkernels.ops.ssd.cpu_arguments import segments, values
+
+__all__ = ["SAVES", "empty", "forward", "missing", "unsupported"]
+
+SAVES = ("starts",)  # the states before every fourth chunk, (segments h n p) with p in whole lines
+
+
+def unsupported(a: Any) -> str | None:
+    sizes = (*a.x.shape[2:], a.B.shape[3])
+    return wrong_device(a) or ("no heads, channels or states" if 0 in sizes else None)
+
+
+def forward(a: Any, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    y, final_state, starts = empty(a, save)
+    large_pages(y, starts)
+    fields, _kept = values(a, starts if save else None)
+    fields |= {"y": y.data_ptr(), "final_state": final_state.data_ptr()}
+    native.run("ssd", fields)
+    return y, final_state, starts
+
+
+def empty(a: Any, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    y, final_state = a.declared.outputs(a)
+    _, _, heads, p = a.x.shape
+    shape = (segments(a) if save else 0, heads, a.B.shape[3], -(-p // 16) * 16)
+    # Packed, some segments belong to no sequence
+    starts = a.x.new_zeros if save and a.cu_seqlens is not None else a.x.new_empty
+    return y, final_state, starts(shape, dtype=precision(a.x))

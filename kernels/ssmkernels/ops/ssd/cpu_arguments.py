@@ -1,0 +1,79 @@
+"""What the native state-space dual's forward and backward passes take (``cpu.h``), from tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssmkernels import native
+from ssmkernels.core.validate import precision
+from ssmkernels.native import address, plain, rows
+
+CHUNK = 64  # tokens: a head's matrices then stay in a core's own cache
+LONGEST = 256
+SEGMENT = 4  # chunks between saved states: kSegment in cpu.h
+
+
+def chunk_length(a: Any) -> int:
+    """Tokens of a chunk: what the call asks for, within bounds and in whole vectors."""
+    size = CHUNK if a.chunk_size is None else a.chunk_size
+    return min(-(-size // 16) * 16, LONGEST)
+
+
+def segments(a: Any) -> Any:
+    """How many states are saved. Packed, sequence i's start at number cu_seqlens[i] // tokens + i."""
+    tokens, (batch, length) = chunk_length(a) * SEGMENT, a.x.shape[:2]
+    if a.cu_seqlens is None:
+        return batch * -(-length // tokens)
+    return length // tokens + a.cu_seqlens.shape[0] - 1
+
+
+def side_by_side(x: Tensor) -> Tensor:
+    """x (..., h, p) with heads and channels side by side."""
+    beside = (x.stride(-1) == 1 or x.shape[-1] == 1) and (x.stride(-2) == x.shape[-1] or x.shape[-2] == 1)
+    return x if beside else x.contiguous()
+
+
+def values(a: Any, starts: Tensor | None) -> tuple[dict[str, float], list[Any]]:
+    """The kernel's arguments except the outputs, and the tensors that they point into."""
+    wide = precision(a.x)
+    x, dt = side_by_side(a.x), rows(a.dt)
+    z = None if a.z is None else side_by_side(a.z)
+    B, C = (side_by_side(t.to(wide)) for t in (a.B, a.C))
+    D, dt_bias, initial = (None if t is None else plain(t, wide) for t in (a.D, a.dt_bias, a.initial_state))
+    cu_seqlens = None if a.cu_seqlens is None else a.cu_seqlens.contiguous()
+    batch, length, heads, p = x.shape
+    pointers = {
+        "x": x,
+        "z": z,
+        "dt": dt,
+        "A": plain(a.A, wide),
+        "B": B,
+        "C": C,
+        "D": D,
+        "dt_bias": dt_bias,
+        "initial": initial,
+        "cu_seqlens": cu_seqlens,
+        "starts": starts,
+    }
+    found: dict[str, float] = {name: address(t) for name, t in pointers.items()}
+    found |= {
+        "dtype": native.DTYPES[x.dtype],
+        "sequences": batch if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        "length": length,
+        "heads": heads,
+        "p": p,
+        "n": B.shape[3],
+        "groups": B.shape[2],
+        "skip": p if D is not None and D.ndim == 2 else 1,
+        "softplus": a.dt_softplus,
+        "chunk": chunk_length(a),
+        "threads": native.threads(batch * length * heads * p * B.shape[3]),
+        "dt_least": a.dt_limit[0],
+        "dt_most": a.dt_limit[1],
+    }
+    for name, t in (("x", x), ("z", z), ("dt", dt), ("B", B), ("C", C)):
+        found[name + "_batch"], found[name + "_time"] = (0, 0) if t is None else t.stride()[:2]
+    return found, list(pointers.values())

@@ -11,8 +11,9 @@ from ssmkernels.core.memory import large_pages
 from ssmkernels.core.validate import precision
 from ssmkernels.native import missing, wrong_device
 from ssmkernels.ops.ssd.cpu_arguments import segments, values
+from ssmkernels.ops.ssd.cpu_backward import backward
 
-__all__ = ["SAVES", "empty", "forward", "missing", "unsupported"]
+__all__ = ["SAVES", "backward", "empty", "forward", "missing", "unsupported"]
 
 SAVES = ("starts",)  # the states before every fourth chunk, (segments h n p) with p in whole lines
 

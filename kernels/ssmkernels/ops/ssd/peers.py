@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ssmkernels.bench.peers import MAMBA_SSM, TRANSFORMERS, Peer, Setting, refuse
@@ -78,7 +77,7 @@ def transformers_step(
     *,
     dt_limit: tuple[float, float] = (0.0, math.inf),
 ) -> Tensor:
-    """What transformers' Mamba-2 does for one token, with A, dt, D and the bias expanded as its mixer hands them over."""
+    """What transformers' Mamba-2 does for one token; its mixer hands it A, dt, D and the bias expanded."""
     refuse(dt_limit != (0.0, math.inf), "limits of the step size in a step")
     p, n = state.shape[2:]
     expanded = {"dt_bias": dt_bias, "D": D if D is None or D.ndim == 1 else None}

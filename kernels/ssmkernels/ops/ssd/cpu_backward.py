@@ -1,0 +1,56 @@
+"""The native state-space dual's backward pass (``cpu_backward.cpp``)."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor
+
+from ssmkernels import native
+from ssmkernels.core.memory import large_pages
+from ssmkernels.core.validate import precision
+from ssmkernels.native import address, plain
+from ssmkernels.ops.ssd.cpu_arguments import values
+
+BLOCK = 4  # heads whose gradients of B and C are added in one part: kBlock in cpu.h
+
+
+def backward(a: Any, saved: Any, grads: Any) -> dict[str, Tensor | None]:
+    wide = precision(a.x)
+    fields, _kept = values(a, saved.starts)
+    batch, length, heads, p = a.x.shape
+    s, (groups, n) = int(fields["sequences"]), a.B.shape[2:]
+    parts = -(-(heads // groups) // BLOCK)
+    dy = grads.y.contiguous()
+    dfinal = None if grads.final_state is None else plain(grads.final_state, wide)
+
+    empty = functools.partial(a.x.new_empty, dtype=wide)
+
+    dx = a.x.new_empty(a.x.shape)
+    dz = None if a.z is None else a.x.new_empty(a.x.shape)
+    ddt = empty((batch, length, heads))
+    dB, dC = (empty((parts, batch, length, groups, n)) for _ in range(2))
+    # Of no sequence at all the sums are 0
+    per_sequence = a.x.new_empty if s else a.x.new_zeros
+    dA, dbias = (per_sequence((max(s, 1), heads), dtype=wide) for _ in range(2))
+    dD = per_sequence((max(s, 1), heads, p), dtype=wide)
+    dinitial = None if a.initial_state is None else empty(a.initial_state.shape)
+    large_pages(dx, dz, dB, dC)
+    outputs = {"dx": dx, "dz": dz, "ddt": ddt, "dB": dB, "dC": dC, "dA": dA, "dD": dD, "dbias": dbias}
+    outputs |= {"dinitial": dinitial, "dy": dy, "dfinal": dfinal}
+    fields |= {"y": 0, "final_state": 0} | {name: address(t) for name, t in outputs.items()}
+    native.run("ssd_backward", fields)
+    if parts > 1:  # the first one as it is would keep all others alive
+        dB, dC = dB[:1].clone(), dC[:1].clone()
+    return {
+        "x": dx,
+        "dt": ddt,
+        "A": dA[0],
+        "B": dB[0],
+        "C": dC[0],
+        "z": dz,
+        "dt_bias": dbias[0],
+        "D": dD[0] if a.D is None or a.D.ndim == 2 else dD[0].sum(-1),
+        "initial_state": dinitial,
+    }

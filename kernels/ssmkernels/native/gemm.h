@@ -71,9 +71,10 @@ SSMZOO_INLINE void multiply(Left<S> A, const S* B, int64_t ldb, S* C, int64_t ld
         for (int j = 0; j < N; ++j) store(C + i * ldc + j * count, sum[i][j]);
 }
 
+// Not inlined: compiling it once for each caller would take most of the time of a build.
 template <class S, int R, int N, Shape shape>
-void multiply_rows(Left<S> A, const S* B, int64_t ldb, S* C, int64_t ldc, int64_t rows, int64_t inner, int64_t edge,
-                   Onto<S> onto) {
+__attribute__((noinline)) void multiply_rows(Left<S> A, const S* B, int64_t ldb, S* C, int64_t ldc, int64_t rows,
+                                             int64_t inner, int64_t edge, Onto<S> onto) {
     int64_t i = 0;
     for (; i + R <= rows; i += R)
         multiply<S, R, N, shape>(A.from(i), B, ldb, C + i * ldc, ldc, inner, edge + i, onto);

@@ -112,7 +112,7 @@ def ssd(
     mutates=("state",),
     check=_check,
     step=True,
-    implementations=("reference",),
+    implementations=("cpu", "reference"),
 )
 def ssd_step(
     state: Tensor,

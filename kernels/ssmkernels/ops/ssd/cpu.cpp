@@ -31,12 +31,17 @@ struct Forward {
     }
 
     // One chunk of one head: its outputs, and the state after it.
-    void advance(const SsdArguments& a, const Sequence& s, Span t, int64_t head, S* state, const S* D) {
+    void advance(const SsdArguments& a, const Sequence& s, Span t, int64_t head, S* state, const S* D, Next next) {
         const int64_t width = outputs.width;
         steps.read(a, s, t, head);
         S* X = state + a.n * width;
-        const Rows x = rows_of_x(a, s, t, head), y = rows_of(a, s, t, head, a.y), z = rows_of_z(a, s, t, head);
-        for (int64_t i = 0; i < t.tokens; ++i) read_row(X + i * width, x.from, a.dtype, x(i), a.p, steps.delta[i]);
+        const Rows x(a, s, t, head, a.x, a.x_batch, a.x_time, next.ahead(a, a.x_time));
+        const Rows z(a, s, t, head, a.z, a.z_batch, a.z_time, next.ahead(a, a.z_time));
+        const Rows y(a, s, t, head, a.y, a.length * a.heads * a.p, a.heads * a.p);
+        for (int64_t i = 0; i < t.tokens; ++i) {
+            read_row(X + i * width, x.from, a.dtype, x(i), a.p, steps.delta[i]);
+            x.fetch(a, i);
+        }
         outputs.compute(a, t, shared, steps, state, Y, panel);
         for (int64_t i = 0; i < t.tokens; ++i) {
             S* row = Y + i * width;
@@ -48,6 +53,7 @@ struct Forward {
             }
             if (a.z) {
                 read_row(gate, z.from, a.dtype, z(i), a.p);
+                z.fetch(a, i);
                 vectors<S>(width, [&](int64_t c) { store(row + c, load(row + c) * silu<S>(load(gate + c))); });
             }
             write_row(a.y, a.dtype, y(i), row, a.p);
@@ -77,7 +83,7 @@ void block_forward(const SsdArguments& a, const Sequence& s, const Block& heads,
             if (a.starts && chunk % kSegment == 0)
                 memcpy(static_cast<S*>(a.starts) + (segment * a.heads + head) * a.n * round_up(a.p, 16), state,
                        sizeof(S) * static_cast<size_t>(size));
-            w.advance(a, s, t, head, state, w.D + h * width);
+            w.advance(a, s, t, head, state, w.D + h * width, Next::of(heads, h, 1));
         }
     }
     for (int64_t h = 0; h < heads.heads; ++h)

@@ -5,8 +5,8 @@
 // are taken within the block, whose size depends on the number of heads alone.
 //
 // Letters are those of tiled.py: G = C Bᵀ, L the decays from token to token, M = L ∘ G, E the decays from the chunk's
-// start, F those to its end, X = Δ ∘ x, S the state, which lies here as (n, p). Matrices over two tokens lie transposed,
-// (j, i), so that lanes run over the later token.
+// start, F those to its end, X = Δ ∘ x, S the state. The state lies here as (n, p). Matrices over two tokens lie
+// transposed, (j, i), so that lanes run over the later token.
 #pragma once
 
 #include "native/gemm.h"
@@ -15,7 +15,7 @@
 
 namespace ssmzoo {
 
-// S is float, or double where activations are. The last axis is contiguous, and so are both last ones of x and z.
+// S is float, or double where activations are. The last axis is contiguous; so are the last two of x and z.
 struct SsdArguments {
     const void *x, *z, *dt;                     // (b l h p), any floating dtype; z may be null; (b l h)
     const void *A, *B, *C, *D, *dt_bias;        // S: (h), (b l g n), likewise, (h skip) or null, (h) or null
@@ -204,8 +204,8 @@ struct Steps {
     }
 };
 
-// put(j, i, L, G) for vectors of the elements (j, i) with i >= j, those left of them 0; the last row first. L comes row by
-// row from the one below: no decay is ever a quotient of two others. `row` is (c).
+// put(j, i, L, G) for vectors of the elements (j, i) with i >= j, those left of them 0; the last row first. L comes row
+// by row from the one below: no decay is ever a quotient of two others. `row` is (c).
 template <class S, class Put>
 void decays(Span t, const S* decay, const S* G, int64_t stride, S* row, const Put& put) {
     for (int64_t i = 0; i < t.padded; ++i) row[i] = S(0);
@@ -242,36 +242,47 @@ struct Outputs {
                 store(left + j * a.chunk + i, load(steps.E + i) * load(shared.C_turned + j * a.chunk + i));
             });
         S* m = M(a);
-        decays(t, steps.decay, shared.G, a.chunk, row, [&](int64_t j, int64_t i, typename Lanes<S>::V L,
-                                                          typename Lanes<S>::V G) { store(m + j * a.chunk + i, L * G); });
+        using V = typename Lanes<S>::V;
+        decays(t, steps.decay, shared.G, a.chunk, row,
+               [&](int64_t j, int64_t i, V L, V G) { store(m + j * a.chunk + i, L * G); });
         product<S, Shape::lower>(Left<S>{left, 1, a.chunk}, factor, width, Y, width, t.tokens, width, a.n + t.tokens,
                               panel, a.n + 1);
     }
 };
 
-// Where one head's row of x, z or y is at the first token of a chunk, and from token to token.
-struct Rows {
-    const void* from;
-    int64_t offset, stride;
+// Which head of which chunk comes next in a block: so many heads and chunks further.
+struct Next {
+    int64_t heads, chunks;
 
-    Rows(const SsdArguments& a, const Sequence& s, Span t, int64_t head, const void* of, int64_t batch, int64_t time)
-        : from(of), offset(s.batch * batch + (s.start + t.start) * time + head * a.p), stride(time) {}
+    static Next of(const Block& block, int64_t head, int64_t chunks) {
+        if (head + 1 < block.heads) return {1, 0};
+        return {1 - block.heads, chunks};
+    }
 
-    int64_t operator()(int64_t token) const { return offset + token * stride; }
+    int64_t ahead(const SsdArguments& a, int64_t time) const { return heads * a.p + chunks * a.chunk * time; }
 };
 
-inline Rows rows_of_x(const SsdArguments& a, const Sequence& s, Span t, int64_t head) {
-    return Rows(a, s, t, head, a.x, a.x_batch, a.x_time);
-}
+// One head's rows of x, z or y in a chunk: where the first token's lies, and from token to token.
+struct Rows {
+    const void* from;
+    int64_t offset, stride, ahead;
 
-inline Rows rows_of_z(const SsdArguments& a, const Sequence& s, Span t, int64_t head) {
-    return Rows(a, s, t, head, a.z, a.z_batch, a.z_time);
-}
+    // `ahead` is how far the rows lie that are read next.
+    Rows(const SsdArguments& a, const Sequence& s, Span t, int64_t head, const void* of, int64_t batch, int64_t time,
+         int64_t next = 0)
+        : from(of), offset(s.batch * batch + (s.start + t.start) * time + head * a.p), stride(time), ahead(next) {}
 
-// Of a result, which is contiguous.
-inline Rows rows_of(const SsdArguments& a, const Sequence& s, Span t, int64_t head, const void* result) {
-    return Rows(a, s, t, head, result, a.length * a.heads * a.p, a.heads * a.p);
-}
+    int64_t operator()(int64_t token) const { return offset + token * stride; }
+
+    // Each row lies in a page of its own, so that the machine does not see the next one coming. It need not exist.
+    void fetch(const SsdArguments& a, int64_t token) const {
+        const int64_t size = a.dtype == 1 ? 8 : a.dtype == 0 ? 4 : 2;
+        const int64_t distance = ((*this)(token) + ahead) * size;
+        const uintptr_t first = reinterpret_cast<uintptr_t>(from) + static_cast<uintptr_t>(distance);
+        for (int64_t byte = 0; byte < a.p * size; byte += 64)
+            __builtin_prefetch(reinterpret_cast<const void*>(first + static_cast<uintptr_t>(byte)), 0, 2);
+    }
+};
 
 // The factor of x in y: a number for all of the head's channels, or one for each.
 template <class S>

@@ -19,7 +19,7 @@ SAVES = ("starts",)  # the states before every fourth chunk, (segments h n p) wi
 
 
 def unsupported(a: Any) -> str | None:
-    sizes = (*a.x.shape[2:], a.B.shape[3])
+    sizes = (*a.x.shape[-2:], a.B.shape[-1])
     return wrong_device(a) or ("no heads, channels or states" if 0 in sizes else None)
 
 

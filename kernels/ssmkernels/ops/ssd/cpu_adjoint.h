@@ -1,0 +1,307 @@
+// The gradients of a chunk of the state-space dual.
+//
+// With dY the gradient of the chunk's outputs, dS' that of the state after it, and W = M ∘ (dY Xᵀ), they are
+//
+//     dX = Mᵀ dY + F ∘ (B dS'ᵀ)                         dG = Σ_heads L ∘ (dY Xᵀ)
+//     dC = dG B + Σ_heads E ∘ (dY S)                    dB = dGᵀ C + Σ_heads F ∘ (X dS')
+//     dS = E_c dS' + (E ∘ dY)ᵀ C
+//     da_k = Σ_{j < k ≤ i} W_ij + Σ_{i ≥ k} e_i + Σ_{j < k} f_j + E_c <S, dS'>
+//
+// where e_i = C_i · (E ∘ dY S)_i and f_j = X_j · (F ∘ B dS'ᵀ)_j. Nothing is a difference of long sums.
+#pragma once
+
+#include "ssd/cpu.h"
+
+namespace ssmzoo {
+
+struct SsdBackwardArguments {
+    SsdArguments forward;             // whose outputs are not looked at
+    const void *dy, *dfinal;          // (b l h p), contiguous; S: (s h p n) or null
+    void *dx, *dz;                    // (b l h p); dz where there is a z
+    void *ddt;                        // S: (b l h)
+    void *dB, *dC;                    // S: (parts b l g n), of which the first takes the sum of all
+    void *dA, *dD, *dbias;            // S: (s h), (s h p), (s h), likewise
+    void *dinitial;                   // S: (s h p n) or null
+};
+
+namespace SSMZOO_ISA {
+
+// A task's memory.
+template <class S>
+struct Backward {
+    using V = typename Lanes<S>::V;
+
+    Shared<S> shared;
+    Steps<S> steps;
+    Outputs<S> outputs;
+    // Of all heads: the state's gradient (n, width), and states before each chunk of a segment, each with room for X
+    S *dstates, *states;
+    // Of one: states ahead (n, width); X, x, dY, and two of them to scale, (c, width); turned, (width, c)
+    S *factor, *x, *dY, *scaled, *dX, *X_turned, *dY_turned;
+    S *L, *dM, *map, *sums;         // (c, c), (c, c), (n, c), (c)
+    S *da, *e, *f, *gate;            // (c), (c), (c), (width)
+    S *dB, *dC, *dG, *dG_turned;     // of all: (n, c), (n, c), (c, c): element (j, i), and turned
+    S *D, *dD, *dA, *dbias, *panel;  // (heads, width), likewise, (heads), likewise
+    int64_t width, size, room;       // p in whole vectors; numbers of a state, and of one with its room
+
+    int64_t take(S* p, const SsdArguments& a) {
+        Memory<S> memory = {p, 0};
+        shared.take(memory, a);
+        steps.take(memory, a);
+        outputs.take(memory, a);
+        width = outputs.width;
+        const int64_t c = a.chunk, rows = c * width;
+        size = round_up(a.n * width, kLine<S>);
+        room = round_up((a.n + c) * width, kLine<S>);
+        dstates = memory.take(kBlock * size);
+        states = memory.take(kBlock * kSegment * size);
+        factor = memory.take(room);
+        S** const of_rows[] = {&x, &dY, &scaled, &dX, &X_turned, &dY_turned};
+        for (S** array : of_rows) *array = memory.take(rows);
+        S** const of_pairs[] = {&L, &dM, &dG, &dG_turned};
+        for (S** array : of_pairs) *array = memory.take(c * c);
+        S** const of_maps[] = {&map, &dB, &dC};
+        for (S** array : of_maps) *array = memory.take(a.n * c);
+        S** const of_tokens[] = {&sums, &da, &e, &f};
+        for (S** array : of_tokens) *array = memory.take(c);
+        gate = memory.take(width);
+        D = memory.take(kBlock * width);
+        dD = memory.take(kBlock * width);
+        dA = memory.take(kBlock);
+        dbias = memory.take(kBlock);
+        panel = memory.take(panel_size<S>(a.n + c > width ? a.n + c : width));
+        return memory.used;
+    }
+
+    S* state(int64_t head, int64_t chunk) const { return states + (head * kSegment + chunk) * size; }
+
+    // x and X of a chunk, and F ∘ X.
+    void read_inputs(const SsdArguments& a, const Sequence& s, Span t, int64_t head, S* X, int64_t ahead) {
+        const Rows from(a, s, t, head, a.x, a.x_batch, a.x_time, ahead);
+        for (int64_t i = 0; i < t.tokens; ++i) {
+            const int64_t row = i * width;
+            read_row(x + row, from.from, a.dtype, from(i), a.p);
+            from.fetch(a, i);
+            const V delta = splat(steps.delta[i]), F = splat(steps.F[i]);
+            vectors<S>(width, [&](int64_t c) {
+                const V fed = delta * load(x + row + c);
+                store(X + row + c, fed);
+                store(scaled + row + c, F * fed);
+            });
+        }
+    }
+
+    // The states before each chunk of a segment, from the first's.
+    void run_ahead(const SsdArguments& a, const Sequence& s, int64_t first, int64_t chunks, int64_t head, int64_t h) {
+        for (int64_t k = 0; k + 1 < chunks; ++k) {
+            const Span t = span<S>(a, s, first + k);
+            const Left<S> B_turned = {shared_B(a, s, t, head), 1, a.B_time};
+            steps.read(a, s, t, head);
+            read_inputs(a, s, t, head, factor, a.chunk * a.x_time);
+            memcpy(state(h, k + 1), state(h, k), sizeof(S) * static_cast<size_t>(a.n * width));
+            product(B_turned, scaled, width, state(h, k + 1), width, a.n, width, t.tokens, panel, 0,
+                    {true, steps.whole});
+        }
+    }
+
+    static const S* shared_B(const SsdArguments& a, const Sequence& s, Span t, int64_t head) {
+        const int64_t group = head / (a.heads / a.groups);
+        return at<S>(a.B, s.batch * a.B_batch + (s.start + t.start) * a.B_time + group * a.n);
+    }
+
+    // dY, where there is a gate after the gate's gradient, and what it adds to the skip's.
+    void read_gradients(const SsdBackwardArguments& b, const Sequence& s, Span t, int64_t head, const S* D, S* dD,
+                        Next next) {
+        const SsdArguments& a = b.forward;
+        const int64_t time = a.heads * a.p, batch = a.length * time;
+        const Rows dy(a, s, t, head, b.dy, batch, time, next.ahead(a, time)), dz(a, s, t, head, b.dz, batch, time);
+        const Rows z(a, s, t, head, a.z, a.z_batch, a.z_time, next.ahead(a, a.z_time));
+        if (a.z) outputs.compute(a, t, shared, steps, factor, dX, panel);
+        for (int64_t i = 0; i < t.tokens; ++i) {
+            const int64_t row = i * width;
+            read_row(dY + row, dy.from, a.dtype, dy(i), a.p);
+            dy.fetch(a, i);
+            if (a.z) {
+                read_row(gate, z.from, a.dtype, z(i), a.p);
+                z.fetch(a, i);
+                vectors<S>(width, [&](int64_t c) {
+                    const V y = fma(load(D + c), load(x + row + c), load(dX + row + c)), g = load(gate + c);
+                    const V sigma = sigmoid<S>(g), gradient = load(dY + row + c);
+                    const V slope = sigma * fma(g, splat(S(1)) - sigma, splat(S(1)));
+                    store(gate + c, gradient * y * slope);
+                    store(dY + row + c, gradient * g * sigma);
+                });
+                write_row(b.dz, a.dtype, dz(i), gate, a.p);
+            }
+            if (a.D)
+                vectors<S>(width, [&](int64_t c) {
+                    store(dD + c, fma(load(dY + row + c), load(x + row + c), load(dD + c)));
+                });
+        }
+    }
+
+    // (c, width) → (width, c), zeros beyond the chunk's tokens.
+    void turn(const SsdArguments& a, Span t, S* to, const S* from) const {
+        transpose(to, a.chunk, from, width, t.tokens, a.p);
+        for (int64_t c = 0; c < a.p; ++c)
+            for (int64_t i = t.tokens; i < t.padded; ++i) to[c * a.chunk + i] = S(0);
+    }
+
+    // Σ_{j < k ≤ i} W_ij for each k into da, and L ∘ (dY Xᵀ) to dG.
+    void pair_gradients(const SsdArguments& a, Span t, const S* X) {
+        const int64_t stride = a.chunk;
+        const S* M = outputs.M(a);
+        product(Left<S>{X, width, 1}, dY_turned, stride, dM, stride, t.tokens, t.padded, a.p, panel);
+        vectors<S>(t.padded, [&](int64_t i) { store(sums + i, V{}); });
+        for (int64_t j = 0; j < t.tokens; ++j) {
+            da[j] = j ? sum(sums, t.padded) : S(0);  // sums over rows j' < j of W, at i >= j
+            const int64_t first = j / Lanes<S>::count * Lanes<S>::count;
+            for (int64_t i = first; i < t.padded; i += Lanes<S>::count) {
+                const int64_t place = j * stride + i;
+                const V gradient = load(dM + place);
+                store(sums + i, fma(load(M + place), gradient, load(sums + i)));
+                store(dG + place, fma(load(L + place), gradient, load(dG + place)));
+            }
+            sums[j] = S(0);
+        }
+    }
+
+    static S sum(const S* from, int64_t count) {
+        V total = V{};
+        vectors<S>(count, [&](int64_t i) { total = total + load(from + i); });
+        return sum_lanes<S, 1>(&total)[0];
+    }
+
+    static S dot(const S* left, const S* right, int64_t count) {
+        V total = V{};
+        vectors<S>(count, [&](int64_t i) { total = fma(load(left + i), load(right + i), total); });
+        return sum_lanes<S, 1>(&total)[0];
+    }
+
+    // One chunk of one head.
+    void chunk(const SsdBackwardArguments& b, const Sequence& s, Span t, int64_t head, int64_t h, const S* before,
+               Next next) {
+        const SsdArguments& a = b.forward;
+        const int64_t stride = a.chunk, n = a.n;
+        S *dstate = dstates + h * size, *X = factor + n * width;
+        steps.read(a, s, t, head);
+        memcpy(factor, before, sizeof(S) * static_cast<size_t>(n * width));
+        read_inputs(a, s, t, head, X, next.ahead(a, a.x_time));
+        read_gradients(b, s, t, head, D + h * width, dD + h * width, next);
+        turn(a, t, X_turned, X);
+        turn(a, t, dY_turned, dY);
+        S* M = outputs.M(a);
+        decays(t, steps.decay, shared.G, stride, outputs.row, [&](int64_t j, int64_t i, V decay, V G) {
+            store(L + j * stride + i, decay);
+            store(M + j * stride + i, decay * G);
+        });
+        pair_gradients(a, t, X);
+
+        product(shared.B, dstate, width, dX, width, t.tokens, width, n, panel);
+        for (int64_t i = 0; i < t.tokens; ++i) {
+            const V F = splat(steps.F[i]);
+            vectors<S>(width, [&](int64_t c) { store(dX + i * width + c, F * load(dX + i * width + c)); });
+            f[i] = dot(dX + i * width, X + i * width, width);
+        }
+        product<S, Shape::upper>({M, stride, 1}, dY, width, dX, width, t.tokens, width, t.tokens, panel, 0,
+                                 {true, S(1)});
+
+        // Sums over heads: E ∘ (S dYᵀ) to dC, F ∘ (dS' Xᵀ) to dB
+        product({before, width, 1}, dY_turned, stride, map, stride, n, t.padded, a.p, panel);
+        vectors<S>(t.padded, [&](int64_t i) { store(e + i, V{}); });
+        add_maps(t, steps.E, dC, stride, n, [&](int64_t place, int64_t i, V gradient) {
+            store(e + i, fma(load(shared.C_turned + place), gradient, load(e + i)));
+        });
+        product({dstate, width, 1}, X_turned, stride, map, stride, n, t.padded, a.p, panel);
+        add_maps(t, steps.F, dB, stride, n, [](int64_t, int64_t, V) {});
+
+        write_steps(b, s, t, head, h, steps.whole * dot(before, dstate, n * width));
+        write_inputs(b, s, t, head, D + h * width);
+        product({shared.C_turned, stride, 1}, scaled, width, dstate, width, n, width, t.tokens, panel, 0,
+                {true, steps.whole});
+    }
+
+    template <class Also>
+    void add_maps(Span t, const S* decay, S* to, int64_t stride, int64_t n, const Also& also) const {
+        for (int64_t j = 0; j < n; ++j)
+            vectors<S>(t.padded, [&](int64_t i) {
+                const int64_t place = j * stride + i;
+                const V gradient = load(decay + i) * load(map + place);
+                store(to + place, load(to + place) + gradient);
+                also(place, i, gradient);
+            });
+    }
+
+    // The gradients of dt, A and the bias, from dX, W, e, f and the state's share.
+    void write_steps(const SsdBackwardArguments& b, const Sequence& s, Span t, int64_t head, int64_t h, S of_state) {
+        const SsdArguments& a = b.forward;
+        S later = S(0), earlier = S(0);
+        for (int64_t i = t.tokens - 1; i >= 0; --i) {
+            later = later + e[i];
+            da[i] = da[i] + later + of_state;
+        }
+        for (int64_t i = 0; i < t.tokens; ++i) {
+            da[i] = da[i] + earlier;
+            earlier = earlier + f[i];
+        }
+        const S A = *at<S>(a.A, head), least = S(a.dt_least), most = S(a.dt_most);
+        for (int64_t i = t.tokens; i < t.padded; ++i) da[i] = e[i] = S(0);
+        for (int64_t i = 0; i < t.tokens; ++i) {
+            dA[h] = dA[h] + steps.delta[i] * da[i];
+            e[i] = dot(dX + i * width, x + i * width, width) + A * da[i];  // of Δ
+        }
+        vectors<S>(t.padded, [&](int64_t i) {
+            V step = load(steps.raw + i), gradient = load(e + i);
+            if (a.softplus) {
+                gradient = gradient * sigmoid<S>(step);
+                step = softplus<S>(step);
+            }
+            const auto within = (step >= splat(least)) & (step <= splat(most));
+            store(e + i, from_bits<S>(bits_of<S>(gradient) & within));
+        });
+        S* to = static_cast<S*>(b.ddt) + (s.batch * a.length + s.start + t.start) * a.heads + head;
+        for (int64_t i = 0; i < t.tokens; ++i) {
+            to[i * a.heads] = e[i];
+            dbias[h] = dbias[h] + e[i];
+        }
+    }
+
+    // The gradient of x; and E ∘ dY into `scaled`.
+    void write_inputs(const SsdBackwardArguments& b, const Sequence& s, Span t, int64_t head, const S* D) {
+        const SsdArguments& a = b.forward;
+        const Rows dx(a, s, t, head, b.dx, a.length * a.heads * a.p, a.heads * a.p);
+        for (int64_t i = 0; i < t.tokens; ++i) {
+            const int64_t row = i * width;
+            const V delta = splat(steps.delta[i]), E = splat(steps.E[i]);
+            vectors<S>(width, [&](int64_t c) {
+                const V gradient = load(dY + row + c);
+                store(scaled + row + c, E * gradient);
+                store(gate + c, fma(delta, load(dX + row + c), load(D + c) * gradient));
+            });
+            write_row(b.dx, a.dtype, dx(i), gate, a.p);
+        }
+    }
+
+    // The gradients of B and C, once all heads have added theirs.
+    void write_maps(const SsdBackwardArguments& b, const Sequence& s, Span t, const Block& heads) {
+        const SsdArguments& a = b.forward;
+        const int64_t stride = a.chunk, n = a.n;
+        for (int64_t j = 0; j < t.tokens; ++j)
+            for (int64_t i = t.tokens; i < t.padded; ++i) dG[j * stride + i] = S(0);
+        for (int64_t i = 0; i < t.tokens; ++i) {
+            for (int64_t j = 0; j < t.padded; ++j) dG_turned[i * stride + j] = S(0);
+        }
+        transpose(dG_turned, stride, dG, stride, t.tokens, t.tokens);
+        const Onto<S> sum = {true, S(1)};
+        product(shared.B_turned(), dG, stride, dC, stride, n, t.padded, t.tokens, panel, 0, sum);
+        product({shared.C_turned, stride, 1}, dG_turned, stride, dB, stride, n, t.padded, t.tokens, panel, 0, sum);
+        const int64_t tokens = (a.cu_seqlens ? 1 : a.sequences) * a.length;
+        const int64_t first = heads.part * tokens + s.batch * a.length + s.start + t.start;
+        const int64_t offset = (first * a.groups + heads.group) * n;
+        transpose(static_cast<S*>(b.dB) + offset, a.groups * n, dB, stride, n, t.tokens);
+        transpose(static_cast<S*>(b.dC) + offset, a.groups * n, dC, stride, n, t.tokens);
+    }
+};
+
+}  // namespace SSMZOO_ISA
+}  // namespace ssmzoo

@@ -113,10 +113,6 @@ def flops(case: Case) -> float:
     return 5.0 * case["b"] * case["l"] * case["h"] * case["p"] * case["n"]
 
 
-def wide(case: Case) -> tuple[str, ...]:
-    return ("A", "D", "dt_bias") if case["weights"] == "float32" else ()
-
-
 STEP_BASE = {key: value for key, value in BASE.items() if key not in ("l", "chunk", "state", "packed")}
 STEP_ROWS = (*(row for row in ROWS if set(row) <= {*STEP_BASE, "layout"}), {"layout": "far"})
 
@@ -127,10 +123,7 @@ SPECS = (
         rows=ROWS,
         make=make,
         flops=flops,
-        results={"y": 1, "final_state": -1},
         bench={"b": 1, "l": 2048, "h": 24, "p": 64, "n": 128, "g": 1},
-        batched=lambda case: {**dict.fromkeys(("x", "dt", "z", "B", "C"), "cu_seqlens"), "initial_state": ""},
-        wide=lambda case: (*wide(case), "initial_state"),
     ),
     Spec(
         op="ssd_step",
@@ -138,11 +131,7 @@ SPECS = (
         rows=STEP_ROWS,
         make=make_step,
         flops=lambda case: flops({**case, "l": 1}),
-        results={"y": 1},
         bench={"b": 1, "h": 24, "p": 64, "n": 128, "g": 1},
-        batched=lambda case: dict.fromkeys(("x", "dt", "B", "C", "z", "state"), ""),
-        wide=lambda case: (*wide(case), "state"),
-        mutates=("state",),
         differentiable=False,
     ),
 )

@@ -5,12 +5,12 @@ What needs a GPU is written against its published signature and has not been run
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from ssmkernels.bench.peers import MAMBA_SSM, TRANSFORMERS, Peer, Setting, refuse
+from ssmkernels.bench.peers import MAMBA_SSM, TRANSFORMERS, Peer, Setting, calls_like, refuse
 
 CHUNK = 256  # the default of Mamba-2's configurations
 
@@ -23,109 +23,60 @@ SETTINGS = {
 }
 
 
-def transformers(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    *,
-    dt_limit: tuple[float, float] = (0.0, math.inf),
-    chunk_size: int | None = None,
-    initial_state: Tensor | None = None,
-    return_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+@calls_like("ssd", takes="D dt_bias dt_softplus dt_limit chunk_size initial_state return_final_state")
+def transformers(a: Any) -> Tensor | tuple[Tensor, Tensor]:
     """What transformers' Mamba-2 calls; without mamba_ssm that is the chunked form in PyTorch."""
-    refuse(cu_seqlens is not None, "packed sequences")
-    refuse(z is not None, "gate")
-    refuse(D is not None and D.ndim == 2, "skip of a channel")
+    refuse(a.D is not None and a.D.ndim == 2, "skip of a channel")
     found = _unwrapped("mamba2_chunk_scan")(
-        hidden_states=x,
-        dt=dt,
-        A=A,
-        B=B,
-        C=C,
-        chunk_size=chunk_size or CHUNK,
-        D=D,
-        dt_bias=dt_bias,
-        initial_states=initial_state,
-        dt_softplus=dt_softplus,
-        dt_limit=dt_limit,
-        return_final_states=return_final_state,
+        hidden_states=a.x,
+        dt=a.dt,
+        A=a.A,
+        B=a.B,
+        C=a.C,
+        chunk_size=a.chunk_size or CHUNK,
+        D=a.D,
+        dt_bias=a.dt_bias,
+        initial_states=a.initial_state,
+        dt_softplus=a.dt_softplus,
+        dt_limit=a.dt_limit,
+        return_final_states=a.return_final_state,
     )
-    y, last = found if return_final_state else (found, None)
-    y = y.to(x.dtype)  # as their mixer does
+    y, last = found if a.return_final_state else (found, None)
+    y = y.to(a.x.dtype)  # as their mixer does
     return y if last is None else (y, last)
 
 
-def transformers_step(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    *,
-    dt_limit: tuple[float, float] = (0.0, math.inf),
-) -> Tensor:
+@calls_like("ssd_step", takes="D z dt_bias dt_softplus")
+def transformers_step(a: Any) -> Tensor:
     """What transformers' Mamba-2 does for one token; its mixer hands it A, dt, D and the bias expanded."""
-    refuse(dt_limit != (0.0, math.inf), "limits of the step size in a step")
-    p, n = state.shape[2:]
-    expanded = {"dt_bias": dt_bias, "D": D if D is None or D.ndim == 1 else None}
-    expanded = {name: None if t is None else t[:, None].expand(-1, p) for name, t in expanded.items()}
-    return _unwrapped("mamba2_selective_state_update")(
-        state,
-        x,
-        dt[..., None].expand(-1, -1, p),
-        A[:, None, None].expand(-1, p, n),
-        B,
-        C,
-        D=D if D is not None and D.ndim == 2 else expanded["D"],
-        dt_bias=expanded["dt_bias"],
-        dt_softplus=dt_softplus,
-        z=z,
-    )
+    return _step(_unwrapped("mamba2_selective_state_update"), a)
 
 
-def mamba_ssm_step(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    *,
-    dt_limit: tuple[float, float] = (0.0, math.inf),
-) -> Tensor:
+@calls_like("ssd_step", takes="D z dt_bias dt_softplus")
+def mamba_ssm_step(a: Any) -> Tensor:
     """mamba_ssm's Triton kernel for one token, which takes numbers of a head as expanded views."""
     from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 
-    refuse(dt_limit != (0.0, math.inf), "limits of the step size in a step")
-    p, n = state.shape[2:]
-    return selective_state_update(
-        state,
-        x,
-        dt[..., None].expand(-1, -1, p),
-        A[:, None, None].expand(-1, p, n),
-        B,
-        C,
-        D=D if D is None or D.ndim == 2 else D[:, None].expand(-1, p),
-        z=z,
-        dt_bias=None if dt_bias is None else dt_bias[:, None].expand(-1, p),
-        dt_softplus=dt_softplus,
+    return _step(selective_state_update, a)
+
+
+def _step(update: Callable[..., Tensor], a: Any) -> Tensor:
+    p, n = a.state.shape[2:]
+
+    def expanded(t: Tensor | None) -> Tensor | None:
+        return t if t is None or t.ndim == 2 else t[:, None].expand(-1, p)
+
+    return update(
+        a.state,
+        a.x,
+        a.dt[..., None].expand(-1, -1, p),
+        a.A[:, None, None].expand(-1, p, n),
+        a.B,
+        a.C,
+        D=expanded(a.D),
+        dt_bias=expanded(a.dt_bias),
+        dt_softplus=a.dt_softplus,
+        z=a.z,
     )
 
 

@@ -5,12 +5,12 @@ What needs a GPU is written against its published signature and has not been run
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from ssmkernels.bench.peers import MAMBA_SSM, TRANSFORMERS, Peer, Setting, calls_like, refuse
+from ssmkernels.ops.ssd import external_mamba_ssm as package
 
 CHUNK = 256  # the default of Mamba-2's configurations
 
@@ -46,38 +46,43 @@ def transformers(a: Any) -> Tensor | tuple[Tensor, Tensor]:
     return y if last is None else (y, last)
 
 
+@calls_like("ssd", takes="D z dt_bias dt_softplus dt_limit chunk_size initial_state return_final_state")
+def mamba_ssm(a: Any) -> Tensor | tuple[Tensor, Tensor]:
+    """mamba_ssm's Triton kernels."""
+    y, last = package.call(a)
+    return (y, last) if a.return_final_state else y
+
+
 @calls_like("ssd_step", takes="D z dt_bias dt_softplus")
 def transformers_step(a: Any) -> Tensor:
-    """What transformers' Mamba-2 does for one token; its mixer hands it A, dt, D and the bias expanded."""
-    return _step(_unwrapped("mamba2_selective_state_update"), a)
+    """What transformers' Mamba-2 does for one token."""
+    return _unwrapped("mamba2_selective_state_update")(**_expanded(a))
 
 
 @calls_like("ssd_step", takes="D z dt_bias dt_softplus")
 def mamba_ssm_step(a: Any) -> Tensor:
-    """mamba_ssm's Triton kernel for one token, which takes numbers of a head as expanded views."""
+    """mamba_ssm's Triton kernel for one token."""
     from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 
-    return _step(selective_state_update, a)
+    arguments = _expanded(a)
+    return selective_state_update(x=arguments.pop("hidden_states"), **arguments)
 
 
-def _step(update: Callable[..., Tensor], a: Any) -> Tensor:
+def _expanded(a: Any) -> dict[str, Any]:
+    """The arguments of both, which take a head's numbers as views that are expanded over its channels and states."""
     p, n = a.state.shape[2:]
-
-    def expanded(t: Tensor | None) -> Tensor | None:
-        return t if t is None or t.ndim == 2 else t[:, None].expand(-1, p)
-
-    return update(
-        a.state,
-        a.x,
-        a.dt[..., None].expand(-1, -1, p),
-        a.A[:, None, None].expand(-1, p, n),
-        a.B,
-        a.C,
-        D=expanded(a.D),
-        dt_bias=expanded(a.dt_bias),
-        dt_softplus=a.dt_softplus,
-        z=a.z,
-    )
+    return {
+        "state": a.state,
+        "hidden_states": a.x,
+        "dt": a.dt[..., None].expand(-1, -1, p),
+        "A": a.A[:, None, None].expand(-1, p, n),
+        "B": a.B,
+        "C": a.C,
+        "D": a.D if a.D is None or a.D.ndim == 2 else a.D[:, None].expand(-1, p),
+        "z": a.z,
+        "dt_bias": None if a.dt_bias is None else a.dt_bias[:, None].expand(-1, p),
+        "dt_softplus": a.dt_softplus,
+    }
 
 
 def _unwrapped(name: str) -> Any:
@@ -89,7 +94,10 @@ def _unwrapped(name: str) -> Any:
 
 
 PEERS = {
-    "ssd": (Peer("transformers", TRANSFORMERS, transformers, "in chunks of 256 tokens, in PyTorch"),),
+    "ssd": (
+        Peer("transformers", TRANSFORMERS, transformers, "in chunks of 256 tokens, in PyTorch"),
+        Peer("mamba_ssm", MAMBA_SSM, mamba_ssm, "in float32 its products are rounded to TF32"),
+    ),
     "ssd_step": (
         Peer("transformers", TRANSFORMERS, transformers_step),
         Peer("mamba_ssm", MAMBA_SSM, mamba_ssm_step),

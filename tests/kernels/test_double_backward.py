@@ -49,13 +49,17 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"l": 4, "d": 2, "n": 2, "complex": True, "fixed": "BC"},
         {"b": 1, "l": 21, "d": 2, "n": 2, "packed": True},
     ],
+    "ssd": [
+        {"l": 4, "h": 2, "g": 1, "p": 2, "n": 2},
+        {"b": 1, "l": 21, "h": 2, "g": 1, "p": 2, "n": 2, "D": "hp", "chunk": 4, "packed": True},
+    ],
 }
 
 # PyTorch's own fused kernel has no second derivative and says so; with some masks PyTorch takes another one that has.
 MAY_REFUSE = {("attention", "sdpa"), ("decode_attention", "sdpa")}
 
 # Their backward passes are PyTorch's formulas, which follow the autocast that they run in as everywhere.
-PYTORCH_S = {("dplr_kernel", "tiled"), ("dplr_kernel", "cauchy"), ("diagonal_kernel", "tiled")}
+PYTORCH_S = {("ssd", "tiled"), ("dplr_kernel", "tiled"), ("dplr_kernel", "cauchy"), ("diagonal_kernel", "tiled")}
 
 
 def _able() -> list[Any]:

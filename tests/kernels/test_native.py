@@ -41,9 +41,13 @@ scans += [dict(complex=True, **odd), dict(complex=True, fixed="C"), dict(complex
 steps = [dict(d=37, n=7), dict(n=17), dict(n=17, complex=True), dict(n=1, complex=True)]
 convolutions = [dict(w=4, d=37, l=67), dict(w=4, d=129, l=67, b=1), dict(w=4, d=64, l=2, b=1), dict(w=7)]
 convolutions += [dict(w=3, b=1, packed=True, l=21), dict(l=0)]
+duals = [dict(b=1, l=67, h=3, p=7, n=5, g=1), dict(h=6, p=17, n=9, g=3, chunk=16, D="hp"), dict(l=0)]
+duals += [dict(b=1, packed=True, l=150, h=5, p=1, n=1, g=1)]
 cases_of = {
     "selective_scan": scans,
     "selective_scan_step": steps,
+    "ssd": duals,
+    "ssd_step": [dict(h=3, p=7, n=5, g=1), dict(p=33, n=17, D="hp")],
     "causal_conv1d": convolutions,
     "causal_conv1d_step": [dict(w=4, d=37), dict(w=1)],
     "mamba_step": [dict(b=3, m=37, d=67, n=17, r=5), dict(b=1, d=1, m=1, n=1, w=1, r=1, norm_eps=1e-5, biases=False)],

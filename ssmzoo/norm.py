@@ -1,4 +1,4 @@
-"""Normalisation before each mixer."""
+"""Normalisation before each mixer, and within some."""
 
 from __future__ import annotations
 
@@ -28,6 +28,35 @@ class RMSNorm(nn.Module):
         if x.dtype == weight.dtype:
             return cast(Tensor, rms_norm(x, weight, eps=self.eps))
         return cast(Tensor, rms_norm(x, weight.to(x.dtype), eps=self.eps)).to(weight.dtype)
+
+
+class GatedRMSNorm(nn.Module):
+    """The norm of a gated output, as in Mamba-2: norm(y · silu(z)), or norm(y) · silu(z).
+
+    Args:
+        d: channels.
+        eps: added to the mean of squares.
+        norm_before_gate: norm(y) · silu(z) rather than norm(y · silu(z)).
+        group_size: the mean is taken over groups of this many neighbouring channels.
+    """
+
+    def __init__(self, d: int, eps: float = 1e-5, norm_before_gate: bool = False, group_size: int | None = None):
+        super().__init__()
+        self.eps, self.norm_before_gate, self.group_size = eps, norm_before_gate, group_size
+        self.weight = nn.Parameter(torch.ones(d))
+
+    def forward(self, y: Tensor, gate: Tensor) -> Tensor:
+        """y and the gate ``(..., d)`` → ``(..., d)``, in y's dtype."""
+        weight = self.weight.to(y.dtype)
+        normed = rms_norm(
+            y,
+            weight,
+            eps=self.eps,
+            gate=gate.to(y.dtype),
+            norm_before_gate=self.norm_before_gate,
+            group_size=self.group_size,
+        )
+        return cast(Tensor, normed)
 
 
 class LayerNorm(nn.LayerNorm):

@@ -1,0 +1,283 @@
+"""Mamba-2 (Dao and Gu 2024, arXiv 2405.21060, section 7 and figure 6).
+
+Glossary:
+
+    b: batch    l: length    d: d_ssm, channels of the recurrence    h: heads    p: headdim, channels of a head; d = h p
+    g: ngroups, groups of heads that share B and C    n: d_state    w: d_conv, taps of the convolution
+    A, D (h): learned, the same for every token              Δ (b l h), B and C (b l g n): made from the token itself
+
+One layer, for u (b l d_model)::
+
+    z, x, B, C, δ = in_proj(u)                  (b l d), (b l d), (b l g n) twice, (b l h); z is the gate
+    x, B, C = silu(conv1d([x, B, C]))           causal, over w tokens, channel by channel
+    Δ       = softplus(δ + dt_bias)             (b l h), within dt_limit
+    h_t     = exp(Δ_t A) h_{t-1} + Δ_t x_t B_tᵀ   (b h p n), the state: A is one number for a whole head
+    y_t     = h_t C_t + D x_t                   (b l d)
+    out     = out_proj(norm(y · silu(z)))       (b l d_model)
+
+Against Mamba, Δ, B and C come from the input itself rather than from the convolution's output, so that all projections
+are one product, and A is a number for each head, which turns the scan into matrix products (:func:`ssmkernels.ssd`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ssmkernels import causal_conv1d_step, ssd, ssd_step
+from ssmzoo.bidirectional import bidirectional as both_ways
+from ssmzoo.init import inverse_softplus_of_log_uniform, wide_dtype
+from ssmzoo.linear import Linear, is_plain
+from ssmzoo.mixer import Mixer
+from ssmzoo.mixers._convolution import convolve
+from ssmzoo.norm import GatedRMSNorm
+from ssmzoo.registry import register_mixer
+from ssmzoo.state import State
+
+
+@dataclasses.dataclass
+class Mamba2State(State):
+    """What the convolution and the recurrence remember."""
+
+    conv: Tensor  # (s, d_conv - 1, d_ssm + 2 ngroups d_state), the last inputs
+    ssm: Tensor  # (s, h, p, n), float32
+
+
+class Direction(NamedTuple):
+    """The weights of the convolution and the recurrence; a second direction has its own."""
+
+    conv1d: nn.Module
+    dt_bias: Tensor  # (h)
+    A_log: Tensor  # (h)
+    D: Tensor  # (h) or (d)
+
+
+@register_mixer("mamba2")
+class Mamba2(Mixer):
+    """State-space dual: a gated linear recurrence with one decay a head, computed as matrix products.
+
+    Args:
+        d_model: width of input and output.
+        d_state: n, state size of each channel.
+        d_conv: width of the causal convolution before the recurrence.
+        expand: d_inner = expand · d_model channels inside.
+        headdim: p, channels of a head.
+        ngroups: groups of heads that share B and C.
+        d_ssm: channels of the recurrence; the other d_inner - d_ssm pass through a gated MLP beside it. All of them if
+            None.
+        dt_min, dt_max: Δ starts log-uniform between them.
+        dt_init_floor: no Δ starts below it.
+        dt_limit: the least and the most that Δ may be.
+        A_init_range: -A starts uniform in it.
+        D_has_hdim: D is a number for each channel rather than for each head.
+        rmsnorm: whether the gated output is normalised; otherwise it is gated alone.
+        norm_before_gate: whether the norm comes before the gate.
+        norm_groups: the mean of squares is taken over so many groups of channels; as many as ``ngroups`` if None.
+        norm_eps: added to the mean of squares.
+        conv_init: the convolution's weight starts uniform within ± conv_init; as PyTorch's own if None.
+        conv_bias: a bias on the convolution.
+        bias: biases on the input and output projections.
+        chunk_size: tokens of a chunk, for the implementations that work in chunks; their own choice if None. Results
+            are the same to rounding.
+        bidirectional: a second convolution and recurrence, with weights of their own, read every sequence from its end;
+            projections, gate and norm are shared, and the two outputs are added before the norm. Then it is not causal
+            and has no state.
+
+    The names of its weights and options are those of the published checkpoints; weights of the second direction end in
+    ``_b``, as in :class:`~ssmzoo.mixers.mamba.Mamba`. A (as ``A_log``), D and Δ's bias stay float32.
+    """
+
+    state_class = Mamba2State
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        d_state: int = 128,
+        d_conv: int = 4,
+        expand: float = 2,
+        headdim: int = 64,
+        ngroups: int = 1,
+        d_ssm: int | None = None,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init_floor: float = 1e-4,
+        dt_limit: tuple[float, float] = (0.0, math.inf),
+        A_init_range: tuple[float, float] = (1.0, 16.0),
+        D_has_hdim: bool = False,
+        rmsnorm: bool = True,
+        norm_before_gate: bool = False,
+        norm_groups: int | None = None,
+        norm_eps: float = 1e-5,
+        conv_init: float | None = None,
+        conv_bias: bool = True,
+        bias: bool = False,
+        chunk_size: int | None = None,
+        bidirectional: bool = False,
+    ):
+        super().__init__(d_model)
+        self.look_ahead(bidirectional)
+        self.check_at_least(1, d_state=d_state, d_conv=d_conv, headdim=headdim, ngroups=ngroups, chunk_size=chunk_size)
+        self.d_inner = round(expand * d_model)
+        if self.d_inner < 1 or self.d_inner != expand * d_model:
+            raise ValueError(f"Mamba2: `expand` · d_model must be a whole number of channels; got {expand} · {d_model}")
+        self.d_ssm = self.d_inner if d_ssm is None else d_ssm
+        if not 1 <= self.d_ssm <= self.d_inner:
+            raise ValueError(f"Mamba2: `d_ssm` must be between 1 and d_inner, {self.d_inner}; got {d_ssm}")
+        self._check_divides("headdim", headdim, self.d_ssm, "channels of the recurrence, `d_ssm`")
+        self.n_heads = self.d_ssm // headdim
+        self._check_divides("ngroups", ngroups, self.n_heads, "heads, d_ssm / `headdim`")
+        self.norm_groups = ngroups if norm_groups is None else norm_groups
+        self._check_divides("norm_groups", self.norm_groups, self.d_ssm, "channels of the recurrence, `d_ssm`")
+        if not 0 < dt_min <= dt_max:
+            raise ValueError(f"Mamba2: 0 < `dt_min` <= `dt_max` must hold; got {dt_min} and {dt_max}")
+        self.dt_limit = self._range("dt_limit", dt_limit, 0.0)
+        low, high = self._range("A_init_range", A_init_range, 0.0)
+        if low == 0 or high == math.inf:
+            raise ValueError(f"Mamba2: `A_init_range` must be finite and above 0; got {tuple(A_init_range)}")
+        self.d_state, self.d_conv, self.headdim, self.ngroups = d_state, d_conv, headdim, ngroups
+        self.chunk_size, self.D_has_hdim = chunk_size, D_has_hdim
+
+        self.d_conv_channels = self.d_ssm + 2 * ngroups * d_state  # of x, B and C
+        d_mlp = self.d_inner - self.d_ssm
+        self.splits = [d_mlp, d_mlp, self.d_ssm, self.d_conv_channels, self.n_heads]
+        self.in_proj = Linear(d_model, sum(self.splits), bias=bias)
+        dt = (dt_min, dt_max, dt_init_floor)
+        self.conv1d, self.dt_bias, self.A_log, self.D = self._new_weights(dt, low, high, conv_init, conv_bias)
+        self.norm = (
+            GatedRMSNorm(self.d_ssm, norm_eps, norm_before_gate, self.d_ssm // self.norm_groups) if rmsnorm else None
+        )
+        self.out_proj = Linear(self.d_inner, d_model, bias=bias)
+        self.float32_parameters = ("A_log", "D", "dt_bias")
+        if bidirectional:
+            self.conv1d_b, self.dt_bias_b, self.A_b_log, self.D_b = self._new_weights(
+                dt, low, high, conv_init, conv_bias
+            )
+            self.float32_parameters += ("A_b_log", "D_b", "dt_bias_b")
+        self.no_weight_decay = self.float32_parameters
+
+    def _check_divides(self, name: str, part: int, whole: int, of: str) -> None:
+        if part < 1 or whole % part:
+            raise ValueError(f"Mamba2: `{name}` must divide the {whole} {of}; got {part}")
+
+    @staticmethod
+    def _range(name: str, pair: tuple[float, float], least: float) -> tuple[float, float]:
+        numbers = len(pair) == 2 and all(isinstance(x, int | float) and not isinstance(x, bool) for x in pair)
+        if not numbers or not least <= pair[0] <= pair[1]:
+            raise ValueError(f"Mamba2: `{name}` must be (least, most) with {least:g} <= least <= most; got {pair}")
+        return float(pair[0]), float(pair[1])
+
+    def _new_weights(
+        self, dt: tuple[float, float, float], low: float, high: float, conv_init: float | None, conv_bias: bool
+    ) -> tuple[nn.Conv1d, nn.Parameter, nn.Parameter, nn.Parameter]:
+        """Fresh weights in the order of :class:`Direction`."""
+        c, h = self.d_conv_channels, self.n_heads
+        # Holds the weight and bias under their published names; the op does the convolution.
+        conv1d = nn.Conv1d(c, c, self.d_conv, groups=c, bias=conv_bias)
+        if conv_init is not None:
+            nn.init.uniform_(conv1d.weight, -conv_init, conv_init)
+        dt_bias = nn.Parameter(inverse_softplus_of_log_uniform(h, *dt))
+        A_log = nn.Parameter(torch.empty(h, dtype=wide_dtype()).uniform_(low, high).log())
+        return (
+            conv1d,
+            dt_bias,
+            A_log,
+            nn.Parameter(torch.ones(self.d_ssm if self.D_has_hdim else h, dtype=wide_dtype())),
+        )
+
+    def initial_state(self, batch_size: int, max_length: int | None = None) -> Mamba2State:
+        self.check_has_state()
+        new = self.like(wide=True).new_zeros
+        return Mamba2State(
+            conv=new(batch_size, self.d_conv - 1, self.d_conv_channels),
+            ssm=new(batch_size, self.n_heads, self.headdim, self.d_state),
+        )
+
+    def mixing_flops(self, context: int) -> float:
+        """Five a state and channel for the recurrence (decay, input, output), two a tap for the convolution; each way."""
+        one_way = 5 * self.d_ssm * self.d_state + 2 * self.d_conv * self.d_conv_channels
+        return one_way * (2 if self.bidirectional else 1)
+
+    def mix(self, x: Tensor, state: Mamba2State | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Mamba2State | None]:
+        mlp_gate, mlp, z, xBC, dt = self.in_proj(x).split(self.splits, dim=-1)
+        weights = Direction(self.conv1d, self.dt_bias, self.A_log, self.D)
+        if self.bidirectional:
+            y = self._both_ways(weights, xBC, dt, cu_seqlens)
+        elif state is not None and x.shape[1] == 1 and cu_seqlens is None and self._may_step(x):
+            y = self._step(weights, xBC[:, 0], dt[:, 0], state)[:, None]
+        else:
+            y, after = self._ssm(weights, xBC, dt, state, cu_seqlens)
+            state = None if state is None else after
+        y = y * F.silu(z) if self.norm is None else self.norm(y, z)  # (b l d)
+        if mlp.shape[-1]:
+            y = torch.cat([F.silu(mlp_gate) * mlp, y], dim=-1)  # (b l d_inner)
+        return self.out_proj(y), state
+
+    def _ssm(
+        self, w: Direction, xBC: Tensor, dt: Tensor, state: Mamba2State | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Mamba2State]:
+        """Convolution and recurrence: x, B and C (b l c), δ (b l h) → y (b l d), and the state after."""
+        conv, ssm = (None, None) if state is None else (state.conv, state.ssm)
+        xBC, conv = convolve(w.conv1d, xBC, self.d_conv, "silu", conv, cu_seqlens)
+        x, B, C = self._split(xBC)
+        y, ssm = ssd(
+            x,
+            dt.to(x.dtype),
+            -torch.exp(w.A_log),
+            B,
+            C,
+            self._skip(w.D),
+            dt_bias=w.dt_bias,
+            dt_softplus=True,
+            dt_limit=self.dt_limit,
+            chunk_size=self.chunk_size,
+            initial_state=ssm,
+            return_final_state=True,
+            cu_seqlens=cu_seqlens,
+        )
+        return rearrange(y, "b l h p -> b l (h p)"), Mamba2State(conv, ssm)
+
+    def _split(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(… c) → x (… h p), B and C (… g n)."""
+        x, B, C = xBC.split([self.d_ssm, *[self.ngroups * self.d_state] * 2], dim=-1)
+        groups = (self.ngroups, self.d_state)
+        return x.unflatten(-1, (self.n_heads, self.headdim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
+
+    def _skip(self, D: Tensor) -> Tensor:
+        return D.view(self.n_heads, self.headdim) if self.D_has_hdim else D
+
+    def _both_ways(self, weights: Direction, xBC: Tensor, dt: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """The sum of both directions: x, B and C (b l c), δ (b l h) → (b l d)."""
+        reverse = Direction(self.conv1d_b, self.dt_bias_b, self.A_b_log, self.D_b)
+        sizes = [self.d_conv_channels, self.n_heads]
+        return both_ways(
+            lambda t: self._ssm(weights, *t.split(sizes, dim=-1), None, cu_seqlens)[0],
+            lambda t: self._ssm(reverse, *t.split(sizes, dim=-1), None, cu_seqlens)[0],
+            torch.cat([xBC, dt.to(xBC.dtype)], dim=-1),
+            cu_seqlens,
+        )
+
+    # One token, whose state is updated in place.
+
+    def _may_step(self, x: Tensor) -> bool:
+        """Whether the state may be updated in place: nothing is replaced or hooked, and nobody wants gradients."""
+        return (
+            not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled(x.device.type)
+            and is_plain(self._modules["conv1d"])
+        )
+
+    def _step(self, w: Direction, xBC: Tensor, dt: Tensor, state: Mamba2State) -> Tensor:
+        """One token of :meth:`_ssm`: (b c), (b h) → (b d)."""
+        conv1d = cast(nn.Conv1d, w.conv1d)
+        xBC = causal_conv1d_step(state.conv, xBC, conv1d.weight.squeeze(1), conv1d.bias, "silu")
+        x, B, C = self._split(xBC)
+        A, D = -torch.exp(w.A_log), self._skip(w.D)
+        y = ssd_step(state.ssm, x, dt, A, B, C, D, dt_bias=w.dt_bias, dt_softplus=True, dt_limit=self.dt_limit)
+        return y.flatten(1)

@@ -63,9 +63,9 @@ def load(
     state is left as it is, unless a module draws buffers that no file holds.
 
     Args:
-        folder: what :func:`save` or a training run wrote; or a published checkpoint with a ``config.json``: Mamba-1
-            as state-spaces store it (``pytorch_model.bin``), Mamba-1 or Falcon Mamba as transformers stores it
-            (``model.safetensors``). Weights may be cut into shards, with their index beside them.
+        folder: what :func:`save` or a training run wrote; or a published checkpoint with a ``config.json``: Mamba
+            or Mamba-2 as state-spaces stores it (``pytorch_model.bin``); Mamba, Falcon Mamba or Mamba-2 as transformers
+            stores it (``model.safetensors``). Weights may be cut into shards, with their index beside them.
         device: where the weights go; PyTorch's default device if None.
         dtype: their dtype; the one they were saved in if None. What the papers keep in float32 stays there.
 

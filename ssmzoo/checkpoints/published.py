@@ -1,8 +1,9 @@
-"""Published checkpoints of Mamba and Falcon Mamba: their ``config.json``, the names of their weights, and shards."""
+"""Published checkpoints of Mamba, Falcon Mamba and Mamba-2: ``config.json``, the names of weights, and shards."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,10 +21,10 @@ def published_config(path: Path) -> ModelConfig:
     """Our config from that of a published checkpoint, of state-spaces or of transformers.
 
     Raises:
-        ValueError: it is damaged, or describes something other than Mamba-1 and Falcon Mamba.
+        ValueError: it is damaged, or describes something other than Mamba, Falcon Mamba and Mamba-2.
     """
     try:
-        given = json.loads(path.read_text())
+        given = json.loads(path.read_text(), object_hook=_number)
     except ValueError as error:
         raise ValueError(f"{path} is no valid JSON: {str(error).splitlines()[0]}") from None
     if not isinstance(given, dict):
@@ -34,20 +35,27 @@ def published_config(path: Path) -> ModelConfig:
         raise ValueError(f"{path}: the key {error} is missing") from None
     if values is None:
         raise ValueError(
-            f"{path} describes no Mamba-1, nor Falcon Mamba: other published architectures cannot be loaded"
+            f"{path} describes none of Mamba, Falcon Mamba and Mamba-2: other published architectures cannot be loaded"
         )
-    return ModelConfig.from_dict({"pattern": ["mamba"], **values}, str(path))
+    return ModelConfig.from_dict({**values, "pattern": list(values["mixers"])}, str(path))
+
+
+def _number(value: dict[str, Any]) -> Any:
+    """transformers writes infinity, which JSON lacks, as ``{"__float__": "Infinity"}``."""
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
 
 def _from_state_spaces(given: Mapping[str, Any]) -> dict[str, Any] | None:
     mixer = dict(given.get("ssm_cfg") or {})
-    if mixer.pop("layer", "Mamba1") != "Mamba1" or given.get("attn_layer_idx") or given.get("d_intermediate"):
+    kind = {"Mamba1": "mamba", "Mamba2": "mamba2"}.get(mixer.pop("layer", "Mamba1"))
+    if kind is None or given.get("attn_layer_idx") or given.get("d_intermediate"):
         return None
-    mixer.pop("use_fast_path", None)  # which of their kernels runs
+    for name in ("use_fast_path", "use_mem_eff_path", "chunk_size"):  # which of their kernels runs, and how
+        mixer.pop(name, None)
     return {
         "d_model": given["d_model"],
         "n_layers": given["n_layer"],
-        "mixers": {"mamba": mixer},
+        "mixers": {kind: mixer},
         "vocab_size": given["vocab_size"],
         "pad_vocab_size_multiple": given.get("pad_vocab_size_multiple", 8),
         "norm": "rms" if given.get("rms_norm", True) else "layer",
@@ -57,9 +65,22 @@ def _from_state_spaces(given: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _from_transformers(given: Mapping[str, Any]) -> dict[str, Any] | None:
-    if given["model_type"] not in ("mamba", "falcon_mamba") or given.get("hidden_act", "silu") != "silu":
+    kind = {"mamba": "mamba", "falcon_mamba": "mamba", "mamba2": "mamba2"}.get(given["model_type"])
+    if kind is None or given.get("hidden_act", "silu") != "silu":
         return None
     d_model = given["hidden_size"]
+    return {
+        "d_model": d_model,
+        "n_layers": given["num_hidden_layers"],
+        "mixers": {kind: (_mamba2_options if kind == "mamba2" else _mamba_options)(given, d_model)},
+        "vocab_size": given["vocab_size"],
+        "norm_eps": given.get("layer_norm_epsilon", 1e-5),
+        "residual_in_fp32": given.get("residual_in_fp32", True),
+        "tie_embeddings": given.get("tie_word_embeddings", kind == "mamba"),
+    }
+
+
+def _mamba_options(given: Mapping[str, Any], d_model: int) -> dict[str, Any]:
     expand = given.get("expand", 2)
     if "intermediate_size" in given:  # it counts: falcon-mamba-7b has 8192 of them beside an `expand` of 16
         expand = given["intermediate_size"] / d_model
@@ -73,24 +94,31 @@ def _from_transformers(given: Mapping[str, Any]) -> dict[str, Any] | None:
     }
     if given["model_type"] == "falcon_mamba":
         mixer |= {"bcdt_norm": True, "bcdt_norm_eps": given.get("mixer_rms_eps", 1e-6)}
+    return mixer
+
+
+def _mamba2_options(given: Mapping[str, Any], d_model: int) -> dict[str, Any]:
+    least, most = given.get("time_step_limit", (0.0, math.inf))
     return {
-        "d_model": d_model,
-        "n_layers": given["num_hidden_layers"],
-        "mixers": {"mamba": mixer},
-        "vocab_size": given["vocab_size"],
+        "d_state": given.get("state_size", 128),
+        "d_conv": given.get("conv_kernel", 4),
+        "expand": given.get("expand", 2),
+        "headdim": given.get("head_dim", 64),
+        "ngroups": given.get("n_groups", 8),
+        "dt_limit": (float(least), float(most)),
         "norm_eps": given.get("layer_norm_epsilon", 1e-5),
-        "residual_in_fp32": given.get("residual_in_fp32", True),
-        "tie_embeddings": given.get("tie_word_embeddings", True),
+        "conv_bias": given.get("use_conv_bias", True),
+        "bias": given.get("use_bias", False),
     }
 
 
 def convert_mamba_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Renames the weights of a published Mamba to ours; the tensors are the same.
+    """Renames the weights of a published Mamba or Mamba-2 to ours; the tensors are the same.
 
     Args:
         state_dict: of a state-spaces checkpoint (``backbone.embedding.weight``), or of transformers'
-            ``MambaForCausalLM``, ``MambaModel`` or their Falcon Mamba twins (``backbone.embeddings.weight``,
-            ``embeddings.weight``).
+            ``MambaForCausalLM``, ``MambaModel`` or their twins of Falcon Mamba and Mamba-2
+            (``backbone.embeddings.weight``, ``embeddings.weight``).
 
     Raises:
         ValueError: keys of another kind of model, the first of them by name.

@@ -200,7 +200,7 @@ class Mamba2(Mixer):
         )
 
     def mixing_flops(self, context: int) -> float:
-        """Five a state and channel for the recurrence (decay, input, output), two a tap for the convolution; each way."""
+        """Five a state and channel for the recurrence, two a tap for the convolution; each way."""
         one_way = 5 * self.d_ssm * self.d_state + 2 * self.d_conv * self.d_conv_channels
         return one_way * (2 if self.bidirectional else 1)
 

@@ -5,11 +5,9 @@ import torch
 
 import ssmzoo
 from ssmzoo.pretrained import convert_mamba_state_dict
+from tests.ssmzoo.parity import close, same_gradients, share_weights
 
 transformers = pytest.importorskip("transformers", reason="needs transformers, the other implementation")
-
-# Ours and theirs round differently: relative to a tensor's largest value.
-TOLERANCE = 1e-4
 
 ODD = {"d_state": 8, "d_conv": 3, "conv_bias": False, "bias": True, "expand": 1, "dt_rank": 5}
 FALCON = {"bcdt_norm": True}
@@ -52,22 +50,8 @@ def pair(d_model, n_layers, vocab_size, *, tied=True, **options):
             "tie_embeddings": tied,
         }
     ).eval()
-    # Our published start, with biases and norms moved so that they matter; theirs starts five times larger.
-    with torch.no_grad():
-        for name, parameter in ours.named_parameters():
-            if "norm" in name or name.endswith(("conv1d.bias", "proj.bias", ".D")):
-                parameter.add_(0.1 * torch.randn_like(parameter))
-        converted = convert_mamba_state_dict(theirs.state_dict())  # shares their memory
-        for name, value in ours.state_dict().items():
-            converted[name].copy_(value)
+    share_weights(theirs, ours)
     return theirs, ours
-
-
-def close(what, actual, expected):
-    size = expected.abs().max()
-    assert size > 0, f"{what} is 0 throughout"
-    off = (actual - expected).abs().max() / size
-    assert off <= TOLERANCE, f"{what} is off by {off:.1e} of its largest value"
 
 
 @pytest.mark.parametrize("options", SETTINGS)
@@ -76,14 +60,7 @@ def test_logits_and_gradients(options):
     ids = torch.randint(0, 50, (2, 19))
     a, b = theirs(ids).logits, ours(ids)
     close("the logits", b, a)
-    weight = torch.randn(a.shape)
-    (a * weight).sum().backward()
-    (b * weight).sum().backward()
-    expected = convert_mamba_state_dict({n: p.grad for n, p in theirs.named_parameters() if p.grad is not None})
-    found = dict(ours.named_parameters())
-    assert set(expected) == set(found)
-    for name, parameter in found.items():
-        close(f"the gradient of {name}", parameter.grad, expected[name])
+    same_gradients(theirs, ours, a, b)
 
 
 def test_an_untied_head_has_a_gradient_of_its_own():

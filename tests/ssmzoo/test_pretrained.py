@@ -167,18 +167,21 @@ def original_checkpoint(model, folder, **config):
     (folder / "config.json").write_text(json.dumps(given | config))
 
 
-def test_an_original_checkpoint(tmp_path):
-    model = tiny(pad_vocab_size_multiple=8, residual_in_fp32=True)
-    original_checkpoint(model, tmp_path)
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+def test_an_original_checkpoint(tmp_path, kind):
+    options = {"d_state": 4} if kind == "mamba" else {"d_state": 4, "headdim": 8, "ngroups": 2, "D_has_hdim": True}
+    layer = {} if kind == "mamba" else {"layer": "Mamba2", "chunk_size": 256}
+    model = tiny(pattern=[kind], mixers={kind: options}, pad_vocab_size_multiple=8, residual_in_fp32=True)
+    original_checkpoint(model, tmp_path, ssm_cfg=options | layer)
     loaded = pretrained.load(tmp_path)
     assert loaded.config == model.config
     assert same_weights(model, loaded)
 
 
 def test_original_checkpoints_of_other_architectures(tmp_path):
-    for other in ({"ssm_cfg": {"layer": "Mamba2"}}, {"attn_layer_idx": [1]}, {"d_intermediate": 64}):
+    for other in ({"ssm_cfg": {"layer": "Mamba3"}}, {"attn_layer_idx": [1]}, {"d_intermediate": 64}):
         original_checkpoint(tiny(), tmp_path, **other)
-        with pytest.raises(ValueError, match=r"config\.json describes no Mamba-1"):
+        with pytest.raises(ValueError, match=r"config\.json describes none of Mamba, Falcon Mamba and Mamba-2"):
             pretrained.load(tmp_path)
     (tmp_path / "config.json").write_text('{"vocab_size": 20}')
     with pytest.raises(ValueError, match=r"config\.json: the key 'd_model' is missing"):

@@ -79,10 +79,12 @@ void block_forward(const SsdArguments& a, const Sequence& s, const Block& heads,
         w.shared.read(a, s, t, heads.group, w.panel);
         for (int64_t h = 0; h < heads.heads; ++h) {
             S* state = w.factors + h * w.factor;
-            const int64_t segment = s.first_segment + chunk / kSegment, head = heads.first + h;
-            if (a.starts && chunk % kSegment == 0)
-                memcpy(static_cast<S*>(a.starts) + (segment * a.heads + head) * a.n * round_up(a.p, 16), state,
-                       sizeof(S) * static_cast<size_t>(size));
+            const int64_t head = heads.first + h;
+            if (a.starts && chunk % kSegment == 0) {
+                S* kept = static_cast<S*>(a.starts) + start_of(a, s, chunk / kSegment, head);
+                for (int64_t j = 0; j < a.n; ++j)
+                    memcpy(kept + j * a.p, state + j * width, sizeof(S) * static_cast<size_t>(a.p));
+            }
             w.advance(a, s, t, head, state, w.D + h * width, Next::of(heads, h, 1));
         }
     }

@@ -21,7 +21,7 @@ struct SsdArguments {
     const void *A, *B, *C, *D, *dt_bias;        // S: (h), (b l g n), likewise, (h skip) or null, (h) or null
     const void* initial;                        // S: (s h p n) or null
     const int32_t* cu_seqlens;                  // (s + 1) or null
-    void *y, *final_state, *starts;             // (b l h p); S: (s h p n); (segments h n p), p in lines, or null
+    void *y, *final_state, *starts;             // (b l h p); S: (s h p n); (segments h n p) or null
     int64_t dtype, sequences, length, heads, p, n, groups, skip, softplus, chunk, threads;
     int64_t x_batch, x_time, z_batch, z_time, dt_batch, dt_time, B_batch, B_time, C_batch, C_time;
     double dt_least, dt_most;
@@ -47,6 +47,11 @@ inline Sequence sequence(const SsdArguments& a, int64_t i) {
     if (!a.cu_seqlens) return {i, i, 0, a.length, i * ceil_div(a.length, tokens)};
     const int64_t start = a.cu_seqlens[i], end = a.cu_seqlens[i + 1];
     return {i, 0, start, end - start, start / tokens + i};  // at most length / tokens + 1 each: none overlap
+}
+
+// Where a head's state before a segment of its sequence is kept.
+inline int64_t start_of(const SsdArguments& a, const Sequence& s, int64_t segment, int64_t head) {
+    return ((s.first_segment + segment) * a.heads + head) * a.n * a.p;
 }
 
 // A block of heads of one group; `part` is its number within the group.

@@ -15,7 +15,7 @@ from ssmkernels.ops.ssd.cpu_backward import backward
 
 __all__ = ["SAVES", "backward", "empty", "forward", "missing", "unsupported"]
 
-SAVES = ("starts",)  # the states before every fourth chunk, (segments h n p) with p in whole lines
+SAVES = ("starts",)  # the states before every fourth chunk, (segments h n p)
 
 
 def unsupported(a: Any) -> str | None:
@@ -35,7 +35,7 @@ def forward(a: Any, save: bool) -> tuple[Tensor, Tensor, Tensor]:
 def empty(a: Any, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     y, final_state = a.declared.outputs(a)
     _, _, heads, p = a.x.shape
-    shape = (segments(a) if save else 0, heads, a.B.shape[3], -(-p // 16) * 16)
+    shape = (segments(a) if save else 0, heads, a.B.shape[3], p)
     # Packed, some segments belong to no sequence
     starts = a.x.new_zeros if save and a.cu_seqlens is not None else a.x.new_empty
     return y, final_state, starts(shape, dtype=precision(a.x))

@@ -16,6 +16,7 @@ void block_backward(const SsdBackwardArguments& b, const Sequence& s, const Bloc
     const int64_t width = w.width, pairs = a.chunk * a.chunk, maps = a.n * a.chunk;
     const auto clear = [](S* p, int64_t count) { memset(p, 0, sizeof(S) * static_cast<size_t>(count)); };
     clear(w.dstates, kBlock * w.size);
+    clear(w.states, kBlock * kSegment * w.size);
     clear(w.dD, kBlock * width);
     for (int64_t h = 0; h < heads.heads; ++h) {
         const int64_t head = heads.first + h;
@@ -30,8 +31,9 @@ void block_backward(const SsdBackwardArguments& b, const Sequence& s, const Bloc
         const int64_t first = segment * kSegment, count = minimum(kSegment, chunks - first);
         for (int64_t h = 0; h < heads.heads; ++h) {
             const int64_t head = heads.first + h;
-            const int64_t kept = ((s.first_segment + segment) * a.heads + head) * a.n * round_up(a.p, 16);
-            memcpy(w.state(h, 0), at<S>(a.starts, kept), sizeof(S) * static_cast<size_t>(a.n * width));
+            const S* kept = at<S>(a.starts, start_of(a, s, segment, head));
+            for (int64_t j = 0; j < a.n; ++j)
+                memcpy(w.state(h, 0) + j * width, kept + j * a.p, sizeof(S) * static_cast<size_t>(a.p));
             w.run_ahead(a, s, first, count, head, h);
         }
         for (int64_t k = count - 1; k >= 0; --k) {

@@ -13,6 +13,7 @@ struct RecurrenceArguments {
     const void *a, *b, *initial;  // T or S: (b l d), or (d) where it is fixed, with strides of 0; T: (b l d); S: (s d) or null
     const int32_t* cu_seqlens;    // (s + 1) or null
     void *h, *states, *final_state;  // T: (b l d); S: (b l d) where the backward pass needs it, or null; S: (s d)
+    // log_a: a holds logarithms, of complex numbers their exponentials, and the gradient is that of logarithms
     int64_t dtype, a_wide, is_complex, log_a, fixed, sequences, length, d, threads;
     int64_t a_batch, a_time, b_batch, b_time;
 };

@@ -49,9 +49,7 @@ def backward(a: Any, saved: Any, grads: Any) -> dict[str, Any]:
     fields |= {"dh_batch": numbers * dh.stride(0), "dh_time": numbers * dh.stride(1)}
     native.run("linear_recurrence_backward", fields)
     if fixed:
-        da = da.sum(0)
-    if a.log_a and not fields["log_a"]:
-        da = da * decay.conj()
+        da = da.sum(0) * decay.conj() if a.log_a else da.sum(0)
     return {
         "a": da if a.a.is_complex() or not da.is_complex() else da.real,
         "b": db,
@@ -62,14 +60,13 @@ def backward(a: Any, saved: Any, grads: Any) -> dict[str, Any]:
 def _fields(a: Any) -> tuple[dict[str, int], list[Any]]:
     """The kernel's arguments except the outputs, and the tensors that they point into: decay, b, state, borders.
 
-    The kernel takes logarithms of a real, varying decay alone; of others they are taken here.
+    Of logarithms the kernel takes the exponential of real ones alone, and none of a fixed decay.
     """
     wide, b = precision(a.b), rows(a.b.resolve_conj())
     fixed, numbers = a.a.ndim == 1, 2 if b.is_complex() else 1
     decay = a.a.to(wide) if fixed and not a.a.is_complex() else a.a.resolve_conj()
-    in_kernel = a.log_a and not fixed and not decay.is_complex() and not b.is_complex()
-    if a.log_a and not in_kernel:
-        decay = torch.exp(decay)
+    if a.log_a and (fixed or b.is_complex()):
+        decay = _exp(decay)
     if b.is_complex():
         decay = decay.to(b.dtype)
     decay = decay.contiguous() if fixed else rows(decay)
@@ -84,7 +81,7 @@ def _fields(a: Any) -> tuple[dict[str, int], list[Any]]:
         "dtype": int(wide == torch.float64) if b.is_complex() else native.DTYPES[b.dtype],
         "a_wide": decay.dtype != b.dtype,
         "is_complex": b.is_complex(),
-        "log_a": in_kernel,
+        "log_a": a.log_a and not fixed,
         "fixed": fixed,
         "sequences": b.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1,
         "length": b.shape[1],
@@ -96,3 +93,11 @@ def _fields(a: Any) -> tuple[dict[str, int], list[Any]]:
         "b_time": numbers * b.stride(1),
     }
     return fields, [decay, b, initial, cu_seqlens]
+
+
+def _exp(x: Tensor) -> Tensor:
+    """torch.exp; of complex numbers with the same bits wherever they lie in memory, which torch.exp does not give."""
+    if not x.is_complex():
+        return torch.exp(x)
+    size = torch.exp(x.real)
+    return torch.complex(size * torch.cos(x.imag), size * torch.sin(x.imag))

@@ -85,8 +85,13 @@ void complex_block(const RecurrenceBackwardArguments& args, int64_t sequence, in
         S* slope = fixed ? sum : da + t * numbers;
         for (int64_t c = 0; c < count; c += 2) {
             const S real = incoming[c] + carry[c], imaginary = incoming[c + 1] + carry[c + 1];
-            const S slope_real = real * before[c] + imaginary * before[c + 1];
-            const S slope_imaginary = imaginary * before[c] - real * before[c + 1];
+            S slope_real = real * before[c] + imaginary * before[c + 1];
+            S slope_imaginary = imaginary * before[c] - real * before[c + 1];
+            if (f.log_a) {
+                const S along = slope_real * now[c] + slope_imaginary * now[c + 1];
+                slope_imaginary = slope_imaginary * now[c] - slope_real * now[c + 1];
+                slope_real = along;
+            }
             db[t * numbers + c] = real;
             db[t * numbers + c + 1] = imaginary;
             slope[c] = fixed ? slope[c] + slope_real : slope_real;

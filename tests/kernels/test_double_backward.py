@@ -39,6 +39,12 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"l": 6, "d": 2, "l_k": 4, "l_r": 3, "gate": True},
         {"b": 1, "l": 21, "d": 2, "packed": True, "l_k": 4, "gate": True},
     ],
+    "linear_recurrence": [
+        {"l": 4, "d": 2},
+        {"l": 4, "d": 2, "fixed": True, "log": True},
+        {"l": 4, "d": 2, "complex": True, "decay": "complex", "log": True},
+        {"b": 1, "l": 21, "d": 2, "packed": True, "log": True},
+    ],
     "rms_norm": [
         {"shape": (2, 3, 4)},
         {"shape": (2, 3, 4), "before": False, "group_size": 2},

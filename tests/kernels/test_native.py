@@ -43,11 +43,14 @@ convolutions = [dict(w=4, d=37, l=67), dict(w=4, d=129, l=67, b=1), dict(w=4, d=
 convolutions += [dict(w=3, b=1, packed=True, l=21), dict(l=0)]
 duals = [dict(b=1, l=67, h=3, p=7, n=5, g=1), dict(h=6, p=17, n=9, g=3, chunk=16, D="hp"), dict(l=0)]
 duals += [dict(b=1, packed=True, l=150, h=5, p=1, n=1, g=1)]
+recurrences = [dict(l=9, d=261), dict(b=1, packed=True, l=21, fixed=True), dict(l=0), dict(log=True, weights="float32")]
+recurrences += [dict(complex=True, decay="complex", d=133, log=True)]
 cases_of = {
     "selective_scan": scans,
     "selective_scan_step": steps,
     "ssd": duals,
     "ssd_step": [dict(h=3, p=7, n=5, g=1), dict(p=33, n=17, D="hp")],
+    "linear_recurrence": recurrences,
     "causal_conv1d": convolutions,
     "causal_conv1d_step": [dict(w=4, d=37), dict(w=1)],
     "mamba_step": [dict(b=3, m=37, d=67, n=17, r=5), dict(b=1, d=1, m=1, n=1, w=1, r=1, norm_eps=1e-5, biases=False)],

@@ -27,7 +27,7 @@ def _check(name: str, sizes: dict[str, int], b: Tensor, a: Tensor, **others: Any
     returns={"h": "b l d: b", "final_state": "s d: b sums if return_final_state"},
     own="a b initial_state",
     check=_check,
-    implementations=("cpu", "reference"),
+    implementations=("triton", "cpu", "reference"),
 )
 def linear_recurrence(
     a: Tensor,

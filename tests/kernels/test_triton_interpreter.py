@@ -119,6 +119,18 @@ FFT = [
     {"gate": True, "l": 400, "l_k": 400, "b": 1, "d": 2, "packed": True, "D": False},
     {"gate": True, "layout": "strided", "d": 2, "b": 1},
 ]
+RECURRENCE = [
+    {"l": 9, "d": 70},
+    {"l": 0},
+    {"fixed": True, "log": True, "state": False},
+    {"log": True, "resets": True},
+    {"complex": True, "decay": "complex", "log": True, "l": 9},
+    {"complex": True, "decay": "complex", "fixed": True},
+    {"complex": True, "fixed": True, "layout": "strided"},
+    {"b": 1, "packed": True, "l": 21, "log": True, "resets": True},
+    {"weights": "float32", "fixed": True},
+    {"layout": "far", "b": 1, "l": 7, "d": 2},
+]
 STEP = [{}, {"g": 3}, {"n": 17}, {"D": False, "z": False}, {"bias": False, "softplus": False}, {"layout": "strided"}]
 
 # All rows in float32; in bfloat16 those that reach what depends on the dtype; in the others one of these.
@@ -139,6 +151,8 @@ CASES = [
     ("fft_conv", "float32", FFT),
     ("fft_conv", "bfloat16", [*FFT[3:5], {"weights": "float32", "d": 1}, FFT[-4]]),
     ("fft_conv", "float16", [{"weights": "float32", "d": 1}]),
+    ("linear_recurrence", "float32", RECURRENCE),
+    ("linear_recurrence", "bfloat16,float16,float64", RECURRENCE[-2:-1]),
     ("selective_scan", "float32", SCAN),
     ("selective_scan", "bfloat16", [SCAN[0], SCAN[9]]),
     ("selective_scan", "float16,float64", SCAN[9:10]),

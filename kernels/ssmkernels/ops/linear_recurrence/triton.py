@@ -56,7 +56,7 @@ def backward(a: Any, saved: Any, grads: Any) -> dict[str, Any]:
 
 def _fields(a: Any) -> tuple[dict[str, Any], int]:
     """What both kernels take, and how many programs there are."""
-    decay = _numbers(a.a)
+    decay = _numbers(torch.exp(a.a) if a.log_a and a.a.is_complex() else a.a)
     s = a.b.shape[0] if a.cu_seqlens is None else a.cu_seqlens.shape[0] - 1
     blocks = -(-a.b.shape[2] // OPTIONS["BLOCK_D"])
     fixed = a.a.ndim == 1

@@ -4,7 +4,8 @@ A program holds the states of ``BLOCK_D`` channels in registers and walks one se
 inputs of all ``T`` are loaded before any of them is used. Steps beyond a sequence's end have a = 1 and b = 0.
 
 Complex tensors come as real ones of twice as many numbers, real and imaginary parts by turns; strides count numbers.
-What is absent is None, offsets are 64-bit, and all that is written is contiguous.
+With LOG, a holds logarithms; of complex ones the exponentials, as sine and cosine would spill registers. What is
+absent is None, offsets are 64-bit, and all that is written is contiguous.
 """
 
 # mypy: disable-error-code="assignment"
@@ -33,20 +34,9 @@ def rows(x, x_time, here, first, steps, other, T: tl.constexpr, WIDE: tl.constex
     """``T`` rows (BLOCK_D) from step ``first`` on; ``other`` before step 0 and beyond the end."""
     found = ()
     for i in tl.static_range(T):
-        t = first + i
+        t = tl.cast(first, tl.int64) + i
         found = found + (tl.load(x + t * x_time, mask=here & (t >= 0) & (t < steps), other=other).to(WIDE),)
     return found
-
-
-@triton.jit
-def decay(real, imaginary, LOG: tl.constexpr, COMPLEX: tl.constexpr):
-    """The parts of a from those of a or of its logarithm."""
-    if LOG:
-        size = tl.exp(real)
-        if COMPLEX:
-            return size * tl.cos(imaginary), size * tl.sin(imaginary)
-        return size, imaginary
-    return real, imaginary
 
 
 @triton.jit(do_not_specialize=["length", "d_blocks"])
@@ -88,25 +78,28 @@ def forward(
         if COMPLEX:
             imaginary += tl.load(initial + at + 1, mask=here, other=0.0)
     for first in range(0, steps, T):
-        a_real = rows(a, a_time, here, first, steps, 0.0 if LOG else 1.0, T, WIDE)
+        a_real = rows(a, a_time, here, first, steps, 0.0 if LOG and not COMPLEX_A else 1.0, T, WIDE)
         b_real = rows(b, b_time, here, first, steps, 0.0, T, WIDE)
         if COMPLEX:
             b_imaginary = rows(b + 1, b_time, here, first, steps, 0.0, T, WIDE)
         if COMPLEX_A:
             a_imaginary = rows(a + 1, a_time, here, first, steps, 0.0, T, WIDE)
         for i in tl.static_range(T):
-            alpha, beta = decay(a_real[i], a_imaginary[i] if COMPLEX_A else 0.0, LOG, COMPLEX_A)
+            alpha = a_real[i]
             if COMPLEX_A:
+                beta = a_imaginary[i]
                 real, imaginary = (
                     alpha * real - beta * imaginary + b_real[i],
                     alpha * imaginary + beta * real + b_imaginary[i],
                 )
             else:
+                if LOG:
+                    alpha = tl.exp(alpha)
                 real = alpha * real + b_real[i]
                 if COMPLEX:
                     imaginary = alpha * imaginary + b_imaginary[i]
             inside = here & (first + i < steps)
-            to = out + (first + i) * d * PARTS
+            to = out + (tl.cast(first, tl.int64) + i) * d * PARTS
             tl.store(h + to, real, mask=inside)
             if states is not None:
                 tl.store(states + to, real, mask=inside)
@@ -172,7 +165,7 @@ def backward(
     chunks = (steps + T - 1) // T
     for chunk in range(chunks):
         first = (chunks - 1 - chunk) * T
-        a_real = rows(a, a_time, here, first, steps, 0.0 if LOG else 1.0, T, WIDE)
+        a_real = rows(a, a_time, here, first, steps, 0.0 if LOG and not COMPLEX_A else 1.0, T, WIDE)
         d_real = rows(dh, dh_time, here, first, steps, 0.0, T, WIDE)
         h_real = rows(states, d * PARTS, here, first - 1, steps, 0.0, T, WIDE)
         if COMPLEX:
@@ -180,11 +173,10 @@ def backward(
             h_imaginary = rows(states + 1, d * PARTS, here, first - 1, steps, 0.0, T, WIDE)
         if COMPLEX_A:
             a_imaginary = rows(a + 1, a_time, here, first, steps, 0.0, T, WIDE)
-        for j in tl.static_range(T):
-            i: tl.constexpr = T - 1 - j
-            t = first + i
+        for i in tl.static_range(T - 1, -1, -1):
+            t = tl.cast(first, tl.int64) + i
             inside = here & (t < steps)
-            alpha, beta = decay(a_real[i], a_imaginary[i] if COMPLEX_A else 0.0, LOG, COMPLEX_A)
+            alpha = a_real[i]
             real += d_real[i]
             h_r = tl.where(t == 0, start_real, h_real[i])
             slope_real = real * h_r
@@ -196,6 +188,7 @@ def backward(
             if COMPLEX:
                 tl.store(db + (out + t * d) * PARTS + 1, imaginary, mask=inside)
             if COMPLEX_A:
+                beta = a_imaginary[i]
                 slope_imaginary = imaginary * h_r - real * h_i
                 if LOG:
                     slope_real, slope_imaginary = (
@@ -205,6 +198,7 @@ def backward(
                 real, imaginary = alpha * real + beta * imaginary, alpha * imaginary - beta * real
             else:
                 if LOG:
+                    alpha = tl.exp(alpha)
                     slope_real = slope_real * alpha
                 real = alpha * real
                 if COMPLEX:

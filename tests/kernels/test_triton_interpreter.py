@@ -121,9 +121,7 @@ FFT = [
 ]
 RECURRENCE = [
     {"l": 9, "d": 70},
-    {"l": 0},
     {"fixed": True, "log": True, "state": False},
-    {"log": True, "resets": True},
     {"complex": True, "decay": "complex", "log": True, "l": 9},
     {"complex": True, "decay": "complex", "fixed": True},
     {"complex": True, "fixed": True, "layout": "strided"},

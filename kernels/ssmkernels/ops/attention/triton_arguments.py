@@ -19,10 +19,13 @@ def values(a: Any) -> dict[str, Any]:
     """What all kernels that meet tiles take, but for the tiles' own places and lists."""
     (l, h, k_size), (m, h_kv, v_size) = a.q.shape[1:], a.v.shape[1:]
     soft = a.softcap > 0
-    found = {
+    return {
         "q": a.q,
         "k": a.k,
         "v": a.v,
+        "q_strides": a.q.stride(),
+        "k_strides": a.k.stride(),
+        "v_strides": a.v.stride(),
         "slopes": None if a.alibi_slopes is None else a.alibi_slopes.contiguous(),
         "cu_seqlens": None if a.cu_seqlens is None else a.cu_seqlens.contiguous(),
         "cu_seqlens_k": None if a.cu_seqlens_k is None else a.cu_seqlens_k.contiguous(),
@@ -43,12 +46,6 @@ def values(a: Any) -> dict[str, Any]:
         "BLOCK_K": max(16, next_power_of_2(k_size)),
         "BLOCK_V": max(16, next_power_of_2(v_size)),
     }
-    return found | strides("q", a.q) | strides("k", a.k) | strides("v", a.v)
-
-
-def strides(name: str, x: Tensor) -> dict[str, int]:
-    """In elements, by the kernels' names."""
-    return {f"{name}_{axis}": s for axis, s in zip(("batch", "position", "head", "step"), x.stride(), strict=True)}
 
 
 def query_lists(a: Any) -> dict[str, Any]:

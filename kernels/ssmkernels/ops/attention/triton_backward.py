@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ssmkernels.core.triton_support import kernels, next_power_of_2, on_device_of
 from ssmkernels.core.validate import precision
-from ssmkernels.ops.attention.triton_arguments import key_lists, options, places, query_lists, strides, values
+from ssmkernels.ops.attention.triton_arguments import key_lists, options, places, query_lists, values
 
 HEADS = 4  # of a group, for whose keys one program sums; more are parts
 
@@ -18,7 +18,7 @@ def backward(a: Any, saved: Any, grads: Any) -> dict[str, Tensor | None]:
     dout, lse = grads.out, saved.lse
     dlse = None if grads.lse is None else grads.lse.contiguous()
     tops, delta = _row_sums(saved.out, lse, dout, dlse)
-    shared = values(a) | {"dout": dout, "tops": tops, "delta": delta, "scale": a.scale, **strides("dout", dout)}
+    shared = values(a) | {"dout": dout, "tops": tops, "delta": delta, "scale": a.scale, "dout_strides": dout.stride()}
     with on_device_of(a.q):
         dq, dslopes = _queries_backward(a, shared, dlse, "alibi_slopes" in grads.wanted)
         dk, dv = _keys_backward(a, shared)
@@ -44,7 +44,7 @@ def _row_sums(out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> tu
                 dlse=dlse,
                 tops=tops,
                 delta=delta,
-                **strides("dout", dout),
+                dout_strides=dout.stride(),
                 l=l,
                 H=h,
                 V=v_size,

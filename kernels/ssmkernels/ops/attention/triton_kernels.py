@@ -18,17 +18,7 @@ import triton
 import triton.language as tl
 
 from ssmkernels.ops.attention.triton_keys_kernels import keys_backward
-from ssmkernels.ops.attention.triton_pieces import (
-    blocks_at,
-    entries_met,
-    hide,
-    hide_unlisted,
-    logits,
-    reach,
-    take,
-    tile_of,
-    tiles_met,
-)
+from ssmkernels.ops.attention.triton_pieces import at_head, indices, logits, own_side, take, tile_of, visible, work
 from ssmkernels.ops.attention.triton_queries_kernels import queries_backward, row_sums
 
 __all__ = ["forward", "keys_backward", "queries_backward", "row_sums"]
@@ -54,18 +44,9 @@ def forward(
     listed,
     patterns,
     bits,
-    q_batch,
-    q_position,
-    q_head,
-    q_step,
-    k_batch,
-    k_position,
-    k_head,
-    k_step,
-    v_batch,
-    v_position,
-    v_head,
-    v_step,
+    q_strides,
+    k_strides,
+    v_strides,
     offsets_head,
     l,
     m,
@@ -94,17 +75,12 @@ def forward(
     start, stop, _, end, begin_k, end_k = tile_of(number, owners, starts, cu_seqlens, cu_seqlens_k, l, m, MASK_Q, ROWS)
     if start >= stop:
         return
-    i = start + tl.arange(0, ROWS)
-    p = i + end_k - end
-    first, last = start + end_k - end, stop - 1 + end_k - end
-    any_low, any_high, whole_low, whole_high = reach(first, last, begin_k, end_k, left, right)
-    low, high, _, _ = reach(p, p, begin_k, end_k, left, right)
+    i, p, low, high, met = own_side(start, stop, end_k - end, begin_k, end_k, left, right, ROWS)
     across_k, across_v = tl.arange(0, BLOCK_K)[None, :], tl.arange(0, BLOCK_V)[None, :]
-    head_k = head // GROUP
-    q += batch * q_batch + head.to(tl.int64) * q_head + across_k.to(tl.int64) * q_step
-    k += batch * k_batch + head_k.to(tl.int64) * k_head + across_k.to(tl.int64) * k_step
-    v += batch * v_batch + head_k.to(tl.int64) * v_head + across_v.to(tl.int64) * v_step
-    queries = take(q, i, q_position, start, stop, K, BLOCK_K, True)
+    q = at_head(q, q_strides, batch, head, across_k)
+    k = at_head(k, k_strides, batch, head // GROUP, across_k)
+    v = at_head(v, v_strides, batch, head // GROUP, across_v)
+    queries = take(q, i, q_strides[1], start, stop, K, BLOCK_K, True)
     slope = None
     if slopes is not None:
         slope = tl.load(slopes + head).to(tl.float32) * LOG2E
@@ -116,34 +92,18 @@ def forward(
     own = tl.zeros((ROWS, BLOCK_V), tl.float32)
     if MASK_Q:
         offsets += head * offsets_head + start // MASK_Q
-        entry, count = entries_met(offsets, listed, any_low, any_high, m, MASK_K)
-        listed, patterns = listed + entry, patterns + entry
-        a, b, c, d = 0, 0, 0, tl.cdiv(count * MASK_K, COLUMNS)
-    else:
-        a, b, c, d = tiles_met(any_low, any_high, whole_low, whole_high, begin_k, COLUMNS)
+    entry, count, a, b, c, d = work(offsets, listed, met, begin_k, m, MASK_K, COLUMNS)
     for GUARDED in tl.static_range(MASK_Q > 0, 2):
         for n in range(a if GUARDED else b, d - (c - b) if GUARDED else c):
-            if MASK_Q:
-                j, pattern, cut, partial = blocks_at(
-                    listed, patterns, n * COLUMNS, count, whole_low, whole_high, MASK_K, COLUMNS
-                )
-            else:
-                n = tl.where(n < b, n, n + c - b) if GUARDED else n
-                j = begin_k + (n ^ zero) * COLUMNS + tl.arange(0, COLUMNS)
-            keys = take(k, j, k_position, begin_k, end_k, K, BLOCK_K, GUARDED)
+            j, listing = indices(listed, patterns, entry, count, met, n, b, c, begin_k, zero, GUARDED, MASK_K, COLUMNS)
+            keys = take(k, j, k_strides[1], begin_k, end_k, K, BLOCK_K, GUARDED)
             product = tl.dot(queries, tl.trans(keys), input_precision="ieee")
             s = logits(product, p[:, None] - j[None, :], slope, factor, cap, SOFTCAP)[0]
-            if MASK_Q:
-                if cut:
-                    s = hide(s, j[None, :], low[:, None], high[:, None])
-                if partial:
-                    s = hide_unlisted(s, bits, pattern, i[:, None], j[None, :], MASK_Q, MASK_K)
-            elif GUARDED:
-                s = hide(s, j[None, :], low[:, None], high[:, None])
+            s = visible(s, j, low, high, listing, bits, i[:, None], j[None, :], GUARDED, MASK_Q, MASK_K)
             higher = tl.maximum(top, tl.max(s, axis=1))
             weights, decay = tl.exp2(s - higher[:, None]), tl.exp2(top - higher)
             total = total * decay + tl.sum(weights, axis=1)
-            values = take(v, j, v_position, begin_k, end_k, V, BLOCK_V, GUARDED)
+            values = take(v, j, v_strides[1], begin_k, end_k, V, BLOCK_V, GUARDED)
             own = tl.dot(weights.to(values.dtype), values, own * decay[:, None], input_precision="ieee")
             top = higher
     i = (start ^ zero) + tl.arange(0, ROWS)

@@ -8,17 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ssmkernels.ops.attention.triton_pieces import (
-    blocks_at,
-    entries_met,
-    hide,
-    hide_unlisted,
-    logits,
-    reach,
-    take,
-    tile_of,
-    tiles_met,
-)
+from ssmkernels.ops.attention.triton_pieces import at_head, indices, logits, own_side, take, tile_of, visible, work
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -42,22 +32,10 @@ def keys_backward(
     listed,
     patterns,
     bits,
-    q_batch,
-    q_position,
-    q_head,
-    q_step,
-    k_batch,
-    k_position,
-    k_head,
-    k_step,
-    v_batch,
-    v_position,
-    v_head,
-    v_step,
-    dout_batch,
-    dout_position,
-    dout_head,
-    dout_step,
+    q_strides,
+    k_strides,
+    v_strides,
+    dout_strides,
     offsets_head,
     l,
     m,
@@ -96,59 +74,39 @@ def keys_backward(
     )
     if start >= stop:
         return
-    j = start + tl.arange(0, COLUMNS)
-    p = j + end_q - end
-    first, last = start + end_q - end, stop - 1 + end_q - end
-    any_low, any_high, whole_low, whole_high = reach(first, last, begin_q, end_q, right, left)
-    low, high, _, _ = reach(p, p, begin_q, end_q, right, left)
+    j, p, low, high, met = own_side(start, stop, end_q - end, begin_q, end_q, right, left, COLUMNS)
     across_k, across_v = tl.arange(0, BLOCK_K)[None, :], tl.arange(0, BLOCK_V)[None, :]
-    k += batch * k_batch + head_k.to(tl.int64) * k_head + across_k.to(tl.int64) * k_step
-    v += batch * v_batch + head_k.to(tl.int64) * v_head + across_v.to(tl.int64) * v_step
-    keys = take(k, j, k_position, start, stop, K, BLOCK_K, True)
+    k = at_head(k, k_strides, batch, head_k, across_k)
+    v = at_head(v, v_strides, batch, head_k, across_v)
+    keys = take(k, j, k_strides[1], start, stop, K, BLOCK_K, True)
     if dk is not None:
-        values = take(v, j, v_position, start, stop, V, BLOCK_V, True)
+        values = take(v, j, v_strides[1], start, stop, V, BLOCK_V, True)
         own_k = tl.zeros((COLUMNS, BLOCK_K), tl.float32)
     if dv is not None:
         own_v = tl.zeros((COLUMNS, BLOCK_V), tl.float32)
     # What is the same for all heads is not carried in registers through the loops over queries
     for g in tl.range(part * HEADS, tl.minimum(part * HEADS + HEADS, GROUP), disable_licm=True):
         head = head_k * GROUP + g
-        q_of = q + batch * q_batch + head.to(tl.int64) * q_head + across_k.to(tl.int64) * q_step
-        dout_of = dout + batch * dout_batch + head.to(tl.int64) * dout_head + across_v.to(tl.int64) * dout_step
+        q_of, dout_of = at_head(q, q_strides, batch, head, across_k), at_head(dout, dout_strides, batch, head, across_v)
         sums = (batch * H + head) * l
         slope = None
         if slopes is not None:
             slope = tl.load(slopes + head).to(tl.float32) * LOG2E
+        list_of = offsets
         if MASK_Q:
-            entry, count = entries_met(
-                offsets + head * offsets_head + start // MASK_K, listed, any_low, any_high, l, MASK_Q
-            )
-            a, b, c, d = 0, 0, 0, tl.cdiv(count * MASK_Q, ROWS)
-        else:
-            a, b, c, d = tiles_met(any_low, any_high, whole_low, whole_high, begin_q, ROWS)
+            list_of += head * offsets_head + start // MASK_K
+        entry, count, a, b, c, d = work(list_of, listed, met, begin_q, l, MASK_Q, ROWS)
         for GUARDED in tl.static_range(MASK_Q > 0, 2):
             for n in range(a if GUARDED else b, d - (c - b) if GUARDED else c):
-                if MASK_Q:
-                    i, pattern, cut, partial = blocks_at(
-                        listed + entry, patterns + entry, n * ROWS, count, whole_low, whole_high, MASK_Q, ROWS
-                    )
-                else:
-                    n = tl.where(n < b, n, n + c - b) if GUARDED else n
-                    i = begin_q + (n ^ zero) * ROWS + tl.arange(0, ROWS)
-                queries = take(q_of, i, q_position, begin_q, end_q, K, BLOCK_K, GUARDED)
+                i, listing = indices(listed, patterns, entry, count, met, n, b, c, begin_q, zero, GUARDED, MASK_Q, ROWS)
+                queries = take(q_of, i, q_strides[1], begin_q, end_q, K, BLOCK_K, GUARDED)
                 product = tl.dot(keys, tl.trans(queries), input_precision="ieee")
                 s, slant = logits(product, p[:, None] - i[None, :], slope, factor, cap, SOFTCAP)
-                if MASK_Q:
-                    if cut:
-                        s = hide(s, i[None, :], low[:, None], high[:, None])
-                    if partial:
-                        s = hide_unlisted(s, bits, pattern, i[None, :], j[:, None], MASK_Q, MASK_K)
-                elif GUARDED:
-                    s = hide(s, i[None, :], low[:, None], high[:, None])
+                s = visible(s, i, low, high, listing, bits, i[None, :], j[:, None], GUARDED, MASK_Q, MASK_K)
                 there = (i >= begin_q) & (i < end_q)
                 top = tl.load(tops + sums + i, mask=there, other=float("inf"))
                 weights = tl.exp2(s - top[None, :])
-                gradients = take(dout_of, i, dout_position, begin_q, end_q, V, BLOCK_V, GUARDED)
+                gradients = take(dout_of, i, dout_strides[1], begin_q, end_q, V, BLOCK_V, GUARDED)
                 if dv is not None:
                     own_v = tl.dot(weights.to(gradients.dtype), gradients, own_v, input_precision="ieee")
                 if dk is not None:

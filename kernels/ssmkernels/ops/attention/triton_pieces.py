@@ -62,6 +62,27 @@ def reach(first, last, begin, end, before, after):
 
 
 @triton.jit
+def own_side(start, stop, shift, other_begin, other_end, before, after, BLOCK: tl.constexpr):
+    """A tile's indices and their positions on the other side, what each of them meets, and what the tile does.
+
+    Returns:
+        index, position, low, high, met: (BLOCK) each, of which low … high - 1 are met; ``met`` is :func:`reach` of the
+        whole tile.
+    """
+    index = start + tl.arange(0, BLOCK)
+    position = index + shift
+    low, high, _, _ = reach(position, position, other_begin, other_end, before, after)
+    met = reach(start + shift, stop - 1 + shift, other_begin, other_end, before, after)
+    return index, position, low, high, met
+
+
+@triton.jit
+def at_head(x, strides, batch, head, across):
+    """Pointers to one head of x at position 0, spread over its width; strides of (batch, position, head, step)."""
+    return x + (batch * strides[0] + head.to(tl.int64) * strides[2] + across.to(tl.int64) * strides[3])
+
+
+@triton.jit
 def tiles_met(low, high, whole_low, whole_high, begin, BLOCK: tl.constexpr):
     """Numbers of the tiles from ``begin`` on: a … d - 1 are met, of which b … c - 1 hide nothing."""
     a, d = (low - begin) // BLOCK, tl.cdiv(high - begin, BLOCK)
@@ -83,6 +104,22 @@ def entries_met(offsets, listed, low, high, length, SIZE: tl.constexpr):
             skipped += tl.sum((block * SIZE + SIZE <= low).to(tl.int32), axis=0)
             kept += tl.sum((block * SIZE < high).to(tl.int32), axis=0)
     return first + skipped, tl.maximum(kept - skipped, 0)
+
+
+@triton.jit
+def work(offsets, listed, met, begin, length, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """What a program goes through on the other side: of a list of blocks where ``SIZE`` is not 0, all but the window.
+
+    Returns:
+        entry, count, a, b, c, d: the first block of the list and how many there are, and tiles as :func:`tiles_met`.
+    """
+    if SIZE:
+        entry, count = entries_met(offsets, listed, met[0], met[1], length, SIZE)
+        a, b, c, d = 0, 0, 0, tl.cdiv(count * SIZE, BLOCK)
+    else:
+        entry, count = 0, 0
+        a, b, c, d = tiles_met(met[0], met[1], met[2], met[3], begin, BLOCK)
+    return entry, count, a, b, c, d
 
 
 @triton.jit
@@ -110,6 +147,33 @@ def blocks_at(listed, patterns, place, count, whole_low, whole_high, SIZE: tl.co
         pattern = tl.load(patterns + entry, mask=there, other=-1)[None, :]
         partial = tl.max(tl.max(pattern, axis=1), axis=0) >= 0
     return index, pattern, cut, partial
+
+
+@triton.jit
+def indices(
+    listed,
+    patterns,
+    entry,
+    count,
+    met,
+    n,
+    b,
+    c,
+    begin,
+    zero,
+    GUARDED: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Indices of the n-th tile of :func:`work`, and (pattern, cut, partial) as :func:`blocks_at`, 0 without a list."""
+    if SIZE:
+        index, pattern, cut, partial = blocks_at(
+            listed + entry, patterns + entry, n * BLOCK, count, met[2], met[3], SIZE, BLOCK
+        )
+        return index, (pattern, cut, partial)
+    else:  # noqa: RET505 (the compiler wants to see it)
+        n = tl.where(n < b, n, n + c - b) if GUARDED else n
+        return begin + (n ^ zero) * BLOCK + tl.arange(0, BLOCK), (0, 0, 0)
 
 
 @triton.jit
@@ -152,3 +216,19 @@ def hide_unlisted(s, bits, pattern, i, j, MASK_Q: tl.constexpr, MASK_K: tl.const
     at = i % MASK_Q * (MASK_K // 8) + j % MASK_K // 8
     byte = tl.load(bits + at, mask=pattern >= 0, other=255)
     return tl.where((byte.to(tl.int32) >> (j % 8)) & 1 != 0, s, -float("inf"))
+
+
+@triton.jit
+def visible(
+    s, other, low, high, listing, bits, i, j, GUARDED: tl.constexpr, MASK_Q: tl.constexpr, MASK_K: tl.constexpr
+):
+    """Logits (own, other), -∞ where one side does not see the other: by the window, the borders or the list."""
+    if MASK_Q:
+        pattern, cut, partial = listing
+        if cut:
+            s = hide(s, other[None, :], low[:, None], high[:, None])
+        if partial:
+            s = hide_unlisted(s, bits, pattern, i, j, MASK_Q, MASK_K)
+    elif GUARDED:
+        s = hide(s, other[None, :], low[:, None], high[:, None])
+    return s

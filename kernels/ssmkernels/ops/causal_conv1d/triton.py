@@ -41,12 +41,12 @@ def backward(a: Any, saved: Any, grads: Any) -> dict[str, Any]:
     if programs:
         values |= {
             "dy": dy,
+            "dy_strides": dy.stride(),
             "dfinal": None if dfinal is None else dfinal.contiguous(),
             "dx": dx,
             "dinitial": dinitial,
             "dweights": parts,
         }
-        values |= dict(zip(("dy_batch", "dy_time", "dy_d"), dy.stride(), strict=True))
         with on_device_of(x):
             kernels(__package__).backward[(programs,)](**values, **options)
     total = parts.sum(0)
@@ -77,11 +77,10 @@ def _launch(a: Any, forward: bool) -> tuple[int, dict[str, Any], dict[str, Any]]
         "cu_seqlens": None if cu_seqlens is None else cu_seqlens.contiguous(),
         "owners": owner,
         "bias_d": 0 if bias is None else bias.stride(0),
+        "x_strides": x.stride(),
+        "weight_strides": weight.stride(),
+        "initial_strides": (0, 0, 0) if initial_state is None else initial_state.stride(),
     }
-    initial_strides = (0, 0, 0) if initial_state is None else initial_state.stride()
-    values |= dict(zip(("x_batch", "x_time", "x_d"), x.stride(), strict=True))
-    values |= dict(zip(("weight_d", "weight_w"), weight.stride(), strict=True))
-    values |= dict(zip(("initial_s", "initial_time", "initial_d"), initial_strides, strict=True))
     options = {
         "length": length,
         "tiles": tiles,

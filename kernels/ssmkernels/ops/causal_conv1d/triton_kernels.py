@@ -42,12 +42,16 @@ def rows(
 
 
 @triton.jit
-def taps(weight, weight_w, here, W: tl.constexpr, WIDE: tl.constexpr):
-    """The weights, one tap after another."""
+def taps(weight, strides, bias, bias_d, channel, here, W: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr):
+    """The weights, one tap after another, and the bias, 0 where there is none; strides of (d, w)."""
     found = ()
     for j in tl.static_range(W):
-        found = found + (tl.load(weight + tl.cast(j, tl.int64) * weight_w, mask=here, other=0.0).to(WIDE),)
-    return found
+        at = weight + channel * strides[0] + tl.cast(j, tl.int64) * strides[1]
+        found = found + (tl.load(at, mask=here, other=0.0).to(WIDE),)
+    offset = tl.zeros([BLOCK_D], WIDE)
+    if bias is not None:
+        offset += tl.load(bias + channel * bias_d, mask=here, other=0.0).to(WIDE)
+    return found, offset
 
 
 @triton.jit
@@ -65,15 +69,10 @@ def forward(
     owners,
     y,
     final,
-    x_batch,
-    x_time,
-    x_d,
-    weight_d,
-    weight_w,
+    x_strides,
+    weight_strides,
     bias_d,
-    initial_s,
-    initial_time,
-    initial_d,
+    initial_strides,
     length,
     tiles,
     d,
@@ -89,15 +88,12 @@ def forward(
     channel = pid % d_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     here = channel < d
     y += (batch * length + start) * d + channel
-    x += batch * x_batch + start * x_time + channel * x_d
+    x += batch * x_strides[0] + start * x_strides[1] + channel * x_strides[2]
     if initial is not None:
-        initial += sequence * initial_s + channel * initial_d
-    weights = taps(weight + channel * weight_d, weight_w, here, W, WIDE)
-    offset = tl.zeros([BLOCK_D], WIDE)
-    if bias is not None:
-        offset += tl.load(bias + channel * bias_d, mask=here, other=0.0).to(WIDE)
+        initial += sequence * initial_strides[0] + channel * initial_strides[2]
+    weights, offset = taps(weight, weight_strides, bias, bias_d, channel, here, W, BLOCK_D, WIDE)
 
-    inputs = rows(x, x_time, initial, initial_time, here, first, steps, T + W - 1, W, WIDE)
+    inputs = rows(x, x_strides[1], initial, initial_strides[1], here, first, steps, T + W - 1, W, WIDE)
     for i in tl.static_range(T):
         sum = offset
         for j in tl.static_range(W):
@@ -107,7 +103,7 @@ def forward(
         tl.store(y + (first + i) * d, sum.to(y.dtype.element_ty), mask=here & (first + i < steps))
 
     if first == 0:
-        last = rows(x, x_time, initial, initial_time, here, steps, steps, W - 1, W, WIDE)
+        last = rows(x, x_strides[1], initial, initial_strides[1], here, steps, steps, W - 1, W, WIDE)
         for j in tl.static_range(W - 1):
             tl.store(final + (sequence * (W - 1) + j) * d + channel, last[j], mask=here)
 
@@ -125,18 +121,11 @@ def backward(
     dx,
     dinitial,
     dweights,
-    x_batch,
-    x_time,
-    x_d,
-    weight_d,
-    weight_w,
+    x_strides,
+    weight_strides,
     bias_d,
-    initial_s,
-    initial_time,
-    initial_d,
-    dy_batch,
-    dy_time,
-    dy_d,
+    initial_strides,
+    dy_strides,
     length,
     tiles,
     d,
@@ -154,22 +143,19 @@ def backward(
     channel = pid % d_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     here = channel < d
     dx += (batch * length + start) * d + channel
-    dy += batch * dy_batch + start * dy_time + channel * dy_d
-    x += batch * x_batch + start * x_time + channel * x_d
+    dy += batch * dy_strides[0] + start * dy_strides[1] + channel * dy_strides[2]
+    x += batch * x_strides[0] + start * x_strides[1] + channel * x_strides[2]
     if initial is not None:
-        initial += sequence * initial_s + channel * initial_d
+        initial += sequence * initial_strides[0] + channel * initial_strides[2]
     if dfinal is not None:
         dfinal += sequence * (W - 1) * d + channel
-    weights = taps(weight + channel * weight_d, weight_w, here, W, WIDE)
-    offset = tl.zeros([BLOCK_D], WIDE)
-    if bias is not None:
-        offset += tl.load(bias + channel * bias_d, mask=here, other=0.0).to(WIDE)
+    weights, offset = taps(weight, weight_strides, bias, bias_d, channel, here, W, BLOCK_D, WIDE)
 
     # Gradients of the sums of this tile and of the W - 1 after it, which its inputs reach too
-    inputs = rows(x, x_time, initial, initial_time, here, first, steps, T + 2 * (W - 1), W, WIDE)
+    inputs = rows(x, x_strides[1], initial, initial_strides[1], here, first, steps, T + 2 * (W - 1), W, WIDE)
     dsums = ()
     for i in tl.static_range(T + W - 1):
-        dsum = tl.load(dy + (first + i) * dy_time, mask=here & (first + i < steps), other=0.0).to(WIDE)
+        dsum = tl.load(dy + (first + i) * dy_strides[1], mask=here & (first + i < steps), other=0.0).to(WIDE)
         if SILU:
             sum = offset
             for j in tl.static_range(W):
@@ -213,13 +199,9 @@ def step(
     weight,
     bias,
     y,
-    state_batch,
-    state_time,
-    state_d,
-    x_batch,
-    x_d,
-    weight_d,
-    weight_w,
+    state_strides,
+    x_strides,
+    weight_strides,
     bias_d,
     d,
     d_blocks,
@@ -232,19 +214,16 @@ def step(
     batch = pid // d_blocks
     channel = pid % d_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     here = channel < d
-    state += batch * state_batch + channel * state_d
-    weights = taps(weight + channel * weight_d, weight_w, here, W, WIDE)
+    state += batch * state_strides[0] + channel * state_strides[2]
+    weights, sum = taps(weight, weight_strides, bias, bias_d, channel, here, W, BLOCK_D, WIDE)
     inputs = ()
     for j in tl.static_range(W - 1):
-        inputs = inputs + (tl.load(state + tl.cast(j, tl.int64) * state_time, mask=here, other=0.0),)
-    inputs = inputs + (tl.load(x + batch * x_batch + channel * x_d, mask=here, other=0.0).to(WIDE),)
-    sum = tl.zeros([BLOCK_D], WIDE)
-    if bias is not None:
-        sum += tl.load(bias + channel * bias_d, mask=here, other=0.0).to(WIDE)
+        inputs = inputs + (tl.load(state + tl.cast(j, tl.int64) * state_strides[1], mask=here, other=0.0),)
+    inputs = inputs + (tl.load(x + batch * x_strides[0] + channel * x_strides[1], mask=here, other=0.0).to(WIDE),)
     for j in tl.static_range(W):
         sum += weights[j] * inputs[j]
     if SILU:
         sum = sum * sigmoid(sum)
     tl.store(y + batch * d + channel, sum.to(y.dtype.element_ty), mask=here)
     for j in tl.static_range(W - 1):
-        tl.store(state + tl.cast(j, tl.int64) * state_time, inputs[j + 1], mask=here)
+        tl.store(state + tl.cast(j, tl.int64) * state_strides[1], inputs[j + 1], mask=here)

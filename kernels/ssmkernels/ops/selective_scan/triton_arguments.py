@@ -20,19 +20,14 @@ def values(a: Any, groups: int) -> dict[str, Any]:
     A2 = (A.to(wide) / math.log(2)).contiguous()
     found: dict[str, Any] = {"u": u, "delta": a.delta, "z": a.z, "A2": A2, "D": D, "bias": delta_bias}
     for name, x in (("u", u), ("delta", a.delta), ("z", a.z)):
-        strides = (0, 0, 0) if x is None else x.stride()
-        found |= {f"{name}_{axis}": stride for axis, stride in zip(("batch", "time", "d"), strides, strict=True)}
+        found[f"{name}_strides"] = (0, 0, 0) if x is None else x.stride()
     for name, x in (("B", a.B), ("C", a.C)):
         fixed = x.ndim == 2
         if fixed:
             x = x.to(wide).contiguous()
         elif x.ndim == 3:
             x = x.unsqueeze(2).expand(-1, -1, groups, -1)
-        strides = (0, 0, 0, 0) if fixed else x.stride()
-        found |= {
-            f"{name}_{axis}": stride for axis, stride in zip(("batch", "time", "group", "n"), strides, strict=True)
-        }
-        found |= {name: x, f"FIXED_{name}": fixed}
+        found |= {name: x, f"{name}_strides": (0, 0, 0, 0) if fixed else x.stride(), f"FIXED_{name}": fixed}
     return found | {
         "cu_seqlens": None if a.cu_seqlens is None else a.cu_seqlens.contiguous(),
         "length": u.shape[1],

@@ -33,12 +33,15 @@ def backward(a: Any, saved: Any, grads: Any) -> dict[str, Any]:
     dD, dbias = (None if t is None else empty(workers, d) for t in (a.D, a.delta_bias))
     maps: dict[str, Any] = {}
     for name, x in (("dB", B), ("dC", C)):
-        maps[name], strides = _partial(x, groups, parts, workers, empty)
-        maps |= {f"{name}_{axis}": stride for axis, stride in zip(("part", "group", "time"), strides, strict=True)}
+        maps[name], maps[f"{name}_strides"] = _partial(x, groups, parts, workers, empty)
     if programs:
         fields = values(a, groups)
-        fields |= {"starts": saved.starts, "dy": dy, "dfinal": None if dfinal is None else dfinal.contiguous()}
-        fields |= dict(zip(("dy_batch", "dy_time", "dy_d"), dy.stride(), strict=True))
+        fields |= {
+            "starts": saved.starts,
+            "dy": dy,
+            "dy_strides": dy.stride(),
+            "dfinal": None if dfinal is None else dfinal.contiguous(),
+        }
         fields |= {
             "du": du,
             "ddelta": ddelta,

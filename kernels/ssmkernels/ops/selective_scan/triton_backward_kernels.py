@@ -8,7 +8,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ssmkernels.ops.selective_scan.triton_pieces import extent, maps, rows, sigmoid, step_sizes
+from ssmkernels.ops.selective_scan.triton_pieces import (
+    along,
+    along_map,
+    extent,
+    maps,
+    rows,
+    sigmoid,
+    step_sizes,
+    weights,
+)
 
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -37,32 +46,14 @@ def backward(
     dz,
     dbias,
     dinitial,
-    u_batch,
-    u_time,
-    u_d,
-    delta_batch,
-    delta_time,
-    delta_d,
-    z_batch,
-    z_time,
-    z_d,
-    B_batch,
-    B_time,
-    B_group,
-    B_n,
-    C_batch,
-    C_time,
-    C_group,
-    C_n,
-    dy_batch,
-    dy_time,
-    dy_d,
-    dB_part,
-    dB_group,
-    dB_time,
-    dC_part,
-    dC_group,
-    dC_time,
+    u_strides,
+    delta_strides,
+    z_strides,
+    B_strides,
+    C_strides,
+    dy_strides,
+    dB_strides,
+    dC_strides,
     length,
     sequences,
     workers,
@@ -92,20 +83,13 @@ def backward(
     group = pid // parts % (d // per_group)
     worker = pid // parts // (d // per_group)
     state = tl.arange(0, N)
-    wide_state = state.to(tl.int64)
     scratch += pid * (CHUNK // T * BLOCK_D * N) + tl.arange(0, BLOCK_D)[:, None] * N + state[None, :]
     for block in range(part, blocks, parts):
         within = block * BLOCK_D + tl.arange(0, BLOCK_D)
         here, channel = within < per_group, group * per_group + within
         live = here[:, None] & (state < n)[None, :]
         at = channel[:, None] * n + state[None, :]
-        A2_ = tl.load(A2 + at, mask=live, other=0.0)
-        D_ = tl.zeros([BLOCK_D], WIDE)
-        if D is not None:
-            D_ += tl.load(D + channel, mask=here, other=0.0)
-        bias_ = tl.zeros([BLOCK_D], WIDE)
-        if bias is not None:
-            bias_ += tl.load(bias + channel, mask=here, other=0.0)
+        A2_, D_, bias_ = weights(A2, D, bias, at, channel, live, here, BLOCK_D, WIDE)
         dA_ = tl.zeros([BLOCK_D, N], WIDE)
         dB_ = tl.zeros([BLOCK_D, N], WIDE)
         dC_ = tl.zeros([BLOCK_D, N], WIDE)
@@ -115,19 +99,12 @@ def backward(
         for sequence in range(worker, sequences, workers):
             batch, start, steps, chunk0 = extent(sequence, cu_seqlens, length, CHUNK)
             row0 = batch * length + start
-            u_ = u + batch * u_batch + start * u_time + channel * u_d
-            delta_ = delta + batch * delta_batch + start * delta_time + channel * delta_d
-            dy_ = dy + batch * dy_batch + start * dy_time + channel * dy_d
+            u_, delta_ = along(u, u_strides, batch, start, channel), along(delta, delta_strides, batch, start, channel)
+            dy_ = along(dy, dy_strides, batch, start, channel)
             if z is not None:
-                z_ = z + batch * z_batch + start * z_time + channel * z_d
-            if FIXED_B:
-                B_ = B + at
-            else:
-                B_ = B + batch * B_batch + start * B_time + group * B_group + wide_state * B_n
-            if FIXED_C:
-                C_ = C + at
-            else:
-                C_ = C + batch * C_batch + start * C_time + group * C_group + wide_state * C_n
+                z_ = along(z, z_strides, batch, start, channel)
+            B_ = along_map(B, B_strides, batch, start, group, state, at, FIXED_B)
+            C_ = along_map(C, C_strides, batch, start, group, state, at, FIXED_C)
             B_live = live if FIXED_B else state < n
             C_live = live if FIXED_C else state < n
 
@@ -143,9 +120,9 @@ def backward(
                 tl.store(scratch, h)
                 for tile in range(1, tiles):
                     first = (chunk * CHUNK + (tile - 1) * T) ^ zero
-                    us = rows(u_, u_time, here, first, steps, T, WIDE)
-                    raw = rows(delta_, delta_time, here, first, steps, T, WIDE)
-                    Bs = maps(B_, B_time, B_live, first, steps, T, FIXED_B, WIDE)
+                    us = rows(u_, u_strides[1], here, first, steps, T, WIDE)
+                    raw = rows(delta_, delta_strides[1], here, first, steps, T, WIDE)
+                    Bs = maps(B_, B_strides[1], B_live, first, steps, T, FIXED_B, WIDE)
                     _, dts = step_sizes(raw, bias_, first, steps, T, SOFTPLUS)
                     for i in tl.static_range(T):
                         h = tl.exp2(dts[i][:, None] * A2_) * h + (dts[i] * us[i])[:, None] * Bs[i]
@@ -156,11 +133,11 @@ def backward(
                     tile = tiles - 1 - past_tile
                     first = (chunk * CHUNK + tile * T) ^ zero
                     h = tl.load(scratch + tile * (BLOCK_D * N))
-                    us = rows(u_, u_time, here, first, steps, T, WIDE)
-                    raw = rows(delta_, delta_time, here, first, steps, T, WIDE)
-                    douts = rows(dy_, dy_time, here, first, steps, T, WIDE)
-                    Bs = maps(B_, B_time, B_live, first, steps, T, FIXED_B, WIDE)
-                    Cs = maps(C_, C_time, C_live, first, steps, T, FIXED_C, WIDE)
+                    us = rows(u_, u_strides[1], here, first, steps, T, WIDE)
+                    raw = rows(delta_, delta_strides[1], here, first, steps, T, WIDE)
+                    douts = rows(dy_, dy_strides[1], here, first, steps, T, WIDE)
+                    Bs = maps(B_, B_strides[1], B_live, first, steps, T, FIXED_B, WIDE)
+                    Cs = maps(C_, C_strides[1], C_live, first, steps, T, FIXED_C, WIDE)
                     raw, dts = step_sizes(raw, bias_, first, steps, T, SOFTPLUS)
                     hs, decays = (h,), ()
                     for i in tl.static_range(T):
@@ -168,7 +145,7 @@ def backward(
                         h = decays[i] * h + (dts[i] * us[i])[:, None] * Bs[i]
                         hs = hs + (h,)
                     if z is not None:
-                        zs = rows(z_, z_time, here, first, steps, T, WIDE)
+                        zs = rows(z_, z_strides[1], here, first, steps, T, WIDE)
                         ungated = ()
                         for i in tl.static_range(T):
                             gate = sigmoid(zs[i])
@@ -187,12 +164,12 @@ def backward(
                         if FIXED_C:
                             dC_ += dC_t
                         else:
-                            to = dC + part * dC_part + group * dC_group + row * dC_time + state
+                            to = dC + part * dC_strides[0] + group * dC_strides[1] + row * dC_strides[2] + state
                             put(to, dC_t, (state < n) & inside, block >= parts)
                         if FIXED_B:
                             dB_ += dB_t
                         else:
-                            to = dB + part * dB_part + group * dB_group + row * dB_time + state
+                            to = dB + part * dB_strides[0] + group * dB_strides[1] + row * dB_strides[2] + state
                             put(to, dB_t, (state < n) & inside, block >= parts)
                         dinput = tl.sum(g * Bs[i], 1)
                         g = g * decays[i]

@@ -15,7 +15,17 @@ import triton
 import triton.language as tl
 
 from ssmkernels.ops.selective_scan.triton_backward_kernels import add_parts, backward
-from ssmkernels.ops.selective_scan.triton_pieces import extent, maps, rows, sigmoid, softplus, step_sizes
+from ssmkernels.ops.selective_scan.triton_pieces import (
+    along,
+    along_map,
+    extent,
+    maps,
+    rows,
+    sigmoid,
+    softplus,
+    step_sizes,
+    weights,
+)
 
 __all__ = ["add_parts", "backward", "forward", "step"]
 
@@ -35,23 +45,11 @@ def forward(
     starts,
     y,
     final,
-    u_batch,
-    u_time,
-    u_d,
-    delta_batch,
-    delta_time,
-    delta_d,
-    z_batch,
-    z_time,
-    z_d,
-    B_batch,
-    B_time,
-    B_group,
-    B_n,
-    C_batch,
-    C_time,
-    C_group,
-    C_n,
+    u_strides,
+    delta_strides,
+    z_strides,
+    B_strides,
+    C_strides,
     length,
     blocks,
     d_blocks,
@@ -77,26 +75,13 @@ def forward(
     state = tl.arange(0, N)
     live = here[:, None] & (state < n)[None, :]
     at = channel[:, None] * n + state[None, :]
-    u += batch * u_batch + start * u_time + channel * u_d
-    delta += batch * delta_batch + start * delta_time + channel * delta_d
+    u, delta = along(u, u_strides, batch, start, channel), along(delta, delta_strides, batch, start, channel)
     y += (batch * length + start) * d + channel
     if z is not None:
-        z += batch * z_batch + start * z_time + channel * z_d
-    if FIXED_B:
-        B += at
-    else:
-        B += batch * B_batch + start * B_time + group * B_group + state.to(tl.int64) * B_n
-    if FIXED_C:
-        C += at
-    else:
-        C += batch * C_batch + start * C_time + group * C_group + state.to(tl.int64) * C_n
-    A2_ = tl.load(A2 + at, mask=live, other=0.0)
-    D_ = tl.zeros([BLOCK_D], WIDE)
-    if D is not None:
-        D_ += tl.load(D + channel, mask=here, other=0.0)
-    bias_ = tl.zeros([BLOCK_D], WIDE)
-    if bias is not None:
-        bias_ += tl.load(bias + channel, mask=here, other=0.0)
+        z = along(z, z_strides, batch, start, channel)
+    B = along_map(B, B_strides, batch, start, group, state, at, FIXED_B)
+    C = along_map(C, C_strides, batch, start, group, state, at, FIXED_C)
+    A2_, D_, bias_ = weights(A2, D, bias, at, channel, live, here, BLOCK_D, WIDE)
     h = tl.zeros([BLOCK_D, N], WIDE)
     if initial is not None:
         h += tl.load(initial + sequence * d * n + at, mask=live, other=0.0)
@@ -106,12 +91,12 @@ def forward(
         if starts is not None:  # noqa: SIM102 (one is known to the compiler, the other is not)
             if first % CHUNK == 0:
                 tl.store(starts + (chunk + first // CHUNK) * d * n + at, h, mask=live)
-        us = rows(u, u_time, here, first, steps, T, WIDE)
-        raw = rows(delta, delta_time, here, first, steps, T, WIDE)
-        Bs = maps(B, B_time, live if FIXED_B else state < n, first, steps, T, FIXED_B, WIDE)
-        Cs = maps(C, C_time, live if FIXED_C else state < n, first, steps, T, FIXED_C, WIDE)
+        us = rows(u, u_strides[1], here, first, steps, T, WIDE)
+        raw = rows(delta, delta_strides[1], here, first, steps, T, WIDE)
+        Bs = maps(B, B_strides[1], live if FIXED_B else state < n, first, steps, T, FIXED_B, WIDE)
+        Cs = maps(C, C_strides[1], live if FIXED_C else state < n, first, steps, T, FIXED_C, WIDE)
         if z is not None:
-            zs = rows(z, z_time, here, first, steps, T, WIDE)
+            zs = rows(z, z_strides[1], here, first, steps, T, WIDE)
         _, dts = step_sizes(raw, bias_, first, steps, T, SOFTPLUS)
         for i in tl.static_range(T):
             h = tl.exp2(dts[i][:, None] * A2_) * h + (dts[i] * us[i])[:, None] * Bs[i]
@@ -134,21 +119,12 @@ def step(
     z,
     bias,
     y,
-    state_batch,
-    state_d,
-    state_n,
-    u_batch,
-    u_d,
-    delta_batch,
-    delta_d,
-    z_batch,
-    z_d,
-    B_batch,
-    B_group,
-    B_n,
-    C_batch,
-    C_group,
-    C_n,
+    state_strides,
+    u_strides,
+    delta_strides,
+    z_strides,
+    B_strides,
+    C_strides,
     blocks,
     d_blocks,
     per_group,
@@ -166,11 +142,11 @@ def step(
     index = tl.arange(0, N).to(tl.int64)
     there = index < n
     live = here[:, None] & there[None, :]
-    state += batch * state_batch + channel[:, None] * state_d + index[None, :] * state_n
-    u_ = tl.load(u + batch * u_batch + channel * u_d, mask=here, other=0.0).to(WIDE)
-    dt = tl.load(delta + batch * delta_batch + channel * delta_d, mask=here, other=0.0).to(WIDE)
-    B_ = tl.load(B + batch * B_batch + group * B_group + index * B_n, mask=there, other=0.0).to(WIDE)
-    C_ = tl.load(C + batch * C_batch + group * C_group + index * C_n, mask=there, other=0.0).to(WIDE)
+    state += batch * state_strides[0] + channel[:, None] * state_strides[1] + index[None, :] * state_strides[2]
+    u_ = tl.load(u + batch * u_strides[0] + channel * u_strides[2], mask=here, other=0.0).to(WIDE)
+    dt = tl.load(delta + batch * delta_strides[0] + channel * delta_strides[2], mask=here, other=0.0).to(WIDE)
+    B_ = tl.load(B + batch * B_strides[0] + group * B_strides[2] + index * B_strides[3], mask=there, other=0.0).to(WIDE)
+    C_ = tl.load(C + batch * C_strides[0] + group * C_strides[2] + index * C_strides[3], mask=there, other=0.0).to(WIDE)
     A2_ = tl.load(A2 + channel[:, None] * n + index[None, :], mask=live, other=0.0)
     h = tl.load(state, mask=live, other=0.0)
     if bias is not None:
@@ -182,7 +158,7 @@ def step(
     if D is not None:
         out += tl.load(D + channel, mask=here, other=0.0) * u_
     if z is not None:
-        z_ = tl.load(z + batch * z_batch + channel * z_d, mask=here, other=0.0).to(WIDE)
+        z_ = tl.load(z + batch * z_strides[0] + channel * z_strides[2], mask=here, other=0.0).to(WIDE)
         out = out * z_ * sigmoid(z_)
     tl.store(state, h, mask=live)
     tl.store(y + batch * d + channel, out.to(y.dtype.element_ty), mask=here)

@@ -44,6 +44,32 @@ def extent(sequence, cu_seqlens, length, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def along(x, strides, batch, start, channel):
+    """Pointers to channels of x where a sequence starts; strides of (batch, time, d)."""
+    return x + (batch * strides[0] + start * strides[1] + channel * strides[2])
+
+
+@triton.jit
+def along_map(x, strides, batch, start, group, state, at, FIXED: tl.constexpr):
+    """Pointers to a group's states of B or C where a sequence starts; to ``at`` where they are fixed."""
+    if FIXED:
+        return x + at
+    else:  # noqa: RET505 (the compiler wants to see it)
+        return x + (batch * strides[0] + start * strides[1] + group * strides[2] + state.to(tl.int64) * strides[3])
+
+
+@triton.jit
+def weights(A2, D, bias, at, channel, live, here, BLOCK_D: tl.constexpr, WIDE: tl.constexpr):
+    """A2 (BLOCK_D, N), D and the bias (BLOCK_D), 0 where they are absent."""
+    skip, offset = tl.zeros([BLOCK_D], WIDE), tl.zeros([BLOCK_D], WIDE)
+    if D is not None:
+        skip += tl.load(D + channel, mask=here, other=0.0)
+    if bias is not None:
+        offset += tl.load(bias + channel, mask=here, other=0.0)
+    return tl.load(A2 + at, mask=live, other=0.0), skip, offset
+
+
+@triton.jit
 def rows(x, x_time, here, first, steps, T: tl.constexpr, WIDE: tl.constexpr):
     """``T`` rows (BLOCK_D) from step ``first`` on; 0 beyond the end."""
     found = ()

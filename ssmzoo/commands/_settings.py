@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import typer
+
 from ssmzoo.plain import short
 from ssmzoo.yaml_text import parse_yaml
+
+
+def settings_option(help: str) -> Any:
+    """The option ``--set KEY=VALUE``, which may be given several times."""
+    return typer.Option("--set", metavar="KEY=VALUE", help=help)
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ssmzoo.commands._output import console, size, table
-from ssmzoo.commands._settings import parse_settings
+from ssmzoo.commands._settings import parse_settings, settings_option
 from ssmzoo.screen import printable
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def command(
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes, in about a minute: only a quick look.")] = False,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A size or an option, such as l=1024 or length=1024."),
+        settings_option("A size or an option, such as l=1024 or length=1024."),
     ] = None,
 ) -> None:
     """Time ops, mixers and models, and compare them with the hardware's limit and with other packages.

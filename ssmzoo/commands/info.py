@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from ssmzoo.commands._output import console, count, flops, options_text, size, table
-from ssmzoo.commands._settings import parse_settings
+from ssmzoo.commands._settings import parse_settings, settings_option
 from ssmzoo.screen import printable
 
 if TYPE_CHECKING:
@@ -25,11 +25,7 @@ def command(
     ],
     settings: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Change a config key first, such as d_model=512 or mixers.mamba.d_state=32.",
-        ),
+        settings_option("Change a config key first, such as d_model=512 or mixers.mamba.d_state=32."),
     ] = None,
 ) -> None:
     """Show a model's layers and parameters, and what a token costs as the context grows.

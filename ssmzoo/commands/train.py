@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from ssmzoo.commands._settings import parse_settings
+from ssmzoo.commands._settings import parse_settings, settings_option
 from ssmzoo.screen import say
 
 
@@ -38,11 +38,7 @@ def command(
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="A training setting such as steps=500, or a config key such as mixers.mamba.d_state=32.",
-        ),
+        settings_option("A training setting such as steps=500, or a config key such as mixers.mamba.d_state=32."),
     ] = None,
     resume: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Continue the run in this folder.")] = None,
 ) -> None:

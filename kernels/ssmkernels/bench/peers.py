@@ -89,6 +89,12 @@ class Setting:
     note: str = ""
 
 
+# What recurrences and convolutions of all packages can do.
+FROM_ZERO = Setting(
+    case={"state": False}, arguments={"return_final_state": False}, note="from a zero state, output alone"
+)
+
+
 def peers_of(op: str, device: str) -> tuple[Peer, ...]:
     """The peers of an op on a kind of device, installed or not."""
     found = getattr(_module(op), "PEERS", {}).get(op, ())

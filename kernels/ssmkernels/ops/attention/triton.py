@@ -13,25 +13,16 @@ from torch import Tensor
 from ssmkernels.core.names import OPS
 from ssmkernels.core.triton_support import kernels, missing, on_device_of, wrong_device
 from ssmkernels.core.validate import precision
-from ssmkernels.ops.attention.triton_arguments import options, places, query_lists, values
+from ssmkernels.ops.attention.triton_arguments import lacking, options, places, query_lists, values
 from ssmkernels.ops.attention.triton_backward import backward
 
 __all__ = ["SAVES", "backward", "empty", "forward", "missing", "offline_cases", "unsupported"]
 
 SAVES = ("out", "lse")
 
-WIDEST = 256  # head dim
-
 
 def unsupported(a: Any) -> str | None:
-    q, v = a.q, a.v
-    if q.dtype == torch.float64:
-        return "float64"
-    if max(q.shape[3], v.shape[3]) > WIDEST:
-        return f"head dims above {WIDEST}"
-    if v.shape[3] == 0:
-        return "the values have no head dim"
-    return wrong_device(a)
+    return lacking(a.q, a.v) or wrong_device(a)
 
 
 def forward(a: Any, save: bool) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,16 @@ from torch import Tensor
 from ssmkernels.core.triton_support import all_registers, interpreting, next_power_of_2, owners
 
 LOG2E = math.log2(math.e)
+WIDEST = 256  # head dim
+
+
+def lacking(q: Tensor, v: Tensor) -> str | None:
+    """What kernels lack that queries and values of these dtypes and head dims need; None where they have all."""
+    if q.dtype == torch.float64:
+        return "float64"
+    if max(q.shape[3], v.shape[3]) > WIDEST:
+        return f"head dims above {WIDEST}"
+    return "the values have no head dim" if v.shape[3] == 0 else None
 
 
 def values(a: Any) -> dict[str, Any]:

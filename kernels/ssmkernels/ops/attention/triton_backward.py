@@ -37,21 +37,9 @@ def _row_sums(out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> tu
     rows = 32
     if lse.numel():
         with on_device_of(out):
-            kernels(__package__).row_sums[(-(-l // rows) * h * b,)](
-                out=out,
-                lse=lse,
-                dout=dout,
-                dlse=dlse,
-                tops=tops,
-                delta=delta,
-                dout_strides=dout.stride(),
-                l=l,
-                H=h,
-                V=v_size,
-                ROWS=rows,
-                BLOCK_V=next_power_of_2(v_size),
-                num_warps=4,
-            )
+            tensors = out, lse, dout, dlse, tops, delta
+            sizes = {"H": h, "V": v_size, "ROWS": rows, "BLOCK_V": next_power_of_2(v_size)}
+            kernels(__package__).row_sums[(-(-l // rows) * h * b,)](*tensors, dout.stride(), l, **sizes, num_warps=4)
     return tops, delta
 
 

@@ -11,15 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssmkernels.bench.peers import CAUSAL_CONV1D, FLA, TORCH, TRANSFORMERS, Peer, Setting, calls_like, refuse
+from ssmkernels.bench.peers import CAUSAL_CONV1D, FLA, FROM_ZERO, TORCH, TRANSFORMERS, Peer, calls_like, refuse
 from ssmkernels.core.validate import precision
 from ssmkernels.ops.causal_conv1d.external_causal_conv1d import call
 
-SETTINGS = {
-    "causal_conv1d": Setting(
-        case={"state": False}, arguments={"return_final_state": False}, note="from a zero state, output alone"
-    )
-}
+SETTINGS = {"causal_conv1d": FROM_ZERO}
 
 
 @calls_like("causal_conv1d", takes="bias activation return_final_state")

@@ -12,10 +12,10 @@ from torch import Tensor
 from ssmkernels.core.names import OPS
 from ssmkernels.core.triton_support import all_registers, kernels, missing, next_power_of_2, on_device_of, wrong_device
 from ssmkernels.core.validate import precision
+from ssmkernels.ops.attention.triton_arguments import lacking
 
 __all__ = ["forward", "missing", "offline_cases", "unsupported"]
 
-WIDEST = 256  # head dim
 TALLEST = 64  # rows of a tile: queries times the heads that share keys
 PARTS = 16  # that are joined at a time
 LONG = 32768  # keys of a sequence that alone shall give each multiprocessor two parts
@@ -23,14 +23,7 @@ MULTIPROCESSORS = 132  # where there is no GPU to ask
 
 
 def unsupported(a: Any) -> str | None:
-    q, v_cache = a.q, a.v_cache
-    if q.dtype == torch.float64:
-        return "float64"
-    if max(q.shape[3], v_cache.shape[3]) > WIDEST:
-        return f"head dims above {WIDEST}"
-    if v_cache.shape[3] == 0:
-        return "the values have no head dim"
-    return wrong_device(a)
+    return lacking(a.q, a.v_cache) or wrong_device(a)
 
 
 def forward(a: Any, _: bool) -> tuple[Tensor, Tensor]:

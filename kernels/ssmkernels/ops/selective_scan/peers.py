@@ -11,14 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssmkernels.bench.peers import MAMBA_SSM, MAMBAPY, TORCH, TRANSFORMERS, Peer, Setting, calls_like, refuse
+from ssmkernels.bench.peers import FROM_ZERO, MAMBA_SSM, MAMBAPY, TORCH, TRANSFORMERS, Peer, calls_like, refuse
 from ssmkernels.ops.selective_scan import external_mamba_ssm as package
 
-SETTINGS = {
-    "selective_scan": Setting(
-        case={"state": False}, arguments={"return_final_state": False}, note="from a zero state, output alone"
-    )
-}
+SETTINGS = {"selective_scan": FROM_ZERO}
 
 
 @calls_like("selective_scan", takes="D z delta_bias delta_softplus return_final_state")

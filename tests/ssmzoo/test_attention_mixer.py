@@ -7,14 +7,14 @@ import itertools
 
 import pytest
 import torch
+from attention_layers import D_MODEL, cache_of, call_by_call, inputs, make_mixer, packed
 
 from ssmzoo import build_mixer
 from ssmzoo.cache.calls import FEW
 from ssmzoo.cache.kv import SMALLEST
-from ssmzoo.mixers.attention import Attention, ConvolvedState
+from ssmzoo.mixers.attention import Attention
 from ssmzoo.registry import mixer_class
 
-D_MODEL = 32
 SETTINGS = {
     "plain": {},
     "grouped": {"n_kv_heads": 2},
@@ -53,23 +53,7 @@ def plain():
 
 
 def make(**options):
-    torch.manual_seed(0)
-    mixer = build_mixer("attention", D_MODEL, **{"head_dim": 8, **options}).double()
-    for parameter in mixer.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return mixer
-
-
-def inputs(*shape, seed=0):
-    return torch.randn(*shape, D_MODEL, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def cache_of(state):
-    return state.cache if isinstance(state, ConvolvedState) else state
-
-
-def packed(lengths):
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    return make_mixer("attention", **{"head_dim": 8, **options})
 
 
 def same(found, expected):
@@ -92,24 +76,9 @@ class TestState:
     def test_sequences_of_several_lengths(self, mixer):
         """Packed chunks, single tokens, a few and many, in whatever order, are each sequence alone."""
         calls = [[3, 0, 9, 1], [0, 4, 1, 0], 1, 3, FEW + 5, [2, 1, 0, 12], 1, [1, 1, 1, 1]]
-        state = mixer.initial_state(4)
-        fed = [[] for _ in range(4)]
-        outputs = [[] for _ in range(4)]
-        for number, lengths in enumerate(calls):
-            if isinstance(lengths, int):
-                x = inputs(4, lengths, seed=number)
-                y, state = mixer(x, state)
-                pieces = list(zip(x, y, strict=True))
-            else:
-                x = inputs(1, sum(lengths), seed=number)
-                y, state = mixer(x, state, cu_seqlens=packed(lengths))
-                pieces = list(zip(x[0].split(lengths), y[0].split(lengths), strict=True))
-            for i, (new, out) in enumerate(pieces):
-                fed[i].append(new)
-                outputs[i].append(out)
-        for i in range(4):
-            whole = torch.cat(fed[i])
-            same(torch.cat(outputs[i]), mixer(whole[None])[0])
+        fed, outputs, state = call_by_call(mixer, calls)
+        for i, whole in enumerate(fed):
+            same(outputs[i], mixer(whole[None])[0])
             assert cache_of(state).lengths[i] == len(whole)
 
     @torch.no_grad()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from attention_layers import D_MODEL, inputs, make_mixer, packed
 
 import ssmzoo
 from ssmzoo.cache.calls import FEW
@@ -17,23 +17,9 @@ from ssmzoo.mixers._alibi import alibi_slopes
 from ssmzoo.mixers._rope import rotary_angles, rotate
 from ssmzoo.mixers.attention import Attention
 
-D_MODEL = 32
-
 
 def make(**options):
-    torch.manual_seed(0)
-    mixer = ssmzoo.build_mixer("attention", D_MODEL, **{"head_dim": 8, **options}).double()
-    for parameter in mixer.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return mixer
-
-
-def inputs(*shape, seed=0):
-    return torch.randn(*shape, D_MODEL, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def packed(lengths):
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    return make_mixer("attention", **{"head_dim": 8, **options})
 
 
 def same(found, expected):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import itertools
 import math
 
 import pytest
 import torch
+from attention_layers import D_MODEL, call_by_call, inputs, make_mixer, packed
 
 import ssmzoo
 from ssmzoo import build_mixer
@@ -15,7 +15,6 @@ from ssmzoo.cache.calls import FEW
 from ssmzoo.mixers.mla import LatentCache
 from ssmzoo.registry import mixer_class
 
-D_MODEL = 32
 SIZES = {"n_heads": 3, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "mscale": 0.7, "mscale_all_dim": 1.3}
 SETTINGS = {
@@ -40,19 +39,7 @@ def plain():
 
 
 def make(**options):
-    torch.manual_seed(0)
-    mixer = build_mixer("mla", D_MODEL, **{**SIZES, **options}).double()
-    for parameter in mixer.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-    return mixer
-
-
-def inputs(*shape, seed=0):
-    return torch.randn(*shape, D_MODEL, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def packed(lengths):
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    return make_mixer("mla", std=0.5, **{**SIZES, **options})
 
 
 def same(found, expected):
@@ -112,23 +99,9 @@ class TestState:
     def test_sequences_of_several_lengths(self, mixer):
         """Packed chunks, single tokens, a few and many, in whatever order, are each sequence alone."""
         calls = [[3, 0, 9, 1], [0, 4, 1, 0], 1, 3, FEW + 5, [2, 1, 0, 40], 1, 33, [50, 60, 0, 70]]
-        state = mixer.initial_state(4)
-        fed, outputs = [[] for _ in range(4)], [[] for _ in range(4)]
-        for number, lengths in enumerate(calls):
-            if isinstance(lengths, int):
-                x = inputs(4, lengths, seed=number)
-                y, state = mixer(x, state)
-                pieces = list(zip(x, y, strict=True))
-            else:
-                x = inputs(1, sum(lengths), seed=number)
-                y, state = mixer(x, state, cu_seqlens=packed(lengths))
-                pieces = list(zip(x[0].split(lengths), y[0].split(lengths), strict=True))
-            for i, (new, out) in enumerate(pieces):
-                fed[i].append(new)
-                outputs[i].append(out)
-        for i in range(4):
-            whole = torch.cat(fed[i])
-            same(torch.cat(outputs[i]), mixer(whole[None])[0])
+        fed, outputs, state = call_by_call(mixer, calls)
+        for i, whole in enumerate(fed):
+            same(outputs[i], mixer(whole[None])[0])
             assert state.lengths[i] == len(whole)
 
     @torch.no_grad()

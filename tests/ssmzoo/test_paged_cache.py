@@ -13,6 +13,7 @@ from collections import Counter
 import pytest
 import torch
 import yaml
+from attention_layers import D_MODEL, cache_of, inputs, make_mixer, packed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,7 +27,6 @@ from ssmzoo.mixers.mla import PagedLatentCache
 
 pytestmark = pytest.mark.mixer("attention", "mla")
 
-D_MODEL = 32
 SIZES = pytest.mark.parametrize("page_size", [1, 3, 16])
 MLA = {"n_heads": 2, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
 KINDS = {
@@ -44,28 +44,11 @@ def kind(request):
 
 
 def make(name="attention", **options):
-    torch.manual_seed(0)
-    options = {"page_size": 4, **({} if name == "mla" else {"head_dim": 8}), **options}
-    mixer = ssmzoo.build_mixer(name, D_MODEL, **options).double()
-    for parameter in mixer.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return mixer
-
-
-def inputs(*shape, seed=0):
-    return torch.randn(*shape, D_MODEL, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def cache_of(state):
-    return state.cache if isinstance(state, ConvolvedState) else state
+    return make_mixer(name, **{"page_size": 4, **({} if name == "mla" else {"head_dim": 8}), **options})
 
 
 def pool_of(state):
     return cache_of(state).pages.pool
-
-
-def packed(lengths):
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
 
 def same(found, expected):

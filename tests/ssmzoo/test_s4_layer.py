@@ -1,10 +1,10 @@
 """S4 and S4D as modules: their options, the rate, decoding, training and the models that are made of them."""
 
-import copy
 import pickle
 
 import pytest
 import torch
+from lti_layers import build, plain, run
 
 import ssmzoo
 from ssmzoo import set_rate
@@ -12,28 +12,6 @@ from ssmzoo.mixers.s4 import S4
 from ssmzoo.mixers.s4d import S4D
 from ssmzoo.train.config import TrainConfig
 from ssmzoo.train.optimizer import parameter_groups
-
-
-def build(name, d_model=8, **options):
-    torch.manual_seed(0)
-    return ssmzoo.build_mixer(name, d_model, **{"d_state": 8, **options})
-
-
-def plain(mixer):
-    """The system alone: what stands around it in the layer would hide small differences."""
-    mixer = copy.deepcopy(mixer)
-    mixer._output = lambda y, x: y
-    return mixer
-
-
-def run(mixer, x, cuts):
-    """The pieces of x one after another through a state → outputs, the state after."""
-    state = mixer.initial_state(len(x))
-    outputs = []
-    for piece in x.tensor_split(cuts, dim=1):
-        y, state = mixer(piece, state)
-        outputs.append(y)
-    return torch.cat(outputs, dim=1), state
 
 
 @pytest.mark.parametrize("name", ["s4", "s4d"])

@@ -1,4 +1,4 @@
-"""Times `ssd` beside `selective_scan` on the same recurrence, by state size: the rows of the table in docs/ssd.md."""
+"""Times ``ssd`` beside ``selective_scan`` on one recurrence, by state size; prints rows of the table in docs/ssd.md."""
 
 from __future__ import annotations
 

@@ -78,9 +78,10 @@ __attribute__((noinline)) void multiply_rows(Left<S> A, const S* B, int64_t ldb,
     int64_t i = 0;
     for (; i + R <= rows; i += R)
         multiply<S, R, N, shape>(A.from(i), B, ldb, C + i * ldc, ldc, inner, edge + i, onto);
+    constexpr int fewer = R > 4 ? 4 : R / 2;  // of the 64 rows of a chunk ten times six, then four
     if constexpr (R > 1)
         if (i < rows)
-            multiply_rows<S, R / 2, N, shape>(A.from(i), B, ldb, C + i * ldc, ldc, rows - i, inner, edge + i, onto);
+            multiply_rows<S, fewer, N, shape>(A.from(i), B, ldb, C + i * ldc, ldc, rows - i, inner, edge + i, onto);
 }
 
 // Numbers that product's `panel` must have room for.

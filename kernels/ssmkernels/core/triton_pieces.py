@@ -7,6 +7,28 @@ import triton.language as tl
 
 
 @triton.jit
+def sigmoid(x):
+    return 1 / (1 + tl.exp(-x))
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)) to a few roundings. With e = exp(-abs(x)), log(1 + e) = 2 atanh(e / (2 + e)), a short series."""
+    e = tl.exp(-tl.abs(x))
+    if x.dtype == tl.float64:
+        one = 1 + e
+        log = tl.where(one == 1, e, tl.log(one) * (e / (one - 1)))
+    else:
+        s = e / (2 + e)  # at most 1/3
+        q = s * s
+        series = 1 / 13 + q * (1 / 15)
+        series = 1 / 9 + q * (1 / 11 + q * series)
+        series = 1 / 5 + q * (1 / 7 + q * series)
+        log = 2 * s * (1 + q * (1 / 3 + q * series))
+    return tl.maximum(x, 0.0) + log
+
+
+@triton.jit
 def tanh(x):
     """By its series near 0, where 1 - exp(-2x) has lost its digits."""
     square = x * x

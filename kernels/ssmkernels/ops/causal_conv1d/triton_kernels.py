@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ssmkernels.core.triton_pieces import sigmoid
+
 
 @triton.jit
 def place(tile, tiles, cu_seqlens, owners, length, T: tl.constexpr):
@@ -52,11 +54,6 @@ def taps(weight, strides, bias, bias_d, channel, here, W: tl.constexpr, BLOCK_D:
     if bias is not None:
         offset += tl.load(bias + channel * bias_d, mask=here, other=0.0).to(WIDE)
     return found, offset
-
-
-@triton.jit
-def sigmoid(x):
-    return 1 / (1 + tl.exp(-x))
 
 
 @triton.jit(do_not_specialize=["length", "tiles", "d_blocks"])

@@ -8,16 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ssmkernels.ops.selective_scan.triton_pieces import (
-    along,
-    along_map,
-    extent,
-    maps,
-    rows,
-    sigmoid,
-    step_sizes,
-    weights,
-)
+from ssmkernels.core.triton_pieces import sigmoid
+from ssmkernels.ops.selective_scan.triton_pieces import along, along_map, extent, maps, rows, step_sizes, weights
 
 LN_2 = tl.constexpr(0.6931471805599453)
 

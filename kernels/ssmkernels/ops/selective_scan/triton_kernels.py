@@ -14,18 +14,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ssmkernels.core.triton_pieces import sigmoid, softplus
 from ssmkernels.ops.selective_scan.triton_backward_kernels import add_parts, backward
-from ssmkernels.ops.selective_scan.triton_pieces import (
-    along,
-    along_map,
-    extent,
-    maps,
-    rows,
-    sigmoid,
-    softplus,
-    step_sizes,
-    weights,
-)
+from ssmkernels.ops.selective_scan.triton_pieces import along, along_map, extent, maps, rows, step_sizes, weights
 
 __all__ = ["add_parts", "backward", "forward", "step"]
 

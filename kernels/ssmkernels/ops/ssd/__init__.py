@@ -39,7 +39,7 @@ def _check(name: str, sizes: dict[str, int], dt_limit: Any, chunk_size: int | No
     wide="A D dt_bias",
     sums="initial_state",
     check=_check,
-    implementations=("cpu", "mamba_ssm", "tiled", "reference"),
+    implementations=("triton", "cpu", "mamba_ssm", "tiled", "reference"),
 )
 def ssd(
     x: Tensor,

@@ -112,7 +112,7 @@ def ssd(
     mutates=("state",),
     check=_check,
     step=True,
-    implementations=("cpu", "reference"),
+    implementations=("triton", "cpu", "reference"),
 )
 def ssd_step(
     state: Tensor,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ssmkernels.core.names import OPS
 from ssmkernels.core.triton_support import missing, on_device_of, wrong_device
+from ssmkernels.ops.ssd import triton_step as step
 from ssmkernels.ops.ssd.triton_launch import Chunks
 
 __all__ = ["forward", "missing", "offline_cases", "unsupported"]
@@ -45,9 +46,11 @@ def offline_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         cu_seqlens = meta(4, dtype=torch.int32) if packed else None
         initial = None if plain else meta(3 if packed else 1, 24, p, n, dtype=torch.float32)
         limits = (0.0, math.inf)
-        Arguments = OPS["ssd"].declared.Arguments
+        Arguments, Step = (OPS[name].declared.Arguments for name in ("ssd", "ssd_step"))
         a = Arguments(x, dt, vector, B, B, D, z, bias, not plain, limits, None, initial, cu_seqlens)
-        forward(a, True)
+        _, state = forward(a, True)
+        x, dt, B, z = (t if t is None else t[:, 0] for t in (x, dt, B, z))
+        step.forward(Step(state[:1], x, dt, vector, B, B, D, z, bias, not plain, limits), False)
 
     for dtype, p, n, option in (
         (torch.bfloat16, 64, 128, ""),

@@ -24,15 +24,16 @@ def maps(name: str, x: Tensor) -> dict[str, Any]:
     return {name: x, **strides(name, x, ("batch", "time", "group", "step"))}
 
 
-def skip(D: Tensor | None, heads: int, p: int) -> dict[str, Any]:
-    """D in float32, a number for each head and channel."""
+def skip(D: Tensor | None, heads: int, p: int, sums: torch.dtype) -> dict[str, Any]:
+    """D in the dtype of sums, a number for each head and channel."""
     if D is not None:
-        D = (D if D.ndim == 2 else D[:, None]).float().expand(heads, p)
+        D = (D if D.ndim == 2 else D[:, None]).to(sums).expand(heads, p)
     return {"D": D, **strides("D", D, ("head", "step"))}
 
 
-def float32(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.float().contiguous()
+def wide(x: Tensor | None, sums: torch.dtype = torch.float32) -> Tensor | None:
+    """Contiguous and in the dtype of sums."""
+    return None if x is None else x.to(sums).contiguous()
 
 
 def chunk_length(a: Any) -> int:
@@ -56,8 +57,8 @@ def places(a: Any, Q: int) -> tuple[int, dict[str, Any]]:
 
 def sizes(a: Any) -> dict[str, int]:
     """What the compiler may know."""
-    heads, groups = a.x.shape[2], a.B.shape[2]
-    return {"H": heads, "GROUP": heads // groups, "P": a.x.shape[3], "N": a.B.shape[3]}
+    (heads, p), (groups, n) = a.x.shape[-2:], a.B.shape[-2:]
+    return {"H": heads, "GROUP": heads // groups, "P": p, "N": n}
 
 
 def products(a: Any) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from torch import Tensor
 from ssmkernels.core.triton_support import kernels, next_power_of_2
 from ssmkernels.ops.ssd.triton_arguments import (
     chunk_length,
-    float32,
     maps,
     options,
     places,
@@ -18,6 +17,7 @@ from ssmkernels.ops.ssd.triton_arguments import (
     sizes,
     skip,
     strides,
+    wide,
 )
 
 BLOCK = 1024  # numbers of a state that a program carries along a sequence
@@ -43,7 +43,7 @@ class Chunks:
         self._step_sizes()
         self._map_products()
         self.chunk_states(a.x, a.B, self.states, reverse=False)
-        self.walk(self.states, float32(a.initial_state), final)
+        self.walk(self.states, wide(a.initial_state), final)
 
     def empty(self, *shape: int) -> Tensor:
         """float32 (count, …)."""
@@ -61,8 +61,8 @@ class Chunks:
             "step_sizes",
             -(-h // block),
             dt=a.dt,
-            A=float32(a.A),
-            bias=float32(a.dt_bias),
+            A=wide(a.A),
+            bias=wide(a.dt_bias),
             delta=self.delta,
             high=self.high,
             low=self.low,
@@ -158,7 +158,7 @@ class Chunks:
             x=a.x,
             **strides("x", a.x),
             **maps("C", a.C),
-            **skip(a.D, self.sizes["H"], self.sizes["P"]),
+            **skip(a.D, self.sizes["H"], self.sizes["P"], torch.float32),
             z=a.z,
             **strides("z", a.z),
             dy=dy,

@@ -78,8 +78,9 @@ def options(kernel: str, a: Any, Q: int) -> dict[str, Any]:
     if interpreting():
         most_p, most_n, warps = 16, 32, 1
     elif a.x.dtype == torch.float32:
-        most_p, most_n, warps = 32, 32, 4
-    else:
-        most_p, most_n, warps = 64, 64, 4
+        most_p, most_n, warps = 32, 32, 8 if kernel == "pairs_backward" else 4
+    else:  # where rows do not begin on multiples of 16 bytes, addresses take as many registers as sums
+        most_p = 32 if kernel == "gates_backward" else 64
+        most_n, warps = 64, 4 if kernel in ("map_products", "chunk_states") else 8
     found = {"Q": Q, "BLOCK_P": min(p, most_p), "BLOCK_N": min(n, most_n)}
     return {**found, "num_warps": warps, "num_stages": 2, **all_registers()}

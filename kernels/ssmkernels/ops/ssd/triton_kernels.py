@@ -9,11 +9,24 @@ import triton
 import triton.language as tl
 
 from ssmkernels.core.triton_pieces import sigmoid
+from ssmkernels.ops.ssd.triton_backward_kernels import inputs_backward, pairs_backward, steps_backward
+from ssmkernels.ops.ssd.triton_maps_kernels import maps_backward
 from ssmkernels.ops.ssd.triton_pieces import decays, load_state, load_tile, place, product
 from ssmkernels.ops.ssd.triton_states_kernels import chunk_states, map_products, step_sizes, walk
 from ssmkernels.ops.ssd.triton_step_kernels import step
 
-__all__ = ["chunk_states", "map_products", "outputs", "step", "step_sizes", "walk"]
+__all__ = [
+    "chunk_states",
+    "inputs_backward",
+    "map_products",
+    "maps_backward",
+    "outputs",
+    "pairs_backward",
+    "step",
+    "step_sizes",
+    "steps_backward",
+    "walk",
+]
 
 
 @triton.jit(do_not_specialize=["length", "per_sequence"])

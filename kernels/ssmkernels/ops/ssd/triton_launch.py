@@ -151,7 +151,7 @@ class Chunks:
     def outputs(self, y: Tensor | None, dy: Tensor | None, dout: Tensor | None, dz: Tensor | None) -> None:
         """Writes y, or from its gradient those of the gate and of y before the gate."""
         a = self.a
-        own = options("outputs", a, self.Q)
+        own = options("outputs" if dy is None else "gates_backward", a, self.Q)
         self.launch(
             "outputs",
             self.sizes["H"] * -(-self.sizes["P"] // own["BLOCK_P"]),

@@ -1,0 +1,176 @@
+"""The state-space dual's backward pass in Triton: its launches.
+
+The states before the chunks are computed again, which takes a third of the forward pass, and not kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssmkernels.core.triton_support import on_device_of
+from ssmkernels.ops.ssd.triton_arguments import maps, options, skip, strides, wide
+from ssmkernels.ops.ssd.triton_launch import Chunks
+
+HEADS = 4  # of a group, over which one program sums; more are parts
+
+
+def backward(a: Any, _: Any, grads: Any) -> dict[str, Tensor | None]:
+    with on_device_of(a.x):
+        return _Backward(a, grads).gradients()
+
+
+class _Backward:
+    def __init__(self, a: Any, grads: Any):
+        self.a, self.chunks = a, Chunks(a, None)
+        self.parts = -(-self.chunks.sizes["GROUP"] // HEADS)
+        self.dz, self.dout = None, grads.y
+        if a.z is not None:
+            self.dz, self.dout = a.z.new_empty(a.z.shape), a.x.new_empty(a.x.shape)
+            self.chunks.outputs(None, grads.y, self.dout, self.dz)
+        self.dstates = torch.empty_like(self.chunks.states)
+        self.chunks.chunk_states(self.dout, a.C, self.dstates, reverse=True)
+        self.dinitial = None if a.initial_state is None else a.initial_state.new_empty(a.initial_state.shape)
+        dfinal = wide(grads.final_state)
+        self.between = self.chunks.walk(self.dstates, dfinal, self.dinitial, self.chunks.states, reverse=True)
+
+    def gradients(self) -> dict[str, Tensor | None]:
+        a = self.a
+        dproducts, dexponent, ddelta = self._pairs()
+        dx, dD = self._inputs()
+        dB, to_state = self._map(a.x, a.B, a.C, dproducts, self.dstates, output=False)
+        dC, from_state = self._map(self.dout, a.C, a.B, dproducts, self.chunks.states, output=True)
+        ddt, dA, dbias = self._steps(dexponent, ddelta, from_state, to_state)
+        return {
+            "x": dx,
+            "dt": ddt,
+            "A": dA,
+            "B": dB,
+            "C": dC,
+            "D": dD,
+            "z": self.dz,
+            "dt_bias": dbias,
+            "initial_state": self.dinitial,
+        }
+
+    def _shared(self) -> dict[str, Any]:
+        """What all kernels take."""
+        chunks = self.chunks
+        return {"delta": chunks.delta, "high": chunks.high, "low": chunks.low, **chunks.places, **chunks.sizes}
+
+    def _pairs(self) -> tuple[Tensor, Tensor, Tensor]:
+        a, chunks = self.a, self.chunks
+        g, Q = a.B.shape[2], chunks.Q
+        dproducts = chunks.empty(g, self.parts, Q, Q)
+        dexponent, ddelta = (torch.empty_like(chunks.delta) for _ in range(2))
+        fields = {**self._shared(), **options("pairs_backward", a, Q), "PRECISION": chunks.factors["PRECISION"]}
+        del fields["N"], fields["BLOCK_N"]
+        chunks.launch(
+            "pairs_backward",
+            g * self.parts,
+            x=a.x,
+            **strides("x", a.x),
+            dout=self.dout,
+            **strides("dout", self.dout),
+            products=chunks.products,
+            dproducts=dproducts,
+            dexponent=dexponent,
+            ddelta=ddelta,
+            PARTS=self.parts,
+            HEADS=HEADS,
+            **fields,
+        )
+        return dproducts, dexponent, ddelta
+
+    def _inputs(self) -> tuple[Tensor, Tensor | None]:
+        a, chunks = self.a, self.chunks
+        h, p = a.x.shape[2:]
+        dx, dD = a.x.new_empty(a.x.shape), None if a.D is None else chunks.empty(h, p)
+        own = options("inputs_backward", a, chunks.Q)
+        chunks.launch(
+            "inputs_backward",
+            h * -(-p // own["BLOCK_P"]),
+            x=a.x,
+            **strides("x", a.x),
+            dout=self.dout,
+            **strides("dout", self.dout),
+            **maps("B", a.B),
+            **skip(a.D, h, p, torch.float32),
+            products=chunks.products,
+            dstates=self.dstates,
+            dx=dx,
+            dD=dD,
+            **self._shared(),
+            **chunks.factors,
+            **own,
+        )
+        if dD is not None:
+            dD = dD.sum(0) if a.D.ndim == 2 else dD.sum((0, 2))
+        return dx, dD
+
+    def _map(
+        self, x: Tensor, own: Tensor, other: Tensor, dproducts: Tensor, states: Tensor, output: bool
+    ) -> tuple[Tensor, Tensor]:
+        chunks, parts = self.chunks, self.parts
+        settings = options("maps_backward", self.a, chunks.Q)
+        tiles = -(-own.shape[3] // settings["BLOCK_N"])
+        dots = chunks.empty(self.a.x.shape[2], tiles, chunks.Q)
+        dmaps = own.new_empty((parts, *own.shape), dtype=torch.float32 if parts > 1 else own.dtype)
+        chunks.launch(
+            "maps_backward",
+            own.shape[2] * parts * tiles,
+            x=x,
+            **strides("x", x),
+            **maps("own", own),
+            **maps("other", other),
+            dproducts=dproducts,
+            states=states,
+            dmaps=dmaps,
+            dots=dots,
+            part_size=own.numel(),
+            OUTPUT=output,
+            PARTS=parts,
+            HEADS=HEADS,
+            **self._shared(),
+            **chunks.factors,
+            **settings,
+        )
+        return dmaps[0] if parts == 1 else dmaps.sum(0), dots
+
+    def _steps(
+        self, dexponent: Tensor, ddelta: Tensor, from_state: Tensor, to_state: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        a, chunks = self.a, self.chunks
+        h = a.x.shape[2]
+        ddt, dA = a.dt.new_empty(a.dt.shape), chunks.empty(h)
+        dbias = None if a.dt_bias is None else chunks.empty(h)
+        assert self.between is not None
+        chunks.launch(
+            "steps_backward",
+            h,
+            dt=a.dt,
+            **strides("dt", a.dt, ("batch", "time", "head")),
+            A=wide(a.A),
+            bias=wide(a.dt_bias),
+            delta=chunks.delta,
+            dexponent=dexponent,
+            ddelta=ddelta,
+            from_state=from_state,
+            to_state=to_state,
+            between=self.between,
+            ddt=ddt,
+            dA=dA,
+            dbias=dbias,
+            **chunks.places,
+            least=float(a.dt_limit[0]),
+            most=float(a.dt_limit[1]),
+            H=h,
+            SOFTPLUS=a.dt_softplus,
+            N_TILES=from_state.shape[2],
+            BLOCKS=self.between.shape[2],
+            Q=chunks.Q,
+            num_warps=4,
+        )
+        return ddt, dA.sum(0), None if dbias is None else dbias.sum(0)

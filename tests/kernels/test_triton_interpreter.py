@@ -244,6 +244,42 @@ torch.library.opcheck(ops.decode_attention_triton.default, decoding)
     interpret(program)
 
 
+@pytest.mark.op("ssd")
+def test_the_dual_in_one_graph_and_opcheck(interpret):
+    program = """
+import math
+import torch
+from ssmkernels import ssd, ssd_step, use
+
+def dual(x, dt, A, B, C, D, z, initial):
+    y, state = ssd(x, dt, A, B, C, D, z, dt_softplus=True, initial_state=initial, return_final_state=True)
+    row, step, B, C = (a.detach()[:, 0] for a in (x, dt, B, C))
+    return y, state, ssd_step(state.detach().clone(), row, step, A.detach(), B, C)
+
+torch.manual_seed(0)
+x, dt, A, B, C, D = (torch.randn(shape) for shape in ((1, 3, 2, 2), (1, 3, 2), 2, (1, 3, 1, 2), (1, 3, 1, 2), (2, 2)))
+given = x, dt, -A.abs(), B, C, D, torch.randn(1, 3, 2, 2), torch.randn(1, 2, 2, 2)
+with use("triton"):
+    results = []
+    for run in (dual, torch.compile(dual, fullgraph=True, backend="aot_eager")):
+        leaves = [a.clone().requires_grad_() for a in given]
+        outputs = run(*leaves)
+        results.append([*outputs, *torch.autograd.grad(sum(o.sin().sum() for o in outputs[:2]), leaves)])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(eager, compiled, rtol=0, atol=0)
+
+leaves = [a.clone().requires_grad_() for a in given]
+limits, borders = (0.0, math.inf), torch.tensor([0, 1, 3], dtype=torch.int32)
+operator = torch.ops.ssmkernels.ssd_triton.default
+torch.library.opcheck(operator, (*leaves[:7], leaves[0][0, 0, :, 0], True, limits, None, leaves[7], None, True))
+torch.library.opcheck(operator, (*leaves[:5], None, None, None, False, (0.1, 0.5), 16, None, borders, True))
+row = [a[:, 0].clone() for a in (x, dt, B, C)]
+step = given[7], *row[:2], A, *row[2:], D, None, None, True, limits, False
+torch.library.opcheck(torch.ops.ssmkernels.ssd_step_triton.default, step)
+"""
+    interpret(program)
+
+
 def test_attention_under_masks_of_any_block_size_over_packed_sequences(interpret):
     program = """
 import torch

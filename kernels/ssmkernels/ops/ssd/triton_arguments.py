@@ -79,8 +79,18 @@ def options(kernel: str, a: Any, Q: int) -> dict[str, Any]:
         most_p, most_n, warps = 16, 32, 1
     elif a.x.dtype == torch.float32:
         most_p, most_n, warps = 32, 32, 8 if kernel == "pairs_backward" else 4
-    else:  # where rows do not begin on multiples of 16 bytes, addresses take as many registers as sums
+    else:
         most_p = 32 if kernel == "gates_backward" else 64
         most_n, warps = 64, 4 if kernel in ("map_products", "chunk_states") else 8
+        if kernel in ("outputs", "gates_backward", "inputs_backward") and _scattered(a):
+            most_p //= 2
     found = {"Q": Q, "BLOCK_P": min(p, most_p), "BLOCK_N": min(n, most_n)}
     return {**found, "num_warps": warps, "num_stages": 2, **all_registers()}
+
+
+def _scattered(a: Any) -> bool:
+    """Whether rows do not lie on multiples of 16: then addresses of single numbers take as many registers as sums."""
+    if a.x.shape[3] % 16 or a.B.shape[3] % 16:
+        return True
+    tensors = [x for x in (a.x, a.z, a.B, a.C) if x is not None]
+    return any(x.stride(3) != 1 or x.stride(1) % 16 or x.stride(2) % 16 for x in tensors)

@@ -129,7 +129,25 @@ RECURRENCE = [
     {"weights": "float32", "fixed": True},
     {"layout": "far", "b": 1, "l": 7, "d": 2},
 ]
+SSD = [
+    {"l": 18, "h": 2, "g": 1, "b": 1},  # several chunks
+    {"l": 0},
+    {"D": "", "z": False, "bias": False, "softplus": False, "state": False, "l": 3, "h": 2, "b": 1},
+    {"l": 2, "p": 17, "n": 33, "h": 2, "b": 1},  # several tiles
+    {"l": 2, "h": 11, "g": 1, "D": "hp", "b": 1},  # more heads than a program takes
+    {"l": 3, "limit": (0.3, 0.9), "h": 2, "b": 1},
+    {"l": 34, "h": 2, "g": 1, "b": 1, "packed": True},
+    {"l": 3, "h": 2, "b": 1, "layout": "strided"},
+    {"l": 3, "h": 2, "b": 1, "layout": "far"},
+]
 STEP = [{}, {"g": 3}, {"n": 17}, {"D": False, "z": False}, {"bias": False, "softplus": False}, {"layout": "strided"}]
+
+SSD_STEP = [
+    {"n": 130, "p": 9, "h": 2, "b": 1, "D": "hp"},  # several tiles
+    {"D": "", "z": False, "bias": False, "softplus": False},
+    {"limit": (0.3, 0.9)},
+    {"layout": "far"},
+]
 
 # All rows in float32; in bfloat16 those that reach what depends on the dtype; in the others one of these.
 CASES = [
@@ -156,6 +174,10 @@ CASES = [
     ("selective_scan", "float16,float64", SCAN[9:10]),
     ("selective_scan_step", "float32", STEP),
     ("selective_scan_step", "bfloat16,float16,float64", STEP[:1]),
+    ("ssd", "float32", SSD),
+    ("ssd", "bfloat16,float16", SSD[:1]),
+    ("ssd_step", "float32", SSD_STEP),
+    ("ssd_step", "bfloat16,float16,float64", [{}]),
 ]
 
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import torch
@@ -255,13 +256,15 @@ class Mamba2(Mixer):
     def _both_ways(self, weights: Direction, xBC: Tensor, dt: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """The sum of both directions: x, B and C (b l c), δ (b l h) → (b l d)."""
         reverse = Direction(self.conv1d_b, self.dt_bias_b, self.A_b_log, self.D_b)
-        sizes = [self.d_conv_channels, self.n_heads]
-        return both_ways(
-            lambda t: self._ssm(weights, *t.split(sizes, dim=-1), None, cu_seqlens)[0],
-            lambda t: self._ssm(reverse, *t.split(sizes, dim=-1), None, cu_seqlens)[0],
-            torch.cat([xBC, dt.to(xBC.dtype)], dim=-1),
-            cu_seqlens,
-        )
+
+        def way(w: Direction) -> Callable[[Tensor], Tensor]:
+            def read(both: Tensor) -> Tensor:
+                xBC, dt = both.split([self.d_conv_channels, self.n_heads], dim=-1)
+                return self._ssm(w, xBC, dt, None, cu_seqlens)[0]
+
+            return read
+
+        return both_ways(way(weights), way(reverse), torch.cat([xBC, dt.to(xBC.dtype)], dim=-1), cu_seqlens)
 
     # One token, whose state is updated in place.
 

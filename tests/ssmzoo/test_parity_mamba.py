@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from parity import close, same_gradients, share_weights
 
 import ssmzoo
 from ssmzoo.pretrained import convert_mamba_state_dict
-from tests.ssmzoo.parity import close, same_gradients, share_weights
 
 transformers = pytest.importorskip("transformers", reason="needs transformers, the other implementation")
 

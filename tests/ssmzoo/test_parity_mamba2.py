@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from parity import close, same_gradients, share_weights
 
 import ssmzoo
 from ssmzoo.checkpoints.published import published_config
 from ssmzoo.pretrained import convert_mamba_state_dict
-from tests.ssmzoo.parity import close, same_gradients, share_weights
 
 transformers = pytest.importorskip("transformers", reason="needs transformers, the other implementation")
 

@@ -108,7 +108,7 @@ def _bars(kind: str, bars: Sequence[Measurement], failed: str, machine: Machine)
     columns = figure.subplots(1, len(works), sharey=True, squeeze=False)[0]
     figure.subplots_adjust(left=LEFT / WIDTH, right=0.985, top=1 - TOP / height, bottom=bottom / height, wspace=0.06)
     for axes, work in zip(columns, works, strict=True):
-        _column(axes, work, [row for row in bars if row.work == work], places, 0.68 if len(works) > 1 else 0.82)
+        _column(axes, work, [row for row in bars if row.work == work], places, {1: 0.82, 2: 0.68}.get(len(works), 0.55))
     first = columns[0]
     first.set_ylim(y, 0)
     first.set_yticks(list(places.values()), [name for _, name in places], fontsize=9, color=INK)

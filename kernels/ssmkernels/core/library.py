@@ -36,7 +36,7 @@ def define(name: str, function: Callable[..., Any], fake: Callable[..., Any], sc
     schema = schema or torch.library.infer_schema(function, mutates_args=())
     qualified = f"{NAMESPACE}::{name}"
     torch.library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.impl(qualified, "default", _undisturbed(function))
+    torch.library.impl(qualified, "CompositeExplicitAutograd", _undisturbed(function))  # on every device
     torch.library.register_fake(qualified, fake)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 

@@ -59,7 +59,6 @@ def offline_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         )
 
     for dtype, p, n, option in (
-        (torch.bfloat16, 64, 128, ""),
         (torch.bfloat16, 64, 128, "packed"),
         (torch.bfloat16, 33, 17, ""),
         (torch.bfloat16, 128, 256, "strided"),

@@ -15,7 +15,9 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 CASES = {
     "check_my_kernel.py": ([], "gradient of x is -0.19"),
     "long_sequence.py": (["--length", "4096", "--chunk", "512", "--d-model", "16"], "4,096 steps"),
-    "mamba2_states.py": (["--steps", "5"], "both ways"),
+    "mamba2_both_ways.py": (["--steps", "5"], "both ways"),
+    "mamba2_learned_state.py": (["--steps", "5"], "learned initial state"),
+    "mamba2_packed.py": (["--steps", "5"], "packed documents with a state"),
     "mixer_in_pytorch.py": (["--steps", "3"], "squared error"),
     "own_mixer.py": ([], "token by token and at once"),
     "s4_digits.py": (["--steps", "2"], "test digits; the same answers pixel by pixel"),

@@ -13,7 +13,7 @@ Glossary: b batch, l length, d: width, channels of the recurrence. For u (b l d_
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -41,31 +41,11 @@ class RGLRUState(State):
     begun: Tensor  # (s), bool
 
 
-class CappedRoot(torch.autograd.Function):
-    """√x, with a derivative of at most ``STEEPEST``."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.sqrt()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def slope(x: Tensor) -> Tensor:
-        return torch.rsqrt((4 * x).clamp(min=STEEPEST**-2))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad * CappedRoot.slope(*ctx.saved_tensors)
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        return tangent * CappedRoot.slope(*ctx.saved_tensors)
+def capped_root(x: Tensor) -> Tensor:
+    """√x for x ≥ 0, with a derivative of at most ``STEEPEST``."""
+    flat = (2 * STEEPEST) ** -2  # where the root's own derivative is as steep
+    below = x.detach().sqrt() + STEEPEST * (x - x.detach())
+    return torch.where(x < flat, below, x.clamp(min=flat).sqrt())
 
 
 class Gates(nn.Module):
@@ -73,7 +53,7 @@ class Gates(nn.Module):
 
     def __init__(self, width: int, n_heads: int):
         super().__init__()
-        block = width // n_heads
+        self.n_heads, block = n_heads, width // n_heads
         self.recurrent_param = nn.Parameter(torch.empty(width, dtype=wide_dtype()))  # Λ
         for gate in ("input_gate", "recurrent_gate"):
             self.register_parameter(f"{gate}_weight", nn.Parameter(torch.empty(n_heads, block, block)))
@@ -92,10 +72,10 @@ class Gates(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (b l d) → the input gate i in x's dtype, and log a in float32, both (b l d)."""
-        heads = rearrange(x, "b l (h p) -> b l h p", h=len(self.get_parameter("input_gate_bias")))
+        heads = rearrange(x, "b l (h p) -> b l h p", h=self.n_heads)
 
         def gate(name: str) -> Tensor:
-            weight, bias = self.get_parameter(f"{name}_weight"), self.get_parameter(f"{name}_bias")
+            weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
             inside = einsum(heads, weight.to(x.dtype), "b l h p, h p q -> b l h q") + bias.to(x.dtype)
             return torch.sigmoid(inside).flatten(2)
 
@@ -163,7 +143,7 @@ class RGLRU(Mixer):
         conv, h, begun = (None, None, None) if state is None else (state.conv, state.h, state.begun)
         x, conv = convolve(self.conv_1d, self.linear_x(x), self.d_conv, None, conv, cu_seqlens)
         gate, log_a = self.rg_lru(x)
-        factor = CappedRoot.apply(-torch.expm1(2 * log_a))  # √(1 - a²)
+        factor = capped_root(-torch.expm1(2 * log_a))  # √(1 - a²)
         factor = torch.where(self._first(x, begun, cu_seqlens)[..., None], 1.0, factor)
         gated = (x * gate * factor.to(x.dtype)).to(x.dtype)
         found = linear_recurrence(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 import subprocess
@@ -80,9 +81,10 @@ def test_logits_and_gradients(case, models):
 
 @pytest.mark.parametrize("case", ["mamba", "mamba, odd"])
 def test_training_takes_the_whole_block(case, models, monkeypatch):
+    calls, inner = [], ssmkernels.compat.mamba_ssm.mamba_inner_fn
+    counted = functools.wraps(inner)(lambda *a, **k: calls.append(1) or inner(*a, **k))
+    monkeypatch.setattr(ssmkernels.compat.mamba_ssm, "mamba_inner_fn", counted)  # before transformers looks it up
     plain, ours = models(case)
-    calls, inner = [], ssmkernels.compat.mamba_ssm.inner
-    monkeypatch.setattr(ssmkernels.compat.mamba_ssm, "inner", lambda *a, **k: calls.append(1) or inner(*a, **k))
     losses = []
     for model in (plain, ours):
         loss = model.train()(IDS, labels=IDS).loss
@@ -124,9 +126,10 @@ def test_half_precision(case, models):
 
 
 PROGRAM = """
+import functools
 calls, ours = [], ssmkernels.compat.mamba_ssm
-scan = ours.scan
-ours.scan = lambda *a, **k: calls.append(1) or scan(*a, **k)
+scan = ours.selective_scan_fn
+ours.selective_scan_fn = functools.wraps(scan)(lambda *a, **k: calls.append(1) or scan(*a, **k))
 import torch, transformers
 config = transformers.MambaConfig(vocab_size=8, hidden_size=4, num_hidden_layers=3)
 transformers.MambaForCausalLM(config).eval()(torch.tensor([[1, 2, 3]]))

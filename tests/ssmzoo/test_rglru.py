@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ssmzoo
-from ssmzoo.mixers.rglru import CappedRoot
+from ssmzoo.mixers.rglru import capped_root
 
 D_MODEL = 24
 
@@ -56,13 +56,13 @@ def test_an_empty_chunk_does_not_begin_a_sequence():
 
 def test_the_derivative_of_the_root_is_capped():
     x = torch.tensor([0.0, 1e-12, 0.25], dtype=torch.float64, requires_grad=True)
-    (slope,) = torch.autograd.grad(CappedRoot.apply(x).sum(), x, create_graph=True)
+    (slope,) = torch.autograd.grad(capped_root(x).sum(), x, create_graph=True)
     torch.testing.assert_close(slope, torch.tensor([1000.0, 1000.0, 1.0], dtype=torch.float64))
     (second,) = torch.autograd.grad(slope.sum(), x)
     torch.testing.assert_close(second, torch.tensor([0.0, 0.0, -2.0], dtype=torch.float64))
-    _, tangent = torch.func.jvp(CappedRoot.apply, (x.detach(),), (torch.ones_like(x),))
+    _, tangent = torch.func.jvp(capped_root, (x.detach(),), (torch.ones_like(x),))
     torch.testing.assert_close(tangent, slope.detach())
-    mapped = torch.func.vmap(torch.func.grad(CappedRoot.apply))(x.detach())
+    mapped = torch.func.vmap(torch.func.grad(capped_root))(x.detach())
     torch.testing.assert_close(mapped, slope.detach())
 
 

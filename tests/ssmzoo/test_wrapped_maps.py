@@ -12,6 +12,9 @@ HEADS = {"head_dim": 8}
 CASES = [
     ("mamba", {"d_state": 3, "dt_rank": 2, "conv_bias": False}),
     ("mamba", {"d_state": 3, "d_conv": 1, "dt_rank": 2, "bidirectional": True, "bcdt_norm": True}),
+    ("mamba2", {"d_state": 3, "headdim": 4, "ngroups": 2, "d_ssm": 24}),
+    ("mamba2", {"d_state": 3, "headdim": 8, "d_conv": 1, "bidirectional": True, "rmsnorm": False}),
+    ("rglru", {"n_heads": 2, "width": 12}),
     ("attention", HEADS | {"d_conv": 3, "gate": "headwise", "window": 4}),
     ("attention", HEADS | {"rope": False, "alibi": True, "cache": "hidden"}),
     ("mla", {"n_heads": 2, "q_lora_rank": 6, "kv_lora_rank": 4, "qk_nope_head_dim": 6, "v_head_dim": 6}),

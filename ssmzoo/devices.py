@@ -1,4 +1,4 @@
-"""Devices by name, and the names that they have."""
+"""Devices by name, the names that they have, and how many threads a container is worth."""
 
 from __future__ import annotations
 

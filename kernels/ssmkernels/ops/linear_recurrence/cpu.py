@@ -12,10 +12,9 @@ from ssmkernels.core.memory import large_pages
 from ssmkernels.core.validate import precision
 from ssmkernels.native import address, missing, rows
 from ssmkernels.native import wrong_device as unsupported
+from ssmkernels.ops.linear_recurrence.saved import SAVES, empty
 
 __all__ = ["SAVES", "backward", "empty", "forward", "missing", "unsupported"]
-
-SAVES = ("h", "states")  # every state in the precision of sums, where h is rounded to half precision
 
 
 def forward(a: Any, save: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -25,12 +24,6 @@ def forward(a: Any, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     fields |= {"h": h.data_ptr(), "final_state": final_state.data_ptr(), "states": states.data_ptr()}
     native.run("linear_recurrence", fields)
     return h, final_state, states
-
-
-def empty(a: Any, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    h, final_state = a.declared.outputs(a)
-    wide = final_state.dtype
-    return h, final_state, h.new_empty(h.shape if save and wide != h.dtype else (0,), dtype=wide)
 
 
 def backward(a: Any, saved: Any, grads: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssmkernels.core.names import OPS
 from ssmkernels.core.triton_support import kernels, missing, on_device_of, wrong_device
-from ssmkernels.ops.linear_recurrence.cpu import SAVES, empty
+from ssmkernels.ops.linear_recurrence.saved import SAVES, empty
 
 __all__ = ["SAVES", "backward", "empty", "forward", "missing", "offline_cases", "unsupported"]
 

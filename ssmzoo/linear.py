@@ -14,7 +14,7 @@ _WEIGHTS = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)  # the last two 
 
 
 class Linear(nn.Linear):
-    """PyTorch's, except for large float32 products without gradients on a CPU (:mod:`ssmkernels.native.products`)."""
+    """PyTorch's, except for large float32 products on a CPU (:mod:`ssmkernels.native.products`)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
@@ -24,7 +24,7 @@ class WideBiasLinear(nn.Linear):
     """A linear map whose bias may be wider than its weight, as Mamba's bias of Δ is; the result has x's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = nn.functional.linear(x, self.weight)
+        y = linear(x, self.weight)
         return y if self.bias is None else (y + self.bias).to(y.dtype)
 
 

@@ -29,9 +29,10 @@ import torch
 from torch import Tensor, nn
 
 from ssmkernels import mamba_step, rms_norm, selective_scan
+from ssmkernels.native.eager import exp
 from ssmzoo.bidirectional import bidirectional as both_ways
 from ssmzoo.init import inverse_softplus_of_log_uniform, wide_dtype
-from ssmzoo.linear import Linear, WideBiasLinear, is_plain
+from ssmzoo.linear import Linear, WideBiasLinear, is_plain, linear
 from ssmzoo.mixer import Mixer
 from ssmzoo.mixers._convolution import convolve
 from ssmzoo.registry import register_mixer
@@ -145,7 +146,7 @@ class Mamba(Mixer):
         return (
             # Holds the weight and bias under their published names; the op does the convolution.
             nn.Conv1d(d, d, self.d_conv, groups=d, bias=conv_bias),
-            nn.Linear(d, r + 2 * n, bias=False),
+            Linear(d, r + 2 * n, bias=False),
             WideBiasLinear(r, d),
             nn.Parameter(torch.arange(1, n + 1, dtype=wide_dtype()).log().repeat(d, 1)),  # S4D-real: A = -1, …, -n
             nn.Parameter(torch.ones(d, dtype=wide_dtype())),
@@ -184,10 +185,10 @@ class Mamba(Mixer):
             dt, B, C = (self._normed(t) for t in (dt, B, C))
         if is_plain(w.dt_proj):  # the scan adds the bias, in float32
             assert isinstance(w.dt_proj, nn.Linear)
-            delta, delta_bias = nn.functional.linear(dt, w.dt_proj.weight), w.dt_proj.bias
+            delta, delta_bias = linear(dt, w.dt_proj.weight), w.dt_proj.bias
         else:
             delta, delta_bias = w.dt_proj(dt).to(x.dtype), None  # (b l d)
-        A = -torch.exp(w.A_log)  # (d n)
+        A = -exp(w.A_log)  # (d n)
         y, ssm = selective_scan(
             x,
             delta,

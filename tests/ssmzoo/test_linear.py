@@ -9,75 +9,147 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssmkernels import native
 from ssmkernels.native import products
-from ssmkernels.native.products import LARGE, linear
-from ssmzoo.linear import Linear
+from ssmkernels.native.eager import exp
+from ssmkernels.native.products import LARGE, WORK_WITH_GRADIENTS, linear, matmul
+from ssmzoo.linear import Linear, WideBiasLinear
 
 OUT, IN = 1024, 640  # large enough
 NATIVE = native.missing() is None
+NEEDS_NATIVE = pytest.mark.skipif(not NATIVE, reason="needs the native library")
 
 
 @pytest.fixture
-def onednn(monkeypatch):
-    """Counts the products that go through oneDNN."""
+def calls(monkeypatch):
+    """The names of the native kernels that are run, and "onednn", one by one."""
     if not products._available():
         pytest.skip("needs a PyTorch with oneDNN")
-    calls = []
-    product = torch.ops.mkldnn._linear_pointwise
+    made = []
+    run, product = native.run, torch.ops.mkldnn._linear_pointwise
 
     class Counting:
         @staticmethod
         def _linear_pointwise(*args):
-            calls.append(args[1].shape)
+            made.append("onednn")
             return product(*args)
 
+    monkeypatch.setattr(native, "run", lambda name, values: made.append(name) or run(name, values))
     monkeypatch.setattr(torch.ops, "mkldnn", Counting)
-    return calls
+    return made
 
 
 @pytest.fixture
-def native_rows(monkeypatch):
-    """Counts the products of the native library."""
-    calls = []
-    product = products._few_rows
-    monkeypatch.setattr(products, "_few_rows", lambda x, *rest: calls.append(x.shape) or product(x, *rest))
-    return calls
+def every_set(monkeypatch):
+    """The native product of several rows on this machine's instruction set, whichever that is."""
+    monkeypatch.setattr(products, "MATMUL", frozenset(native.sources.ISAS))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("shape", [(IN,), (1, IN), (1, 1, IN), (3, 5, IN), (2, 0, IN), (2, 3, 4, IN)], ids=str)
+@pytest.mark.parametrize("measured", [True, False])
+@pytest.mark.parametrize(
+    "shape", [(IN,), (1, IN), (1, 1, IN), (3, 5, IN), (2, 0, IN), (2, 3, 4, IN), (70, IN)], ids=str
+)
 @pytest.mark.parametrize("bias", [True, False])
-def test_it_is_torchs_product(shape, bias, onednn, native_rows):
+def test_it_is_torchs_product(shape, bias, measured, calls, monkeypatch):
+    monkeypatch.setattr(products, "MATMUL", frozenset(native.sources.ISAS if measured else ()))
     torch.manual_seed(0)
     module, x = Linear(IN, OUT, bias=bias), torch.randn(shape)
     found, expected = module(x), F.linear(x, module.weight, module.bias)
     assert found.shape == expected.shape
     assert found.is_contiguous()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    of_one_row = torch.Size(shape).numel() == IN
-    assert len(native_rows) == (of_one_row and NATIVE)
-    assert len(onednn) == (0 not in shape and not (of_one_row and NATIVE))
+    if 0 in shape:
+        assert not calls
+    elif x.numel() == IN and NATIVE:
+        assert calls == ["product"]
+    else:
+        assert calls == ["matmul" if measured and NATIVE else "onednn"]
 
 
-@pytest.mark.skipif(not NATIVE, reason="needs the native library")
+@NEEDS_NATIVE
 @torch.no_grad()
 @pytest.mark.parametrize(("outputs", "size"), [(LARGE, 1), (1, LARGE), (1001, 525), (50280, 768)], ids=str)
-def test_one_row_gives_the_same_bits_on_any_threads(outputs, size, native_rows):
+def test_one_row_gives_the_same_bits_on_any_threads(outputs, size, calls):
     torch.manual_seed(0)
     x, weight, bias = torch.randn(1, 2 * size)[:, ::2], torch.randn(outputs, size), torch.randn(outputs)
+    found = on_threads(lambda: linear(x, weight, bias))
+    assert calls == ["product"] * 3
+    expected = F.linear(x.double(), weight.double(), bias.double())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * size**0.5)
+
+
+def on_threads(call):
+    """The result of one thread; two and three give the same bits."""
     threads, found = torch.get_num_threads(), []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        found.append(linear(x, weight, bias))
+        found.append(call())
     torch.set_num_threads(threads)
-    assert len(native_rows) == 3
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
-    expected = F.linear(x.double(), weight.double(), bias.double())
-    torch.testing.assert_close(found[0].double(), expected, rtol=1e-5, atol=1e-5 * size**0.5)
+    return found[0]
 
 
-@pytest.mark.skipif(not NATIVE, reason="needs the native library")
-def test_whoever_watches_operators_sees_one_row(native_rows):
+def layouts(rows, columns):
+    """Matrices of a shape: contiguous, transposed, with gaps, expanded."""
+    yield torch.randn(rows, columns)
+    yield torch.randn(columns, rows).t()
+    yield torch.randn(2 * rows, 3 * columns)[::2, ::3]
+    yield torch.randn(rows, 1).expand(rows, columns)
+    yield torch.randn(1, columns).expand(rows, columns)
+
+
+@NEEDS_NATIVE
+@pytest.mark.parametrize(
+    ("rows", "inner", "columns"),
+    [
+        (1, 1, 1),
+        (2, 0, 3),
+        (0, 4, 3),
+        (3, 4, 0),
+        (7, 33, 70),
+        (48, 300, 65),
+        (50, 257, 129),
+        (400, 256, 128),
+        (5, 9, 999),
+    ],
+    ids=str,
+)
+def test_products_of_any_shape_and_layout(rows, inner, columns, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(native, "SMALL", 0)
+    for a in layouts(rows, inner):
+        for b in layouts(inner, columns):
+            found = on_threads(lambda a=a, b=b: matmul(a, b))
+            torch.testing.assert_close(
+                found.double(), a.double() @ b.double(), rtol=1e-5, atol=1e-5 * max(1, inner) ** 0.5
+            )
+
+
+@NEEDS_NATIVE
+@torch.no_grad()
+def test_a_row_does_not_depend_on_the_others(every_set):
+    """Few rows are multiplied the other way round, with the same additions."""
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(130, IN), torch.randn(OUT, IN), torch.randn(OUT)
+    whole = linear(x, weight, bias)
+    for rows in (2, 7, 48, 49, 100):
+        assert torch.equal(linear(x[:rows], weight, bias), whole[:rows])
+        assert torch.equal(linear(x[-rows:], weight, bias), whole[-rows:])
+
+
+@NEEDS_NATIVE
+@torch.no_grad()
+def test_what_is_not_a_number_stays_in_its_row_and_column(every_set):
+    x, weight = torch.randn(60, IN), torch.randn(OUT, IN)
+    x[3, 5], weight[70, 9] = torch.nan, torch.inf
+    expected = F.linear(x, weight)
+    found = linear(x, weight)
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.isinf(), expected.isinf())
+
+
+@NEEDS_NATIVE
+def test_whoever_watches_operators_sees_one_row(calls):
     """Fake tensors, transforms, tangents and modes that count FLOPs need PyTorch's operator."""
     x, weight = torch.randn(1, IN), torch.randn(OUT, IN)
     with torch.no_grad(), FlopCounterMode(display=False) as flops:
@@ -91,11 +163,11 @@ def test_whoever_watches_operators_sees_one_row(native_rows):
             linear(x, weight, torch.randn(OUT - 1))
     with FakeTensorMode() as mode, torch.no_grad():
         assert linear(mode.from_tensor(x), mode.from_tensor(weight)).shape == (1, OUT)
-    assert len(native_rows) == 1
+    assert calls.count("product") == 1
 
 
 @torch.no_grad()
-def test_any_strides(onednn):
+def test_any_strides(every_set):
     torch.manual_seed(0)
     x, weight = torch.randn(2, 3, 2 * IN)[..., ::2], torch.randn(IN, OUT).t()
     torch.testing.assert_close(linear(x, weight), F.linear(x, weight), rtol=1e-4, atol=1e-4)
@@ -103,16 +175,71 @@ def test_any_strides(onednn):
     torch.testing.assert_close(linear(expanded, weight), F.linear(expanded, weight), rtol=1e-4, atol=1e-4)
 
 
-def test_gradients_go_torchs_own_way(onednn):
-    module, x = Linear(IN, OUT), torch.randn(2, IN, requires_grad=True)
-    module(x).sum().backward()
-    assert x.grad is not None
-    assert module.weight.grad is not None
-    assert not onednn
+class TestGradients:
+    ROWS = -(-WORK_WITH_GRADIENTS // (IN * OUT))
+
+    def inputs(self, *wanted):
+        torch.manual_seed(0)
+        x, weight, bias = torch.randn(2, self.ROWS, IN), torch.randn(OUT, IN), torch.randn(OUT)
+        return [t.requires_grad_(name in wanted) for name, t in {"x": x, "weight": weight, "bias": bias}.items()]
+
+    @NEEDS_NATIVE
+    @pytest.mark.parametrize("wanted", [("x", "weight", "bias"), ("x",), ("weight",), ("bias",)], ids="-".join)
+    def test_they_are_torchs(self, wanted, calls, every_set):
+        inputs = self.inputs(*wanted)
+        needed = [t for t in inputs if t.requires_grad]
+        dy = torch.randn(2, self.ROWS, OUT)
+        found = torch.autograd.grad(linear(*inputs), needed, dy)
+        assert calls == ["matmul"] * (1 + ("x" in wanted) + ("weight" in wanted))
+        expected = torch.autograd.grad(F.linear(*inputs), needed, dy)
+        for f, e in zip(found, expected, strict=True):
+            assert f.shape == e.shape
+            torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-3)
+
+    @NEEDS_NATIVE
+    def test_a_gradient_that_lies_otherwise(self, every_set):
+        inputs = self.inputs("x", "weight", "bias")
+        for reduce in (torch.sum, lambda y: y.transpose(0, 2).contiguous().square().mean()):
+            found = torch.autograd.grad(reduce(linear(*inputs)), inputs)
+            for f, e in zip(found, torch.autograd.grad(reduce(F.linear(*inputs)), inputs), strict=True):
+                torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-3)
+
+    @NEEDS_NATIVE
+    def test_second_derivatives_and_batched_gradients(self, every_set):
+        inputs = self.inputs("x", "weight", "bias")
+        results = []
+        for function in (linear, F.linear):
+            y = function(*inputs)
+            first = torch.autograd.grad(y.square().mean(), inputs, create_graph=True)
+            results.append(torch.autograd.grad(sum(g.square().sum() for g in first), inputs))
+        for f, e in zip(*results, strict=True):
+            torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-3)
+        dys = torch.randn(2, 2, self.ROWS, OUT)
+        batched = [
+            torch.autograd.grad(function(*inputs), inputs, dys, is_grads_batched=True)
+            for function in (linear, F.linear)
+        ]
+        for f, e in zip(*batched, strict=True):
+            torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-3)
+
+    @NEEDS_NATIVE
+    def test_same_bits_on_any_threads(self, every_set):
+        inputs = self.inputs("x", "weight", "bias")
+        dy = torch.randn(2, self.ROWS, OUT)
+        for index in (0, 1):
+            on_threads(lambda index=index: torch.autograd.grad(linear(*inputs), inputs, dy)[index])
+
+    def test_few_go_torchs_own_way(self, calls):
+        module, x = Linear(IN, OUT), torch.randn(2, IN, requires_grad=True)
+        module(x).sum().backward()
+        assert x.grad is not None
+        assert module.weight.grad is not None
+        assert not calls
 
 
 @torch.no_grad()
-def test_what_stays_with_torch(onednn):
+def test_what_stays_with_torch(calls, monkeypatch):
+    monkeypatch.setattr(products, "MATMUL", frozenset())
     large = Linear(IN, OUT)
     small = Linear(8, LARGE // 8 - 1)
     small(torch.randn(1, 8))
@@ -122,9 +249,16 @@ def test_what_stays_with_torch(onednn):
         assert large(torch.randn(1, IN)).dtype == torch.bfloat16
     with torch.backends.mkldnn.flags(enabled=False):
         large(torch.randn(2, IN))
-    assert not onednn
+    assert not calls
     large(torch.randn(2, IN))
-    assert len(onednn) == 1
+    assert calls == ["onednn"]
+
+
+@torch.no_grad()
+def test_a_wide_bias_is_added_to_the_same_product(every_set):
+    module = WideBiasLinear(IN, OUT)
+    x = torch.randn(9, IN)
+    torch.testing.assert_close(module(x), F.linear(x, module.weight, module.bias), rtol=1e-4, atol=1e-4)
 
 
 def test_it_is_a_linear_map_to_everyone():
@@ -140,3 +274,22 @@ def test_compiles():
     module, x = Linear(IN, OUT), torch.randn(2, IN)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), module(x), rtol=1e-5, atol=1e-5)
+
+
+class TestExp:
+    @NEEDS_NATIVE
+    @pytest.mark.parametrize("count", [0, 1, 7, 4095, 4097, 24576])
+    def test_it_is_torchs(self, count, calls):
+        x = torch.randn(count) * 5
+        torch.testing.assert_close(exp(x), torch.exp(x), rtol=5e-7, atol=0)
+        assert calls == ["exp"]
+
+    @NEEDS_NATIVE
+    def test_what_is_not_finite(self):
+        x = torch.tensor([torch.nan, -torch.inf, torch.inf, 0.0, -0.0])
+        torch.testing.assert_close(exp(x), torch.exp(x), equal_nan=True)
+
+    def test_what_stays_with_torch(self, calls):
+        for x in (torch.ones(3, requires_grad=True), torch.ones(3).double(), torch.ones(4)[::2]):
+            assert torch.equal(exp(x), torch.exp(x))
+        assert not calls

@@ -6,46 +6,51 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssmkernels import native
-from ssmkernels.core.plain import why_not_plain
+from ssmkernels.core.double_backward import twice_differentiable
+from ssmkernels.core.memory import large_pages
+from ssmkernels.native import eager
 
-# Weights from which oneDNN's longer way to a call is worth it. On two cores it then takes 0.9 of the time of PyTorch's
-# default library for many rows.
-LARGE = 2**19
-FEW = 1  # rows, for which the native library reads the weight at memory speed
+LARGE = 2**19  # weights from which a longer way to a call is worth it
+WORK = 2**23  # multiply-adds from which it is, too
+WORK_WITH_GRADIENTS = 2**26  # likewise where autograd has to be told
+
+# Instruction sets for which the native product of several rows is no slower than PyTorch's libraries, as measured.
+MATMUL = frozenset({"avx2"})
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x ``(..., in)``, weight ``(out, in)``, bias ``(out)`` → ``(..., out)``, as PyTorch's.
 
-    PyTorch sends float32 products to whichever BLAS it was built with. Large float32 products on a CPU go elsewhere,
-    where no gradient is wanted: those of one row, as in decoding, to the native library, whose threads a busy machine
-    does not hold up; others to oneDNN. ``torch.backends.mkldnn.enabled = False`` turns oneDNN off.
+    PyTorch sends float32 products to whichever BLAS it was built with, whose threads wait for one another. Large
+    float32 products on a CPU go to the native library, whose threads a busy machine does not hold up: those of one row,
+    as in decoding, on all instruction sets, and those of several rows, with their gradients, on the sets in
+    :data:`MATMUL`. On other sets products without gradients go to oneDNN, unless
+    ``torch.backends.mkldnn.enabled = False``.
     """
     if _large(x, weight):
-        if x.numel() == x.shape[-1] * FEW and _native(x, weight, bias):
-            return _few_rows(x, weight, bias)
-        if torch.backends.mkldnn.enabled and _available():
-            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        one_row = x.numel() == x.shape[-1]
+        ours = _native(x, weight, bias) and (one_row or native.library().isa in MATMUL)
+        if not eager.wants_gradient(x, weight, bias):
+            if ours:
+                return _one_row(x, weight, bias) if one_row else _rows(x, weight, bias)
+            if torch.backends.mkldnn.enabled and _available():
+                return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        elif ours and not one_row and x.numel() * weight.shape[0] >= WORK_WITH_GRADIENTS:
+            return _Linear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
 def _large(x: Tensor, weight: Tensor) -> bool:
     return (
-        weight.numel() >= LARGE
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and type(weight) in (Tensor, nn.Parameter)  # a quantised weight, say, has a product of its own
-        and type(x) is Tensor
-        and x.shape[-1] == weight.shape[1]  # or else PyTorch has the clearer error
+        (weight.numel() >= LARGE or x.numel() * weight.shape[0] >= WORK)
         and x.numel() > 0
-        and not torch.is_autocast_enabled("cpu")
-        and not torch._C._len_torch_dispatch_stack()  # a mode, such as one that counts FLOPs, knows F.linear alone
-        and not torch._C._len_torch_function_stack()
+        and x.ndim > 0
+        and weight.ndim == 2
+        and eager.float32(x, weight)
+        and x.shape[-1] == weight.shape[1]  # or else PyTorch has the clearer error
     )
 
 
@@ -53,14 +58,12 @@ def _native(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the native library may do it."""
     return (
         weight.is_contiguous()
-        and weight.device.type == "cpu"
         and (bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1] and bias.device == x.device))
-        and not why_not_plain({"x": x, "weight": weight, "bias": bias})
-        and native.missing() is None
+        and eager.reachable(x=x, weight=weight, bias=bias)
     )
 
 
-def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _one_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     outputs, size = weight.shape
     x = x.contiguous()
     bias = None if bias is None else bias.contiguous()
@@ -80,6 +83,76 @@ def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         },
     )
     return y
+
+
+def _rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    outputs, size = weight.shape
+    x = x.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    y = x.new_empty(*x.shape[:-1], outputs)
+    _matmul(x, (size, 1), weight, (1, size), bias, y, x.numel() // size, outputs, size)
+    return y
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` by the native library: a ``(m, k)``, b ``(k, n)``, float32 with any strides."""
+    (rows, inner), columns = a.shape, b.shape[1]
+    c = a.new_empty(rows, columns)
+    _matmul(a, a.stride(), b, b.stride(), None, c, rows, columns, inner)
+    return c
+
+
+def _matmul(
+    a: Tensor,
+    a_strides: tuple[int, ...],
+    b: Tensor,
+    b_strides: tuple[int, ...],
+    bias: Tensor | None,
+    c: Tensor,
+    rows: int,
+    columns: int,
+    inner: int,
+) -> None:
+    large_pages(c)
+    native.run(
+        "matmul",
+        {
+            "a": a.data_ptr(),
+            "b": b.data_ptr(),
+            "bias": native.address(bias),
+            "c": c.data_ptr(),
+            "rows": rows,
+            "columns": columns,
+            "inner": inner,
+            "a_row": a_strides[0],
+            "a_column": a_strides[1],
+            "b_row": b_strides[0],
+            "b_column": b_strides[1],
+            "threads": native.threads(rows * columns * inner),
+        },
+    )
+
+
+class _Linear(torch.autograd.Function):
+    """The product of several rows, and those of its gradients."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        return _rows(x, weight, bias)
+
+    @staticmethod
+    @twice_differentiable(lambda ctx: (F.linear, ctx.saved_tensors))
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, _ = ctx.saved_tensors
+        rows, inputs = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+        product = matmul if eager.float32(rows, inputs, weight) else torch.matmul
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        return (
+            product(rows, weight).view(x.shape) if of_x else None,
+            product(rows.t(), inputs) if of_weight else None,
+            rows.sum(0) if of_bias else None,
+        )
 
 
 @functools.cache

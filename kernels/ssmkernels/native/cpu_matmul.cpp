@@ -1,0 +1,182 @@
+// C = A B, plus a bias: products of matrices of any size and layout.
+//
+// PyTorch's own libraries start a team of threads for each product and wait for all of them. Here the parts of a product
+// are claimed one by one (threads.h), so that no busy core holds it up.
+//
+// A task is a block of C. Its part of B is copied into panels, `kDepth` rows at a time; a panel stays in the fastest
+// cache while rows of A pass by. (This is the order of loops of Goto and van de Geijn, "Anatomy of high-performance
+// matrix multiplication", 2008.) Each element of C is one chain of fused multiply-adds in the order of k: it depends on
+// its row and its column alone, not on how many others there are.
+#include "gemm.h"
+#include "parallel.h"
+
+namespace ssmzoo {
+
+struct MatmulArguments {
+    const void* a;     // (rows inner), float
+    const void* b;     // (inner columns)
+    const void* bias;  // (columns), or null
+    void* c;           // (rows columns), contiguous
+    int64_t rows, columns, inner, a_row, a_column, b_row, b_column, threads;
+};
+
+namespace SSMZOO_ISA {
+namespace {
+
+typedef float S;
+
+constexpr int64_t kPanel = kVectors * Lanes<S>::count;  // columns
+constexpr int64_t kBlock = 128;                         // columns of a task
+constexpr int64_t kDepth = 256;                         // rows of B at once
+constexpr int64_t kNear = 96;                           // rows of A that stay in a core's cache for all of a block's panels
+constexpr int64_t kFew = 48;                            // rows, up to which C is computed transposed
+
+// Part of B, of which element (k, j) is p[k * row + j * column].
+struct Right {
+    const S* p;
+    int64_t row, column;
+};
+
+// Exchanges the bit h of a number's row with that of its column, in all squares of 2 h by 2 h.
+template <int h, class V, int... i>
+SSMZOO_INLINE void exchange(V* v, Indices<i...>) {
+    constexpr int count = sizeof...(i);
+    for (int row = 0; row < count; ++row)
+        if (!(row & h)) {
+            const V a = v[row], b = v[row + h];
+            v[row] = shuffle<(i & h ? count + i - h : i)...>(a, b);
+            v[row + h] = shuffle<(i & h ? count + i : i + h)...>(a, b);
+        }
+}
+
+// A square as wide as a vector turned over.
+template <int h = Lanes<S>::count / 2>
+SSMZOO_INLINE void turn(VF* v) {
+    if constexpr (h > 0) {
+        exchange<h>(v, typename Count<Lanes<S>::count>::type());
+        turn<h / 2>(v);
+    }
+}
+
+// `columns` of B in panels of kPanel, each k by k; zeros beyond them. Walks through B as it lies.
+void copy_panels(S* to, Right from, int64_t inner, int64_t columns) {
+    constexpr int64_t lanes = Lanes<S>::count;
+    const int64_t whole = from.column == 1 ? columns / kPanel * kPanel : 0;
+    for (int64_t k = 0; k < inner && whole; ++k)
+        for (int64_t j = 0; j < whole; j += kPanel)
+            memcpy(to + j * inner + k * kPanel, from.p + k * from.row + j, sizeof(S) * kPanel);
+    for (int64_t j0 = whole; j0 < columns; j0 += lanes) {
+        S* panel = to + j0 / kPanel * kPanel * inner + j0 % kPanel;
+        const S* p = from.p + j0 * from.column;
+        const int64_t there = minimum(lanes, columns - j0);
+        int64_t k = 0;
+        if (from.row == 1)
+            for (; k + lanes <= inner; k += lanes) {
+                VF v[lanes];
+                for (int64_t j = 0; j < lanes; ++j) v[j] = j < there ? load(p + k + j * from.column) : VF{};
+                turn(v);
+                for (int64_t i = 0; i < lanes; ++i) store(panel + (k + i) * kPanel, v[i]);
+            }
+        for (; k < inner; ++k)
+            for (int64_t j = 0; j < lanes; ++j)
+                panel[k * kPanel + j] = j < there ? p[k * from.row + j * from.column] : S(0);
+    }
+    for (int64_t j0 = ceil_div(columns, lanes) * lanes; j0 % kPanel; j0 += lanes)
+        for (int64_t k = 0; k < inner; ++k)
+            store(to + j0 / kPanel * kPanel * inner + k * kPanel + j0 % kPanel, VF{});
+}
+
+// A block of C: some rows of A times some columns of B.
+struct Task {
+    Left<S> a;
+    Right b;
+    int64_t rows, columns, inner;
+};
+
+// `rows` of A in strips of kRows, each k by k. Walks through A as it lies: by k, in the product for a weight's gradient.
+void copy_strips(S* to, Left<S> from, int64_t inner, int64_t rows) {
+    const int64_t whole = from.row == 1 ? rows / kRows * kRows : 0;
+    for (int64_t k = 0; k < inner && whole; ++k)
+        for (int64_t i = 0; i < whole; i += kRows)
+            memcpy(to + i * inner + k * kRows, from.p + k * from.column + i, sizeof(S) * kRows);
+    for (int64_t i = whole; i < rows; ++i)
+        for (int64_t k = 0; k < inner; ++k)
+            to[i / kRows * kRows * inner + k * kRows + i % kRows] = from.p[i * from.row + k * from.column];
+}
+
+// `begun`: c holds what the sums begin with.
+void multiply_block(const Task& t, S* c, int64_t ldc, S* panels, S* strips, bool begun) {
+    const bool copied = t.a.column != 1;
+    for (int64_t k0 = 0; k0 < t.inner; k0 += kDepth) {
+        const int64_t depth = minimum(kDepth, t.inner - k0);
+        const Onto<S> onto = {begun || k0 > 0, S(1)};
+        copy_panels(panels, {t.b.p + k0 * t.b.row, t.b.row, t.b.column}, depth, t.columns);
+        for (int64_t i = 0; i < t.rows; i += kNear) {
+            const int64_t near = minimum(kNear, t.rows - i);
+            const Left<S> a = {t.a.p + i * t.a.row + k0 * t.a.column, t.a.row, t.a.column};
+            if (copied) copy_strips(strips, a, depth, near);
+            for (int64_t j = 0; j < t.columns; j += kPanel)
+                for (int64_t r = 0; r < near; r += kRows) {
+                    const Left<S> strip = copied ? Left<S>{strips + r * depth, 1, kRows} : a.from(r);
+                    S* to = c + (i + r) * ldc + j;
+                    const S* panel = panels + j * depth;
+                    if (near - r >= kRows)
+                        multiply<S, kRows, kVectors, Shape::full>(strip, panel, kPanel, to, ldc, depth, 0, onto);
+                    else
+                        multiply_rows<S, kRows - 1, kVectors, Shape::full>(strip, panel, kPanel, to, ldc, near - r,
+                                                                           depth, 0, onto);
+                }
+        }
+    }
+}
+
+int matmul(const MatmulArguments& a) {
+    if (a.inner == 0 && !a.bias) {
+        memset(a.c, 0, sizeof(S) * static_cast<size_t>(a.rows * a.columns));
+        return 0;
+    }
+    // For few rows Cᵀ = Bᵀ Aᵀ, so that A is copied and B, which is a weight as it lies in PyTorch, is read in place.
+    const bool turned = a.rows <= kFew && a.b_row == 1;
+    const S *p = static_cast<const S*>(a.a), *q = static_cast<const S*>(a.b), *bias = static_cast<const S*>(a.bias);
+    const Left<S> left = turned ? Left<S>{q, a.b_column, a.b_row} : Left<S>{p, a.a_row, a.a_column};
+    const Right right = turned ? Right{p, a.a_column, a.a_row} : Right{q, a.b_row, a.b_column};
+    const int64_t rows = turned ? a.columns : a.rows, columns = turned ? a.rows : a.columns;
+    const int64_t chunk = turned ? 2 * kNear : 4 * kNear;
+    const int64_t down = ceil_div(rows, chunk), across = ceil_div(columns, kBlock);
+    // No more scratch memory than a small product needs: for much of it malloc asks the system.
+    const bool direct = !turned && columns % kPanel == 0;
+    const int64_t wide = minimum(kBlock, ceil_div(columns, kPanel) * kPanel), depth = minimum(kDepth, a.inner);
+    const int64_t near = left.column == 1 ? 0 : ceil_div(minimum(kNear, rows), kRows) * kRows;
+    const int64_t own_size = direct ? 0 : minimum(chunk, rows) * wide;
+    const size_t bytes = sizeof(S) * static_cast<size_t>((wide + near) * depth + own_size);
+    return parallel_for(down * across, a.threads, bytes, [&](int64_t number, char* scratch) {
+        const int64_t i0 = number % down * chunk, j0 = number / down * kBlock;
+        const Task t = {left.from(i0), {right.p + j0 * right.column, right.row, right.column}, minimum(chunk, rows - i0),
+                        minimum(kBlock, columns - j0), a.inner};
+        S* panels = reinterpret_cast<S*>(scratch);
+        S* strips = panels + wide * depth;
+        S* own = strips + near * depth;
+        S* c = direct ? static_cast<S*>(a.c) + i0 * a.columns + j0 : own;
+        const int64_t ldc = direct ? a.columns : wide;
+        if (bias)
+            for (int64_t i = 0; i < t.rows; ++i)
+                for (int64_t j = 0; j < t.columns; ++j) c[i * ldc + j] = bias[turned ? i0 + i : j0 + j];
+        multiply_block(t, c, ldc, panels, strips, bias != nullptr);
+        if (turned) {
+            for (int64_t j = 0; j < t.columns; ++j) {
+                S* to = static_cast<S*>(a.c) + (j0 + j) * a.columns + i0;
+                for (int64_t i = 0; i < t.rows; ++i) to[i] = own[i * wide + j];
+            }
+        } else if (!direct) {
+            for (int64_t i = 0; i < t.rows; ++i)
+                memcpy(static_cast<S*>(a.c) + (i0 + i) * a.columns + j0, own + i * wide,
+                       sizeof(S) * static_cast<size_t>(t.columns));
+        }
+    });
+}
+
+}  // namespace
+}  // namespace SSMZOO_ISA
+}  // namespace ssmzoo
+
+SSMZOO_EXPORT(matmul)(const ssmzoo::MatmulArguments* a) { return ssmzoo::SSMZOO_ISA::matmul(*a); }

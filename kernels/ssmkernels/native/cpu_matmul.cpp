@@ -29,6 +29,7 @@ constexpr int64_t kPanel = kVectors * Lanes<S>::count;  // columns
 constexpr int64_t kBlock = 128;                         // columns of a task
 constexpr int64_t kDepth = 256;                         // rows of B at once
 constexpr int64_t kNear = 96;                           // rows of A that stay in a core's cache for all of a block's panels
+constexpr int64_t kAhead = 8;                           // rows that are asked for before they are copied
 constexpr int64_t kFew = 48;                            // rows, up to which C is computed transposed
 
 // Part of B, of which element (k, j) is p[k * row + j * column].
@@ -36,6 +37,11 @@ struct Right {
     const S* p;
     int64_t row, column;
 };
+
+// Asks for a row before it is copied: rows lie too far apart for the machine to guess.
+SSMZOO_INLINE void fetch(const S* row, int64_t count, bool there) {
+    for (int64_t i = 0; there && i < count; i += 16) __builtin_prefetch(row + i);
+}
 
 // Exchanges the bit h of a number's row with that of its column, in all squares of 2 h by 2 h.
 template <int h, class V, int... i>
@@ -62,9 +68,11 @@ SSMZOO_INLINE void turn(VF* v) {
 void copy_panels(S* to, Right from, int64_t inner, int64_t columns) {
     constexpr int64_t lanes = Lanes<S>::count;
     const int64_t whole = from.column == 1 ? columns / kPanel * kPanel : 0;
-    for (int64_t k = 0; k < inner && whole; ++k)
+    for (int64_t k = 0; k < inner && whole; ++k) {
+        fetch(from.p + (k + kAhead) * from.row, whole, k + kAhead < inner);
         for (int64_t j = 0; j < whole; j += kPanel)
             memcpy(to + j * inner + k * kPanel, from.p + k * from.row + j, sizeof(S) * kPanel);
+    }
     for (int64_t j0 = whole; j0 < columns; j0 += lanes) {
         S* panel = to + j0 / kPanel * kPanel * inner + j0 % kPanel;
         const S* p = from.p + j0 * from.column;
@@ -96,9 +104,11 @@ struct Task {
 // `rows` of A in strips of kRows, each k by k. Walks through A as it lies: by k, in the product for a weight's gradient.
 void copy_strips(S* to, Left<S> from, int64_t inner, int64_t rows) {
     const int64_t whole = from.row == 1 ? rows / kRows * kRows : 0;
-    for (int64_t k = 0; k < inner && whole; ++k)
+    for (int64_t k = 0; k < inner && whole; ++k) {
+        fetch(from.p + (k + kAhead) * from.column, whole, k + kAhead < inner);
         for (int64_t i = 0; i < whole; i += kRows)
             memcpy(to + i * inner + k * kRows, from.p + k * from.column + i, sizeof(S) * kRows);
+    }
     for (int64_t i = whole; i < rows; ++i)
         for (int64_t k = 0; k < inner; ++k)
             to[i / kRows * kRows * inner + k * kRows + i % kRows] = from.p[i * from.row + k * from.column];

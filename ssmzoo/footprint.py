@@ -42,18 +42,21 @@ def footprint(config: ModelConfig) -> Footprint:
     Raises:
         ValueError: a single tensor is larger than PyTorch can describe.
     """
-    layers: dict[str, int] = {}
-    for i, entry in enumerate(config.pattern):
-        layers[entry] = layers.get(entry, 0) + len(range(i, config.n_layers, len(config.pattern)))
+    alike: dict[tuple[str, str], list[int]] = {}  # layers of the same mixer and channel mixer
+    for i in range(config.n_layers):
+        mlp = config.mlp_pattern[i % len(config.mlp_pattern)] if config.mlp_pattern else ""
+        alike.setdefault((config.entry_of_layer(i), mlp), []).append(i)
+    shared: set[str] = set()  # those counted
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             total = _ends(config)
-            for entry, times in layers.items():
-                if times:
-                    block = Block(config, config.pattern.index(entry))
-                    mixer, whole = _size(block.mixer), _size(block)
-                    shared = bool(config.mixers.get(entry, {}).get("shared"))
-                    total += whole * times + mixer * ((1 if shared else times) - times)
+            for (entry, _), layers in alike.items():
+                block = Block(config, layers[0])
+                mixer, whole = _size(block.mixer), _size(block)
+                total += whole * len(layers)
+                if config.mixers.get(entry, {}).get("shared"):
+                    total += mixer * ((entry not in shared) - len(layers))
+                    shared.add(entry)
     except (RuntimeError, OverflowError) as error:
         if "overflow" not in str(error).lower() and "too large" not in str(error).lower():
             raise

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmzoo.mixer import Mixer
+from ssmzoo.mlp import ChannelMixer
 
 
 @torch.no_grad()
@@ -25,12 +26,13 @@ def initialise_mixer(mixer: Mixer, residuals: int) -> None:
 
 
 @torch.no_grad()
-def initialise_mlp(mlp: nn.Module, residuals: int) -> None:
-    """Biases of the MLP's two maps ``fc1`` and ``fc2``, and the second's weight."""
+def initialise_mlp(mlp: ChannelMixer, residuals: int) -> None:
+    """Biases of a channel mixer, and its residual projections."""
     for name, parameter in mlp.named_parameters():
         if name.endswith("bias"):
             _zero(parameter)
-    mlp.get_parameter("fc2.weight").div_(residuals**0.5)
+    for name in mlp.residual_projections:
+        mlp.get_parameter(f"{name}.weight").div_(residuals**0.5)
 
 
 def _zero(bias: Tensor | None) -> None:

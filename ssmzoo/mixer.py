@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
 import torch
@@ -12,9 +11,10 @@ from ssmkernels.core.validate import check_cu_seqlens, precision
 from ssmzoo.linear import arrives_later, computes_on
 from ssmzoo.state import State
 from ssmzoo.ties import KeepsTies
+from ssmzoo.wide import KeepsFloat32, stored
 
 
-class Mixer(KeepsTies):
+class Mixer(KeepsFloat32, KeepsTies):
     """Mixes along the sequence: ``(b, l, d_model) → (b, l, d_model)``.
 
     A subclass defines :meth:`mix`, and :meth:`initial_state` if it can carry a state. Its options are keyword arguments
@@ -28,7 +28,7 @@ class Mixer(KeepsTies):
         bidirectional: it was told to look ahead, by :meth:`look_ahead`.
         has_state: it can be called in chunks through a state.
         requires: importable packages beyond PyTorch.
-        float32_parameters: dotted names of weights that stay float32 when the rest moves to half precision.
+        one_token: it sees each token alone, so that a model which looks both ways may hold it as it is.
         no_weight_decay: dotted names of weights that the papers exempt from decay.
         learning_rates: dotted names of weights with a learning rate of their own.
         has_rate: it is a system in continuous time, whose step an attribute ``rate`` stretches.
@@ -36,12 +36,12 @@ class Mixer(KeepsTies):
     """
 
     requires: ClassVar[tuple[str, ...]] = ()
+    one_token: ClassVar[bool] = False
     options_class: ClassVar[type | None] = None
     state_class: type[State] = State
     causal: bool = True
     bidirectional: bool = False
     has_state: bool = True
-    float32_parameters: tuple[str, ...] = ()
     no_weight_decay: tuple[str, ...] = ()
     learning_rates: dict[str, float] = {}  # noqa: RUF012  (read only)
     residual_projections: tuple[str, ...] = ("out_proj",)
@@ -146,7 +146,7 @@ class Mixer(KeepsTies):
         weight = None if place is None else _at(self, place)
         if weight is not None:
             return weight
-        kept = {id(parameters[name]) for path in self.float32_parameters for parameters, name in _stored(self, path)}
+        kept = {id(parameters[name]) for path in self.float32_parameters for parameters, name in stored(self, path)}
         for path, parameter in self.named_parameters():
             if id(parameter) not in kept and parameter.is_floating_point():
                 self.__dict__["_weight_place"] = path.split(".")
@@ -176,20 +176,6 @@ class Mixer(KeepsTies):
             device = computes_on(self._weight_owner(), weight)
         return torch.empty(0, dtype=precision(weight) if wide else weight.dtype, device=device)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mixer:
-        """As PyTorch's, but ``float32_parameters`` move to another device without losing precision."""
-        kept = [
-            (parameters, name, parameters[name].data)
-            for path in self.float32_parameters
-            for parameters, name in _stored(self, path)
-        ]
-        super()._apply(fn, recurse)
-        for parameters, name, before in kept:
-            parameter = parameters[name]
-            if parameter.dtype in (torch.bfloat16, torch.float16):
-                parameter.data = before.to(parameter.device, torch.float32)
-        return self
-
 
 def _at(module: nn.Module, place: list[str]) -> Tensor | None:
     """The floating-point tensor at a place of a module; None where something else stands, or nothing."""
@@ -197,22 +183,3 @@ def _at(module: nn.Module, place: list[str]) -> Tensor | None:
     for name in place:
         found = getattr(found, name, None)
     return found if isinstance(found, Tensor) and found.is_floating_point() else None
-
-
-def _stored(module: nn.Module, path: str) -> list[tuple[dict[str, Any], str]]:
-    """Where the numbers behind a parameter are: itself, or what pruning, weight norm or a parametrisation left of it.
-
-    Nowhere if a module with other parameters has taken the place of its module.
-    """
-    *place, name = path.split(".")
-    owner: Any = module
-    for part in place:
-        owner = getattr(owner, part, None)
-    if not isinstance(owner, nn.Module):
-        return []
-    found = [(owner._parameters, key) for key in (name, f"{name}_orig", f"{name}_g", f"{name}_v")]
-    parametrizations = getattr(owner, "parametrizations", {})
-    if name in parametrizations:
-        originals = parametrizations[name]._parameters
-        found += [(originals, key) for key in originals]
-    return [(parameters, key) for parameters, key in found if parameters.get(key) is not None]

@@ -56,6 +56,7 @@ class SequenceModel(KeepsTies):
                 self.layers.append(Block(config, i, shared[entry]))
             else:
                 self.layers.append(Block(config, i))
+        self.embedding_scale, self.logit_multiplier = config.embedding_scale, config.logit_multiplier
         self.norm_f = NORMS[config.norm](config.d_model, eps=config.norm_eps)
         width = {"tokens": config.padded_vocab_size, "classes": config.n_classes, "features": config.d_output}
         self.lm_head = Linear(config.d_model, width[config.output or "tokens"] or 0, bias=config.output != "tokens")
@@ -161,6 +162,8 @@ class SequenceModel(KeepsTies):
         self, inputs: Tensor, state: ModelState | None, cu_seqlens: Tensor | None, last_only: bool
     ) -> tuple[Tensor, ModelState | None]:
         x = self.embedding(inputs)
+        if self.embedding_scale != 1:
+            x = x * self.embedding_scale
         if self.config.residual_in_fp32 and x.dtype in (torch.bfloat16, torch.float16):
             x = x.float()
         states: list[State] = []
@@ -173,7 +176,14 @@ class SequenceModel(KeepsTies):
             x = self._pool(x, after, cu_seqlens)
         elif last_only:
             x = _last(x, cu_seqlens)[:, None]
-        return self.lm_head(x), after
+        return self._logits(self.lm_head(x)), after
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """The head's outputs, multiplied and capped as the config says."""
+        if self.logit_multiplier != 1:
+            x = x * self.logit_multiplier
+        cap = self.config.logit_softcap
+        return cap * torch.tanh(x / cap) if cap else x
 
     def _pool(self, x: Tensor, state: ModelState | None, cu_seqlens: Tensor | None) -> Tensor:
         """(b l d_model) → (s d_model), one row a sequence; a mean goes on from the state's and into it."""
@@ -261,7 +271,7 @@ class SequenceModel(KeepsTies):
             total += 2.0 * self.embedding.weight.numel()
         for block in self.blocks:
             total += 2.0 * sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
-            total += block.mixer.mixing_flops(context)
+            total += block.mixer.mixing_flops(context) + (0 if block.mlp is None else block.mlp.flops())
         return total
 
 

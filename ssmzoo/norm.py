@@ -30,6 +30,22 @@ class RMSNorm(nn.Module):
         return cast(Tensor, rms_norm(x, weight.to(x.dtype), eps=self.eps)).to(weight.dtype)
 
 
+class CentredRMSNorm(nn.Module):
+    """x / √(mean x² + eps) · (1 + weight), with weights that start at 0, as in Gemma (arXiv 2403.08295).
+
+    Weights stored in half precision are finer around 0 than around 1, and decay draws them towards the identity.
+    """
+
+    def __init__(self, d: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(d))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        return cast(Tensor, rms_norm(x, (1 + weight).to(x.dtype), eps=self.eps)).to(weight.dtype)
+
+
 class GatedRMSNorm(nn.Module):
     """The norm of a gated output, as in Mamba-2: norm(y · silu(z)), or norm(y) · silu(z).
 
@@ -67,4 +83,4 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)
 
 
-NORMS: dict[str, type[nn.Module]] = {"rms": RMSNorm, "layer": LayerNorm}
+NORMS: dict[str, type[nn.Module]] = {"rms": RMSNorm, "centred_rms": CentredRMSNorm, "layer": LayerNorm}

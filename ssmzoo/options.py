@@ -63,13 +63,15 @@ def check_range(where: str, name: str, value: Any) -> Any:
     """The value, if it is in the range that its name has wherever it is an option.
 
     Raises:
-        ValueError: NaN under any name; or a norm's epsilon, a soft cap or a rotary base out of range.
+        ValueError: NaN under any name; or a norm's epsilon, a soft cap, a multiplier or a rotary base out of range.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
     if name == "rope_base":
         fits, expected = value > 0 and math.isfinite(value), "a finite number above 0"
-    elif name == "softcap" or name.endswith("norm_eps"):
+    elif name.endswith("multiplier"):
+        fits, expected = math.isfinite(value), "a finite number"
+    elif name.endswith(("softcap", "norm_eps")):
         fits, expected = value >= 0 and math.isfinite(value), "a finite number of at least 0"
     else:
         fits, expected = value == value, "a number"

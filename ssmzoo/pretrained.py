@@ -1,4 +1,4 @@
-"""Models on disk: our own folders, and published checkpoints of Mamba and Falcon Mamba.
+"""Models on disk: our own folders, and published checkpoints of Mamba, Mamba-2 and hybrids.
 
 A saved model is a folder with ``config.yaml``, the architecture, and ``model.safetensors``, the weights. A
 weight used at several places (a tied embedding, a shared mixer) is stored once.
@@ -12,14 +12,20 @@ from pathlib import Path
 import torch
 
 from ssmzoo.checkpoints import checksums
-from ssmzoo.checkpoints.published import convert_mamba_state_dict, published_config, published_weights
+from ssmzoo.checkpoints.published import (
+    convert_mamba_state_dict,
+    convert_state_dict,
+    published_config,
+    published_type,
+    published_weights,
+)
 from ssmzoo.checkpoints.weights import assign, main_dtype, read_tensors, skeleton, stored_weights, write_tensors
 from ssmzoo.config import ModelConfig
 from ssmzoo.files import replacing
 from ssmzoo.footprint import check_memory, footprint
 from ssmzoo.model import SequenceModel
 
-__all__ = ["CONFIG", "WEIGHTS", "convert_mamba_state_dict", "load", "save"]
+__all__ = ["CONFIG", "WEIGHTS", "convert_mamba_state_dict", "convert_state_dict", "load", "save"]
 
 CONFIG, WEIGHTS = "config.yaml", "model.safetensors"
 
@@ -65,7 +71,8 @@ def load(
     Args:
         folder: what :func:`save` or a training run wrote; or a published checkpoint with a ``config.json``: Mamba
             or Mamba-2 as state-spaces stores it (``pytorch_model.bin``); Mamba, Falcon Mamba or Mamba-2 as transformers
-            stores it (``model.safetensors``). Weights may be cut into shards, with their index beside them.
+            stores it (``model.safetensors``), or a hybrid of :mod:`ssmzoo.checkpoints.families`. Weights may be cut
+            into shards, with their index beside them.
         device: where the weights go; PyTorch's default device if None.
         dtype: their dtype; the one they were saved in if None. What the papers keep in float32 stays there.
 
@@ -84,7 +91,7 @@ def load(
     elif (folder / "config.json").is_file():
         config = published_config(folder / "config.json")
         source, found = published_weights(folder)
-        weights = convert_mamba_state_dict(found)
+        weights = convert_state_dict(found, published_type(folder / "config.json"))
         del found  # as `assign` takes them out of the one dictionary, one by one
     else:
         raise FileNotFoundError(f"{folder} holds no model: there is no {CONFIG} in it, nor a config.json")

@@ -86,6 +86,6 @@ def _entry(config: ModelConfig, present: str, wanted: str | Mapping[str, Any]) -
 
 def _fresh(config: ModelConfig, entry: str, like: Block) -> Mixer:
     """The config's mixer of that entry, on the device and in the dtype of a block's weights."""
-    weight: Tensor = like.norm.weight  # type: ignore[assignment]
+    weight: Tensor = like.norms[0].weight  # type: ignore[assignment]
     with torch.device(weight.device):
         return entry_mixer(config, entry).to(weight.dtype)

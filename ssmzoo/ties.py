@@ -16,7 +16,7 @@ class KeepsTies(nn.Module):
     That is in ``to_empty`` and other moves from the meta device, and in ``load_state_dict`` with ``assign``.
     """
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeepsTies:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         shared = shared_parameters(self)
         super()._apply(fn, recurse)
         share_again(shared)

@@ -10,9 +10,9 @@ ROOT = Path(__file__).parent.parent
 # The rooms of ssmzoo, lowest first: a room may import those in lines above its own, and itself. A room is a module or a
 # folder right below the package; "ssmzoo" is what `import ssmzoo` gives.
 LAYERS = (
-    "bidirectional devices files linear plain screen state ties",  # serve everything
-    "mlp norm options yaml_text",
-    "mixer",  # the one interface
+    "bidirectional devices files linear plain screen state ties wide",  # serve everything
+    "norm options yaml_text",
+    "mixer mlp",  # the interfaces of what mixes tokens and of what mixes channels
     "cache init rate registry",
     "lti",  # what S4 and S4D share
     "mixers",

@@ -58,10 +58,12 @@ def transformers_model(model: SequenceModel) -> nn.Module:
     transformers = importlib.import_module("transformers")
     config = model.config
     kinds = {config.mixer_options(config.entry_of_layer(i))["kind"] for i in range(config.n_layers)}
-    refuse(kinds not in ({"mamba"}, {"mamba2"}) or config.mlp.get("kind", "none") != "none", "model but Mamba's")
+    refuse(kinds not in ({"mamba"}, {"mamba2"}) or config.n_residuals > config.n_layers, "model but Mamba's")
     refuse(config.output not in (None, "tokens") or config.norm != "rms", "such head or norm")
     mixer: Any = model.blocks[0].mixer
     kind, options = _kind(mixer)
+    multipliers = (config.embedding_scale, config.residual_multiplier, config.logit_multiplier, config.logit_softcap)
+    refuse(config.norm_placement != "pre" or multipliers != (1, 1, 1, 0), "such blocks or multipliers")
     refuse(options.get("layer_norm_epsilon", config.norm_eps) != config.norm_eps, "two epsilons")
     with torch.device("meta"):
         theirs = getattr(transformers, f"{kind}ForCausalLM")(

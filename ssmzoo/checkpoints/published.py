@@ -1,4 +1,7 @@
-"""Published checkpoints of Mamba, Falcon Mamba and Mamba-2: ``config.json``, the names of weights, and shards."""
+"""Published checkpoints: ``config.json``, the names of weights, and shards.
+
+Mamba, Falcon Mamba and Mamba-2 are here; the hybrids have a file each in :mod:`ssmzoo.checkpoints.families`.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ssmzoo.checkpoints.families import family, list_families
+from ssmzoo.checkpoints.renaming import renamed
 from ssmzoo.checkpoints.weights import line, read_tensors, some
 from ssmzoo.config import ModelConfig
+from ssmzoo.config.entries import reachable
 
 FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -21,23 +27,45 @@ def published_config(path: Path) -> ModelConfig:
     """Our config from that of a published checkpoint, of state-spaces or of transformers.
 
     Raises:
-        ValueError: it is damaged, or describes something other than Mamba, Falcon Mamba and Mamba-2.
+        ValueError: it is damaged, or describes a model that is none of ours.
     """
+    given = _read(path)
+    hybrid = given.get("model_type")
+    try:
+        if hybrid in list_families():
+            return ModelConfig.from_dict(_used(family(hybrid).config(given)), str(path))
+        values = _from_state_spaces(given) if hybrid is None else _from_transformers(given)
+    except KeyError as error:
+        raise ValueError(f"{path}: the key {error} is missing") from None
+    if values is None:
+        raise ValueError(
+            f"{path} describes none of Mamba, Falcon Mamba, Mamba-2 and {', '.join(list_families())}: "
+            "other published architectures cannot be loaded"
+        )
+    return ModelConfig.from_dict({**values, "pattern": list(values["mixers"])}, str(path))
+
+
+def _used(values: dict[str, Any]) -> dict[str, Any]:
+    """A config's values without the mixers that its layers do not reach."""
+    used = reachable(values["pattern"][: values["n_layers"]], values["mixers"])
+    pattern = values["pattern"][: values["n_layers"]]
+    return {**values, "pattern": pattern, "mixers": {k: v for k, v in values["mixers"].items() if k in used}}
+
+
+def published_type(path: Path) -> str | None:
+    """The ``model_type`` that a ``config.json`` gives, if it is that of a hybrid."""
+    found = _read(path).get("model_type")
+    return found if found in list_families() else None
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         given = json.loads(path.read_text(), object_hook=_number)
     except ValueError as error:
         raise ValueError(f"{path} is no valid JSON: {str(error).splitlines()[0]}") from None
     if not isinstance(given, dict):
         raise ValueError(f"{path} must hold a JSON object; got {type(given).__name__}")
-    try:
-        values = _from_transformers(given) if "model_type" in given else _from_state_spaces(given)
-    except KeyError as error:
-        raise ValueError(f"{path}: the key {error} is missing") from None
-    if values is None:
-        raise ValueError(
-            f"{path} describes none of Mamba, Falcon Mamba and Mamba-2: other published architectures cannot be loaded"
-        )
-    return ModelConfig.from_dict({**values, "pattern": list(values["mixers"])}, str(path))
+    return given
 
 
 def _number(value: dict[str, Any]) -> Any:
@@ -135,6 +163,23 @@ def convert_mamba_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tens
             f"convert_mamba_state_dict: `state_dict` holds weights that are none of Mamba: {some(strange)}"
         )
     return converted
+
+
+def convert_state_dict(state_dict: Mapping[str, Tensor], model_type: str | None = None) -> dict[str, Tensor]:
+    """Weights of a published model by our names; tensors that are one in ours are put together.
+
+    Args:
+        state_dict: as the checkpoint's files hold it, or as that of transformers' model.
+        model_type: transformers' name of the architecture, such as "recurrent_gemma"; None for Mamba, Falcon Mamba and
+            Mamba-2.
+
+    Raises:
+        ValueError: an unknown ``model_type``, or keys of another kind of model, the first of them by name.
+    """
+    if model_type is None:
+        return convert_mamba_state_dict(state_dict)
+    found = family(model_type)
+    return renamed(state_dict, found.RULES, found.NAME)
 
 
 def published_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:

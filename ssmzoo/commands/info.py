@@ -83,12 +83,12 @@ def _parts(model: SequenceModel) -> list[list[str]]:
         layers, modules = parts.setdefault(f"{label}: {options}" if options else label, ([], []))
         layers.append(i)
         modules.append(block.mixer)
-    if config.mlp.get("kind", "none") != "none":
-        parts[f"{config.mlp['kind']} MLP"] = (
-            list(range(config.n_layers)),
-            [block.mlp for block in blocks],
-        )
-    norms = [module for block in blocks for module in (block.norm, block.norm2) if module is not None]
+    for i, block in enumerate(blocks):
+        if block.mlp is not None:
+            layers, modules = parts.setdefault(f"{config.mlp_of_layer(i)['kind']} MLP", ([], []))
+            layers.append(i)
+            modules.append(block.mlp)
+    norms = [norm for block in blocks for norm in block.norms]
     seen: set[int] = set()
     embedding = ("embedding", "", 1, _weights([model.embedding], seen))
     inner = [

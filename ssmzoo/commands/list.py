@@ -47,7 +47,8 @@ def _models(pattern: str) -> tuple[list[str], list[list[str]]]:
     for name in names:
         config = load_config(name)
         parameters = footprint(config).parameters
-        mlp = config.mlp.get("kind", "none")
+        kinds = [config.mlp_of_layer(i)["kind"] for i in range(len(config.mlp_pattern) or 1)]
+        mlp = ", ".join(dict.fromkeys(kinds))
         sizes = [count(parameters), str(config.n_layers), str(config.d_model)]
         rows.append([name, *sizes, _pattern(config), mlp, config.description])
     return ["model", "parameters", "layers", "d_model", "mixers", "MLP", "what it is"], rows

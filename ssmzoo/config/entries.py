@@ -1,4 +1,4 @@
-"""The nested data behind a config: which entries of ``mixers`` a pattern reaches, and overrides merged into it."""
+"""The nested data behind a config: entries by name, which of them a pattern reaches, and overrides merged into it."""
 
 from __future__ import annotations
 
@@ -20,6 +20,29 @@ def reachable(pattern: Any, mixers: Mapping[str, Any]) -> set[str]:
             branches = (mixers.get(entry) or {}).get("branches")
             waiting += branches if isinstance(branches, list | tuple) else []
     return found
+
+
+def names(key: str, pattern: Sequence[Any]) -> list[str]:
+    """The names of a pattern, which stands under ``key``.
+
+    Raises:
+        TypeError: one of them is no text.
+    """
+    return [convert(f"each entry of config key `{key}`", name, str) for name in pattern]
+
+
+def named_options(key: str, entries: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:
+    """Options by the names of the entries that stand under ``key``; None is no options.
+
+    Raises:
+        TypeError: a name that is no text, or options that are no dictionary.
+    """
+    return {
+        convert(f"each name in config key `{key}`", name, str): dict(
+            convert(f"config key `{key}.{name:.80}`", options, dict | None) or {}
+        )
+        for name, options in entries.items()
+    }
 
 
 def merge(values: dict[str, Any], path: list[str], value: Any) -> None:

@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from ssmkernels.core.names import unknown
-from ssmzoo.config.entries import check_nesting, merge, reachable
+from ssmzoo.config.entries import check_nesting, merge, named_options, names, reachable
 from ssmzoo.mixer import Mixer
-from ssmzoo.mlp import MLPS
-from ssmzoo.options import check_options, check_range, convert, options_of
+from ssmzoo.mlp import check_mlp
+from ssmzoo.options import check_range, convert, options_of
 from ssmzoo.plain import check_plain, short
 from ssmzoo.registry import mixer_class
 
@@ -30,7 +32,9 @@ class ModelConfig:
         pattern: the order of mixers, repeated down the layers: names of entries of ``mixers``, or of registered mixers.
         mixers: options by entry. An entry may name its ``kind`` (the entry's own name otherwise), and may be
             ``shared: true``: one set of weights at each of its places.
-        mlp: options of the channel mixer after each mixer: ``kind`` is "swiglu", "gelu" or "none".
+        mlp: options of the channel mixer after each mixer; its ``kind`` is one of :data:`ssmzoo.mlp.MLPS`.
+        mlp_pattern: instead, an order of channel mixers, repeated down the layers: entries of ``mlps``, or kinds.
+        mlps: options of those channel mixers by entry, of which ``kind`` is the entry's own name if it is not given.
         vocab_size: number of token ids; None for real-valued features in and out.
         pad_vocab_size_multiple: the embedding's rows are rounded up to a multiple of it.
         d_input: width of real-valued input features, which replace token ids where it is set.
@@ -41,8 +45,15 @@ class ModelConfig:
         pooling: which steps the classes are read from: the "mean" of all, or the "last".
         d_output: width of output features; d_input if None.
         tie_embeddings: the token logits use the embedding's weights.
-        norm: "rms" or "layer", before each mixer and MLP and at the end.
+        norm: "rms", "centred_rms" (its weight is 1 + w) or "layer", around each mixer and MLP and at the end.
+        norm_placement: "pre": x + f(norm(x)); "post": x + norm(f(x)), as in OLMo 2 (arXiv 2501.00656); or "sandwich":
+            x + norm(f(norm(x))), as in Gemma 2 (arXiv 2408.00118).
         norm_eps: added to the mean square, or the variance.
+        embedding_multiplier: of the embeddings, or of the projected features; "sqrt" is √d_model rounded to bfloat16,
+            as in Gemma.
+        residual_multiplier: of what each mixer and MLP adds to the residual stream.
+        logit_multiplier: of the token logits.
+        logit_softcap: bounds the token logits smoothly to ± logit_softcap, after their multiplier; 0 for none.
         residual_in_fp32: keep the residual stream in float32 whatever the weights are.
         dropout: on what each mixer and MLP adds to the residual stream.
         bidirectional: every mixer looks both ways; each must be able to.
@@ -55,6 +66,8 @@ class ModelConfig:
     pattern: list[str]
     mixers: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     mlp: dict[str, Any] = dataclasses.field(default_factory=lambda: {"kind": "none"})
+    mlp_pattern: list[str] = dataclasses.field(default_factory=list)
+    mlps: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     vocab_size: int | None = None
     pad_vocab_size_multiple: int = 1
     d_input: int | None = None
@@ -63,8 +76,13 @@ class ModelConfig:
     pooling: Literal["mean", "last"] = "mean"
     d_output: int | None = None
     tie_embeddings: bool = True
-    norm: Literal["rms", "layer"] = "rms"
+    norm: Literal["rms", "centred_rms", "layer"] = "rms"
+    norm_placement: Literal["pre", "post", "sandwich"] = "pre"
     norm_eps: float = 1e-5
+    embedding_multiplier: float | Literal["sqrt"] = 1.0
+    residual_multiplier: float = 1.0
+    logit_multiplier: float = 1.0
+    logit_softcap: float = 0.0
     residual_in_fp32: bool = False
     dropout: float = 0.0
     bidirectional: bool = False
@@ -77,13 +95,8 @@ class ModelConfig:
             where, value = f"config key `{field.name}`", getattr(self, field.name)
             check_plain(value, where)
             setattr(self, field.name, check_range(where, field.name, convert(where, value, hints[field.name])))
-        self.pattern = [convert("each entry of config key `pattern`", name, str) for name in self.pattern]
-        self.mixers = {
-            convert("each name in config key `mixers`", name, str): dict(
-                convert(f"config key `mixers.{name:.80}`", options, dict | None) or {}
-            )
-            for name, options in self.mixers.items()
-        }
+        self.pattern, self.mixers = names("pattern", self.pattern), named_options("mixers", self.mixers)
+        self.mlp_pattern, self.mlps = names("mlp_pattern", self.mlp_pattern), named_options("mlps", self.mlps)
         if self.output is None:
             self.output = "classes" if self.n_classes else "tokens" if self.vocab_size else "features"
         if self.output == "features" and self.d_output is None:
@@ -117,9 +130,10 @@ class ModelConfig:
         needed = {"tokens": "vocab_size", "classes": "n_classes", "features": "d_output"}[self.output or ""]
         if getattr(self, needed) is None:
             raise ValueError(f"config: `output: {self.output}` needs `{needed}`; it is not set")
-        if convert("config key `mlp.kind`", self.mlp.get("kind", "none"), str) not in MLPS:
-            raise ValueError(unknown("`kind` of mlp", self.mlp["kind"], MLPS))
-        check_options(f"mlp {self.mlp.get('kind', 'none')!r}", MLPS[self.mlp.get("kind", "none")], self.mlp_options())
+        if self.output != "tokens" and (self.logit_multiplier != 1 or self.logit_softcap):
+            name = "logit_softcap" if self.logit_multiplier == 1 else "logit_multiplier"
+            raise ValueError(f"config: `{name}` has no meaning with `output: {self.output}`: it is of token logits")
+        self._check_mlps()
         check_nesting(self.pattern, self.mixers)
         used = self.entries_used()
         for entry in self.mixers:
@@ -128,6 +142,16 @@ class ModelConfig:
                     f"config: `mixers.{entry:.80}` is used nowhere in `pattern` {short(self.pattern)}; "
                     + (f"did you mean one of {short(sorted(used))}?" if used else "")
                 )
+
+    def _check_mlps(self) -> None:
+        check_mlp("mlp", self.mlp)
+        if self.mlp_pattern and self.mlp.get("kind", "none") != "none":
+            raise ValueError("config: give `mlp`, one for all layers, or `mlp_pattern`; got both")
+        for name in self.mlps:
+            if name not in self.mlp_pattern:
+                raise ValueError(f"config: `mlps.{name:.80}` is not in `mlp_pattern` {short(self.mlp_pattern)}")
+        for name in self.mlp_pattern:
+            check_mlp(f"mlps.{name:.80}", {"kind": name, **self.mlps.get(name, {})})
 
     def entries_used(self) -> set[str]:
         """Names that the pattern, and the parallel entries in it, refer to; looks each mixer up."""
@@ -153,19 +177,31 @@ class ModelConfig:
         if isinstance(branches, Sequence) and not isinstance(branches, str):
             options["branches"] = {name: self.mixer_options(name) for name in branches}
         elif self.bidirectional and options["kind"] != "parallel":
+            if self.mixer_class(entry).one_token:
+                return options
             if "bidirectional" not in options_of(self.mixer_class(entry)):
                 raise ValueError(f"config: `bidirectional` is set, but mixer {options['kind']!r} can only look back")
             options["bidirectional"] = True
         return options
 
-    def mlp_options(self) -> dict[str, Any]:
-        """The channel mixer's options without its kind."""
-        return {k: v for k, v in self.mlp.items() if k != "kind"}
+    def mlp_of_layer(self, layer: int) -> dict[str, Any]:
+        """``kind`` and the options of the channel mixer at a layer."""
+        if not self.mlp_pattern:
+            return {"kind": "none", **self.mlp}
+        name = self.mlp_pattern[layer % len(self.mlp_pattern)]
+        return {"kind": name, **self.mlps.get(name, {})}
 
     @property
     def n_residuals(self) -> int:
         """How many maps of the model write into its residual stream."""
-        return self.n_layers * (1 if self.mlp.get("kind", "none") == "none" else 2)
+        return self.n_layers + sum(self.mlp_of_layer(i)["kind"] != "none" for i in range(self.n_layers))
+
+    @property
+    def embedding_scale(self) -> float:
+        """``embedding_multiplier`` as a number."""
+        if self.embedding_multiplier == "sqrt":
+            return torch.tensor(self.d_model**0.5, dtype=torch.bfloat16, device="cpu").item()
+        return self.embedding_multiplier
 
     @property
     def padded_vocab_size(self) -> int:
@@ -227,6 +263,10 @@ class ModelConfig:
             asked |= {key.split(".")[1] for key in overrides if key.startswith("mixers.")}
             kept = reachable(values["pattern"], values["mixers"]) | asked
             values["mixers"] = {name: options for name, options in values["mixers"].items() if name in kept}
+        if "mlp_pattern" in overrides:  # likewise
+            values["mlps"] = {
+                name: options for name, options in values["mlps"].items() if name in values["mlp_pattern"]
+            }
         return ModelConfig.from_dict(values)
 
 

@@ -50,6 +50,7 @@ class Attention(Mixer):
         qk_norm: RMSNorm with weights over each head's queries and keys, before the rotary embedding.
         bias: biases on the projections to queries, keys and values, and to the gate.
         out_bias: a bias on the output projection.
+        scale: of the products of queries and keys; 1/√head_dim if None.
         softcap: bounds the logits smoothly to ± softcap (arXiv 2408.00118); 0 for none.
         sinks: one more logit per head, learned, that takes weight and has no value, as in gpt-oss (arXiv 2508.10925);
             it starts normal with deviation 0.02.
@@ -100,6 +101,7 @@ class Attention(Mixer):
         qk_norm: bool = False,
         bias: bool = False,
         out_bias: bool = False,
+        scale: float | None = None,
         softcap: float = 0.0,
         sinks: bool = False,
         alibi: bool = False,
@@ -141,6 +143,7 @@ class Attention(Mixer):
         self.head_dim, self.n_heads, self.n_kv_heads = head_dim, n_heads, n_kv_heads
         self.rope_base, self.scaling = rope_base, scaling_of(rope_scaling)
         self.window, self.softcap, self.alibi = window, softcap, alibi
+        self.scale = 1 / math.sqrt(head_dim) if scale is None else scale
         self.d_conv, self.cache, self.page_size = d_conv, cache, page_size
         self.q_proj = Linear(d_model, n_heads * head_dim, bias=bias)
         self.k_proj = Linear(d_model, n_kv_heads * head_dim, bias=bias)
@@ -178,7 +181,7 @@ class Attention(Mixer):
         """What the ops are told beside queries, keys and values."""
         window = None if self.window is None else (self.window - 1, 0 if self.causal else self.window - 1)
         slopes = alibi_slopes(self.n_heads, self.like()) if self.alibi else None
-        return Logits(1 / math.sqrt(self.head_dim), self.causal, window, self.softcap, slopes, self.sinks)
+        return Logits(self.scale, self.causal, window, self.softcap, slopes, self.sinks)
 
     def initial_state(self, batch_size: int, max_length: int | None = None) -> Cache | ConvolvedState:
         self.check_has_state()

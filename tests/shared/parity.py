@@ -1,8 +1,12 @@
 """The same weights in a published implementation and in ours, and comparisons of what both give."""
 
+import math
+
 import torch
 
-from ssmzoo.pretrained import convert_mamba_state_dict
+import ssmzoo
+from ssmzoo.checkpoints.published import published_config
+from ssmzoo.pretrained import convert_mamba_state_dict, convert_state_dict
 
 # Ours and theirs round differently: relative to a tensor's largest value.
 TOLERANCE = 1e-4
@@ -26,13 +30,53 @@ def close(what, actual, expected):
     assert off <= TOLERANCE, f"{what} is off by {off:.1e} of its largest value"
 
 
-def same_gradients(theirs, ours, a, b):
+def same_gradients(theirs, ours, a, b, model_type=None):
     """All gradients of a random sum of their logits ``a`` and of ours, ``b``."""
     weight = torch.randn(a.shape)
     (a * weight).sum().backward()
     (b * weight).sum().backward()
-    expected = convert_mamba_state_dict({n: p.grad for n, p in theirs.named_parameters() if p.grad is not None})
-    found = dict(ours.named_parameters())
+    named = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+    expected = convert_state_dict(named, model_type)
+    found = {n: p for n, p in ours.named_parameters() if p.requires_grad}
     assert set(expected) == set(found)
     for name, parameter in found.items():
         close(f"the gradient of {name}", parameter.grad, expected[name])
+
+
+@torch.no_grad()
+def randomise(theirs):
+    """Weights of a size at which everything matters: theirs start too small, with biases of 0 and norms of 1."""
+    for name, parameter in theirs.named_parameters():
+        if name.endswith("A_log"):
+            parameter.uniform_(0, math.log(16))
+        elif name.endswith("dt_bias"):
+            parameter.uniform_(-4, -1)
+        elif name.endswith("recurrent_param"):
+            continue
+        elif parameter.ndim > 1:
+            parameter.normal_(std=parameter[0].numel() ** -0.5 if parameter.ndim < 3 else parameter.shape[-1] ** -0.5)
+        else:
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    for name, buffer in theirs.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(std=0.3)
+
+
+def pair_of(tmp_path, theirs):
+    """A transformers' model with random weights, and ours from its own config file with the same weights."""
+    randomise(theirs)
+    theirs.config.to_json_file(tmp_path / "config.json", use_diff=False)
+    ours = ssmzoo.build(published_config(tmp_path / "config.json"))
+    ours.load_state_dict(convert_state_dict(tied_once(theirs), theirs.config.model_type), strict=False)
+    ours.tie_weights()
+    return theirs.eval(), ours.eval()
+
+
+def tied_once(theirs):
+    """Their weights, without second names."""
+    seen, kept = set(), {}
+    for name, tensor in theirs.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            kept[name] = tensor.detach()
+    return kept

@@ -14,6 +14,7 @@ SMALL = {
     "linformer": HEADS | {"proj_len": 4, "max_length": 24},
     "lightconv": {},
     "dynamicconv": {},
+    "channel": {"mlp": {"kind": "swiglu", "d_intermediate": 12}},
     "lstm": {},
     "gru": {},
     "s4": {"d_state": 4},

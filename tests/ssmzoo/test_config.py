@@ -160,7 +160,7 @@ def test_a_mixer_that_can_only_look_back():
     [
         ({"d_model": "wide"}, "config key `d_model` must be int; got 'wide'"),
         ({"pattern": "mamba"}, "config key `pattern` must be list"),
-        ({"norm": "batch"}, "config key `norm` must be 'rms' or 'layer'; got 'batch'"),
+        ({"norm": "batch"}, "config key `norm` must be 'rms' or 'centred_rms' or 'layer'; got 'batch'"),
         ({"mlp": {"kind": "swiglu", "width": 3}}, "unknown option of mlp 'swiglu': 'width'"),
         ({"mixers": {"mamba": {"d_stat": 3}}}, "unknown option of mixer 'mamba': 'd_stat'. Did you mean 'd_state'"),
     ],

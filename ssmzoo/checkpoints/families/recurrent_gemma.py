@@ -1,0 +1,48 @@
+"""RecurrentGemma (Botev et al. 2024, arXiv 2404.07839)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ssmzoo.checkpoints.families._common import ENDS, LAYER, attention_options, gated_mlp_rules, require, rope_options
+from ssmzoo.checkpoints.renaming import Rule
+
+NAME = "RecurrentGemma"
+
+RULES: list[Rule] = [
+    *ENDS,
+    (rf"{LAYER}temporal_pre_norm\.weight", r"layers.\1.norm.weight"),
+    (rf"{LAYER}channel_pre_norm\.weight", r"layers.\1.norm2.weight"),
+    (rf"{LAYER}temporal_block\.o_proj\.(weight|bias)", r"layers.\1.mixer.out_proj.\2"),
+    (rf"{LAYER}temporal_block\.(.*)", r"layers.\1.mixer.\2"),
+    *gated_mlp_rules("mlp_block", "mlp"),
+]
+
+
+def config(given: Mapping[str, Any]) -> dict[str, Any]:
+    require(given, hidden_activation="gelu_pytorch_tanh")
+    attention = attention_options(given)
+    kinds = {"recurrent": "rglru", "attention": "local"}
+    return {
+        "d_model": given["hidden_size"],
+        "n_layers": given["num_hidden_layers"],
+        "pattern": [kinds[kind] for kind in given.get("block_types", ("recurrent", "recurrent", "attention"))],
+        "mixers": {
+            "rglru": {
+                "width": given.get("lru_width") or given["hidden_size"],
+                "n_heads": given["num_attention_heads"],
+                "d_conv": given.get("conv1d_width", 4),
+            },
+            "local": attention
+            | rope_options(given, attention["head_dim"], 0.5)
+            | {"kind": "attention", "window": given.get("attention_window_size", 2048), "out_bias": True},
+        },
+        "mlp": {"kind": "geglu_tanh", "d_intermediate": given["intermediate_size"] // 2, "bias": True},
+        "vocab_size": given["vocab_size"],
+        "norm": "centred_rms",
+        "norm_eps": given.get("rms_norm_eps", 1e-6),
+        "embedding_multiplier": "sqrt",
+        "logit_softcap": given.get("logits_soft_cap", 30.0),
+        "tie_embeddings": given.get("tie_word_embeddings", True),
+    }

@@ -1,0 +1,107 @@
+"""Channel mixers of two maps."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssmzoo.linear import Linear
+from ssmzoo.mlp.base import ACTIVATIONS, ChannelMixer, check_at_least_one
+
+
+class GatedMLP(ChannelMixer):
+    """fc2(f(a) · b) with a, b = fc1(x) (Shazeer 2020, arXiv 2002.05202); f is the subclass's activation.
+
+    Args:
+        d_model: width of input and output.
+        d_intermediate: width inside; 8/3 · d_model rounded up to a multiple of ``multiple_of`` if None.
+        multiple_of: see above.
+        bias: biases on both maps.
+        gate_multiplier: of a, before the activation.
+        out_multiplier: of the output.
+    """
+
+    activation: ClassVar[str]
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        d_intermediate: int | None = None,
+        multiple_of: int = 64,
+        bias: bool = False,
+        gate_multiplier: float = 1.0,
+        out_multiplier: float = 1.0,
+    ) -> None:
+        super().__init__()
+        check_at_least_one(self, d_intermediate=d_intermediate, multiple_of=multiple_of)
+        inside = d_intermediate or -(-8 * d_model // (3 * multiple_of)) * multiple_of
+        self.fc1 = Linear(d_model, 2 * inside, bias=bias)
+        self.fc2 = Linear(inside, d_model, bias=bias)
+        self.gate_multiplier, self.out_multiplier = gate_multiplier, out_multiplier
+        self.f = ACTIVATIONS[self.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.fc1(x).chunk(2, dim=-1)
+        if self.gate_multiplier != 1:
+            a = a * self.gate_multiplier
+        y = self.fc2(self.f(a) * b)
+        return y if self.out_multiplier == 1 else y * self.out_multiplier
+
+
+class SwiGLU(GatedMLP):
+    activation = "silu"
+
+
+class GEGLU(GatedMLP):
+    activation = "gelu"
+
+
+class TanhGEGLU(GatedMLP):
+    activation = "gelu_tanh"
+
+
+class ReGLU(GatedMLP):
+    activation = "relu"
+
+
+class GELU(ChannelMixer):
+    """fc2(gelu(fc1(x))), the Transformer's own.
+
+    Args:
+        d_model: width of input and output.
+        d_intermediate: width inside; 4 · d_model if None.
+        bias: biases on both maps.
+    """
+
+    def __init__(self, d_model: int, *, d_intermediate: int | None = None, bias: bool = True) -> None:
+        super().__init__()
+        check_at_least_one(self, d_intermediate=d_intermediate)
+        inside = d_intermediate or 4 * d_model
+        self.fc1 = Linear(d_model, inside, bias=bias)
+        self.fc2 = Linear(inside, d_model, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SquaredReLU(ChannelMixer):
+    """fc2(relu(fc1(x))²), without a gate (So et al. 2021, arXiv 2109.08668).
+
+    Args:
+        d_model: width of input and output.
+        d_intermediate: width inside; 4 · d_model if None.
+        bias: biases on both maps.
+    """
+
+    def __init__(self, d_model: int, *, d_intermediate: int | None = None, bias: bool = False) -> None:
+        super().__init__()
+        check_at_least_one(self, d_intermediate=d_intermediate)
+        inside = d_intermediate or 4 * d_model
+        self.fc1 = Linear(d_model, inside, bias=bias)
+        self.fc2 = Linear(inside, d_model, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(ACTIVATIONS["relu2"](self.fc1(x)))

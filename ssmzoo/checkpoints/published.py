@@ -42,7 +42,7 @@ def published_config(path: Path) -> ModelConfig:
             f"{path} describes none of Mamba, Falcon Mamba, Mamba-2 and {', '.join(list_families())}: "
             "other published architectures cannot be loaded"
         )
-    return ModelConfig.from_dict({**values, "pattern": list(values["mixers"])}, str(path))
+    return ModelConfig.from_dict({"pattern": list(values["mixers"]), **values}, str(path))
 
 
 def _used(values: dict[str, Any]) -> dict[str, Any]:
@@ -76,19 +76,48 @@ def _number(value: dict[str, Any]) -> Any:
 def _from_state_spaces(given: Mapping[str, Any]) -> dict[str, Any] | None:
     mixer = dict(given.get("ssm_cfg") or {})
     kind = {"Mamba1": "mamba", "Mamba2": "mamba2"}.get(mixer.pop("layer", "Mamba1"))
-    if kind is None or given.get("attn_layer_idx") or given.get("d_intermediate"):
+    if kind is None or given.get("d_intermediate"):
         return None
+    at = given.get("attn_layer_idx") or ()
+    mixers = {kind: mixer} | ({"attention": _attention_options(given["attn_cfg"], given["d_model"])} if at else {})
     for name in ("use_fast_path", "use_mem_eff_path", "chunk_size"):  # which of their kernels runs, and how
         mixer.pop(name, None)
     return {
         "d_model": given["d_model"],
         "n_layers": given["n_layer"],
-        "mixers": {kind: mixer},
+        "pattern": ["attention" if i in at else kind for i in range(given["n_layer"])] if at else [kind],
+        "mixers": mixers,
         "vocab_size": given["vocab_size"],
         "pad_vocab_size_multiple": given.get("pad_vocab_size_multiple", 8),
         "norm": "rms" if given.get("rms_norm", True) else "layer",
         "residual_in_fp32": given.get("residual_in_fp32", True),
         "tie_embeddings": given.get("tie_embeddings", True),
+    }
+
+
+def _attention_options(given: Mapping[str, Any], d_model: int) -> dict[str, Any]:
+    """Of the attention in state-spaces' hybrids.
+
+    Raises:
+        ValueError: a key with a value that we have no option for.
+    """
+    heads = given["num_heads"]
+    wanted = {"causal": True, "num_heads_kv": heads, "rotary_emb_interleaved": False, "mlp_dim": 0}
+    for name, value in wanted.items():
+        if given.get(name, value) != value:
+            raise ValueError(f"config.json: `attn_cfg.{name}` must be {value!r}; got {given[name]!r}: cannot be loaded")
+    turned = given.get("rotary_emb_dim", 0)
+    return {
+        "head_dim": given.get("head_dim") or d_model // heads,
+        "n_heads": heads,
+        "d_conv": given.get("d_conv", 0),
+        "bias": given.get("qkv_proj_bias", True),
+        "out_bias": given.get("out_proj_bias", True),
+        **(
+            {"rope_dim": turned, "rope_base": float(given.get("rotary_emb_base", 10000.0))}
+            if turned
+            else {"rope": False}
+        ),
     }
 
 
@@ -162,7 +191,17 @@ def convert_mamba_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tens
         raise ValueError(
             f"convert_mamba_state_dict: `state_dict` holds weights that are none of Mamba: {some(strange)}"
         )
-    return converted
+    return _attention_apart(converted)
+
+
+def _attention_apart(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The one input map of attention in state-spaces' hybrids, cut into queries, keys and values."""
+    for name in list(weights):
+        match = re.fullmatch(r"(layers\.\d+\.mixer\.)in_proj\.(weight|bias)", name)
+        if match and f"{match[1]}A_log" not in weights and f"{match[1]}out_proj.weight" in weights:
+            parts = weights.pop(name).chunk(3)
+            weights |= {f"{match[1]}{x}_proj.{match[2]}": part for x, part in zip("qkv", parts, strict=True)}
+    return weights
 
 
 def convert_state_dict(state_dict: Mapping[str, Tensor], model_type: str | None = None) -> dict[str, Tensor]:
@@ -179,7 +218,8 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], model_type: str | None 
     if model_type is None:
         return convert_mamba_state_dict(state_dict)
     found = family(model_type)
-    return renamed(state_dict, found.RULES, found.NAME)
+    rules = found.rules(state_dict) if hasattr(found, "rules") else found.RULES
+    return renamed(state_dict, rules, found.NAME)
 
 
 def published_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:

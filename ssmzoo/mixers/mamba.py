@@ -35,6 +35,7 @@ from ssmzoo.init import inverse_softplus_of_log_uniform, wide_dtype
 from ssmzoo.linear import Linear, WideBiasLinear, is_plain, linear
 from ssmzoo.mixer import Mixer
 from ssmzoo.mixers._convolution import convolve
+from ssmzoo.norm import RMSNorm
 from ssmzoo.registry import register_mixer
 from ssmzoo.state import State
 
@@ -75,7 +76,8 @@ class Mamba(Mixer):
         conv_bias: a bias on the convolution.
         bias: biases on the input and output projections.
         bcdt_norm: divides B, C and the dt_rank numbers that Δ is made of by their root mean square, without weights, as
-            Falcon Mamba does to train stably (Zuo et al. 2024, arXiv 2410.05355).
+            Falcon Mamba does to train stably (Zuo et al. 2024, arXiv 2410.05355); ``"weighted"`` with weights, which
+            both directions share, as Jamba does (arXiv 2403.19887).
         bcdt_norm_eps: added to the mean of squares in those norms.
         bidirectional: a second convolution and scan, with weights of their own, read every sequence from its end; the
             projections in and out and the gate are shared, and the two outputs are added before the last of them
@@ -102,7 +104,7 @@ class Mamba(Mixer):
         dt_init_floor: float = 1e-4,
         conv_bias: bool = True,
         bias: bool = False,
-        bcdt_norm: bool = False,
+        bcdt_norm: bool | Literal["weighted"] = False,
         bcdt_norm_eps: float = 1e-6,
         bidirectional: bool = False,
     ):
@@ -122,6 +124,13 @@ class Mamba(Mixer):
         self.bcdt_norm, self.bcdt_norm_eps = bcdt_norm, bcdt_norm_eps
 
         self.in_proj = Linear(d_model, 2 * self.d_inner, bias=bias)
+        self.dt_layernorm: nn.Module | None = None
+        self.b_layernorm: nn.Module | None = None
+        self.c_layernorm: nn.Module | None = None
+        if bcdt_norm == "weighted":
+            self.dt_layernorm = RMSNorm(self.dt_rank, eps=bcdt_norm_eps)
+            self.b_layernorm = RMSNorm(d_state, eps=bcdt_norm_eps)
+            self.c_layernorm = RMSNorm(d_state, eps=bcdt_norm_eps)
         self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D = self._new_weights(conv_bias)
         self.out_proj = Linear(self.d_inner, d_model, bias=bias)
         self.float32_parameters = ("A_log", "D", "dt_proj.bias")
@@ -182,7 +191,8 @@ class Mamba(Mixer):
         x, conv = convolve(w.conv1d, x, self.d_conv, "silu", conv, cu_seqlens)  # (b l d)
         dt, B, C = w.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)  # (b l r), (b l n), (b l n)
         if self.bcdt_norm:
-            dt, B, C = (self._normed(t) for t in (dt, B, C))
+            norms = (self.dt_layernorm, self.b_layernorm, self.c_layernorm)
+            dt, B, C = (self._normed(t, norm) for t, norm in zip((dt, B, C), norms, strict=True))
         if is_plain(w.dt_proj):  # the scan adds the bias, in float32
             assert isinstance(w.dt_proj, nn.Linear)
             delta, delta_bias = linear(dt, w.dt_proj.weight), w.dt_proj.bias
@@ -205,7 +215,9 @@ class Mamba(Mixer):
         )
         return y, MambaState(conv, ssm)
 
-    def _normed(self, x: Tensor) -> Tensor:
+    def _normed(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+        if norm is not None:
+            return cast(Tensor, norm(x))
         return cast(Tensor, rms_norm(x, x.new_ones(x.shape[-1]), eps=self.bcdt_norm_eps))
 
     # The second direction.
@@ -227,6 +239,7 @@ class Mamba(Mixer):
         m = self._modules
         return (
             not torch.is_grad_enabled()
+            and self.bcdt_norm != "weighted"
             and not torch.is_autocast_enabled(x.device.type)
             and is_plain(m["in_proj"], m["conv1d"], m["x_proj"], m["dt_proj"], m["out_proj"])
         )

@@ -37,6 +37,7 @@ from ssmzoo.init import inverse_softplus_of_log_uniform, wide_dtype
 from ssmzoo.linear import Linear, is_plain
 from ssmzoo.mixer import Mixer
 from ssmzoo.mixers._convolution import convolve
+from ssmzoo.mixers._multipliers import Multipliers
 from ssmzoo.norm import GatedRMSNorm
 from ssmzoo.registry import register_mixer
 from ssmzoo.state import State
@@ -81,6 +82,7 @@ class Mamba2(Mixer):
         norm_before_gate: whether the norm comes before the gate.
         norm_groups: the mean of squares is taken over so many groups of channels; as many as ``ngroups`` if None.
         norm_eps: added to the mean of squares.
+        multipliers: of z, x, B, C and δ after the input projection, as in Falcon-H1 (arXiv 2507.22448); 1 each if None.
         conv_init: the convolution's weight starts uniform within ± conv_init; as PyTorch's own if None.
         conv_bias: a bias on the convolution.
         bias: biases on the input and output projections.
@@ -116,6 +118,7 @@ class Mamba2(Mixer):
         norm_before_gate: bool = False,
         norm_groups: int | None = None,
         norm_eps: float = 1e-5,
+        multipliers: tuple[float, ...] | None = None,
         conv_init: float | None = None,
         conv_bias: bool = True,
         bias: bool = False,
@@ -149,6 +152,7 @@ class Mamba2(Mixer):
         d_mlp = self.d_inner - self.d_ssm
         self.splits = [d_mlp, d_mlp, self.d_ssm, self.d_conv_channels, self.n_heads]
         self.in_proj = Linear(d_model, sum(self.splits), bias=bias)
+        self.scale = None if multipliers is None else self._multipliers(multipliers)
         dt = (dt_min, dt_max, dt_init_floor)
         self.conv1d, self.dt_bias, self.A_log, self.D = self._new_weights(dt, low, high, conv_init, conv_bias)
         self.norm = (
@@ -192,6 +196,14 @@ class Mamba2(Mixer):
             nn.Parameter(torch.ones(self.d_ssm if self.D_has_hdim else h, dtype=wide_dtype())),
         )
 
+    def _multipliers(self, given: tuple[float, ...]) -> Multipliers:
+        if len(given) != 5 or not all(isinstance(m, int | float) and math.isfinite(m) for m in given):
+            raise ValueError(f"Mamba2: `multipliers` must be five finite numbers, of z, x, B, C and δ; got {given}")
+        z, x, B, C, dt = given
+        d_mlp, n = self.splits[0], self.ngroups * self.d_state
+        parts = ((2 * d_mlp, 1.0), (self.d_ssm, z), (self.d_ssm, x), (n, B), (n, C), (self.n_heads, dt))
+        return Multipliers(parts)
+
     def initial_state(self, batch_size: int, max_length: int | None = None) -> Mamba2State:
         self.check_has_state()
         new = self.like(wide=True).new_zeros
@@ -206,7 +218,8 @@ class Mamba2(Mixer):
         return one_way * (2 if self.bidirectional else 1)
 
     def mix(self, x: Tensor, state: Mamba2State | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Mamba2State | None]:
-        mlp_gate, mlp, z, xBC, dt = self.in_proj(x).split(self.splits, dim=-1)
+        projected = self.in_proj(x) if self.scale is None else self.scale(self.in_proj(x))
+        mlp_gate, mlp, z, xBC, dt = projected.split(self.splits, dim=-1)
         weights = Direction(self.conv1d, self.dt_bias, self.A_log, self.D)
         if self.bidirectional:
             y = self._both_ways(weights, xBC, dt, cu_seqlens)

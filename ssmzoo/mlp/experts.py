@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssmzoo.linear import linear
 from ssmzoo.mlp.base import ACTIVATIONS
+from ssmzoo.mlp.grouped import grouped_linear
 
 GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}  # kind → activation
 PLAIN = {"gelu": "gelu", "relu2": "relu2"}
@@ -22,11 +21,7 @@ class ExpertLinear(nn.Module):
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """Rows ``(m, d_in)`` sorted by expert, and how many there are of each ``(experts)`` → ``(m, d_out)``."""
-        if _may_group(x, self.weight):
-            return F.grouped_mm(x, self.weight.transpose(1, 2), offs=counts.cumsum(0).int())
-        weights = self.weight.unbind(0)  # whose gradients are stacked once
-        parts = [linear(part, weights[i]) for i, part in enumerate(x.split(counts.tolist())) if len(part)]
-        return torch.cat(parts) if parts else linear(x, weights[0])
+        return grouped_linear(x, self.weight, counts)
 
 
 class Experts(nn.Module):
@@ -76,13 +71,3 @@ def expert_counts(chosen: Tensor, n_experts: int) -> Tensor:
     """How often each expert is chosen: ``(experts)``, int64."""
     counts = torch.zeros(n_experts, dtype=torch.int64, device=chosen.device)
     return counts.scatter_add_(0, chosen.flatten(), torch.ones_like(chosen).flatten())
-
-
-def _may_group(x: Tensor, weight: Tensor) -> bool:
-    """Whether PyTorch's grouped product takes these: bfloat16, with rows that begin at multiples of 16 bytes."""
-    return (
-        hasattr(F, "grouped_mm")
-        and x.dtype == weight.dtype == torch.bfloat16
-        and not any(size * x.itemsize % 16 for size in weight.shape[1:])
-        and x.shape[0] > 0
-    )

@@ -119,7 +119,8 @@ class MoE(ChannelMixer):
         self.balancing: Tensor | None = None  # the last forward pass's loss, in training
         self.residual_projections = ("experts.fc2" if d_latent is None else "latent_out",)
         self.residual_projections += ("shared.fc2",) if self.shared is not None else ()
-        self.float32_parameters = ("router.proj.weight", "router.correction")
+        self.float32_parameters = ("router.proj.weight",)
+        self.float32_parameters += () if self.router.correction is None else ("router.correction",)
 
     def flops(self) -> float:
         """Two for each weight of a token's experts."""

@@ -25,10 +25,11 @@ class Log:
         unit: what losses are counted by: "byte", "token" or "label".
         step, steps: how many are done, and how many there are.
         console: where the bar and the lines go.
+        experts: the model has mixtures of experts.
     """
 
-    def __init__(self, path: Path, unit: str, step: int, steps: int, console: Console):
-        self.columns = columns(unit)
+    def __init__(self, path: Path, unit: str, step: int, steps: int, console: Console, experts: bool = False):
+        self.columns = columns(unit, experts)
         self._unit = unit
         self._console = console
         _rewind(path, step, self.columns)
@@ -85,8 +86,11 @@ class Log:
         return f"loss {row['loss']:.3f}   {bits}   {rate:,.0f} tokens/s"
 
 
-def columns(unit: str) -> list[str]:
-    """The log's columns: losses in nats a token or label, and in bits a ``unit``; tokens of all processes."""
+def columns(unit: str, experts: bool = False) -> list[str]:
+    """The log's columns: losses in nats a token or label, and in bits a ``unit``; tokens of all processes.
+
+    With ``experts`` also the load of the busiest expert over an even one, in the mean over the layers.
+    """
     accuracy = ["validation_accuracy"] if unit == "label" else []
     return [
         "step",
@@ -98,6 +102,7 @@ def columns(unit: str) -> list[str]:
         "gradient_norm",
         "tokens_per_second",
         *accuracy,
+        *(["expert_load"] if experts else []),
     ]
 
 

@@ -18,6 +18,7 @@ from ssmzoo.model import SequenceModel
 from ssmzoo.train import checkpoint, plot
 from ssmzoo.train.config import TrainConfig
 from ssmzoo.train.data import Data, DataChanged, Labelled, batch, fixed_batches
+from ssmzoo.train.experts import Balance
 from ssmzoo.train.interrupt import Interrupt, Interrupted
 from ssmzoo.train.labelled import LabelledData
 from ssmzoo.train.log import Log, Row
@@ -49,11 +50,12 @@ class Trainer:
         self.config, self.data, self.run, self.accelerator, self.name = config, data, run, accelerator, name
         self.step, self._fresh = 0, True
         self.model = model.to(accelerator.device)
+        self.balance = Balance(self.model)
         self.optimizer = build_optimizer(self.model, config)
         self._wrapped, self._stepper = accelerator.prepare(self.model, self.optimizer)
         waits = accelerator.num_processes > 1 or accelerator.device.type != "cpu"
         self._report_every = REPORT if waits else 1
-        self._pending: list[tuple[float, Tensor]] = []  # learning rate; loss and gradient norm (2), still on the device
+        self._pending: list[tuple[float, Tensor]] = []  # learning rate; loss, gradient norm and perhaps load (2 or 3)
         self._clock = time.perf_counter()
         self.on_sample: Callable[[], object] = lambda: None  # called in every process, each `sample_every` steps
 
@@ -140,13 +142,16 @@ class Trainer:
             drawn = batch(self.data.train, config.batch_size, config.length, key)
             with self.accelerator.accumulate(self._wrapped):
                 loss = F.cross_entropy(*self._predict(self._wrapped, drawn))
-                self.accelerator.backward(loss)
+                self.accelerator.backward(self.balance.with_losses(loss))
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
                 self._stepper.step()
                 self._stepper.zero_grad()
             losses.append(loss.detach())
-        self._pending.append((config.lr * factor, torch.stack([torch.stack(losses).mean(), norm.detach().float()])))
+        values = [torch.stack(losses).mean(), norm.detach().float()]
+        if self.balance:
+            values.append(self.balance.after_step(lambda counts: self.accelerator.reduce(counts, "sum")))
+        self._pending.append((config.lr * factor, torch.stack(values)))
 
     def _predict(self, model: torch.nn.Module, drawn: Tensor | Labelled) -> tuple[Tensor, Tensor]:
         """Logits (m c), and the m ids or labels that they should tell; ids come as (b l+1)."""
@@ -181,7 +186,7 @@ class Trainer:
     def _collect(self, asked: bool) -> tuple[list[Row], bool]:
         """The rows of the steps since the last look, and whether any process was asked to stop."""
         rates, values = zip(*self._pending, strict=True)
-        flag = values[0].new_tensor([[float(asked), 0.0]])
+        flag = torch.full_like(values[0], float(asked))[None]
         values = self.accelerator.reduce(torch.cat([torch.stack(values), flag]), "mean").tolist()
         seconds = time.perf_counter() - self._clock
         self._pending.clear()
@@ -196,8 +201,9 @@ class Trainer:
                 "lr": rate,
                 "gradient_norm": norm,
                 "tokens_per_second": float(f"{tokens * len(rates) / seconds:.4g}"),
+                **({"expert_load": load[0]} if load else {}),
             }
-            for i, (rate, (loss, norm)) in enumerate(zip(rates, values[:-1], strict=True))
+            for i, (rate, (loss, norm, *load)) in enumerate(zip(rates, values[:-1], strict=True))
         ]
         return rows, values[-1][0] > 0
 

@@ -229,7 +229,9 @@ def _finish(trainer: Trainer, vocabulary: Vocabulary | None, quiet: bool) -> Res
         stack.callback(trainer.accelerator.unwrap_model, trainer.model, keep_fp32_wrapper=False)
         log = None
         if main:
-            log = Log(run / checkpoint.LOG, data.unit, trainer.step, trainer.config.steps, console)
+            log = Log(
+                run / checkpoint.LOG, data.unit, trainer.step, trainer.config.steps, console, bool(trainer.balance)
+            )
             stack.enter_context(log)
         validation = trainer.fit(log, output)
     sample = None

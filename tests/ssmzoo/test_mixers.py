@@ -18,7 +18,9 @@ SETTINGS = [
     ("mamba", {"d_state": 5, "d_conv": 3, "expand": 1, "conv_bias": False, "bias": True, "dt_init": "constant"}),
     ("mamba", {"d_state": 1, "d_conv": 1, "dt_rank": 1}),
     ("mamba", {"d_state": 4, "dt_rank": 3, "bcdt_norm": True}),
+    ("mamba", {"d_state": 4, "bcdt_norm": "weighted"}),
     ("mamba", {"d_state": 4, "bidirectional": True}),
+    ("mamba2", {"d_state": 4, "headdim": 8, "multipliers": (0.5, 2.0, 0.7, 1.5, 0.9)}),
     ("mamba", {"d_state": 3, "d_conv": 3, "bidirectional": True, "bcdt_norm": True, "conv_bias": False}),
     ("s4d", {"init": "real", "d_state": 7, "discretization": "bilinear"}),
     ("s4d", {"init": "lin", "d_state": 8}),
@@ -77,6 +79,7 @@ SETTINGS = [
     ("lstm", {"d_hidden": 24, "n_rnn_layers": 2}),
     ("lstm", {"bidirectional": True}),
     ("gru", {"bidirectional": True}),
+    ("channel", {"mlp": {"kind": "moe", "n_experts": 5, "d_intermediate": 7, "shared_intermediate": 6}}),
     ("parallel", {"branches": {"s4d": {}, "a": {"kind": "lstm"}}, "combine": "sum"}),
     ("parallel", {"branches": {"lstm": {}, "attention": {"head_dim": 16, "page_size": 5}}}),
 ]

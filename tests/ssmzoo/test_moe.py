@@ -6,8 +6,7 @@ import torch.nn.functional as F
 
 import ssmzoo
 from ssmzoo import testing
-from ssmzoo.mlp import build_mlp
-from ssmzoo.mlp import experts as grouped
+from ssmzoo.mlp import build_mlp, grouped
 
 
 def build(**options):
@@ -80,7 +79,6 @@ def test_pytorchs_grouped_product(monkeypatch):
     moe = build(d_intermediate=16).eval().bfloat16()
     x = torch.randn(2, 5, 8, dtype=torch.bfloat16)
     y = moe(x)
-    torch.testing.assert_close(torch.compile(moe, backend="aot_eager", fullgraph=True)(x), y)
     monkeypatch.setattr(grouped, "_may_group", lambda x, weight: False)
     torch.testing.assert_close(moe(x), y, rtol=2e-2, atol=2e-3)
 

@@ -179,7 +179,7 @@ def test_an_original_checkpoint(tmp_path, kind):
 
 
 def test_original_checkpoints_of_other_architectures(tmp_path):
-    for other in ({"ssm_cfg": {"layer": "Mamba3"}}, {"attn_layer_idx": [1]}, {"d_intermediate": 64}):
+    for other in ({"ssm_cfg": {"layer": "Mamba3"}}, {"d_intermediate": 64}):
         original_checkpoint(tiny(), tmp_path, **other)
         with pytest.raises(ValueError, match=r"config\.json describes none of Mamba, Falcon Mamba, Mamba-2 and "):
             pretrained.load(tmp_path)

@@ -1,7 +1,8 @@
 """Published hybrids: how the ``config.json`` and the weights of each ``model_type`` of transformers become ours.
 
 A file ``x.py`` here is the ``model_type`` x. It has ``NAME``, the model's name; ``config(given)``, our config's values
-from what ``config.json`` holds; and ``RULES`` for the names of weights (:mod:`ssmzoo.checkpoints.renaming`).
+from what ``config.json`` holds; and ``RULES`` for the names of weights (:mod:`ssmzoo.checkpoints.renaming`), or
+``rules(names)`` where they depend on which names there are.
 """
 
 from __future__ import annotations

@@ -1,0 +1,76 @@
+"""Falcon-H1 (Zuo et al. 2025, arXiv 2507.22448): attention and Mamba-2 side by side in each layer, and multipliers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ssmzoo.checkpoints.families._common import (
+    ENDS,
+    LAYER,
+    attention_options,
+    attention_rules,
+    gated_mlp_rules,
+    mamba2_options,
+    mamba_rules,
+    require,
+    rope_options,
+)
+from ssmzoo.checkpoints.renaming import Rule
+
+NAME = "Falcon-H1"
+
+RULES: list[Rule] = [
+    *ENDS,
+    (rf"{LAYER}input_layernorm\.weight", r"layers.\1.norm.weight"),
+    (rf"{LAYER}pre_ff_layernorm\.weight", r"layers.\1.norm2.weight"),
+    *attention_rules("self_attn", "mixer.branches.attention"),
+    *mamba_rules("mamba", "mixer.branches.mamba2"),
+    *gated_mlp_rules("feed_forward", "mlp"),
+]
+
+
+def config(given: Mapping[str, Any]) -> dict[str, Any]:
+    require(given, hidden_act="silu", projectors_bias=given.get("mamba_proj_bias", False))
+    eps, attention = given.get("rms_norm_eps", 1e-5), attention_options(given)
+    attention |= rope_options(given, attention["head_dim"])
+    gate, down = given.get("mlp_multipliers") or (1.0, 1.0)
+    return {
+        "d_model": given["hidden_size"],
+        "n_layers": given["num_hidden_layers"],
+        "pattern": ["both"],
+        "mixers": {
+            "both": {
+                "kind": "parallel",
+                "branches": ["mamba2", "attention"],
+                "combine": "sum",
+                "in_multipliers": {
+                    "mamba2": given.get("ssm_in_multiplier", 1.0),
+                    "attention": given.get("attention_in_multiplier", 1.0),
+                },
+                "out_multipliers": {
+                    "mamba2": given.get("ssm_out_multiplier", 1.0),
+                    "attention": given.get("attention_out_multiplier", 1.0),
+                },
+            },
+            "mamba2": mamba2_options(given, eps)
+            | {
+                "rmsnorm": given.get("mamba_rms_norm", False),
+                "norm_before_gate": given.get("mamba_norm_before_gate", True),
+                "multipliers": list(given.get("ssm_multipliers") or (1.0,) * 5),
+            },
+            "attention": attention | {"scale": given.get("key_multiplier", 1.0) * attention["head_dim"] ** -0.5},
+        },
+        "mlp": {
+            "kind": "swiglu",
+            "d_intermediate": given["intermediate_size"],
+            "bias": given.get("mlp_bias", False),
+            "gate_multiplier": gate,
+            "out_multiplier": down,
+        },
+        "vocab_size": given["vocab_size"],
+        "norm_eps": eps,
+        "embedding_multiplier": given.get("embedding_multiplier", 1.0),
+        "logit_multiplier": given.get("lm_head_multiplier", 1.0),
+        "tie_embeddings": given.get("tie_word_embeddings", False),
+    }

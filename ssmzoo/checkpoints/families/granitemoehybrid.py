@@ -1,0 +1,81 @@
+"""Granite 4.0 H (IBM 2025): Mamba-2, a few layers of attention without positions, multipliers, and experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ssmzoo.checkpoints.families._common import (
+    ENDS,
+    LAYER,
+    attention_options,
+    attention_rules,
+    mamba2_options,
+    mamba_rules,
+    require,
+    rope_options,
+)
+from ssmzoo.checkpoints.renaming import Rule
+
+NAME = "Granite 4.0"
+
+SPARSE = rf"{LAYER}block_sparse_moe\."
+
+RULES: list[Rule] = [
+    *ENDS,
+    (rf"{LAYER}input_layernorm\.weight", r"layers.\1.norm.weight"),
+    (rf"{LAYER}post_attention_layernorm\.weight", r"layers.\1.norm2.weight"),
+    *attention_rules("self_attn", "mixer"),
+    *mamba_rules("mamba", "mixer"),
+    (rf"{SPARSE}router\.(?:layer\.)?weight", r"layers.\1.mlp.router.proj.weight"),
+    # Older files name the maps of the experts otherwise.
+    (rf"{SPARSE}(?:experts\.gate_up_proj|input_linear\.weight)", r"layers.\1.mlp.experts.fc1.weight"),
+    (rf"{SPARSE}(?:experts\.down_proj|output_linear\.weight)", r"layers.\1.mlp.experts.fc2.weight"),
+    (rf"{LAYER}shared_mlp\.input_linear\.weight", r"layers.\1.mlp.shared.fc1.weight"),
+    (rf"{LAYER}shared_mlp\.output_linear\.weight", r"layers.\1.mlp.shared.fc2.weight"),
+]
+
+# Without experts what is shared is an MLP of its own.
+DENSE_RULES: list[Rule] = [
+    (rf"{LAYER}shared_mlp\.input_linear\.weight", r"layers.\1.mlp.fc1.weight"),
+    (rf"{LAYER}shared_mlp\.output_linear\.weight", r"layers.\1.mlp.fc2.weight"),
+    *RULES,
+]
+
+
+def rules(names: Mapping[str, Any]) -> list[Rule]:
+    """Those for a checkpoint that holds weights of these names."""
+    return RULES if any("block_sparse_moe" in name for name in names) else DENSE_RULES
+
+
+def config(given: Mapping[str, Any]) -> dict[str, Any]:
+    require(given, hidden_act="silu")
+    eps, attention = given.get("rms_norm_eps", 1e-6), attention_options(given)
+    if given.get("position_embedding_type") == "rope":
+        attention |= rope_options(given, attention["head_dim"])
+    kinds = given.get("layer_types") or given.get("layers_block_type") or ["mamba"] * given["num_hidden_layers"]
+    mlp = {"kind": "swiglu", "d_intermediate": given.get("shared_intermediate_size", 1024)}
+    if given.get("num_local_experts", 8):
+        mlp = {
+            "kind": "moe",
+            "n_experts": given.get("num_local_experts", 8),
+            "top_k": given.get("num_experts_per_tok", 2),
+            "d_intermediate": given["intermediate_size"],
+            "shared_intermediate": mlp["d_intermediate"],
+        }
+    return {
+        "d_model": given["hidden_size"],
+        "n_layers": given["num_hidden_layers"],
+        "pattern": ["mamba2" if kind in ("mamba", "linear_attention") else "attention" for kind in kinds],
+        "mixers": {
+            "mamba2": mamba2_options(given, eps),
+            "attention": attention | {"scale": float(given.get("attention_multiplier", 1.0))},
+        },
+        "mlp": mlp,
+        "vocab_size": given["vocab_size"],
+        "norm_eps": eps,
+        "embedding_multiplier": float(given.get("embedding_multiplier", 1.0)),
+        "residual_multiplier": float(given.get("residual_multiplier", 1.0)),
+        "logit_multiplier": 1 / given.get("logits_scaling", 1.0),
+        "tie_embeddings": given.get("tie_word_embeddings", False),
+    }

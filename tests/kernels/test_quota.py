@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+import warnings
 
+import pytest
+import torch
+
+from ssmkernels import native
 from ssmkernels.native import quota
 
 
@@ -46,3 +50,20 @@ def test_quota(tmp_path, cgroup, files, cores):
 
 def test_elsewhere_than_on_linux(tmp_path):
     assert quota.cores(tmp_path) is None
+
+
+@pytest.mark.skipif(native.missing() is not None, reason="needs the native library")
+@pytest.mark.parametrize(("cores", "threads", "warned"), [(1, 2, True), (2, 2, False), (None, 2, False)])
+def test_more_threads_than_the_container_has_cores_are_told(cores, threads, warned, monkeypatch):
+    monkeypatch.setattr(quota, "cores", lambda: cores)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    limits = []
+    library = type("Library", (), {"__getattr__": lambda self, name: getattr(real, name)})()
+    real = native.library().handle
+    library.ssmzoo_limit_threads = limits.append  # the process's own library keeps its threads
+    monkeypatch.setattr(native.ctypes, "CDLL", lambda path: library)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert native.library.__wrapped__().missing is None
+    assert ["set_num_threads(1)" in str(w.message) for w in said] == ([True] if warned else [])
+    assert limits == ([] if cores is None else [cores])

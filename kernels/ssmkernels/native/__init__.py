@@ -63,6 +63,12 @@ def library() -> Library:
     limit = quota.cores()
     if limit is not None:
         handle.ssmzoo_limit_threads(limit)
+        if torch.get_num_threads() > limit:
+            warnings.warn(
+                f"this container has the time of {limit} core(s), but PyTorch computes on {torch.get_num_threads()} "
+                f"threads, which then keep each other waiting: call torch.set_num_threads({limit})",
+                stacklevel=2,
+            )
     return Library(handle, forced or able[-1], None)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ssmzoo.config import ModelConfig
+from ssmzoo.feed import FedState, Feed, SharedBlock
 from ssmzoo.init import initialise_mixer, initialise_mlp
 from ssmzoo.mixer import Mixer
 from ssmzoo.mlp import build_mlp
@@ -16,15 +17,21 @@ from ssmzoo.state import State
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm2(x)); each sum may be of a normalised or multiplied part."""
 
-    def __init__(self, config: ModelConfig, layer: int, mixer: Mixer | None = None):
-        """``mixer`` is given where several layers share one; otherwise the config's entry for the layer is built."""
+    def __init__(self, config: ModelConfig, layer: int, mixer: Mixer | None = None, shared: SharedBlock | None = None):
+        """``mixer`` and ``shared``, the block that feeds the layer, are given where several layers share one.
+
+        Otherwise the config's entry for the layer, and what feeds it, are built.
+        """
         super().__init__()
         before, after = config.norm_placement != "post", config.norm_placement != "pre"
 
         def norm(wanted: bool) -> nn.Module | None:
             return NORMS[config.norm](config.d_model, eps=config.norm_eps) if wanted else None
 
-        self.norm = norm(before)
+        self.norm, self.feed = norm(before), None
+        feed = config.feed_of_layer(layer)
+        if feed is not None:
+            self.feed = Feed(shared if shared is not None else SharedBlock(config.d_model, **config.feeds[feed]))
         self.mixer = mixer if mixer is not None else entry_mixer(config, config.entry_of_layer(layer))
         self.mlp = build_mlp(config.d_model, config.mlp_of_layer(layer))
         if self.mlp is not None:
@@ -40,9 +47,38 @@ class Block(nn.Module):
         """Those that there are, in the order of use."""
         return [n for n in (self.norm, self.norm_after, self.norm2, self.norm2_after) if n is not None]
 
-    def forward(self, x: Tensor, state: State | None, cu_seqlens: Tensor | None) -> tuple[Tensor, State | None]:
-        """The residual stream (b l d_model) and the mixer's state, before → after."""
-        mixed = self.mixer(self._normalised(x, self.norm), state, cu_seqlens=cu_seqlens)
+    def initial_state(self, batch_size: int, max_length: int | None = None) -> State:
+        """The mixer's state before the first token, and that of what feeds it."""
+        state = self.mixer.initial_state(batch_size, max_length)
+        return (
+            state if self.feed is None else FedState(self.feed.attention.initial_state(batch_size, max_length), state)
+        )
+
+    def forward(
+        self, x: Tensor, state: State | None, cu_seqlens: Tensor | None, embedded: Tensor | None = None
+    ) -> tuple[Tensor, State | None]:
+        """The residual stream (b l d_model) and the layer's state, before → after.
+
+        ``embedded`` are the tokens' embeddings, which a layer that is fed by a shared block needs.
+        """
+        if self.feed is not None:
+            return self._fed(self.feed, x, state, cu_seqlens, embedded)
+        return self._added(x, x, state, cu_seqlens)
+
+    def _fed(
+        self, feed: Feed, x: Tensor, state: State | None, cu_seqlens: Tensor | None, embedded: Tensor | None
+    ) -> tuple[Tensor, State | None]:
+        assert embedded is not None
+        before = state if isinstance(state, FedState) else None
+        more, fed = feed(x, embedded, None if before is None else before.feed, cu_seqlens)
+        x, after = self._added(x, x + more, None if before is None else before.mixer, cu_seqlens)
+        return x, None if fed is None or after is None else FedState(fed, after)
+
+    def _added(
+        self, x: Tensor, u: Tensor, state: State | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, State | None]:
+        """x and what the mixer makes of u, and then the channel mixer."""
+        mixed = self.mixer(self._normalised(u, self.norm), state, cu_seqlens=cu_seqlens)
         if state is not None:
             mixed, state = mixed
         x = x + self._part(mixed, self.norm_after)

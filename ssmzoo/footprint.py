@@ -11,6 +11,7 @@ from torch import nn
 
 from ssmzoo.block import Block
 from ssmzoo.config import ModelConfig
+from ssmzoo.feed import SharedBlock
 from ssmzoo.linear import Linear
 
 
@@ -47,6 +48,7 @@ def footprint(config: ModelConfig) -> Footprint:
         mlp = config.mlp_pattern[i % len(config.mlp_pattern)] if config.mlp_pattern else ""
         alike.setdefault((config.entry_of_layer(i), mlp), []).append(i)
     shared: set[str] = set()  # those counted
+    fed: set[str] = set()
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             total = _ends(config)
@@ -54,6 +56,11 @@ def footprint(config: ModelConfig) -> Footprint:
                 block = Block(config, layers[0])
                 mixer, whole = _size(block.mixer), _size(block)
                 total += whole * len(layers)
+                feed = config.feed_of_layer(layers[0])
+                if feed is not None:
+                    once = _size(SharedBlock(config.d_model, **config.feeds[feed]))
+                    total += once * ((feed not in fed) - len(layers))
+                    fed.add(feed)
                 if config.mixers.get(entry, {}).get("shared"):
                     total += mixer * ((entry not in shared) - len(layers))
                     shared.add(entry)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ssmkernels.core.validate import check_cu_seqlens
 from ssmzoo.block import Block, entry_mixer
 from ssmzoo.config import ModelConfig
+from ssmzoo.feed import SharedBlock
 from ssmzoo.generate import generate
 from ssmzoo.linear import Linear, arrives_later, computes_on
 from ssmzoo.mixer import Mixer
@@ -47,15 +48,14 @@ class SequenceModel(KeepsTies):
         else:
             self.embedding = Linear(config.d_input, config.d_model)
         shared: dict[str, Mixer] = {}
+        feeds = {name: SharedBlock(config.d_model, **options) for name, options in config.feeds.items()}
         self.layers = nn.ModuleList()
         for i in range(config.n_layers):
             entry = config.entry_of_layer(i)
-            if config.mixers.get(entry, {}).get("shared"):
-                if entry not in shared:
-                    shared[entry] = entry_mixer(config, entry)
-                self.layers.append(Block(config, i, shared[entry]))
-            else:
-                self.layers.append(Block(config, i))
+            if config.mixers.get(entry, {}).get("shared") and entry not in shared:
+                shared[entry] = entry_mixer(config, entry)
+            feed = config.feed_of_layer(i)
+            self.layers.append(Block(config, i, shared.get(entry), None if feed is None else feeds[feed]))
         self.embedding_scale, self.logit_multiplier = config.embedding_scale, config.logit_multiplier
         self.norm_f = NORMS[config.norm](config.d_model, eps=config.norm_eps)
         width = {"tokens": config.padded_vocab_size, "classes": config.n_classes, "features": config.d_output}
@@ -105,7 +105,7 @@ class SequenceModel(KeepsTies):
             batch_size: number of sequences.
             max_length: room to set aside where memory grows with length (a key-value cache).
         """
-        layers = [block.mixer.initial_state(batch_size, max_length) for block in self.blocks]
+        layers = [block.initial_state(batch_size, max_length) for block in self.blocks]
         state = ModelState(layers)
         if self.config.output == "classes" and self.config.pooling == "mean":
             like = self.blocks[0].mixer.like(wide=True)  # the head's weight may be quantised or sharded
@@ -167,8 +167,9 @@ class SequenceModel(KeepsTies):
         if self.config.residual_in_fp32 and x.dtype in (torch.bfloat16, torch.float16):
             x = x.float()
         states: list[State] = []
+        embedded = x if self.config.feeds else None
         for i, block in enumerate(self.blocks):
-            x, after = block(x, None if state is None else state.layers[i], cu_seqlens)
+            x, after = block(x, None if state is None else state.layers[i], cu_seqlens, embedded)
             states += [] if after is None else [after]
         x = self.norm_f(x)
         after = None if state is None else ModelState(states, state.summed, state.count)
@@ -272,6 +273,7 @@ class SequenceModel(KeepsTies):
         for block in self.blocks:
             total += 2.0 * sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
             total += block.mixer.mixing_flops(context) + (0 if block.mlp is None else block.mlp.flops())
+            total += 0 if block.feed is None else block.feed.attention.mixing_flops(context)
         return total
 
 

@@ -44,7 +44,10 @@ def swap_mixers(model: SequenceModel, swaps: Mapping[str, str | Mapping[str, Any
     for i, name in enumerate(names):
         matching = [name] if name in swaps else [p for p in swaps if fnmatch.fnmatchcase(name, p)]
         if matching:
+            feed = config.feed_of_layer(i)
             config.pattern[i] = _entry(config, config.pattern[i], swaps[matching[0]])
+            if config.feed_of_layer(i) != feed:
+                raise ValueError(f"swap_mixers: {name} must keep `feed`: {feed!r}; name it in the options of its mixer")
             swapped.append(i)
     used = config.entries_used()
     config.mixers = {name: options for name, options in config.mixers.items() if name in used}

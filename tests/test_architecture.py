@@ -16,6 +16,7 @@ LAYERS = (
     "cache init rate registry",
     "lti",  # what S4 and S4D share
     "mixers",
+    "feed",
     "config",
     "block generate",
     "model",

@@ -78,7 +78,9 @@ def _parts(model: SequenceModel) -> list[list[str]]:
     for i, block in enumerate(blocks):
         entry = config.entry_of_layer(i)
         kind = config.mixer_options(entry)["kind"]
-        options = options_text({k: v for k, v in config.mixers.get(entry, {}).items() if k not in ("kind", "branches")})
+        options = options_text(
+            {k: v for k, v in config.mixers.get(entry, {}).items() if k not in ("kind", "branches", "feed")}
+        )
         label = f"{entry} ({kind})" if entry != kind else entry
         layers, modules = parts.setdefault(f"{label}: {options}" if options else label, ([], []))
         layers.append(i)
@@ -88,6 +90,11 @@ def _parts(model: SequenceModel) -> list[list[str]]:
             layers, modules = parts.setdefault(f"{config.mlp_of_layer(i)['kind']} MLP", ([], []))
             layers.append(i)
             modules.append(block.mlp)
+    for i, block in enumerate(blocks):
+        if block.feed is not None:
+            layers, modules = parts.setdefault(f"fed by {config.feed_of_layer(i)}", ([], []))
+            layers.append(i)
+            modules.append(block.feed)
     norms = [norm for block in blocks for norm in block.norms]
     seen: set[int] = set()
     embedding = ("embedding", "", 1, _weights([model.embedding], seen))

@@ -12,9 +12,10 @@ import torch
 
 from ssmkernels.core.names import unknown
 from ssmzoo.config.entries import check_nesting, merge, named_options, names, reachable
+from ssmzoo.feed import SharedBlock
 from ssmzoo.mixer import Mixer
 from ssmzoo.mlp import check_mlp
-from ssmzoo.options import check_range, convert, options_of
+from ssmzoo.options import check_options, check_range, convert, options_of
 from ssmzoo.plain import check_plain, short
 from ssmzoo.registry import mixer_class
 
@@ -31,7 +32,8 @@ class ModelConfig:
         n_layers: number of blocks.
         pattern: the order of mixers, repeated down the layers: names of entries of ``mixers``, or of registered mixers.
         mixers: options by entry. An entry may name its ``kind`` (the entry's own name otherwise), and may be
-            ``shared: true``: one set of weights at each of its places.
+            ``shared: true``: one set of weights at each of its places. ``feed`` names an entry of ``feeds``.
+        feeds: options by name of the blocks that feed several layers from the embeddings: see :mod:`ssmzoo.feed`.
         mlp: options of the channel mixer after each mixer; its ``kind`` is one of :data:`ssmzoo.mlp.MLPS`.
         mlp_pattern: instead, an order of channel mixers, repeated down the layers: entries of ``mlps``, or kinds.
         mlps: options of those channel mixers by entry, of which ``kind`` is the entry's own name if it is not given.
@@ -65,6 +67,7 @@ class ModelConfig:
     n_layers: int
     pattern: list[str]
     mixers: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    feeds: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     mlp: dict[str, Any] = dataclasses.field(default_factory=lambda: {"kind": "none"})
     mlp_pattern: list[str] = dataclasses.field(default_factory=list)
     mlps: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
@@ -96,6 +99,7 @@ class ModelConfig:
             check_plain(value, where)
             setattr(self, field.name, check_range(where, field.name, convert(where, value, hints[field.name])))
         self.pattern, self.mixers = names("pattern", self.pattern), named_options("mixers", self.mixers)
+        self.feeds = named_options("feeds", self.feeds)
         self.mlp_pattern, self.mlps = names("mlp_pattern", self.mlp_pattern), named_options("mlps", self.mlps)
         if self.output is None:
             self.output = "classes" if self.n_classes else "tokens" if self.vocab_size else "features"
@@ -134,6 +138,7 @@ class ModelConfig:
             name = "logit_softcap" if self.logit_multiplier == 1 else "logit_multiplier"
             raise ValueError(f"config: `{name}` has no meaning with `output: {self.output}`: it is of token logits")
         self._check_mlps()
+        self._check_feeds()
         check_nesting(self.pattern, self.mixers)
         used = self.entries_used()
         for entry in self.mixers:
@@ -153,6 +158,24 @@ class ModelConfig:
         for name in self.mlp_pattern:
             check_mlp(f"mlps.{name:.80}", {"kind": name, **self.mlps.get(name, {})})
 
+    def _check_feeds(self) -> None:
+        for name, options in self.feeds.items():
+            self.feeds[name] = check_options(f"config key `feeds.{name:.80}`", SharedBlock, options)
+        wanted = {self.feed_of_layer(i) for i in range(self.n_layers)}
+        for entry, options in self.mixers.items():
+            feed = convert(f"config key `mixers.{entry:.80}.feed`", options.get("feed"), str | None)
+            if feed is not None and feed not in self.feeds:
+                raise ValueError(unknown(f"`feed` of mixers.{entry:.80}", feed, self.feeds))
+        for name in self.feeds:
+            if name not in wanted:
+                raise ValueError(f"config: `feeds.{name:.80}` feeds no layer; give a mixer of them `feed: {name:.80}`")
+        if self.bidirectional and self.feeds:
+            raise ValueError("config: `feeds` excludes `bidirectional`: their attention only looks back")
+
+    def feed_of_layer(self, layer: int) -> str | None:
+        """The name of the block that feeds a layer, if one does."""
+        return self.mixers.get(self.entry_of_layer(layer), {}).get("feed")
+
     def entries_used(self) -> set[str]:
         """Names that the pattern, and the parallel entries in it, refer to; looks each mixer up."""
         used = reachable(self.pattern, self.mixers)
@@ -171,7 +194,7 @@ class ModelConfig:
 
     def mixer_options(self, entry: str) -> dict[str, Any]:
         """``kind`` and the options that an entry's mixer is built with; named branches are spelled out."""
-        options = {k: v for k, v in self.mixers.get(entry, {}).items() if k != "shared"}
+        options = {k: v for k, v in self.mixers.get(entry, {}).items() if k not in ("shared", "feed")}
         options.setdefault("kind", entry)
         branches = options.get("branches")
         if isinstance(branches, Sequence) and not isinstance(branches, str):
@@ -263,6 +286,8 @@ class ModelConfig:
             asked |= {key.split(".")[1] for key in overrides if key.startswith("mixers.")}
             kept = reachable(values["pattern"], values["mixers"]) | asked
             values["mixers"] = {name: options for name, options in values["mixers"].items() if name in kept}
+            feeds = {options.get("feed") for options in values["mixers"].values()}
+            values["feeds"] = {name: options for name, options in values["feeds"].items() if name in feeds}
         if "mlp_pattern" in overrides:  # likewise
             values["mlps"] = {
                 name: options for name, options in values["mlps"].items() if name in values["mlp_pattern"]

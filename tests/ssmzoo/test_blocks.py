@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import ssmzoo
+from ssmzoo import pretrained
+from ssmzoo.footprint import footprint
 from ssmzoo.mlp import MLPS, build_mlp
 from ssmzoo.norm import CentredRMSNorm, RMSNorm
 
@@ -101,14 +103,14 @@ def test_channel_mixers_by_turns():
     assert model.config.n_residuals == 8
     again = ssmzoo.ModelConfig.from_dict(model.config.to_dict())
     assert again == model.config
-    assert ssmzoo.footprint.footprint(model.config).parameters == model.num_parameters()
+    assert footprint(model.config).parameters == model.num_parameters()
     assert model.config.override({"mlp_pattern": ["gelu"]}).mlps == {}
 
 
 def test_shared_mixers_count_once_whatever_stands_after_them():
     config = TINY | {"n_layers": 5, "mlp": {}, "mlp_pattern": ["swiglu", "none"], "mixers": {"gru": {"shared": True}}}
     model = ssmzoo.build(config)
-    assert ssmzoo.footprint.footprint(model.config).parameters == model.num_parameters()
+    assert footprint(model.config).parameters == model.num_parameters()
 
 
 @torch.no_grad()
@@ -138,9 +140,70 @@ def test_multipliers_of_branches():
     torch.testing.assert_close(mixer(x), expected)
 
 
+FED = TINY | {
+    "n_layers": 4,
+    "pattern": ["gru", "fed"],
+    "mixers": {"fed": {"kind": "gru", "feed": "shared"}},
+    "feeds": {"shared": {"n_heads": 4, "d_intermediate": 12, "rank": 3, "adapt_attention": True, "rope": True}},
+    "embedding_multiplier": 2.0,
+}
+
+
+@torch.no_grad()
+def test_a_shared_block_feeds_layers_from_the_embedding(tmp_path):
+    torch.manual_seed(0)
+    model = ssmzoo.build(FED).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("up.weight"):
+            parameter.normal_(std=0.3)
+    first, second = model.blocks[1], model.blocks[3]
+    assert first.feed.fc2 is second.feed.fc2
+    assert first.feed.fc1.base is second.feed.fc1.base
+    assert first.feed.fc1.down is not second.feed.fc1.down
+    e = 2 * model.embedding(IDS)
+    x, _ = model.blocks[0](e, None, None)
+    feed, y = first.feed, first.feed.norm(torch.cat([x, e], -1))
+    y = feed.norm2(feed.o_proj(feed.attention(y)))
+    a, b = (y @ (feed.fc1.base.weight + feed.fc1.up.weight @ feed.fc1.down.weight).T).chunk(2, -1)
+    more = feed.linear(feed.fc2(F.gelu(a) * b))
+    expected = x + first.mixer(first.norm(x + more))
+    expected = expected + first.mlp(first.norm2(expected))
+    torch.testing.assert_close(first(x, None, None, e)[0], expected)
+
+    logits, state = model(IDS[:, :2], model.initial_state(1))
+    rest, state = model(IDS[:, 2:4], state)
+    state = state.select([0, 0])
+    last, _ = model(IDS[:, 4:].expand(2, 1), state)
+    torch.testing.assert_close(torch.cat([logits, rest, last[1:]], 1), model(IDS))
+    assert footprint(model.config).parameters == model.num_parameters()
+    pretrained.save(model, tmp_path)
+    loaded = pretrained.load(tmp_path).eval()
+    assert torch.equal(loaded(IDS), model(IDS))
+    assert loaded.blocks[1].feed.fc2.weight is loaded.blocks[3].feed.fc2.weight
+    assert loaded.num_parameters() == model.num_parameters()
+
+
+def test_swapping_keeps_what_feeds_a_layer():
+    model = ssmzoo.build(FED)
+    with pytest.raises(ValueError, match="layers.1 must keep `feed`: 'shared'"):
+        ssmzoo.swap_mixers(model, {"layers.1": "lstm"})
+    ssmzoo.swap_mixers(model, {"layers.1": {"kind": "lstm", "feed": "shared"}})
+    assert model(IDS).shape == (1, 5, 11)
+    assert model.config.override({"pattern": ["gru"]}).feeds == {}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"feeds": {"x": {}}}, "`feeds.x` feeds no layer"),
+        ({"mixers": {"gru": {"feed": "x"}}}, "unknown `feed` of mixers.gru: 'x'"),
+        ({"mixers": {"gru": {"feed": 3}}}, "`mixers.gru.feed` must be str or None; got 3"),
+        ({"mixers": {"gru": {"feed": "x"}}, "feeds": {"x": {"n_head": 3}}}, "unknown option of .*: 'n_head'"),
+        ({"mixers": {"gru": {"feed": "x"}}, "feeds": {"x": {"n_heads": 5}}}, "`n_heads` must divide 2 · d_model = 32"),
+        (
+            {"mixers": {"gru": {"feed": "x"}}, "feeds": {"x": {"n_heads": 4, "rank": 0, "adapt_attention": True}}},
+            "`rank` must be at least 1",
+        ),
         ({"mlp": {"kind": "swigul"}}, "unknown `kind` of mlp: 'swigul'.*swiglu"),
         ({"mlp": {"kind": "relu2", "d_inner": 3}}, "d_inner"),
         ({"mlp_pattern": ["swiglu"]}, "give `mlp`, one for all layers, or `mlp_pattern`; got both"),

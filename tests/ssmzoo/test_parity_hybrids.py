@@ -145,6 +145,23 @@ MODELS = {
 }
 
 
+ZAMBA2 = {
+    "layers_block_type": ["linear_attention", "hybrid", "hybrid", "linear_attention", "hybrid"],
+    "num_hidden_layers": 5,
+    "vocab_size": 50,
+    "hidden_size": 24,
+    "mamba_d_state": 7,
+    "n_mamba_heads": 6,
+    "num_attention_heads": 3,
+    "intermediate_size": 30,
+    "adapter_rank": 5,
+    "chunk_size": 8,
+}
+MODELS["zamba2"] = (
+    "Zamba2",
+    ZAMBA2 | {"num_mem_blocks": 2, "use_shared_attention_adapter": True, "use_mem_rope": True, "mamba_ngroups": 3},
+)
+MODELS["zamba2 with less"] = ("Zamba2", ZAMBA2)
 PADS_CLEANLY = sorted(set(MODELS) - {"recurrent_gemma"})  # whose padding enters the recurrence
 
 
@@ -258,6 +275,18 @@ PUBLISHED = {
             "mamba_n_heads": 32,
             "mamba_n_groups": 2,
             "mamba_rms_norm": True,
+        },
+    ),
+    "zamba2-1.2b": (
+        "Zamba2",
+        {
+            "hidden_size": 2048,
+            "num_hidden_layers": 38,
+            "layers_block_type": ["hybrid" if i % 6 == 5 and i < 36 else "linear_attention" for i in range(38)],
+            "mamba_d_state": 128,
+            "n_mamba_heads": 64,
+            "use_shared_attention_adapter": True,
+            "use_mem_rope": True,
         },
     ),
     "nemotron-h-8b": (

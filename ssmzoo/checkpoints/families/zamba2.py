@@ -1,0 +1,92 @@
+"""Zamba2 (Glorioso et al. 2024, arXiv 2411.15242): Mamba-2, and blocks of attention that several layers share."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ssmzoo.checkpoints.families._common import ENDS, LAYER, mamba_rules, require, rope_options
+from ssmzoo.checkpoints.renaming import Rule
+
+NAME = "Zamba2"
+
+SHARED = rf"{LAYER}shared_transformer\."
+
+RULES: list[Rule] = [
+    *ENDS,
+    (rf"{LAYER}(?:mamba_decoder\.)?input_layernorm\.weight", r"layers.\1.norm.weight"),
+    *mamba_rules(r"(?:mamba_decoder\.)?mamba", "mixer"),
+    (rf"{LAYER}linear\.weight", r"layers.\1.feed.linear.weight"),
+    (rf"{SHARED}input_layernorm\.weight", r"layers.\1.feed.norm.weight"),
+    (rf"{SHARED}pre_ff_layernorm\.weight", r"layers.\1.feed.norm2.weight"),
+    (rf"{SHARED}self_attn\.o_proj\.weight", r"layers.\1.feed.o_proj.weight"),
+    (rf"{SHARED}feed_forward\.gate_up_proj\.weight", r"layers.\1.feed.fc1.base.weight"),
+    (rf"{SHARED}feed_forward\.down_proj\.weight", r"layers.\1.feed.fc2.weight"),
+]
+
+
+def rules(names: Mapping[str, Any]) -> list[Rule]:
+    """The adapters lie in the shared block, numbered by the layers that it feeds: those that have a map ``linear``."""
+    found = (re.fullmatch(rf"{LAYER}linear\.weight", name) for name in names)
+    fed = sorted(int(match[1]) for match in found if match)
+    base = "base." if any("linear_q_adapter_list" in name for name in names) else ""
+    more: list[Rule] = [
+        (rf"{SHARED}self_attn\.([qkv])_proj\.weight", rf"layers.\1.feed.attention.\2_proj.{base}weight")
+    ]
+    for i, layer in enumerate(fed):
+        for part, ours in ((0, "down"), (1, "up")):
+            more.append(
+                (
+                    rf"{SHARED}self_attn\.linear_([qkv])_adapter_list\.{i}\.{part}\.weight",
+                    rf"layers.{layer}.feed.attention.\2_proj.{ours}.weight",
+                )
+            )
+            more.append(
+                (
+                    rf"{SHARED}feed_forward\.gate_up_proj_adapter_list\.{i}\.{part}\.weight",
+                    rf"layers.{layer}.feed.fc1.{ours}.weight",
+                )
+            )
+    return [*RULES, *more]
+
+
+def config(given: Mapping[str, Any]) -> dict[str, Any]:
+    heads, d_model = given["num_attention_heads"], given["hidden_size"]
+    require(given, hidden_act="gelu", add_bias_linear=False, num_key_value_heads=heads, use_long_context=False)
+    eps = given.get("rms_norm_eps", 1e-5)
+    shared = {
+        "n_heads": heads,
+        "d_intermediate": given.get("intermediate_size") or 4 * d_model,
+        "rank": given.get("adapter_rank", 128),
+        "adapt_attention": given.get("use_shared_attention_adapter", False),
+        "norm_eps": eps,
+    }
+    if given.get("use_mem_rope", False):
+        rope = rope_options(given, 2 * d_model // heads)
+        shared |= {"rope": True, "rope_base": rope["rope_base"]}
+    mamba2 = {
+        "d_state": given.get("mamba_d_state", 64),
+        "d_conv": given.get("mamba_d_conv", 4),
+        "expand": given.get("mamba_expand", 2),
+        "headdim": int(given.get("mamba_expand", 2) * d_model) // given.get("n_mamba_heads", 8),
+        "ngroups": given.get("mamba_ngroups", 1),
+        "dt_limit": (given.get("time_step_min", 0.001), math.inf),
+    }
+    blocks = given.get("num_mem_blocks", 1)
+    pattern, fed = [], 0
+    for kind in given["layers_block_type"]:
+        pattern.append(f"fed-{fed % blocks}" if kind == "hybrid" else "mamba2")
+        fed += kind == "hybrid"
+    used = range(min(blocks, fed))
+    return {
+        "d_model": d_model,
+        "n_layers": len(pattern),
+        "pattern": pattern,
+        "mixers": {"mamba2": mamba2} | {f"fed-{i}": {"kind": "mamba2", "feed": f"shared-{i}"} | mamba2 for i in used},
+        "feeds": {f"shared-{i}": shared for i in used},
+        "vocab_size": given["vocab_size"],
+        "norm_eps": eps,
+        "tie_embeddings": given.get("tie_word_embeddings", True),
+    }

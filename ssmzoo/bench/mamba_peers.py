@@ -105,6 +105,7 @@ def _kind(mixer: Any) -> tuple[str, dict[str, Any]]:
 def _mamba2_options(mixer: Mamba2) -> dict[str, Any]:
     refuse(mixer.d_ssm != mixer.d_inner, "MLP beside the recurrence")
     refuse(mixer.D_has_hdim, "D for each channel")
+    refuse(mixer.scale is not None, "such multipliers")
     refuse(mixer.norm is None or mixer.norm.norm_before_gate or mixer.norm_groups != mixer.ngroups, "such norm")
     assert mixer.norm is not None
     return {

@@ -143,7 +143,7 @@ class Attention(Mixer):
         self.head_dim, self.n_heads, self.n_kv_heads = head_dim, n_heads, n_kv_heads
         self.rope_base, self.scaling = rope_base, scaling_of(rope_scaling)
         self.window, self.softcap, self.alibi = window, softcap, alibi
-        self.scale = 1 / math.sqrt(head_dim) if scale is None else scale
+        self.scale = scale
         self.d_conv, self.cache, self.page_size = d_conv, cache, page_size
         self.q_proj = Linear(d_model, n_heads * head_dim, bias=bias)
         self.k_proj = Linear(d_model, n_kv_heads * head_dim, bias=bias)
@@ -181,7 +181,8 @@ class Attention(Mixer):
         """What the ops are told beside queries, keys and values."""
         window = None if self.window is None else (self.window - 1, 0 if self.causal else self.window - 1)
         slopes = alibi_slopes(self.n_heads, self.like()) if self.alibi else None
-        return Logits(self.scale, self.causal, window, self.softcap, slopes, self.sinks)
+        scale = 1 / math.sqrt(self.head_dim) if self.scale is None else self.scale
+        return Logits(scale, self.causal, window, self.softcap, slopes, self.sinks)
 
     def initial_state(self, batch_size: int, max_length: int | None = None) -> Cache | ConvolvedState:
         self.check_has_state()

@@ -18,6 +18,7 @@ from ssmzoo.checkpoints.published import (
     published_config,
     published_type,
     published_weights,
+    take_converted,
 )
 from ssmzoo.checkpoints.weights import assign, main_dtype, read_tensors, skeleton, stored_weights, write_tensors
 from ssmzoo.config import ModelConfig
@@ -65,8 +66,9 @@ def load(
     """The model that a folder holds.
 
     No weights are made but those in the file. Together they take the file's size; where ``dtype`` is another than the
-    file's, the larger of the two sizes, and the largest weight once more while they are converted. PyTorch's random
-    state is left as it is, unless a module draws buffers that no file holds.
+    file's, the larger of the two sizes, and the largest weight once more while they are converted, or while its parts
+    in a published file are put together. PyTorch's random state is left as it is, unless a module draws buffers that no
+    file holds.
 
     Args:
         folder: what :func:`save` or a training run wrote; or a published checkpoint with a ``config.json``: Mamba
@@ -91,7 +93,7 @@ def load(
     elif (folder / "config.json").is_file():
         config = published_config(folder / "config.json")
         source, found = published_weights(folder)
-        weights = convert_state_dict(found, published_type(folder / "config.json"))
+        weights = take_converted(found, published_type(folder / "config.json"))
         del found  # as `assign` takes them out of the one dictionary, one by one
     else:
         raise FileNotFoundError(f"{folder} holds no model: there is no {CONFIG} in it, nor a config.json")

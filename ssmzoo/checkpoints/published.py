@@ -215,11 +215,16 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], model_type: str | None 
     Raises:
         ValueError: an unknown ``model_type``, or keys of another kind of model, the first of them by name.
     """
+    return take_converted(dict(state_dict), model_type)
+
+
+def take_converted(weights: dict[str, Tensor], model_type: str | None) -> dict[str, Tensor]:
+    """As :func:`convert_state_dict`; takes the tensors out of ``weights``, as joined ones need memory of their own."""
     if model_type is None:
-        return convert_mamba_state_dict(state_dict)
+        return convert_mamba_state_dict(weights)
     found = family(model_type)
-    rules = found.rules(state_dict) if hasattr(found, "rules") else found.RULES
-    return renamed(state_dict, rules, found.NAME)
+    rules = found.rules(weights) if hasattr(found, "rules") else found.RULES
+    return renamed(weights, rules, found.NAME)
 
 
 def published_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:

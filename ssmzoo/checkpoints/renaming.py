@@ -13,8 +13,8 @@ from ssmzoo.checkpoints.weights import some
 Rule = tuple[str, str | tuple[str, ...]]
 
 
-def renamed(state_dict: Mapping[str, Tensor], rules: Sequence[Rule], what: str) -> dict[str, Tensor]:
-    """Weights by our names.
+def renamed(weights: dict[str, Tensor], rules: Sequence[Rule], what: str) -> dict[str, Tensor]:
+    """Weights by our names; they are taken out of ``weights``, so that of joined ones one at a time is there twice.
 
     A rule is a regular expression for a whole name, and what it becomes, where groups are written as in
     :func:`re.sub`. The first rule that matches counts. What it becomes may be
@@ -26,7 +26,7 @@ def renamed(state_dict: Mapping[str, Tensor], rules: Sequence[Rule], what: str) 
     - "": it is left out.
 
     Args:
-        state_dict: weights by their published names.
+        weights: by their published names; empty afterwards.
         rules: see above.
         what: the kind of model, for errors.
 
@@ -36,7 +36,8 @@ def renamed(state_dict: Mapping[str, Tensor], rules: Sequence[Rule], what: str) 
     found: dict[str, Tensor] = {}
     parts: dict[str, dict[tuple[int, ...], Tensor]] = {}
     strange = []
-    for key, tensor in state_dict.items():
+    for key in list(weights):
+        tensor = weights.pop(key)
         for pattern, becomes in rules:
             match = re.fullmatch(pattern, key)
             if match is None:
@@ -56,7 +57,9 @@ def renamed(state_dict: Mapping[str, Tensor], rules: Sequence[Rule], what: str) 
             strange.append(key)
     if strange:
         raise ValueError(f"`state_dict` holds weights that are none of {what}: {some(strange)}")
-    return found | {name: _joined(name, places) for name, places in parts.items()}
+    for name in list(parts):
+        found[name] = _joined(name, parts.pop(name))
+    return found
 
 
 def _joined(name: str, places: Mapping[tuple[int, ...], Tensor]) -> Tensor:
@@ -68,4 +71,8 @@ def _joined(name: str, places: Mapping[tuple[int, ...], Tensor]) -> Tensor:
         raise ValueError(f"`state_dict` lacks part {', '.join(map(str, missing))} of {name}")
     if len(counts) == 1:
         return torch.cat([places[(i,)] for i in range(counts[0])])
-    return torch.stack([torch.cat([places[i, j] for j in range(counts[1])]) for i in range(counts[0])])
+    columns = [places[0, j] for j in range(counts[1])]
+    joined = columns[0].new_empty(counts[0], sum(len(part) for part in columns), *columns[0].shape[1:])
+    for i, whole in enumerate(joined):
+        torch.cat([places[i, j] for j in range(counts[1])], out=whole)
+    return joined

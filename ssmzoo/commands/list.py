@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections import Counter
 from itertools import groupby
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,9 @@ from ssmzoo.screen import say
 
 if TYPE_CHECKING:
     from ssmzoo import ModelConfig
+
+
+RUNS = 6  # of one mixer, that a pattern is written out with
 
 
 def command(
@@ -73,9 +77,11 @@ def _mixers(pattern: str, here: bool) -> tuple[list[str], list[list[str]]]:
 
 
 def _pattern(config: ModelConfig) -> str:
-    """[mamba, mamba, local] → "2 mamba, local (attention)"."""
+    """[mamba, mamba, local] → "2 mamba, local (attention)"; of many runs, how often each mixer stands in the pattern."""
+    runs = [(name, len(list(run))) for name, run in groupby(config.pattern)]
+    mixed = len(runs) > RUNS
     parts = []
-    for name, run in groupby(config.pattern):
-        length, kind = len(list(run)), config.mixers.get(name, {}).get("kind", name)
+    for name, length in Counter(config.pattern).items() if mixed else runs:
+        kind = config.mixers.get(name, {}).get("kind", name)
         parts.append((f"{length} " if length > 1 else "") + (name if kind == name else f"{name} ({kind})"))
-    return ", ".join(parts)
+    return ", ".join(parts) + ", mixed" * mixed

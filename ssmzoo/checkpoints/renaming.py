@@ -62,6 +62,7 @@ def renamed(weights: dict[str, Tensor], rules: Sequence[Rule], what: str) -> dic
     return found
 
 
+@torch.no_grad()
 def _joined(name: str, places: Mapping[tuple[int, ...], Tensor]) -> Tensor:
     """The tensors of one name in the order of their places."""
     counts = [max(place[i] for place in places) + 1 for i in range(len(next(iter(places))))]

@@ -77,7 +77,7 @@ def _mixers(pattern: str, here: bool) -> tuple[list[str], list[list[str]]]:
 
 
 def _pattern(config: ModelConfig) -> str:
-    """[mamba, mamba, local] → "2 mamba, local (attention)"; of many runs, how often each mixer stands in the pattern."""
+    """[mamba, mamba, local] → "2 mamba, local (attention)"; of many runs, how often each mixer comes."""
     runs = [(name, len(list(run))) for name, run in groupby(config.pattern)]
     mixed = len(runs) > RUNS
     parts = []

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ssmkernels.core.plain import in_transform
 from ssmzoo.linear import Linear
 from ssmzoo.mlp.base import ChannelMixer, check_at_least_one
 from ssmzoo.mlp.dense import GEGLU, GELU, ReGLU, SquaredReLU, SwiGLU, TanhGEGLU
@@ -148,8 +149,8 @@ class MoE(ChannelMixer):
         weights = scores.gather(1, chosen)
         if self.norm == "after":
             weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-20)
-        if self.training:
-            self._note(scores, chosen)
+        if self.training and (torch.compiler.is_compiling() or not in_transform()):
+            self._note(scores, chosen)  # which a transform of torch.func does not let out
         return chosen, weights * self.scale
 
     def _note(self, scores: Tensor, chosen: Tensor) -> None:

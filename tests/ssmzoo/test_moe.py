@@ -56,7 +56,7 @@ SETTINGS = {
         "d_latent": 4,
     },
     "one of one": {"n_experts": 1, "top_k": 1},
-    "all": {"top_k": 6, "d_intermediate": 7},
+    "all": {"top_k": 6, "d_intermediate": 7},  # a width that PyTorch's grouped product does not take
 }
 
 
@@ -79,8 +79,19 @@ def test_pytorchs_grouped_product(monkeypatch):
     moe = build(d_intermediate=16).eval().bfloat16()
     x = torch.randn(2, 5, 8, dtype=torch.bfloat16)
     y = moe(x)
-    monkeypatch.setattr(grouped, "_may_group", lambda x, weight: False)
+    monkeypatch.setattr(grouped, "_fits", lambda x, weight: False)
     torch.testing.assert_close(moe(x), y, rtol=2e-2, atol=2e-3)
+
+
+def test_transforms_of_functions():
+    moe, x, tangent = build(d_intermediate=16), torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    gradient = torch.func.grad(lambda x: moe(x).square().sum())(x)
+    x.requires_grad_()
+    expected = torch.autograd.grad(moe(x).square().sum(), x)[0]
+    torch.testing.assert_close(gradient, expected)
+    y, forward = torch.func.jvp(moe, (x.detach(),), (tangent,))
+    torch.testing.assert_close((2 * y * forward).sum(), (expected * tangent).sum(), rtol=1e-4, atol=1e-4)
+    assert moe.load.counts.sum() == 2 * 3 * 3  # of the one call outside
 
 
 def test_no_tokens():

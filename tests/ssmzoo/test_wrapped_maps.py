@@ -27,6 +27,8 @@ CASES = [
     ("linformer", HEADS | {"proj_len": 4, "max_length": 24}),
     ("lightconv", {"kernel_size": 3}),
     ("dynamicconv", {"kernel_size": 3}),
+    ("channel", {"mlp": {"kind": "swiglu", "d_intermediate": 12}}),
+    ("channel", {"mlp": {"kind": "moe", "n_experts": 4, "shared_intermediate": 6, "d_latent": 5}}),
     ("lstm", {}),
     ("gru", {}),
     ("s4", {"d_state": 4, "gate": 1, "bottleneck": 2}),

@@ -11,7 +11,7 @@ struct Forward {
     Shared<S> shared;
     Steps<S> steps;
     Outputs<S> outputs;
-    S *factors, *fed, *Y, *D, *gate, *panel;  // factors: of each head, the state (n, width), then X (c, width)
+    S *factors, *fed, *raw, *Y, *D, *gate, *panel;  // factors: of each head, the state (n, width), then X (c, width)
     int64_t factor;                           // numbers from one head's to the next's
 
     int64_t take(S* p, const SsdArguments& a) {
@@ -23,6 +23,7 @@ struct Forward {
         factor = round_up((a.n + a.chunk) * width, kLine<S>);
         factors = memory.take(kBlock * factor);
         fed = memory.take(a.chunk * width);
+        raw = a.scale ? memory.take(a.chunk * width) : nullptr;
         Y = memory.take(a.chunk * width);
         D = memory.take(kBlock * width);
         gate = memory.take(width);
@@ -39,10 +40,12 @@ struct Forward {
         const Rows z(a, s, t, head, a.z, a.z_batch, a.z_time, next.ahead(a, a.z_time));
         const Rows y(a, s, t, head, a.y, a.length * a.heads * a.p, a.heads * a.p);
         for (int64_t i = 0; i < t.tokens; ++i) {
-            read_row(X + i * width, x.from, a.dtype, x(i), a.p, steps.delta[i]);
+            read_row(X + i * width, x.from, a.dtype, x(i), a.p, steps.scale[i]);
+            if (a.scale) read_row(raw + i * width, x.from, a.dtype, x(i), a.p);
             x.fetch(a, i);
         }
         outputs.compute(a, t, shared, steps, state, Y, panel);
+        if (a.scale) outputs.add_direct(a, t, shared, steps, raw, Y);
         for (int64_t i = 0; i < t.tokens; ++i) {
             S* row = Y + i * width;
             const auto F = splat(steps.F[i]);

@@ -7,6 +7,10 @@
 // Letters are those of tiled.py: G = C Bᵀ, L the decays from token to token, M = L ∘ G, E the decays from the chunk's
 // start, F those to its end, X = Δ ∘ x, S the state. The state lies here as (n, p). Matrices over two tokens lie
 // transposed, (j, i), so that lanes run over the later token.
+//
+// Mamba-3's scan (mamba3_scan/cpu.py) is the same with two more numbers a token. There X = scale ∘ x, and a token's own
+// outputs do not see it through M, which is 0 there, but through direct_j G_ji x_j. `rank` tokens that follow one another
+// then are one step, whose tokens all see each other in this way.
 #pragma once
 
 #include "native/gemm.h"
@@ -20,10 +24,11 @@ struct SsdArguments {
     const void *x, *z, *dt;                     // (b l h p), any floating dtype; z may be null; (b l h)
     const void *A, *B, *C, *D, *dt_bias;        // S: (h), (b l g n), likewise, (h skip) or null, (h) or null
     const void* initial;                        // S: (s h p n) or null
+    const void *scale, *direct;                 // S: (b l h), contiguous, or both null
     const int32_t* cu_seqlens;                  // (s + 1) or null
     void *y, *final_state, *starts;             // (b l h p); S: (s h p n); (segments h n p) or null
-    int64_t dtype, sequences, length, heads, p, n, groups, skip, softplus, chunk, threads;
-    int64_t x_batch, x_time, z_batch, z_time, dt_batch, dt_time, B_batch, B_time, C_batch, C_time;
+    int64_t dtype, sequences, length, heads, p, n, groups, skip, softplus, chunk, rank, threads;
+    int64_t x_batch, x_time, z_batch, z_time, dt_batch, dt_time, B_batch, B_time, B_group, C_batch, C_time, C_group;
     double dt_least, dt_most;
 };
 
@@ -148,8 +153,8 @@ struct Shared {
 
     void read(const SsdArguments& a, const Sequence& s, Span t, int64_t group, S* panel) {
         const int64_t time = s.start + t.start;
-        B = {at<S>(a.B, s.batch * a.B_batch + time * a.B_time + group * a.n), a.B_time, 1};
-        C = {at<S>(a.C, s.batch * a.C_batch + time * a.C_time + group * a.n), a.C_time, 1};
+        B = {at<S>(a.B, s.batch * a.B_batch + time * a.B_time + group * a.B_group), a.B_time, 1};
+        C = {at<S>(a.C, s.batch * a.C_batch + time * a.C_time + group * a.C_group), a.C_time, 1};
         transpose(C_turned, a.chunk, C.p, a.C_time, t.tokens, a.n);
         for (int64_t j = 0; j < a.n; ++j)
             for (int64_t i = t.tokens; i < t.padded; ++i) C_turned[j * a.chunk + i] = S(0);
@@ -163,6 +168,7 @@ struct Shared {
 template <class S>
 struct Steps {
     S *raw, *delta, *decay, *E, *F;  // raw: before softplus and limits
+    S *scale, *direct;               // scale is delta where the call has no other
     S whole;                         // the decay over all of the chunk
 
     void take(Memory<S>& memory, const SsdArguments& a) {
@@ -171,6 +177,8 @@ struct Steps {
         decay = memory.take(a.chunk);
         E = memory.take(a.chunk);
         F = memory.take(a.chunk);
+        scale = a.scale ? memory.take(a.chunk) : delta;
+        direct = a.scale ? memory.take(a.chunk) : nullptr;
     }
 
     void read(const SsdArguments& a, const Sequence& s, Span t, int64_t head) {
@@ -190,6 +198,7 @@ struct Steps {
         S product = S(1);
         for (int64_t i = 0; i < t.padded; ++i) E[i] = product = product * decay[i];
         whole = product;
+        if (a.scale) read_scales(a, s, t, head);
         product = S(1);
         for (int64_t i = t.padded - 1; i >= 0; --i) {
             F[i] = product;
@@ -198,6 +207,14 @@ struct Steps {
     }
 
   private:
+    void read_scales(const SsdArguments& a, const Sequence& s, Span t, int64_t head) {
+        const int64_t offset = (s.batch * a.length + s.start + t.start) * a.heads + head;
+        for (int64_t i = 0; i < t.padded; ++i) {
+            scale[i] = i < t.tokens ? *at<S>(a.scale, offset + i * a.heads) : S(0);
+            direct[i] = i < t.tokens ? *at<S>(a.direct, offset + i * a.heads) : S(0);
+        }
+    }
+
     static S number(const SsdArguments& a, int64_t i) {
         if constexpr (sizeof(S) == 8) {
             return *at<double>(a.dt, i);
@@ -225,6 +242,19 @@ void decays(Span t, const S* decay, const S* G, int64_t stride, S* row, const Pu
     }
 }
 
+// f(j) for each token j of the step that token i belongs to.
+template <class F>
+void of_step(const SsdArguments& a, int64_t i, const F& f) {
+    const int64_t first = i - i % a.rank;
+    for (int64_t j = first; j < first + a.rank; ++j) f(j);
+}
+
+// A matrix over two tokens becomes 0 at those of one step; elements (j, i) with i < j are nobody's.
+template <class S>
+void clear_steps(const SsdArguments& a, Span t, S* matrix) {
+    for (int64_t j = 0; j < t.tokens; ++j) of_step(a, j, [&](int64_t i) { matrix[j * a.chunk + i] = S(0); });
+}
+
 // The factors of a head's outputs, Y = E ∘ (C S) + M X = [E ∘ C, M] [S; X], and what they give.
 template <class S>
 struct Outputs {
@@ -250,8 +280,20 @@ struct Outputs {
         using V = typename Lanes<S>::V;
         decays(t, steps.decay, shared.G, a.chunk, row,
                [&](int64_t j, int64_t i, V L, V G) { store(m + j * a.chunk + i, L * G); });
+        if (a.scale) clear_steps(a, t, m);
         product<S, Shape::lower>(Left<S>{left, 1, a.chunk}, factor, width, Y, width, t.tokens, width, a.n + t.tokens,
                               panel, a.n + 1);
+    }
+
+    // Adds what the tokens of each token's own step give, from x (c, width).
+    void add_direct(const SsdArguments& a, Span t, const Shared<S>& shared, const Steps<S>& steps, const S* x,
+                    S* Y) const {
+        for (int64_t i = 0; i < t.tokens; ++i)
+            of_step(a, i, [&](int64_t j) {
+                const auto factor = splat(steps.direct[j] * shared.G[j * a.chunk + i]);
+                S* row = Y + i * width;
+                vectors<S>(width, [&](int64_t c) { store(row + c, fma(factor, load(x + j * width + c), load(row + c))); });
+            });
     }
 };
 

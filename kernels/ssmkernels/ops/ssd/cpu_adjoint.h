@@ -8,6 +8,10 @@
 //     da_k = Σ_{j < k ≤ i} W_ij + Σ_{i ≥ k} e_i + Σ_{j < k} f_j + E_c <S, dS'>
 //
 // where e_i = C_i · (E ∘ dY S)_i and f_j = X_j · (F ∘ B dS'ᵀ)_j. Nothing is a difference of long sums.
+//
+// With a scale and direct outputs, M is 0 at tokens j and i of one step, and these add, with g = x_j · dY_i,
+//
+//     dx_j += direct_j G_ji dY_i       dG_ji += direct_j g       ddirect_j += G_ji g
 #pragma once
 
 #include "ssd/cpu.h"
@@ -18,10 +22,11 @@ struct SsdBackwardArguments {
     SsdArguments forward;             // whose outputs are not looked at
     const void *dy, *dfinal;          // (b l h p), contiguous; S: (s h p n) or null
     void *dx, *dz;                    // (b l h p); dz where there is a z
-    void *ddt;                        // S: (b l h)
+    void *ddt, *dscale, *ddirect;     // S: (b l h); the last two where there is a scale
     void *dB, *dC;                    // S: (parts b l g n), of which the first takes the sum of all
     void *dA, *dD, *dbias;            // S: (s h), (s h p), (s h), likewise
     void *dinitial;                   // S: (s h p n) or null
+    int64_t map_part, map_batch, map_time, map_group;  // strides of dB and dC
 };
 
 namespace SSMZOO_ISA {
@@ -82,7 +87,7 @@ struct Backward {
             const int64_t row = i * width;
             read_row(x + row, from.from, a.dtype, from(i), a.p);
             from.fetch(a, i);
-            const V delta = splat(steps.delta[i]), F = splat(steps.F[i]);
+            const V delta = splat(steps.scale[i]), F = splat(steps.F[i]);
             vectors<S>(width, [&](int64_t c) {
                 const V fed = delta * load(x + row + c);
                 store(X + row + c, fed);
@@ -106,7 +111,7 @@ struct Backward {
 
     static const S* shared_B(const SsdArguments& a, const Sequence& s, Span t, int64_t head) {
         const int64_t group = head / (a.heads / a.groups);
-        return at<S>(a.B, s.batch * a.B_batch + (s.start + t.start) * a.B_time + group * a.n);
+        return at<S>(a.B, s.batch * a.B_batch + (s.start + t.start) * a.B_time + group * a.B_group);
     }
 
     // dY, where there is a gate after the gate's gradient, and what it adds to the skip's.
@@ -117,6 +122,7 @@ struct Backward {
         const Rows dy(a, s, t, head, b.dy, batch, time, next.ahead(a, time)), dz(a, s, t, head, b.dz, batch, time);
         const Rows z(a, s, t, head, a.z, a.z_batch, a.z_time, next.ahead(a, a.z_time));
         if (a.z) outputs.compute(a, t, shared, steps, factor, dX, panel);
+        if (a.z && a.scale) outputs.add_direct(a, t, shared, steps, x, dX);
         for (int64_t i = 0; i < t.tokens; ++i) {
             const int64_t row = i * width;
             read_row(dY + row, dy.from, a.dtype, dy(i), a.p);
@@ -166,6 +172,21 @@ struct Backward {
         }
     }
 
+    // What passes between the tokens of one step, to dG and ddirect.
+    void direct_gradients(const SsdBackwardArguments& b, const Sequence& s, Span t, int64_t head) {
+        const SsdArguments& a = b.forward;
+        S* to = static_cast<S*>(b.ddirect) + (s.batch * a.length + s.start + t.start) * a.heads + head;
+        for (int64_t j = 0; j < t.tokens; ++j) {
+            S total = S(0);
+            of_step(a, j, [&](int64_t i) {
+                const S g = dot(x + j * width, dY + i * width, width);
+                dG[j * a.chunk + i] = dG[j * a.chunk + i] + steps.direct[j] * g;
+                total = total + shared.G[j * a.chunk + i] * g;
+            });
+            to[j * a.heads] = total;
+        }
+    }
+
     static S sum(const S* from, int64_t count) {
         V total = V{};
         vectors<S>(count, [&](int64_t i) { total = total + load(from + i); });
@@ -195,7 +216,12 @@ struct Backward {
             store(L + j * stride + i, decay);
             store(M + j * stride + i, decay * G);
         });
+        if (a.scale) {
+            clear_steps(a, t, L);
+            clear_steps(a, t, M);
+        }
         pair_gradients(a, t, X);
+        if (a.scale) direct_gradients(b, s, t, head);
 
         product(shared.B, dstate, width, dX, width, t.tokens, width, n, panel);
         for (int64_t i = 0; i < t.tokens; ++i) {
@@ -248,7 +274,11 @@ struct Backward {
         for (int64_t i = t.tokens; i < t.padded; ++i) da[i] = e[i] = S(0);
         for (int64_t i = 0; i < t.tokens; ++i) {
             dA[h] = dA[h] + steps.delta[i] * da[i];
-            e[i] = dot(dX + i * width, x + i * width, width) + A * da[i];  // of Δ
+            e[i] = a.scale ? A * da[i] : dot(dX + i * width, x + i * width, width) + A * da[i];  // of Δ
+        }
+        if (a.scale) {
+            S* to = static_cast<S*>(b.dscale) + (s.batch * a.length + s.start + t.start) * a.heads + head;
+            for (int64_t i = 0; i < t.tokens; ++i) to[i * a.heads] = dot(dX + i * width, x + i * width, width);
         }
         vectors<S>(t.padded, [&](int64_t i) {
             V step = load(steps.raw + i), gradient = load(e + i);
@@ -272,12 +302,19 @@ struct Backward {
         const Rows dx(a, s, t, head, b.dx, a.length * a.heads * a.p, a.heads * a.p);
         for (int64_t i = 0; i < t.tokens; ++i) {
             const int64_t row = i * width;
-            const V delta = splat(steps.delta[i]), E = splat(steps.E[i]);
+            const V delta = splat(steps.scale[i]), E = splat(steps.E[i]);
             vectors<S>(width, [&](int64_t c) {
                 const V gradient = load(dY + row + c);
                 store(scaled + row + c, E * gradient);
                 store(gate + c, fma(delta, load(dX + row + c), load(D + c) * gradient));
             });
+            if (a.scale)
+                of_step(a, i, [&](int64_t later) {
+                    const V factor = splat(steps.direct[i] * shared.G[i * a.chunk + later]);
+                    vectors<S>(width, [&](int64_t c) {
+                        store(gate + c, fma(factor, load(dY + later * width + c), load(gate + c)));
+                    });
+                });
             write_row(b.dx, a.dtype, dx(i), gate, a.p);
         }
     }
@@ -295,11 +332,10 @@ struct Backward {
         const Onto<S> sum = {true, S(1)};
         product(shared.B_turned(), dG, stride, dC, stride, n, t.padded, t.tokens, panel, 0, sum);
         product({shared.C_turned, stride, 1}, dG_turned, stride, dB, stride, n, t.padded, t.tokens, panel, 0, sum);
-        const int64_t tokens = (a.cu_seqlens ? 1 : a.sequences) * a.length;
-        const int64_t first = heads.part * tokens + s.batch * a.length + s.start + t.start;
-        const int64_t offset = (first * a.groups + heads.group) * n;
-        transpose(static_cast<S*>(b.dB) + offset, a.groups * n, dB, stride, n, t.tokens);
-        transpose(static_cast<S*>(b.dC) + offset, a.groups * n, dC, stride, n, t.tokens);
+        const int64_t offset = heads.part * b.map_part + s.batch * b.map_batch + (s.start + t.start) * b.map_time +
+                               heads.group * b.map_group;
+        transpose(static_cast<S*>(b.dB) + offset, b.map_time, dB, stride, n, t.tokens);
+        transpose(static_cast<S*>(b.dC) + offset, b.map_time, dC, stride, n, t.tokens);
     }
 };
 

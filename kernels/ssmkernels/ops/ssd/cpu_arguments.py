@@ -40,7 +40,7 @@ def values(a: Any, starts: Tensor | None) -> tuple[dict[str, float], list[Any]]:
     wide = precision(a.x)
     x, dt = side_by_side(a.x), rows(a.dt)
     z = None if a.z is None else side_by_side(a.z)
-    B, C = (side_by_side(t.to(wide)) for t in (a.B, a.C))
+    B, C = (rows(t.to(wide)) for t in (a.B, a.C))
     D, dt_bias, initial = (None if t is None else plain(t, wide) for t in (a.D, a.dt_bias, a.initial_state))
     cu_seqlens = None if a.cu_seqlens is None else a.cu_seqlens.contiguous()
     batch, length, heads, p = x.shape
@@ -54,6 +54,8 @@ def values(a: Any, starts: Tensor | None) -> tuple[dict[str, float], list[Any]]:
         "D": D,
         "dt_bias": dt_bias,
         "initial": initial,
+        "scale": None,
+        "direct": None,
         "cu_seqlens": cu_seqlens,
         "starts": starts,
     }
@@ -69,10 +71,12 @@ def values(a: Any, starts: Tensor | None) -> tuple[dict[str, float], list[Any]]:
         "skip": p if D is not None and D.ndim == 2 else 1,
         "softplus": a.dt_softplus,
         "chunk": chunk_length(a),
+        "rank": 1,
         "threads": native.threads(batch * length * heads * p * B.shape[3]),
         "dt_least": a.dt_limit[0],
         "dt_most": a.dt_limit[1],
     }
     for name, t in (("x", x), ("z", z), ("dt", dt), ("B", B), ("C", C)):
         found[name + "_batch"], found[name + "_time"] = (0, 0) if t is None else t.stride()[:2]
+    found["B_group"], found["C_group"] = B.stride(2), C.stride(2)
     return found, list(pointers.values())

@@ -17,8 +17,16 @@ BLOCK = 4  # heads whose gradients of B and C are added in one part: kBlock in c
 
 
 def backward(a: Any, saved: Any, grads: Any) -> dict[str, Tensor | None]:
-    wide = precision(a.x)
     fields, _kept = values(a, saved.starts)
+    return gradients(a, fields, grads)
+
+
+def gradients(a: Any, fields: dict[str, float], grads: Any) -> dict[str, Tensor | None]:
+    """Of all arguments of a call whose forward pass takes ``fields``.
+
+    With a scale and direct outputs those of these too, each ``(b, l, h)``, and those of dt alone without the scale's.
+    """
+    wide = precision(a.x)
     batch, length, heads, p = a.x.shape
     s, (groups, n) = int(fields["sequences"]), a.B.shape[2:]
     parts = -(-(heads // groups) // BLOCK)
@@ -31,6 +39,10 @@ def backward(a: Any, saved: Any, grads: Any) -> dict[str, Tensor | None]:
     dz = None if a.z is None else a.x.new_empty(a.x.shape)
     ddt = empty((batch, length, heads))
     dB, dC = (empty((parts, batch, length, groups, n)) for _ in range(2))
+    if fields["scale"]:  # every head has its own, and their gradients are read head by head
+        dB, dC = (empty((parts, batch, groups, length, n)).transpose(2, 3) for _ in range(2))
+    strides = dict(zip(("map_part", "map_batch", "map_time", "map_group"), dB.stride(), strict=False))
+    dscale, ddirect = (empty(ddt.shape) if fields["scale"] else None for _ in range(2))
     # Of no sequence at all the sums are 0
     per_sequence = a.x.new_empty if s else a.x.new_zeros
     dA, dbias = (per_sequence((max(s, 1), heads), dtype=wide) for _ in range(2))
@@ -39,8 +51,9 @@ def backward(a: Any, saved: Any, grads: Any) -> dict[str, Tensor | None]:
     large_pages(dx, dz, dB, dC)
     outputs = {"dx": dx, "dz": dz, "ddt": ddt, "dB": dB, "dC": dC, "dA": dA, "dD": dD, "dbias": dbias}
     outputs |= {"dinitial": dinitial, "dy": dy, "dfinal": dfinal}
-    fields |= {"y": 0, "final_state": 0} | {name: address(t) for name, t in outputs.items()}
-    native.run("ssd_backward", fields)
+    outputs |= {"dscale": dscale, "ddirect": ddirect}
+    found = {"y": 0, "final_state": 0} | strides | {name: address(t) for name, t in outputs.items()}
+    native.run("ssd_backward", fields | found)
     if parts > 1:  # the first one as it is would keep all others alive
         dB, dC = dB[:1].clone(), dC[:1].clone()
     return {
@@ -53,4 +66,6 @@ def backward(a: Any, saved: Any, grads: Any) -> dict[str, Tensor | None]:
         "dt_bias": dbias[0],
         "D": dD[0] if a.D is None or a.D.ndim == 2 else dD[0].sum(-1),
         "initial_state": dinitial,
+        "scale": dscale,
+        "direct": ddirect,
     }

@@ -24,7 +24,7 @@ struct SsdArguments {
     const void *x, *z, *dt;                     // (b l h p), any floating dtype; z may be null; (b l h)
     const void *A, *B, *C, *D, *dt_bias;        // S: (h), (b l g n), likewise, (h skip) or null, (h) or null
     const void* initial;                        // S: (s h p n) or null
-    const void *scale, *direct;                 // S: (b l h), contiguous, or both null
+    const void *scale, *direct;                 // S: (b l h), contiguous, or both null; with them dt is S too
     const int32_t* cu_seqlens;                  // (s + 1) or null
     void *y, *final_state, *starts;             // (b l h p); S: (s h p n); (segments h n p) or null
     int64_t dtype, sequences, length, heads, p, n, groups, skip, softplus, chunk, rank, threads;
@@ -219,8 +219,8 @@ struct Steps {
         if constexpr (sizeof(S) == 8) {
             return *at<double>(a.dt, i);
         } else {
-            if (a.dtype == 2) return widen(*at<bfloat16>(a.dt, i));
-            if (a.dtype == 3) return widen(*at<float16>(a.dt, i));
+            if (a.dtype == 2 && !a.scale) return widen(*at<bfloat16>(a.dt, i));
+            if (a.dtype == 3 && !a.scale) return widen(*at<float16>(a.dt, i));
             return *at<float>(a.dt, i);
         }
     }

@@ -21,10 +21,10 @@ def backward(a: Any, saved: Any, grads: Any) -> dict[str, Tensor | None]:
     return gradients(a, fields, grads)
 
 
-def gradients(a: Any, fields: dict[str, float], grads: Any) -> dict[str, Tensor | None]:
+def gradients(a: Any, fields: dict[str, float], grads: Any, scaled: bool = False) -> dict[str, Tensor | None]:
     """Of all arguments of a call whose forward pass takes ``fields``.
 
-    With a scale and direct outputs those of these too, each ``(b, l, h)``, and those of dt alone without the scale's.
+    Where x is ``scaled`` by other numbers than Δ, those of the scale and of direct outputs too, each ``(b, l, h)``.
     """
     wide = precision(a.x)
     batch, length, heads, p = a.x.shape
@@ -39,10 +39,10 @@ def gradients(a: Any, fields: dict[str, float], grads: Any) -> dict[str, Tensor 
     dz = None if a.z is None else a.x.new_empty(a.x.shape)
     ddt = empty((batch, length, heads))
     dB, dC = (empty((parts, batch, length, groups, n)) for _ in range(2))
-    if fields["scale"]:  # every head has its own, and their gradients are read head by head
+    if scaled:  # every head has its own, and their gradients are read head by head
         dB, dC = (empty((parts, batch, groups, length, n)).transpose(2, 3) for _ in range(2))
     strides = dict(zip(("map_part", "map_batch", "map_time", "map_group"), dB.stride(), strict=False))
-    dscale, ddirect = (empty(ddt.shape) if fields["scale"] else None for _ in range(2))
+    dscale, ddirect = (empty(ddt.shape) if scaled else None for _ in range(2))
     # Of no sequence at all the sums are 0
     per_sequence = a.x.new_empty if s else a.x.new_zeros
     dA, dbias = (per_sequence((max(s, 1), heads), dtype=wide) for _ in range(2))

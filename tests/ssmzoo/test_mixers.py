@@ -22,6 +22,8 @@ SETTINGS = [
     ("mamba", {"d_state": 4, "bidirectional": True}),
     ("mamba2", {"d_state": 4, "headdim": 8, "multipliers": (0.5, 2.0, 0.7, 1.5, 0.9)}),
     ("mamba", {"d_state": 3, "d_conv": 3, "bidirectional": True, "bcdt_norm": True, "conv_bias": False}),
+    ("mamba3", {"d_state": 5, "headdim": 32, "is_outproj_norm": True, "A_activation": "heavy_tail", "chunk_size": 16}),
+    ("mamba3", {"d_state": 6, "headdim": 16, "is_mimo": True, "mimo_rank": 2, "rope_fraction": 1.0, "ngroups": 2}),
     ("s4d", {"init": "real", "d_state": 7, "discretization": "bilinear"}),
     ("s4d", {"init": "lin", "d_state": 8}),
     ("s4d", {"init": "inv", "d_state": 8, "bidirectional": True}),

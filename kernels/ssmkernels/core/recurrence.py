@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ssmkernels.core.packing import spans
 
-
 State = Any  # a tensor, or a tuple of them where an op has several
 
 

@@ -1,4 +1,4 @@
-"""Mamba-3's recurrence in the native CPU library: rotations (``cpu_rotate.cpp``) around the state-space dual's kernel."""
+"""Mamba-3's recurrence in the native library: rotations (``cpu_rotate.cpp``) around the state-space dual's kernel."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class Coefficients(NamedTuple):
 
 
 class Maps(NamedTuple):
-    """``k`` and ``q`` lie head by head, ``(b, h, l, r, n)``; ``turns`` are the angles, ``(b, h, l, a)``, where saved."""
+    """``k`` and ``q`` ``(b, h, l, r, n)`` lie head by head; ``turns`` ``(b, h, l, a)`` are the angles, where saved."""
 
     k: Tensor
     q: Tensor
@@ -179,7 +179,7 @@ def _of_tokens(t: Tensor, rank: int) -> Tensor:
 
 
 def last_steps(a: Any, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys ``(s, r, h, n)`` and values ``(s, r, h, p)`` of the last steps, those before the first where there is none."""
+    """Keys ``(s, r, h, n)`` and values ``(s, r, h, p)`` of the last steps; what was before where there is none."""
     last, empty = last_places(a)
     found = []
     for t, before in ((k.permute(0, 2, 3, 1, 4), a.initial_key), (a.x, a.initial_value)):

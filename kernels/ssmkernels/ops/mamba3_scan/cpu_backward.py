@@ -1,4 +1,4 @@
-"""The backward pass of Mamba-3's native recurrence: that of the state-space dual, then of rotations and coefficients."""
+"""The backward pass of Mamba-3's native recurrence: the state-space dual's, then rotations and coefficients."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ def backward(a: Any, saved: Any, grads: Any) -> dict[str, Tensor | None]:
     c = coefficients(a)
     maps = rotate(a, c.dt, save=True)
     tokens, fields, _kept = core(a, c, maps, saved.starts)
-    of_core = dual.gradients(tokens, fields, Incoming(grads.y.flatten(1, 2), grads.final_state), scaled=True)
+    incoming = Incoming(grads.y.flatten(1, 2), grads.final_state)
+    of_core: dict[str, Any] = dual.gradients(tokens, fields, incoming, scaled=True)
     rank = a.x.shape[2]
     dx = of_core["x"].unflatten(1, (-1, rank))  # (b l r h p)
     dk, dq = (of_core[name].transpose(1, 2).unflatten(2, (-1, rank)) for name in ("B", "C"))  # (b h l r n)
     initial = _initial_gradients(a, c, of_core["initial_state"])
     initial |= _add_final(a, dx, dk.permute(0, 2, 3, 1, 4), grads, initial)
-    found = _rotate_gradients(a, maps, dk, dq, grads.final_angle)
+    found: dict[str, Any] = _rotate_gradients(a, maps, dk, dq, grads.final_angle)
     found |= _coefficient_gradients(a, c, of_core, initial.pop("first"), found.pop("dt"))
     z = None if a.z is None else of_core["z"].unflatten(1, (-1, rank))
     return found | initial | {"x": dx, "D": of_core["D"], "z": z}

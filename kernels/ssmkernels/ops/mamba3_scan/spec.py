@@ -115,7 +115,7 @@ def flops(case: Case) -> float:
 
 
 STEP_BASE = {key: value for key, value in BASE.items() if key not in ("l", "chunk", "state", "packed")}
-_SHORT = ({key: value for key, value in row.items() if key != "l"} for row in ROWS)
+_SHORT: tuple[Case, ...] = tuple({key: value for key, value in row.items() if key != "l"} for row in ROWS)
 STEP_ROWS = (*(row for row in _SHORT if row and set(row) <= {*STEP_BASE, "layout"}), {"layout": "far"})
 
 SPECS = (

@@ -47,7 +47,7 @@ def compute(a: Any) -> tuple[Tensor, ...]:
 
 
 def _steps(a: Any, timed: list[Tensor], states: list[Tensor], lengths: Tensor | None) -> tuple[Tensor, ...]:
-    """y (b l r h p) before skip and gate, h, θ, k and v after the last step; sequences may have lengths of their own."""
+    """y (b l r h p) before skip and gate; h, θ, k and v after the last step, which each sequence may have elsewhere."""
     v, dt, A, B, C, trap, angles = timed
     h, theta, first_k, first_v = states
     length, rank, heads = v.shape[1:4]

@@ -145,7 +145,7 @@ def _again(ctx: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
 
 def _by_reference(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """:func:`scan` without the chunks' states."""
     arguments = OPS["selective_scan"].declared.Arguments
     return reference.compute(arguments(x, dt, A, B, C, None, None, None, False, initial_state, cu_seqlens))

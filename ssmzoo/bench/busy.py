@@ -142,7 +142,7 @@ def _of_mixer(name: str, plan: Plan) -> Iterator[tuple[list[Measurement], Contes
     yield refused, None
     for work, others in ((FORWARD, twins), (BOTH, [])):
         whole = mixers.contest_of(name, mixer, others, sizes, told, work, plan)
-        players = [one for one in whole.contestants if one.role != "limit" for _ in range(2)]
+        players = [one for one in whole.contestants if one.role in ("ours", "peer") for _ in range(2)]
         yield [], dataclasses.replace(whole, contestants=players)
     if mixer.causal:
         x = torch.randn(sizes["batch"], 1, sizes["d_model"], dtype=plan.dtype)

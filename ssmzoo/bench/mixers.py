@@ -20,6 +20,7 @@ from ssmzoo.testing import check_mixer
 
 SIZES = {"d_model": 768, "length": 512, "batch": 1}
 QUICK = {"d_model": 256, "length": 64, "batch": 1}
+YARDSTICKS = {"mamba3": "mamba2"}  # mixer → the kind that it is to be compared with
 GROWTH = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the length
 
 
@@ -89,6 +90,10 @@ def contest_of(
         contestants += [Contestant(n, "peer", _work(twin, x, gradient, work), note) for n, note, twin in twins]
         limit = limit_of(mixer, shape[0], shape[1], work == BOTH)
         contestants += [limit] if limit is not None else []
+        contestants += [
+            Contestant(other, "yardstick", _work(twin, x, gradient, work), "another kind of layer, of the same size")
+            for other, twin in _yardsticks(name, mixer, plan)
+        ]
     return Contest(
         kind="mixers",
         what=name,
@@ -99,6 +104,18 @@ def contest_of(
         tokens=shape[0] * shape[1],
         length=shape[1] if twins is None else 0,
     )
+
+
+def _yardsticks(name: str, mixer: Mixer, plan: Plan) -> Iterator[tuple[str, Twin]]:
+    """Another kind of mixer of the same size, where people will ask how this one compares with it."""
+    other = YARDSTICKS.get(name)
+    if other is None or not plan.peers:
+        return
+    names = (option for option in list_mixers()[other].options if isinstance(getattr(mixer, option, None), int))
+    options = {option: getattr(mixer, option) for option in names}
+    with torch.device(plan.device):
+        made = build_mixer(other, mixer.d_model, **options).to(plan.dtype).eval()
+    yield f"ssmzoo's {other}", Twin(made, dict(made.named_parameters()))
 
 
 def _work(twin: Twin, x: Tensor, gradient: Tensor, work: str) -> Callable[[], Results]:

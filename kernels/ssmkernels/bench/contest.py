@@ -14,7 +14,9 @@ from ssmkernels.bench.limits import Limits
 from ssmkernels.bench.measure import SHORTEST, Timing, compete, exponent, peak_memory
 
 Results = Mapping[str, Tensor]
-Role = Literal["ours", "peer", "limit"]
+Role = Literal["ours", "peer", "limit", "yardstick"]
+
+UNCOMPARED = ("limit", "yardstick")  # they do other work
 
 # Root mean square of the difference from our results, relative to that of our results: it tells the same work from
 # another. How exact an implementation is, its own check tells.
@@ -51,7 +53,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Contestant:
-    """Somebody who takes part. ``call`` does the work and returns results by name; of a limit nothing is compared."""
+    """Somebody who takes part. ``call`` does the work and returns results by name.
+
+    A limit and a yardstick do other work, so that nothing of theirs is compared. Times are told as multiples of the
+    limit's; a yardstick, such as another kind of layer of the same size, is timed for readers to compare with.
+    """
 
     name: str
     role: Role
@@ -129,7 +135,7 @@ def clock(contest: Contest, plan: Plan) -> list[Measurement]:
     refused: dict[str, str] = {}
     truth: Results | None = None
     for one in sorted(contest.contestants, key=lambda c: c.role != "ours"):
-        if one.role == "limit":
+        if one.role in UNCOMPARED:
             admitted.append(one)
             continue
         plan.say(f"{contest.what}, {contest.work}: comparing {one.name}")
@@ -178,7 +184,7 @@ def weigh(contest: Contest, rows: list[Measurement], plan: Plan) -> list[Measure
     """
     plan.say(f"{contest.what}, {contest.work}: measuring memory")
     return [
-        row if row.refused or one.role == "limit" else _weighed(row, _memory(one, plan))
+        row if row.refused or one.role in UNCOMPARED else _weighed(row, _memory(one, plan))
         for one, row in zip(contest.contestants, rows, strict=True)
     ]
 

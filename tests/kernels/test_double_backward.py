@@ -45,6 +45,10 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"l": 4, "d": 2, "complex": True, "decay": "complex", "log": True},
         {"b": 1, "l": 21, "d": 2, "packed": True, "log": True},
     ],
+    "mamba3_scan": [
+        {"l": 4, "h": 2, "g": 1, "p": 2, "n": 3, "a": 1, "r": 2},
+        {"b": 1, "l": 21, "h": 1, "g": 1, "p": 2, "n": 2, "a": 1, "packed": True},
+    ],
     "rms_norm": [
         {"shape": (2, 3, 4)},
         {"shape": (2, 3, 4), "before": False, "group_size": 2},
@@ -65,7 +69,13 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 MAY_REFUSE = {("attention", "sdpa"), ("decode_attention", "sdpa")}
 
 # Their backward passes are PyTorch's formulas, which follow the autocast that they run in as everywhere.
-PYTORCH_S = {("ssd", "tiled"), ("dplr_kernel", "tiled"), ("dplr_kernel", "cauchy"), ("diagonal_kernel", "tiled")}
+PYTORCH_S = {
+    ("ssd", "tiled"),
+    ("mamba3_scan", "tiled"),
+    ("dplr_kernel", "tiled"),
+    ("dplr_kernel", "cauchy"),
+    ("diagonal_kernel", "tiled"),
+}
 
 
 def _able() -> list[Any]:

@@ -11,7 +11,7 @@ struct Forward {
     Shared<S> shared;
     Steps<S> steps;
     Outputs<S> outputs;
-    S *factors, *fed, *raw, *Y, *D, *gate, *panel;  // factors: of each head, the state (n, width), then X (c, width)
+    S *factors, *fed, *Y, *D, *gate, *panel;  // factors: of each head, the state (n, width), then X (c, width)
     int64_t factor;                           // numbers from one head's to the next's
 
     int64_t take(S* p, const SsdArguments& a) {
@@ -23,7 +23,6 @@ struct Forward {
         factor = round_up((a.n + a.chunk) * width, kLine<S>);
         factors = memory.take(kBlock * factor);
         fed = memory.take(a.chunk * width);
-        raw = a.scale ? memory.take(a.chunk * width) : nullptr;
         Y = memory.take(a.chunk * width);
         D = memory.take(kBlock * width);
         gate = memory.take(width);
@@ -40,15 +39,14 @@ struct Forward {
         const Rows z(a, s, t, head, a.z, a.z_batch, a.z_time, next.ahead(a, a.z_time));
         const Rows y(a, s, t, head, a.y, a.length * a.heads * a.p, a.heads * a.p);
         for (int64_t i = 0; i < t.tokens; ++i) {
-            read_row(X + i * width, x.from, a.dtype, x(i), a.p, steps.scale[i]);
-            if (a.scale) read_row(raw + i * width, x.from, a.dtype, x(i), a.p);
+            read_row(X + i * width, x.from, a.dtype, x(i), a.p, a.scale ? S(1) : steps.delta[i]);
             x.fetch(a, i);
         }
         outputs.compute(a, t, shared, steps, state, Y, panel);
-        if (a.scale) outputs.add_direct(a, t, shared, steps, raw, Y);
+        if (a.scale) outputs.add_direct(a, t, shared, steps, X, Y);
         for (int64_t i = 0; i < t.tokens; ++i) {
             S* row = Y + i * width;
-            const auto F = splat(steps.F[i]);
+            const auto F = splat(a.scale ? steps.F[i] * steps.scale[i] : steps.F[i]);
             vectors<S>(width, [&](int64_t c) { store(fed + i * width + c, F * load(X + i * width + c)); });
             if (a.D) {
                 read_row(gate, x.from, a.dtype, x(i), a.p);

@@ -10,7 +10,8 @@
 //
 // Mamba-3's scan (mamba3_scan/cpu.py) is the same with two more numbers a token. There X = scale ∘ x, and a token's own
 // outputs do not see it through M, which is 0 there, but through direct_j G_ji x_j. `rank` tokens that follow one another
-// then are one step, whose tokens all see each other in this way.
+// then are one step, whose tokens all see each other in this way. The scale depends on the next step; for outputs it is
+// part of M, as 0 · NaN would bring a NaN from there into this one.
 #pragma once
 
 #include "native/gemm.h"
@@ -269,7 +270,7 @@ struct Outputs {
 
     S* M(const SsdArguments& a) const { return left + a.n * a.chunk; }
 
-    // Y, (c, width), of the head whose S and X, (n + c, width), are in `factor`.
+    // Y, (c, width), of the head whose S and X, (n + c, width), are in `factor`; x in place of X where there is a scale.
     void compute(const SsdArguments& a, Span t, const Shared<S>& shared, const Steps<S>& steps, const S* factor, S* Y,
                  S* panel) const {
         for (int64_t j = 0; j < a.n; ++j)
@@ -280,7 +281,14 @@ struct Outputs {
         using V = typename Lanes<S>::V;
         decays(t, steps.decay, shared.G, a.chunk, row,
                [&](int64_t j, int64_t i, V L, V G) { store(m + j * a.chunk + i, L * G); });
-        if (a.scale) clear_steps(a, t, m);
+        if (a.scale) {
+            for (int64_t j = 0; j < t.tokens; ++j) {
+                const V scale = splat(steps.scale[j]);
+                for (int64_t i = j / Lanes<S>::count * Lanes<S>::count; i < t.padded; i += Lanes<S>::count)
+                    store(m + j * a.chunk + i, scale * load(m + j * a.chunk + i));
+            }
+            clear_steps(a, t, m);
+        }
         product<S, Shape::lower>(Left<S>{left, 1, a.chunk}, factor, width, Y, width, t.tokens, width, a.n + t.tokens,
                               panel, a.n + 1);
     }

@@ -114,6 +114,14 @@ struct Backward {
         return at<S>(a.B, s.batch * a.B_batch + (s.start + t.start) * a.B_time + group * a.B_group);
     }
 
+    static void swap_rows(S* a, S* b, int64_t count) {
+        vectors<S>(count, [&](int64_t i) {
+            const V kept = load(a + i);
+            store(a + i, load(b + i));
+            store(b + i, kept);
+        });
+    }
+
     // dY, where there is a gate after the gate's gradient, and what it adds to the skip's.
     void read_gradients(const SsdBackwardArguments& b, const Sequence& s, Span t, int64_t head, const S* D, S* dD,
                         Next next) {
@@ -121,8 +129,15 @@ struct Backward {
         const int64_t time = a.heads * a.p, batch = a.length * time;
         const Rows dy(a, s, t, head, b.dy, batch, time, next.ahead(a, time)), dz(a, s, t, head, b.dz, batch, time);
         const Rows z(a, s, t, head, a.z, a.z_batch, a.z_time, next.ahead(a, a.z_time));
-        if (a.z) outputs.compute(a, t, shared, steps, factor, dX, panel);
-        if (a.z && a.scale) outputs.add_direct(a, t, shared, steps, x, dX);
+        if (a.z && a.scale) {
+            S* X = factor + a.n * width;
+            swap_rows(X, x, t.tokens * width);
+            outputs.compute(a, t, shared, steps, factor, dX, panel);
+            swap_rows(X, x, t.tokens * width);
+            outputs.add_direct(a, t, shared, steps, x, dX);
+        } else if (a.z) {
+            outputs.compute(a, t, shared, steps, factor, dX, panel);
+        }
         for (int64_t i = 0; i < t.tokens; ++i) {
             const int64_t row = i * width;
             read_row(dY + row, dy.from, a.dtype, dy(i), a.p);

@@ -30,6 +30,7 @@ diagonals = [dict(n=1), dict(n=9, length=70), dict(n=17, complex=False), dict(le
 dplr = [dict(n=n, length=l, rank=r) for n, l, r in ((1, 1, 1), (17, 37, 2), (33, 127, 1), (64, 200, 3))]
 duals = [dict(b=1, l=67, h=5, p=7, n=5, g=1), dict(p=33, n=17, D="hp"), dict(packed=True, b=1, l=21)]
 duals += [dict(chunk=16, l=50)]
+rotated = [dict(b=1, l=40, h=1, p=7, n=5, g=1, chunk=16), dict(l=9, r=2, p=17, n=17, a=8, interleaved=False)]
 recurrences = [dict(d=37), dict(log=True, d=261), dict(fixed=True), dict(complex=True, decay="complex")]
 for op, dtypes, cases in (
     ("selective_scan", single, [dict(b=1, l=9, d=5, n=n, complex=n % 2 == 1) for n in states]),
@@ -37,6 +38,8 @@ for op, dtypes, cases in (
     ("selective_scan_step", halves, steps),
     ("ssd", halves, duals),
     ("ssd_step", halves, [dict(p=7, n=5), dict(p=33, n=17, D="hp"), dict(p=1, n=1)]),
+    ("mamba3_scan", halves, rotated),
+    ("mamba3_scan_step", halves, [dict(p=7, n=5), dict(p=33, n=17, a=8, r=2, interleaved=False)]),
     ("linear_recurrence", halves, recurrences),
     ("causal_conv1d", halves, convolutions),
     ("causal_conv1d_step", halves, [dict(w=1), dict(w=4, d=37), dict(w=6)]),
@@ -48,7 +51,9 @@ for op, dtypes, cases in (
 
 
 @pytest.mark.slow
-@pytest.mark.op("selective_scan", "ssd", "linear_recurrence", "causal_conv1d", "diagonal_kernel", "dplr_kernel")
+@pytest.mark.op(
+    "selective_scan", "ssd", "mamba3_scan", "linear_recurrence", "causal_conv1d", "diagonal_kernel", "dplr_kernel"
+)
 @pytest.mark.skipif(native.missing() is not None, reason=f"needs the native library: {native.missing()}")
 @pytest.mark.parametrize("isa", native.info().get("isas", []))
 def test_every_instruction_set(isa):

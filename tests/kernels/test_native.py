@@ -45,11 +45,15 @@ duals = [dict(b=1, l=67, h=3, p=7, n=5, g=1), dict(h=6, p=17, n=9, g=3, chunk=16
 duals += [dict(b=1, packed=True, l=150, h=5, p=1, n=1, g=1)]
 recurrences = [dict(l=9, d=261), dict(b=1, packed=True, l=21, fixed=True), dict(l=0), dict(log=True, weights="float32")]
 recurrences += [dict(complex=True, decay="complex", d=133, log=True)]
+rotated = [dict(b=1, l=21, h=3, p=7, n=5, g=1, a=2, chunk=16), dict(l=9, r=3, p=17, n=9, a=3, interleaved=False)]
+rotated += [dict(b=1, packed=True, l=21, r=2), dict(l=0), dict(a=0, l=3)]
 cases_of = {
     "selective_scan": scans,
     "selective_scan_step": steps,
     "ssd": duals,
     "ssd_step": [dict(h=3, p=7, n=5, g=1), dict(p=33, n=17, D="hp")],
+    "mamba3_scan": rotated,
+    "mamba3_scan_step": [dict(h=3, p=7, n=5, g=1), dict(p=33, n=17, a=5, r=3, interleaved=False)],
     "linear_recurrence": recurrences,
     "causal_conv1d": convolutions,
     "causal_conv1d_step": [dict(w=4, d=37), dict(w=1)],

@@ -46,7 +46,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"b": 1, "l": 21, "d": 2, "packed": True, "log": True},
     ],
     "mamba3_scan": [
-        {"l": 4, "h": 2, "g": 1, "p": 2, "n": 3, "a": 1, "r": 2},
+        {"l": 3, "h": 2, "g": 1, "p": 2, "n": 3, "a": 1, "r": 2},
         {"b": 1, "l": 21, "h": 1, "g": 1, "p": 2, "n": 2, "a": 1, "packed": True},
     ],
     "rms_norm": [

@@ -19,6 +19,7 @@ NEEDED = {
     "parallel": {"branches": {"mamba": {"d_state": 4}, "attention": {"head_dim": 8}}},
     "mla": {"n_heads": 2},
     "mamba2": {"headdim": 8},
+    "mamba3": {"headdim": 8},
 }
 PLAIN = {"d_model": 16, "n_layers": 2, "vocab_size": 20}
 

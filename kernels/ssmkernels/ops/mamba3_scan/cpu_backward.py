@@ -88,7 +88,7 @@ def _rotate_gradients(a: Any, maps: Maps, dk: Tensor, dq: Tensor, dfinal: Tensor
     def empty(*shape: int) -> Tensor:
         return a.x.new_empty(shape, dtype=wide)
 
-    biases = a.x.new_zeros((2, sequences, heads, rank, n), dtype=wide)
+    biases = [a.x.new_zeros((sequences, heads, rank, n), dtype=wide) for _ in range(2)]
     made = {
         "dB": empty(batch, length, rank, groups, n),
         "dC": empty(batch, length, rank, groups, n),
@@ -110,8 +110,8 @@ def _rotate_gradients(a: Any, maps: Maps, dk: Tensor, dq: Tensor, dfinal: Tensor
         "C": made["dC"],
         "dt": made["ddt"],
         "angles": made["dangles"],
-        "B_bias": biases[0, 0],
-        "C_bias": biases[1, 0],
+        "B_bias": biases[0][0],
+        "C_bias": biases[1][0],
         "initial_angle": made["dinitial"],
     }
 

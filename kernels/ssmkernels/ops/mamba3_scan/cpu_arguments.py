@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import einsum
 from torch import Tensor
 
 from ssmkernels import native
@@ -169,8 +168,12 @@ def initial_state(a: Any, c: Coefficients) -> Tensor | None:
     """What the state is between the halves of the first step, ``(s, h, p, n)``."""
     if a.initial_key is None or a.initial_value is None:
         return a.initial_state
-    fed = einsum(c.first, a.initial_value, a.initial_key, "s h, s r h p, s r h n -> s h p n")
-    return fed if a.initial_state is None else a.initial_state + fed
+    state = a.initial_state
+    # A product and a sum at a time: the order of PyTorch's own products and long sums depends on the batch
+    for value, key in zip(a.initial_value.unbind(1), a.initial_key.unbind(1), strict=True):
+        fed = (c.first[..., None] * value)[..., None] * key[..., None, :]
+        state = fed if state is None else state + fed
+    return state
 
 
 def _of_tokens(t: Tensor, rank: int) -> Tensor:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import einsum
 from torch import Tensor
 
 from ssmkernels import native
@@ -50,11 +50,15 @@ def _initial_gradients(a: Any, c: Coefficients, dstate: Tensor | None) -> dict[s
         if getattr(a, name) is not None:
             found[name] = torch.zeros_like(getattr(a, name), memory_format=torch.contiguous_format)
     if dstate is not None and a.initial_key is not None and a.initial_value is not None:
-        by_value = einsum(dstate, a.initial_key, "s h p n, s r h n -> s r h p")
-        found["first"] = einsum(by_value, a.initial_value, "s r h p, s r h p -> s h")
-        found["initial_value"] = c.first[:, None, :, None] * by_value
-        by_key = einsum(dstate, a.initial_value, "s h p n, s r h p -> s r h n")
-        found["initial_key"] = c.first[:, None, :, None] * by_key
+        turned, parts = dstate.mT.contiguous(), []  # sums are over the last axis, whatever the batch in the same order
+        for value, key in zip(a.initial_value.unbind(1), a.initial_key.unbind(1), strict=True):
+            by_value = (dstate * key[..., None, :]).sum(-1)  # (s h p)
+            by_key = (turned * value[..., None, :]).sum(-1)  # (s h n)
+            parts.append((by_value, by_key, (by_value * value).sum(-1)))
+        values, keys, firsts = zip(*parts, strict=True)
+        found["initial_value"] = c.first[:, None, :, None] * torch.stack(values, dim=1)
+        found["initial_key"] = c.first[:, None, :, None] * torch.stack(keys, dim=1)
+        found["first"] = functools.reduce(torch.add, firsts)
     return found
 
 
@@ -122,7 +126,9 @@ def _coefficient_gradients(
     """Of dt, A and λ, from those of decay, scale and direct outputs, and that of dt as the angles' step."""
     rank = a.x.shape[2]
     ddecay = of_core["dt"].unflatten(1, (-1, rank))[:, :, 0]
-    dscale, ddirect = (of_core[name].unflatten(1, (-1, rank)).sum(2) for name in ("scale", "direct"))
+    dscale, ddirect = (
+        functools.reduce(torch.add, of_core[name].unflatten(1, (-1, rank)).unbind(2)) for name in ("scale", "direct")
+    )
     dgamma = dscale + ddirect
     dmu = F.pad(dscale[:, :-1], (0, 0, min(1, dscale.shape[1]), 0))  # of step t from the scale of step t - 1
     if a.cu_seqlens is None:

@@ -17,6 +17,7 @@
 #include "native/gemm.h"
 #include "native/math.h"
 #include "native/parallel.h"
+#include "ssd/cpu_rows.h"
 
 namespace ssmzoo {
 
@@ -37,11 +38,6 @@ namespace SSMZOO_ISA {
 
 constexpr int64_t kSegment = 4;  // chunks between saved states
 constexpr int64_t kBlock = 4;    // heads of a task, at most
-
-inline int64_t round_up(int64_t size, int64_t to) { return ceil_div(size, to) * to; }
-
-template <class S>
-constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(S));  // numbers of a cache line, or of the widest vector
 
 // One sequence: where it lies, and which of the saved states are its own.
 struct Sequence {
@@ -71,63 +67,6 @@ inline Block block(const SsdArguments& a, int64_t i) {
     const int64_t blocks = blocks_per_group(a), heads = a.heads / a.groups, group = i / blocks, part = i % blocks;
     const int64_t first = part * heads / blocks, end = (part + 1) * heads / blocks;  // of nearly equal size
     return {group * heads + first, end - first, group, part};
-}
-
-// A piece of memory that arrays are taken from, each on a cache line's border; counts only where there is none.
-template <class S>
-struct Memory {
-    S* p;
-    int64_t used;
-
-    S* take(int64_t count) {
-        S* taken = p ? p + used : nullptr;
-        used += round_up(count, kLine<S>);
-        return taken;
-    }
-};
-
-// A row of activations as numbers of sums, with zeros up to a whole vector.
-template <class S, class T>
-SSMZOO_INLINE void widen_row(S* to, const void* from, int64_t offset, int64_t count, S factor) {
-    constexpr int lanes = Lanes<S>::count;
-    const T* p = at<T>(from, offset);
-    const auto scale = splat(factor);
-    for (int64_t c = 0; c < count; c += lanes) store(to + c, scale * read_some(p + c, count - c));
-}
-
-template <class S>
-void read_row(S* to, const void* from, int64_t dtype, int64_t offset, int64_t count, S factor = S(1)) {
-    if constexpr (sizeof(S) == 8) {
-        widen_row<S, double>(to, from, offset, count, factor);
-    } else {
-        if (dtype == 0) widen_row<S, float>(to, from, offset, count, factor);
-        if (dtype == 2) widen_row<S, bfloat16>(to, from, offset, count, factor);
-        if (dtype == 3) widen_row<S, float16>(to, from, offset, count, factor);
-    }
-}
-
-template <class S, class T>
-SSMZOO_INLINE void narrow_row(void* to, int64_t offset, const S* from, int64_t count) {
-    constexpr int lanes = Lanes<S>::count;
-    T* p = static_cast<T*>(to) + offset;
-    for (int64_t c = 0; c < count; c += lanes) write_some(p + c, load(from + c), count - c);
-}
-
-template <class S>
-void write_row(void* to, int64_t dtype, int64_t offset, const S* from, int64_t count) {
-    if constexpr (sizeof(S) == 8) {
-        narrow_row<S, double>(to, offset, from, count);
-    } else {
-        if (dtype == 0) narrow_row<S, float>(to, offset, from, count);
-        if (dtype == 2) narrow_row<S, bfloat16>(to, offset, from, count);
-        if (dtype == 3) narrow_row<S, float16>(to, offset, from, count);
-    }
-}
-
-// f(i) for vectors from the first element on.
-template <class S, class F>
-SSMZOO_INLINE void vectors(int64_t count, const F& f) {
-    for (int64_t i = 0; i < count; i += Lanes<S>::count) f(i);
 }
 
 // The tokens of a chunk: the first one's place in its sequence, how many there are, and that in whole vectors.

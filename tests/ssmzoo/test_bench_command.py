@@ -287,6 +287,18 @@ def test_a_peer_of_a_mixer_does_the_same_work(name):
             assert [(row.work, row.refused) for row in mine] == [("forward", ""), ("forward + backward", "")]
 
 
+def test_mamba_3_is_timed_beside_a_mamba_2_of_its_size():
+    sizes = {f"mamba3.{name}": size for name, size in (("d_state", 8), ("headdim", 8), ("ngroups", 2))}
+    rows = [row for rows in mixers.bench_mixer("mamba3", plan(TINY | sizes)) for row in rows]
+    beside = [row for row in rows if row.role == "yardstick"]
+    assert {row.implementation for row in beside} == {"ssmzoo's mamba2"}
+    assert [row.work for row in beside] == [bench.FORWARD, bench.BOTH]
+    for row in beside:
+        (ours,) = (r for r in rows if r.role == "ours" and r.work == row.work and not r.length)
+        assert not row.refused
+        assert row.of_ours == row.median / ours.median
+
+
 @pytest.mark.parametrize("option", ["bcdt_norm", "bidirectional"])
 def test_who_lacks_an_option_of_mamba_does_not_take_part(option):
     rows = [row for rows in mixers.bench_mixer("mamba", plan(TINY | {f"mamba.{option}": True})) for row in rows]

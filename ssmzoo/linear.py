@@ -31,8 +31,10 @@ class WideBiasLinear(nn.Linear):
 _MODULES = (Linear, nn.Conv1d, WideBiasLinear, nn.Linear)
 
 
-def is_plain(*modules: nn.Module | None) -> bool:
+def is_plain(*modules: nn.Module | None, kinds: tuple[type[nn.Module], ...] = _MODULES) -> bool:
     """Whether linear maps or convolutions may be computed from their weights and biases, without calling the modules.
+
+    Modules of other ``kinds`` too, if these are named.
 
     They may not where someone else has a say in the result: an adapter or a quantised map in the place of one, a
     parametrisation, pruning or weight norm, a weight that is no ordinary floating-point tensor, a replaced ``forward``,
@@ -46,7 +48,7 @@ def is_plain(*modules: nn.Module | None) -> bool:
     ):
         return False
     for module in modules:  # written for speed: every step of a layer asks
-        if type(module) not in _MODULES:  # a parametrised module has a class of its own
+        if type(module) not in kinds:  # a parametrised module has a class of its own
             return False
         own = module.__dict__
         if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:

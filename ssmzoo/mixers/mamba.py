@@ -35,6 +35,7 @@ from ssmzoo.init import inverse_softplus_of_log_uniform, wide_dtype
 from ssmzoo.linear import Linear, WideBiasLinear, is_plain, linear
 from ssmzoo.mixer import Mixer
 from ssmzoo.mixers._convolution import convolve
+from ssmzoo.mixers._one_call import in_one_call
 from ssmzoo.norm import RMSNorm
 from ssmzoo.registry import register_mixer
 from ssmzoo.state import State
@@ -235,13 +236,10 @@ class Mamba(Mixer):
     # One token in one call, which gives the same as all of the above.
 
     def _may_step(self, x: Tensor) -> bool:
-        """Whether one call can compute the whole layer: no hooks, adapters or quantised layers, and no gradients."""
+        """Whether :func:`ssmkernels.mamba_step` may compute the whole layer."""
         m = self._modules
-        return (
-            not torch.is_grad_enabled()
-            and self.bcdt_norm != "weighted"
-            and not torch.is_autocast_enabled(x.device.type)
-            and is_plain(m["in_proj"], m["conv1d"], m["x_proj"], m["dt_proj"], m["out_proj"])
+        return self.bcdt_norm != "weighted" and in_one_call(
+            x, m["in_proj"], m["conv1d"], m["x_proj"], m["dt_proj"], m["out_proj"]
         )
 
     def _step(self, x: Tensor, state: MambaState) -> Tensor:

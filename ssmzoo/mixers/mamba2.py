@@ -31,13 +31,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ssmkernels import causal_conv1d_step, ssd, ssd_step
+from ssmkernels import causal_conv1d_step, mamba2_step, ssd, ssd_step
 from ssmzoo.bidirectional import bidirectional as both_ways
 from ssmzoo.init import inverse_softplus_of_log_uniform, wide_dtype
-from ssmzoo.linear import Linear, is_plain
+from ssmzoo.linear import Linear
 from ssmzoo.mixer import Mixer
 from ssmzoo.mixers._convolution import convolve
 from ssmzoo.mixers._multipliers import Multipliers
+from ssmzoo.mixers._one_call import in_one_call
 from ssmzoo.norm import GatedRMSNorm
 from ssmzoo.registry import register_mixer
 from ssmzoo.state import State
@@ -218,13 +219,17 @@ class Mamba2(Mixer):
         return one_way * (2 if self.bidirectional else 1)
 
     def mix(self, x: Tensor, state: Mamba2State | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Mamba2State | None]:
+        one, m = state is not None and x.shape[1] == 1 and cu_seqlens is None, self._modules
+        plain = one and self.scale is None
+        if plain and in_one_call(x, m["in_proj"], m["conv1d"], m["out_proj"], norm=m.get("norm")):
+            return self._whole_step(x, cast(Mamba2State, state)), state
         projected = self.in_proj(x) if self.scale is None else self.scale(self.in_proj(x))
         mlp_gate, mlp, z, xBC, dt = projected.split(self.splits, dim=-1)
         weights = Direction(self.conv1d, self.dt_bias, self.A_log, self.D)
         if self.bidirectional:
             y = self._both_ways(weights, xBC, dt, cu_seqlens)
-        elif state is not None and x.shape[1] == 1 and cu_seqlens is None and self._may_step(x):
-            y = self._step(weights, xBC[:, 0], dt[:, 0], state)[:, None]
+        elif one and in_one_call(x, m["conv1d"]):
+            y = self._step(weights, xBC[:, 0], dt[:, 0], cast(Mamba2State, state))[:, None]
         else:
             y, after = self._ssm(weights, xBC, dt, state, cu_seqlens)
             state = None if state is None else after
@@ -281,16 +286,32 @@ class Mamba2(Mixer):
 
     # One token, whose state is updated in place.
 
-    def _may_step(self, x: Tensor) -> bool:
-        """Whether the state may be updated in place: nothing is replaced or hooked, and nobody wants gradients."""
-        return (
-            not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled(x.device.type)
-            and is_plain(self._modules["conv1d"])
+    def _whole_step(self, x: Tensor, state: Mamba2State) -> Tensor:
+        """One token of the layer in one call, which gives the same: (b 1 d_model) → (b 1 d_model)."""
+        in_proj, conv1d, out_proj, norm = self.in_proj, self.conv1d, self.out_proj, self.norm
+        y = mamba2_step(
+            state.conv,
+            state.ssm,
+            x[:, 0],
+            in_proj.weight,
+            in_proj.bias,
+            conv1d.weight.squeeze(1),
+            conv1d.bias,
+            self.dt_bias,
+            self.A_log,
+            self._skip(self.D),
+            None if norm is None else norm.weight,
+            out_proj.weight,
+            out_proj.bias,
+            dt_limit=self.dt_limit,
+            norm_groups=self.norm_groups,
+            norm_before_gate=norm is not None and norm.norm_before_gate,
+            norm_eps=1.0 if norm is None else norm.eps,
         )
+        return y[:, None]
 
     def _step(self, w: Direction, xBC: Tensor, dt: Tensor, state: Mamba2State) -> Tensor:
-        """One token of :meth:`_ssm`: (b c), (b h) → (b d)."""
+        """One token of :meth:`_ssm`, where a projection or the norm is called: (b c), (b h) → (b d)."""
         conv1d = cast(nn.Conv1d, w.conv1d)
         xBC = causal_conv1d_step(state.conv, xBC, conv1d.weight.squeeze(1), conv1d.bias, "silu")
         x, B, C = self._split(xBC)

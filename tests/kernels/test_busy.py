@@ -14,7 +14,7 @@ from ssmkernels import native
 
 PTRACE_SEIZE, PTRACE_INTERRUPT, WALL = 0x4206, 0x4207, 0x40000000
 
-STEPS = ("linear", "mamba_step", "selective_scan_step", "causal_conv1d_step", "decode_attention")
+STEPS = ("linear", "mamba_step", "mamba2_step", "selective_scan_step", "causal_conv1d_step", "decode_attention")
 
 # Calls everything on two threads, twice: first as it is, then after a line on its input. With other threads' help some
 # tasks of a call are theirs, without it all are the caller's, and what comes out has the same bits.
@@ -49,6 +49,7 @@ x, weight = torch.randn(1, 512), torch.randn(1024, 512)
 steps = {
     "linear": lambda: linear(x, weight),
     "mamba_step": call_of("mamba_step", b=1, m=128, d=256),
+    "mamba2_step": call_of("mamba2_step", b=1, m=128, h=8, p=16),
     "selective_scan_step": call_of("selective_scan_step", b=4, d=512),
     "causal_conv1d_step": call_of("causal_conv1d_step", b=4, d=512),
     "decode_attention": call_of("decode_attention", s=64, h=8, h_kv=2),

@@ -1,5 +1,6 @@
 // The causal depthwise convolution, forward, and its step: y_t = bias + sum_j weight_j x_{t-(w-1)+j}, through silu.
 #include "causal_conv1d/cpu.h"
+#include "causal_conv1d/cpu_step.h"
 
 namespace ssmzoo {
 
@@ -97,26 +98,14 @@ template <class T>
 int conv_step(const ConvStepArguments& a) {
     typedef typename Sum<T>::type S;
     const int64_t tiles = ceil_div(a.d, kTile), w = a.width;
-    const size_t bytes = sizeof(S) * static_cast<size_t>((w + 1) * kTile);
+    const size_t bytes = sizeof(S) * static_cast<size_t>(conv_step_scratch(w));
     return parallel_step(a.batch * tiles, a.threads, bytes, [&](int64_t i, char* scratch) {
-        const int64_t batch = i / tiles, first = i % tiles * kTile, channels = minimum(kTile, a.d - first);
-        S* weight = reinterpret_cast<S*>(scratch);
-        S* bias = weight + w * kTile;
-        read_transposed(weight, at<S>(a.weight, first * w), w, channels, S(1));
-        read_parameters(bias, a.bias, first, channels);
-        S* state = static_cast<S*>(a.state) + batch * (w - 1) * a.d + first;
-        for (int64_t c = 0; c < channels; c += Lanes<S>::count) {
-            auto now = read_some(at<T>(a.x, batch * a.x_batch + first + c), channels - c);
-            auto sum = fma(load(weight + (w - 1) * kTile + c), now, load(bias + c));
-            for (int64_t j = w - 2; j >= 0; --j) {  // the newest first: each input moves one place towards the oldest
-                const auto older = read_some(state + j * a.d + c, channels - c);
-                sum = fma(load(weight + j * kTile + c), older, sum);
-                write_some(state + j * a.d + c, now, channels - c);
-                now = older;
-            }
-            if (a.silu) sum = silu<S>(sum);
-            write_some(static_cast<T*>(a.y) + batch * a.d + first + c, sum, channels - c);
-        }
+        const int64_t batch = i / tiles, first = i % tiles * kTile;
+        conv_step_tile(static_cast<S*>(a.state) + batch * (w - 1) * a.d + first, a.d,
+                       at<T>(a.x, batch * a.x_batch + first), at<S>(a.weight, first * w),
+                       a.bias ? at<S>(a.bias, first) : nullptr, w, a.silu != 0,
+                       static_cast<T*>(a.y) + batch * a.d + first, minimum(kTile, a.d - first),
+                       reinterpret_cast<S*>(scratch));
     });
 }
 

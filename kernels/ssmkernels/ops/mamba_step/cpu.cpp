@@ -1,5 +1,6 @@
 // One token of a Mamba layer: projection, convolution, projections of Δ, B and C, scan, gate, projection. Bound by
 // memory: every weight and state is read once, as it lies, and what lies between is a few vectors a sequence.
+#include "causal_conv1d/cpu_step.h"
 #include "native/math.h"
 #include "native/parallel.h"
 #include "native/product.h"
@@ -31,28 +32,6 @@ struct Between {
         : x(static_cast<S*>(a.scratch)), xz(x + a.batch * a.m), inputs(xz + a.batch * 2 * a.d),
           maps(inputs + a.batch * a.d), y(maps + a.batch * (a.rank + 2 * a.n)), spare(y + a.batch * a.d) {}
 };
-
-// x of one tile of channels through the convolution and silu → inputs.
-template <class S>
-void convolve(const MambaStepArguments& a, const Between<S>& between, int64_t batch, int64_t first, int64_t channels,
-              S* weight) {
-    const int64_t w = a.width;
-    S* bias = weight + w * kTile;
-    read_transposed(weight, at<S>(a.conv_weight, first * w), w, channels, S(1));
-    read_parameters(bias, a.conv_bias, first, channels);
-    S* state = static_cast<S*>(a.conv_state) + batch * (w - 1) * a.d + first;
-    for (int64_t c = 0; c < channels; c += Lanes<S>::count) {
-        auto now = read_some(between.xz + batch * 2 * a.d + first + c, channels - c);
-        auto sum = fma(load(weight + (w - 1) * kTile + c), now, load(bias + c));
-        for (int64_t j = w - 2; j >= 0; --j) {  // the newest first: each input moves one place towards the oldest
-            const auto older = read_some(state + j * a.d + c, channels - c);
-            sum = fma(load(weight + j * kTile + c), older, sum);
-            write_some(state + j * a.d + c, now, channels - c);
-            now = older;
-        }
-        write_some(between.inputs + batch * a.d + first + c, silu<S>(sum), channels - c);
-    }
-}
 
 // Each of Δ's part, B and C over its root mean square.
 template <class S>
@@ -123,9 +102,12 @@ int mamba_step(const MambaStepArguments& a) {
                    [&](int64_t b, int64_t o, S value) { between.xz[b * 2 * a.d + o] = value; });
     });
     stage(a.batch * tiles, [&](int64_t i, int thread) {
-        const int64_t first = i % tiles * kTile;
-        convolve(a, between, i / tiles, first, minimum(kTile, a.d - first),
-                 between.spare + thread * (a.width + 1) * kTile);
+        const int64_t batch = i / tiles, first = i % tiles * kTile;
+        conv_step_tile(static_cast<S*>(a.conv_state) + batch * (a.width - 1) * a.d + first, a.d,
+                       between.xz + batch * 2 * a.d + first, at<S>(a.conv_weight, first * a.width),
+                       a.conv_bias ? at<S>(a.conv_bias, first) : nullptr, a.width, true,
+                       between.inputs + batch * a.d + first, minimum(kTile, a.d - first),
+                       between.spare + thread * conv_step_scratch(a.width));
     });
     stage(ceil_div(rows, 2 * kOutputs), [&](int64_t i, int) {
         product<T>(a.x_proj, nullptr, between.inputs, a.batch, a.d, i * 2 * kOutputs,

@@ -17,10 +17,13 @@ FEW = 8  # sequences; from there on a matrix product of a library does better by
 
 
 def unsupported(a: Any) -> str | None:
+    return refused(a) or ("no channels, no states or no rank" if 0 in (*a.A_log.shape, a.dt_proj.shape[1]) else None)
+
+
+def refused(a: Any) -> str | None:
+    """Why the native library leaves one token of a layer to others, whatever the layer's sizes."""
     if why := wrong_device(a):
         return why
-    if 0 in a.A_log.shape or a.dt_proj.shape[1] == 0:
-        return "no channels, no states or no rank"
     if a.x.shape[0] > FEW and not torch.compiler.is_exporting():  # a program for any number has one way
         return f"more than {FEW} sequences, for which matrix products are faster"
     return None

@@ -9,27 +9,15 @@ namespace {
 template <class T, class R>
 void norm_row(const NormArguments& a, int64_t row) {
     typedef typename Sum<T>::type S;
-    using V = typename Lanes<S>::V;
     constexpr int64_t lanes = Lanes<S>::count;
     const T* gate = a.gate ? at<T>(a.gate, row * a.gate_row) : nullptr;
     const S* weight = at<S>(a.weight, 0);
     T* y = static_cast<T*>(a.y) + row * a.d;
     const T* x = at<T>(a.x, row * a.x_row);
     const auto groups = [&](const auto* r) {
-        for (int64_t first = 0; first < a.d; first += a.group) {
-            V squares = {};
-            for (int64_t c = first; c < first + a.group; c += lanes) {
-                const V v = inside<T>(r, gate, a.gate_first, c, first + a.group - c);
-                squares = fma(v, v, squares);
-            }
-            const V scale = splat(inverse_root<S>(sum_of<S>(squares), a.group, a.eps));
-            for (int64_t c = first; c < first + a.group; c += lanes) {
-                const int64_t count = first + a.group - c;
-                V v = inside<T>(r, gate, a.gate_first, c, count) * scale * read_some(weight + c, count);
-                if (gate && !a.gate_first) v = v * silu<S>(read_some(gate + c, count));
-                write_some(y + c, v, count);
-            }
-        }
+        for (int64_t first = 0; first < a.d; first += a.group)
+            norm_group<T>(r + first, gate ? gate + first : nullptr, a.gate_first, weight + first, y + first, a.group,
+                          a.eps);
     };
     if (!a.residual) return groups(x);
     const R* residual = at<R>(a.residual, row * a.residual_row);

@@ -46,5 +46,25 @@ SSMZOO_INLINE float inverse_root(float sum, int64_t count, double eps) {
     return 1.0f / __builtin_sqrtf(sum / static_cast<float>(count) + static_cast<float>(eps));
 }
 
+// v / sqrt(mean(v^2) + eps) * weight over the `count` channels of a group, with v as above; the gate comes after where
+// it does not come first.
+template <class T, class R>
+SSMZOO_INLINE void norm_group(const R* r, const T* gate, bool gate_first, const typename Sum<T>::type* weight, T* y,
+                              int64_t count, double eps) {
+    typedef typename Sum<T>::type S;
+    using V = typename Lanes<S>::V;
+    V squares = {};
+    for (int64_t c = 0; c < count; c += Lanes<S>::count) {
+        const V v = inside<T>(r, gate, gate_first, c, count - c);
+        squares = fma(v, v, squares);
+    }
+    const V scale = splat(inverse_root<S>(sum_of<S>(squares), count, eps));
+    for (int64_t c = 0; c < count; c += Lanes<S>::count) {
+        V v = inside<T>(r, gate, gate_first, c, count - c) * scale * read_some(weight + c, count - c);
+        if (gate && !gate_first) v = v * silu<S>(read_some(gate + c, count - c));
+        write_some(y + c, v, count - c);
+    }
+}
+
 }  // namespace SSMZOO_ISA
 }  // namespace ssmzoo

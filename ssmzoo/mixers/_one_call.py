@@ -1,0 +1,25 @@
+"""Whether one op may compute a whole layer from its weights, without calling the layer's modules."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ssmzoo.linear import is_plain
+from ssmzoo.norm import GatedRMSNorm
+
+
+def in_one_call(x: Tensor, *modules: nn.Module | None, norm: nn.Module | None = None) -> bool:
+    """Whether it may: no hooks, adapters or quantised layers, no autocast, and nobody wants gradients.
+
+    Args:
+        x: the layer's input.
+        modules: linear maps and convolutions whose weights the op takes.
+        norm: a gated norm whose weight it takes, if there is one.
+    """
+    return (
+        not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(x.device.type)
+        and is_plain(*modules)
+        and (norm is None or is_plain(norm, kinds=(GatedRMSNorm,)))
+    )

@@ -55,6 +55,7 @@ cases_of = {
     "mamba3_scan": rotated,
     "mamba3_scan_step": [dict(h=3, p=7, n=5, g=1), dict(p=33, n=17, a=5, r=3, interleaved=False)],
     "linear_recurrence": recurrences,
+    "linear_recurrence_step": [dict(d=261), dict(complex=True, decay="complex", d=133, log=True)],
     "causal_conv1d": convolutions,
     "causal_conv1d_step": [dict(w=4, d=37), dict(w=1)],
     "mamba2_step": [dict(m=37, p=17, n=9, mlp=5), dict(b=1, m=1, h=1, p=1, n=1, g=1, w=1, norm=False, biases=False)],

@@ -149,6 +149,8 @@ SSD_STEP = [
     {"layout": "far"},
 ]
 
+COMPLEX_STEP = {"complex": True, "decay": "complex", "log": True, "d": 70}
+
 # All rows in float32; in bfloat16 those that reach what depends on the dtype; in the others one of these.
 CASES = [
     ("attention", "float32", ATTENTION),
@@ -169,6 +171,8 @@ CASES = [
     ("fft_conv", "float16", [{"weights": "float32", "d": 1}]),
     ("linear_recurrence", "float32", RECURRENCE),
     ("linear_recurrence", "bfloat16,float16,float64", RECURRENCE[-2:-1]),
+    ("linear_recurrence_step", "float32", [{"log": True}, {"fixed": True}, COMPLEX_STEP, {"layout": "far"}]),
+    ("linear_recurrence_step", "bfloat16,float16,float64", [{"d": 16}]),
     ("selective_scan", "float32", SCAN),
     ("selective_scan", "bfloat16", [SCAN[0], SCAN[9]]),
     ("selective_scan", "float16,float64", SCAN[9:10]),

@@ -73,7 +73,7 @@ def linear_recurrence(
     mutates=("state",),
     check=_check,
     step=True,
-    implementations=("reference",),
+    implementations=("triton", "cpu", "reference"),
 )
 def linear_recurrence_step(
     state: Tensor,

@@ -14,11 +14,11 @@ from ssmkernels.native import address, missing, rows
 from ssmkernels.native import wrong_device as unsupported
 from ssmkernels.ops.linear_recurrence.saved import SAVES, empty
 
-__all__ = ["SAVES", "backward", "empty", "forward", "missing", "unsupported"]
+__all__ = ["SAVES", "backward", "empty", "fields_of", "forward", "missing", "unsupported"]
 
 
 def forward(a: Any, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    fields, _kept = _fields(a)
+    fields, _kept = fields_of(a)
     h, final_state, states = empty(a, save)
     large_pages(h, states)
     fields |= {"h": h.data_ptr(), "final_state": final_state.data_ptr(), "states": states.data_ptr()}
@@ -27,7 +27,7 @@ def forward(a: Any, save: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def backward(a: Any, saved: Any, grads: Any) -> dict[str, Any]:
-    fields, (decay, b, initial, *_kept) = _fields(a)
+    fields, (decay, b, initial, *_kept) = fields_of(a)
     dh, dfinal = rows(grads.h), None if grads.final_state is None else grads.final_state.contiguous()
     states = saved.states if saved.states.dtype != b.dtype else saved.h.contiguous()
     s, d = fields["sequences"], b.shape[2]
@@ -50,7 +50,7 @@ def backward(a: Any, saved: Any, grads: Any) -> dict[str, Any]:
     }
 
 
-def _fields(a: Any) -> tuple[dict[str, int], list[Any]]:
+def fields_of(a: Any) -> tuple[dict[str, int], list[Any]]:
     """The kernel's arguments except the outputs, and the tensors that they point into: decay, b, state, borders.
 
     Of logarithms the kernel takes the exponential of real ones alone, and none of a fixed decay.

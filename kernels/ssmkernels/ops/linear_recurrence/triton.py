@@ -14,7 +14,7 @@ from ssmkernels.core.names import OPS
 from ssmkernels.core.triton_support import kernels, missing, on_device_of, wrong_device
 from ssmkernels.ops.linear_recurrence.saved import SAVES, empty
 
-__all__ = ["SAVES", "backward", "empty", "forward", "missing", "offline_cases", "unsupported"]
+__all__ = ["SAVES", "backward", "empty", "forward", "launch", "missing", "offline_cases", "unsupported"]
 
 OPTIONS = {"T": 8, "BLOCK_D": 64, "num_warps": 2}
 
@@ -25,13 +25,18 @@ def unsupported(a: Any) -> str | None:
 
 def forward(a: Any, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     h, final_state, states = empty(a, save)
+    launch(a, h, final_state, states if states.numel() else None)
+    return h, final_state, states
+
+
+def launch(a: Any, h: Tensor, final_state: Tensor, states: Tensor | None) -> None:
+    """Fills these; the final state may lie where the initial one does."""
     fields, programs = _fields(a)
-    fields |= {"b": _numbers(a.b), "h": _numbers(h), "final": _numbers(final_state)}
-    fields |= {"states": states if states.numel() else None, **_strides("b", fields["b"])}
+    fields |= {"b": _numbers(a.b), "h": _numbers(h), "final": _numbers(final_state), "states": states}
+    fields |= _strides("b", fields["b"])
     if programs:
         with on_device_of(a.b):
             kernels(__package__).forward[(programs,)](**fields, **OPTIONS)
-    return h, final_state, states
 
 
 def backward(a: Any, saved: Any, grads: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from ssmkernels.bench import Measurement, Plan, refusal
 from ssmkernels.bench.contest import first_line
 from ssmkernels.bench.peers import MAMBA_SSM, MAMBAPY, TORCH, TRANSFORMERS, Package, refuse
 from ssmzoo.bench.mamba_peers import mamba_ssm, mambapy, transformers_mamba, transformers_model
+from ssmzoo.bench.recurrent_peers import recurrent_gemma, torch_rnn
 from ssmzoo.bench.twins import Twin, defaults_but, filled
 from ssmzoo.model import SequenceModel
 
@@ -61,20 +62,6 @@ def llama_attention(mixer: Any) -> Twin:
     return filled(call, names, mixer)
 
 
-def torch_rnn(mixer: Any) -> Twin:
-    """PyTorch's own recurrent network and a linear map."""
-    network = mixer.rnn
-    weight = mixer.out_proj.weight
-    options = {name: getattr(network, name) for name in ("num_layers", "batch_first", "bidirectional")}
-    module = nn.ModuleDict(
-        {
-            "rnn": type(network)(network.input_size, network.hidden_size, **options),
-            "out_proj": nn.Linear(weight.shape[1], weight.shape[0], bias=False),
-        }
-    ).to(weight.device, weight.dtype)
-    return filled(lambda x: module["out_proj"](module["rnn"](x)[0]), dict(module.named_parameters()), mixer)
-
-
 RECURRENT = (MixerPeer("torch", TORCH, torch_rnn, "the same network, called directly"),)
 MIXERS: dict[str, tuple[MixerPeer, ...]] = {
     "mamba": (
@@ -85,6 +72,7 @@ MIXERS: dict[str, tuple[MixerPeer, ...]] = {
     "mamba2": (
         MixerPeer("transformers", TRANSFORMERS, transformers_mamba, "chunks in PyTorch where mamba_ssm is missing"),
     ),
+    "rglru": (MixerPeer("transformers", TRANSFORMERS, recurrent_gemma, "a loop over time"),),
     "attention": (MixerPeer("transformers", TRANSFORMERS, llama_attention, "LlamaAttention through SDPA"),),
     "lstm": RECURRENT,
     "gru": RECURRENT,

@@ -275,7 +275,7 @@ def test_everything_that_exists_is_timed_by_itself():
     assert set(todo["busy"]) <= {*specs(), *ssmzoo.list_mixers(), *ssmzoo.list_models()}
 
 
-@pytest.mark.parametrize("name", ["mamba", "mamba2", "attention", "lstm", "gru"])
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "rglru", "attention", "lstm", "gru"])
 def test_a_peer_of_a_mixer_does_the_same_work(name):
     rows = [row for rows in mixers.bench_mixer(name, plan(TINY)) for row in rows]
     theirs = [row for row in rows if row.role == "peer"]

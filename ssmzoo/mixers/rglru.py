@@ -72,15 +72,16 @@ class Gates(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (b l d) → the input gate i in x's dtype, and log a in float32, both (b l d)."""
+        # One product for both gates: x and its gradient are read and written once
+        gates = ("recurrent_gate", "input_gate")
+        weight, bias = (
+            torch.cat([getattr(self, f"{gate}_{part}") for gate in gates], dim=-1).to(x.dtype)
+            for part in ("weight", "bias")
+        )  # (h p 2q), (h 2q)
         heads = rearrange(x, "b l (h p) -> b l h p", h=self.n_heads)
-
-        def gate(name: str) -> Tensor:
-            weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
-            inside = einsum(heads, weight.to(x.dtype), "b l h p, h p q -> b l h q") + bias.to(x.dtype)
-            return torch.sigmoid(inside).flatten(2)
-
-        log_a = -C * gate("recurrent_gate") * F.softplus(self.recurrent_param)
-        return gate("input_gate"), log_a
+        inside = einsum(heads, weight, "b l h p, h p q -> b l h q") + bias
+        recurrent, gate = (half.flatten(2) for half in torch.sigmoid(inside).chunk(2, dim=-1))
+        return gate, recurrent * (-C * F.softplus(self.recurrent_param))
 
 
 @register_mixer("rglru")

@@ -22,8 +22,8 @@ if TYPE_CHECKING:  # for type checkers and editors alone
     from ssmkernels.ops.dplr_kernel import bilinear_dplr, bilinear_step, discretize_dplr, dplr_kernel
     from ssmkernels.ops.fft_conv import fft_conv
     from ssmkernels.ops.linear_recurrence import linear_recurrence, linear_recurrence_step
-    from ssmkernels.ops.mamba3_scan import mamba3_scan, mamba3_scan_step
     from ssmkernels.ops.mamba2_step import mamba2_step
+    from ssmkernels.ops.mamba3_scan import mamba3_scan, mamba3_scan_step
     from ssmkernels.ops.mamba_step import mamba_step
     from ssmkernels.ops.rms_norm import rms_norm
     from ssmkernels.ops.selective_scan import selective_scan, selective_scan_step

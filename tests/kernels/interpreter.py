@@ -18,35 +18,9 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 import torch._dynamo
 import torch.testing._internal.optests
-import triton.language as tl
-from triton.runtime import interpreter
+from quick_interpreter import patch
 
 import ssmkernels.testing  # noqa: F401 (for the forks)
-
-
-def patch_once_a_launch() -> None:
-    """Triton replaces the functions of its language at every call of a function inside a kernel: a quarter of the time.
-
-    Once a launch is enough, for each of the two modules that a function may have the language from.
-    """
-    patch, patched = interpreter._patch_lang, set()
-
-    def once(function):
-        languages = {module.__name__ for module in function.__globals__.values() if module is tl or module is tl.core}
-        if languages <= patched:
-            return None
-        scope = patch(function)
-        if not patched:  # a launch: all others are inside of one
-
-            def restore(before=scope.restore):
-                patched.clear()
-                before()
-
-            scope.restore = restore
-        patched.update(languages)
-        return scope
-
-    interpreter._patch_lang = once
 
 
 def run(program: str, output: str, arguments: list[str]) -> int:
@@ -72,6 +46,6 @@ def run(program: str, output: str, arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # a fork would wait for others in vain
-    patch_once_a_launch()
+    patch()
     for line in sys.stdin:
         print(run(*json.loads(line)), flush=True)

@@ -150,6 +150,15 @@ def test_an_unknown_chip_is_named():
         pass
 
 
+def test_the_cases_of_one_op(names):
+    folder = [name for name in names if name.startswith("causal_conv1d:")]
+    assert folder
+    assert [name for name, _ in offline_cases("causal_conv1d")] == folder
+    assert [name for name, _ in offline_cases("causal_conv1d_step")] == folder
+    with pytest.raises(ValueError, match="unknown op: 'scan'"):
+        next(offline_cases("scan"))
+
+
 def test_importing_brings_no_triton_along():
     lines = (
         "import sys, torch, ssmkernels",

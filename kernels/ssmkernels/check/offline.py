@@ -105,9 +105,16 @@ def compiling_for(chip: str) -> Iterator[list[Resources]]:
         driver._active = before
 
 
-def offline_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Every op's launches on meta tensors, by name."""
-    for package in sorted({op.package for op in OPS.values() if "triton" in op.names}):
+def offline_cases(*ops: str) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The launches on meta tensors, by name, of these ops; of every op with Triton kernels, if none is named.
+
+    Raises:
+        ValueError: an unknown op.
+    """
+    for op in ops:
+        if op not in OPS:
+            raise ValueError(unknown("op", op, OPS))
+    for package in sorted({OPS[op].package for op in ops or OPS if "triton" in OPS[op].names}):
         for name, launch in importlib.import_module(f"{package}.triton").offline_cases():
             yield f"{package.rpartition('.')[2]}: {name}", launch
 

@@ -16,6 +16,8 @@ SMALL = {
     "lightconv": {},
     "dynamicconv": {},
     "channel": {"mlp": {"kind": "swiglu", "d_intermediate": 12}},
+    "mingru": {"expansion_factor": 1.5},
+    "minlstm": {"expansion_factor": 1.5},
     "lstm": {},
     "gru": {},
     "s4": {"d_state": 4},

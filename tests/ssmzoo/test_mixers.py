@@ -78,6 +78,8 @@ SETTINGS = [
     ("dynamicconv", {"kernel_size": 2, "n_heads": 1, "glu": False}),
     ("dynamicconv", {"kernel_size": 7, "bidirectional": True, "bias": False}),
     ("dynamicconv", {"kernel_size": 4, "bidirectional": True, "n_heads": 64}),
+    ("mingru", {"expansion_factor": 0.75, "positive": False, "bias": True}),
+    ("minlstm", {"proj_out": True, "normalize": False, "forget_bias": 2.0, "bias": True}),
     ("lstm", {"d_hidden": 24, "n_rnn_layers": 2}),
     ("lstm", {"bidirectional": True}),
     ("gru", {"bidirectional": True}),

@@ -29,6 +29,8 @@ CASES = [
     ("dynamicconv", {"kernel_size": 3}),
     ("channel", {"mlp": {"kind": "swiglu", "d_intermediate": 12}}),
     ("channel", {"mlp": {"kind": "moe", "n_experts": 4, "shared_intermediate": 6, "d_latent": 5}}),
+    ("mingru", {"expansion_factor": 1.5, "bias": True}),
+    ("minlstm", {"expansion_factor": 1.5}),
     ("lstm", {}),
     ("gru", {}),
     ("s4", {"d_state": 4, "gate": 1, "bottleneck": 2}),

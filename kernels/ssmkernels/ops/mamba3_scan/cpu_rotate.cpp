@@ -96,7 +96,6 @@ void head_backward(const RotateBackwardArguments& b, const HeadOf& h, char* scra
     const int64_t used = angles.take(reinterpret_cast<S*>(scratch), a), count = a.angle_count;
     S* total = reinterpret_cast<S*>(scratch) + used;  // the gradient of θ, from all later steps
     const int64_t own = h.sequence * a.heads + h.head;
-    const size_t angle_bytes = sizeof(S) * static_cast<size_t>(count);
     const Pairs pairs(a);
     for (int64_t i = 0; i < count; ++i) total[i] = b.dfinal ? *at<S>(b.dfinal, own * count + i) : S(0);
     S* biases[] = {static_cast<S*>(b.dB_bias) + own * a.rank * a.n, static_cast<S*>(b.dC_bias) + own * a.rank * a.n};
@@ -105,7 +104,7 @@ void head_backward(const RotateBackwardArguments& b, const HeadOf& h, char* scra
     for (int64_t t = h.length - 1; t >= 0; --t) {
         const int64_t row = h.row(a, t);
         S* turns = static_cast<S*>(a.turns) + row * count;
-        memcpy(angles.turns, turns, angle_bytes);
+        convert(angles.turns, turns, count);
         angles.read(count);
         for (int64_t r = 0; r < a.rank; ++r)
             for (int map = 0; map < 2; ++map) {
@@ -128,7 +127,7 @@ void head_backward(const RotateBackwardArguments& b, const HeadOf& h, char* scra
         }
         static_cast<S*>(b.ddt)[h.number(a, t)] = sum;
     }
-    memcpy(static_cast<S*>(b.dinitial) + own * count, total, angle_bytes);
+    convert(static_cast<S*>(b.dinitial) + own * count, total, count);
 }
 
 // to[i] = Σ_j from[j * stride + i] for `parts` j.

@@ -18,6 +18,8 @@ SMALL = {
     "channel": {"mlp": {"kind": "swiglu", "d_intermediate": 12}},
     "mingru": {"expansion_factor": 1.5},
     "minlstm": {"expansion_factor": 1.5},
+    "lru": {"d_hidden": 6},
+    "s5": {"d_state": 8, "blocks": 2},
     "lstm": {},
     "gru": {},
     "s4": {"d_state": 4},

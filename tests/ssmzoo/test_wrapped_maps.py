@@ -31,6 +31,8 @@ CASES = [
     ("channel", {"mlp": {"kind": "moe", "n_experts": 4, "shared_intermediate": 6, "d_latent": 5}}),
     ("mingru", {"expansion_factor": 1.5, "bias": True}),
     ("minlstm", {"expansion_factor": 1.5}),
+    ("lru", {"d_hidden": 6}),
+    ("s5", {"d_state": 8, "blocks": 2, "activation": "full_glu"}),
     ("lstm", {}),
     ("gru", {}),
     ("s4", {"d_state": 4, "gate": 1, "bottleneck": 2}),

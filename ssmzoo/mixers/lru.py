@@ -46,6 +46,9 @@ class LRU(DiagonalSystem):
 
     float32_parameters = EIGENVALUES
     no_weight_decay = (*EIGENVALUES, "B_re", "B_im")
+    nu_log: Tensor  # (n), as the other two
+    theta_log: Tensor
+    gamma_log: Tensor
 
     def __init__(
         self,

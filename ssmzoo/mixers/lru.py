@@ -110,6 +110,6 @@ class LRU(DiagonalSystem):
         return self.D
 
     def _complex(self, name: str) -> Tensor:
-        real, imaginary = self.get_parameter(f"{name}_re"), self.get_parameter(f"{name}_im")
+        real, imaginary = getattr(self, f"{name}_re"), getattr(self, f"{name}_im")
         wide = precision(real)
         return torch.complex(real.to(wide), imaginary.to(wide))

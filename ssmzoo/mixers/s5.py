@@ -111,7 +111,7 @@ class S5(DiagonalSystem):
         Lambda = torch.complex(damping, self.Lambda_im)[:, None]  # (n 1): each state has a step of its own
         step = self.rate * torch.exp(self.log_step[:, 0])
         decay, gain = discretize_diagonal(Lambda, torch.ones_like(Lambda), step, discretization=self.discretization)
-        return decay[:, 0], gain * complex_of(self.B), [complex_of(self.get_parameter(name)) for name in self.outputs]
+        return decay[:, 0], gain * complex_of(self.B), [complex_of(getattr(self, name)) for name in self.outputs]
 
     @property
     def skip(self) -> Tensor:

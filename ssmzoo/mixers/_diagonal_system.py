@@ -91,7 +91,7 @@ class DiagonalSystem(Mixer):
         def outputs(h: Tensor, C: Tensor) -> Tensor:
             """h (b l n) → Re(C h), (b l d)."""
             parts = torch.view_as_real(h).flatten(-2).to(x.dtype)
-            return linear(parts, torch.view_as_real(C.conj().resolve_conj()).flatten(1).to(x.dtype))
+            return linear(parts, torch.stack([C.real, -C.imag], dim=-1).flatten(1).to(x.dtype))
 
         if len(ways) == 1:
             found = linear_recurrence(

@@ -31,7 +31,7 @@ def cases():
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
-@pytest.mark.parametrize(("op", "row", "implementation"), cases())
+@pytest.mark.parametrize(("op", "row", "implementation"), list(cases()))
 def test_the_past_stays(op, row, implementation, value):
     spec = spec_of(op)
     arguments = spec.inputs(spec.case(row), torch.float32, "cpu", 0)

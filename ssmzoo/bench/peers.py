@@ -6,7 +6,6 @@ for it refuses with NotImplementedError.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -36,11 +35,10 @@ def llama_attention(mixer: Any) -> Twin:
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
-    defaults_but(mixer, "head_dim", "n_heads", "n_kv_heads", "rope_base", "bias", "out_bias", "scale")
+    defaults_but(mixer, "head_dim", "n_heads", "n_kv_heads", "rope_base", "bias", "out_bias")
     bias = mixer.q_proj.bias is not None
     refuse(bias != (mixer.out_proj.bias is not None), "biases on some projections alone")
     refuse(mixer.gate_proj is not None, "gate")
-    refuse(mixer.scale != 1 / math.sqrt(mixer.head_dim), "other scale")
     refuse(mixer.scaling is not None, "other scaling of angles here")
     config = LlamaConfig(
         hidden_size=mixer.d_model,

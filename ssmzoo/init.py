@@ -7,6 +7,7 @@ writes into the residual stream divided by √residuals. Mixers draw their time 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -45,9 +46,22 @@ def wide_dtype() -> torch.dtype:
     return torch.promote_types(torch.get_default_dtype(), torch.float32)
 
 
+def starting(values: Callable[[], Tensor]) -> Tensor:
+    """What a weight starts as, on the default device.
+
+    For the meta device the values are computed on the CPU, although nobody reads them: arithmetic on meta tensors would
+    import PyTorch's compiler, which takes seconds, and every model is first laid out on the meta device.
+    """
+    if torch.get_default_device().type != "meta":
+        return values()
+    with torch.device("cpu"):
+        return values().to("meta")
+
+
 def log_uniform(size: int, low: float, high: float) -> Tensor:
     """``(size)`` of :func:`wide_dtype`, log-uniform in [low, high]."""
-    return torch.exp(torch.rand(size, dtype=wide_dtype()) * (math.log(high) - math.log(low)) + math.log(low))
+    width = math.log(high) - math.log(low)
+    return starting(lambda: torch.exp(torch.rand(size, dtype=wide_dtype()) * width + math.log(low)))
 
 
 def inverse_softplus_of_log_uniform(size: int, low: float, high: float, floor: float) -> Tensor:
@@ -55,5 +69,9 @@ def inverse_softplus_of_log_uniform(size: int, low: float, high: float, floor: f
 
     Its softplus is log-uniform in [low, high], and at least ``floor``.
     """
-    dt = log_uniform(size, low, high).clamp(min=floor)
-    return dt + torch.log(-torch.expm1(-dt))
+
+    def values() -> Tensor:
+        dt = log_uniform(size, low, high).clamp(min=floor)
+        return dt + torch.log(-torch.expm1(-dt))
+
+    return starting(values)

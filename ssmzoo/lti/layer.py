@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ssmkernels import fft_conv
 from ssmkernels.core.names import unknown
 from ssmkernels.core.packing import spans
-from ssmzoo.init import log_uniform, wide_dtype
+from ssmzoo.init import log_uniform, starting, wide_dtype
 from ssmzoo.linear import Linear
 from ssmzoo.lti.options import ACTIVATIONS, LTIOptions
 from ssmzoo.lti.recurrence import Dense, Diagonal, run_chunk
@@ -84,10 +84,11 @@ class S4Layer(Mixer):
         dtype = wide.to_complex() if A.is_complex() else wide
         A, B, P = A.to(dtype), B.to(dtype), None if P is None else P.to(dtype)
         n, copies = len(A), o.n_ssm or d
-        A, B = (x.to(place).expand(copies, n) for x in (A, B))
-        log_dt = log_uniform(d if o.dt_tie else d * n, o.dt_min, o.dt_max).log()
+        damping = (-A.real).clamp(min=LEAST_DAMPING).log()
+        A, B, damping = (x.to(place).expand(copies, n) for x in (A, B, damping))
+        log_dt = starting(lambda: log_uniform(d if o.dt_tie else d * n, o.dt_min, o.dt_max).log())
         self.log_dt = nn.Parameter(log_dt if o.dt_tie else log_dt.view(d, n))
-        self.A_log = nn.Parameter((-A.real).clamp(min=LEAST_DAMPING).log().contiguous())
+        self.A_log = nn.Parameter(damping.contiguous())
         self.A_imag = nn.Parameter(A.imag.contiguous()) if A.is_complex() else None
         self.P = None if P is None else _pairs(P.to(place).expand(copies, *P.shape))
         self.B = _pairs(B)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ssmkernels import attention
 from ssmkernels.core.packing import spans
+from ssmzoo.init import starting
 from ssmzoo.mixers._heads import HeadMixer, HeadOptions
 from ssmzoo.registry import register_mixer
 
@@ -60,8 +61,9 @@ class Linformer(HeadMixer):
         self.proj_len, self.max_length = o.proj_len, o.max_length
         # Variance 1 / k, for which projections keep lengths (theorem 2).
         shape = (self.n_heads if o.sharing == "none" else 1, o.proj_len, o.max_length)
-        self.E = nn.Parameter(torch.randn(shape) * o.proj_len**-0.5)
-        self.F = self.E if o.sharing == "key-value" else nn.Parameter(torch.randn(shape) * o.proj_len**-0.5)
+        start = lambda: torch.randn(shape) * o.proj_len**-0.5  # noqa: E731
+        self.E = nn.Parameter(starting(start))
+        self.F = self.E if o.sharing == "key-value" else nn.Parameter(starting(start))
 
     def mixing_flops(self, context: int) -> float:
         """4 proj_len · d for each head to project a key and a value, and as many to attend to the projected ones."""

@@ -86,6 +86,8 @@ class LRU(DiagonalSystem):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """The ring of eigenvalues; B of variance 1/d and C of 2/n, counting both parts; D of variance 1."""
+        if self.nu_log.is_meta:
+            return
         u = torch.rand_like(self.nu_log)
         # Away from 0 and 1: of |λ| = 0 the logarithm is infinite, and so is that of γ at |λ| = 1.
         square = (u * (self.r_max**2 - self.r_min**2) + self.r_min**2).clamp(1e-6, 1 - 1e-6)

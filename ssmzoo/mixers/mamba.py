@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from ssmkernels import mamba_step, rms_norm, selective_scan
 from ssmkernels.native.eager import exp
 from ssmzoo.bidirectional import bidirectional as both_ways
-from ssmzoo.init import inverse_softplus_of_log_uniform, wide_dtype
+from ssmzoo.init import inverse_softplus_of_log_uniform, starting, wide_dtype
 from ssmzoo.linear import Linear, WideBiasLinear, is_plain, linear
 from ssmzoo.mixer import Mixer
 from ssmzoo.mixers._convolution import convolve
@@ -158,7 +158,7 @@ class Mamba(Mixer):
             nn.Conv1d(d, d, self.d_conv, groups=d, bias=conv_bias),
             Linear(d, r + 2 * n, bias=False),
             WideBiasLinear(r, d),
-            nn.Parameter(torch.arange(1, n + 1, dtype=wide_dtype()).log().repeat(d, 1)),  # S4D-real: A = -1, …, -n
+            nn.Parameter(starting(lambda: torch.arange(1, n + 1, dtype=wide_dtype()).log().repeat(d, 1))),  # S4D-real
             nn.Parameter(torch.ones(d, dtype=wide_dtype())),
         )
 

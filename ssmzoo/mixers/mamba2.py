@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from ssmkernels import causal_conv1d_step, mamba2_step, ssd, ssd_step
 from ssmzoo.bidirectional import bidirectional as both_ways
-from ssmzoo.init import inverse_softplus_of_log_uniform, wide_dtype
+from ssmzoo.init import inverse_softplus_of_log_uniform, starting, wide_dtype
 from ssmzoo.linear import Linear
 from ssmzoo.mixer import Mixer
 from ssmzoo.mixers._convolution import convolve
@@ -189,7 +189,7 @@ class Mamba2(Mixer):
         if conv_init is not None:
             nn.init.uniform_(conv1d.weight, -conv_init, conv_init)
         dt_bias = nn.Parameter(inverse_softplus_of_log_uniform(h, *dt))
-        A_log = nn.Parameter(torch.empty(h, dtype=wide_dtype()).uniform_(low, high).log())
+        A_log = nn.Parameter(starting(lambda: torch.empty(h, dtype=wide_dtype()).uniform_(low, high).log()))
         return (
             conv1d,
             dt_bias,

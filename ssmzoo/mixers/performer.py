@@ -75,6 +75,8 @@ class Performer(HeadMixer):
     @torch.no_grad()
     def redraw(self) -> None:
         """Draws new random features in place, from PyTorch's generator. States made before mean nothing after."""
+        if self.projection.is_meta:
+            return
         rows, d = self.projection.shape
         like = self.projection.to(precision(self.projection))  # no half precision for QR
         blocks = [_random_rotation(d, like) for _ in range(-(-rows // d))]

@@ -63,6 +63,8 @@ class Gates(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Λ so that -softplus(Λ) = ½ log u with u uniform in (0.9², 0.999²); gates as maps of unit gain, half open."""
+        if self.recurrent_param.is_meta:
+            return
         square = torch.empty_like(self.recurrent_param).uniform_(0.9**2, 0.999**2)
         self.recurrent_param.copy_(torch.log(torch.expm1(-0.5 * torch.log(square))))
         for gate in ("input_gate", "recurrent_gate"):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmkernels import discretize_diagonal
-from ssmzoo.init import log_uniform, wide_dtype
+from ssmzoo.init import log_uniform, starting, wide_dtype
 from ssmzoo.lti.hippo import nplr
 from ssmzoo.mixers._diagonal_system import Activation, DiagonalSystem, complex_of
 from ssmzoo.registry import register_mixer
@@ -91,18 +91,24 @@ class S5(DiagonalSystem):
             raise ValueError(f"S5: `step_rescale` must be above 0; got {step_rescale}")
         self.twice, self.clip_eigs, self.discretization, self.rate = conj_sym, clip_eigs, discretization, step_rescale
         Lambda, V = hippo_blocks(d_state, blocks, conj_sym)
-        Lambda, V = (t.to(wide_dtype().to_complex()).to(torch.get_default_device()) for t in (Lambda, V))
+        Lambda, V = (t.to(wide_dtype().to_complex()) for t in (Lambda, V))
+        Lambda = Lambda.to(torch.get_default_device())
         self.Lambda_re, self.Lambda_im = nn.Parameter(Lambda.real.clone()), nn.Parameter(Lambda.imag.clone())
-        self.log_step = nn.Parameter(log_uniform(self.n, dt_min, dt_max).log()[:, None])  # (n 1)
-        self.B = _pairs(V.mH @ lecun((d_state, d_model), d_state).to(V.dtype))  # (n d 2)
+        self.log_step = nn.Parameter(starting(lambda: log_uniform(self.n, dt_min, dt_max).log()[:, None]))  # (n 1)
+
+        def vectors() -> Tensor:
+            return V.to(torch.get_default_device())
+
+        def new_C() -> Tensor:
+            if C_init == "complex_normal":
+                return torch.randn(d_model, self.n, dtype=V.dtype)
+            fan = d_state if C_init == "trunc_standard_normal" else d_state * d_model
+            return torch.complex(*(lecun((d_model, d_state), fan) for _ in range(2))) @ vectors()
+
+        self.B = _pairs(starting(lambda: vectors().mH @ lecun((d_state, d_model), d_state).to(V.dtype)))  # (n d 2)
         self.outputs = ("C1", "C2") if bidirectional else ("C",)
         for name in self.outputs:  # (d n 2)
-            if C_init == "complex_normal":
-                C = torch.randn(d_model, self.n, dtype=V.dtype)
-            else:
-                fan = d_state if C_init == "trunc_standard_normal" else d_state * d_model
-                C = torch.complex(*(lecun((d_model, d_state), fan) for _ in range(2))) @ V
-            self.register_parameter(name, _pairs(C))
+            self.register_parameter(name, _pairs(starting(new_C)))
         self.D = nn.Parameter(torch.randn(d_model))
         self._set_rates(opt_config, dt_global, lr)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import ssmzoo
+from ssmzoo.train.config import TrainConfig
 
 D_MODEL, LENGTH = 6, 20
 
@@ -183,3 +184,41 @@ def test_weights_of_s5_with_a_rate_of_their_own(options, groups):
 def test_wrong_options_are_named(name, options, said):
     with pytest.raises(ValueError, match=said):
         ssmzoo.build_mixer(name, 8, **options)
+
+
+@pytest.mark.parametrize(
+    ("C_init", "variance"), [("trunc_standard_normal", 2 / 64), ("lecun_normal", 2 / (64 * 96)), ("complex_normal", 1)]
+)
+def test_how_large_s5_starts(C_init, variance):
+    """V is unitary, so that a number of C̃ has the variance of one of C, both of its parts together; B likewise."""
+    torch.manual_seed(0)
+    m = ssmzoo.build_mixer("s5", 96, d_state=64, blocks=4, C_init=C_init)
+    assert abs(m.C.square().sum(-1).mean() / variance - 1) < 0.1
+    assert abs(m.B.square().sum(-1).mean() * 64 - 1) < 0.1
+
+
+def test_the_rate_stretches_the_steps_of_s5():
+    m = build("s5", d_state=4, blocks=1, step_rescale=0.5)
+    with torch.no_grad():
+        once = m.system()[0]
+        ssmzoo.set_rate(m, 1.0)
+        torch.testing.assert_close(m.system()[0], once**2)
+
+
+def test_s5_models_of_the_long_range_arena():
+    """Layers, width and conjugate pairs of states of the published runs, and the weights with a rate of their own."""
+    sizes = {
+        "listops": (8, 128, 8, "log_step"),
+        "imdb": (6, 256, 96, "B"),
+        "aan": (6, 128, 128, "B"),
+        "cifar": (6, 512, 192, "log_step"),
+        "pathfinder": (6, 192, 128, "log_step B"),
+        "pathx": (6, 128, 128, "log_step B"),
+    }
+    for task, (*size, slow) in sizes.items():
+        model = ssmzoo.build(f"lra-s5-{task}", device="meta")
+        mixer = model.blocks[0].mixer
+        assert [len(model.blocks), model.config.d_model, mixer.n] == size
+        assert not mixer.causal
+        assert set(mixer.learning_rates) == {"Lambda_re", "Lambda_im", *slow.split()}
+        TrainConfig.of(model.config.train)

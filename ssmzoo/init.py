@@ -54,7 +54,7 @@ def starting(values: Callable[[], Tensor]) -> Tensor:
     """
     if torch.get_default_device().type != "meta":
         return values()
-    with torch.device("cpu"):
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):  # a layout draws no random numbers
         return values().to("meta")
 
 

@@ -106,6 +106,17 @@ def _threads():
 
 
 @pytest.fixture(autouse=True)
+def _allocator(monkeypatch):
+    """Commands that run inside a test leave malloc as it is.
+
+    Otherwise the process would keep the address space of every large tensor from then on, and a process that holds more
+    than the machine's memory cannot fork.
+    """
+    if package := sys.modules.get("ssmkernels"):
+        monkeypatch.setattr(package, "keep_memory", lambda: False)
+
+
+@pytest.fixture(autouse=True)
 def _mixers():
     """Mixers that a test registers, by names that begin with "test-", are gone after it."""
     yield

@@ -46,22 +46,22 @@ def wide_dtype() -> torch.dtype:
     return torch.promote_types(torch.get_default_dtype(), torch.float32)
 
 
-def starting(values: Callable[[], Tensor]) -> Tensor:
-    """What a weight starts as, on the default device.
+def starting(shape: int | tuple[int, ...], dtype: torch.dtype | None, values: Callable[[], Tensor]) -> Tensor:
+    """What a weight starts as: ``values()``, of this shape and dtype (the default one if None).
 
-    For the meta device the values are computed on the CPU, although nobody reads them: arithmetic on meta tensors would
-    import PyTorch's compiler, which takes seconds, and every model is first laid out on the meta device.
+    On the meta device nothing is computed. Arithmetic on meta tensors would import PyTorch's compiler, which takes
+    seconds, and every model is first laid out on the meta device.
     """
-    if torch.get_default_device().type != "meta":
-        return values()
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]):  # a layout draws no random numbers
-        return values().to("meta")
+    if torch.get_default_device().type == "meta":
+        return torch.empty(shape, dtype=dtype)
+    return values()
 
 
 def log_uniform(size: int, low: float, high: float) -> Tensor:
     """``(size)`` of :func:`wide_dtype`, log-uniform in [low, high]."""
     width = math.log(high) - math.log(low)
-    return starting(lambda: torch.exp(torch.rand(size, dtype=wide_dtype()) * width + math.log(low)))
+    dtype = wide_dtype()
+    return starting(size, dtype, lambda: torch.exp(torch.rand(size, dtype=dtype) * width + math.log(low)))
 
 
 def inverse_softplus_of_log_uniform(size: int, low: float, high: float, floor: float) -> Tensor:
@@ -74,4 +74,4 @@ def inverse_softplus_of_log_uniform(size: int, low: float, high: float, floor: f
         dt = log_uniform(size, low, high).clamp(min=floor)
         return dt + torch.log(-torch.expm1(-dt))
 
-    return starting(values)
+    return starting(size, wide_dtype(), values)

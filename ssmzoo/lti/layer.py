@@ -86,7 +86,8 @@ class S4Layer(Mixer):
         n, copies = len(A), o.n_ssm or d
         damping = (-A.real).clamp(min=LEAST_DAMPING).log()
         A, B, damping = (x.to(place).expand(copies, n) for x in (A, B, damping))
-        log_dt = starting(lambda: log_uniform(d if o.dt_tie else d * n, o.dt_min, o.dt_max).log())
+        steps = d if o.dt_tie else d * n
+        log_dt = starting(steps, wide, lambda: log_uniform(steps, o.dt_min, o.dt_max).log())
         self.log_dt = nn.Parameter(log_dt if o.dt_tie else log_dt.view(d, n))
         self.A_log = nn.Parameter(damping.contiguous())
         self.A_imag = nn.Parameter(A.imag.contiguous()) if A.is_complex() else None

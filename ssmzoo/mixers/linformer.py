@@ -62,8 +62,8 @@ class Linformer(HeadMixer):
         # Variance 1 / k, for which projections keep lengths (theorem 2).
         shape = (self.n_heads if o.sharing == "none" else 1, o.proj_len, o.max_length)
         start = lambda: torch.randn(shape) * o.proj_len**-0.5  # noqa: E731
-        self.E = nn.Parameter(starting(start))
-        self.F = self.E if o.sharing == "key-value" else nn.Parameter(starting(start))
+        self.E = nn.Parameter(starting(shape, None, start))
+        self.F = self.E if o.sharing == "key-value" else nn.Parameter(starting(shape, None, start))
 
     def mixing_flops(self, context: int) -> float:
         """4 proj_len · d for each head to project a key and a value, and as many to attend to the projected ones."""

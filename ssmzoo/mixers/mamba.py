@@ -152,14 +152,19 @@ class Mamba(Mixer):
 
     def _new_weights(self, conv_bias: bool) -> tuple[nn.Conv1d, nn.Linear, WideBiasLinear, nn.Parameter, nn.Parameter]:
         """Fresh weights in the order of :class:`Selective`; those of Δ are set afterwards."""
-        d, n, r = self.d_inner, self.d_state, self.dt_rank
+        d, n, r, wide = self.d_inner, self.d_state, self.dt_rank, wide_dtype()
+
+        def A_log() -> Tensor:
+            """S4D-real: A = -1, …, -n."""
+            return torch.arange(1, n + 1, dtype=wide).log().repeat(d, 1)
+
         return (
             # Holds the weight and bias under their published names; the op does the convolution.
             nn.Conv1d(d, d, self.d_conv, groups=d, bias=conv_bias),
             Linear(d, r + 2 * n, bias=False),
             WideBiasLinear(r, d),
-            nn.Parameter(starting(lambda: torch.arange(1, n + 1, dtype=wide_dtype()).log().repeat(d, 1))),  # S4D-real
-            nn.Parameter(torch.ones(d, dtype=wide_dtype())),
+            nn.Parameter(starting((d, n), wide, A_log)),
+            nn.Parameter(torch.ones(d, dtype=wide)),
         )
 
     def initial_state(self, batch_size: int, max_length: int | None = None) -> MambaState:

@@ -183,13 +183,13 @@ class Mamba2(Mixer):
         self, dt: tuple[float, float, float], low: float, high: float, conv_init: float | None, conv_bias: bool
     ) -> tuple[nn.Conv1d, nn.Parameter, nn.Parameter, nn.Parameter]:
         """Fresh weights in the order of :class:`Direction`."""
-        c, h = self.d_conv_channels, self.n_heads
+        c, h, wide = self.d_conv_channels, self.n_heads, wide_dtype()
         # Holds the weight and bias under their published names; the op does the convolution.
         conv1d = nn.Conv1d(c, c, self.d_conv, groups=c, bias=conv_bias)
         if conv_init is not None:
             nn.init.uniform_(conv1d.weight, -conv_init, conv_init)
         dt_bias = nn.Parameter(inverse_softplus_of_log_uniform(h, *dt))
-        A_log = nn.Parameter(starting(lambda: torch.empty(h, dtype=wide_dtype()).uniform_(low, high).log()))
+        A_log = nn.Parameter(starting(h, wide, lambda: torch.empty(h, dtype=wide).uniform_(low, high).log()))
         return (
             conv1d,
             dt_bias,

@@ -94,10 +94,15 @@ class S5(DiagonalSystem):
         Lambda, V = (t.to(wide_dtype().to_complex()) for t in (Lambda, V))
         Lambda = Lambda.to(torch.get_default_device())
         self.Lambda_re, self.Lambda_im = nn.Parameter(Lambda.real.clone()), nn.Parameter(Lambda.imag.clone())
-        self.log_step = nn.Parameter(starting(lambda: log_uniform(self.n, dt_min, dt_max).log()[:, None]))  # (n 1)
+        n, wide = self.n, wide_dtype()
+        log_step = starting((n, 1), wide, lambda: log_uniform(n, dt_min, dt_max).log()[:, None])
+        self.log_step = nn.Parameter(log_step)
 
         def vectors() -> Tensor:
             return V.to(torch.get_default_device())
+
+        def new_B() -> Tensor:
+            return vectors().mH @ lecun((d_state, d_model), d_state).to(V.dtype)
 
         def new_C() -> Tensor:
             if C_init == "complex_normal":
@@ -105,10 +110,10 @@ class S5(DiagonalSystem):
             fan = d_state if C_init == "trunc_standard_normal" else d_state * d_model
             return torch.complex(*(lecun((d_model, d_state), fan) for _ in range(2))) @ vectors()
 
-        self.B = _pairs(starting(lambda: vectors().mH @ lecun((d_state, d_model), d_state).to(V.dtype)))  # (n d 2)
+        self.B = _pairs(starting((n, d_model), V.dtype, new_B))  # (n d 2)
         self.outputs = ("C1", "C2") if bidirectional else ("C",)
         for name in self.outputs:  # (d n 2)
-            self.register_parameter(name, _pairs(starting(new_C)))
+            self.register_parameter(name, _pairs(starting((d_model, n), V.dtype, new_C)))
         self.D = nn.Parameter(torch.randn(d_model))
         self._set_rates(opt_config, dt_global, lr)
 

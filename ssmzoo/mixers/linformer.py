@@ -61,9 +61,12 @@ class Linformer(HeadMixer):
         self.proj_len, self.max_length = o.proj_len, o.max_length
         # Variance 1 / k, for which projections keep lengths (theorem 2).
         shape = (self.n_heads if o.sharing == "none" else 1, o.proj_len, o.max_length)
-        start = lambda: torch.randn(shape) * o.proj_len**-0.5  # noqa: E731
-        self.E = nn.Parameter(starting(shape, None, start))
-        self.F = self.E if o.sharing == "key-value" else nn.Parameter(starting(shape, None, start))
+
+        def projection() -> nn.Parameter:
+            return nn.Parameter(starting(shape, None, lambda: torch.randn(shape) * o.proj_len**-0.5))
+
+        self.E = projection()
+        self.F = self.E if o.sharing == "key-value" else projection()
 
     def mixing_flops(self, context: int) -> float:
         """4 proj_len · d for each head to project a key and a value, and as many to attend to the projected ones."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from ssmzoo.linear import Linear
@@ -67,41 +66,42 @@ class ReGLU(GatedMLP):
     activation = "relu"
 
 
-class GELU(ChannelMixer):
-    """fc2(gelu(fc1(x))), the Transformer's own.
+class PlainMLP(ChannelMixer):
+    """fc2(f(fc1(x))), without a gate; f is the subclass's activation.
 
     Args:
         d_model: width of input and output.
         d_intermediate: width inside; 4 · d_model if None.
         bias: biases on both maps.
     """
+
+    activation: ClassVar[str]
+
+    def __init__(self, d_model: int, *, d_intermediate: int | None, bias: bool) -> None:
+        super().__init__()
+        check_at_least_one(self, d_intermediate=d_intermediate)
+        inside = d_intermediate or 4 * d_model
+        self.fc1 = Linear(d_model, inside, bias=bias)
+        self.fc2 = Linear(inside, d_model, bias=bias)
+        self.f = ACTIVATIONS[self.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.f(self.fc1(x)))
+
+
+class GELU(PlainMLP):
+    """fc2(gelu(fc1(x))), the Transformer's own; arguments as in :class:`PlainMLP`."""
+
+    activation = "gelu"
 
     def __init__(self, d_model: int, *, d_intermediate: int | None = None, bias: bool = True) -> None:
-        super().__init__()
-        check_at_least_one(self, d_intermediate=d_intermediate)
-        inside = d_intermediate or 4 * d_model
-        self.fc1 = Linear(d_model, inside, bias=bias)
-        self.fc2 = Linear(inside, d_model, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        super().__init__(d_model, d_intermediate=d_intermediate, bias=bias)
 
 
-class SquaredReLU(ChannelMixer):
-    """fc2(relu(fc1(x))²), without a gate (So et al. 2021, arXiv 2109.08668).
+class SquaredReLU(PlainMLP):
+    """fc2(relu(fc1(x))²) (So et al. 2021, arXiv 2109.08668); arguments as in :class:`PlainMLP`."""
 
-    Args:
-        d_model: width of input and output.
-        d_intermediate: width inside; 4 · d_model if None.
-        bias: biases on both maps.
-    """
+    activation = "relu2"
 
     def __init__(self, d_model: int, *, d_intermediate: int | None = None, bias: bool = False) -> None:
-        super().__init__()
-        check_at_least_one(self, d_intermediate=d_intermediate)
-        inside = d_intermediate or 4 * d_model
-        self.fc1 = Linear(d_model, inside, bias=bias)
-        self.fc2 = Linear(inside, d_model, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(ACTIVATIONS["relu2"](self.fc1(x)))
+        super().__init__(d_model, d_intermediate=d_intermediate, bias=bias)

@@ -55,11 +55,18 @@ def _steps(a: Any, timed: list[Tensor], states: list[Tensor], lengths: Tensor | 
     k, q = (
         rotated(biased(t, bias, heads), thetas[:, :, None], a.interleaved) for t, bias in ((B, a.B_bias), (C, a.C_bias))
     )
-    before = lambda first, t: torch.cat([first[:, None], t], dim=1)  # noqa: E731 (what was there a step earlier)
-    all_k, all_v, all_thetas = before(first_k, k), before(first_v, v), before(theta, thetas)
+
+    def after(first: Tensor, t: Tensor) -> Tensor:
+        """The first, then all of t: at each place what was there a step earlier, and one more."""
+        return torch.cat([first[:, None], t], dim=1)
+
+    def late(t: Tensor) -> Tensor:
+        """At each step what t (b l h) was a step earlier, 0 before the first."""
+        return after(torch.zeros_like(t[:, :1].sum(1)), t)[:, :length]
+
+    all_k, all_v, all_thetas = after(first_k, k), after(first_v, v), after(theta, thetas)
     k_late, v_late = all_k[:, :length], all_v[:, :length]
     decay, gamma, mu = dt * A, trap * dt, (1 - trap) * dt  # (b l h)
-    late = lambda t: before(torch.zeros_like(mu[:, :1].sum(1)), t)[:, :length]  # noqa: E731
     scale = late(gamma) + mu
 
     def as_tokens(t: Tensor) -> Tensor:

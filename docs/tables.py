@@ -3,7 +3,8 @@
 A marker says where a table comes from: ``<!-- ssmzoo ... -->`` from what that command prints,
 ``<!-- bench FILE.csv NAME ... -->`` and, in short, ``<!-- ratios FILE.csv NAME ... -->`` from measurements in
 docs/benchmarks/, of those names only. ``ratios`` takes several files, each followed by its names.
-``<!-- op NAME -->`` from the declaration of that op.
+``<!-- op NAME -->`` from the declaration of that op, and ``<!-- zoo FILE.csv -->`` from all mixers, their measurements
+in that file, and the words in docs/zoo.yaml.
 """
 
 from __future__ import annotations
@@ -15,14 +16,21 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+import yaml
+
+import ssmzoo
 from ssmkernels import OPS
 from ssmkernels.core import describe
 from ssmzoo.bench.units import ratio, seconds
-from ssmzoo.commands._output import markdown_table, size
+from ssmzoo.commands._output import count, flops, markdown_table, size
 
 DOCS = Path(__file__).parent
 PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
-TABLE = re.compile(r"(<!-- (ssmzoo|bench|ratios|op) (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- (ssmzoo|bench|ratios|op|zoo) (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+ZOO = ["mixer", "recurrence", "tracks", "paper", "parameters", "state", "FLOPs a token", "time over the limit"]
+WIDTH, CONTEXT = 768, 2048  # of the layers in that table: d_model, and the tokens that they have seen
 
 Row = dict[str, str]
 
@@ -37,6 +45,8 @@ def fresh(match: re.Match[str]) -> str:
         declared = OPS[words[0]].declared
         rows = [*describe.arguments(declared), *describe.results(declared)]
         text = markdown_table(["argument", "shape or type", "dtype", "default"], [list(row) for row in rows], []) + "\n"
+    elif match[2] == "zoo":
+        text = markdown_table(ZOO, list(zoo(read(DOCS / "benchmarks" / words[0]))), ZOO[4:]) + "\n"
     elif match[2] == "bench":
         text = measured(DOCS / "benchmarks" / words[0], words[1:])
     else:
@@ -56,6 +66,27 @@ def measured(path: Path, names: list[str]) -> str:
         columns = ["what", "implementation", "median", "times the limit", "times ours"]
         told = markdown_table(columns, list(contests(rows)), columns[2:])
     return f"{told}\n\n{machine(rows[0])}\n" if rows else ""
+
+
+def zoo(rows: list[Row]) -> Iterator[list[str]]:
+    """What each mixer computes, in words; its sizes with default options; and its time, where it was measured."""
+    told = yaml.safe_load((DOCS / "zoo.yaml").read_text())
+    ours = [row for row in rows if row["role"] == "ours" and row["pass"] == "forward + backward"]
+    times = {
+        row["what"]: float(row["ratio_to_limit"])
+        for row in ours
+        if row["ratio_to_limit"] and not int(row["length"] or 0)
+    }
+    for name, words in sorted(told.items()):
+        with torch.device("meta"):
+            mixer = ssmzoo.build_mixer(name, WIDTH)
+            holds = mixer.causal and mixer.has_state
+            state = size(mixer.initial_state(1, CONTEXT).nbytes) if holds else ""
+        weights = sum(p.numel() for p in mixer.parameters())
+        linear = sum(m.weight.numel() for m in mixer.modules() if isinstance(m, torch.nn.Linear))
+        work = 2 * linear + mixer.mixing_flops(CONTEXT)
+        time = ratio(times[name]) if name in times else ""
+        yield [name, words["recurrence"], words["tracks"], words["paper"], count(weights), state, flops(work), time]
 
 
 def read(path: Path) -> list[Row]:

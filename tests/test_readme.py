@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from typer.main import get_command
 
 from ssmzoo import registry
@@ -80,3 +81,13 @@ def test_named_commands_exist(page):
 def test_links_lead_somewhere(page):
     for target in LINK.findall(read(page)):
         assert ((ROOT / page).parent / target).exists(), target
+
+
+def test_every_mixer_is_told_about():
+    told = yaml.safe_load(read("docs/zoo.yaml"))
+    files = {path.stem for path in (ROOT / "ssmzoo" / "mixers").glob("[a-z]*.py")}
+    assert set(told) == files - {"channel", "parallel"}  # which are made of others
+    assert all(set(words) == {"recurrence", "tracks", "paper"} and all(words.values()) for words in told.values())
+    classes = re.findall(r"^\| ([a-z -]+) \| [A-Z]", read("docs/zoo.md"), re.MULTILINE)
+    for name, words in told.items():
+        assert any(words["tracks"].startswith(kind) for kind in classes), (name, words["tracks"], classes)

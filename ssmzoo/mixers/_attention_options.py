@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from ssmzoo.mixers._heads import heads_of_width
+from ssmzoo.norm import CentredRMSNorm, RMSNorm
 
 
 def heads(d_model: int, head_dim: int, n_heads: int | None, n_kv_heads: int | None) -> tuple[int, int]:
@@ -44,6 +47,18 @@ def rotary_dim(
             f"Attention: `rope_dim` must be even and at most head_dim={head_dim}, or `rope` false; got {rope_dim}"
         )
     return rope_dim
+
+
+def norms_of(
+    kind: bool | str, head_dim: int, n_heads: tuple[int, int], eps: float
+) -> tuple[nn.Module | None, nn.Module | None]:
+    """The norms of queries and of keys, of which there are ``n_heads`` each, that the option ``qk_norm`` asks for."""
+    if not kind:
+        return None, None
+    if kind == "whole":
+        return RMSNorm(n_heads[0] * head_dim, eps), RMSNorm(n_heads[1] * head_dim, eps)
+    norm = CentredRMSNorm if kind == "centred" else RMSNorm
+    return norm(head_dim, eps), norm(head_dim, eps)
 
 
 def check_hidden(

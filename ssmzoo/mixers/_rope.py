@@ -114,17 +114,50 @@ class YarnScaling:
         return 0.1 * weight * math.log(self.factor) + 1.0
 
 
-RopeScaling = LinearScaling | YarnScaling
+@dataclasses.dataclass(frozen=True)
+class ProportionalScaling:
+    """Only the fastest pairs turn, with the frequencies that they have where all do; as in Gemma 4 and LFM3.
 
-KINDS: dict[str, type[LinearScaling] | type[YarnScaling]] = {"linear": LinearScaling, "yarn": YarnScaling}
+    Attributes:
+        partial_rotary_factor: the share of all pairs that turn.
+        factor: every frequency is divided by it.
+    """
+
+    partial_rotary_factor: float
+    factor: float = 1.0
+
+    amplitude = 1.0
+    logit_factor = 1.0
+
+    def __post_init__(self) -> None:
+        _at_least_one("factor", self.factor)
+        if not 0 <= self.partial_rotary_factor <= 1:
+            raise ValueError(
+                f"`rope_scaling`: `partial_rotary_factor` must be from 0 to 1; got {self.partial_rotary_factor}"
+            )
+
+    def scale(self, frequency: Tensor, base: float) -> Tensor:
+        """The frequencies ``(dim / 2)``, scaled."""
+        turning = int(self.partial_rotary_factor * frequency.shape[0])
+        pair = torch.arange(frequency.shape[0], device=frequency.device)
+        return torch.where(pair < turning, frequency / self.factor, 0)
+
+
+RopeScaling = LinearScaling | YarnScaling | ProportionalScaling
+
+KINDS: dict[str, type[LinearScaling] | type[YarnScaling] | type[ProportionalScaling]] = {
+    "linear": LinearScaling,
+    "yarn": YarnScaling,
+    "proportional": ProportionalScaling,
+}
 
 
 def scaling_of(options: Mapping[str, Any] | None) -> RopeScaling | None:
     """A mixer's option ``rope_scaling``, checked.
 
     Args:
-        options: ``rope_type``, "linear" or "yarn", and the fields of :class:`LinearScaling` or :class:`YarnScaling`;
-            or None for none.
+        options: ``rope_type``, "linear", "yarn" or "proportional", and the fields of :class:`LinearScaling`,
+            :class:`YarnScaling` or :class:`ProportionalScaling`; or None for none.
 
     Raises:
         TypeError: a key that does not exist, or a value of the wrong type.

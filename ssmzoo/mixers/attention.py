@@ -15,10 +15,9 @@ from ssmzoo.cache.hidden import HiddenCache, PagedHiddenCache, fold, unfold
 from ssmzoo.linear import Linear, is_plain
 from ssmzoo.mixer import Mixer
 from ssmzoo.mixers._alibi import alibi_slopes
-from ssmzoo.mixers._attention_options import check_hidden, heads, rotary_dim
+from ssmzoo.mixers._attention_options import check_hidden, heads, norms_of, rotary_dim
 from ssmzoo.mixers._convolution import convolve
 from ssmzoo.mixers._rope import rotary_angles, rotate, scaling_of
-from ssmzoo.norm import RMSNorm
 from ssmzoo.registry import register_mixer
 from ssmzoo.state import State
 
@@ -43,11 +42,14 @@ class Attention(Mixer):
         rope: rotary position embedding (arXiv 2104.09864), in the rotate-half form.
         rope_base: its base.
         rope_dim: leading channels of each head that it turns; all if None.
-        rope_scaling: ``{"rope_type": "linear", "factor": …}`` or ``{"rope_type": "yarn", …}``, with the fields of
+        rope_scaling: ``{"rope_type": "linear", "factor": …}``, or of type "yarn" or "proportional", with the fields of
             :mod:`ssmzoo.mixers._rope`. As in transformers, YaRN's temperature is in the cosines and sines alone.
         window: how many tokens a token sees, itself included; with ``bidirectional`` that many on each
             side. All if None.
-        qk_norm: RMSNorm with weights over each head's queries and keys, before the rotary embedding.
+        qk_norm: RMSNorm with weights over each head's queries and keys, before the rotary embedding; ``"centred"``
+            with weights 1 + w, as in Qwen3-Next; ``"whole"`` over all heads' channels together, as in OLMo 2 (arXiv
+            2501.00656).
+        qk_norm_eps: added to its mean of squares.
         bias: biases on the projections to queries, keys and values, and to the gate.
         out_bias: a bias on the output projection.
         scale: of the products of queries and keys; 1/√head_dim if None.
@@ -98,7 +100,8 @@ class Attention(Mixer):
         rope_dim: int | None = None,
         rope_scaling: dict[str, Any] | None = None,
         window: int | None = None,
-        qk_norm: bool = False,
+        qk_norm: bool | Literal["centred", "whole"] = False,
+        qk_norm_eps: float = 1e-5,
         bias: bool = False,
         out_bias: bool = False,
         scale: float | None = None,
@@ -120,7 +123,6 @@ class Attention(Mixer):
         self.rope_dim = rotary_dim(rope, rope_dim, rope_base, rope_scaling, head_dim)
         if softcap < 0:
             raise ValueError(f"Attention: `softcap` must be positive, or 0 for none; got {softcap}")
-
         if alibi and rope:
             raise ValueError("Attention: `alibi` takes the place of the rotary embedding; give rope=False with it")
         if d_conv < 0:
@@ -132,7 +134,7 @@ class Attention(Mixer):
             self.cache_class = HiddenCache if page_size is None else PagedHiddenCache
             check_hidden(
                 rope=rope,
-                qk_norm=qk_norm,
+                qk_norm=bool(qk_norm),
                 d_conv=d_conv,
                 bidirectional=bidirectional,
                 bias=bias,
@@ -149,8 +151,8 @@ class Attention(Mixer):
         self.k_proj = Linear(d_model, n_kv_heads * head_dim, bias=bias)
         self.v_proj = Linear(d_model, n_kv_heads * head_dim, bias=bias)
         self.out_proj = Linear(n_heads * head_dim, d_model, bias=out_bias)
-        self.q_norm = RMSNorm(head_dim) if qk_norm else None
-        self.k_norm = RMSNorm(head_dim) if qk_norm else None
+        self.qk_norm = qk_norm
+        self.q_norm, self.k_norm = norms_of(qk_norm, head_dim, (n_heads, n_kv_heads), qk_norm_eps)
         self.gate_proj = None
         if gate is not None:
             self.gate_proj = Linear(d_model, n_heads * (head_dim if gate == "elementwise" else 1), bias=bias)
@@ -240,8 +242,10 @@ class Attention(Mixer):
             widths = [q.shape[-1], k.shape[-1], v.shape[-1]]
             qkv, conv = convolve(self.conv1d, torch.cat([q, k, v], dim=-1), self.d_conv, None, conv, cu_seqlens)
             q, k, v = qkv.split(widths, dim=-1)
+        if self.q_norm is not None and self.k_norm is not None and self.qk_norm == "whole":
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
-        if self.q_norm is not None and self.k_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None and self.qk_norm != "whole":
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope_dim is not None:
             cos, sin = rotary_angles(positions, self.rope_dim, self.rope_base, precision(x), self.scaling)

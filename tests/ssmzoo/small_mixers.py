@@ -6,6 +6,7 @@ SMALL = {
     "mamba2": {"d_state": 3, "headdim": 8, "ngroups": 2},
     "mamba3": {"d_state": 4, "headdim": 8, "ngroups": 2},
     "rglru": {"n_heads": 2},
+    "short_conv": {},
     "attention": HEADS,
     "mla": {"n_heads": 2, "kv_lora_rank": 4},
     "longformer": HEADS | {"window": 4},

@@ -21,6 +21,8 @@ SETTINGS = {
     "window": {"window": 5, "n_kv_heads": 1},
     "window of one": {"window": 1},
     "qk_norm": {"qk_norm": True},
+    "qk_norm over all heads": {"qk_norm": "whole", "n_kv_heads": 2},
+    "qk_norm of 1 + w": {"qk_norm": "centred", "qk_norm_eps": 1e-3},
     "partial rope": {"rope_dim": 4, "bias": True, "out_bias": True},
     "no rope": {"rope": False},
     "softcap": {"softcap": 1.5},

@@ -96,7 +96,7 @@ def test_no_scaling():
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"factor": 2.0}, ValueError, "must name its `rope_type`, one of linear, yarn; got"),
+        ({"factor": 2.0}, ValueError, "must name its `rope_type`, one of linear, yarn, proportional; got"),
         ({"rope_type": "yarm"}, ValueError, "unknown `rope_type` of `rope_scaling`: 'yarm'. Did you mean 'yarn'"),
         ({"rope_type": 3}, ValueError, "unknown `rope_type` of `rope_scaling`: '3'"),
         ({"rope_type": "linear"}, ValueError, "`rope_scaling` of type 'linear' needs `factor`; got {}"),
@@ -114,6 +114,7 @@ def test_no_scaling():
         ({**YARN, "mscale_all_dim": 1.0}, ValueError, "`mscale_all_dim` needs `mscale`"),
         ({**YARN, "mscale": -1.0, "mscale_all_dim": 1.0}, ValueError, "`mscale` must be above 0; got -1.0"),
         ({**YARN, "attention_factor": 0.0}, ValueError, "`attention_factor` must be above 0; got 0.0"),
+        ({"rope_type": "proportional", "partial_rotary_factor": 1.5}, ValueError, "must be from 0 to 1; got 1.5"),
         ({**YARN, "truncate": 1}, TypeError, "option `truncate` of .* must be bool; got 1"),
     ],
 )

@@ -162,6 +162,24 @@ MODELS["zamba2"] = (
     ZAMBA2 | {"num_mem_blocks": 2, "use_shared_attention_adapter": True, "use_mem_rope": True, "mamba_ngroups": 3},
 )
 MODELS["zamba2 with less"] = ("Zamba2", ZAMBA2)
+LFM = {
+    "vocab_size": 50,
+    "hidden_size": 24,
+    "intermediate_size": 30,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "norm_eps": 1e-3,
+}
+CONVOLUTIONS = {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}
+MODELS["lfm2"] = ("Lfm2", LFM | CONVOLUTIONS | {"conv_bias": False, "block_multiple_of": 14})
+MODELS["lfm2_moe"] = (
+    "Lfm2Moe",
+    LFM
+    | CONVOLUTIONS
+    | {"num_dense_layers": 1, "num_experts": 5, "moe_intermediate_size": 14, "routed_scaling_factor": 1.5},
+)
+NO_TOKENS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+MODELS["lfm3"] = ("Lfm3", LFM | {"num_hidden_layers": 5, "head_dim": 12, "sliding_window": 4} | NO_TOKENS)
 PADS_CLEANLY = sorted(set(MODELS) - {"recurrent_gemma"})  # whose padding enters the recurrence
 
 
@@ -308,6 +326,26 @@ PUBLISHED = {
         },
     ),
 }
+
+LFM2 = {
+    "hidden_size": 1024,
+    "intermediate_size": 6656,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "full_attn_idxs": [2, 5, 8, 10, 12, 14],
+}
+PUBLISHED["lfm2-350m"] = ("Lfm2", LFM2)
+PUBLISHED["lfm2-700m"] = ("Lfm2", LFM2 | {"hidden_size": 1536, "intermediate_size": 10240, "num_attention_heads": 24})
+PUBLISHED["lfm2-1.2b"] = ("Lfm2", LFM2 | {"hidden_size": 2048, "intermediate_size": 12288, "num_attention_heads": 32})
+LFM2_MOE_ATTENTION = (2, 6, 10, 14, 18, 21)
+PUBLISHED["lfm2-8b-a1b"] = (
+    "Lfm2Moe",
+    {
+        "num_hidden_layers": 24,
+        "layer_types": ["full_attention" if i in LFM2_MOE_ATTENTION else "conv" for i in range(24)],
+    },
+)
+PUBLISHED["lfm3-1.7b"] = ("Lfm3", {})
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -1,0 +1,43 @@
+"""What Liquid AI's families have in common: gated short convolutions beside attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ssmzoo.checkpoints.families._common import ENDS, LAYER, attention_options, attention_rules, rope_options
+from ssmzoo.checkpoints.renaming import Rule
+
+RULES: list[Rule] = [
+    (r"(?:model\.)?embedding_norm\.weight", "norm_f.weight"),
+    *ENDS,
+    (rf"{LAYER}operator_norm\.weight", r"layers.\1.norm.weight"),
+    (rf"{LAYER}ffn_norm\.weight", r"layers.\1.norm2.weight"),
+    (rf"{LAYER}conv\.((?:conv|in_proj|out_proj)\.(?:weight|bias))", r"layers.\1.mixer.\2"),
+    *attention_rules("self_attn", "mixer"),
+    (rf"{LAYER}self_attn\.out_proj\.weight", r"layers.\1.mixer.out_proj.weight"),
+    (rf"{LAYER}self_attn\.([qk])_(?:layer)?norm\.weight", r"layers.\1.mixer.\2_norm.weight"),
+    (rf"{LAYER}feed_forward\.w1\.weight", r"layers.\1.mlp.fc1.weight[0]"),
+    (rf"{LAYER}feed_forward\.w3\.weight", r"layers.\1.mlp.fc1.weight[1]"),
+    (rf"{LAYER}feed_forward\.w2\.weight", r"layers.\1.mlp.fc2.weight"),
+]
+
+
+def config_of(given: Mapping[str, Any], d_conv: int) -> dict[str, Any]:
+    """Values of our config but for the MLPs; ``d_conv`` is the family's default."""
+    eps = given.get("norm_eps", given.get("rms_norm_eps", 1e-5))
+    attention = attention_options(given)
+    return {
+        "d_model": given["hidden_size"],
+        "n_layers": given["num_hidden_layers"],
+        "pattern": [
+            {"conv": "short_conv", "full_attention": "attention"}.get(kind, kind) for kind in given["layer_types"]
+        ],
+        "mixers": {
+            "short_conv": {"d_conv": given.get("conv_L_cache", d_conv), "bias": given.get("conv_bias", False)},
+            "attention": attention | rope_options(given, attention["head_dim"]) | {"qk_norm": True, "qk_norm_eps": eps},
+        },
+        "vocab_size": given["vocab_size"],
+        "norm_eps": eps,
+        "tie_embeddings": given.get("tie_word_embeddings", True),
+    }

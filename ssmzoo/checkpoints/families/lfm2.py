@@ -1,0 +1,21 @@
+"""LFM2 (Liquid AI 2025, arXiv 2511.23404): gated short convolutions, and attention in a few layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ssmzoo.checkpoints.families._lfm import RULES, config_of
+
+__all__ = ["NAME", "RULES", "config"]
+
+NAME = "LFM2"
+
+
+def config(given: Mapping[str, Any]) -> dict[str, Any]:
+    inside = given["intermediate_size"]
+    if given.get("block_auto_adjust_ff_dim", True):
+        multiple = given.get("block_multiple_of", 256)
+        inside = int(given.get("block_ffn_dim_multiplier", 1.0) * int(2 * inside / 3))
+        inside = -(-inside // multiple) * multiple
+    return config_of(given, d_conv=3) | {"mlp": {"kind": "swiglu", "d_intermediate": inside}}

@@ -13,6 +13,7 @@ from ssmzoo.block import Block
 from ssmzoo.config import ModelConfig
 from ssmzoo.feed import SharedBlock
 from ssmzoo.linear import Linear
+from ssmzoo.lower_bounds import LowerBounds, bounded
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def footprint(config: ModelConfig) -> Footprint:
         alike.setdefault((config.entry_of_layer(i), mlp), []).append(i)
     shared: set[str] = set()  # those counted
     fed: set[str] = set()
+    bounds: set[int] = set()
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             total = _ends(config)
@@ -64,6 +66,9 @@ def footprint(config: ModelConfig) -> Footprint:
                 if config.mixers.get(entry, {}).get("shared"):
                     total += mixer * ((entry not in shared) - len(layers))
                     shared.add(entry)
+                bounds |= {m.n_gates for _, m in bounded([block.mixer])} if config.n_layers > 1 else set()
+            for gates in bounds:
+                total += _size(LowerBounds(config.n_layers, gates))
     except (RuntimeError, OverflowError) as error:
         if "overflow" not in str(error).lower() and "too large" not in str(error).lower():
             raise

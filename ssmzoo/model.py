@@ -15,6 +15,7 @@ from ssmzoo.config import ModelConfig
 from ssmzoo.feed import SharedBlock
 from ssmzoo.generate import generate
 from ssmzoo.linear import Linear, arrives_later, computes_on
+from ssmzoo.lower_bounds import share_lower_bounds
 from ssmzoo.mixer import Mixer
 from ssmzoo.norm import NORMS
 from ssmzoo.state import State
@@ -56,6 +57,7 @@ class SequenceModel(KeepsTies):
                 shared[entry] = entry_mixer(config, entry)
             feed = config.feed_of_layer(i)
             self.layers.append(Block(config, i, shared.get(entry), None if feed is None else feeds[feed]))
+        share_lower_bounds([block.mixer for block in self.blocks])
         self.embedding_scale, self.logit_multiplier = config.embedding_scale, config.logit_multiplier
         self.norm_f = NORMS[config.norm](config.d_model, eps=config.norm_eps)
         width = {"tokens": config.padded_vocab_size, "classes": config.n_classes, "features": config.d_output}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ssmzoo.block import Block, entry_mixer
 from ssmzoo.config import ModelConfig
+from ssmzoo.lower_bounds import share_lower_bounds
 from ssmzoo.mixer import Mixer
 from ssmzoo.model import SequenceModel
 
@@ -62,6 +63,7 @@ def swap_mixers(model: SequenceModel, swaps: Mapping[str, str | Mapping[str, Any
             made[i] = _fresh(config, entry, like=model.blocks[i])
     for i, mixer in made.items():
         model.layers[i].mixer = mixer
+    share_lower_bounds([block.mixer for block in model.blocks])
     model.config = config
     return model
 

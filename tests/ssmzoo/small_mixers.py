@@ -19,6 +19,7 @@ SMALL = {
     "channel": {"mlp": {"kind": "swiglu", "d_intermediate": 12}},
     "mingru": {"expansion_factor": 1.5},
     "minlstm": {"expansion_factor": 1.5},
+    "hgrn": {"expand_ratio": 1.5},
     "lru": {"d_hidden": 6},
     "s5": {"d_state": 8, "blocks": 2},
     "lstm": {},

@@ -80,6 +80,8 @@ SETTINGS = [
     ("dynamicconv", {"kernel_size": 4, "bidirectional": True, "n_heads": 64}),
     ("mingru", {"expansion_factor": 0.75, "positive": False, "bias": True}),
     ("minlstm", {"proj_out": True, "normalize": False, "forget_bias": 2.0, "bias": True}),
+    ("hgrn", {"expand_ratio": 1.5, "use_short_conv": True, "conv_bias": True, "complex_state": True, "d_conv": 3}),
+    ("hgrn", {"complex_state": True, "norm": "layer", "bias": True, "bidirectional": True}),
     ("lru", {"d_hidden": 5, "r_min": 0.5, "bidirectional": True, "activation": "gelu"}),
     ("s5", {"d_state": 12, "blocks": 3, "conj_sym": False, "discretization": "bilinear", "activation": "half_glu2"}),
     ("s5", {"d_state": 8, "blocks": 1, "bidirectional": True, "C_init": "complex_normal", "clip_eigs": True}),

@@ -32,6 +32,8 @@ CASES = [
     ("channel", {"mlp": {"kind": "moe", "n_experts": 4, "shared_intermediate": 6, "d_latent": 5}}),
     ("mingru", {"expansion_factor": 1.5, "bias": True}),
     ("minlstm", {"expansion_factor": 1.5}),
+    ("hgrn", {"expand_ratio": 1.5, "use_short_conv": True}),
+    ("hgrn", {"complex_state": True, "norm": "layer", "bias": True}),
     ("lru", {"d_hidden": 6}),
     ("s5", {"d_state": 8, "blocks": 2, "activation": "full_glu"}),
     ("lstm", {}),

@@ -117,7 +117,7 @@ def _of_op(op: str, plan: Plan) -> Iterator[tuple[list[Measurement], Contest | N
     spec, setting = spec_of(op), setting_of(op)
     case = real_use(spec, setting, plan)
     rows = checked_rows(spec, setting, case)
-    chosen = explain(op, **make(spec, setting, case, plan.dtype, plan.device)).chosen
+    chosen = explain(spec.function(), **make(spec, setting, case, plan.dtype, plan.device)).chosen
     why = fails(op, chosen, rows, plan)
     if why:
         yield [refusal(KIND, op, chosen, "ours", why, plan)], None

@@ -49,6 +49,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"l": 3, "h": 2, "g": 1, "p": 2, "n": 3, "a": 1, "r": 2},
         {"b": 1, "l": 21, "h": 1, "g": 1, "p": 2, "n": 2, "a": 1, "packed": True},
     ],
+    "mlstm": [{"l": 3, "h": 1, "k": 2, "v": 3}, {"b": 1, "l": 21, "h": 1, "k": 2, "v": 2, "packed": True}],
     "rms_norm": [
         {"shape": (2, 3, 4)},
         {"shape": (2, 3, 4), "before": False, "group_size": 2},
@@ -72,6 +73,7 @@ MAY_REFUSE = {("attention", "sdpa"), ("decode_attention", "sdpa")}
 PYTORCH_S = {
     ("ssd", "tiled"),
     ("mamba3_scan", "tiled"),
+    ("mlstm", "tiled"),
     ("dplr_kernel", "tiled"),
     ("dplr_kernel", "cauchy"),
     ("diagonal_kernel", "tiled"),
@@ -85,7 +87,7 @@ def _able() -> list[Any]:
         if not spec_of(op).differentiable:
             continue
         for row in ROWS[op]:
-            able = explain(op, **with_gradients(_inputs(op, row))).able
+            able = explain(spec_of(op).function(), **with_gradients(_inputs(op, row))).able
             found += [pytest.param(op, name, row, id=f"{op}-{name}-{row}") for name in able]
     return found
 
@@ -144,12 +146,12 @@ import sys
 import torch
 sys.path.insert(0, {os.path.dirname(__file__)!r})
 from ssmkernels import OPS
-from test_double_backward import ROWS, _inputs, _second, explain, with_gradients
+from test_double_backward import ROWS, _inputs, _second, explain, spec_of, with_gradients
 
 checked = set()
 for op, rows in ROWS.items():
     for row in rows:
-        if "triton" in explain(op, **with_gradients(_inputs(op, row, torch.float32))).able:
+        if "triton" in explain(spec_of(op).function(), **with_gradients(_inputs(op, row, torch.float32))).able:
             key = tuple(row.items())
             found, wanted = _second(op, "triton", key, torch.float32), _second(op, "reference", key)
             for name, value in found.items():

@@ -14,18 +14,21 @@ ROWS = {
     "ssd": [{"l": 70}, {"l": 40, "chunk": 16}],
     "linear_recurrence": [{"l": 40}, {"l": 40, "log": True}, {"l": 40, "complex": True, "decay": "complex"}],
     "mamba3_scan": [{"l": 70, "h": 2, "g": 1}, {"l": 20, "r": 2, "chunk": 16}],
+    "mlstm": [{"l": 70, "h": 2}],
     "causal_conv1d": [{"l": 40}],
 }
 
 
 # Their matrix products bring 0 · NaN to earlier tokens of a chunk; docs/ssd.md says so.
-SPREADS = {("ssd", "tiled"), ("mamba3_scan", "tiled")}
+SPREADS = {("ssd", "tiled"), ("mamba3_scan", "tiled"), ("mlstm", "tiled")}
 
 
 def cases():
     for op, rows in ROWS.items():
         for row in rows:
-            able = explain(op, **spec_of(op).inputs(spec_of(op).case(row), torch.float32, "cpu", 0)).able
+            able = explain(
+                spec_of(op).function(), **spec_of(op).inputs(spec_of(op).case(row), torch.float32, "cpu", 0)
+            ).able
             for implementation in [name for name in able if (op, name) not in SPREADS]:
                 yield pytest.param(op, row, implementation, id=f"{op}-{implementation}-{row}")
 

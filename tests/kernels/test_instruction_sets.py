@@ -40,6 +40,8 @@ for op, dtypes, cases in (
     ("ssd_step", halves, [dict(p=7, n=5), dict(p=33, n=17, D="hp"), dict(p=1, n=1)]),
     ("mamba3_scan", both, rotated),
     ("mamba3_scan_step", both, [dict(p=7, n=5), dict(p=33, n=17, a=8, r=2, interleaved=False)]),
+    ("mlstm", both, [dict(l=67, h=9, k=7, v=5), dict(packed=True, b=1, l=21), dict(k=33, v=17, h=1)]),
+    ("mlstm_step", halves, [dict(h=9, k=7, v=5), dict(k=33, v=17)]),
     ("linear_recurrence", halves, recurrences),
     ("causal_conv1d", halves, convolutions),
     ("causal_conv1d_step", halves, [dict(w=1), dict(w=4, d=37), dict(w=6)]),
@@ -52,7 +54,14 @@ for op, dtypes, cases in (
 
 @pytest.mark.slow
 @pytest.mark.op(
-    "selective_scan", "ssd", "mamba3_scan", "linear_recurrence", "causal_conv1d", "diagonal_kernel", "dplr_kernel"
+    "selective_scan",
+    "ssd",
+    "mamba3_scan",
+    "mlstm",
+    "linear_recurrence",
+    "causal_conv1d",
+    "diagonal_kernel",
+    "dplr_kernel",
 )
 @pytest.mark.skipif(native.missing() is not None, reason=f"needs the native library: {native.missing()}")
 @pytest.mark.parametrize("isa", native.info().get("isas", []))

@@ -54,6 +54,8 @@ cases_of = {
     "ssd_step": [dict(h=3, p=7, n=5, g=1), dict(p=33, n=17, D="hp")],
     "mamba3_scan": rotated,
     "mamba3_scan_step": [dict(h=3, p=7, n=5, g=1), dict(p=33, n=17, a=5, r=3, interleaved=False)],
+    "mlstm": [dict(b=1, l=67, h=9, k=7, v=5), dict(b=1, packed=True, l=150, k=1, v=1), dict(l=0), dict(k=33, v=17)],
+    "mlstm_step": [dict(h=9, k=7, v=5), dict(k=33, v=17)],
     "linear_recurrence": recurrences,
     "linear_recurrence_step": [dict(d=261), dict(complex=True, decay="complex", d=133, log=True)],
     "causal_conv1d": convolutions,
@@ -88,7 +90,7 @@ for op, cases in cases_of.items():
         for dtype in dtypes:
             for gradients, prepared in ((False, dict), (True, with_gradients))[: 1 + spec.differentiable]:
                 arguments = spec.inputs(case, dtype, "cpu", 0)
-                if "cpu" in explain(op, **prepared(arguments)).able:
+                if "cpu" in explain(spec.function(), **prepared(arguments)).able:
                     run(spec, "cpu", arguments, gradients=gradients, poison=False)
                     called += 1
     assert called >= len(dtypes) * len(cases), (op, called)

@@ -47,7 +47,7 @@ def rows(draw, spec):
 def refusal(spec, arguments):
     """The error that a call raises before anything runs, which must name an argument of the function; or None."""
     try:
-        explain(spec.op, **arguments)
+        explain(spec.function(), **arguments)
     except (ValueError, TypeError) as error:
         message = str(error)
         names = set(inspect.signature(spec.function()).parameters)

@@ -28,7 +28,7 @@ def _wanting_a_gradient(state: Tensor) -> Tensor:
 
 def _cases(op: str) -> list[str | None]:
     arguments = spec_of(op).inputs(spec_of(op).case({}), torch.float32, "cpu", 0)
-    return [None, *explain(op, **arguments).able]
+    return [None, *explain(spec_of(op).function(), **arguments).able]
 
 
 @pytest.mark.parametrize("make", [_negated, _expanded, _wanting_a_gradient])

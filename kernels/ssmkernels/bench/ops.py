@@ -66,7 +66,7 @@ def _one_case(spec: Spec, setting: Setting, case: Case, plan: Plan) -> Iterator[
     arguments = make(spec, setting, case, plan.dtype, plan.device)
     rows = checked_rows(spec, setting, case)
     admitted: Admitted = []
-    for name in explain(op, **arguments).able:
+    for name in explain(spec.function(), **arguments).able:
         if name == "reference" and admitted:
             continue
         why = fails(op, name, rows, plan)

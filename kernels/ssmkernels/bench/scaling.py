@@ -52,7 +52,7 @@ def scale_op(op: str, plan: Plan) -> Iterator[list[Measurement]]:
     if not names:
         yield [refusal(KIND, op, "ssmzoo", "ours", "it has no length", plan)]
         return
-    name = explain(op, **make(spec, setting, case, plan.dtype, plan.device)).chosen
+    name = explain(spec.function(), **make(spec, setting, case, plan.dtype, plan.device)).chosen
     why = fails(op, name, checked_rows(spec, setting, case), plan)
     if why:
         yield [refusal(KIND, op, name, "ours", why, plan)]

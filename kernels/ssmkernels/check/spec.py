@@ -105,8 +105,9 @@ class Spec:
         }
 
     def function(self) -> Callable[..., Any]:
-        """The public function."""
-        return getattr(importlib.import_module(OPS[self.op].package), self.op)
+        """The public function; where it takes tuples of tensors, the one within it that takes each tensor by itself."""
+        public = getattr(importlib.import_module(OPS[self.op].package), self.op)
+        return getattr(public, "unbundled", public)
 
     def bytes(self, case: Case, dtype: torch.dtype) -> float:
         """The least bytes of a forward pass: every argument read once, every result written once."""

@@ -171,7 +171,7 @@ class Examination:
         arguments = self.inputs()
         if not isinstance(self.implementation, str):
             return ""
-        explanation = explain(self.spec.op, **(with_gradients(arguments) if gradients else arguments))
+        explanation = explain(self.spec.function(), **(with_gradients(arguments) if gradients else arguments))
         return "" if self.implementation in explanation.able else explanation.reasons[self.implementation]
 
     def _run(self, arguments: Mapping[str, Any], gradients: bool, **how: Any) -> Results:

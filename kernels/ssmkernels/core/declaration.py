@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ssmkernels.core.bundles import Bundles, unbundled
 from ssmkernels.core.shapes import expanded, learn, size_of
 from ssmkernels.core.validate import precision
 
@@ -54,7 +55,7 @@ class Declaration:
 
     Attributes:
         name: of the op.
-        signature: of the public function.
+        signature: of the public function, with each tensor of a tuple by itself (:mod:`ssmkernels.core.bundles`).
         annotations: parameter → its type, for all parameters.
         shapes: tensor argument → its shape in letters, in the order in which they are checked.
         leader: the first of these; its dtype and device are those of the call.
@@ -74,9 +75,10 @@ class Declaration:
         returns: Mapping[str, str],
         takes: str | None,
         mutates: tuple[str, ...],
+        bundles: Bundles | None = None,
     ):
         self.name = function.__name__
-        self.signature = inspect.signature(function)
+        self.signature = unbundled(inspect.signature(function), bundles or {})
         self.annotations = {p.name: _kind(p.annotation) for p in self.signature.parameters.values()}
         self.shapes = dict(shapes)
         self.leader = next(iter(shapes))

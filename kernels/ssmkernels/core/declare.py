@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import torch
 
 from ssmkernels.core.binding import Binder
+from ssmkernels.core.bundles import Bundles, bundled
 from ssmkernels.core.declaration import Declaration
 from ssmkernels.core.dispatch import Op
 from ssmkernels.core.once import once
@@ -65,6 +66,7 @@ def op(
     takes: str | None = None,
     lower: Callable[..., dict[str, Any]] | None = None,
     step: bool = False,
+    bundles: Bundles | None = None,
 ) -> Callable[[F], F]:
     """Makes an op of the function under it, whose docstring and signature are what users see.
 
@@ -89,10 +91,13 @@ def op(
         lower: takes the public arguments by name, returns what implementations take; may look at values.
         step: whether the op is one token of another in the same folder; its implementations are in modules
             ``<implementation>_step``, and its reference follows from the other's.
+        bundles: parameter, or tuple of results → the tensors in it (:mod:`ssmkernels.core.bundles`), which all other
+            words here name one by one.
     """
+    bundles = bundles or {}
 
     def decorate(function: F) -> F:
-        declared = Declaration(function, shapes, returns, takes, mutates)
+        declared = Declaration(function, shapes, returns, takes, mutates, bundles)
         run = Op(declared, function.__module__, implementations, step)
         declared.dtypes = {
             name: words
@@ -129,7 +134,8 @@ def op(
             results = run(implementation, arguments)
             return results if single else declared.select(results, given)
 
-        return call  # type: ignore[return-value]
+        call.__signature__ = declared.signature  # type: ignore[attr-defined]
+        return bundled(declared.name, function, call, bundles) if bundles else call  # type: ignore[return-value]
 
     return decorate
 

@@ -39,6 +39,10 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"l": 6, "d": 2, "l_k": 4, "l_r": 3, "gate": True},
         {"b": 1, "l": 21, "d": 2, "packed": True, "l_k": 4, "gate": True},
     ],
+    "linear_attention": [
+        {"l": 4, "h": 2, "g": 1, "k": 2, "v": 2},
+        {"b": 1, "l": 21, "h": 2, "g": 1, "k": 2, "v": 2, "bonus": True, "decay": "token", "packed": True},
+    ],
     "linear_recurrence": [
         {"l": 4, "d": 2},
         {"l": 4, "d": 2, "fixed": True, "log": True},
@@ -72,6 +76,7 @@ MAY_REFUSE = {("attention", "sdpa"), ("decode_attention", "sdpa")}
 # Their backward passes are PyTorch's formulas, which follow the autocast that they run in as everywhere.
 PYTORCH_S = {
     ("ssd", "tiled"),
+    ("linear_attention", "tiled"),
     ("mamba3_scan", "tiled"),
     ("mlstm", "tiled"),
     ("dplr_kernel", "tiled"),

@@ -32,6 +32,8 @@ duals = [dict(b=1, l=67, h=5, p=7, n=5, g=1), dict(p=33, n=17, D="hp"), dict(pac
 duals += [dict(chunk=16, l=50)]
 rotated = [dict(b=1, l=40, h=1, p=7, n=5, g=1, chunk=16), dict(l=9, r=2, p=17, n=17, a=8, interleaved=False)]
 recurrences = [dict(d=37), dict(log=True, d=261), dict(fixed=True), dict(complex=True, decay="complex")]
+attentions = [dict(b=1, l=67, h=2, g=1, k=7, v=5), dict(k=17, v=33, bonus=True), dict(packed=True, b=1, l=21)]
+attentions += [dict(decay="token", off=0.3), dict(decay="head")]
 for op, dtypes, cases in (
     ("selective_scan", single, [dict(b=1, l=9, d=5, n=n, complex=n % 2 == 1) for n in states]),
     ("selective_scan", halves, scans),
@@ -42,6 +44,8 @@ for op, dtypes, cases in (
     ("mamba3_scan_step", both, [dict(p=7, n=5), dict(p=33, n=17, a=8, r=2, interleaved=False)]),
     ("mlstm", both, [dict(l=67, h=9, k=7, v=5), dict(packed=True, b=1, l=21), dict(k=33, v=17, h=1)]),
     ("mlstm_step", halves, [dict(h=9, k=7, v=5), dict(k=33, v=17)]),
+    ("linear_attention", halves, attentions),
+    ("linear_attention_step", halves, [dict(k=7, v=5), dict(k=17, v=33, bonus=True), dict(k=1, v=1, decay="head")]),
     ("linear_recurrence", halves, recurrences),
     ("causal_conv1d", halves, convolutions),
     ("causal_conv1d_step", halves, [dict(w=1), dict(w=4, d=37), dict(w=6)]),
@@ -58,6 +62,7 @@ for op, dtypes, cases in (
     "ssd",
     "mamba3_scan",
     "mlstm",
+    "linear_attention",
     "linear_recurrence",
     "causal_conv1d",
     "diagonal_kernel",

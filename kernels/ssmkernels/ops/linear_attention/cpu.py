@@ -1,0 +1,40 @@
+"""Linear attention in the native CPU library: what it can run, and its forward pass (``cpu.cpp``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ssmkernels import native
+from ssmkernels.core.memory import large_pages
+from ssmkernels.core.validate import precision
+from ssmkernels.native import missing, wrong_device
+from ssmkernels.ops.linear_attention.cpu_arguments import chunks, values
+from ssmkernels.ops.linear_attention.cpu_backward import backward
+
+__all__ = ["SAVES", "backward", "empty", "forward", "missing", "unsupported"]
+
+SAVES = ("starts",)  # the states before the chunks, (chunks h k v)
+
+
+def unsupported(a: Any) -> str | None:
+    sizes = (*a.v.shape[-2:], a.k.shape[-1])
+    return wrong_device(a) or ("no heads or channels" if 0 in sizes else None)
+
+
+def forward(a: Any, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    o, final_state, starts = empty(a, save)
+    large_pages(o, starts)
+    fields, _kept = values(a, starts if save else None)
+    fields |= {"o": o.data_ptr(), "final_state": final_state.data_ptr()}
+    native.run("linear_attention", fields)
+    return o, final_state, starts
+
+
+def empty(a: Any, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    o, final_state = a.declared.outputs(a)
+    shape = (chunks(a) if save else 0, *final_state.shape[1:])
+    # Packed, some chunks belong to no sequence
+    starts = a.q.new_zeros if save and a.cu_seqlens is not None else a.q.new_empty
+    return o, final_state, starts(shape, dtype=precision(a.q))

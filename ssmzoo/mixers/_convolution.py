@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, cast
 
 import torch.nn.functional as F
@@ -54,3 +55,25 @@ def convolve(
     inputs = places.spread(x, state)
     y = places.gather(conv1d(inputs.mT).mT)
     return F.silu(y) if activation == "silu" else y, places.last(inputs)
+
+
+def depthwise(channels: int, width: int, bias: bool) -> nn.Conv1d:
+    """A convolution of each channel on its own, which holds its weights under their published names."""
+    return nn.Conv1d(channels, channels, width, groups=channels, bias=bias)
+
+
+def convolve_each(
+    convs: Sequence[nn.Module],
+    inputs: Sequence[Tensor],
+    width: int,
+    activation: Literal["silu"] | None,
+    states: Sequence[Tensor] | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """:func:`convolve` for several inputs with a convolution each: as many ``(b, l, d)``, and the states after."""
+    before = [None] * len(inputs) if states is None else states
+    found = [
+        convolve(conv, x, width, activation, state, cu_seqlens)
+        for conv, x, state in zip(convs, inputs, before, strict=True)
+    ]
+    return [y for y, _ in found], [state for _, state in found]

@@ -24,6 +24,8 @@ SMALL = {
     "s5": {"d_state": 8, "blocks": 2},
     "lstm": {},
     "gru": {},
+    "retnet": {"n_heads": 2},
+    "gla": {"n_heads": 2, "gate_low_rank_dim": 3},
     "s4": {"d_state": 4},
     "s4d": {"d_state": 4},
 }

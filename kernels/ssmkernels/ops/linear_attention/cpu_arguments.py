@@ -70,7 +70,6 @@ def values(a: Any, starts: Tensor | None) -> tuple[dict[str, float], list[Any]]:
         **kinds(decay, 2),
     }
     for name, t in (("q", q), ("k", k), ("v", v), ("decay", decay)):
-        timed = t is not None and t.ndim > 1
-        strides = t.stride()[:3] if timed else (0, 0, 0)
+        strides = (0, 0, 0) if t is None or t.ndim == 1 else t.stride()[:3]
         found |= {f"{name}_{axis}": stride for axis, stride in zip(("batch", "time", "head"), strides, strict=True)}
     return found, list(pointers.values())

@@ -55,7 +55,7 @@ def compute(a: Any) -> tuple[Tensor, Tensor]:
             return torch.where(mask[..., None, None], t[0, index], 0)
 
         # Where g and k are 0, the state stays as it is
-        o, S = _walk(*(padded(t) for t in (q, k, v, g)), bonus, S)
+        o, S = _walk(padded(q), padded(k), padded(v), padded(g), bonus, S)
         o = o[mask][None]
     return o.to(a.q.dtype), S
 

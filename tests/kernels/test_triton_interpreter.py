@@ -120,9 +120,10 @@ FFT = [
     {"gate": True, "layout": "strided", "d": 2, "b": 1},
 ]
 RECURRENCE = [
-    {"l": 9, "d": 70},
+    {"l": 35, "d": 70, "b": 1},  # several chunks
     {"fixed": True, "log": True, "state": False},
-    {"complex": True, "decay": "complex", "log": True, "l": 9},
+    {"complex": True, "decay": "complex", "log": True, "l": 35, "b": 1},
+    {"complex": True, "decay": "complex", "fixed": True, "l": 40, "b": 1, "packed": True},
     {"complex": True, "decay": "complex", "fixed": True},
     {"complex": True, "fixed": True, "layout": "strided"},
     {"b": 1, "packed": True, "l": 21, "log": True, "resets": True},

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ssmkernels.core.names import OPS
-from ssmkernels.core.triton_support import kernels, missing, on_device_of, wrong_device
+from ssmkernels.core.triton_support import missing, on_device_of, wrong_device
+from ssmkernels.ops.linear_recurrence import triton_step
 from ssmkernels.ops.linear_recurrence.saved import SAVES, empty
+from ssmkernels.ops.linear_recurrence.triton_launch import Chunks, contiguous, launch, numbers, strides
 
-__all__ = ["SAVES", "backward", "empty", "forward", "launch", "missing", "offline_cases", "unsupported"]
-
-OPTIONS = {"T": 8, "BLOCK_D": 64, "num_warps": 2}
+__all__ = ["SAVES", "backward", "forward", "missing", "offline_cases", "unsupported"]
 
 
 def unsupported(a: Any) -> str | None:
@@ -29,64 +29,32 @@ def forward(a: Any, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     return h, final_state, states
 
 
-def launch(a: Any, h: Tensor, final_state: Tensor, states: Tensor | None) -> None:
-    """Fills these; the final state may lie where the initial one does."""
-    fields, programs = _fields(a)
-    fields |= {"b": _numbers(a.b), "h": _numbers(h), "final": _numbers(final_state), "states": states}
-    fields |= _strides("b", fields["b"])
-    if programs:
-        with on_device_of(a.b):
-            kernels(__package__).forward[(programs,)](**fields, **OPTIONS)
-
-
 def backward(a: Any, saved: Any, grads: Any) -> dict[str, Any]:
-    fields, programs = _fields(a)
+    call = Chunks(a)
     states = saved.states if saved.states.dtype != a.b.dtype else saved.h
-    fixed, s = a.a.ndim == 1, programs // fields["d_blocks"]
-    da = a.a.new_empty((s, a.b.shape[2]) if fixed else a.b.shape, dtype=_sums(a.a, states) if fixed else a.a.dtype)
-    db, dinitial = a.b.new_empty(a.b.shape), states.new_empty(s, a.b.shape[2])
-    dh = _numbers(grads.h)
-    fields |= {"states": _numbers(states.contiguous()), "dh": dh, **_strides("dh", dh), "FIXED": fixed}
-    fields |= {"dfinal": None if grads.final_state is None else _numbers(grads.final_state.contiguous())}
-    fields |= {"da": _numbers(da), "db": _numbers(db), "dinitial": _numbers(dinitial)}
-    if programs:
-        with on_device_of(a.b):
-            kernels(__package__).backward[(programs,)](**fields, **OPTIONS)
+    fixed, d = a.a.ndim == 1, a.b.shape[2]
+    da = a.a.new_empty((call.count, d) if fixed else a.b.shape, dtype=_sums(a.a, states) if fixed else a.a.dtype)
+    db, dinitial = a.b.new_empty(a.b.shape), states.new_empty(call.sequences, d)
+    dh = numbers(grads.h)
+    with on_device_of(a.b):
+        call.run(
+            "backward",
+            call.count,
+            states=numbers(states.contiguous()),
+            initial=contiguous(a.initial_state),
+            dh=dh,
+            **strides("dh", dh),
+            after=call.carried(dh, contiguous(grads.final_state), states.dtype, reverse=True),
+            da=numbers(da),
+            db=numbers(db),
+            dinitial=numbers(dinitial),
+            FIXED=fixed,
+        )
     return {
         "a": da.sum(0) if fixed else da,
         "b": db,
         "initial_state": None if a.initial_state is None else dinitial,
     }
-
-
-def _fields(a: Any) -> tuple[dict[str, Any], int]:
-    """What both kernels take, and how many programs there are."""
-    decay = _numbers(torch.exp(a.a) if a.log_a and a.a.is_complex() else a.a)
-    s = a.b.shape[0] if a.cu_seqlens is None else a.cu_seqlens.shape[0] - 1
-    blocks = -(-a.b.shape[2] // OPTIONS["BLOCK_D"])
-    fixed = a.a.ndim == 1
-    fields = {
-        "a": decay,
-        "initial": None if a.initial_state is None else _numbers(a.initial_state.contiguous()),
-        "cu_seqlens": a.cu_seqlens,
-        "length": a.b.shape[1],
-        "d_blocks": blocks,
-        "d": a.b.shape[2],
-        "COMPLEX": a.b.is_complex(),
-        "COMPLEX_A": a.a.is_complex(),
-        "LOG": a.log_a,
-    }
-    fields |= {"a_batch": 0, "a_time": 0, "a_d": decay.stride(0)} if fixed else _strides("a", decay)
-    return fields, s * blocks
-
-
-def _numbers(x: Tensor) -> Tensor:
-    """A complex tensor as a real one with an axis more, of real and imaginary part."""
-    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
-
-
-def _strides(name: str, x: Tensor) -> dict[str, int]:
-    return {f"{name}_{axis}": x.stride(i) for i, axis in enumerate(("batch", "time", "d"))}
 
 
 def _sums(a: Tensor, states: Tensor) -> torch.dtype:
@@ -101,14 +69,17 @@ def offline_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         def meta(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
 
-        b, packed = meta(1, 64, 512), option == "packed"
-        a = meta(512, dtype=decay) if option == "fixed" else meta(1, 64, 512, dtype=decay)
+        length, packed = 300 if option else 64, option == "packed"  # several chunks, or one
+        b = meta(1, length, 512)
+        a = meta(512, dtype=decay) if option == "fixed" else meta(1, length, 512, dtype=decay)
         s = 3 if packed else 1
         initial = meta(s, 512, dtype=torch.promote_types(dtype, torch.float32))
         cu_seqlens = meta(4, dtype=torch.int32) if packed else None
         call = OPS["linear_recurrence"].declared.Arguments(a, b, option == "log", initial, cu_seqlens)
         h, final, states = forward(call, True)
         backward(call, SimpleNamespace(h=h, states=states), SimpleNamespace(h=h, final_state=final))
+        Step = OPS["linear_recurrence_step"].declared.Arguments
+        triton_step.forward(Step(initial[:1], a if option == "fixed" else a[:, 0], b[:, 0], option == "log"), False)
 
     for dtype, decay, option in (
         (torch.float32, torch.float32, "log"),

@@ -1,7 +1,11 @@
 """The linear recurrence's Triton kernels.
 
-A program holds the states of ``BLOCK_D`` channels in registers and walks one sequence, ``T`` steps at a time: the
-inputs of all ``T`` are loaded before any of them is used. Steps beyond a sequence's end have a = 1 and b = 0.
+A sequence is cut into chunks of ``SPAN`` steps, so that one long sequence fills a GPU. ``summaries`` finds what each
+chunk makes of the state before it, ``walk`` the state before each chunk, and ``forward`` all states. Backward does the
+same with the gradient of the state, from the end. Sequences of one chunk need the last kernel alone.
+
+A program holds the states of ``BLOCK_D`` channels in registers and walks one chunk, ``T`` steps at a time: the inputs
+of all ``T`` are loaded before any of them is used. Steps beyond a chunk's end have a = 1 and b = 0.
 
 Complex tensors come as real ones of twice as many numbers, real and imaginary parts by turns; strides count numbers.
 With LOG, a holds logarithms; of complex ones the exponentials, as sine and cosine would spill registers. What is
@@ -16,35 +20,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ssmkernels.ops.linear_recurrence.triton_chunk_kernels import summaries, walk
+from ssmkernels.ops.linear_recurrence.triton_pieces import extent, rows
 
-@triton.jit
-def extent(pid, cu_seqlens, length, d_blocks, BLOCK_D: tl.constexpr):
-    """A program's sequence, the batch and the time where it starts, its length, and the channels."""
-    pid = pid.to(tl.int64)
-    sequence, channel = pid // d_blocks, pid % d_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
-    if cu_seqlens is not None:
-        start = tl.load(cu_seqlens + sequence).to(tl.int64)
-        end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
-        return sequence, sequence * 0, start, end - start, channel
-    return sequence, sequence, sequence * 0, sequence * 0 + length, channel
+__all__ = ["backward", "forward", "summaries", "walk"]
 
 
-@triton.jit
-def rows(x, x_time, here, first, steps, other, T: tl.constexpr, WIDE: tl.constexpr):
-    """``T`` rows (BLOCK_D) from step ``first`` on; ``other`` before step 0 and beyond the end."""
-    found = ()
-    for i in tl.static_range(T):
-        t = tl.cast(first, tl.int64) + i
-        found = found + (tl.load(x + t * x_time, mask=here & (t >= 0) & (t < steps), other=other).to(WIDE),)
-    return found
-
-
-@triton.jit(do_not_specialize=["length", "d_blocks"])
+@triton.jit(do_not_specialize=["length", "per_sequence", "d_blocks"])
 def forward(
     a,
     b,
-    initial,
+    before,
     cu_seqlens,
+    owners,
     h,
     states,
     final,
@@ -55,28 +43,35 @@ def forward(
     b_time,
     b_d,
     length,
+    per_sequence,
     d_blocks,
     d,
     COMPLEX: tl.constexpr,
     COMPLEX_A: tl.constexpr,
     LOG: tl.constexpr,
+    SPAN: tl.constexpr,
     T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """h, the final state, and where it is wanted every state in the precision of sums."""
+    """h, the final state, and where it is wanted every state in the precision of sums.
+
+    ``before`` are the states before the chunks; the final state may lie where it does, if each sequence is one chunk.
+    """
     WIDE: tl.constexpr = final.dtype.element_ty
     PARTS: tl.constexpr = 2 if COMPLEX else 1
-    sequence, batch, start, steps, channel = extent(tl.program_id(0), cu_seqlens, length, d_blocks, BLOCK_D)
+    chunk, sequence, batch, start, steps, _, last, channel = extent(
+        tl.program_id(0), cu_seqlens, owners, length, per_sequence, d_blocks, SPAN, BLOCK_D
+    )
     here = channel < d
     a += batch * a_batch + start * a_time + channel * a_d
     b += batch * b_batch + start * b_time + channel * b_d
     out = ((batch * length + start) * d + channel) * PARTS
-    at = (sequence * d + channel) * PARTS
+    at = (chunk * d + channel) * PARTS
     real, imaginary = tl.zeros([BLOCK_D], WIDE), tl.zeros([BLOCK_D], WIDE)
-    if initial is not None:
-        real += tl.load(initial + at, mask=here, other=0.0)
+    if before is not None:
+        real += tl.load(before + at, mask=here, other=0.0)
         if COMPLEX:
-            imaginary += tl.load(initial + at + 1, mask=here, other=0.0)
+            imaginary += tl.load(before + at + 1, mask=here, other=0.0)
     for first in range(0, steps, T):
         a_real = rows(a, a_time, here, first, steps, 0.0 if LOG and not COMPLEX_A else 1.0, T, WIDE)
         b_real = rows(b, b_time, here, first, steps, 0.0, T, WIDE)
@@ -105,19 +100,21 @@ def forward(
                 tl.store(states + to, real, mask=inside)
             if COMPLEX:
                 tl.store(h + to + 1, imaginary, mask=inside)
-    tl.store(final + at, real, mask=here)
+    at = (sequence * d + channel) * PARTS
+    tl.store(final + at, real, mask=here & last)
     if COMPLEX:
-        tl.store(final + at + 1, imaginary, mask=here)
+        tl.store(final + at + 1, imaginary, mask=here & last)
 
 
-@triton.jit(do_not_specialize=["length", "d_blocks"])
+@triton.jit(do_not_specialize=["length", "per_sequence", "d_blocks"])
 def backward(
     a,
     states,
     initial,
     cu_seqlens,
+    owners,
     dh,
-    dfinal,
+    after,
     da,
     db,
     dinitial,
@@ -128,43 +125,51 @@ def backward(
     dh_time,
     dh_d,
     length,
+    per_sequence,
     d_blocks,
     d,
     COMPLEX: tl.constexpr,
     COMPLEX_A: tl.constexpr,
     LOG: tl.constexpr,
     FIXED: tl.constexpr,
+    SPAN: tl.constexpr,
     T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """With g_t = dh_t + conj(a_{t+1}) g_{t+1}: db_t = g_t, and da_t = g_t conj(h_{t-1}), times conj(a_t) for log a.
 
-    Of a fixed decay, da is the sum over each sequence.
+    Of a fixed decay, da is the sum over each chunk. ``after`` are the gradients of the states after the chunks.
     """
     WIDE: tl.constexpr = dinitial.dtype.element_ty
     PARTS: tl.constexpr = 2 if COMPLEX else 1
     PARTS_A: tl.constexpr = 2 if COMPLEX_A else 1
-    sequence, batch, start, steps, channel = extent(tl.program_id(0), cu_seqlens, length, d_blocks, BLOCK_D)
+    chunk, sequence, batch, start, steps, begins, _, channel = extent(
+        tl.program_id(0), cu_seqlens, owners, length, per_sequence, d_blocks, SPAN, BLOCK_D
+    )
     here = channel < d
     a += batch * a_batch + start * a_time + channel * a_d
     dh += batch * dh_batch + start * dh_time + channel * dh_d
     out = (batch * length + start) * d + channel
     states += out * PARTS
-    at = sequence * d + channel
+    at, of_chunk = sequence * d + channel, chunk * d + channel
     real, imaginary = tl.zeros([BLOCK_D], WIDE), tl.zeros([BLOCK_D], WIDE)
-    start_real, start_imaginary = tl.zeros([BLOCK_D], WIDE), tl.zeros([BLOCK_D], WIDE)
     sum_real, sum_imaginary = tl.zeros([BLOCK_D], WIDE), tl.zeros([BLOCK_D], WIDE)
-    if dfinal is not None:
-        real += tl.load(dfinal + at * PARTS, mask=here, other=0.0)
+    if after is not None:
+        real += tl.load(after + of_chunk * PARTS, mask=here, other=0.0)
         if COMPLEX:
-            imaginary += tl.load(dfinal + at * PARTS + 1, mask=here, other=0.0)
+            imaginary += tl.load(after + of_chunk * PARTS + 1, mask=here, other=0.0)
+    goes_on = here & (begins == 0) & (steps > 0)
+    start_real = tl.load(states - d * PARTS, mask=goes_on, other=0.0).to(WIDE)
+    start_imaginary = tl.zeros([BLOCK_D], WIDE)
+    if COMPLEX:
+        start_imaginary += tl.load(states - d * PARTS + 1, mask=goes_on, other=0.0)
     if initial is not None:
-        start_real += tl.load(initial + at * PARTS, mask=here, other=0.0)
+        start_real += tl.load(initial + at * PARTS, mask=here & begins, other=0.0)
         if COMPLEX:
-            start_imaginary += tl.load(initial + at * PARTS + 1, mask=here, other=0.0)
-    chunks = (steps + T - 1) // T
-    for chunk in range(chunks):
-        first = (chunks - 1 - chunk) * T
+            start_imaginary += tl.load(initial + at * PARTS + 1, mask=here & begins, other=0.0)
+    pieces = (steps + T - 1) // T
+    for piece in range(pieces):
+        first = (pieces - 1 - piece) * T
         a_real = rows(a, a_time, here, first, steps, 0.0 if LOG and not COMPLEX_A else 1.0, T, WIDE)
         d_real = rows(dh, dh_time, here, first, steps, 0.0, T, WIDE)
         h_real = rows(states, d * PARTS, here, first - 1, steps, 0.0, T, WIDE)
@@ -211,10 +216,10 @@ def backward(
                 tl.store(da + (out + t * d) * PARTS_A, slope_real, mask=inside)
                 if COMPLEX_A:
                     tl.store(da + (out + t * d) * PARTS_A + 1, slope_imaginary, mask=inside)
-    tl.store(dinitial + at * PARTS, real, mask=here)
+    tl.store(dinitial + at * PARTS, real, mask=here & begins)
     if COMPLEX:
-        tl.store(dinitial + at * PARTS + 1, imaginary, mask=here)
+        tl.store(dinitial + at * PARTS + 1, imaginary, mask=here & begins)
     if FIXED:
-        tl.store(da + at * PARTS_A, sum_real, mask=here)
+        tl.store(da + of_chunk * PARTS_A, sum_real, mask=here)
         if COMPLEX_A:
-            tl.store(da + at * PARTS_A + 1, sum_imaginary, mask=here)
+            tl.store(da + of_chunk * PARTS_A + 1, sum_imaginary, mask=here)

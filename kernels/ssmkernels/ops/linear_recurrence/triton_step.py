@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ssmkernels.core.triton_support import missing, wrong_device
 from ssmkernels.ops.linear_recurrence.one import give_back, sequence_of_one
-from ssmkernels.ops.linear_recurrence.triton import launch
+from ssmkernels.ops.linear_recurrence.triton_launch import launch
 
 __all__ = ["forward", "missing", "unsupported"]
 

@@ -38,9 +38,71 @@ SSMZOO_INLINE void fetch(const T* row, int64_t count) {
     for (int64_t i = 0; i < count; i += static_cast<int64_t>(64 / sizeof(T))) __builtin_prefetch(row + i, 0, 2);
 }
 
+// f(c, left) for every vector of a block, where `left` numbers lie from c on: as many as a vector has, known when the
+// kernel is compiled, but for the last.
+template <class S, class F>
+SSMZOO_INLINE void by_vectors(int64_t count, const F& f) {
+    constexpr int64_t lanes = Lanes<S>::count;
+    int64_t c = 0;
+    for (; c + lanes <= count; c += lanes) f(c, lanes);
+    if (c < count) f(c, count - c);
+}
+
+// The arithmetic of a vector of real numbers, or of complex ones that lie as PyTorch has them, real and imaginary parts
+// by turns: a x + c, and conj(a) x.
 template <class S>
-SSMZOO_INLINE typename Lanes<S>::V decay(typename Lanes<S>::V a, bool log_a) {
-    return log_a ? exp<S>(a) : a;
+struct RealNumbers {
+    using V = typename Lanes<S>::V;
+    static constexpr int parts = 1;
+
+    static SSMZOO_INLINE V decay(V a, bool log_a) { return log_a ? exp<S>(a) : a; }
+    static SSMZOO_INLINE V multiply_add(V a, V x, V c) { return fma(a, x, c); }
+    static SSMZOO_INLINE V conjugate_product(V a, V x) { return a * x; }
+};
+
+template <class S>
+struct ComplexNumbers {
+    using V = typename Lanes<S>::V;
+    typedef typename Count<Lanes<S>::count>::type All;
+    static constexpr int parts = 2;
+
+    static SSMZOO_INLINE V decay(V a, bool) { return a; }  // its exponential has been taken
+
+    static SSMZOO_INLINE V multiply_add(V a, V x, V c) {
+        return fma(real_parts(a, All()), x, fma(imaginary_parts(a, All()) * signs(All()), swapped(x, All()), c));
+    }
+
+    static SSMZOO_INLINE V conjugate_product(V a, V x) {
+        return fma(real_parts(a, All()), x, -(imaginary_parts(a, All()) * signs(All()) * swapped(x, All())));
+    }
+
+  private:
+    template <int... i>
+    static SSMZOO_INLINE V real_parts(V x, Indices<i...>) {
+        return shuffle<(i & ~1)...>(x, x);
+    }
+
+    template <int... i>
+    static SSMZOO_INLINE V imaginary_parts(V x, Indices<i...>) {
+        return shuffle<(i | 1)...>(x, x);
+    }
+
+    template <int... i>
+    static SSMZOO_INLINE V swapped(V x, Indices<i...>) {
+        return shuffle<(i ^ 1)...>(x, x);
+    }
+
+    template <int... i>
+    static SSMZOO_INLINE V signs(Indices<i...>) {
+        return V{(i & 1 ? S(1) : S(-1))...};
+    }
+};
+
+// Whether what is written is too large for the caches.
+template <class T>
+bool is_large(const RecurrenceArguments& a) {
+    const int64_t numbers = a.is_complex ? 2 * a.d : a.d;
+    return a.sequences * a.length * numbers * static_cast<int64_t>(sizeof(T)) >= kLarge;
 }
 
 // task(sequence, first number, how many) for every block.

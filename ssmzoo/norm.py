@@ -75,6 +75,30 @@ class GatedRMSNorm(nn.Module):
         return cast(Tensor, normed)
 
 
+class HeadLayerNorm(nn.Module):
+    """(x - mean) / √(variance + eps) within each head, times a weight for each channel, as in xLSTM.
+
+    Args:
+        d: channels of all heads.
+        n_heads: heads.
+        eps: added to the variance.
+        bias: whether a bias is added.
+        centred: the factor is 1 + weight, with weights that start at 0.
+    """
+
+    def __init__(self, d: int, n_heads: int, eps: float = 1e-5, *, bias: bool = False, centred: bool = False):
+        super().__init__()
+        self.n_heads, self.eps, self.centred = n_heads, eps, centred
+        self.weight = nn.Parameter(torch.zeros(d) if centred else torch.ones(d))
+        self.bias = nn.Parameter(torch.zeros(d)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., h, p)`` → ``(..., h p)``, in x's dtype."""
+        weight = (1 + self.weight if self.centred else self.weight).to(x.dtype)
+        y = F.layer_norm(x, x.shape[-1:], eps=self.eps).flatten(-2) * weight
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+
 class LayerNorm(nn.LayerNorm):
     """PyTorch's, returning the weight's dtype as :class:`RMSNorm` does."""
 

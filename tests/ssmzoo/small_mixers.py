@@ -7,6 +7,8 @@ SMALL = {
     "mamba3": {"d_state": 4, "headdim": 8, "ngroups": 2},
     "rglru": {"n_heads": 2},
     "short_conv": {},
+    "mlstm": {"n_heads": 2},
+    "mlstm_v1": {"n_heads": 2, "multiple_of": 8},
     "attention": HEADS,
     "mla": {"n_heads": 2, "kv_lora_rank": 4},
     "longformer": HEADS | {"window": 4},

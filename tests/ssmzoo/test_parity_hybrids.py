@@ -181,6 +181,20 @@ MODELS["lfm2_moe"] = (
 NO_TOKENS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 MODELS["lfm3"] = ("Lfm3", LFM | {"num_hidden_layers": 5, "head_dim": 12, "sliding_window": 4} | NO_TOKENS)
 PADS_CLEANLY = sorted(set(MODELS) - {"recurrent_gemma"})  # whose padding enters the recurrence
+MODELS["xlstm"] = (
+    "xLSTM",
+    {
+        "num_hidden_layers": 2,
+        "vocab_size": 50,
+        "hidden_size": 128,  # its cache has room for multiples of 64 alone
+        "num_heads": 4,
+        "ffn_round_up_to_multiple_of": 6,
+        "gate_soft_cap": 5.0,
+        "output_logit_soft_cap": 7.0,
+        "norm_eps": 1e-3,
+        "chunk_size": 8,
+    },
+PADS_CLEANLY = sorted(set(MODELS) - {"recurrent_gemma", "xlstm"})  # whose padding enters the recurrence
 
 
 def pair(tmp_path, name):
@@ -346,6 +360,7 @@ PUBLISHED["lfm2-8b-a1b"] = (
     },
 )
 PUBLISHED["lfm3-1.7b"] = ("Lfm3", {})
+PUBLISHED["xlstm-7b"] = ("xLSTM", {})
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

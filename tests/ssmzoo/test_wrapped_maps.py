@@ -16,6 +16,8 @@ CASES = [
     ("mamba2", {"d_state": 3, "headdim": 8, "d_conv": 1, "bidirectional": True, "rmsnorm": False}),
     ("mamba3", {"d_state": 4, "headdim": 8, "ngroups": 2, "is_outproj_norm": True}),
     ("rglru", {"n_heads": 2, "width": 12}),
+    ("mlstm", {"n_heads": 2, "bias": True}),
+    ("mlstm_v1", {"n_heads": 2, "multiple_of": 8}),
     ("attention", HEADS | {"d_conv": 3, "gate": "headwise", "window": 4}),
     ("attention", HEADS | {"rope": False, "alibi": True, "cache": "hidden"}),
     ("mla", {"n_heads": 2, "q_lora_rank": 6, "kv_lora_rank": 4, "qk_nope_head_dim": 6, "v_head_dim": 6}),
@@ -143,7 +145,12 @@ def maps(mixer):
 def build(case):
     torch.manual_seed(0)
     name, options = case
-    return ssmzoo.build_mixer(name, D_MODEL, **options).double()
+    mixer = ssmzoo.build_mixer(name, D_MODEL, **options).double()
+    with torch.no_grad():
+        for weight in (mixer.get_submodule(path).weight for path in maps(mixer)):
+            if not weight.any():  # gates that start at 0 would hide what wraps them
+                weight.normal_(std=0.2)
+    return mixer
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")

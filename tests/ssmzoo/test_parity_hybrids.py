@@ -180,7 +180,6 @@ MODELS["lfm2_moe"] = (
 )
 NO_TOKENS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 MODELS["lfm3"] = ("Lfm3", LFM | {"num_hidden_layers": 5, "head_dim": 12, "sliding_window": 4} | NO_TOKENS)
-PADS_CLEANLY = sorted(set(MODELS) - {"recurrent_gemma"})  # whose padding enters the recurrence
 MODELS["xlstm"] = (
     "xLSTM",
     {
@@ -194,6 +193,7 @@ MODELS["xlstm"] = (
         "norm_eps": 1e-3,
         "chunk_size": 8,
     },
+)
 PADS_CLEANLY = sorted(set(MODELS) - {"recurrent_gemma", "xlstm"})  # whose padding enters the recurrence
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # for type checkers and editors alone
     from ssmkernels.ops.attention import attention, merge_attention
     from ssmkernels.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
     from ssmkernels.ops.decode_attention import decode_attention
+    from ssmkernels.ops.delta_rule import delta_rule, delta_rule_step
     from ssmkernels.ops.diagonal_kernel import diagonal_kernel, discretize_diagonal
     from ssmkernels.ops.dplr_kernel import bilinear_dplr, bilinear_step, discretize_dplr, dplr_kernel
     from ssmkernels.ops.fft_conv import fft_conv

@@ -35,6 +35,10 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"length": 6, "d": 2, "complex": False},
     ],
     "dplr_kernel": [{"length": 6, "d": 2}, {"length": 6, "d": 2, "rank": 2, "complex": False}],
+    "delta_rule": [
+        {"l": 4, "h": 2, "g": 1, "k": 2, "v": 2},
+        {"b": 1, "l": 21, "h": 2, "g": 1, "k": 2, "v": 2, "decay": "k", "packed": True},
+    ],
     "fft_conv": [
         {"l": 6, "d": 2, "l_k": 4, "l_r": 3, "gate": True},
         {"b": 1, "l": 21, "d": 2, "packed": True, "l_k": 4, "gate": True},

@@ -12,6 +12,7 @@ from ssmkernels.core.dispatch import explain
 ROWS = {
     "selective_scan": [{"l": 70}, {"b": 1, "l": 40, "complex": True}],
     "ssd": [{"l": 70}, {"l": 40, "chunk": 16}],
+    "delta_rule": [{"l": 70, "h": 2, "g": 1}, {"l": 20, "decay": "k"}],
     "linear_attention": [{"l": 70, "h": 2, "g": 1}, {"l": 20, "decay": "token", "bonus": True}],
     "linear_recurrence": [{"l": 40}, {"l": 40, "log": True}, {"l": 40, "complex": True, "decay": "complex"}],
     "mamba3_scan": [{"l": 70, "h": 2, "g": 1}, {"l": 20, "r": 2, "chunk": 16}],
@@ -21,7 +22,13 @@ ROWS = {
 
 
 # Their matrix products bring 0 · NaN to earlier tokens of a chunk; docs/ssd.md says so.
-SPREADS = {("ssd", "tiled"), ("mamba3_scan", "tiled"), ("mlstm", "tiled"), ("linear_attention", "tiled")}
+SPREADS = {
+    ("delta_rule", "tiled"),
+    ("ssd", "tiled"),
+    ("mamba3_scan", "tiled"),
+    ("mlstm", "tiled"),
+    ("linear_attention", "tiled"),
+}
 
 
 def cases():

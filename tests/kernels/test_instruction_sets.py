@@ -32,9 +32,12 @@ duals = [dict(b=1, l=67, h=5, p=7, n=5, g=1), dict(p=33, n=17, D="hp"), dict(pac
 duals += [dict(chunk=16, l=50)]
 rotated = [dict(b=1, l=40, h=1, p=7, n=5, g=1, chunk=16), dict(l=9, r=2, p=17, n=17, a=8, interleaved=False)]
 recurrences = [dict(d=37), dict(log=True, d=261), dict(fixed=True), dict(complex=True, decay="complex")]
+deltas = [dict(b=1, l=67, h=2, g=1, k=7, v=5), dict(k=17, v=33, decay="k"), dict(packed=True, b=1, l=21, decay="")]
 attentions = [dict(b=1, l=67, h=2, g=1, k=7, v=5), dict(k=17, v=33, bonus=True), dict(packed=True, b=1, l=21)]
 attentions += [dict(decay="token", off=0.3), dict(decay="head")]
 for op, dtypes, cases in (
+    ("delta_rule", halves, deltas),
+    ("delta_rule_step", halves, [dict(k=7, v=5), dict(k=17, v=33, decay="k"), dict(k=1, v=1, decay="")]),
     ("selective_scan", single, [dict(b=1, l=9, d=5, n=n, complex=n % 2 == 1) for n in states]),
     ("selective_scan", halves, scans),
     ("selective_scan_step", halves, steps),
@@ -61,6 +64,7 @@ for op, dtypes, cases in (
     "selective_scan",
     "ssd",
     "mamba3_scan",
+    "delta_rule",
     "mlstm",
     "linear_attention",
     "linear_recurrence",

@@ -47,9 +47,13 @@ recurrences = [dict(l=9, d=261), dict(b=1, packed=True, l=21, fixed=True), dict(
 recurrences += [dict(complex=True, decay="complex", d=133, log=True)]
 rotated = [dict(b=1, l=21, h=3, p=7, n=5, g=1, a=2, chunk=16), dict(l=9, r=3, p=17, n=9, a=3, interleaved=False)]
 rotated += [dict(b=1, packed=True, l=21, r=2), dict(l=0), dict(a=0, l=3)]
+deltas = [dict(b=1, l=67, h=3, g=1, k=7, v=5), dict(l=9, h=5, g=1, k=17, v=9, decay="k"), dict(l=0)]
+deltas += [dict(b=1, packed=True, l=150, h=2, g=1, k=1, v=1, decay="")]
 attentions = [dict(b=1, l=67, h=3, g=1, k=7, v=5), dict(l=9, h=4, k=17, v=9, decay="token", bonus=True), dict(l=0)]
 attentions += [dict(b=1, packed=True, l=150, h=2, g=1, k=1, v=1, decay="head")]
 cases_of = {
+    "delta_rule": deltas,
+    "delta_rule_step": [dict(h=3, g=1, k=7, v=5), dict(k=17, v=33, decay="k")],
     "selective_scan": scans,
     "selective_scan_step": steps,
     "ssd": duals,

@@ -16,6 +16,7 @@
 
 #include "native/gemm.h"
 #include "native/math.h"
+#include "native/packed.h"
 #include "native/parallel.h"
 #include "ssd/cpu_rows.h"
 
@@ -39,16 +40,8 @@ namespace SSMZOO_ISA {
 constexpr int64_t kSegment = 4;  // chunks between saved states
 constexpr int64_t kBlock = 4;    // heads of a task, at most
 
-// One sequence: where it lies, and which of the saved states are its own.
-struct Sequence {
-    int64_t index, batch, start, length, first_segment;
-};
-
 inline Sequence sequence(const SsdArguments& a, int64_t i) {
-    const int64_t tokens = a.chunk * kSegment;
-    if (!a.cu_seqlens) return {i, i, 0, a.length, i * ceil_div(a.length, tokens)};
-    const int64_t start = a.cu_seqlens[i], end = a.cu_seqlens[i + 1];
-    return {i, 0, start, end - start, start / tokens + i};  // at most length / tokens + 1 each: none overlap
+    return sequence(a.cu_seqlens, a.length, a.chunk * kSegment, i);
 }
 
 // Where a head's state before a segment of its sequence is kept.

@@ -1,0 +1,64 @@
+// The delta rule's forward pass: a task takes one sequence, one head and some columns of its state through time.
+#include "delta_rule/cpu.h"
+
+namespace ssmzoo {
+namespace SSMZOO_ISA {
+namespace {
+
+template <class S>
+struct Forward {
+    Tile<S> tile;
+    S *state, *rows;
+    int64_t width;  // columns of a task at most, in whole vectors
+
+    int64_t take(S* p, const DeltaArguments& a) {
+        Memory<S> memory = {p, 0};
+        tile.take(memory, a.keys, minimum(kChunk, a.length));
+        width = round_up(minimum(kPart, a.values), Lanes<S>::count);
+        state = memory.take(a.keys * width);
+        rows = memory.take(minimum(kChunk, a.length) * width);
+        return memory.used;
+    }
+
+    void run(const DeltaArguments& a, const Sequence& s, int64_t head, int64_t first) {
+        const int64_t values = minimum(kPart, a.values - first), columns = round_up(values, Lanes<S>::count);
+        const int64_t own = (s.index * a.heads + head) * a.keys * a.values + first;
+        into_blocks(state, a.initial ? at<S>(a.initial, own) : nullptr, a.values, a.keys, values);
+        for (int64_t start = 0; start < s.length; start += kChunk) {
+            if (a.starts && start % (kChunk * kSegment) == 0)
+                out_of_blocks(static_cast<S*>(a.starts) + start_of(a, s, start / (kChunk * kSegment), head) + first,
+                              a.values, state, a.keys, values);
+            tile.read(a, s, start, minimum(kChunk, s.length - start), head);
+            for (int64_t i = 0; i < tile.tokens; ++i)
+                read_row(rows + i * width, a.v, a.dtype,
+                         s.batch * a.v_batch + (s.start + start + i) * a.v_time + head * a.v_head + first, values);
+            walk<S, true>(decay_of(a), state, 0, a.keys, tile, S(a.scale), rows, width, columns);
+            for (int64_t i = 0; i < tile.tokens; ++i)
+                write_row(a.o, a.dtype,
+                          ((s.batch * a.length + s.start + start + i) * a.heads + head) * a.values + first,
+                          rows + i * width, values);
+        }
+        out_of_blocks(static_cast<S*>(a.final_state) + own, a.values, state, a.keys, values);
+    }
+};
+
+template <class S>
+int forward(const DeltaArguments& a) {
+    const int64_t parts = ceil_div(a.values, kPart);
+    Forward<S> w;
+    const size_t bytes = sizeof(S) * static_cast<size_t>(w.take(nullptr, a));
+    return parallel_for(a.sequences * a.heads * parts, a.threads, bytes, [&](int64_t i, char* scratch) {
+        Forward<S> own;
+        own.take(reinterpret_cast<S*>(scratch), a);
+        own.run(a, sequence(a, i / (a.heads * parts)), i / parts % a.heads, i % parts * kPart);
+    });
+}
+
+}  // namespace
+}  // namespace SSMZOO_ISA
+}  // namespace ssmzoo
+
+SSMZOO_EXPORT(delta_rule)(const ssmzoo::DeltaArguments* a) {
+    using namespace ssmzoo::SSMZOO_ISA;
+    return a->dtype == 1 ? forward<double>(*a) : forward<float>(*a);
+}

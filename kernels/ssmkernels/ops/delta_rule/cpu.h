@@ -1,0 +1,194 @@
+// What the delta rule's forward and backward passes and its step share: arguments, tokens of a tile, and the walk.
+//
+// The walk is the recurrence itself. A block of columns of the state stays in the first cache while it goes through the
+// tokens of a tile, and each token takes one pass over it: what the token before has to write, the decay, and what the
+// state holds for the key and the query. With S' the decayed state, the output is S'ᵀ q + (k · q) u, so that nothing
+// waits for u. That is as many operations as chunks of matrix products would take, and safe for any decay.
+#pragma once
+
+#include "native/gemm.h"
+#include "native/math.h"
+#include "native/packed.h"
+#include "native/parallel.h"
+#include "ssd/cpu_rows.h"
+
+namespace ssmzoo {
+
+// S is float, or double where activations are.
+struct DeltaArguments {
+    const void *q, *k, *v;                // (b l g keys), likewise, (b l h values): any floating dtype
+    const void *beta, *decay;             // S: (b l h), (b l h) or (b l h keys) or null; contiguous, as all of S
+    const void* initial;                  // S: (s h keys values) or null
+    const int32_t* cu_seqlens;            // (s + 1) or null
+    void *o, *final_state, *starts;       // (b l h values), contiguous; S: (s h keys values); (segments h keys values) or null
+    int64_t dtype, sequences, length, heads, groups, keys, values, channels, threads;  // channels: of a head's decay
+    int64_t q_batch, q_time, q_head, k_batch, k_time, k_head, v_batch, v_time, v_head;  // strides; the last axis has 1
+    double scale;
+};
+
+namespace SSMZOO_ISA {
+
+constexpr int64_t kChunk = 64;              // tokens of a tile
+constexpr int64_t kSegment = 4;             // tiles between saved states
+constexpr int64_t kPart = 128;              // columns of a task in the forward pass
+constexpr int kColumns = 4;                 // vectors of a block
+
+inline Sequence sequence(const DeltaArguments& a, int64_t i) {
+    return sequence(a.cu_seqlens, a.length, kChunk * kSegment, i);
+}
+
+// Where a head's state before a segment of its sequence is kept.
+inline int64_t start_of(const DeltaArguments& a, const Sequence& s, int64_t segment, int64_t head) {
+    return ((s.first_segment + segment) * a.heads + head) * a.keys * a.values;
+}
+
+enum class Decay { none, head, channels };
+
+inline Decay decay_of(const DeltaArguments& a) {
+    return !a.decay ? Decay::none : a.channels > 1 ? Decay::channels : Decay::head;
+}
+
+template <class S>
+S dot(const S* x, const S* y, int64_t count) {
+    typename Lanes<S>::V total = {};
+    vectors<S>(count, [&](int64_t i) { total = fma(load(x + i), load(y + i), total); });
+    return sum_lanes<S, 1>(&total)[0];
+}
+
+// Tokens of one head of one sequence, zeros beyond the numbers of a row.
+template <class S>
+struct Tile {
+    S *q, *k, *decay;        // (c, width), the decay not as a logarithm; of a head (c)
+    S *kq, *beta, *zeros;    // (c), (c), (width)
+    int64_t width, tokens;   // keys in whole vectors
+
+    void take(Memory<S>& memory, int64_t keys, int64_t most) {
+        width = round_up(keys, Lanes<S>::count);
+        q = memory.take(most * width);
+        k = memory.take(most * width);
+        decay = memory.take(most * width);
+        kq = memory.take(most);
+        beta = memory.take(most);
+        zeros = memory.take(width);
+    }
+
+    void read(const DeltaArguments& a, const Sequence& s, int64_t start, int64_t count, int64_t head) {
+        tokens = count;
+        const int64_t group = head / (a.heads / a.groups), time = s.start + start;
+        const Decay kind = decay_of(a);
+        for (int64_t c = 0; c < width; ++c) zeros[c] = S(0);
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t own = (s.batch * a.length + time + i) * a.heads + head;
+            read_row(q + i * width, a.q, a.dtype, s.batch * a.q_batch + (time + i) * a.q_time + group * a.q_head, a.keys);
+            read_row(k + i * width, a.k, a.dtype, s.batch * a.k_batch + (time + i) * a.k_time + group * a.k_head, a.keys);
+            kq[i] = dot(q + i * width, k + i * width, width);
+            beta[i] = *at<S>(a.beta, own);
+            if (kind == Decay::channels) {
+                const S* logarithms = at<S>(a.decay, own * a.keys);
+                vectors<S>(a.keys, [&](int64_t c) {
+                    store(decay + i * width + c, exp<S>(read_some(logarithms + c, a.keys - c)));
+                });
+            } else if (kind == Decay::head) {
+                decay[i] = exp<S>(splat(*at<S>(a.decay, own)))[0];
+            }
+        }
+    }
+};
+
+// Through the tokens of a tile with N vectors of the state's columns; `rows` (c, stride) has v and takes the outputs, or
+// the errors v - S'ᵀ k.
+template <class S, int N, Decay kind, bool outputs>
+__attribute__((noinline)) void walk_block(S* state, int64_t ld, int64_t keys, const Tile<S>& t, S scale, S* rows,
+                                          int64_t stride) {
+    using V = typename Lanes<S>::V;
+    constexpr int lanes = Lanes<S>::count;
+    V written[N] = {};
+    const S* before = t.zeros;
+    for (int64_t i = 0; i < t.tokens; ++i) {
+        const S *key = t.k + i * t.width, *query = t.q + i * t.width, *decay = t.decay + i * t.width;
+        const V whole = kind == Decay::head ? splat(t.decay[i]) : V{};
+        V held[N] = {}, out[N] = {};
+        for (int64_t j = 0; j < keys; ++j) {
+            S* row = state + j * ld;
+            const V factor = kind == Decay::channels ? splat(decay[j]) : whole;
+            const V earlier = splat(before[j]), now = splat(key[j]), asked = splat(query[j]);
+            for (int n = 0; n < N; ++n) {
+                V x = fma(earlier, written[n], load(row + n * lanes));
+                if (kind != Decay::none) x = factor * x;
+                store(row + n * lanes, x);
+                held[n] = fma(now, x, held[n]);
+                if (outputs) out[n] = fma(asked, x, out[n]);
+            }
+        }
+        const V beta = splat(t.beta[i]), through = splat(t.kq[i]), factor = splat(scale);
+        for (int n = 0; n < N; ++n) {
+            S* place = rows + i * stride + n * lanes;
+            const V error = load(place) - held[n];
+            written[n] = beta * error;
+            store(place, outputs ? factor * fma(through, written[n], out[n]) : error);
+        }
+        before = key;
+    }
+    for (int64_t j = 0; j < keys; ++j)
+        for (int n = 0; n < N; ++n) {
+            S* place = state + j * ld + n * lanes;
+            store(place, fma(splat(before[j]), written[n], load(place)));
+        }
+}
+
+template <class S, int N, bool outputs>
+void walk_some(Decay kind, S* state, int64_t ld, int64_t keys, const Tile<S>& t, S scale, S* rows, int64_t stride) {
+    if (kind == Decay::none) walk_block<S, N, Decay::none, outputs>(state, ld, keys, t, scale, rows, stride);
+    if (kind == Decay::head) walk_block<S, N, Decay::head, outputs>(state, ld, keys, t, scale, rows, stride);
+    if (kind == Decay::channels) walk_block<S, N, Decay::channels, outputs>(state, ld, keys, t, scale, rows, stride);
+}
+
+// f(first column, columns) for the blocks of so many columns, whole vectors.
+template <class S, class F>
+void blocks(int64_t columns, const F& f) {
+    constexpr int64_t wide = kColumns * Lanes<S>::count;
+    int64_t first = 0;
+    for (; first + wide <= columns; first += wide) f(first, wide);
+    for (; first < columns; first += Lanes<S>::count) f(first, int64_t(Lanes<S>::count));
+}
+
+// The walk over all columns. The state lies block by block, each (keys, its columns); or as it is, (keys, ld).
+template <class S, bool outputs>
+void walk(Decay kind, S* state, int64_t ld, int64_t keys, const Tile<S>& t, S scale, S* rows, int64_t stride,
+          int64_t columns) {
+    blocks<S>(columns, [&](int64_t first, int64_t wide) {
+        S* block = ld ? state + first : state + first * keys;
+        if (wide > Lanes<S>::count)
+            walk_some<S, kColumns, outputs>(kind, block, ld ? ld : wide, keys, t, scale, rows + first, stride);
+        else
+            walk_some<S, 1, outputs>(kind, block, ld ? ld : wide, keys, t, scale, rows + first, stride);
+    });
+}
+
+// f(in the blocks, key, first column, numbers there are of the vector): for each vector of a state of `values` columns.
+template <class S, class F>
+void each_vector(int64_t keys, int64_t values, const F& f) {
+    blocks<S>(round_up(values, Lanes<S>::count), [&](int64_t first, int64_t wide) {
+        for (int64_t j = 0; j < keys; ++j)
+            for (int64_t c = 0; c < wide; c += Lanes<S>::count)
+                f(first * keys + j * wide + c, j, first + c, values - first - c);
+    });
+}
+
+// A state (keys, ld), `values` columns of it, into blocks, and back.
+template <class S>
+void into_blocks(S* to, const S* from, int64_t ld, int64_t keys, int64_t values) {
+    each_vector<S>(keys, values, [&](int64_t place, int64_t j, int64_t c, int64_t count) {
+        store(to + place, from ? read_some(from + j * ld + c, count) : typename Lanes<S>::V{});
+    });
+}
+
+template <class S>
+void out_of_blocks(S* to, int64_t ld, const S* from, int64_t keys, int64_t values) {
+    each_vector<S>(keys, values, [&](int64_t place, int64_t j, int64_t c, int64_t count) {
+        write_some(to + j * ld + c, load(from + place), count);
+    });
+}
+
+}  // namespace SSMZOO_ISA
+}  // namespace ssmzoo

@@ -1,0 +1,40 @@
+"""The delta rule in the native CPU library: what it can run, and its forward pass (``cpu.cpp``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ssmkernels import native
+from ssmkernels.core.memory import large_pages
+from ssmkernels.core.validate import precision
+from ssmkernels.native import missing, wrong_device
+from ssmkernels.ops.delta_rule.cpu_arguments import segments, values
+from ssmkernels.ops.delta_rule.cpu_backward import backward
+
+__all__ = ["SAVES", "backward", "empty", "forward", "missing", "unsupported"]
+
+SAVES = ("starts",)  # the states before every segment, (segments h k v)
+
+
+def unsupported(a: Any) -> str | None:
+    sizes = (*a.k.shape[-2:], *a.v.shape[-2:])
+    return wrong_device(a) or ("no heads or channels" if 0 in sizes else None)
+
+
+def forward(a: Any, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    o, final_state, starts = empty(a, save)
+    large_pages(o, starts)
+    outputs = {"o": o, "final_state": final_state} | ({"starts": starts} if save else {})
+    fields, _kept = values(a, outputs, a.initial_state, a.cu_seqlens)
+    native.run("delta_rule", fields)
+    return o, final_state, starts
+
+
+def empty(a: Any, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    o, final_state = a.declared.outputs(a)
+    shape = (segments(a) if save else 0, a.v.shape[2], a.k.shape[3], a.v.shape[3])
+    # Packed, some segments belong to no sequence
+    starts = a.q.new_zeros if save and a.cu_seqlens is not None else a.q.new_empty
+    return o, final_state, starts(shape, dtype=precision(a.q))

@@ -1,0 +1,78 @@
+"""Gated DeltaNet (Yang, Kautz and Hatamizadeh 2024, arXiv 2412.06464), the mixer of Qwen3-Next and OLMo-Hybrid.
+
+Glossary: b batch, l length, h heads of values, g heads of queries and keys, k and v channels of a head. For x
+(b l d_model)::
+
+    q, k, v = silu(conv1d(q_proj x)), …                 (b l g k) twice, (b l h v); causal, over d_conv tokens
+    q, k    = q / |q|, k / |k|
+    β       = σ(b_proj x)                               (b l h), twice that with allow_neg_eigval
+    log α   = -exp(A_log) softplus(a_proj x + dt_bias)  (b l h)
+    S_t = α_t (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ   (b h k v), the state; scalars commute with the rest
+    o_t = S_tᵀ q_t / √k                                 (b l h v)
+    out = o_proj(rms(o) · silu(g_proj x))               (b l d_model), a norm for each head
+
+Against Mamba-2, whose state only decays, a token first erases what the state holds for its key. Against DeltaNet, all
+of the state can be forgotten at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssmkernels.core.validate import precision
+from ssmzoo.linear import Linear
+from ssmzoo.mixers._delta import DecayingOptions, DeltaMixer
+from ssmzoo.registry import register_mixer
+
+
+@dataclasses.dataclass(kw_only=True)
+class GatedDeltaNetOptions(DecayingOptions):
+    """Options of gated DeltaNet, beside those of :class:`DecayingOptions`.
+
+    Attributes:
+        use_gate: whether the normalised output is gated.
+    """
+
+    use_gate: bool = True
+
+
+@register_mixer("gated_deltanet")
+class GatedDeltaNet(DeltaMixer):
+    """Gated delta rule: an associative memory that forgets, and replaces what it holds for a key.
+
+    The options are those of :class:`GatedDeltaNetOptions`; the names of the weights are those of flash-linear-attention
+    and OLMo-Hybrid. ``A_log`` and ``dt_bias`` stay float32. With ``n_heads=16, n_v_heads=32, head_dim=128, expand_v=1``
+    it is Qwen3-Next's; with ``allow_neg_eigval=True`` OLMo-Hybrid's.
+    """
+
+    options_class: ClassVar[type] = GatedDeltaNetOptions
+
+    def __init__(self, d_model: int, **options: Any):
+        o = self.options_class(**options)
+        super().__init__(
+            d_model, o, head_k_dim=o.head_dim, head_v_dim=self.value_dim(o), n_v_heads=o.n_v_heads, steps=self.writes(o)
+        )
+        self.a_proj = Linear(d_model, self.n_v_heads, bias=False) if self.decays(o) else None
+        if self.a_proj is not None:
+            self.add_decay(o, self.n_v_heads)
+        self.add_output_gate(o.use_gate, o.norm_eps)
+
+    @classmethod
+    def writes(cls, o: Any) -> int:
+        """Steps of the delta rule for each token."""
+        return 1
+
+    @classmethod
+    def decays(cls, o: Any) -> bool:
+        return True
+
+    def log_decay(self, x: Tensor) -> Tensor | None:
+        if self.a_proj is None:
+            return None
+        a = self.a_proj(x)
+        return -torch.exp(self.A_log) * F.softplus(a.to(precision(a)) + self.dt_bias, threshold=40)

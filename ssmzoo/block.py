@@ -32,7 +32,7 @@ class Block(nn.Module):
         feed = config.feed_of_layer(layer)
         if feed is not None:
             self.feed = Feed(shared if shared is not None else SharedBlock(config.d_model, **config.feeds[feed]))
-        self.mixer = mixer if mixer is not None else entry_mixer(config, config.entry_of_layer(layer))
+        self.mixer = mixer if mixer is not None else entry_mixer(config, config.entry_of_layer(layer), layer)
         self.mlp = build_mlp(config.d_model, config.mlp_of_layer(layer))
         if self.mlp is not None:
             initialise_mlp(self.mlp, config.n_residuals)
@@ -100,9 +100,12 @@ class Block(nn.Module):
         return self.dropout(y) if self.training else y  # a call less for each token
 
 
-def entry_mixer(config: ModelConfig, entry: str) -> Mixer:
-    """The mixer of an entry of the config, started as in a model of the config's depth."""
+def entry_mixer(config: ModelConfig, entry: str, layer: int) -> Mixer:
+    """The mixer of an entry of the config, started as in a model of the config's depth, at the given layer."""
     options = config.mixer_options(entry)
     mixer = build_mixer(options.pop("kind"), config.d_model, **options)
+    for module in mixer.modules():
+        if isinstance(module, Mixer):
+            module.at_layer(layer, config.n_layers)
     initialise_mixer(mixer, config.n_residuals)
     return mixer

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmkernels.core.validate import precision
@@ -57,6 +58,14 @@ class BoundedMixer(Mixer):
             return forget, write
         bound = self.lower_bounds(self.layer)
         return bound + (1 - bound) * forget, (1 - bound) * write
+
+    def log_forget_gate(self, x: Tensor) -> Tensor:
+        """Logits (..., d) → log f, in float32 (float64); finite, and with a gradient, where f rounds to 0."""
+        log = F.logsigmoid(x.to(precision(x)))
+        if self.lower_bounds is None or self.layer == 0:
+            return log
+        bound = self.lower_bounds(self.layer)
+        return torch.logaddexp(torch.log(bound), torch.log1p(-bound) + log)
 
 
 def bounded(mixers: Iterable[nn.Module]) -> list[tuple[int, BoundedMixer]]:

@@ -59,6 +59,12 @@ class Mixer(KeepsFloat32, KeepsTies):
         if bidirectional:
             self.causal = False
 
+    def at_layer(self, layer: int, n_layers: int) -> None:
+        """Told to a new mixer of a model before its first use, also inside of another: its layer, from 0.
+
+        For mixers whose constants, or whose weights' start, depend on their depth. Shared ones hear of their first.
+        """
+
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         """The mixing itself, on checked arguments; returns the output, and the state after it if one came in."""
         raise NotImplementedError

@@ -54,7 +54,7 @@ class SequenceModel(KeepsTies):
         for i in range(config.n_layers):
             entry = config.entry_of_layer(i)
             if config.mixers.get(entry, {}).get("shared") and entry not in shared:
-                shared[entry] = entry_mixer(config, entry)
+                shared[entry] = entry_mixer(config, entry, i)
             feed = config.feed_of_layer(i)
             self.layers.append(Block(config, i, shared.get(entry), None if feed is None else feeds[feed]))
         share_lower_bounds([block.mixer for block in self.blocks])

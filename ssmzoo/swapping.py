@@ -60,7 +60,7 @@ def swap_mixers(model: SequenceModel, swaps: Mapping[str, str | Mapping[str, Any
         if config.mixers.get(entry, {}).get("shared") and twin:
             made[i] = made[twin[0]] if twin[0] in made else model.blocks[twin[0]].mixer
         else:
-            made[i] = _fresh(config, entry, like=model.blocks[i])
+            made[i] = _fresh(config, entry, i, like=model.blocks[i])
     for i, mixer in made.items():
         model.layers[i].mixer = mixer
     share_lower_bounds([block.mixer for block in model.blocks])
@@ -89,8 +89,8 @@ def _entry(config: ModelConfig, present: str, wanted: str | Mapping[str, Any]) -
     return name
 
 
-def _fresh(config: ModelConfig, entry: str, like: Block) -> Mixer:
+def _fresh(config: ModelConfig, entry: str, layer: int, like: Block) -> Mixer:
     """The config's mixer of that entry, on the device and in the dtype of a block's weights."""
     weight: Tensor = like.norms[0].weight  # type: ignore[assignment]
     with torch.device(weight.device):
-        return entry_mixer(config, entry).to(weight.dtype)
+        return entry_mixer(config, entry, layer).to(weight.dtype)

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 # The rooms of ssmzoo, lowest first: a room may import those in lines above its own, and itself. A room is a module or a
 # folder right below the package; "ssmzoo" is what `import ssmzoo` gives.
 LAYERS = (
-    "bidirectional devices files linear plain screen state ties wide",  # serve everything
+    "bidirectional devices files linear plain screen state ties token_shift wide",  # serve everything
     "norm options yaml_text",
     "mixer mlp",  # the interfaces of what mixes tokens and of what mixes channels
     "cache init lower_bounds rate registry",

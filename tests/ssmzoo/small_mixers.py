@@ -32,6 +32,10 @@ SMALL = {
     "gru": {},
     "retnet": {"n_heads": 2},
     "gla": {"n_heads": 2, "gate_low_rank_dim": 3},
+    "lightning": HEADS,
+    "based": {"n_heads": 2, "feature_dim": 3},
+    "hgrn2": {"expand_ratio": 4},
+    "rwkv6": {"n_heads": 2, "proj_low_rank_dim": 2, "gate_low_rank_dim": 3},
     "s4": {"d_state": 4},
     "s4d": {"d_state": 4},
 }

@@ -14,6 +14,9 @@ OPTIONS = {
     "bigbird": {"head_dim": 16, "block_size": 8, "random_blocks": 1},
     "strided": {"head_dim": 16, "block_size": 8},
     "performer": {"head_dim": 16, "n_features": 24},
+    "lightning": {"head_dim": 16},
+    "based": {"n_heads": 2, "feature_dim": 4},
+    "hgrn2": {"expand_ratio": 8},
     "linformer": {"head_dim": 16, "proj_len": 5, "max_length": 22},
 }
 CASES = [(name, OPTIONS.get(name, {})) for name in ssmzoo.list_mixers()] + [

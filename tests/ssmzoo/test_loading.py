@@ -20,6 +20,8 @@ NEEDED = {
     "mla": {"n_heads": 2},
     "mamba2": {"headdim": 8},
     "mamba3": {"headdim": 8},
+    "based": {"n_heads": 2},
+    "hgrn2": {"expand_ratio": 8},
 }
 PLAIN = {"d_model": 16, "n_layers": 2, "vocab_size": 20}
 

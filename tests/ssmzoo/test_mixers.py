@@ -11,7 +11,12 @@ from ssmzoo.testing import PROPERTIES, check_mixer, check_property
 D_MODEL = 64
 
 # Options without which a mixer cannot be built.
-NEEDED = {"parallel": {"branches": {"mamba": {"d_state": 4}, "attention": {"head_dim": 16}}}}
+NEEDED = {
+    "parallel": {"branches": {"mamba": {"d_state": 4}, "attention": {"head_dim": 16}}},
+    "lightning": {"head_dim": 16},
+    "based": {"n_heads": 4},
+    "hgrn2": {"expand_ratio": 16},
+}
 
 # Further settings, beside the defaults.
 SETTINGS = [
@@ -24,6 +29,12 @@ SETTINGS = [
     ("mamba", {"d_state": 3, "d_conv": 3, "bidirectional": True, "bcdt_norm": True, "conv_bias": False}),
     ("mamba3", {"d_state": 5, "headdim": 32, "is_outproj_norm": True, "A_activation": "heavy_tail", "chunk_size": 16}),
     ("mamba3", {"d_state": 6, "headdim": 16, "is_mimo": True, "mimo_rank": 2, "rope_fraction": 1.0, "ngroups": 2}),
+    ("retnet", {"n_heads": 4, "n_kv_heads": 2, "use_short_conv": True, "gate_fn": "sigmoid", "feature_map": "elu1"}),
+    ("gla", {"n_kv_heads": 2, "use_short_conv": True, "conv_bias": True, "use_output_gate": False, "clamp_min": -0.05}),
+    ("lightning", {"head_dim": 7, "n_heads": 3}),
+    ("based", {"n_heads": 4, "n_kv_heads": 2, "feature_dim": 3}),
+    ("hgrn2", {"expand_ratio": 5, "n_heads": 4, "use_short_conv": True}),
+    ("rwkv6", {"n_heads": 2, "expand_k": 1.0, "gate_fn": "sigmoid", "proj_low_rank_dim": 3}),
     ("s4d", {"init": "real", "d_state": 7, "discretization": "bilinear"}),
     ("s4d", {"init": "lin", "d_state": 8}),
     ("s4d", {"init": "inv", "d_state": 8, "bidirectional": True}),

@@ -40,6 +40,12 @@ CASES = [
     ("gated_deltanet", HEADS | {"n_heads": 1, "n_v_heads": 2}),
     ("gated_deltaproduct", HEADS | {"n_heads": 1}),
     ("kda", HEADS | {"n_heads": 2}),
+    ("retnet", {"n_heads": 2, "use_short_conv": True}),
+    ("gla", {"n_heads": 2, "gate_low_rank_dim": 3}),
+    ("lightning", HEADS),
+    ("based", {"n_heads": 2, "feature_dim": 3}),
+    ("hgrn2", {"expand_ratio": 4, "use_short_conv": True}),
+    ("rwkv6", {"n_heads": 2, "proj_low_rank_dim": 2, "gate_low_rank_dim": 3}),
     ("lru", {"d_hidden": 6}),
     ("s5", {"d_state": 8, "blocks": 2, "activation": "full_glu"}),
     ("lstm", {}),
@@ -152,7 +158,7 @@ def build(case):
     mixer = ssmzoo.build_mixer(name, D_MODEL, **options).double()
     with torch.no_grad():
         for weight in (mixer.get_submodule(path).weight for path in maps(mixer)):
-            if not weight.any():  # gates that start at 0 would hide what wraps them
+            if weight.abs().max() < 0.02:  # a map that starts at 0, or near, would hide what wraps it
                 weight.normal_(std=0.2)
     return mixer
 

@@ -1,0 +1,35 @@
+"""The token shift of RWKV: what stood one token earlier, beside each token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ssmkernels.core.validate import precision
+
+
+def token_shift(x: Tensor, before: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Each token's predecessor in its sequence, and the last token of each sequence.
+
+    Args:
+        x: ``(b, l, d)``.
+        before: the tokens before the first ones, ``(s, d)``; None for zeros.
+        cu_seqlens: int32 ``(s + 1)``, borders of packed sequences, or None.
+
+    Returns:
+        ``(b, l, d)`` in x's dtype, and ``(s, d)`` in float32 (float64): ``before`` where a sequence is empty.
+    """
+    s = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if before is None:
+        before = x.new_zeros(s, x.shape[2], dtype=precision(x))
+    if cu_seqlens is None:
+        every = torch.cat([before[:, None].to(x.dtype), x], dim=1)
+        return every[:, :-1], every[:, -1].to(before.dtype) if x.shape[1] else before
+    token = torch.arange(x.shape[1], device=x.device, dtype=torch.int32)
+    row = torch.bucketize(token, cu_seqlens[1:], right=True)  # each token's sequence
+    first = token == cu_seqlens[row]
+    shifted = torch.where(first[:, None], before[row].to(x.dtype), x[0].roll(1, 0))
+    empty = cu_seqlens.diff() == 0
+    padded = torch.cat([x[0], x.new_zeros(1, x.shape[2])])  # of no token at all there is a last one too
+    last = padded[cu_seqlens[1:].long() - 1]
+    return shifted[None], torch.where(empty[:, None], before, last.to(before.dtype))

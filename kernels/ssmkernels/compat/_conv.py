@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ssmkernels import causal_conv1d, causal_conv1d_step
 from ssmkernels.compat._dtypes import INDICES, beside
+from ssmkernels.compat._sequences import packed, placed, runs
 from ssmkernels.core.validate import check_dtypes, check_options, check_shapes, precision
 from ssmkernels.core.written import gradient_wanted
 
@@ -55,36 +56,19 @@ def _by_sequence(
     a: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, initial_state: Tensor | None
 ) -> Tensor:
     """x (b l d), initial state (b w-1 d) or None → y (b l d): all rows packed, a border at each change of number."""
-    seq_idx = a.seq_idx
-    check_dtypes(a.op, {"seq_idx": seq_idx}, INDICES)
     (b, l, d), w = x.shape, weight.shape[1]
-    first = torch.ones_like(seq_idx, dtype=torch.bool)
-    first[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
-    run = first.flatten().cumsum(0).view(b, l) - 1
-    for k in range(2, min(w, l)):
-        again = (seq_idx[:, k:] == seq_idx[:, :-k]) & (run[:, k:] != run[:, :-k]) & (seq_idx[:, k:] >= 0)
-        if again.any():
-            row, time = again.nonzero()[0].tolist()
-            raise ValueError(
-                f"{a.op}: the tokens of a sequence must stand together; in `seq_idx`, row {row}, number "
-                f"{int(seq_idx[row, time])} stops after position {time} and comes back by position {time + k}"
-            )
-    starts = first.flatten().nonzero().flatten()
-    cu_seqlens = torch.cat([starts, starts.new_tensor([b * l])]).to(torch.int32)
-    state = None
-    if initial_state is not None and l > 0:
-        state = initial_state.new_zeros(len(starts), w - 1, d).index_copy(0, run[:, 0], initial_state)
+    run, cu_seqlens = runs(a.op, a.seq_idx, reach=w)
     y, _ = causal_conv1d(
-        x.reshape(1, b * l, d),
+        packed(x),
         weight,
         bias,
         activation,
-        initial_state=state,
+        initial_state=placed(initial_state, run, len(cu_seqlens) - 1),
         return_final_state=True,
         cu_seqlens=cu_seqlens,
         implementation=a.implementation,
     )
-    return torch.where(seq_idx[..., None] >= 0, y.view(b, l, d), 0)
+    return torch.where(a.seq_idx[..., None] >= 0, y.view(b, l, d), 0)
 
 
 def update(a: Any) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ssmkernels import selective_scan, selective_scan_step
 from ssmkernels.compat._dtypes import INDICES, beside, together
+from ssmkernels.compat._ssd import head_step, heads_alone
 from ssmkernels.core.validate import check_dtypes, check_options, check_shapes, precision
 from ssmkernels.core.written import gradient_wanted
 
@@ -61,9 +62,14 @@ def update(a: Any) -> Tensor:
     held = a.state if rows is None else a.state[rows.clamp(min=0)]
     shape = held.shape
     held = held.to(torch.promote_types(precision(u), a.A.dtype if a.A.is_complex() else u.dtype))
-    held = held if held.ndim == 3 else held.reshape(b, d, n)  # a view of `state` where it can be
+    differentiable = gradient_wanted((held, *arguments.values())) is not None
+    by_heads = heads_alone(a) and not differentiable
+    if not by_heads:
+        held = held if held.ndim == 3 else held.reshape(b, d, n)  # a view of `state` where it can be
 
-    if gradient_wanted((held, *arguments.values())) is None:
+    if by_heads:
+        y = head_step(a, held, together(u, a.B, a.C)).reshape(b, d)
+    elif not differentiable:
         y = selective_scan_step(held, **arguments, delta_softplus=a.dt_softplus, implementation=a.implementation)
     else:
         timed = {

@@ -5,6 +5,7 @@ Written after mamba-ssm 2.3.2. Imports change like this::
     mamba_ssm                                  → ssmkernels.compat.mamba_ssm
     mamba_ssm.ops.selective_scan_interface     → ssmkernels.compat.mamba_ssm
     mamba_ssm.ops.triton.selective_state_update → ssmkernels.compat.mamba_ssm
+    mamba_ssm.ops.triton.ssd_combined          → ssmkernels.compat.mamba_ssm
 
 The package's modules (``Mamba``, ``Mamba2``, ``MambaLMHeadModel``) are not here: ``ssmzoo`` has its own.
 
@@ -16,13 +17,18 @@ Sizes: b batch, l length, d channels, n state size, g groups, h heads, p channel
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from ssmkernels.compat._calls import by_reference, compatible
 from ssmkernels.compat._scan import inner, scan
+from ssmkernels.compat._ssd import chunk_scan
 from ssmkernels.compat._update import update
 
 __all__ = [
+    "mamba_chunk_scan_combined",
+    "mamba_chunk_scan_combined_ref",
     "mamba_inner_fn",
     "mamba_inner_ref",
     "selective_scan_fn",
@@ -170,3 +176,50 @@ def selective_state_update(
 selective_state_update_ref = by_reference(
     "selective_state_update_ref", selective_state_update, update, state_batch_indices=None
 )
+
+
+@compatible(chunk_scan)
+def mamba_chunk_scan_combined(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int | None,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    return_final_states: bool = False,
+    return_varlen_states: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """:func:`ssmkernels.ssd` with the package's names.
+
+    Args:
+        x, z: ``(b, l, h, p)``.
+        dt: ``(b, l, h)``.
+        A, dt_bias: ``(h)``.
+        B, C: ``(b, l, g, n)``, where g divides h.
+        chunk_size: how many tokens a chunk takes, a hint; results are the same to rounding.
+        D: ``(h)`` or ``(h, p)``.
+        initial_states: ``(b, h, p, n)``; with ``seq_idx`` they belong to the sequence of a row's first token.
+        seq_idx: integers ``(b, l)``, the number of each token's sequence: the state starts anew where it changes.
+        cu_seqlens: integers ``(s + 1)``, the borders at which ``seq_idx`` changes, for ``return_varlen_states`` alone.
+        dt_softplus, dt_limit: as :func:`ssmkernels.ssd`.
+        return_final_states: whether to return the state after each row's last token as well, ``(b, h, p, n)``.
+        return_varlen_states: whether to return the state after each sequence as well, ``(s, h, p, n)``.
+
+    Returns:
+        y ``(b, l, h, p)`` in x's dtype, and the states that were asked for, float32 (float64 for float64 input).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name; a sequence in ``seq_idx``
+            that comes back after another one.
+    """
+
+
+mamba_chunk_scan_combined_ref = by_reference("mamba_chunk_scan_combined_ref", mamba_chunk_scan_combined, chunk_scan)

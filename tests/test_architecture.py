@@ -24,7 +24,7 @@ LAYERS = (
     "pretrained",
     "building swapping",
     "ssmzoo",
-    "testing train",
+    "integrations testing train",
     "bench proof",
     "commands",
     "cli",

@@ -1,0 +1,1 @@
+"""ssmzoo beside other libraries: one module for each, imported by whoever uses it."""

@@ -1,0 +1,184 @@
+"""One call that puts our kernels under the models of transformers, and takes them away again."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Iterable
+from types import TracebackType
+
+from torch import nn
+
+from ssmkernels.core.names import unknown
+from ssmzoo.integrations.transformers.functions import supplied
+from ssmzoo.integrations.transformers.imports import forget_imports, loaded, watch_imports
+from ssmzoo.integrations.transformers.lookups import installed, lookups_of, published
+from ssmzoo.integrations.transformers.methods import METHODS, methods_of
+from ssmzoo.screen import printable
+
+ALL = "*"  # the family that stands for all of them
+
+_in_use: Counter[str] = Counter()  # how many accelerations ask for each family
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What became of one function or method of a family.
+
+    Attributes:
+        family: transformers' name of it, its folder in ``transformers.models``.
+        function: what transformers looks up, or the method that was replaced.
+        runs: what runs in its place.
+        why: what speaks against ours; empty where ours runs.
+    """
+
+    family: str
+    function: str
+    runs: str
+    why: str = ""
+
+
+class Acceleration:
+    """What :func:`accelerate` did. Prints as a table; ends with :meth:`restore`, or with a ``with`` block.
+
+    Attributes:
+        families: the families that it asked for.
+        rows: what runs now, a :class:`Row` for each function that transformers looks up and each method replaced.
+    """
+
+    def __init__(self, families: Iterable[str], asked: str | None = None):
+        self.families = sorted(families)
+        self.rows = [row for family in self.families for row in _rows(family)]
+        self._asked = self.families if asked is None else [asked]
+        self._active = True
+        _in_use.update(self._asked)
+        watch_imports(_refresh)
+        _refresh_all()
+
+    def restore(self) -> None:
+        """Puts everything back as it was, for models that exist and for those to come. Further calls do nothing.
+
+        Where several accelerations ask for a family, it stays fast until the last of them ends.
+        """
+        if not self._active:
+            return
+        self._active = False
+        _in_use.subtract(self._asked)
+        _refresh_all()
+        if not +_in_use:
+            forget_imports()
+
+    def __enter__(self) -> Acceleration:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.restore()
+
+    def __str__(self) -> str:
+        columns = ("family", "function", "runs", "why not ours")
+        lines = [columns, *(dataclasses.astuple(row) for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+    def __repr__(self) -> str:
+        ours = sum(not row.why for row in self.rows)
+        state = "" if self._active else ", restored"
+        return f"<Acceleration of {len(self.families)} families: {ours} of {len(self.rows)} functions are ours{state}>"
+
+
+def accelerate(model_or_family: nn.Module | str | Iterable[str] | None = None) -> Acceleration:
+    """Runs transformers' state-space models, and other families whose functions we have, on our kernels.
+
+    transformers looks for functions of the packages mamba_ssm, causal_conv1d and fla, and runs slow PyTorch code in
+    their place where they are missing, as on a CPU. This gives it ours. Models that exist already become fast as well
+    as those to come, in training and in ``generate``; weights, outputs and everything else stay as they are. A
+    function of a package that is installed is left alone. ::
+
+        print(accelerate())                # everything, until the program ends
+        with accelerate("mamba2"):         # one family, for some lines
+            ...
+
+    Beside speed, sequences packed with ``seq_idx`` train on a CPU, where transformers refuses them without the
+    packages, and several tokens after a cached prefix continue from its state in Mamba's family, where transformers
+    starts from zero.
+
+    A graph that ``torch.compile`` made before keeps what it captured: compile afterwards, or call
+    ``torch.compiler.reset()``.
+
+    Args:
+        model_or_family: a model of transformers, whose families are accelerated for all models; or the name of a
+            family, such as ``"jamba"``, or several; all if None.
+
+    Returns:
+        What runs now, which prints as a table; its ``restore()`` undoes it, as does the end of a ``with`` block.
+
+    Raises:
+        ImportError: transformers is not installed.
+        TypeError, ValueError: ``model_or_family`` is of another kind, or nothing that can be accelerated.
+    """
+    known = sorted({*published(), *METHODS})
+    if model_or_family is None:
+        return Acceleration(known, asked=ALL)
+    if isinstance(model_or_family, nn.Module):
+        found = _families_in(model_or_family, known)
+        if not found:
+            kind = type(model_or_family).__name__
+            raise ValueError(
+                f"accelerate: `model_or_family`, a {kind}, has no layer that we have functions for; "
+                f"these families do: {', '.join(known)}"
+            )
+        return Acceleration(found)
+    if not isinstance(model_or_family, Iterable):
+        kind = type(model_or_family).__name__
+        raise TypeError(f"accelerate: `model_or_family` must be a model, a family's name, or several; got a {kind}")
+    families = [model_or_family] if isinstance(model_or_family, str) else list(model_or_family)
+    for family in families:
+        if not isinstance(family, str):
+            told = printable(repr(family))
+            raise TypeError(f"accelerate: names in `model_or_family` must be of type str; got {told}")
+        if family not in known:
+            raise ValueError(f"accelerate: `model_or_family`: {unknown('family', family, known)}")
+    return Acceleration(set(families))
+
+
+def _families_in(model: nn.Module, known: Iterable[str]) -> set[str]:
+    """The families whose code the model's layers run."""
+    modules = {base.__module__ for layer in model.modules() for base in type(layer).__mro__}
+    found = (re.match(r"transformers\.models\.(\w+)\.", module) for module in modules)
+    return {match[1] for match in found if match} & set(known)
+
+
+def _rows(family: str) -> list[Row]:
+    rows, functions = [], published().get(family, [])
+    of_heads = any(function == "mamba_chunk_scan_combined" for function, _ in functions)
+    for function, package in functions:
+        ours = supplied(package, function, of_heads)
+        if installed(package):
+            rows.append(Row(family, function, package, f"{package} is installed"))
+        elif ours is None:
+            rows.append(Row(family, function, "transformers' own", "ssmkernels has no such function"))
+        else:
+            rows.append(Row(family, function, ours.runs))
+    rows += [Row(family, method.name, method.runs) for method in METHODS.get(family, ())]
+    return rows
+
+
+def _refresh_all() -> None:
+    for family, module in loaded():
+        _refresh(family, module)
+
+
+def _refresh(family: str, module: object) -> None:
+    """Gives a module of transformers our functions if an acceleration asks for its family, else its own."""
+    wanted = _in_use[ALL] > 0 or _in_use[family] > 0
+    for lookup in lookups_of(module):
+        ours = supplied(lookup.package, lookup.function)
+        if wanted and ours is not None:
+            lookup.supply(ours.call)
+        else:
+            lookup.restore()
+    for method in methods_of(family, module):
+        method.replace() if wanted else method.restore()

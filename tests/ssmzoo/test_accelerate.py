@@ -1,0 +1,350 @@
+"""transformers' models on our functions: the same numbers as in its plain PyTorch, and everything back afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from parity import close, randomise
+
+from ssmzoo.integrations.transformers import accelerate
+from ssmzoo.integrations.transformers.imports import loaded
+from ssmzoo.integrations.transformers.lookups import lookups_of, published
+from ssmzoo.integrations.transformers.methods import METHODS
+
+transformers = pytest.importorskip("transformers", reason="needs transformers, whose models run here")
+pytestmark = pytest.mark.mixer()
+
+SIZES = {"num_hidden_layers": 2, "vocab_size": 50, "hidden_size": 24}
+MAMBA = SIZES | {"state_size": 7, "conv_kernel": 3, "time_step_rank": 5}
+HYBRID = SIZES | {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 28,
+    "mamba_n_heads": 6,
+    "mamba_d_head": "auto",
+    "mamba_d_state": 7,
+    "mamba_chunk_size": 8,
+    "mamba_n_groups": 3,
+}
+JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 7, "mamba_dt_rank": 5, "num_experts": 2}
+
+# family → transformers' class, and the options of a small model of odd sizes
+MODELS: dict = {
+    "mamba": ("Mamba", MAMBA | {"use_bias": True}),
+    "falcon_mamba": ("FalconMamba", MAMBA),
+    "jamba": ("Jamba", {k: v for k, v in HYBRID.items() if "mamba" not in k} | JAMBA),
+    "zamba": (
+        "Zamba",
+        SIZES
+        | {
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "attention_hidden_size": 48,
+            "attention_head_dim": 24,
+            "intermediate_size": 28,
+        }
+        | {
+            "n_mamba_heads": 2,
+            "mamba_d_state": 7,
+            "mamba_dt_rank": 5,
+            "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+            "num_hidden_layers": 3,
+        },
+    ),
+    "mamba2": (
+        "Mamba2",
+        SIZES | {"num_heads": 6, "head_dim": 8, "state_size": 7, "n_groups": 3, "chunk_size": 8, "conv_kernel": 3},
+    ),
+    "bamba": ("Bamba", HYBRID | {"attn_layer_indices": [1]}),
+    "zamba2": (
+        "Zamba2",
+        SIZES
+        | {
+            "num_hidden_layers": 3,
+            "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+            "mamba_d_state": 7,
+            "n_mamba_heads": 6,
+            "chunk_size": 8,
+        }
+        | {"num_attention_heads": 3, "intermediate_size": 30, "adapter_rank": 5},
+    ),
+    "falcon_h1": ("FalconH1", HYBRID | {"mamba_d_ssm": 36, "mamba_n_groups": 1}),
+    "granitemoehybrid": (
+        "GraniteMoeHybrid",
+        HYBRID
+        | {
+            "layer_types": ["linear_attention", "full_attention"],
+            "shared_intermediate_size": 28,
+            "num_local_experts": 0,
+            "mamba_n_groups": 1,
+        },
+    ),
+    "nemotron_h": (
+        "NemotronH",
+        {"layers_block_type": ["linear_attention", "full_attention", "mlp"], "vocab_size": 50, "hidden_size": 24}
+        | {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 10, "intermediate_size": 30}
+        | {"ssm_state_size": 7, "mamba_num_heads": 6, "mamba_head_dim": 5, "n_groups": 3, "chunk_size": 8},
+    ),
+    "recurrent_gemma": (
+        "RecurrentGemma",
+        SIZES
+        | {"num_hidden_layers": 3, "intermediate_size": 70, "num_attention_heads": 3, "num_key_value_heads": 1}
+        | {"lru_width": 24, "attention_window_size": 64, "conv1d_width": 3},
+    ),
+    "lfm2": (
+        "Lfm2",
+        SIZES
+        | {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 28}
+        | {"layer_types": ["conv", "full_attention"]},
+    ),
+}
+CACHED = sorted(set(MODELS) - {"recurrent_gemma"})  # which keeps its state in its layers
+ALONE = ("mamba", "falcon_mamba", "mamba2")  # without attention
+EVERY = pytest.mark.parametrize("family", MODELS)
+
+
+def made(family):
+    torch.manual_seed(0)
+    kind, options = MODELS[family]
+    config = getattr(transformers, f"{kind}Config")(**options)
+    config._experts_implementation = "eager"
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    randomise(model)
+    return model.eval()
+
+
+def modeling(family):
+    return importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+
+
+@contextlib.contextmanager
+def only_ours(family):
+    """Accelerated, while transformers' own functions that ours stand for raise."""
+
+    def never(*args, **kwargs):
+        raise AssertionError("transformers' own function ran")
+
+    with accelerate(family) as running:
+        ours = {row.function for row in running.rows if not row.why}
+        cells = [lookup.cells["torch_function"] for lookup in lookups_of(modeling(family)) if lookup.function in ours]
+        assert cells or family in METHODS
+        kept = [cell.cell_contents for cell in cells]
+        try:
+            for cell in cells:
+                cell.cell_contents = never
+            yield running
+        finally:
+            for cell, own in zip(cells, kept, strict=True):
+                cell.cell_contents = own
+
+
+def logits_and_gradients(model, ids, **options):
+    model.zero_grad()
+    logits = model(ids, use_cache=False, **options).logits
+    weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3))
+    if options.get("attention_mask") is not None:
+        weight = weight * options["attention_mask"][..., None]
+    (logits * weight).sum().backward()
+    return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@EVERY
+@pytest.mark.parametrize("how", ["plain", "padded", "training, checkpointed"])
+def test_logits_and_gradients(family, how):
+    model, ids, options = made(family), torch.randint(1, 50, (2, 19)), {}
+    if how == "padded":
+        options["attention_mask"] = torch.ones(2, 19, dtype=torch.long)
+        options["attention_mask"][0, :4] = 0
+    expected, gradients = logits_and_gradients(model, ids, **options)
+    if how.startswith("training"):
+        model.train()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    with only_ours(family):
+        found, others = logits_and_gradients(model, ids, **options)
+    kept = options["attention_mask"].bool() if options else slice(None)
+    close("the logits", found[kept], expected[kept])
+    assert set(others) == set(gradients)
+    for name, gradient in gradients.items():
+        close(f"the gradient of {name}", others[name], gradient)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", CACHED)
+def test_prefill_further_tokens_and_single_ones(family):
+    """At once is the same as cut anywhere; transformers alone starts Mamba's states anew at the second piece."""
+    model, ids = made(family), torch.randint(1, 50, (2, 17))
+    expected = model(ids, use_cache=False).logits
+    with only_ours(family):
+        cache = None
+        for start, end in ((0, 6), (6, 12), (12, 13), (13, 14), (14, 17)):
+            if family in ALONE:
+                out = model(ids[:, start:end], use_cache=True, cache_params=cache)
+                cache = out.cache_params
+            else:  # with positions, as Bamba counts them anew in each call
+                positions = torch.arange(start, end)[None]
+                out = model(ids[:, start:end], use_cache=True, past_key_values=cache, position_ids=positions)
+                cache = out.past_key_values
+            close(f"tokens {start} to {end}", out.logits, expected[:, start:end])
+
+
+@torch.no_grad()
+@EVERY
+def test_generate(family):
+    model, ids = made(family), torch.randint(1, 50, (2, 7))
+    options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = model.generate(ids, **options)
+    with only_ours(family):
+        assert torch.equal(model.generate(ids, **options), expected)
+        if family != "recurrent_gemma":
+            beams = model.generate(ids, num_beams=3, **options)
+    if family != "recurrent_gemma":
+        assert torch.equal(beams, model.generate(ids, num_beams=3, **options))
+
+
+PACKS = sorted(set(MODELS) - {"recurrent_gemma", "lfm2"})
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("family", PACKS)
+def test_packed_sequences_train(family, checkpointed):
+    model, lengths = made(family), (5, 1, 11)
+    ids = torch.randint(1, 50, (1, sum(lengths)))
+    weight = torch.randn(1, sum(lengths), 50)
+    alone = [model(part, use_cache=False).logits for part in ids.split(lengths, dim=1)]
+    (torch.cat(alone, dim=1) * weight).sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    if checkpointed:
+        model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    options = {"seq_idx": torch.tensor([[i for i, n in enumerate(lengths) for _ in range(n)]], dtype=torch.int32)}
+    if family not in ALONE:
+        options["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None]
+    if family == "granitemoehybrid":  # whose attention looks at no positions
+        blocks = torch.block_diag(*(torch.ones(n, n) for n in lengths)).tril().bool()
+        options["attention_mask"] = {"full_attention": blocks[None, None], "linear_attention": None}
+    with only_ours(family):
+        logits = model(ids, use_cache=False, **options).logits
+        (logits * weight).sum().backward()
+    close("the logits", logits.detach(), torch.cat(alone, dim=1).detach())
+    for name, gradient in expected.items():
+        close(f"the gradient of {name}", model.get_parameter(name).grad, gradient)
+
+
+def state_of_everything():
+    """What the wrappers of all loaded families hold, and the methods of their layers."""
+    cells = [
+        (lookup.function, *(lookup.cells[name].cell_contents for name in lookup.own))
+        for _, module in loaded()
+        for lookup in lookups_of(module)
+    ]
+    methods = [
+        vars(vars(module)[method.owner]).get(method.attribute)
+        for family, module in loaded()
+        for method in METHODS.get(family, ())
+        if method.owner in vars(module)
+    ]
+    return cells, methods
+
+
+def test_everything_comes_back():
+    for family in MODELS:
+        modeling(family)
+    before, finders = state_of_everything(), list(sys.meta_path)
+    one, every = accelerate("mamba"), accelerate()
+    assert state_of_everything() != before
+    every.restore()
+    every.restore()  # which does nothing
+    scan = next(lookup for lookup in lookups_of(modeling("mamba")) if lookup.function == "selective_scan_fn")
+    assert scan.cells["is_new_implementation"].cell_contents  # as `one` still asks for it
+    assert not any(lookup.cells["is_new_implementation"].cell_contents for lookup in lookups_of(modeling("mamba2")))
+    one.restore()
+    assert state_of_everything() == before
+    with accelerate(["mamba", "jamba"]) as both:
+        assert both.families == ["jamba", "mamba"]
+    assert state_of_everything() == before
+    assert sys.meta_path == finders
+
+
+def test_families_imported_later(tmp_path):
+    """In a process of its own, since modules are imported once."""
+    script = """
+        import sys
+        import torch
+        from ssmzoo.integrations.transformers import accelerate
+
+        running = accelerate("mamba")
+        assert "transformers.models.mamba.modeling_mamba" not in sys.modules
+        from transformers.models.mamba import modeling_mamba
+        from transformers.models.mamba2 import modeling_mamba2
+        from transformers import MambaConfig, MambaForCausalLM
+
+        assert type(modeling_mamba.__loader__).__name__ == "SourceFileLoader"
+        scan = modeling_mamba.mamba_selective_scan
+        held = dict(zip(scan.__code__.co_freevars, scan.__closure__))
+        other = modeling_mamba2.mamba2_chunk_scan
+        others = dict(zip(other.__code__.co_freevars, other.__closure__))
+        assert held["implementation"].cell_contents.__module__.startswith("ssmzoo")
+        assert others["implementation"].cell_contents is others["torch_function"].cell_contents
+        model = MambaForCausalLM(MambaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1))
+        assert model(torch.ones(1, 3, dtype=torch.long)).logits.shape == (1, 3, 20)
+        running.restore()
+        assert held["implementation"].cell_contents is held["torch_function"].cell_contents
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, cwd=tmp_path)
+
+
+def test_what_is_told():
+    with accelerate() as running:
+        text = str(running)
+        assert {row.family for row in running.rows} == {*published(), *METHODS}
+        assert "ssmkernels.ssd_step" in text
+        assert text.count("\n") == len(running.rows)
+        assert "restored" not in repr(running)
+    assert "restored" in repr(running)
+
+
+def test_a_model_names_its_families():
+    model = made("bamba")
+    with accelerate(model) as running:
+        assert running.families == ["bamba"]
+    with pytest.raises(ValueError, match="a Linear, has no layer that we have functions for; these families do: bai"):
+        accelerate(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ("mambo", ValueError, r"`model_or_family`: unknown family: 'mambo'. Did you mean 'mamba'"),
+        (["mamba", "nothing"], ValueError, r"unknown family: 'nothing'"),
+        (3, TypeError, r"must be a model, a family's name, or several; got a int"),
+        ([3], TypeError, r"names in `model_or_family` must be of type str; got 3"),
+    ],
+)
+def test_refusals(given, error, message):
+    before = list(sys.meta_path)
+    with pytest.raises(error, match=message):
+        accelerate(given)
+    assert sys.meta_path == before
+
+
+@torch.no_grad()
+def test_compiled_models():
+    family = "mamba"
+    model, ids = made(family), torch.randint(1, 50, (1, 12))
+    del model.backbone.layers[1]
+    expected = model(ids, use_cache=False).logits
+    apart = torch.cat([model(part, use_cache=False).logits for part in ids.split(6, dim=1)], dim=1)
+    seq_idx = torch.tensor([[0] * 6 + [1] * 6], dtype=torch.int32)
+    for context in (only_ours(family), contextlib.nullcontext()):
+        torch.compiler.reset()
+        compiled = torch.compile(model, backend="aot_eager")
+        with context as ours:
+            close("the logits", compiled(ids, use_cache=False).logits, expected)
+            if ours:
+                close("packed logits", compiled(ids, use_cache=False, seq_idx=seq_idx).logits, apart)

@@ -11,8 +11,15 @@ from ssmkernels.check.spec import spec_of, specs
 from ssmkernels.core.names import unknown
 
 USUAL = ("ops", "mixers", "models")
-KINDS = (*USUAL, "scaling", "busy")
-ONE_OF = {"ops": "op", "mixers": "mixer", "models": "model", "scaling": "op or mixer", "busy": "op, mixer or model"}
+KINDS = (*USUAL, "scaling", "busy", "transformers")
+ONE_OF = {
+    "ops": "op",
+    "mixers": "mixer",
+    "models": "model",
+    "scaling": "op or mixer",
+    "busy": "op, mixer or model",
+    "transformers": "family of transformers",
+}
 
 
 def names_of(kind: str) -> list[str]:
@@ -29,6 +36,10 @@ def names_of(kind: str) -> list[str]:
         return scalable()
     if kind == "busy":
         return list(dict.fromkeys(name for each in USUAL for name in names_of(each)))
+    if kind == "transformers":
+        from ssmzoo.bench.families import FAMILIES
+
+        return list(FAMILIES)
     from ssmzoo.config import list_models
 
     return list_models()
@@ -73,6 +84,10 @@ def check_changes(kind: str, names: Iterable[str], changes: Mapping[str, Any]) -
         options = {name: list_mixers()[name].options for name in names if name in list_mixers()}
         known |= SIZES if options else {}
         known |= {f"{name}.{key}": None for name, found in options.items() for key in found}
+    if kind == "transformers":
+        from ssmzoo.bench.families import SIZES as FAMILY_SIZES
+
+        known |= FAMILY_SIZES
     for key, value in changes.items():
         if key not in known:
             raise ValueError("--set: " + unknown(f"size or option of {kind}", key, known))
@@ -106,6 +121,10 @@ def _bench(kind: str) -> Callable[[str, Plan], Iterator[list[Measurement]]]:
         from ssmzoo.bench.busy import bench_busy
 
         return bench_busy
+    if kind == "transformers":
+        from ssmzoo.bench.families import bench_family
+
+        return bench_family
     from ssmzoo.bench.models import bench_model
 
     return bench_model

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ssmzoo.bench.record import Machine
 
 USUAL = ("ops", "mixers", "models")
-KINDS = (*USUAL, "scaling", "busy")
+KINDS = (*USUAL, "scaling", "busy", "transformers")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SECONDS, QUICK_SECONDS = 1.0, 0.1  # for each contestant of a contest
 
@@ -33,7 +33,8 @@ def command(
     what: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[ops|mixers|models|scaling|busy]", help="What to time; ops, mixers and models by default."
+            metavar="[ops|mixers|models|scaling|busy|transformers]",
+            help="What to time; ops, mixers and models by default. transformers: its models on our kernels.",
         ),
     ] = None,
     only: Annotated[

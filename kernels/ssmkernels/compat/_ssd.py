@@ -57,7 +57,7 @@ def chunk_scan(a: Any) -> Tensor | tuple[Tensor, ...]:
         cu_seqlens=cu_seqlens,
         implementation=a.implementation,
     )
-    found = [y.view(a.x.shape).to(a.x.dtype)]
+    found = [y.view(a.x.shape).to(a.x.dtype).contiguous()]  # as the package's, which callers may `view`
     if a.return_final_states:
         found.append(last if cu_seqlens is None or run.shape[1] == 0 else last[run[:, -1]])
     if a.return_varlen_states:

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterable
-from types import TracebackType
+from types import ModuleType, TracebackType
 
 from torch import nn
 
@@ -44,17 +44,20 @@ class Acceleration:
 
     Attributes:
         families: the families that it asked for.
-        rows: what runs now, a :class:`Row` for each function that transformers looks up and each method replaced.
     """
 
     def __init__(self, families: Iterable[str], asked: str | None = None):
         self.families = sorted(families)
-        self.rows = [row for family in self.families for row in _rows(family)]
         self._asked = self.families if asked is None else [asked]
         self._active = True
         _in_use.update(self._asked)
         watch_imports(_refresh)
         _refresh_all()
+
+    @property
+    def rows(self) -> list[Row]:
+        """What runs, a :class:`Row` for each function that transformers looks up and each method that is replaced."""
+        return [row for family in self.families for row in _rows(family)]
 
     def restore(self) -> None:
         """Puts everything back as it was, for models that exist and for those to come. Further calls do nothing.
@@ -79,14 +82,14 @@ class Acceleration:
 
     def __str__(self) -> str:
         columns = ("family", "function", "runs", "why not ours")
-        lines = [columns, *(dataclasses.astuple(row) for row in self.rows)]
+        lines = [columns, *map(dataclasses.astuple, self.rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
     def __repr__(self) -> str:
-        ours = sum(not row.why for row in self.rows)
-        state = "" if self._active else ", restored"
-        return f"<Acceleration of {len(self.families)} families: {ours} of {len(self.rows)} functions are ours{state}>"
+        rows, state = self.rows, "" if self._active else ", restored"
+        ours = sum(not row.why for row in rows)
+        return f"<Acceleration of {len(self.families)} families: {ours} of {len(rows)} functions are ours{state}>"
 
 
 def accelerate(model_or_family: nn.Module | str | Iterable[str] | None = None) -> Acceleration:
@@ -171,7 +174,7 @@ def _refresh_all() -> None:
         _refresh(family, module)
 
 
-def _refresh(family: str, module: object) -> None:
+def _refresh(family: str, module: ModuleType) -> None:
     """Gives a module of transformers our functions if an acceleration asks for its family, else its own."""
     wanted = _in_use[ALL] > 0 or _in_use[family] > 0
     for lookup in lookups_of(module):

@@ -17,8 +17,9 @@ Seen = Callable[[str, ModuleType], None]
 
 def loaded() -> Iterator[tuple[str, ModuleType]]:
     """Those imported so far: family and module."""
-    for name, module in list(sys.modules.items()):
-        match = _MODELING.fullmatch(name)
+    names = [name for name in list(sys.modules) if name.startswith("transformers.models.")]
+    for name in names:
+        match, module = _MODELING.fullmatch(name), sys.modules.get(name)
         if match and isinstance(module, ModuleType):
             yield match[1], module
 

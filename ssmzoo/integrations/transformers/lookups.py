@@ -11,17 +11,15 @@ import functools
 import importlib.util
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 
 _DECORATOR = re.compile(
     r"^@use_kernel_func_from_hub_with_fallback\(\s*[\"'](\w+)[\"'],\s*[\"'](\w+)[\"']", re.MULTILINE
 )
 _CELLS = {"implementation", "torch_function", "applicable_params", "is_new_implementation", "func_name", "package"}
-
-_found: dict[FunctionType, Lookup] = {}
 
 
 class Lookup:
@@ -40,7 +38,7 @@ class Lookup:
     def supply(self, ours: Callable[..., Any]) -> None:
         """Our function runs from now on, unless transformers has found the package's own."""
         if not self.own["is_new_implementation"]:
-            self._write(ours, tuple(inspect.signature(ours).parameters), True)
+            self._write(ours, _parameters(ours), True)
 
     def restore(self) -> None:
         self._write(self.own["implementation"], self.own["applicable_params"], self.own["is_new_implementation"])
@@ -51,15 +49,21 @@ class Lookup:
         self.cells["is_new_implementation"].cell_contents = new
 
 
-def lookups_of(module: object) -> Iterator[Lookup]:
-    """Those of a modeling module of transformers."""
+@functools.cache
+def lookups_of(module: ModuleType) -> list[Lookup]:
+    """Those of a modeling module of transformers, which has been imported whole."""
+    found = []
     for value in list(vars(module).values()):
         for function in (value, getattr(value, "forward", None)):  # the package kernels makes modules of them
-            if isinstance(function, FunctionType) and set(function.__code__.co_freevars) >= _CELLS:
-                if function not in _found:
-                    _found[function] = Lookup(function)
-                yield _found[function]
+            if isinstance(function, FunctionType) and _CELLS.issubset(function.__code__.co_freevars):
+                found.append(Lookup(function))
                 break
+    return found
+
+
+@functools.cache
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
 
 
 @functools.cache

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -153,15 +154,8 @@ class Replaceable:
                 setattr(self.owner, self.method.attribute, self.own)
 
 
-_found: dict[tuple[type, str], Replaceable] = {}
-
-
-def methods_of(family: str, module: object) -> Iterator[Replaceable]:
+@functools.cache
+def methods_of(family: str, module: ModuleType) -> list[Replaceable]:
     """Those of a family that a module of it defines."""
-    for method in METHODS.get(family, ()):
-        owner = vars(module).get(method.owner)
-        if isinstance(owner, type):
-            key = (owner, method.attribute)
-            if key not in _found:
-                _found[key] = Replaceable(owner, method)
-            yield _found[key]
+    owners = [(vars(module).get(method.owner), method) for method in METHODS.get(family, ())]
+    return [Replaceable(owner, method) for owner, method in owners if isinstance(owner, type)]

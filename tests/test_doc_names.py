@@ -37,7 +37,7 @@ EXAMPLES = {
     "self": ssmzoo.Mixer,
     "masks": ssmkernels.masks,
 }
-OTHERS = {"mamba_ssm", "causal_conv1d", "flash_attn", "transformers", "numpy"}  # packages that need not be here
+OTHERS = {"mamba_ssm", "causal_conv1d", "fla", "flash_attn", "transformers", "numpy"}  # packages that need not be here
 # Names of PyTorch and accelerate whose modules are slow to import.
 OUTSIDE = {"fully_shard", "MixedPrecisionPolicy", "cast_forward_inputs", "DataLoader"}
 OUTSIDE |= {"cpu_offload", "disk_offload", "dispatch_model", "is_grads_batched"}

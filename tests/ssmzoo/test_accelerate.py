@@ -104,6 +104,36 @@ MODELS: dict = {
         | {"layer_types": ["conv", "full_attention"]},
     ),
 }
+NO_TOKENS = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+DELTA = SIZES | {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 28,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 5,
+}
+MODELS |= {
+    "qwen3_next": ("Qwen3Next", DELTA | {"num_experts": 0, "mlp_only_layers": [0, 1]}),
+    "qwen3_5": ("Qwen3_5", DELTA),
+    "olmo_hybrid": ("OlmoHybrid", DELTA | {"linear_num_key_heads": 4, "linear_allow_neg_eigval": True} | NO_TOKENS),
+    "kimi_linear": (
+        "KimiLinear",
+        SIZES
+        | {
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "intermediate_size": 28,
+        }
+        | {"layer_types": ["linear_attention", "full_attention"], "kv_lora_rank": 6, "qk_nope_head_dim": 8}
+        | {"qk_rope_head_dim": 4, "v_head_dim": 8, "linear_num_heads": 2, "linear_head_dim": 6}
+        | {"mlp_layer_types": ["dense", "dense"]}
+        | NO_TOKENS,
+    ),
+}
 CACHED = sorted(set(MODELS) - {"recurrent_gemma"})  # which keeps its state in its layers
 ALONE = ("mamba", "falcon_mamba", "mamba2")  # without attention
 EVERY = pytest.mark.parametrize("family", MODELS)
@@ -112,7 +142,8 @@ EVERY = pytest.mark.parametrize("family", MODELS)
 def made(family):
     torch.manual_seed(4)
     kind, options = MODELS[family]
-    config = getattr(transformers, f"{kind}Config")(**options)
+    text = getattr(transformers, f"{kind}TextConfig", None)  # of models that see as well
+    config = (text or getattr(transformers, f"{kind}Config"))(**options)
     config._experts_implementation = "eager"
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
     randomise(model)
@@ -225,6 +256,9 @@ def test_packed_sequences_train(family, checkpointed):
     options = {"seq_idx": torch.tensor([[i for i, n in enumerate(lengths) for _ in range(n)]], dtype=torch.int32)}
     if family not in ALONE:
         options["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None]
+    if "fla" in {package for _, package in published()[family]}:
+        name = "cu_seqlens" if family == "kimi_linear" else "cu_seq_lens_q"  # as each hands it on
+        options[name] = torch.tensor([0, 5, 6, 17], dtype=torch.int32)
     if family == "granitemoehybrid":  # whose attention looks at no positions
         blocks = torch.block_diag(*(torch.ones(n, n) for n in lengths)).tril().bool()
         options["attention_mask"] = {"full_attention": blocks[None, None], "linear_attention": None}

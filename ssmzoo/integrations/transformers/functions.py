@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ssmkernels import selective_scan
-from ssmkernels.compat import causal_conv1d, mamba_ssm
+from ssmkernels.compat import causal_conv1d, fla, mamba_ssm
 from ssmzoo.integrations.transformers.scope import current
 
 
@@ -107,6 +107,12 @@ _FUNCTIONS = {
         mamba_ssm.selective_state_update, "ssmkernels.selective_scan_step"
     ),
     ("mamba_ssm", "mamba_chunk_scan_combined"): Supplied(mamba_ssm.mamba_chunk_scan_combined, "ssmkernels.ssd"),
+    ("fla", "chunk_gated_delta_rule"): Supplied(fla.chunk_gated_delta_rule, "ssmkernels.delta_rule"),
+    ("fla", "fused_recurrent_gated_delta_rule"): Supplied(
+        fla.fused_recurrent_gated_delta_rule, "ssmkernels.delta_rule"
+    ),
+    ("fla", "chunk_kda"): Supplied(fla.chunk_kda, "ssmkernels.delta_rule"),
+    ("fla", "fused_recurrent_kda"): Supplied(fla.fused_recurrent_kda, "ssmkernels.delta_rule"),
     ("mamba_ssm", "mamba_inner_fn"): Supplied(unfused, "the layer's steps, one by one"),
     ("mamba_ssm", "mamba_split_conv1d_scan_combined"): Supplied(unfused, "the layer's steps, one by one"),
 }

@@ -23,7 +23,8 @@ class Block(nn.Module):
         Otherwise the config's entry for the layer, and what feeds it, are built.
         """
         super().__init__()
-        before, after = config.norm_placement != "post", config.norm_placement != "pre"
+        before, after = config.norm_placement != "post", config.norm_placement in ("post", "sandwich")
+        self.norms_stream = config.norm_placement == "stream"
 
         def norm(wanted: bool) -> nn.Module | None:
             return NORMS[config.norm](config.d_model, eps=config.norm_eps) if wanted else None
@@ -39,7 +40,7 @@ class Block(nn.Module):
         self.norm2 = norm(before and self.mlp is not None)
         self.norm_after = norm(after)
         self.norm2_after = norm(after and self.mlp is not None)
-        self.multiplier = config.residual_multiplier
+        self.multiplier, self.skip_multiplier = config.residual_multiplier, config.skip_multiplier
         self.dropout = nn.Dropout(config.dropout)
 
     @property
@@ -78,18 +79,25 @@ class Block(nn.Module):
         self, x: Tensor, u: Tensor, state: State | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, State | None]:
         """x and what the mixer makes of u, and then the channel mixer."""
-        mixed = self.mixer(self._normalised(u, self.norm), state, cu_seqlens=cu_seqlens)
+        u = self._normalised(u, self.norm)
+        mixed = self.mixer(u, state, cu_seqlens=cu_seqlens)
         if state is not None:
             mixed, state = mixed
-        x = x + self._part(mixed, self.norm_after)
+        x = self._skip(x, u) + self._part(mixed, self.norm_after)
         mlp = self.mlp
         if mlp is not None:
-            x = x + self._part(mlp(self._normalised(x, self.norm2)), self.norm2_after)
+            u = self._normalised(x, self.norm2)
+            x = self._skip(x, u) + self._part(mlp(u), self.norm2_after)
         return x, state
 
     def _normalised(self, x: Tensor, norm: nn.Module | None) -> Tensor:
         """What a mixer or MLP is given of the residual stream, in the dtype of the weights."""
         return x.to(self.norms[0].weight.dtype) if norm is None else norm(x)  # type: ignore[arg-type]
+
+    def _skip(self, x: Tensor, normed: Tensor) -> Tensor:
+        """What of the residual stream goes on, before or after its norm."""
+        kept = normed.to(x.dtype) if self.norms_stream else x
+        return kept if self.skip_multiplier == 1 else kept * self.skip_multiplier
 
     def _part(self, y: Tensor, norm: nn.Module | None) -> Tensor:
         """What is added to the residual stream."""

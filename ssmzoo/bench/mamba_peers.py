@@ -63,7 +63,8 @@ def transformers_model(model: SequenceModel) -> nn.Module:
     mixer: Any = model.blocks[0].mixer
     kind, options = _kind(mixer)
     multipliers = (config.embedding_scale, config.residual_multiplier, config.logit_multiplier, config.logit_softcap)
-    refuse(config.norm_placement != "pre" or multipliers != (1, 1, 1, 0) or config.feeds, "such blocks")
+    multipliers += (config.skip_multiplier,)
+    refuse(config.norm_placement != "pre" or multipliers != (1, 1, 1, 0, 1) or config.feeds, "such blocks")
     refuse(options.get("layer_norm_epsilon", config.norm_eps) != config.norm_eps, "two epsilons")
     with torch.device("meta"):
         theirs = getattr(transformers, f"{kind}ForCausalLM")(

@@ -48,12 +48,14 @@ class ModelConfig:
         d_output: width of output features; d_input if None.
         tie_embeddings: the token logits use the embedding's weights.
         norm: "rms", "centred_rms" (its weight is 1 + w) or "layer", around each mixer and MLP and at the end.
-        norm_placement: "pre": x + f(norm(x)); "post": x + norm(f(x)), as in OLMo 2 (arXiv 2501.00656); or "sandwich":
-            x + norm(f(norm(x))), as in Gemma 2 (arXiv 2408.00118).
+        norm_placement: "pre": x + f(norm(x)); "post": x + norm(f(x)), as in OLMo 2 (arXiv 2501.00656); "sandwich":
+            x + norm(f(norm(x))), as in Gemma 2 (arXiv 2408.00118); or "stream": u + f(u) with u = norm(x), as in
+            MiniMax-Text-01 (arXiv 2501.08313).
         norm_eps: added to the mean square, or the variance.
         embedding_multiplier: of the embeddings, or of the projected features; "sqrt" is √d_model rounded to bfloat16,
             as in Gemma.
         residual_multiplier: of what each mixer and MLP adds to the residual stream.
+        skip_multiplier: of the residual stream itself in each such sum, as in DeepNorm (arXiv 2203.00555).
         logit_multiplier: of the token logits.
         logit_softcap: bounds the token logits smoothly to ± logit_softcap, after their multiplier; 0 for none.
         residual_in_fp32: keep the residual stream in float32 whatever the weights are.
@@ -80,10 +82,11 @@ class ModelConfig:
     d_output: int | None = None
     tie_embeddings: bool = True
     norm: Literal["rms", "centred_rms", "layer"] = "rms"
-    norm_placement: Literal["pre", "post", "sandwich"] = "pre"
+    norm_placement: Literal["pre", "post", "sandwich", "stream"] = "pre"
     norm_eps: float = 1e-5
     embedding_multiplier: float | Literal["sqrt"] = 1.0
     residual_multiplier: float = 1.0
+    skip_multiplier: float = 1.0
     logit_multiplier: float = 1.0
     logit_softcap: float = 0.0
     residual_in_fp32: bool = False

@@ -39,6 +39,21 @@ def test_where_norms_stand(placement):
 
 
 @torch.no_grad()
+def test_the_stream_itself_is_normalised():
+    """With MiniMax's placement, and a factor of what goes on beside that of what is added."""
+    model = build(norm_placement="stream", skip_multiplier=1.7, residual_multiplier=0.3)
+    x = model.embedding(IDS)
+    for block in model.blocks:
+        for norm, part in zip(block.norms, (block.mixer, block.mlp), strict=True):
+            x = norm(x)
+            x = 1.7 * x + 0.3 * part(x)
+    torch.testing.assert_close(model(IDS), model.lm_head(model.norm_f(x)))
+    assert (
+        ssmzoo.build(TINY, norm_placement="stream", residual_in_fp32=True, dtype=torch.bfloat16)(IDS).isfinite().all()
+    )
+
+
+@torch.no_grad()
 def test_logits_are_multiplied_and_then_capped():
     plain, model = build(), build(logit_multiplier=30.0, logit_softcap=2.0)
     torch.testing.assert_close(model(IDS), 2 * torch.tanh(30 * plain(IDS) / 2))
@@ -209,7 +224,7 @@ def test_swapping_keeps_what_feeds_a_layer():
         ({"mlp_pattern": ["swiglu"]}, "give `mlp`, one for all layers, or `mlp_pattern`; got both"),
         ({"mlp": {"kind": "none"}, "mlps": {"wide": {}}}, "`mlps.wide` is not in `mlp_pattern`"),
         ({"mlp": {"kind": "none"}, "mlp_pattern": ["wide"]}, "unknown `kind` of mlps.wide: 'wide'"),
-        ({"norm_placement": "peri"}, "`norm_placement` must be 'pre' or 'post' or 'sandwich'; got 'peri'"),
+        ({"norm_placement": "peri"}, "`norm_placement` must be 'pre' or 'post' or 'sandwich' or 'stream'; got 'peri'"),
         ({"residual_multiplier": float("inf")}, "`residual_multiplier` must be a finite number"),
         ({"logit_softcap": -1.0}, "`logit_softcap` must be a finite number of at least 0"),
         ({"embedding_multiplier": "root"}, "`embedding_multiplier` must be float or 'sqrt'; got 'root'"),

@@ -144,6 +144,25 @@ MODELS = {
     ),
 }
 
+MODELS["minimax"] = (
+    "MiniMax",
+    {
+        "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+        "num_hidden_layers": 4,
+        "vocab_size": 50,
+        "hidden_size": 24,
+        "head_dim": 10,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "intermediate_size": 14,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "block_size": 8,
+        "rms_norm_eps": 1e-3,
+        **{f"{part}_alpha_factor": 1.7 for part in ("full_attn", "linear_attn", "mlp")},
+        **{f"{part}_beta_factor": 0.8 for part in ("full_attn", "linear_attn", "mlp")},
+    },
+)
 
 ZAMBA2 = {
     "layers_block_type": ["linear_attention", "hybrid", "hybrid", "linear_attention", "hybrid"],
@@ -319,6 +338,20 @@ PUBLISHED = {
             "n_mamba_heads": 64,
             "use_shared_attention_adapter": True,
             "use_mem_rope": True,
+        },
+    ),
+    "minimax-text-01": (
+        "MiniMax",
+        {
+            "vocab_size": 200064,
+            "hidden_size": 6144,
+            "intermediate_size": 9216,
+            "num_hidden_layers": 80,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "num_local_experts": 32,
+            "layer_types": (["linear_attention"] * 7 + ["full_attention"]) * 10,
         },
     ),
     "nemotron-h-8b": (

@@ -65,6 +65,18 @@ def test_every_family_says_what_it_is():
             },
             "`rope_type` must be 'default'; got 'llama3'",
         ),
+        (
+            {
+                "model_type": "minimax",
+                "hidden_size": 8,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "intermediate_size": 4,
+                "vocab_size": 9,
+                "mlp_alpha_factor": 2.0,
+            },
+            "`mlp_alpha_factor` must be as all of .*`linear_attn_alpha_factor`.*; got \\[1.0, 1.0, 2.0\\]",
+        ),
     ],
 )
 def test_configs_that_cannot_be_loaded(tmp_path, given, message):

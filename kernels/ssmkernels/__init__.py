@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # for type checkers and editors alone
     from ssmkernels.ops.mamba3_scan import mamba3_scan, mamba3_scan_step
     from ssmkernels.ops.mamba_step import mamba_step
     from ssmkernels.ops.mlstm import mlstm, mlstm_step
+    from ssmkernels.ops.rglru_gates import rglru_gates
     from ssmkernels.ops.rms_norm import rms_norm
     from ssmkernels.ops.selective_scan import selective_scan, selective_scan_step
     from ssmkernels.ops.ssd import ssd, ssd_step

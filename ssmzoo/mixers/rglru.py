@@ -17,10 +17,10 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange
+from einops import rearrange
 from torch import Tensor, nn
 
-from ssmkernels import linear_recurrence
+from ssmkernels import linear_recurrence, rglru_gates
 from ssmzoo.init import wide_dtype
 from ssmzoo.linear import Linear
 from ssmzoo.mixer import Mixer
@@ -29,7 +29,6 @@ from ssmzoo.registry import register_mixer
 from ssmzoo.state import State
 
 C = 8.0  # scales the logarithm of the decay
-STEEPEST = 1000.0  # the derivative of the square root is cut off here: it is infinite at 0
 
 
 @dataclasses.dataclass
@@ -39,13 +38,6 @@ class RGLRUState(State):
     conv: Tensor  # (s, d_conv - 1, d), the last inputs
     h: Tensor  # (s, d), float32
     begun: Tensor  # (s), bool
-
-
-def capped_root(x: Tensor) -> Tensor:
-    """√x for x ≥ 0, with a derivative of at most ``STEEPEST``."""
-    flat = (2 * STEEPEST) ** -2  # where the root's own derivative is as steep
-    below = x.detach().sqrt() + STEEPEST * (x - x.detach())
-    return torch.where(x < flat, below, x.clamp(min=flat).sqrt())
 
 
 class Gates(nn.Module):
@@ -72,18 +64,19 @@ class Gates(nn.Module):
             weight.normal_(std=weight.shape[1] ** -0.5)
             self.get_parameter(f"{gate}_bias").zero_()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (b l d) → the input gate i in x's dtype, and log a in float32, both (b l d)."""
+    def forward(self, x: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+        """x (b l d) and, int32 (b l), which tokens are a sequence's first → a in float32 and √(1 - a²) i x, (b l d)."""
         # One product for both gates: x and its gradient are read and written once
         gates = ("recurrent_gate", "input_gate")
         weight, bias = (
             torch.cat([getattr(self, f"{gate}_{part}") for gate in gates], dim=-1).to(x.dtype)
             for part in ("weight", "bias")
-        )  # (h p 2q), (h 2q)
+        )  # (h p 2p), (h 2p)
         heads = rearrange(x, "b l (h p) -> b l h p", h=self.n_heads)
-        inside = einsum(heads, weight, "b l h p, h p q -> b l h q") + bias
-        recurrent, gate = (half.flatten(2) for half in torch.sigmoid(inside).chunk(2, dim=-1))
-        return gate, recurrent * (-C * F.softplus(self.recurrent_param))
+        logits = torch.baddbmm(bias[:, None], heads.flatten(0, 1).transpose(0, 1), weight)  # (h bl 2p)
+        logits = logits.transpose(0, 1).unflatten(0, x.shape[:2])
+        a, b = rglru_gates(heads, logits, -C * F.softplus(self.recurrent_param).view(self.n_heads, -1), first)
+        return a.flatten(2), b.flatten(2)
 
 
 @register_mixer("rglru")
@@ -145,32 +138,24 @@ class RGLRU(Mixer):
         y = F.gelu(self.linear_y(x), approximate="tanh")  # (b l d)
         conv, h, begun = (None, None, None) if state is None else (state.conv, state.h, state.begun)
         x, conv = convolve(self.conv_1d, self.linear_x(x), self.d_conv, None, conv, cu_seqlens)
-        gate, log_a = self.rg_lru(x)
-        factor = capped_root(-torch.expm1(2 * log_a))  # √(1 - a²)
-        factor = torch.where(self._first(x, begun, cu_seqlens)[..., None], 1.0, factor)
-        gated = (x * gate * factor.to(x.dtype)).to(x.dtype)
-        found = linear_recurrence(
-            log_a.to(factor.dtype),
-            gated,
-            log_a=True,
-            initial_state=h,
-            return_final_state=True,
-            cu_seqlens=cu_seqlens,
-        )
+        a, b = self.rg_lru(x, self._first(x, begun, cu_seqlens))
+        found = linear_recurrence(a, b, initial_state=h, return_final_state=True, cu_seqlens=cu_seqlens)
         out, h = cast(tuple[Tensor, Tensor], found)
         if state is not None:
             state = RGLRUState(conv, h, self._after(state.begun, x.shape[1], cu_seqlens))
         return self.linear_out(out * y), state
 
     def _first(self, x: Tensor, begun: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-        """Whether a token is the first of its sequence, (b l)."""
+        """1 where a token is the first of its sequence, int32 (b l)."""
         position = torch.arange(x.shape[1], device=x.device)
         if cu_seqlens is None:
             first = (position == 0).expand(x.shape[:2])
-            return first if begun is None else first & ~begun[:, None]
-        sequence = torch.searchsorted(cu_seqlens[1:].long(), position, right=True)
-        first = position == cu_seqlens.long()[sequence]
-        return (first if begun is None else first & ~begun[sequence])[None]
+            first = first if begun is None else first & ~begun[:, None]
+        else:
+            sequence = torch.searchsorted(cu_seqlens[1:].long(), position, right=True)
+            first = position == cu_seqlens.long()[sequence]
+            first = (first if begun is None else first & ~begun[sequence])[None]
+        return first.int()
 
     def _after(self, begun: Tensor, length: int, cu_seqlens: Tensor | None) -> Tensor:
         """Which sequences have begun after this call: an empty one has not."""

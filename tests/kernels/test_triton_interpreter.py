@@ -174,6 +174,12 @@ CASES = [
     ("linear_recurrence", "bfloat16,float16,float64", RECURRENCE[-2:-1]),
     ("linear_recurrence_step", "float32", [{"log": True}, {"fixed": True}, COMPLEX_STEP, {"layout": "far"}]),
     ("linear_recurrence_step", "bfloat16,float16,float64", [{"d": 16}]),
+    (
+        "rglru_gates",
+        "float32",
+        [{"p": 33, "b": 1, "h": 2}, {"first": False, "decay": 1e-3}, {"l": 0}, {"layout": "far"}],
+    ),
+    ("rglru_gates", "bfloat16,float64", [{"l": 70, "b": 1, "h": 1, "decay": 0.5}]),
     ("selective_scan", "float32", SCAN),
     ("selective_scan", "bfloat16", [SCAN[0], SCAN[9]]),
     ("selective_scan", "float16,float64", SCAN[9:10]),

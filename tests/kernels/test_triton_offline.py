@@ -1,7 +1,8 @@
 """Every Triton kernel compiles for chips that are not there, spills nothing, and its shared memory fits.
 
 Every case is compiled for the H100 and H200, and for one of the other chips; each op for all of them.
-``SSMZOO_CHIPS=all`` compiles each case for each chip, in twice the time.
+``SSMZOO_CHIPS=all`` compiles each case for each chip, in twice the time. What was compiled stays in ``build/triton`` by
+Triton's own digest of the kernel's source, its options and the compiler: only what has changed is compiled again.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import os
+import shutil
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,6 +50,8 @@ print(f"{found} kernels")
 
 
 MAIN = "sm_90"
+CACHE = Path(__file__).parents[2] / "build" / "triton"
+KEPT = 30 * 24 * 3600  # seconds for which a compiled kernel stays
 
 
 def spread(names):
@@ -92,17 +98,34 @@ def test_each_case_has_a_chip_and_each_op_has_all(names, monkeypatch):
     assert all(numbers == set(range(len(names))) for numbers in spread(names).values())
 
 
+def forget(cache, now):
+    """Deletes kernels that were compiled long ago: most of them nobody needs any more."""
+    for folder in cache.iterdir() if cache.exists() else ():
+        if folder.stat().st_mtime < now - KEPT:
+            shutil.rmtree(folder, ignore_errors=True)  # another worker may be deleting it as well
+
+
+def test_old_kernels_are_forgotten(tmp_path):
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+    os.utime(tmp_path / "old", (0, 0))
+    forget(tmp_path, time.time())
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+    forget(tmp_path / "none", time.time())
+
+
 @pytest.mark.op
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", CHIPS)
-def test_compiles_without_spills(chip, names, ops, tmp_path):
+def test_compiles_without_spills(chip, names, ops):
     cases = {i for i in spread(names)[chip] if names[i].partition(":")[0] in ops}
     if not cases:
         pytest.skip("needs an op with Triton kernels")
+    forget(CACHE, time.time())
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "SSMZOO_DISABLE")}
     run = subprocess.run(
         [sys.executable, "-c", PROGRAM, chip, repr(cases)],
-        env={**environment, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_DISABLE_LINE_INFO": "1"},
+        env={**environment, "TRITON_CACHE_DIR": str(CACHE), "TRITON_DISABLE_LINE_INFO": "1"},
         capture_output=True,
         text=True,
     )

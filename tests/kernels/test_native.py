@@ -277,7 +277,7 @@ class TestOfPip:
         """Every kernel on threads of our own, which any thread of Python's may call."""
         target = tmp_path / "library.so"
         isa = native.info().get("isa", "baseline")
-        build.build(target, isas=[isa], extra=["-O1"])
+        build.build(target, isas=[isa], extra=["-O0"], cache=build.CACHE)
         say(RIGHT, target, SSMZOO_CPU_ISA=isa)
         say(TOGETHER, target, SSMZOO_CPU_ISA=isa)
 
@@ -285,7 +285,7 @@ class TestOfPip:
     def test_compiles_for_a_mac(self, tmp_path, monkeypatch):
         monkeypatch.setattr(build.sys, "platform", "darwin")
         monkeypatch.setattr(platform, "machine", lambda: "arm64")
-        build.build(tmp_path / "library", isas=["baseline"], extra=["-O1", "-Werror"])
+        build.build(tmp_path / "library", isas=["baseline"], extra=["-O0", "-Werror"], cache=build.CACHE)
         assert (tmp_path / "library").read_bytes().startswith(b"\xcf\xfa\xed\xfe\x0c\x00\x00\x01")  # Mach-O, arm64
 
 
@@ -465,7 +465,7 @@ def test_under_sanitizers(sanitizer, flags, openmp, compiler, tmp_path):
         pytest.skip(f"needs a compiler with lib{sanitizer}.so")
     target = tmp_path / "sanitized.so"
     isa = native.info().get("isa", "baseline")
-    build.build(target, isas=[isa], extra=flags, openmp=openmp)
+    build.build(target, isas=[isa], extra=flags, openmp=openmp, cache=build.CACHE)
     say(
         CALLED,
         target,

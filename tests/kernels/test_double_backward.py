@@ -47,6 +47,10 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"l": 4, "h": 2, "g": 1, "k": 2, "v": 2},
         {"b": 1, "l": 21, "h": 2, "g": 1, "k": 2, "v": 2, "bonus": True, "decay": "token", "packed": True},
     ],
+    "generalized_delta_rule": [
+        {"l": 4, "h": 2, "k": 3, "v": 2},
+        {"b": 1, "l": 21, "h": 1, "k": 2, "v": 2, "packed": True},
+    ],
     "linear_recurrence": [
         {"l": 4, "d": 2},
         {"l": 4, "d": 2, "fixed": True, "log": True},

@@ -15,6 +15,7 @@ ROWS = {
     "delta_rule": [{"l": 70, "h": 2, "g": 1}, {"l": 20, "decay": "k"}],
     "linear_attention": [{"l": 70, "h": 2, "g": 1}, {"l": 20, "decay": "token", "bonus": True}],
     "linear_recurrence": [{"l": 40}, {"l": 40, "log": True}, {"l": 40, "complex": True, "decay": "complex"}],
+    "generalized_delta_rule": [{"l": 40}],
     "mamba3_scan": [{"l": 70, "h": 2, "g": 1}, {"l": 20, "r": 2, "chunk": 16}],
     "mlstm": [{"l": 70, "h": 2}],
     "causal_conv1d": [{"l": 40}],
@@ -28,6 +29,7 @@ SPREADS = {
     ("mamba3_scan", "tiled"),
     ("mlstm", "tiled"),
     ("linear_attention", "tiled"),
+    ("generalized_delta_rule", "tiled"),
 }
 
 

@@ -35,6 +35,7 @@ recurrences = [dict(d=37), dict(log=True, d=261), dict(fixed=True), dict(complex
 deltas = [dict(b=1, l=67, h=2, g=1, k=7, v=5), dict(k=17, v=33, decay="k"), dict(packed=True, b=1, l=21, decay="")]
 attentions = [dict(b=1, l=67, h=2, g=1, k=7, v=5), dict(k=17, v=33, bonus=True), dict(packed=True, b=1, l=21)]
 attentions += [dict(decay="token", off=0.3), dict(decay="head")]
+rules = [dict(b=1, l=70, h=2, k=7, v=5), dict(k=33, v=37), dict(packed=True, b=1, l=21)]
 for op, dtypes, cases in (
     ("delta_rule", halves, deltas),
     ("delta_rule_step", halves, [dict(k=7, v=5), dict(k=17, v=33, decay="k"), dict(k=1, v=1, decay="")]),
@@ -49,6 +50,8 @@ for op, dtypes, cases in (
     ("mlstm_step", halves, [dict(h=9, k=7, v=5), dict(k=33, v=17)]),
     ("linear_attention", halves, attentions),
     ("linear_attention_step", halves, [dict(k=7, v=5), dict(k=17, v=33, bonus=True), dict(k=1, v=1, decay="head")]),
+    ("generalized_delta_rule", halves, rules),
+    ("generalized_delta_rule_step", both, [dict(k=7, v=5), dict(k=33, v=37)]),
     ("linear_recurrence", halves, recurrences),
     ("causal_conv1d", halves, convolutions),
     ("causal_conv1d_step", halves, [dict(w=1), dict(w=4, d=37), dict(w=6)]),
@@ -67,6 +70,7 @@ for op, dtypes, cases in (
     "delta_rule",
     "mlstm",
     "linear_attention",
+    "generalized_delta_rule",
     "linear_recurrence",
     "causal_conv1d",
     "diagonal_kernel",

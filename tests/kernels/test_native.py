@@ -51,6 +51,7 @@ deltas = [dict(b=1, l=67, h=3, g=1, k=7, v=5), dict(l=9, h=5, g=1, k=17, v=9, de
 deltas += [dict(b=1, packed=True, l=150, h=2, g=1, k=1, v=1, decay="")]
 attentions = [dict(b=1, l=67, h=3, g=1, k=7, v=5), dict(l=9, h=4, k=17, v=9, decay="token", bonus=True), dict(l=0)]
 attentions += [dict(b=1, packed=True, l=150, h=2, g=1, k=1, v=1, decay="head")]
+rules = [dict(b=1, l=70, h=3, k=7, v=5), dict(k=17, v=33), dict(b=1, packed=True, l=150, h=2, k=1, v=1), dict(l=0)]
 cases_of = {
     "delta_rule": deltas,
     "delta_rule_step": [dict(h=3, g=1, k=7, v=5), dict(k=17, v=33, decay="k")],
@@ -64,6 +65,8 @@ cases_of = {
     "mlstm_step": [dict(h=9, k=7, v=5), dict(k=33, v=17)],
     "linear_attention": attentions,
     "linear_attention_step": [dict(h=3, g=1, k=7, v=5), dict(k=17, v=33, decay="token", bonus=True)],
+    "generalized_delta_rule": rules,
+    "generalized_delta_rule_step": [dict(h=3, k=7, v=5), dict(k=33, v=17)],
     "linear_recurrence": recurrences,
     "linear_recurrence_step": [dict(d=261), dict(complex=True, decay="complex", d=133, log=True)],
     "causal_conv1d": convolutions,

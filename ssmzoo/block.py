@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from torch import Tensor, nn
 
 from ssmzoo.config import ModelConfig
 from ssmzoo.feed import FedState, Feed, SharedBlock
 from ssmzoo.init import initialise_mixer, initialise_mlp
 from ssmzoo.mixer import Mixer
-from ssmzoo.mlp import build_mlp
+from ssmzoo.mlp import ShiftingChannelMixer, ShiftState, build_mlp
 from ssmzoo.norm import NORMS
 from ssmzoo.registry import build_mixer
 from ssmzoo.state import State
+from ssmzoo.value_residual import ValueResidualMixer
+
+
+@dataclasses.dataclass
+class LayerState(State):
+    """The state of a layer whose channel mixer has one too."""
+
+    mixer: State
+    mlp: ShiftState
 
 
 class Block(nn.Module):
@@ -23,8 +34,9 @@ class Block(nn.Module):
         Otherwise the config's entry for the layer, and what feeds it, are built.
         """
         super().__init__()
-        before, after = config.norm_placement != "post", config.norm_placement in ("post", "sandwich")
-        self.norms_stream = config.norm_placement == "stream"
+        placement = config.norm_placement_of_layer(layer)
+        before, after = placement != "post", placement in ("post", "sandwich")
+        self.norms_stream = placement == "stream"
 
         def norm(wanted: bool) -> nn.Module | None:
             return NORMS[config.norm](config.d_model, eps=config.norm_eps) if wanted else None
@@ -36,6 +48,7 @@ class Block(nn.Module):
         self.mixer = mixer if mixer is not None else entry_mixer(config, config.entry_of_layer(layer), layer)
         self.mlp = build_mlp(config.d_model, config.mlp_of_layer(layer))
         if self.mlp is not None:
+            self.mlp.at_layer(layer, config.n_layers)
             initialise_mlp(self.mlp, config.n_residuals)
         self.norm2 = norm(before and self.mlp is not None)
         self.norm_after = norm(after)
@@ -49,46 +62,59 @@ class Block(nn.Module):
         return [n for n in (self.norm, self.norm_after, self.norm2, self.norm2_after) if n is not None]
 
     def initial_state(self, batch_size: int, max_length: int | None = None) -> State:
-        """The mixer's state before the first token, and that of what feeds it."""
+        """The mixer's state before the first token, and those of its channel mixer and of what feeds it."""
         state = self.mixer.initial_state(batch_size, max_length)
-        return (
-            state if self.feed is None else FedState(self.feed.attention.initial_state(batch_size, max_length), state)
-        )
+        if isinstance(self.mlp, ShiftingChannelMixer):
+            state = LayerState(state, self.mlp.initial_state(batch_size))
+        if self.feed is not None:
+            state = FedState(self.feed.attention.initial_state(batch_size, max_length), state)
+        return state
 
     def forward(
-        self, x: Tensor, state: State | None, cu_seqlens: Tensor | None, embedded: Tensor | None = None
+        self,
+        x: Tensor,
+        state: State | None,
+        cu_seqlens: Tensor | None,
+        embedded: Tensor | None = None,
+        values: list[Tensor] | None = None,
     ) -> tuple[Tensor, State | None]:
         """The residual stream (b l d_model) and the layer's state, before → after.
 
-        ``embedded`` are the tokens' embeddings, which a layer that is fed by a shared block needs.
+        ``embedded`` are the tokens' embeddings, which a layer that is fed by a shared block needs. ``values`` holds the
+        first layer's values once there are some, for layers with a value residual.
         """
-        if self.feed is not None:
-            return self._fed(self.feed, x, state, cu_seqlens, embedded)
-        return self._added(x, x, state, cu_seqlens)
-
-    def _fed(
-        self, feed: Feed, x: Tensor, state: State | None, cu_seqlens: Tensor | None, embedded: Tensor | None
-    ) -> tuple[Tensor, State | None]:
+        if self.feed is None:
+            return self._added(x, x, state, cu_seqlens, values)
         assert embedded is not None
         before = state if isinstance(state, FedState) else None
-        more, fed = feed(x, embedded, None if before is None else before.feed, cu_seqlens)
-        x, after = self._added(x, x + more, None if before is None else before.mixer, cu_seqlens)
+        more, fed = self.feed(x, embedded, None if before is None else before.feed, cu_seqlens)
+        x, after = self._added(x, x + more, None if before is None else before.mixer, cu_seqlens, values)
         return x, None if fed is None or after is None else FedState(fed, after)
 
     def _added(
-        self, x: Tensor, u: Tensor, state: State | None, cu_seqlens: Tensor | None
+        self, x: Tensor, u: Tensor, state: State | None, cu_seqlens: Tensor | None, values: list[Tensor] | None
     ) -> tuple[Tensor, State | None]:
         """x and what the mixer makes of u, and then the channel mixer."""
-        u = self._normalised(u, self.norm)
-        mixed = self.mixer(u, state, cu_seqlens=cu_seqlens)
-        if state is not None:
+        u, mlp = self._normalised(u, self.norm), self.mlp
+        before, shift = (state.mixer, state.mlp) if isinstance(state, LayerState) else (state, None)
+        if isinstance(self.mixer, ValueResidualMixer):
+            mixed = self.mixer(u, before, cu_seqlens=cu_seqlens, values=values)
+        else:
+            mixed = self.mixer(u, before, cu_seqlens=cu_seqlens)
+        if before is not None:
             mixed, state = mixed
         x = self._skip(x, u) + self._part(mixed, self.norm_after)
-        mlp = self.mlp
-        if mlp is not None:
-            u = self._normalised(x, self.norm2)
-            x = self._skip(x, u) + self._part(mlp(u), self.norm2_after)
-        return x, state
+        if mlp is None:
+            return x, state
+        u = y = self._normalised(x, self.norm2)
+        if isinstance(mlp, ShiftingChannelMixer):
+            y = mlp(y, shift, cu_seqlens=cu_seqlens)
+            if shift is not None and state is not None:
+                y, shift = y
+                state = LayerState(state, shift)
+        else:
+            y = mlp(y)
+        return self._skip(x, u) + self._part(y, self.norm2_after), state
 
     def _normalised(self, x: Tensor, norm: nn.Module | None) -> Tensor:
         """What a mixer or MLP is given of the residual stream, in the dtype of the weights."""

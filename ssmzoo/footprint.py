@@ -109,7 +109,7 @@ def _ends(config: ModelConfig) -> Footprint:
     """What comes before and after the blocks."""
     width = {"tokens": config.padded_vocab_size, "classes": config.n_classes, "features": config.d_output}
     head = Linear(config.d_model, width[config.output or "tokens"] or 0, bias=config.output != "tokens")
-    total = _size(nn.LayerNorm(config.d_model, bias=config.norm == "layer"))
+    total = _size(nn.LayerNorm(config.d_model, bias=config.norm == "layer")) * (1 + config.embedding_norm)
     if config.d_input is not None:
         return total + _size(head) + _size(Linear(config.d_input, config.d_model))
     tied = config.tie_embeddings and config.output == "tokens"

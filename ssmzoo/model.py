@@ -48,6 +48,9 @@ class SequenceModel(KeepsTies):
             self.embedding: nn.Module = nn.Embedding(config.padded_vocab_size, config.d_model)
         else:
             self.embedding = Linear(config.d_input, config.d_model)
+        self.embedding_norm = None
+        if config.embedding_norm:
+            self.embedding_norm = NORMS[config.norm](config.d_model, eps=config.norm_eps)
         shared: dict[str, Mixer] = {}
         feeds = {name: SharedBlock(config.d_model, **options) for name, options in config.feeds.items()}
         self.layers = nn.ModuleList()
@@ -168,10 +171,13 @@ class SequenceModel(KeepsTies):
             x = x * self.embedding_scale
         if self.config.residual_in_fp32 and x.dtype in (torch.bfloat16, torch.float16):
             x = x.float()
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
         states: list[State] = []
         embedded = x if self.config.feeds else None
+        values: list[Tensor] = []  # the first layer's, for value residuals
         for i, block in enumerate(self.blocks):
-            x, after = block(x, None if state is None else state.layers[i], cu_seqlens, embedded)
+            x, after = block(x, None if state is None else state.layers[i], cu_seqlens, embedded, values)
             states += [] if after is None else [after]
         x = self.norm_f(x)
         after = None if state is None else ModelState(states, state.summed, state.count)

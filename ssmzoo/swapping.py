@@ -45,10 +45,14 @@ def swap_mixers(model: SequenceModel, swaps: Mapping[str, str | Mapping[str, Any
     for i, name in enumerate(names):
         matching = [name] if name in swaps else [p for p in swaps if fnmatch.fnmatchcase(name, p)]
         if matching:
-            feed = config.feed_of_layer(i)
+            feed, placement = config.feed_of_layer(i), config.norm_placement_of_layer(i)
             config.pattern[i] = _entry(config, config.pattern[i], swaps[matching[0]])
             if config.feed_of_layer(i) != feed:
                 raise ValueError(f"swap_mixers: {name} must keep `feed`: {feed!r}; name it in the options of its mixer")
+            if config.norm_placement_of_layer(i) != placement:
+                raise ValueError(
+                    f"swap_mixers: {name} must keep `norm_placement`: {placement!r}; name it in the options"
+                )
             swapped.append(i)
     used = config.entries_used()
     config.mixers = {name: options for name, options in config.mixers.items() if name in used}

@@ -14,10 +14,12 @@ from ssmkernels.core.names import unknown
 from ssmzoo.config.entries import check_nesting, merge, named_options, names, reachable
 from ssmzoo.feed import SharedBlock
 from ssmzoo.mixer import Mixer
-from ssmzoo.mlp import check_mlp
+from ssmzoo.mlp import MLPS, check_mlp
 from ssmzoo.options import check_options, check_range, convert, options_of
 from ssmzoo.plain import check_plain, short
 from ssmzoo.registry import mixer_class
+
+Placement = Literal["pre", "post", "sandwich", "stream"]
 
 MAX_LAYERS = 10_000
 MAX_SIZE = 2**31 - 1  # of any width or count
@@ -32,7 +34,8 @@ class ModelConfig:
         n_layers: number of blocks.
         pattern: the order of mixers, repeated down the layers: names of entries of ``mixers``, or of registered mixers.
         mixers: options by entry. An entry may name its ``kind`` (the entry's own name otherwise), and may be
-            ``shared: true``: one set of weights at each of its places. ``feed`` names an entry of ``feeds``.
+            ``shared: true``: one set of weights at each of its places. ``feed`` names an entry of ``feeds``, and
+            ``norm_placement`` takes the place of the model's in its layers.
         feeds: options by name of the blocks that feed several layers from the embeddings: see :mod:`ssmzoo.feed`.
         mlp: options of the channel mixer after each mixer; its ``kind`` is one of :data:`ssmzoo.mlp.MLPS`.
         mlp_pattern: instead, an order of channel mixers, repeated down the layers: entries of ``mlps``, or kinds.
@@ -48,6 +51,7 @@ class ModelConfig:
         d_output: width of output features; d_input if None.
         tie_embeddings: the token logits use the embedding's weights.
         norm: "rms", "centred_rms" (its weight is 1 + w) or "layer", around each mixer and MLP and at the end.
+        embedding_norm: a norm of the embeddings as well, before the first layer.
         norm_placement: "pre": x + f(norm(x)); "post": x + norm(f(x)), as in OLMo 2 (arXiv 2501.00656); "sandwich":
             x + norm(f(norm(x))), as in Gemma 2 (arXiv 2408.00118); or "stream": u + f(u) with u = norm(x), as in
             MiniMax-Text-01 (arXiv 2501.08313).
@@ -82,7 +86,8 @@ class ModelConfig:
     d_output: int | None = None
     tie_embeddings: bool = True
     norm: Literal["rms", "centred_rms", "layer"] = "rms"
-    norm_placement: Literal["pre", "post", "sandwich", "stream"] = "pre"
+    embedding_norm: bool = False
+    norm_placement: Placement = "pre"
     norm_eps: float = 1e-5
     embedding_multiplier: float | Literal["sqrt"] = 1.0
     residual_multiplier: float = 1.0
@@ -142,6 +147,8 @@ class ModelConfig:
             raise ValueError(f"config: `{name}` has no meaning with `output: {self.output}`: it is of token logits")
         self._check_mlps()
         self._check_feeds()
+        for i in range(self.n_layers):
+            self.norm_placement_of_layer(i)
         check_nesting(self.pattern, self.mixers)
         used = self.entries_used()
         for entry in self.mixers:
@@ -160,6 +167,11 @@ class ModelConfig:
                 raise ValueError(f"config: `mlps.{name:.80}` is not in `mlp_pattern` {short(self.mlp_pattern)}")
         for name in self.mlp_pattern:
             check_mlp(f"mlps.{name:.80}", {"kind": name, **self.mlps.get(name, {})})
+        for kind in {self.mlp_of_layer(i)["kind"] for i in range(self.n_layers)} if self.bidirectional else ():
+            if not MLPS[kind].one_token:
+                raise ValueError(
+                    f"config: `bidirectional` is set, but channel mixer {kind!r} looks back, and only back"
+                )
 
     def _check_feeds(self) -> None:
         for name, options in self.feeds.items():
@@ -179,6 +191,12 @@ class ModelConfig:
         """The name of the block that feeds a layer, if one does."""
         return self.mixers.get(self.entry_of_layer(layer), {}).get("feed")
 
+    def norm_placement_of_layer(self, layer: int) -> str:
+        """Where a layer's norms stand: "pre", "post", "sandwich" or "stream"."""
+        entry = self.entry_of_layer(layer)
+        given = self.mixers.get(entry, {}).get("norm_placement", self.norm_placement)
+        return convert(f"config key `mixers.{entry:.80}.norm_placement`", given, Placement)
+
     def entries_used(self) -> set[str]:
         """Names that the pattern, and the parallel entries in it, refer to; looks each mixer up."""
         used = reachable(self.pattern, self.mixers)
@@ -197,7 +215,7 @@ class ModelConfig:
 
     def mixer_options(self, entry: str) -> dict[str, Any]:
         """``kind`` and the options that an entry's mixer is built with; named branches are spelled out."""
-        options = {k: v for k, v in self.mixers.get(entry, {}).items() if k not in ("shared", "feed")}
+        options = {k: v for k, v in self.mixers.get(entry, {}).items() if k not in ("shared", "feed", "norm_placement")}
         options.setdefault("kind", entry)
         branches = options.get("branches")
         if isinstance(branches, Sequence) and not isinstance(branches, str):

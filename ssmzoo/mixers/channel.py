@@ -39,6 +39,8 @@ class Channel(Mixer):
         built = build_mlp(d_model, {"kind": "swiglu"} if mlp is None else mlp)
         if built is None:
             raise ValueError(f"Channel: `mlp` must have a `kind` other than 'none'; got {mlp}")
+        if not built.one_token:
+            raise ValueError(f"Channel: `mlp` must be of a `kind` that sees each token alone; got {mlp}")
         self.mlp = built
         self.residual_projections = tuple(f"mlp.{name}" for name in built.residual_projections)
         self.float32_parameters = tuple(f"mlp.{name}" for name in built.float32_parameters)

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from ssmkernels.core.names import unknown
-from ssmzoo.mlp.base import ChannelMixer
+from ssmzoo.mlp.base import ChannelMixer, ShiftingChannelMixer, ShiftState
 from ssmzoo.mlp.dense import GEGLU, GELU, ReGLU, SquaredReLU, SwiGLU, TanhGEGLU
 from ssmzoo.mlp.moe import MoE
+from ssmzoo.mlp.rwkv import RWKV6MLP, RWKV7MLP
 from ssmzoo.options import check_options, convert
 
-__all__ = ["MLPS", "ChannelMixer", "MoE", "build_mlp", "check_mlp"]
+__all__ = ["MLPS", "ChannelMixer", "MoE", "ShiftState", "ShiftingChannelMixer", "build_mlp", "check_mlp"]
 
 
 class NoMLP(ChannelMixer):
@@ -29,6 +30,8 @@ MLPS: dict[str, type[ChannelMixer]] = {
     "gelu": GELU,
     "relu2": SquaredReLU,
     "moe": MoE,
+    "rwkv6": RWKV6MLP,
+    "rwkv7": RWKV7MLP,
     "none": NoMLP,
 }
 

@@ -9,6 +9,7 @@ SMALL = {
     "short_conv": {},
     "mlstm": {"n_heads": 2},
     "mlstm_v1": {"n_heads": 2, "multiple_of": 8},
+    "rwkv7": HEADS,
     "attention": HEADS,
     "mla": {"n_heads": 2, "kv_lora_rank": 4},
     "longformer": HEADS | {"window": 4},

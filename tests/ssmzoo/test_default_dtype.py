@@ -9,6 +9,7 @@ D_MODEL = 32
 OPTIONS = {
     "parallel": {"branches": {"mamba": {"d_state": 4}, "attention": {"head_dim": 16}}},
     "attention": {"head_dim": 16, "alibi": True, "rope": False, "d_conv": 3, "sinks": True, "gate": "headwise"},
+    "rwkv7": {"head_dim": 16},
     "mla": {"n_heads": 2, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
     "longformer": {"head_dim": 16, "window": 4, "n_global": 2, "bidirectional": False},
     "bigbird": {"head_dim": 16, "block_size": 8, "random_blocks": 1},

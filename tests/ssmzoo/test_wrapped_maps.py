@@ -46,6 +46,7 @@ CASES = [
     ("based", {"n_heads": 2, "feature_dim": 3}),
     ("hgrn2", {"expand_ratio": 4, "use_short_conv": True}),
     ("rwkv6", {"n_heads": 2, "proj_low_rank_dim": 2, "gate_low_rank_dim": 3}),
+    ("rwkv7", HEADS),
     ("short_conv", {"bias": True}),
     ("lru", {"d_hidden": 6}),
     ("s5", {"d_state": 8, "blocks": 2, "activation": "full_glu"}),

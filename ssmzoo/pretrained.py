@@ -93,7 +93,7 @@ def load(
     elif (folder / "config.json").is_file():
         config = published_config(folder / "config.json")
         source, found = published_weights(folder)
-        weights = take_converted(found, published_type(folder / "config.json"))
+        weights = take_converted(found, *published_type(folder / "config.json"))
         del found  # as `assign` takes them out of the one dictionary, one by one
     else:
         raise FileNotFoundError(f"{folder} holds no model: there is no {CONFIG} in it, nor a config.json")

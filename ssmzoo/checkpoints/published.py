@@ -52,10 +52,11 @@ def _used(values: dict[str, Any]) -> dict[str, Any]:
     return {**values, "pattern": pattern, "mixers": {k: v for k, v in values["mixers"].items() if k in used}}
 
 
-def published_type(path: Path) -> str | None:
-    """The ``model_type`` that a ``config.json`` gives, if it is that of a hybrid."""
-    found = _read(path).get("model_type")
-    return found if found in list_families() else None
+def published_type(path: Path) -> tuple[str | None, dict[str, Any]]:
+    """The ``model_type`` that a ``config.json`` gives, if it is that of a hybrid, and all that it holds."""
+    given = _read(path)
+    found = given.get("model_type")
+    return found if found in list_families() else None, given
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -204,25 +205,39 @@ def _attention_apart(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return weights
 
 
-def convert_state_dict(state_dict: Mapping[str, Tensor], model_type: str | None = None) -> dict[str, Tensor]:
+def convert_state_dict(
+    state_dict: Mapping[str, Tensor], model_type: str | None = None, config: Mapping[str, Any] | None = None
+) -> dict[str, Tensor]:
     """Weights of a published model by our names; tensors that are one in ours are put together.
 
     Args:
         state_dict: as the checkpoint's files hold it, or as that of transformers' model.
         model_type: transformers' name of the architecture, such as "recurrent_gemma"; None for Mamba, Falcon Mamba and
             Mamba-2.
+        config: what the checkpoint's ``config.json`` holds. Needed where sizes say how a weight is laid out: by
+            Qwen3-Next and the families after it.
 
     Raises:
-        ValueError: an unknown ``model_type``, or keys of another kind of model, the first of them by name.
+        ValueError: an unknown ``model_type``, a config that is missing, or keys of another kind of model, the first of
+            them by name.
     """
-    return take_converted(dict(state_dict), model_type)
+    return take_converted(dict(state_dict), model_type, config)
 
 
-def take_converted(weights: dict[str, Tensor], model_type: str | None) -> dict[str, Tensor]:
+def take_converted(
+    weights: dict[str, Tensor], model_type: str | None, config: Mapping[str, Any] | None
+) -> dict[str, Tensor]:
     """As :func:`convert_state_dict`; takes the tensors out of ``weights``, as joined ones need memory of their own."""
     if model_type is None:
         return convert_mamba_state_dict(weights)
     found = family(model_type)
+    if hasattr(found, "rules_for"):
+        if config is None:
+            raise ValueError(
+                f"convert_state_dict: `config` must be what config.json of {model_type} holds; got None, which "
+                "does not say how its weights are laid out"
+            )
+        return renamed(weights, found.rules_for(config), found.NAME)
     rules = found.rules(weights) if hasattr(found, "rules") else found.RULES
     return renamed(weights, rules, found.NAME)
 

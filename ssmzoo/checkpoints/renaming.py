@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ssmzoo.checkpoints.weights import some
 
-Rule = tuple[str, str | tuple[str, ...]]
+Rule = tuple[str, str | tuple[str, ...] | Callable[[re.Match[str], Tensor], dict[str, Tensor]]]
 
 
 def renamed(weights: dict[str, Tensor], rules: Sequence[Rule], what: str) -> dict[str, Tensor]:
@@ -23,6 +23,7 @@ def renamed(weights: dict[str, Tensor], rules: Sequence[Rule], what: str) -> dic
     - a name with a place in brackets: tensors of one name are put one after another along their rows, ``name[0]``,
       ``name[1]``; or stacked first and put one after another then, ``name[3,0]``;
     - several names: the tensor is cut along its rows into as many equal parts;
+    - a function of the match and the tensor, which returns the tensors that it becomes by their names;
     - "": it is left out.
 
     Args:
@@ -44,6 +45,8 @@ def renamed(weights: dict[str, Tensor], rules: Sequence[Rule], what: str) -> dic
                 continue
             if isinstance(becomes, tuple):
                 found |= {match.expand(name): t for name, t in zip(becomes, tensor.chunk(len(becomes)), strict=True)}
+            elif callable(becomes):
+                found |= becomes(match, tensor)
             elif becomes:
                 name = match.expand(becomes)
                 place = re.fullmatch(r"(.*)\[([\d,]+)\]", name)

@@ -54,6 +54,7 @@ class MLA(Mixer):
         qk_nope_head_dim: width d_h of each head's queries and keys that know no position.
         qk_rope_head_dim: width d_r of each head's rotary queries, and of the rotary key that all heads share.
         v_head_dim: width of each head's values.
+        rope: rotary positions; without them the shared key and its queries stay as they are, as in Kimi-Linear.
         rope_base: base of the rotary embedding.
         rope_interleave: pairs of the rotary channels are (2i, 2i + 1), as in published weights; otherwise i and
             i + qk_rope_head_dim / 2.
@@ -84,6 +85,7 @@ class MLA(Mixer):
         qk_nope_head_dim: int = 64,
         qk_rope_head_dim: int = 32,
         v_head_dim: int = 64,
+        rope: bool = True,
         rope_base: float = 10000.0,
         rope_interleave: bool = True,
         rope_scaling: dict[str, Any] | None = None,
@@ -104,6 +106,8 @@ class MLA(Mixer):
         )
         if qk_rope_head_dim < 2 or qk_rope_head_dim % 2:
             raise ValueError(f"MLA: `qk_rope_head_dim` must be even and at least 2; got {qk_rope_head_dim}")
+        if rope_scaling is not None and not rope:
+            raise ValueError(f"MLA: `rope_scaling` has no meaning with `rope` false; got {rope_scaling}")
         if rope_base <= 1:
             raise ValueError(f"MLA: `rope_base` must be above 1; got {rope_base}")
         if norm_eps < 0:
@@ -116,6 +120,7 @@ class MLA(Mixer):
         self.page_size = page_size
         self.n_heads, self.kv_lora_rank = n_heads, kv_lora_rank
         self.nope, self.rope, self.v_head_dim = qk_nope_head_dim, qk_rope_head_dim, v_head_dim
+        self.rotates = rope
         self.rope_base, self.rope_interleave = rope_base, rope_interleave
         self.scaling = scaling_of(rope_scaling)
         tempered = 1.0 if self.scaling is None else self.scaling.logit_factor
@@ -168,11 +173,13 @@ class MLA(Mixer):
         q = self.q_proj(x) if self.q_lora_rank is None else self.q_b_proj(self.q_a_norm(self.q_a_proj(x)))
         q_c, q_r = q.unflatten(-1, (self.n_heads, -1)).split([self.nope, self.rope], dim=-1)
         c_kv, k_r = self.kv_a_proj(x)[:, :, None].split([self.kv_lora_rank, self.rope], dim=-1)
-        if self.rope_interleave:
-            q_r, k_r = halves(q_r), halves(k_r)
-        cos, sin = rotary_angles(positions, self.rope, self.rope_base, precision(x), self.scaling)
-        kept = torch.cat([self.kv_a_norm(c_kv).to(q.dtype), rotate(k_r, cos, sin)], dim=-1)
-        return torch.cat([q_c, rotate(q_r, cos, sin)], dim=-1), kept
+        if self.rotates:
+            if self.rope_interleave:
+                q_r, k_r = halves(q_r), halves(k_r)
+            cos, sin = rotary_angles(positions, self.rope, self.rope_base, precision(x), self.scaling)
+            q_r, k_r = rotate(q_r, cos, sin), rotate(k_r, cos, sin)
+        kept = torch.cat([self.kv_a_norm(c_kv).to(q.dtype), k_r], dim=-1)
+        return torch.cat([q_c, q_r], dim=-1), kept
 
     def _with_cache(self, q: Tensor, new: Tensor, cache: Cache, cu_seqlens: Tensor | None) -> Tensor:
         """The next tokens of each sequence, over themselves and what the cache holds; unpacked on the device alone."""

@@ -5,7 +5,7 @@ Glossary: t tokens, e experts, k of them for each token. For a token x::
     s = softmax(W x) or σ(W x)                (e), the scores
     the k largest of s + bias are chosen      the bias balances the load, and is in no weight
     w = the chosen scores                     (k), divided by their sum or not, times ``scale``
-    y = Σ w_i expert_i(x) + shared(x)         (d_model)
+    y = Σ w_i expert_i(x) + shared(x)         (d_model); the last times σ(w x) with ``shared_gate``
 
 All tokens of an expert are computed in one product, after tokens have been sorted by their experts.
 """
@@ -73,6 +73,7 @@ class MoE(ChannelMixer):
             divided by their sum before the choice, which a softmax is already; None: as they are.
         scale: of the weights.
         shared_intermediate: width inside one more expert that every token passes; 0 for none.
+        shared_gate: multiplies that expert's output by the sigmoid of a map of the token to one number, as in Qwen2's.
         d_latent: the experts work in a space of this width, with a map into it and one back, as in Nemotron 3 (arXiv
             2512.20856); in that of d_model if None.
         bias_update_rate: the choice is by scores plus a bias of each expert, which training moves by this much a step
@@ -93,6 +94,7 @@ class MoE(ChannelMixer):
         norm: Literal["before", "after"] | None = "after",
         scale: float = 1.0,
         shared_intermediate: int = 0,
+        shared_gate: bool = False,
         d_latent: int | None = None,
         bias_update_rate: float | None = None,
         aux_loss: float = 0.0,
@@ -103,6 +105,10 @@ class MoE(ChannelMixer):
             raise ValueError(f"MoE: `top_k` must be at most n_experts={n_experts}; got {top_k}")
         if shared_intermediate < 0:
             raise ValueError(f"MoE: `shared_intermediate` must be at least 1, or 0 for none; got {shared_intermediate}")
+        if shared_gate and not shared_intermediate:
+            raise ValueError(
+                "MoE: `shared_gate` has no meaning without `shared_intermediate`: there is no shared expert"
+            )
         for name, rate in (("bias_update_rate", bias_update_rate), ("aux_loss", aux_loss)):
             if rate is not None and rate < 0:
                 raise ValueError(f"MoE: `{name}` must be at least 0; got {rate}")
@@ -116,6 +122,7 @@ class MoE(ChannelMixer):
         self.shared = None
         if shared_intermediate:
             self.shared = SHARED[activation](d_model, d_intermediate=shared_intermediate, bias=False)
+        self.shared_gate = Linear(d_model, 1, bias=False) if shared_gate else None
         self.load = Load(n_experts)
         self.balancing: Tensor | None = None  # the last forward pass's loss, in training
         self.residual_projections = ("experts.fc2" if d_latent is None else "latent_out",)
@@ -136,7 +143,10 @@ class MoE(ChannelMixer):
         else:
             y = self.experts(tokens, chosen, weights)
         y = y.reshape(x.shape)
-        return y if self.shared is None else y + self.shared(x)
+        if self.shared is None:
+            return y
+        shared = self.shared(x)
+        return y + (shared if self.shared_gate is None else torch.sigmoid(self.shared_gate(x)) * shared)
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (t d) → the experts of each, and the weights of their outputs, (t k) both."""

@@ -30,13 +30,13 @@ def close(what, actual, expected):
     assert off <= TOLERANCE, f"{what} is off by {off:.1e} of its largest value"
 
 
-def same_gradients(theirs, ours, a, b, model_type=None):
+def same_gradients(theirs, ours, a, b, model_type=None, config=None):
     """All gradients of a random sum of their logits ``a`` and of ours, ``b``."""
     weight = torch.randn(a.shape)
     (a * weight).sum().backward()
     (b * weight).sum().backward()
     named = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
-    expected = convert_state_dict(named, model_type)
+    expected = convert_state_dict(named, model_type, config)
     found = {n: p for n, p in ours.named_parameters() if p.requires_grad}
     assert set(expected) == set(found)
     for name, parameter in found.items():
@@ -67,7 +67,8 @@ def pair_of(tmp_path, theirs):
     randomise(theirs)
     theirs.config.to_json_file(tmp_path / "config.json", use_diff=False)
     ours = ssmzoo.build(published_config(tmp_path / "config.json"))
-    ours.load_state_dict(convert_state_dict(tied_once(theirs), theirs.config.model_type), strict=False)
+    given = theirs.config.to_dict()
+    ours.load_state_dict(convert_state_dict(tied_once(theirs), given["model_type"], given), strict=False)
     ours.tie_weights()
     return theirs.eval(), ours.eval()
 

@@ -65,6 +65,7 @@ SETTINGS = [
     ("mla", {"n_heads": 2, "kv_lora_rank": 24, "qk_nope_head_dim": 4, "v_head_dim": 12, "rope_interleave": False}),
     ("mla", {"n_heads": 2, "rope_scaling": {"rope_type": "linear", "factor": 3.0}}),
     ("mla", {"n_heads": 2, "page_size": 3}),
+    ("mla", {"n_heads": 2, "rope": False}),
     (
         "mla",
         {

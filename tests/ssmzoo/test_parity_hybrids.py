@@ -213,6 +213,54 @@ MODELS["xlstm"] = (
         "chunk_size": 8,
     },
 )
+DELTA = {
+    "vocab_size": 50,
+    "hidden_size": 24,
+    "intermediate_size": 30,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "rms_norm_eps": 1e-3,
+}
+LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 7,
+    "linear_conv_kernel_dim": 3,
+}
+EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 14}
+EXPERTS |= {"shared_expert_intermediate_size": 11}
+THREE_TO_ONE = {"num_hidden_layers": 4, "head_dim": 16}
+MODELS["qwen3_next"] = ("Qwen3Next", DELTA | LINEAR | EXPERTS | THREE_TO_ONE | {"mlp_only_layers": [1]})
+MODELS["qwen3_5"] = ("Qwen3_5Text", DELTA | LINEAR | THREE_TO_ONE)
+MODELS["qwen3_5_moe"] = ("Qwen3_5MoeText", DELTA | LINEAR | EXPERTS | THREE_TO_ONE)
+# As many channels of values as of keys: transformers saves the convolution in equal parts
+OLMO = DELTA | LINEAR | NO_TOKENS | {"num_hidden_layers": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 3}
+MODELS["olmo_hybrid"] = ("OlmoHybrid", OLMO)
+MODELS["olmo_hybrid with rope"] = (
+    "OlmoHybrid",
+    OLMO | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+)
+MODELS["kimi_linear"] = (
+    "KimiLinear",
+    DELTA
+    | NO_TOKENS
+    | {
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_num_heads": 3,
+        "linear_head_dim": 5,
+        "linear_conv_kernel_dim": 3,
+        "num_key_value_heads": 3,
+        "kv_lora_rank": 10,
+        "qk_nope_head_dim": 6,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 7,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 14,
+    },
+)
 PADS_CLEANLY = sorted(set(MODELS) - {"recurrent_gemma", "xlstm"})  # whose padding enters the recurrence
 
 
@@ -221,7 +269,12 @@ def pair(tmp_path, name):
     kind, options = MODELS[name]
     config = getattr(transformers, f"{kind}Config")(**options)
     config._experts_implementation = "eager"  # their default needs widths that are multiples of four
-    return pair_of(tmp_path, getattr(transformers, f"{kind}ForCausalLM")(config))
+    return pair_of(tmp_path, causal_lm(kind)(config))
+
+
+def causal_lm(kind):
+    """Theirs with a head; that of a text part is named without it."""
+    return getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -230,7 +283,7 @@ def test_logits_and_gradients(tmp_path, name):
     ids = torch.randint(1, 50, (2, 19))
     a, b = theirs(ids, use_cache=False).logits, ours(ids)
     close("the logits", b, a)
-    same_gradients(theirs, ours, a, b, theirs.config.model_type)
+    same_gradients(theirs, ours, a, b, theirs.config.model_type, theirs.config.to_dict())
 
 
 @torch.no_grad()
@@ -393,6 +446,15 @@ PUBLISHED["lfm2-8b-a1b"] = (
     },
 )
 PUBLISHED["lfm3-1.7b"] = ("Lfm3", {})
+PUBLISHED["qwen3-next-80b"] = ("Qwen3Next", {})
+PUBLISHED["qwen3.5-9b"] = ("Qwen3_5Text", {})
+PUBLISHED["qwen3.5-35b-a3b"] = ("Qwen3_5MoeText", {})
+PUBLISHED["olmo-hybrid-7b"] = ("OlmoHybrid", {})
+FULL = (4, 8, 12, 16, 20, 24, 27)
+PUBLISHED["kimi-linear-48b"] = (
+    "KimiLinear",
+    {"layer_types": ["full_attention" if i + 1 in FULL else "linear_attention" for i in range(27)]},
+)
 PUBLISHED["xlstm-7b"] = ("xLSTM", {})
 
 
@@ -400,6 +462,6 @@ PUBLISHED["xlstm-7b"] = ("xLSTM", {})
 def test_published_sizes(name):
     kind, options = PUBLISHED[name]
     with torch.device("meta"):
-        theirs = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**options))
+        theirs = causal_lm(kind)(getattr(transformers, f"{kind}Config")(**options))
     found = footprint(load_config(name))
     assert found.parameters == sum(p.numel() for p in theirs.parameters())

@@ -2,7 +2,7 @@
 
 A file ``x.py`` here is the ``model_type`` x. It has ``NAME``, the model's name; ``config(given)``, our config's values
 from what ``config.json`` holds; and ``RULES`` for the names of weights (:mod:`ssmzoo.checkpoints.renaming`), or
-``rules(names)`` where they depend on which names there are.
+``rules(names)`` where they depend on which names there are, or ``rules_for(given)`` where they depend on sizes.
 """
 
 from __future__ import annotations

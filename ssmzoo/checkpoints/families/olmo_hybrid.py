@@ -1,0 +1,60 @@
+"""OLMo-Hybrid (Ai2 2025): gated DeltaNet with negative eigenvalues and attention with post-norms, three to one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ssmzoo.checkpoints.families._common import (
+    ENDS,
+    LAYER,
+    attention_options,
+    attention_rules,
+    gated_mlp_rules,
+    require,
+    rope_options,
+)
+from ssmzoo.checkpoints.families._delta import convolution_rules, delta_options, widths
+from ssmzoo.checkpoints.renaming import Rule
+
+NAME = "OLMo-Hybrid"
+
+LINEAR = rf"{LAYER}linear_attn\."
+
+
+def rules_for(given: Mapping[str, Any]) -> list[Rule]:
+    attention = [i for i, kind in enumerate(given["layer_types"]) if kind == "full_attention"]
+    post = rf"(?:model\.)?layers\.({'|'.join(map(str, attention))})\."
+    return [
+        *ENDS,
+        (rf"{post}(?:post_attention_layernorm|feedforward_layer_norm)\.weight", r"layers.\1.norm_after.weight"),
+        (rf"{post}post_feedforward_layernorm\.weight", r"layers.\1.norm2_after.weight"),
+        (rf"{LAYER}(?:input_layernorm|attention_layer_norm)\.weight", r"layers.\1.norm.weight"),
+        (rf"{LAYER}(?:post_attention_layernorm|feedforward_layer_norm)\.weight", r"layers.\1.norm2.weight"),
+        *attention_rules("self_attn", "mixer"),
+        (rf"{LAYER}self_attn\.([qk])_norm\.weight", r"layers.\1.mixer.\2_norm.weight"),
+        *convolution_rules("linear_attn", *widths(given)),
+        (rf"{LINEAR}(A_log|dt_bias|o_norm\.weight|[qkvabgo]_proj\.weight)", r"layers.\1.mixer.\2"),
+        *gated_mlp_rules("mlp", "mlp"),
+    ]
+
+
+def config(given: Mapping[str, Any]) -> dict[str, Any]:
+    require(given, hidden_act="silu")
+    eps, attention = given.get("rms_norm_eps", 1e-6), attention_options(given)
+    if (given.get("rope_parameters") or {}).get("rope_theta") is not None:
+        attention |= rope_options(given, attention["head_dim"])
+    names = {"linear_attention": "gated_deltanet", "full_attention": "attention"}
+    return {
+        "d_model": given["hidden_size"],
+        "n_layers": given["num_hidden_layers"],
+        "pattern": [names[kind] for kind in given["layer_types"]],
+        "mixers": {
+            "gated_deltanet": delta_options(given) | {"allow_neg_eigval": given.get("linear_allow_neg_eigval", True)},
+            "attention": attention | {"qk_norm": "whole", "qk_norm_eps": eps, "norm_placement": "post"},
+        },
+        "mlp": {"kind": "swiglu", "d_intermediate": given["intermediate_size"]},
+        "vocab_size": given["vocab_size"],
+        "norm_eps": eps,
+        "tie_embeddings": given.get("tie_word_embeddings", False),
+    }

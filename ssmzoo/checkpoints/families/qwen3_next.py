@@ -1,0 +1,9 @@
+"""Qwen3-Next (Qwen Team 2025): gated DeltaNet and gated attention three to one, with many small experts."""
+
+from __future__ import annotations
+
+from ssmzoo.checkpoints.families._qwen import config, rules_for
+
+__all__ = ["NAME", "config", "rules_for"]
+
+NAME = "Qwen3-Next"

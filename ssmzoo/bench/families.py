@@ -20,11 +20,21 @@ from ssmzoo.bench.models import DECODING
 KIND = "transformers"
 SIZES = {"hidden_size": 256, "length": 1024, "batch": 1}
 QUICK = {"hidden_size": 64, "length": 64, "batch": 1}
+CACHES = ("past_key_values", "cache_params", "state")  # under one of these names a model gives and takes its cache
 PROMPT = 64  # tokens before those that are decoded one by one
 
 ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2}
 MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": "auto", "mamba_d_state": 64, "mamba_chunk_size": 64}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+NO_TOKENS = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+DELTA: dict[str, Any] = {
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    **ATTENTION,
+}
+GROWING = {"intermediate_size": 2, "head_dim": 0.25, "linear_key_head_dim": 0.25, "linear_value_head_dim": 0.25}
 
 # family → transformers' class, options, and options that are multiples of the hidden size. Two layers of the family's
 # own kind, and attention where the family always has some.
@@ -81,6 +91,28 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, float]]] = {
         {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], **ATTENTION},
         {"intermediate_size": 2},
     ),
+    "qwen3_next": ("Qwen3Next", {**DELTA, "num_experts": 0, "mlp_only_layers": [0, 1, 2]}, GROWING),
+    "qwen3_5": ("Qwen3_5", DELTA, GROWING),
+    "olmo_hybrid": ("OlmoHybrid", {**DELTA, "linear_num_key_heads": 4, **NO_TOKENS}, GROWING),
+    "kimi_linear": (
+        "KimiLinear",
+        {"num_hidden_layers": 3, "layer_types": DELTA["layer_types"], "mlp_layer_types": ["dense"] * 3}
+        | {"num_attention_heads": 4, "num_key_value_heads": 4, "linear_num_heads": 4, **NO_TOKENS},
+        {"intermediate_size": 2, "linear_head_dim": 0.25, "qk_nope_head_dim": 0.25, "v_head_dim": 0.25}
+        | {"qk_rope_head_dim": 0.125, "kv_lora_rank": 0.5},
+    ),
+    "minimax": (
+        "MiniMax",
+        {"num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+        | {"num_local_experts": 2, "num_experts_per_tok": 2, "block_size": 64, **ATTENTION},
+        {"intermediate_size": 2, "head_dim": 0.25},
+    ),
+    "rwkv": (
+        "Rwkv",
+        {"num_hidden_layers": 2, "rescale_every": 0},
+        {"attention_hidden_size": 1, "intermediate_size": 4},
+    ),
+    "xlstm": ("xLSTM", {"num_hidden_layers": 2, "num_heads": 4, "chunk_size": 64}, {}),
 }
 
 
@@ -101,7 +133,10 @@ def bench_family(name: str, plan: Plan) -> Iterator[list[Measurement]]:
         models[1].load_state_dict(models[0].state_dict())
         sizes = sizes_of(plan)
         ids = torch.randint(256, (sizes["batch"], sizes["length"]), device=plan.device)
-        for work, make in ((FORWARD, _forward), (BOTH, _both), (DECODING, _decoder)):
+        works = [(FORWARD, _forward), (BOTH, _both), (DECODING, _decoder)]
+        if name == "recurrent_gemma":  # whose layers keep their states, which no cache of a call holds
+            works.pop()
+        for work, make in works:
             yield hold(_contest(name, work, sizes, [make(model, ids) for model in models], plan), plan)
 
 
@@ -116,7 +151,9 @@ def model_of(name: str, plan: Plan, plain: bool) -> nn.Module:
     kind, options, growing = FAMILIES[name]
     hidden = sizes_of(plan)["hidden_size"]
     grown = {key: int(factor * hidden) for key, factor in growing.items()}
-    config = getattr(transformers, f"{kind}Config")(vocab_size=256, hidden_size=hidden, **options, **grown)
+    text = getattr(transformers, f"{kind}TextConfig", None)  # of models that see as well
+    made_of = text or getattr(transformers, f"{kind}Config")
+    config = made_of(vocab_size=256, hidden_size=hidden, **options, **grown)
     config._experts_implementation = "eager"  # works for every width
     module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     if plain:
@@ -186,7 +223,7 @@ def _decoder(model: nn.Module, ids: Tensor) -> Callable[[], Results]:
 
 def _read(model: nn.Module, ids: Tensor, state: dict[str, Any]) -> Tensor:
     out = model(ids, use_cache=True, **state)
-    name = "past_key_values" if getattr(out, "past_key_values", None) is not None else "cache_params"
+    (name,) = (name for name in CACHES if getattr(out, name, None) is not None)
     state[name] = getattr(out, name)
     logits: Tensor = out.logits
     return logits

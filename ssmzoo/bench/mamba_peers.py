@@ -62,9 +62,11 @@ def transformers_model(model: SequenceModel) -> nn.Module:
     refuse(config.output not in (None, "tokens") or config.norm != "rms", "such head or norm")
     mixer: Any = model.blocks[0].mixer
     kind, options = _kind(mixer)
-    multipliers = (config.embedding_scale, config.residual_multiplier, config.logit_multiplier, config.logit_softcap)
-    multipliers += (config.skip_multiplier,)
-    refuse(config.norm_placement != "pre" or multipliers != (1, 1, 1, 0, 1) or config.feeds, "such blocks")
+    multipliers = (config.embedding_scale, config.residual_multiplier, config.skip_multiplier, config.logit_multiplier)
+    refuse(
+        config.norm_placement != "pre" or multipliers != (1, 1, 1, 1) or config.logit_softcap != 0 or config.feeds,
+        "such blocks",
+    )
     refuse(options.get("layer_norm_epsilon", config.norm_eps) != config.norm_eps, "two epsilons")
     with torch.device("meta"):
         theirs = getattr(transformers, f"{kind}ForCausalLM")(

@@ -134,7 +134,18 @@ MODELS |= {
         | NO_TOKENS,
     ),
 }
-CACHED = sorted(set(MODELS) - {"recurrent_gemma"})  # which keeps its state in its layers
+MODELS |= {
+    "minimax": (
+        "MiniMax",
+        SIZES
+        | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "intermediate_size": 28, "block_size": 8}
+        | {"layer_types": ["full_attention", "linear_attention"], "num_local_experts": 2, "num_experts_per_tok": 2},
+    ),
+    "rwkv": ("Rwkv", SIZES | {"attention_hidden_size": 24, "intermediate_size": 28, "rescale_every": 0}),
+    "xlstm": ("xLSTM", SIZES | {"hidden_size": 128, "num_heads": 4, "chunk_size": 8}),
+}
+OTHERS = ("recurrent_gemma", "rwkv", "xlstm")  # with states of other kinds than transformers' caches
+CACHED = sorted(set(MODELS) - set(OTHERS))
 ALONE = ("mamba", "falcon_mamba", "mamba2")  # without attention
 EVERY = pytest.mark.parametrize("family", MODELS)
 
@@ -232,13 +243,13 @@ def test_generate(family):
     expected = model.generate(ids, **options)
     with only_ours(family):
         assert torch.equal(model.generate(ids, **options), expected)
-        if family != "recurrent_gemma":
+        if family not in OTHERS:
             beams = model.generate(ids, num_beams=3, **options)
-    if family != "recurrent_gemma":
+    if family not in OTHERS:
         assert torch.equal(beams, model.generate(ids, num_beams=3, **options))
 
 
-PACKS = sorted(set(MODELS) - {"recurrent_gemma", "lfm2"})
+PACKS = sorted(set(MODELS) - {*OTHERS, "lfm2", "minimax"})
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])

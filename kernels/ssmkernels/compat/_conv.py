@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ssmkernels import causal_conv1d, causal_conv1d_step
@@ -103,19 +104,24 @@ def update(a: Any) -> Tensor:
         places = _ring(a.cache_seqlens, new.shape[-1] - last, new.shape[-1], held)
         held = held.scatter(2, places, new[..., new.shape[-1] - last :].to(held.dtype))
     weight, bias, activation = beside(a.weight, a.x), beside(a.bias, a.x), _activation(a.op, a.activation)
-    initial = state.transpose(1, 2).to(precision(a.x), copy=True)  # the state itself is about to change
-    if new.shape[-1] == 1 and gradient_wanted((a.x, weight, bias, initial)) is None:
-        y = causal_conv1d_step(initial, new[..., 0], weight, bias, activation, implementation=a.implementation)[:, None]
+    one = new.shape[-1] == 1 and gradient_wanted((a.x, weight, bias, state)) is None
+    if one and a.implementation is None and a.x.device.type == "cpu":
+        y = _one_token(state, new, weight, bias, activation)
     else:
-        y, _ = causal_conv1d(
-            new.transpose(1, 2),
-            weight,
-            bias,
-            activation,
-            initial_state=initial,
-            return_final_state=True,
-            implementation=a.implementation,
-        )
+        initial = state.transpose(1, 2).to(precision(a.x), copy=True)  # the state itself is about to change
+        if one:
+            y = causal_conv1d_step(initial, new[..., 0], weight, bias, activation, implementation=a.implementation)
+            y = y[:, None]
+        else:
+            y, _ = causal_conv1d(
+                new.transpose(1, 2),
+                weight,
+                bias,
+                activation,
+                initial_state=initial,
+                return_final_state=True,
+                implementation=a.implementation,
+            )
     if rows is None:
         a.conv_state.copy_(held)
     else:
@@ -123,6 +129,16 @@ def update(a: Any) -> Tensor:
         a.conv_state[rows[kept]] = held[kept]
         y = torch.where(kept[:, None, None], y, 0)
     return y[:, 0] if a.x.ndim == 2 else y.transpose(1, 2)
+
+
+def _one_token(state: Tensor, new: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    """The output (b 1 d) for inputs (b d 1) after (b d w-1): a sum over a few taps in a handful of operations, which
+    costs less than to bring the state into the layout of our op."""
+    wide = precision(new)
+    y = (torch.cat([state.to(wide), new.to(wide)], dim=-1) * weight.to(wide)).sum(-1)
+    if bias is not None:
+        y = y + bias.to(wide)
+    return (y if activation is None else F.silu(y)).to(new.dtype)[:, None]
 
 
 def _ring(cache_seqlens: Tensor, start: int, end: int, state: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ def _check_borders(a: Any, borders: Tensor | None) -> None:
 def heads_alone(a: Any) -> bool:
     """Whether Δ and A of a :func:`~ssmkernels.compat.mamba_ssm.selective_state_update` are one number for each head,
     expanded over its channels, so that it is a step of ``ssd``."""
-    if a.state.ndim != 4:
+    if a.state.ndim != 4 or a.x.ndim != 3:
         return False
     expanded = [a.A.stride(-1), a.A.stride(-2), a.dt.stride(-1), 0 if a.dt_bias is None else a.dt_bias.stride(-1)]
     return not any(expanded) and not a.A.is_complex()

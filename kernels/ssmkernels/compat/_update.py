@@ -10,7 +10,7 @@ from torch import Tensor
 from ssmkernels import selective_scan, selective_scan_step
 from ssmkernels.compat._dtypes import INDICES, beside, together
 from ssmkernels.compat._ssd import head_step, heads_alone
-from ssmkernels.core.validate import check_dtypes, check_options, check_shapes, precision
+from ssmkernels.core.validate import check_dtypes, check_options, check_shapes
 from ssmkernels.core.written import gradient_wanted
 
 
@@ -41,13 +41,35 @@ def update(a: Any) -> Tensor:
     )
     check_options(a.op, "bool", dt_softplus=a.dt_softplus)
     check_dtypes(a.op, {"state_batch_indices": a.state_batch_indices}, INDICES)
-    g, n = sizes.get("g", 1), sizes["n"]
+    g = sizes.get("g", 1)
     if g == 0 or heads % g:
         raise ValueError(f"{a.op}: the {g} groups of `B` and `C` must divide the {heads} heads of `state`")
 
-    dtype = together(a.x, a.dt, a.z, a.state if a.state.dtype == torch.float64 else None)
-    b, d = a.x.shape[0], heads * sizes["p"]
-    u = a.x.reshape(b, d).to(dtype)
+    rows = a.state_batch_indices
+    held = a.state if rows is None else a.state[rows.clamp(min=0)]
+    shape, dtype = held.shape, together(a.x, a.dt, a.z, a.state if a.state.dtype == torch.float64 else None)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    held = held.to(torch.promote_types(wide, a.A.dtype if a.A.is_complex() else dtype))
+    differentiable = gradient_wanted((held, a.x, a.dt, a.A, a.B, a.C, a.D, a.z, a.dt_bias)) is not None
+    if differentiable or not heads_alone(a):
+        y, held = _by_channels(a, held, dtype, differentiable)
+    else:
+        y = head_step(a, held, torch.promote_types(dtype, together(a.B, a.C))).flatten(1)
+    if rows is not None:
+        kept = rows >= 0
+        a.state[rows[kept]] = held.reshape(shape)[kept].to(a.state.dtype)
+        y = torch.where(kept[:, None], y, 0)
+    elif held is not a.state:
+        a.state.copy_(held.reshape(shape))
+    return y.to(a.x.dtype).reshape(a.x.shape)
+
+
+def _by_channels(a: Any, held: Tensor, dtype: torch.dtype, differentiable: bool) -> tuple[Tensor, Tensor]:
+    """A token of the selective scan over the channels of all heads: y (b d), and the state, which it may write."""
+    n, b = held.shape[-1], a.x.shape[0]
+    u = a.x.reshape(b, -1).to(dtype)
+    d = u.shape[1]
+    held = held if held.ndim == 3 else held.reshape(b, d, n)  # a view of `state` where it can be
     arguments: dict[str, Any] = {
         "u": u,
         "delta": a.dt.reshape(b, d).to(dtype),
@@ -58,35 +80,15 @@ def update(a: Any) -> Tensor:
         "z": None if a.z is None else a.z.reshape(b, d).to(dtype),
         "delta_bias": None if a.dt_bias is None else beside(a.dt_bias.reshape(d), u),
     }
-    rows = a.state_batch_indices
-    held = a.state if rows is None else a.state[rows.clamp(min=0)]
-    shape = held.shape
-    held = held.to(torch.promote_types(precision(u), a.A.dtype if a.A.is_complex() else u.dtype))
-    differentiable = gradient_wanted((held, *arguments.values())) is not None
-    by_heads = heads_alone(a) and not differentiable
-    if not by_heads:
-        held = held if held.ndim == 3 else held.reshape(b, d, n)  # a view of `state` where it can be
-
-    if by_heads:
-        y = head_step(a, held, together(u, a.B, a.C)).reshape(b, d)
-    elif not differentiable:
+    if not differentiable:
         y = selective_scan_step(held, **arguments, delta_softplus=a.dt_softplus, implementation=a.implementation)
-    else:
-        timed = {
-            name: arguments[name][:, None] for name in ("u", "delta", "B", "C", "z") if arguments[name] is not None
-        }
-        y, held = selective_scan(
-            **{**arguments, **timed},
-            delta_softplus=a.dt_softplus,
-            initial_state=held.clone(),  # the state itself is about to change
-            return_final_state=True,
-            implementation=a.implementation,
-        )
-        y = y[:, 0]
-    if rows is not None:
-        kept = rows >= 0
-        a.state[rows[kept]] = held.reshape(shape)[kept].to(a.state.dtype)
-        y = torch.where(kept[:, None], y, 0)
-    elif held is not a.state:
-        a.state.copy_(held.reshape(shape))
-    return y.to(a.x.dtype).reshape(a.x.shape)
+        return y, held
+    timed = {name: arguments[name][:, None] for name in ("u", "delta", "B", "C", "z") if arguments[name] is not None}
+    ys, held = selective_scan(
+        **{**arguments, **timed},
+        delta_softplus=a.dt_softplus,
+        initial_state=held.clone(),  # the state itself is about to change
+        return_final_state=True,
+        implementation=a.implementation,
+    )
+    return ys[:, 0], held

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,15 +10,19 @@ from typing import Any
 _TERM = re.compile(r"([+-]?)(\d*)([A-Za-z_]*)")
 
 
-def expanded(shape: str, axes: int) -> list[list[str]]:
-    """The alternatives as lists of letters; ``...`` in an input of so many axes stands for all but those beside it."""
+@functools.cache
+def expanded(shape: str, axes: int) -> tuple[list[str], ...]:
+    """The alternatives as lists of letters, which nobody may change.
+
+    In an input of so many axes, ``...`` stands for all but those beside it.
+    """
     found = []
     for alternative in shape.split("|"):
         letters = alternative.split()
         if letters[:1] == ["..."]:
             letters = [*(f"n{i}" for i in range(1, axes - len(letters) + 2)), *letters[1:]]
         found.append(letters)
-    return found
+    return tuple(found)
 
 
 def size_of(expression: str, sizes: Mapping[str, Any]) -> Any:

@@ -17,6 +17,7 @@ from ssmkernels.core.shapes import expanded, learn, letters_of, pretty
 HALF = (torch.bfloat16, torch.float16)
 REAL = (torch.float32, torch.float64, *HALF)
 COMPLEX = (torch.complex64, torch.complex128)
+_WIDE = (torch.float64, torch.complex128)
 
 
 def check_shapes(
@@ -251,8 +252,10 @@ def check_borders(op: str, cu_seqlens: Tensor, length: int, name: str = "cu_seql
 
 def precision(*tensors: Tensor | None) -> torch.dtype:
     """The dtype for sums and states: float64 where any input is, float32 otherwise."""
-    wide = (torch.float64, torch.complex128)
-    return torch.float64 if any(t is not None and t.dtype in wide for t in tensors) else torch.float32
+    for t in tensors:
+        if t is not None and t.dtype in _WIDE:
+            return torch.float64
+    return torch.float32
 
 
 def check_parameters(op: str, x: Tensor, arguments: Mapping[str, Any], also: Iterable[torch.dtype] = ()) -> None:

@@ -130,6 +130,16 @@ RECURRENCE = [
     {"weights": "float32", "fixed": True},
     {"layout": "far", "b": 1, "l": 7, "d": 2},
 ]
+LINEAR_ATTENTION = [
+    {"l": 18, "b": 1, "h": 2, "g": 1},
+    {"l": 0},
+    {"l": 2, "bonus": True, "layout": "strided"},
+    {"l": 2, "decay": "head", "bonus": True, "b": 1},
+    {"l": 2, "decay": "token", "state": False, "off": 0.3},
+    {"l": 2, "decay": "", "k": 33, "v": 70, "h": 1, "g": 1, "b": 1},  # several tiles
+    {"l": 68, "b": 1, "h": 1, "g": 1, "packed": True, "k": 2},  # several chunks
+    {"l": 3, "h": 2, "g": 1, "b": 1, "layout": "far"},
+]
 SSD = [
     {"l": 18, "h": 2, "g": 1, "b": 1},  # several chunks
     {"l": 0},
@@ -170,6 +180,10 @@ CASES = [
     ("fft_conv", "float32", FFT),
     ("fft_conv", "bfloat16", [*FFT[3:5], {"weights": "float32", "d": 1}, FFT[-4]]),
     ("fft_conv", "float16", [{"weights": "float32", "d": 1}]),
+    ("linear_attention", "float32", LINEAR_ATTENTION),
+    ("linear_attention", "bfloat16,float16,float64", LINEAR_ATTENTION[2:3]),
+    ("linear_attention_step", "float32", [{"bonus": True}, {"decay": "token", "layout": "far"}, {"decay": "head"}]),
+    ("linear_attention_step", "bfloat16,float16,float64", [{}]),
     ("linear_recurrence", "float32", RECURRENCE),
     ("linear_recurrence", "bfloat16,float16,float64", RECURRENCE[-2:-1]),
     ("linear_recurrence_step", "float32", [{"log": True}, {"fixed": True}, COMPLEX_STEP, {"layout": "far"}]),

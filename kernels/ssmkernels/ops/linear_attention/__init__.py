@@ -30,7 +30,7 @@ def _check(name: str, sizes: dict[str, int], **_: Any) -> None:
     wide="log_decay bonus",
     sums="initial_state",
     check=_check,
-    implementations=("cpu", "tiled", "reference"),
+    implementations=("triton", "cpu", "tiled", "reference"),
 )
 def linear_attention(
     q: Tensor,
@@ -98,7 +98,7 @@ def linear_attention(
     mutates=("state",),
     check=_check,
     step=True,
-    implementations=("cpu", "reference"),
+    implementations=("triton", "cpu", "reference"),
 )
 def linear_attention_step(
     state: Tensor,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ssmkernels import native
@@ -13,6 +12,7 @@ from ssmkernels.core.memory import large_pages
 from ssmkernels.core.validate import precision
 from ssmkernels.native import address, plain
 from ssmkernels.ops.linear_attention.cpu_arguments import values
+from ssmkernels.ops.linear_attention.gradients import added
 
 
 def backward(a: Any, saved: Any, grads: Any) -> dict[str, Tensor | None]:
@@ -41,17 +41,12 @@ def backward(a: Any, saved: Any, grads: Any) -> dict[str, Tensor | None]:
     fields |= {"o": 0, "final_state": 0, "maps": native.DTYPES[maps]}
     native.run("linear_attention_backward", fields | {name: address(t) for name, t in outputs.items()})
     if heads != groups:
-        dq, dk = (_sum(t.unflatten(2, (groups, heads // groups)), 3) for t in (dq, dk))
+        dq, dk = (added(t.unflatten(2, (groups, heads // groups)), 3) for t in (dq, dk))
     return {
         "q": dq,
         "k": dk,
         "v": dv,
-        "log_decay": _sum(d_decay, 0) if d_decay is not None and a.log_decay.ndim == 1 else d_decay,
-        "bonus": None if d_bonus is None else _sum(d_bonus, 0),
+        "log_decay": added(d_decay, 0) if d_decay is not None and a.log_decay.ndim == 1 else d_decay,
+        "bonus": None if d_bonus is None else added(d_bonus, 0),
         "initial_state": d_initial,
     }
-
-
-def _sum(x: Tensor, axis: int) -> Tensor:
-    """Part by part: the order of PyTorch's own sums depends on the sizes of all other axes."""
-    return functools.reduce(torch.add, x.unbind(axis))

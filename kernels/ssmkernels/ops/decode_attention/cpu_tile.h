@@ -3,7 +3,7 @@
 // Each sum's order depends on the head's size and on the tile alone, not on which queries are taken together.
 #pragma once
 
-#include "native/math.h"
+#include "native/tanh.h"
 #include "native/tiles.h"
 
 namespace ssmzoo {
@@ -67,27 +67,6 @@ void products(S* scores, const S* q, int64_t q_row, const T* const* keys, int64_
         for (int r = 0; r < rows; ++r) memcpy(scores + r * kKeys + j, found + r * together, together * sizeof(S));
         for (int c = 0; c < together; ++c) ahead.fetch();
     }
-}
-
-// tanh, to a few ulp: (e^2x - 1) / (e^2x + 1), where e^2x - 1 is never the difference of two near numbers.
-template <class S>
-SSMZOO_INLINE typename Lanes<S>::V tanh(typename Lanes<S>::V x) {
-    using C = Constants<S>;
-    using V = typename Lanes<S>::V;
-    constexpr bool wide = sizeof(S) == 8;
-    constexpr int terms = wide ? 13 : 7;
-    const auto sign = bits_of<S>(x) & bits_of<S>(splat<S>(S(-0.0)));
-    V y = clamp(absolute<S>(x), V{}, splat<S>(S(wide ? 20 : 10)));
-    y = y + y;
-    const V shifted = y * splat<S>(C::log2e) + splat<S>(C::magic);
-    const V k = shifted - splat<S>(C::magic);
-    const V r = fma(k, splat<S>(-C::ln2_low), fma(k, splat<S>(-C::ln2_high), y));
-    V p = splat<S>(S(1));  // e^r - 1 = r (1 + r/2 (1 + r/3 (...)))
-    for (int i = terms; i > 1; --i) p = fma(p, r * splat<S>(S(1) / S(i)), splat<S>(S(1)));
-    p = p * r;
-    const V power = from_bits<S>((bits_of<S>(shifted) << C::mantissa) + bits_of<S>(splat<S>(S(1))));
-    const V less = fma(power, p, power - splat<S>(S(1)));
-    return from_bits<S>(bits_of<S>(less / (less + splat<S>(S(2)))) | sign);
 }
 
 // What turns products into logits; `slope` is the head's, the key of index 0 lies `distance` behind the query.

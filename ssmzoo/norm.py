@@ -84,18 +84,29 @@ class HeadLayerNorm(nn.Module):
         eps: added to the variance.
         bias: whether a bias is added.
         centred: the factor is 1 + weight, with weights that start at 0.
+        weight: whether there are weights.
     """
 
-    def __init__(self, d: int, n_heads: int, eps: float = 1e-5, *, bias: bool = False, centred: bool = False):
+    def __init__(
+        self,
+        d: int,
+        n_heads: int,
+        eps: float = 1e-5,
+        *,
+        bias: bool = False,
+        centred: bool = False,
+        weight: bool = True,
+    ):
         super().__init__()
         self.n_heads, self.eps, self.centred = n_heads, eps, centred
-        self.weight = nn.Parameter(torch.zeros(d) if centred else torch.ones(d))
+        self.weight = nn.Parameter(torch.zeros(d) if centred else torch.ones(d)) if weight else None
         self.bias = nn.Parameter(torch.zeros(d)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., h, p)`` → ``(..., h p)``, in x's dtype."""
-        weight = (1 + self.weight if self.centred else self.weight).to(x.dtype)
-        y = F.layer_norm(x, x.shape[-1:], eps=self.eps).flatten(-2) * weight
+        y = F.layer_norm(x, x.shape[-1:], eps=self.eps).flatten(-2)
+        if self.weight is not None:
+            y = y * (1 + self.weight if self.centred else self.weight).to(x.dtype)
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
 

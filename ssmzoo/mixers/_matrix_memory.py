@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import cast
 
-import torch
 from torch import Tensor
 
 from ssmkernels import mlstm, mlstm_step
+from ssmzoo.mixers._xlstm import may_step
 from ssmzoo.state import State
 
 
@@ -36,8 +36,3 @@ def remember(
     found = mlstm(q, k, v, i, f, initial_state=before, return_final_state=True, cu_seqlens=cu_seqlens)
     y, after = cast(tuple[Tensor, tuple[Tensor, Tensor, Tensor]], found)
     return y, None if state is None else MemoryState(*after)
-
-
-def may_step(x: Tensor) -> bool:
-    """Whether a state may be updated in place: nobody wants gradients."""
-    return not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)

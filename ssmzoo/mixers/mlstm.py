@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from ssmzoo.init import starting, wide_dtype
 from ssmzoo.linear import Linear, WideBiasLinear
 from ssmzoo.mixer import Mixer
-from ssmzoo.mixers._headwise import small_init
 from ssmzoo.mixers._matrix_memory import MemoryState, remember
+from ssmzoo.mixers._xlstm import small_init
 from ssmzoo.norm import HeadLayerNorm
 from ssmzoo.registry import register_mixer
 

@@ -26,8 +26,8 @@ from ssmzoo.init import starting, wide_dtype
 from ssmzoo.linear import Linear, WideBiasLinear
 from ssmzoo.mixer import Mixer
 from ssmzoo.mixers._convolution import convolve
-from ssmzoo.mixers._headwise import HeadwiseLinear, small_init
 from ssmzoo.mixers._matrix_memory import MemoryState, remember
+from ssmzoo.mixers._xlstm import CausalConv, HeadwiseLinear, small_init
 from ssmzoo.norm import HeadLayerNorm
 from ssmzoo.registry import register_mixer
 from ssmzoo.state import State
@@ -39,14 +39,6 @@ class MLSTMv1State(State):
 
     conv: Tensor  # (s, d_conv - 1, d), the last inputs
     memory: MemoryState
-
-
-class Conv(nn.Module):
-    """Holds the convolution under its published name; the op does the convolution."""
-
-    def __init__(self, d: int, width: int, bias: bool):
-        super().__init__()
-        self.conv = nn.Conv1d(d, d, width, groups=d, bias=bias)
 
 
 class Cell(nn.Module):
@@ -109,7 +101,7 @@ class MLSTMv1(Mixer):
                 raise ValueError(f"MLSTMv1: `{name}` must divide the {d} channels inside; got {parts}")
         self.proj_up = Linear(d_model, 2 * d, bias=bias)
         self.q_proj, self.k_proj, self.v_proj = (HeadwiseLinear(d, d // qkv_proj_blocksize, bias) for _ in range(3))
-        self.conv1d = Conv(d, d_conv, conv_bias)
+        self.conv1d = CausalConv(d, d_conv, conv_bias)
         self.mlstm_cell = Cell(d, n_heads)
         self.learnable_skip = nn.Parameter(torch.ones(d))
         self.proj_down = Linear(d, d_model, bias=bias)

@@ -72,6 +72,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"l": 4, "d": 2, "n": 2, "complex": True, "fixed": "BC"},
         {"b": 1, "l": 21, "d": 2, "n": 2, "packed": True},
     ],
+    "slstm": [{"l": 3, "h": 1, "p": 2}, {"b": 1, "l": 21, "h": 1, "p": 2, "packed": True}],
     "ssd": [
         {"l": 4, "h": 2, "g": 1, "p": 2, "n": 2},
         {"b": 1, "l": 21, "h": 2, "g": 1, "p": 2, "n": 2, "D": "hp", "chunk": 4, "packed": True},

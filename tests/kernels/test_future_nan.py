@@ -18,6 +18,7 @@ ROWS = {
     "generalized_delta_rule": [{"l": 40}],
     "mamba3_scan": [{"l": 70, "h": 2, "g": 1}, {"l": 20, "r": 2, "chunk": 16}],
     "mlstm": [{"l": 70, "h": 2}],
+    "slstm": [{"l": 40, "h": 2}],
     "causal_conv1d": [{"l": 40}],
 }
 

@@ -62,6 +62,8 @@ cases_of = {
     "mamba3_scan": rotated,
     "mamba3_scan_step": [dict(h=3, p=7, n=5, g=1), dict(p=33, n=17, a=5, r=3, interleaved=False)],
     "mlstm": [dict(b=1, l=67, h=9, k=7, v=5), dict(b=1, packed=True, l=150, k=1, v=1), dict(l=0), dict(k=33, v=17)],
+    "slstm": [dict(b=9, l=17, h=2, p=5), dict(b=1, packed=True, l=40, p=17, h=1), dict(l=0), dict(p=1, state=False)],
+    "slstm_step": [dict(b=9, p=5), dict(p=33, h=2)],
     "mlstm_step": [dict(h=9, k=7, v=5), dict(k=33, v=17)],
     "linear_attention": attentions,
     "linear_attention_step": [dict(h=3, g=1, k=7, v=5), dict(k=17, v=33, decay="token", bonus=True)],

@@ -7,6 +7,7 @@ SMALL = {
     "mamba3": {"d_state": 4, "headdim": 8, "ngroups": 2},
     "rglru": {"n_heads": 2},
     "short_conv": {},
+    "slstm": {"n_heads": 2},
     "mlstm": {"n_heads": 2},
     "mlstm_v1": {"n_heads": 2, "multiple_of": 8},
     "rwkv7": HEADS,

@@ -35,6 +35,8 @@ SETTINGS = [
     ("based", {"n_heads": 4, "n_kv_heads": 2, "feature_dim": 3}),
     ("hgrn2", {"expand_ratio": 5, "n_heads": 4, "use_short_conv": True}),
     ("rwkv6", {"n_heads": 2, "expand_k": 1.0, "gate_fn": "sigmoid", "proj_low_rank_dim": 3}),
+    ("slstm", {"n_heads": 2, "d_conv": 0, "recurrent_init": "standard", "bias_init": "linspace"}),
+    ("slstm", {"recurrent_init": "standard", "bias_init": "standard", "group_norm_weight": False, "d_conv": 1}),
     ("s4d", {"init": "real", "d_state": 7, "discretization": "bilinear"}),
     ("s4d", {"init": "lin", "d_state": 8}),
     ("s4d", {"init": "inv", "d_state": 8, "bidirectional": True}),

@@ -17,6 +17,7 @@ CASES = [
     ("mamba3", {"d_state": 4, "headdim": 8, "ngroups": 2, "is_outproj_norm": True}),
     ("rglru", {"n_heads": 2, "width": 12}),
     ("mlstm", {"n_heads": 2, "bias": True}),
+    ("slstm", {"n_heads": 2}),
     ("mlstm_v1", {"n_heads": 2, "multiple_of": 8}),
     ("attention", HEADS | {"d_conv": 3, "gate": "headwise", "window": 4}),
     ("attention", HEADS | {"rope": False, "alibi": True, "cache": "hidden"}),

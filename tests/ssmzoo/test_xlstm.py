@@ -69,6 +69,41 @@ def test_the_block_of_7b(cap):
     torch.testing.assert_close(m(u), m.out_proj(torch.sigmoid(m.ogate_preact(u)) * y), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.mixer("slstm")
+@pytest.mark.parametrize("d_conv", [0, 3])
+def test_the_scalar_memory(d_conv):
+    """Gates without a stabiliser, one channel after another."""
+    m = build("slstm", n_heads=2, d_conv=d_conv)
+    u = torch.randn(2, 9, D_MODEL, dtype=torch.float64)
+    c = u
+    if d_conv:
+        conv, padded = m.conv1d.conv, F.pad(u, (0, 0, d_conv - 1, 0))
+        c = F.silu(sum(padded[:, j : j + 9] * conv.weight[:, 0, j] for j in range(d_conv)) + conv.bias)
+    sources = {"igate": c, "fgate": c, "zgate": u, "ogate": u}
+    inputs = [x @ torch.block_diag(*m.get_parameter(f"{name}.weight")).T for name, x in sources.items()]
+    weights = [torch.block_diag(*m.slstm_cell.recurrent_kernel[:, :, gate]) for gate in range(4)]
+    biases = [m.slstm_cell.bias[:, gate].flatten() for gate in range(4)]
+    cell = norm = h = torch.zeros(2, D_MODEL, dtype=torch.float64)
+    outputs = []
+    for t in range(9):
+        i, f, z, o = (x[:, t] + h @ w + b for x, w, b in zip(inputs, weights, biases, strict=True))
+        cell = torch.sigmoid(f) * cell + torch.exp(i) * torch.tanh(z)
+        norm = torch.sigmoid(f) * norm + torch.exp(i)
+        h = torch.sigmoid(o) * cell / norm
+        outputs.append(h)
+    y = head_norm(torch.stack(outputs, dim=1).unflatten(-1, (2, -1)), 1e-5).flatten(2)
+    torch.testing.assert_close(m(u), y * (1 + m.group_norm.weight))
+
+
+@pytest.mark.mixer("slstm")
+def test_the_forget_gate_starts_as_published():
+    for depth in (0.0, 1.0):
+        bias = ssmzoo.build_mixer("slstm", 32, n_heads=2, depth=depth).slstm_cell.bias
+        place = torch.arange(16) / 15
+        torch.testing.assert_close(bias[1, 1].detach(), -(-5 + 12 * place ** (0.3 + 1.3 * depth)))
+        assert not bias[:, [0, 2, 3]].any()
+
+
 @pytest.mark.mixer("mlstm")
 def test_gates_start_as_published():
     gates = ssmzoo.build_mixer("mlstm", 64)
@@ -79,13 +114,15 @@ def test_gates_start_as_published():
     assert model.layers[0].mixer.igate_preact.bias.tolist() == [-10] * 8
 
 
-@pytest.mark.mixer("mlstm", "mlstm_v1")
+@pytest.mark.mixer("mlstm", "mlstm_v1", "slstm")
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
         ("mlstm", {"n_heads": 5}, "`qk_dim_factor` must give each of the 5 heads as many channels; got 0.5 of 24, 12"),
         ("mlstm", {"n_heads": 2, "v_dim_factor": 0.0}, "`v_dim_factor` must give each of the 2 heads"),
         ("mlstm", {"n_heads": 2, "gate_soft_cap": -1.0}, "`gate_soft_cap` must be at least 0; got -1.0"),
+        ("slstm", {"n_heads": 5}, "`n_heads` must divide d_model, 24; got 5"),
+        ("slstm", {"depth": 1.5}, "`depth` must be from 0 to 1; got 1.5"),
         ("mlstm_v1", {"n_heads": 5}, "`n_heads` must divide the 64 channels inside; got 5"),
         ("mlstm_v1", {"qkv_proj_blocksize": 3}, "`qkv_proj_blocksize` must divide the 64 channels inside; got 3"),
         ("mlstm_v1", {"proj_factor": 0.0}, "`proj_factor` must give at least one channel; got 0.0 of 24"),

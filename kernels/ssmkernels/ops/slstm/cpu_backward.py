@@ -18,7 +18,7 @@ SEQUENCES = 8  # whose gradients of the weights are added in one part: kSequence
 def backward(a: Any, saved: Any, grads: Any) -> dict[str, Tensor | None]:
     wide = precision(a.x)
     fields, _kept = values(a, a.x, [getattr(a, f"initial_{part}") for part in PARTS], a.cu_seqlens)
-    s, heads, p = int(fields["sequences"]), *a.x.shape[3:]
+    s, (heads, p) = int(fields["sequences"]), a.x.shape[3:]
     dy = grads.y.contiguous()
     incoming = {part: getattr(grads, f"final_{part}") for part in PARTS}
     incoming = {f"dfinal_{part}": None if g is None else plain(g, wide) for part, g in incoming.items()}

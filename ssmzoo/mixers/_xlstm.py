@@ -1,4 +1,4 @@
-"""Linear maps of each head by itself."""
+"""What xLSTM's layers are made of: maps of each head by itself, a convolution, how weights start."""
 
 from __future__ import annotations
 
@@ -29,6 +29,19 @@ class HeadwiseLinear(nn.Module):
         heads = x.unflatten(-1, (self.n_heads, -1))
         y = einsum(heads, self.weight, "... h i, h o i -> ... h o").flatten(-2)
         return y if self.bias is None else y + self.bias
+
+
+class CausalConv(nn.Module):
+    """Holds a depthwise convolution under its published name; an op does the convolution."""
+
+    def __init__(self, d: int, width: int, bias: bool):
+        super().__init__()
+        self.conv = nn.Conv1d(d, d, width, groups=d, bias=bias)
+
+
+def may_step(x: Tensor) -> bool:
+    """Whether a state may be updated in place: nobody wants gradients."""
+    return not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
 
 
 @torch.no_grad()

@@ -1,22 +1,16 @@
-"""The matrix memory as the native state-space dual takes it (``ssd/cpu.h``).
-
-With m of the recurrence known (``cpu_gates.cpp``), C and n are one linear recurrence: the values' columns, and one more
-of ones, are inputs, keys and queries its maps, and each token is scaled by exp(i - m).
-"""
+"""The gates of the native matrix memory (``cpu_gates.cpp``), and the call of the state-space dual's kernel."""
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ssmkernels import native
-from ssmkernels.core.memory import large_pages
 from ssmkernels.core.validate import precision
 from ssmkernels.native import address, plain
 from ssmkernels.ops.mamba3_scan.cpu_arguments import Core
+from ssmkernels.ops.mlstm.surroundings import recurrence
 from ssmkernels.ops.ssd.cpu_arguments import CHUNK, values
 
 
@@ -59,37 +53,7 @@ def gates(a: Any) -> Gates:
 
 def core(a: Any, g: Gates, starts: Tensor | None) -> tuple[Core, dict[str, float], list[Any]]:
     """The call of the state-space dual, its fields, and the tensors that they point into."""
-    wide = precision(a.q)
-    x = a.v.new_empty((*a.v.shape[:-1], a.v.shape[-1] + 1), dtype=wide)
-    large_pages(x)
-    x[..., :-1] = a.v
-    x[..., -1] = 1
-    call = Core(
-        x=x,
-        dt=g.decay,
-        A=g.decay.new_ones(g.decay.shape[2]),
-        B=a.k,
-        C=a.q,
-        D=None,
-        z=None,
-        dt_bias=None,
-        dt_softplus=False,
-        dt_limit=(-math.inf, math.inf),
-        chunk_size=CHUNK,
-        initial_state=initial_state(a),
-        cu_seqlens=a.cu_seqlens,
-    )
+    call = recurrence(a, a.k, a.q, g.decay, CHUNK)
     fields, kept = values(call, starts)
     fields |= {"scale": g.weight.data_ptr(), "direct": g.weight.data_ptr()}
     return call, fields, [*kept, g]
-
-
-def initial_state(a: Any) -> Tensor | None:
-    """C and n, transposed and one below the other, ``(s, h, v + 1, k)``; None where both are 0."""
-    if a.initial_C is None and a.initial_n is None:
-        return None
-    C, n = a.initial_C, a.initial_n
-    like = C[..., 0] if n is None else n
-    C = like.new_zeros((*like.shape, a.v.shape[-1])) if C is None else C
-    n = torch.zeros_like(like) if n is None else n
-    return torch.cat([C.mT, n[..., None, :]], dim=2)

@@ -1,0 +1,165 @@
+"""What stands around the linear recurrence of C and n in the kernels: a column of ones, the division, and m's gradient.
+
+With m of the recurrence known, C and n are one linear recurrence, the state-space dual's: the values and one more
+column of ones are its inputs, keys and queries its maps; a token counts exp(i - m), and the state keeps exp(decay).
+
+The gradients of what the state stands for, C exp(m) and n exp(m), do not depend on m. So all that m itself gets is its
+share in ε and in the final state, and decays and weights are differentiated as if it were a constant.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssmkernels.core.memory import large_pages
+from ssmkernels.core.validate import precision
+from ssmkernels.ops.mamba3_scan.cpu_arguments import Core
+from ssmkernels.ops.mlstm.reference import EPSILON, scale_of
+
+SAVES = ("y", "final_C", "final_n", "sums", "exact", "m")
+
+
+def recurrence(a: Any, keys: Tensor, queries: Tensor, decay: Tensor, chunk_size: int) -> Core:
+    """The call of the state-space dual."""
+    wide = precision(a.q)
+    x = a.v.new_empty((*a.v.shape[:-1], a.v.shape[-1] + 1), dtype=wide)
+    large_pages(x)
+    x[..., :-1] = a.v
+    x[..., -1] = 1
+    return Core(
+        x=x,
+        dt=decay,
+        A=decay.new_ones(decay.shape[2]),
+        B=keys,
+        C=queries,
+        D=None,
+        z=None,
+        dt_bias=None,
+        dt_softplus=False,
+        dt_limit=(-math.inf, math.inf),
+        chunk_size=chunk_size,
+        initial_state=_initial_state(a),
+        cu_seqlens=a.cu_seqlens,
+    )
+
+
+def _initial_state(a: Any) -> Tensor | None:
+    """C and n, transposed and one below the other, ``(s, h, v + 1, k)``; None where both are 0."""
+    if a.initial_C is None and a.initial_n is None:
+        return None
+    C, n = a.initial_C, a.initial_n
+    like = C[..., 0] if n is None else n
+    C = like.new_zeros((*like.shape, a.v.shape[-1])) if C is None else C
+    n = torch.zeros_like(like) if n is None else n
+    return torch.cat([C.mT, n[..., None, :]], dim=2)
+
+
+def empty(a: Any, save: bool) -> tuple[Tensor, ...]:
+    """The results, and where they are saved scaled n·q, y before it is rounded, and m."""
+    wide, new = precision(a.q), a.q.new_empty
+    sums, m = (new(a.i.shape if save else 0, dtype=wide) for _ in range(2))
+    exact = new(a.v.shape if save and a.q.dtype != wide else 0, dtype=wide)
+    return *a.declared.outputs(a), sums, exact, m
+
+
+def finish(a: Any, save: bool, together: Tensor, state: Tensor, m: Tensor, final_m: Tensor) -> tuple[Tensor, ...]:
+    """What :func:`empty` says, from the recurrence's outputs ``(b, l, h, v + 1)`` and its final state."""
+    y, final_C, final_n, _, sums, exact, kept = empty(a, save)
+    large_pages(y, exact)
+    scale = scale_of(a.scale, a.q)
+    scaled = together[..., -1] * scale  # (b l h)
+    below = torch.maximum(scaled.abs(), torch.exp(-m)) + EPSILON
+    to = exact if exact.numel() else y
+    torch.mul(together[..., :-1], (scale / below)[..., None], out=to)
+    if to is not y:
+        y.copy_(to)
+    if save:
+        sums.copy_(scaled)
+        kept.copy_(m)
+    final_C.copy_(state[:, :, :-1].mT)
+    final_n.copy_(state[:, :, -1])
+    return y, final_C, final_n, final_m, sums, exact, kept
+
+
+def gradients(
+    a: Any,
+    saved: Any,
+    grads: Any,
+    of_recurrence: Callable[[Tensor, Tensor | None], dict[str, Any]],
+    of_gates: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
+) -> dict[str, Tensor | None]:
+    """Of all arguments.
+
+    Args:
+        of_recurrence: takes the gradients of its outputs and of its final state; returns those of B, C, x, decay,
+            weight and initial_state.
+        of_gates: takes the gradients of decay and weight as if m were a constant, and of m at each token and at the
+            end; returns those of i, f and the initial m.
+    """
+    dy, dm = _of_division(a, saved, grads.y)
+    dC, dn = grads.final_C, grads.final_n
+    dstate = None
+    if dC is not None or dn is not None:
+        dC = torch.zeros_like(saved.final_C) if dC is None else dC
+        dn = torch.zeros_like(saved.final_n) if dn is None else dn
+        dstate = torch.cat([dC.mT, dn[..., None, :]], dim=2)
+    found = of_recurrence(dy, dstate)
+    begun = _begun(a)
+    final = -begun * (_inner(saved, "final_C", dC) + _inner(saved, "final_n", dn))
+    if grads.final_m is not None:
+        final = final + grads.final_m
+    final = dm.new_zeros(saved.final_n.shape[:2]) + final
+    di, df, dinitial = of_gates(found["decay"], found["weight"], dm, final)
+    dC, dn = _of_initial(a, found["initial_state"])
+    if a.initial_m is not None:
+        dinitial = dinitial + begun * (_inner(a, "initial_C", dC) + _inner(a, "initial_n", dn))
+    return {
+        "q": found["C"].contiguous(),
+        "k": found["B"].contiguous(),
+        "v": found["x"][..., :-1].contiguous(),
+        "i": di,
+        "f": df,
+        "initial_C": dC,
+        "initial_n": dn,
+        "initial_m": dinitial,
+    }
+
+
+def _of_division(a: Any, saved: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the sums before scaling, ``(b, l, h, v + 1)``, and of m, ``(b, l, h)``."""
+    wide = precision(a.q)
+    scale, sums, floor = scale_of(a.scale, a.q), saved.sums, torch.exp(-saved.m)
+    below = torch.maximum(sums.abs(), floor) + EPSILON
+    gradient = dy.new_empty((*dy.shape[:-1], dy.shape[-1] + 1), dtype=wide)
+    large_pages(gradient)
+    torch.mul(dy, (scale / below)[..., None], out=gradient[..., :-1])
+    y = saved.exact if saved.exact.numel() else saved.y
+    dbelow = -(dy * y).sum(-1) / below
+    share = torch.where(sums.abs() == floor, 0.5, (sums.abs() > floor).to(wide))  # as torch.maximum's
+    gradient[..., -1] = dbelow * share * sums.sign() * scale
+    return gradient, dbelow * EPSILON
+
+
+def _begun(a: Any) -> Tensor | float:
+    """1 for sequences that have tokens, ``(s, 1)``. Of others the final m is the initial one, without rounding."""
+    return float(a.q.shape[1] > 0) if a.cu_seqlens is None else (a.cu_seqlens.diff() > 0).float()[:, None]
+
+
+def _inner(of: Any, name: str, gradient: Tensor | None) -> Tensor | float:
+    """The sum over a head's state of its gradient times itself, ``(s, h)``."""
+    state = getattr(of, name)
+    return 0.0 if state is None or gradient is None else (state * gradient).flatten(2).sum(-1)
+
+
+def _of_initial(a: Any, dstate: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    if dstate is None:
+        return None, None
+    return (
+        None if a.initial_C is None else dstate[:, :, :-1].mT.clone(memory_format=torch.contiguous_format),
+        None if a.initial_n is None else dstate[:, :, -1].clone(),
+    )

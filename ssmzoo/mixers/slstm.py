@@ -33,6 +33,8 @@ from ssmzoo.state import State
 
 GATES = ("igate", "fgate", "zgate", "ogate")
 
+Cells = tuple[Tensor, Tensor, Tensor, Tensor]  # c, n, h and m
+
 
 @dataclasses.dataclass
 class SLSTMState(State):
@@ -52,6 +54,14 @@ class Cell(nn.Module):
         super().__init__()
         self.recurrent_kernel = nn.Parameter(torch.zeros(n_heads, p, 4, p))
         self.bias = nn.Parameter(torch.zeros(n_heads, 4, p, dtype=wide_dtype()))
+
+    def forward(self, gates: Tensor, before: Cells | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Cells]:
+        """Gates (b l 4 h p) → y (b l h p), and c, n, h and m, before → after."""
+        R, bias = self.recurrent_kernel, self.bias
+        if before is not None and gates.shape[1] == 1 and cu_seqlens is None and may_step(gates):
+            return slstm_step(before, gates[:, 0], R, bias)[:, None], before
+        found = slstm(gates, R, bias, initial_state=before, return_final_state=True, cu_seqlens=cu_seqlens)
+        return cast("tuple[Tensor, Cells]", found)
 
 
 @register_mixer("slstm")
@@ -137,11 +147,6 @@ class SLSTM(Mixer):
             c, conv = convolve(self.conv1d.conv, x, self.d_conv, "silu", conv, cu_seqlens)
         inputs = [cast(Tensor, getattr(self, name)(c if name in GATES[:2] else x)) for name in GATES]
         gates = torch.stack(inputs, dim=2).unflatten(-1, (self.n_heads, -1))  # (b l 4 h p)
-        R, bias = self.slstm_cell.recurrent_kernel, self.slstm_cell.bias
         before = None if state is None else (state.c, state.n, state.h, state.m)
-        if before is not None and x.shape[1] == 1 and cu_seqlens is None and may_step(x):
-            y = slstm_step(before, gates[:, 0], R, bias)[:, None]
-            return self.group_norm(y), SLSTMState(cast(Tensor, conv), *before)
-        found = slstm(gates, R, bias, initial_state=before, return_final_state=True, cu_seqlens=cu_seqlens)
-        y, after = cast(tuple[Tensor, tuple[Tensor, ...]], found)
+        y, after = self.slstm_cell(gates, before, cu_seqlens)
         return self.group_norm(y), None if state is None else SLSTMState(cast(Tensor, conv), *after)

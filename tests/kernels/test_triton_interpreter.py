@@ -163,6 +163,16 @@ SSD_STEP = [
 COMPLEX_STEP = {"complex": True, "decay": "complex", "log": True, "d": 70}
 
 # All rows in float32; in bfloat16 those that reach what depends on the dtype; in the others one of these.
+RULE = [
+    {"l": 5, "h": 1},
+    {"l": 0},
+    {"decay": None, "state": False, "l": 3, "h": 1},
+    {"b": 1, "l": 34, "h": 1, "k": 2, "v": 2},  # beyond a segment
+    {"b": 1, "packed": True, "l": 21, "h": 1, "k": 3},
+    {"b": 1, "l": 3, "h": 1, "k": 80, "v": 65},  # several blocks of values
+    {"layout": "strided", "l": 3},
+    {"layout": "far", "b": 1, "l": 3, "h": 1},
+]
 CASES = [
     ("attention", "float32", ATTENTION),
     ("attention", "bfloat16", [ATTENTION[i] for i in (0, 10, 11, 13)]),
@@ -184,6 +194,9 @@ CASES = [
     ("linear_attention", "bfloat16,float16,float64", LINEAR_ATTENTION[2:3]),
     ("linear_attention_step", "float32", [{"bonus": True}, {"decay": "token", "layout": "far"}, {"decay": "head"}]),
     ("linear_attention_step", "bfloat16,float16,float64", [{}]),
+    ("generalized_delta_rule", "float32", RULE),
+    ("generalized_delta_rule", "bfloat16,float16,float64", RULE[:1]),
+    ("generalized_delta_rule_step", "float32,bfloat16", [{}, {"decay": None, "layout": "strided"}]),
     ("linear_recurrence", "float32", RECURRENCE),
     ("linear_recurrence", "bfloat16,float16,float64", RECURRENCE[-2:-1]),
     ("linear_recurrence_step", "float32", [{"log": True}, {"fixed": True}, COMPLEX_STEP, {"layout": "far"}]),

@@ -22,7 +22,7 @@ __all__ = ["generalized_delta_rule", "generalized_delta_rule_step"]
     returns={"o": "b l h v", "final_state": "s h k v: sums if return_final_state"},
     wide="log_decay",
     sums="initial_state",
-    implementations=("cpu", "tiled", "reference"),
+    implementations=("triton", "cpu", "tiled", "reference"),
 )
 def generalized_delta_rule(
     q: Tensor,
@@ -87,7 +87,7 @@ def generalized_delta_rule(
     sums="state",
     mutates=("state",),
     step=True,
-    implementations=("cpu", "reference"),
+    implementations=("triton", "cpu", "reference"),
 )
 def generalized_delta_rule_step(
     state: Tensor,

@@ -53,6 +53,34 @@ def test_the_stream_itself_is_normalised():
     )
 
 
+def test_a_mixer_with_norms_of_its_own_placement(tmp_path):
+    mixers = {"gru": {"norm_placement": "post"}, "lstm": {}}
+    model = ssmzoo.build(TINY, pattern=["gru", "lstm"], mixers=mixers).eval()
+    (after, after2), (before, before2) = (block.norms for block in model.blocks)
+    gru, lstm = model.blocks
+    with torch.no_grad():
+        x = model.embedding(IDS)
+        x = x + after(gru.mixer(x))
+        x = x + after2(gru.mlp(x))
+        x = x + lstm.mixer(before(x))
+        x = x + lstm.mlp(before2(x))
+        torch.testing.assert_close(model(IDS), model.lm_head(model.norm_f(x)))
+    assert footprint(model.config).parameters == model.num_parameters()
+    pretrained.save(model, tmp_path)
+    assert torch.equal(pretrained.load(tmp_path).eval()(IDS), model(IDS))
+    with pytest.raises(ValueError, match="layers.0 must keep `norm_placement`: 'post'"):
+        ssmzoo.swap_mixers(model, {"layers.0": "lstm"})
+
+
+def test_a_norm_of_the_embeddings():
+    model = build(embedding_norm=True)
+    x = model.embedding_norm(model.embedding(IDS))
+    for block in model.blocks:
+        x, _ = block(x, None, None)
+    torch.testing.assert_close(model(IDS), model.lm_head(model.norm_f(x)))
+    assert footprint(model.config).parameters == model.num_parameters()
+
+
 @torch.no_grad()
 def test_logits_are_multiplied_and_then_capped():
     plain, model = build(), build(logit_multiplier=30.0, logit_softcap=2.0)
@@ -101,7 +129,7 @@ def test_channel_mixers(kind):
 
 
 def test_every_plain_channel_mixer_is_tested_here():
-    assert set(MLPS) - {"none", "moe"} == set(ACTIVATIONS)
+    assert {kind for kind, mlp in MLPS.items() if mlp.one_token} - {"none", "moe"} == set(ACTIVATIONS)
 
 
 def test_channel_mixers_by_turns():
@@ -225,6 +253,7 @@ def test_swapping_keeps_what_feeds_a_layer():
         ({"mlp": {"kind": "none"}, "mlps": {"wide": {}}}, "`mlps.wide` is not in `mlp_pattern`"),
         ({"mlp": {"kind": "none"}, "mlp_pattern": ["wide"]}, "unknown `kind` of mlps.wide: 'wide'"),
         ({"norm_placement": "peri"}, "`norm_placement` must be 'pre' or 'post' or 'sandwich' or 'stream'; got 'peri'"),
+        ({"mixers": {"gru": {"norm_placement": "peri"}}}, "`mixers.gru.norm_placement` must be 'pre' or 'post'"),
         ({"residual_multiplier": float("inf")}, "`residual_multiplier` must be a finite number"),
         ({"logit_softcap": -1.0}, "`logit_softcap` must be a finite number of at least 0"),
         ({"embedding_multiplier": "root"}, "`embedding_multiplier` must be float or 'sqrt'; got 'root'"),

@@ -38,7 +38,8 @@ def by_tokens(moe, x):
                 inside = moe.experts.f(inside)
             y = y + moe.scale * weight * (moe.experts.fc2.weight[i] @ inside)
         y = y if moe.latent_out is None else moe.latent_out(y)
-        rows.append(y if moe.shared is None else y + moe.shared(u))
+        shared = 0 if moe.shared is None else moe.shared(u)
+        rows.append(y + (shared if moe.shared_gate is None else torch.sigmoid(moe.shared_gate(u)) * shared))
     return torch.stack(rows)
 
 
@@ -46,6 +47,7 @@ SETTINGS = {
     "mixtral": {},
     "jamba": {"norm": None},
     "shared": {"shared_intermediate": 10, "activation": "reglu"},
+    "qwen": {"shared_intermediate": 10, "shared_gate": True},
     "sigmoid": {"scoring": "sigmoid", "norm": "before", "activation": "gelu"},
     "nemotron": {
         "scoring": "sigmoid",
@@ -163,6 +165,7 @@ def test_a_model_of_experts():
         ({"top_k": 9}, "`top_k` must be at most n_experts=6; got 9"),
         ({"n_experts": 0}, "`n_experts` must be at least 1"),
         ({"shared_intermediate": -1}, "`shared_intermediate` must be at least 1, or 0"),
+        ({"shared_gate": True}, "`shared_gate` has no meaning without `shared_intermediate`"),
         ({"aux_loss": -1.0}, "`aux_loss` must be at least 0"),
         ({"scoring": "relu"}, "`scoring` of mlp 'moe' must be 'softmax' or 'sigmoid'; got 'relu'"),
         ({"experts": 3}, "unknown option of mlp 'moe': 'experts'"),

@@ -19,13 +19,26 @@ RULES = [
     (r"e\.(\d+)\.up", r"experts[\1,1]"),
     (r"qkv", ("q", "k", "v")),
     (r"unused", ""),
+    (r"whole\.(\d)", lambda match, t: {f"head.{match[1]}": t[:2], f"tail.{match[1]}": t[2:]}),
 ]
+# What families whose weights are laid out by sizes need of config.json
+SIZES = {
+    "num_hidden_layers": 1,
+    "layer_types": ["full_attention"],
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 4,
+}
 
 
 def test_rules():
     t = {name: torch.randn(2, 3) for name in ("a.7", "gate", "up", "e.1.up", "e.0.gate", "e.1.gate", "e.0.up")}
-    found = renamed({**t, "qkv": torch.arange(6.0), "unused": torch.zeros(1)}, RULES, "X")
-    assert set(found) == {"x.7", "fc1", "experts", "q", "k", "v"}
+    found = renamed({**t, "qkv": torch.arange(6.0), "unused": torch.zeros(1), "whole.3": torch.arange(5.0)}, RULES, "X")
+    assert set(found) == {"x.7", "fc1", "experts", "q", "k", "v", "head.3", "tail.3"}
+    assert found["tail.3"].tolist() == [2, 3, 4]
     assert torch.equal(found["fc1"], torch.cat([t["gate"], t["up"]]))
     for i in range(2):
         assert torch.equal(found["experts"][i], torch.cat([t[f"e.{i}.gate"], t[f"e.{i}.up"]]))
@@ -47,7 +60,13 @@ def test_every_family_says_what_it_is():
     for name in list_families():
         assert family(name).NAME
         with pytest.raises(ValueError, match=f"none of {family(name).NAME}: h.0.attn.weight"):
-            convert_state_dict({"h.0.attn.weight": torch.zeros(1)}, name)
+            convert_state_dict({"h.0.attn.weight": torch.zeros(1)}, name, SIZES)
+
+
+def test_weights_laid_out_by_sizes_need_the_config():
+    for name in ("qwen3_next", "olmo_hybrid", "kimi_linear"):
+        with pytest.raises(ValueError, match=f"`config` must be what config.json of {name} holds; got None"):
+            convert_state_dict({}, name)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ LAYERS = (
     "bidirectional devices files linear plain screen state ties token_shift wide",  # serve everything
     "norm options yaml_text",
     "mixer mlp",  # the interfaces of what mixes tokens and of what mixes channels
-    "cache init lower_bounds rate registry",
+    "cache init lower_bounds rate registry value_residual",
     "lti",  # what S4 and S4D share
     "mixers",
     "feed",

@@ -75,6 +75,7 @@ cases_of = {
     "causal_conv1d_step": [dict(w=4, d=37), dict(w=1)],
     "mamba2_step": [dict(m=37, p=17, n=9, mlp=5), dict(b=1, m=1, h=1, p=1, n=1, g=1, w=1, norm=False, biases=False)],
     "mamba_step": [dict(b=3, m=37, d=67, n=17, r=5), dict(b=1, d=1, m=1, n=1, w=1, r=1, norm_eps=1e-5, biases=False)],
+    "rglru_gates": [dict(l=20, h=2, p=37), dict(b=1, p=1, first=False), dict(l=0)],
     "rms_norm": [dict(shape=(5, 37)), dict(shape=(3, 7, 12), before=False, group_size=3), dict(shape=(1, 1))],
     "diagonal_kernel": [dict(length=67, n=7), dict(length=257, complex=False), dict(discretization="dss")],
     "dplr_kernel": [dict(length=67, n=7, rank=2), dict(length=127, n=3, complex=False), dict(length=1, d=1, n=1)],

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from linear_attention_parallel import parallel
 
 import ssmzoo
+from ssmzoo.config import load_config
+from ssmzoo.footprint import footprint
 
 D_MODEL, LENGTH = 24, 19
 
@@ -204,3 +206,20 @@ def test_the_state_says_what_it_needs(x):
     mixer = build("gla", n_heads=4, use_short_conv=True)
     _, state = mixer(x, mixer.initial_state(2))
     assert [conv.shape[1:] for conv in state.convs] == [(3, 12), (3, 12), (3, 24)]
+
+
+def test_sizes_of_published_models():
+    """From the matrices and vectors of the published code of RWKV-6, and of the papers of GLA and RetNet."""
+    d, l, v = 2048, 24, 65536
+    inner, shifts, decay = 3.5 * d, 5 * 32, 64
+    layer = 5 * d**2 + 2 * d * shifts + 2 * d * decay + 2 * d * inner + d**2  # time mixing, then channel mixing
+    vectors = (1 + 5 + 1 + 1 + 2 + 4 + 2) * d  # shifts, decay, bonus, group norm, two layer norms, two more shifts
+    assert total("rwkv6-1.6b") == l * (layer + vectors) + 2 * v * d + 4 * d
+    gla = 2 * d * d // 2 + 3 * d**2 + 16 * d + 17 * d // 2 + 512 + 3 * d * 5632 + 2 * d
+    assert total("gla-1.3b") == l * gla + 2 * 32000 * d + d
+    retnet = 2 * d**2 + 3 * 2 * d**2 + 512 + 3 * d * 2816 + 2 * d
+    assert total("retnet-1.3b") == l * retnet + 2 * 32000 * d + d
+
+
+def total(name):
+    return footprint(load_config(name)).parameters

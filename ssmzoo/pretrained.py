@@ -1,4 +1,4 @@
-"""Models on disk: our own folders, and published checkpoints of Mamba, Mamba-2 and hybrids.
+"""Models on disk: our own folders, and published checkpoints of Mamba, Mamba-2, hybrids and RWKV-7.
 
 A saved model is a folder with ``config.yaml``, the architecture, and ``model.safetensors``, the weights. A
 weight used at several places (a tied embedding, a shared mixer) is stored once.
@@ -20,6 +20,7 @@ from ssmzoo.checkpoints.published import (
     published_weights,
     take_converted,
 )
+from ssmzoo.checkpoints.rwkv7 import from_pth
 from ssmzoo.checkpoints.weights import assign, main_dtype, read_tensors, skeleton, stored_weights, write_tensors
 from ssmzoo.config import ModelConfig
 from ssmzoo.files import replacing
@@ -74,7 +75,7 @@ def load(
         folder: what :func:`save` or a training run wrote; or a published checkpoint with a ``config.json``: Mamba
             or Mamba-2 as state-spaces stores it (``pytorch_model.bin``); Mamba, Falcon Mamba or Mamba-2 as transformers
             stores it (``model.safetensors``), or a hybrid of :mod:`ssmzoo.checkpoints.families`. Weights may be cut
-            into shards, with their index beside them.
+            into shards, with their index beside them. Or the ``.pth`` file of an RWKV-7 as its authors publish it.
         device: where the weights go; PyTorch's default device if None.
         dtype: their dtype; the one they were saved in if None. What the papers keep in float32 stays there.
 
@@ -84,9 +85,12 @@ def load(
             that does not fit, or weights that do not fit the config, by name.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if folder.suffix == ".pth" and folder.is_file():
+        source = folder
+        config, weights = from_pth(read_tensors(source), str(source))
+    elif not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: give one that ssmzoo.pretrained.save or `ssmzoo train` wrote")
-    if (folder / CONFIG).is_file():
+    elif (folder / CONFIG).is_file():
         folder = checksums.newest(folder, WEIGHTS)
         config, source = ModelConfig.from_yaml(folder / CONFIG), folder / WEIGHTS
         weights = read_tensors(source)

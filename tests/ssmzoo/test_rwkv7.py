@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -214,3 +215,67 @@ def test_errors_name_the_option():
         ssmzoo.build(SMALL | {"pattern": ["mamba"], "mixers": {}, "bidirectional": True})
     with pytest.raises(ValueError, match="`mlp` must be of a `kind` that sees each token alone"):
         ssmzoo.build_mixer("channel", 16, mlp={"kind": "rwkv7"})
+
+
+def published(model):
+    """The weights of a model under the names and in the shapes of its authors' files."""
+    names = {
+        "embedding": "emb",
+        "lm_head": "head",
+        "norm_f": "ln_out",
+        "embedding_norm": "blocks.0.ln0",
+        "layers": "blocks",
+        "norm": "ln1",
+        "norm2": "ln2",
+        "mixer": "att",
+        "mlp": "ffn",
+        "r_proj": "receptance",
+        "k_proj": "key",
+        "v_proj": "value",
+        "o_proj": "output",
+        "g_norm": "ln_x",
+    }
+    found = {}
+    for name, weight in model.state_dict().items():
+        parts = [names.get(part, part) for part in name.split(".")]
+        if "lora" in parts:
+            place, kind = parts.index("lora"), parts[-1]
+            number = "0" if kind == "bias" else "1" if parts[place + 1] == "0" else "2"
+            parts = [*parts[: place - 1], parts[place - 1][0] + number]
+            weight = weight.view(1, 1, -1) if kind == "bias" else weight.T
+        elif parts[-1] in ("k_k", "k_a", "x_k"):
+            weight = weight.reshape(1, 1, -1)
+        found[".".join(parts)] = weight
+    for i in range(3):  # published files have them, and nothing uses them
+        found[f"blocks.0.att.v{i}"] = torch.randn(3, 3)
+    return found
+
+
+def test_files_of_flash_linear_attention(tmp_path):
+    model = randomised().float()
+    places = {"embedding": "embeddings", "norm_f": "norm", "embedding_norm": "layers.0.pre_norm"}
+    parts = {"norm": "attn_norm", "norm2": "ffn_norm", "mixer": "attn", "mlp": "ffn"}
+    weights = {}
+    for name, weight in model.state_dict().items():
+        first, *rest = name.split(".")
+        if first == "layers":
+            rest[1] = parts[rest[1]]
+        prefix = "" if first == "lm_head" else "model."
+        weights[prefix + ".".join([places.get(first, first), *rest])] = weight
+    given = {"model_type": "rwkv7", "hidden_size": 24, "num_hidden_layers": 3, "head_dim": 8, "vocab_size": 50}
+    given |= {"hidden_act": "sqrelu", "norm_first": True, "norm_bias": True, "attn": None, "decay_low_rank_dim": 32}
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    ids = torch.randint(50, (2, 9))
+    assert torch.equal(ssmzoo.pretrained.load(tmp_path).eval()(ids), model(ids))
+
+
+def test_the_authors_own_files(tmp_path):
+    model = randomised().float()
+    torch.save(published(model), tmp_path / "RWKV-x070.pth")
+    loaded = ssmzoo.pretrained.load(tmp_path / "RWKV-x070.pth").eval()
+    ids = torch.randint(50, (2, 9))
+    assert torch.equal(loaded(ids), model(ids))
+    torch.save({"emb.weight": torch.zeros(5, 8)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="must hold the weights of an RWKV-7; the tensor .* is missing"):
+        ssmzoo.pretrained.load(tmp_path / "other.pth")

@@ -1,0 +1,43 @@
+"""RWKV-7 (Peng et al. 2025, arXiv 2503.14456) as flash-linear-attention stores it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ssmzoo.checkpoints.families._common import LAYER, require
+from ssmzoo.checkpoints.renaming import Rule
+
+NAME = "RWKV-7"
+
+RULES: list[Rule] = [
+    (r"(?:model\.)?embeddings\.weight", "embedding.weight"),
+    (r"(?:model\.)?norm\.(weight|bias)", r"norm_f.\1"),
+    (r"lm_head\.weight", "lm_head.weight"),
+    (r"(?:model\.)?layers\.0\.pre_norm\.(weight|bias)", r"embedding_norm.\1"),
+    (rf"{LAYER}attn_norm\.(weight|bias)", r"layers.\1.norm.\2"),
+    (rf"{LAYER}ffn_norm\.(weight|bias)", r"layers.\1.norm2.\2"),
+    (rf"{LAYER}attn\.(.*)", r"layers.\1.mixer.\2"),
+    (rf"{LAYER}ffn\.(x_k|(?:key|value)\.weight)", r"layers.\1.mlp.\2"),
+]
+
+
+def config(given: Mapping[str, Any]) -> dict[str, Any]:
+    require(given, hidden_act="sqrelu", norm_first=True, norm_bias=True, attn=None)
+    d_model, layers, eps = given["hidden_size"], given["num_hidden_layers"], given.get("norm_eps", 1e-5)
+    ranks = {name: given.get(name) for name in ("decay_low_rank_dim", "a_low_rank_dim", "gate_low_rank_dim")}
+    first = {"kind": "rwkv7", "head_dim": given.get("head_dim") or 64, "norm_eps": eps, **ranks}
+    later = {**first, "value_residual": True, "v_low_rank_dim": given.get("v_low_rank_dim")}
+    inside = given.get("intermediate_size") or int(given.get("hidden_ratio", 4.0) * d_model)
+    return {
+        "d_model": d_model,
+        "n_layers": layers,
+        "pattern": ["first", *["rwkv7"] * (layers - 1)],
+        "mixers": {"first": first, "rwkv7": later},
+        "mlp": {"kind": "rwkv7", "d_intermediate": inside},
+        "vocab_size": given["vocab_size"],
+        "norm": "layer",
+        "norm_eps": eps,
+        "embedding_norm": True,
+        "tie_embeddings": given.get("tie_word_embeddings", False),
+    }

@@ -1,0 +1,91 @@
+"""RWKV-7 as its authors publish it: one ``.pth`` file of weights, whose shapes are all that says how large it is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from ssmzoo.checkpoints.renaming import Rule, renamed
+from ssmzoo.config import ModelConfig
+
+BLOCK = r"blocks\.(\d+)\."
+LORAS = {"w": "decay", "a": "a", "v": "v", "g": "gate"}
+
+
+def _turned(name: str) -> Callable[[re.Match[str], Tensor], dict[str, Tensor]]:
+    """A rule's right side: the transpose, under this name."""
+    return lambda match, tensor: {match.expand(name): tensor.T.contiguous()}
+
+
+def _flat(name: str) -> Callable[[re.Match[str], Tensor], dict[str, Tensor]]:
+    """A rule's right side: all numbers in a row, under this name."""
+    return lambda match, tensor: {match.expand(name): tensor.flatten()}
+
+
+RULES: list[Rule] = [
+    (r"emb\.weight", "embedding.weight"),
+    (r"head\.weight", "lm_head.weight"),
+    (r"ln_out\.(weight|bias)", r"norm_f.\1"),
+    (r"blocks\.0\.ln0\.(weight|bias)", r"embedding_norm.\1"),
+    (r"blocks\.0\.att\.v[012]", ""),  # the first layer's value residual, which nothing uses
+    (rf"{BLOCK}ln1\.(weight|bias)", r"layers.\1.norm.\2"),
+    (rf"{BLOCK}ln2\.(weight|bias)", r"layers.\1.norm2.\2"),
+    (rf"{BLOCK}att\.(x_[rwkvag]|r_k)", r"layers.\1.mixer.\2"),
+    (rf"{BLOCK}att\.(k_[ka])", _flat(r"layers.\1.mixer.\2")),
+    (rf"{BLOCK}att\.([wav])0", _flat(r"layers.\1.mixer.\2_lora.lora.2.bias")),
+    (rf"{BLOCK}att\.([wavg])1", _turned(r"layers.\1.mixer.\2_lora.lora.0.weight")),
+    (rf"{BLOCK}att\.([wavg])2", _turned(r"layers.\1.mixer.\2_lora.lora.2.weight")),
+    (rf"{BLOCK}att\.receptance\.weight", r"layers.\1.mixer.r_proj.weight"),
+    (rf"{BLOCK}att\.key\.weight", r"layers.\1.mixer.k_proj.weight"),
+    (rf"{BLOCK}att\.value\.weight", r"layers.\1.mixer.v_proj.weight"),
+    (rf"{BLOCK}att\.output\.weight", r"layers.\1.mixer.o_proj.weight"),
+    (rf"{BLOCK}att\.ln_x\.(weight|bias)", r"layers.\1.mixer.g_norm.\2"),
+    (rf"{BLOCK}ffn\.x_k", _flat(r"layers.\1.mlp.x_k")),
+    (rf"{BLOCK}ffn\.(key|value)\.weight", r"layers.\1.mlp.\2.weight"),
+]
+
+
+def from_pth(weights: dict[str, Tensor], source: str) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The config of published weights, and the weights by our names; they are taken out of ``weights``.
+
+    Args:
+        weights: what the ``.pth`` file holds.
+        source: its path, for errors.
+
+    Raises:
+        ValueError: they are not those of an RWKV-7.
+    """
+    try:
+        config = ModelConfig.from_dict(_config(weights), source)
+    except (KeyError, IndexError) as error:
+        raise ValueError(f"{source} must hold the weights of an RWKV-7; the tensor {error} is missing") from None
+    return config, renamed(weights, RULES, "RWKV-7")
+
+
+def _config(weights: dict[str, Tensor]) -> dict[str, Any]:
+    """By the shapes of weights."""
+    vocab_size, d_model = weights["emb.weight"].shape
+    layers = 1 + max((int(match[1]) for name in weights if (match := re.match(BLOCK, name))), default=-1)
+    last = f"blocks.{layers - 1}."
+    ranks = {
+        f"{ours}_low_rank_dim": weights[f"{last}att.{theirs}1"].shape[1]
+        for theirs, ours in LORAS.items()
+        if theirs != "v" or layers > 1
+    }
+    first = {"kind": "rwkv7", "head_dim": weights["blocks.0.att.r_k"].shape[1], **ranks}
+    later = {**first, "value_residual": True}
+    first.pop("v_low_rank_dim", None)
+    return {
+        "d_model": d_model,
+        "n_layers": layers,
+        "pattern": ["first", *["rwkv7"] * (layers - 1)],
+        "mixers": {"first": first} | ({"rwkv7": later} if layers > 1 else {}),
+        "mlp": {"kind": "rwkv7", "d_intermediate": weights["blocks.0.ffn.key.weight"].shape[0]},
+        "vocab_size": vocab_size,
+        "tie_embeddings": False,
+        "norm": "layer",
+        "embedding_norm": True,
+    }

@@ -20,12 +20,18 @@ from ssmzoo.state import State
 
 Activation = Literal["relu", "silu", "sigmoid", "gelu", "elu1"]
 
+
+def elu1(x: Tensor) -> Tensor:
+    """1 + elu(x), which is positive (Katharopoulos et al. 2020, arXiv 2006.16236, equation 7)."""
+    return 1 + F.elu(x)
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
     "sigmoid": torch.sigmoid,
     "gelu": F.gelu,
-    "elu1": lambda x: 1 + F.elu(x),  # Katharopoulos et al. 2020, arXiv 2006.16236, equation 7
+    "elu1": elu1,
 }
 
 

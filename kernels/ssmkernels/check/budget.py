@@ -93,8 +93,13 @@ class Rounding(TorchDispatchMode):
         self.seed = seed
         self.generators: dict[torch.device, torch.Generator] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Without the wrapper that keeps compilers out, which takes as long as a small operator."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = func(*args, **kwargs) if kwargs else func(*args)
         if _rounds(func) and (result.is_floating_point() or result.is_complex()):
             factor = torch.empty_like(result.real if result.is_complex() else result)
             factor.uniform_(1 - self.eps, 1 + self.eps, generator=self._generator(result.device))

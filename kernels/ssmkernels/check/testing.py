@@ -243,7 +243,7 @@ def _truths(
     wide = spec.float32(named)
 
     def reference(arguments: Mapping[str, Any], noise: float = 0.0) -> dict[str, Tensor]:
-        return run(spec, "reference", arguments, gradients=gradients, seed=seed, noise=noise).tensors
+        return run(spec, "reference", arguments, gradients=gradients, seed=seed, noise=noise, poison=False).tensors
 
     def inputs() -> dict[str, Any]:
         return spec.inputs(named, dtype, device, seed)

@@ -52,7 +52,7 @@ def _check(name: str, sizes: dict[str, int], chunk_size: int | None = None, **_:
     wide="dt A trap angles B_bias C_bias D",
     sums="initial_state initial_angle initial_key initial_value",
     check=_check,
-    implementations=("cpu", "tiled", "reference"),
+    implementations=("triton", "cpu", "tiled", "reference"),
 )
 def mamba3_scan(
     x: Tensor,
@@ -145,7 +145,7 @@ def mamba3_scan(
     mutates=("state", "angle", "key", "value"),
     check=_check,
     step=True,
-    implementations=("cpu", "reference"),
+    implementations=("triton", "cpu", "reference"),
 )
 def mamba3_scan_step(
     state: Tensor,

@@ -31,19 +31,25 @@ def compute(a: Any) -> tuple[Tensor, Tensor]:
     x, B, C = (t.to(wide) for t in (a.x, a.B, a.C))
     delta = step_size(a.dt, a.dt_bias, a.dt_softplus, a.dt_limit)  # (b l h)
     X, decay = delta[..., None] * x, delta * a.A.to(wide)
-    size = a.chunk_size or CHUNK
-    if a.cu_seqlens is None:
-        y, final_state = chunked(X, decay, B, C, a.initial_state, size)
-    else:
-        index, mask = pad(a.cu_seqlens)
-
-        def padded(t: Tensor) -> Tensor:
-            return torch.where(mask.view(*mask.shape, *[1] * (t.ndim - 2)), t[0, index], 0)
-
-        # Where a and X are 0, the state stays as it is
-        y, final_state = chunked(padded(X), padded(decay), padded(B), padded(C), a.initial_state, size)
-        y = y[mask][None]
+    y, final_state = dual(X, decay, B, C, a.initial_state, a.chunk_size, a.cu_seqlens)
     return finished(y, x, a.D, a.z).to(a.x.dtype), final_state
+
+
+def dual(
+    X: Tensor, a: Tensor, B: Tensor, C: Tensor, S: Tensor | None, size: int | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """:func:`chunked`, of packed sequences too: X (b l h p) and log decays a (b l h) → Y (b l h p) and the final S."""
+    size = size or CHUNK
+    if cu_seqlens is None:
+        return chunked(X, a, B, C, S, size)
+    index, mask = pad(cu_seqlens)
+
+    def padded(t: Tensor) -> Tensor:
+        return torch.where(mask.view(*mask.shape, *[1] * (t.ndim - 2)), t[0, index], 0)
+
+    # Where a and X are 0, the state stays as it is
+    y, S = chunked(padded(X), padded(a), padded(B), padded(C), S, size)
+    return y[mask][None], S
 
 
 def chunked(X: Tensor, a: Tensor, B: Tensor, C: Tensor, S: Tensor | None, size: int) -> tuple[Tensor, Tensor]:

@@ -141,10 +141,10 @@ class _Backward:
 
     def _steps(
         self, dexponent: Tensor, ddelta: Tensor, from_state: Tensor, to_state: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         a, chunks = self.a, self.chunks
         h = a.x.shape[2]
-        ddt, dA = a.dt.new_empty(a.dt.shape), chunks.empty(h)
+        ddt, dA = a.dt.new_empty(a.dt.shape), None if a.A is None else chunks.empty(h)
         dbias = None if a.dt_bias is None else chunks.empty(h)
         assert self.between is not None
         chunks.launch(
@@ -173,4 +173,4 @@ class _Backward:
             Q=chunks.Q,
             num_warps=4,
         )
-        return ddt, dA.sum(0), None if dbias is None else dbias.sum(0)
+        return ddt, None if dA is None else dA.sum(0), None if dbias is None else dbias.sum(0)

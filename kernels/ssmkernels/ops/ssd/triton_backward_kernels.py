@@ -184,7 +184,7 @@ def steps_backward(
     BLOCKS: tl.constexpr,
     Q: tl.constexpr,
 ):
-    """ddt (b l h), and each chunk's part of dA and of the bias's gradient, (chunks h).
+    """ddt (b l h), and each chunk's part of dA and of the bias's gradient, (chunks h). Without A, dt is log decays.
 
     ``from_state`` and ``to_state`` are parts of the gradients of Δ A through the outputs of the state before the chunk
     and through the state after it, ``between`` through the decay of the one to the other.
@@ -206,7 +206,10 @@ def steps_backward(
     da = tl.load(dexponent + task * Q + slot) + whole
     da += tl.sum(tl.where(earlier, 0.0, left[:, None]), axis=0)  # outputs of this token and later ones
     da += tl.sum(tl.where(earlier, (right * size)[:, None], 0.0), axis=0)  # what earlier tokens add to the state
-    dsize = tl.load(ddelta + task * Q + slot) + right + da * tl.load(A + head)
+    if A is not None:
+        dsize = tl.load(ddelta + task * Q + slot) + right + da * tl.load(A + head)
+    else:
+        dsize = da
     at = dt + batch * dt_batch + head * dt_head + (start + slot) * dt_time
     raw = tl.load(at, mask=here, other=0.0).to(tl.float32)
     if bias is not None:
@@ -217,6 +220,7 @@ def steps_backward(
         dsize *= sigmoid(raw)
     dsize = tl.where((unbounded < least) | (unbounded > most), 0.0, dsize)
     tl.store(ddt + (batch * length + start + slot) * H + head, dsize.to(ddt.dtype.element_ty), mask=here)
-    tl.store(dA + task, tl.sum(tl.where(here, da * size, 0.0), axis=0))
+    if dA is not None:
+        tl.store(dA + task, tl.sum(tl.where(here, da * size, 0.0), axis=0))
     if dbias is not None:
         tl.store(dbias + task, tl.sum(tl.where(here, dsize, 0.0), axis=0))

@@ -40,7 +40,10 @@ def step_sizes(
     Q: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """Δ, 0 beyond a chunk's end, and the sums of log2 of the decays, high and low part."""
+    """Δ, 0 beyond a chunk's end, and the sums of log2 of the decays, high and low part.
+
+    Without A, dt holds the logarithms of the decays themselves, and Δ is 1.
+    """
     blocks: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     chunk = tl.program_id(0).to(tl.int64) // blocks
     batch, start, stop = place(chunk, owners, cu_seqlens, length, per_sequence, Q)
@@ -52,8 +55,12 @@ def step_sizes(
     raw = tl.load(at, mask=there, other=0.0).to(tl.float32)
     if bias is not None:
         raw += tl.load(bias + head, mask=here, other=0.0)[:, None]
-    size = tl.where(there, step_size(raw, least, most, SOFTPLUS), 0.0)
-    exponent = size.to(tl.float64) * tl.load(A + head, mask=here, other=0.0).to(tl.float64)[:, None] * LOG2E
+    if A is not None:
+        size = tl.where(there, step_size(raw, least, most, SOFTPLUS), 0.0)
+        exponent = size.to(tl.float64) * tl.load(A + head, mask=here, other=0.0).to(tl.float64)[:, None] * LOG2E
+    else:
+        size = tl.where(there, 1.0, 0.0)
+        exponent = raw.to(tl.float64) * LOG2E
     sums = tl.cumsum(tl.where(exponent < LEAST, LEAST, exponent), axis=1)
     above = sums.to(tl.float32)
     to = (chunk * H + head)[:, None] * Q + slot[None, :]

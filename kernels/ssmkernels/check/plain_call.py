@@ -49,7 +49,16 @@ class PlainCall:
 
     def output(self, *inputs: Tensor, by: str | None = None) -> Tensor:
         """The first output as a function of the floating-point arguments, or of the first of them."""
-        return self.results(self.fresh(**dict(zip(self.inputs, inputs, strict=False))), implementation=by)[0]
+        return self._outputs(inputs, by)[0]
+
+    def all_outputs(self, *inputs: Tensor, by: str | None = None) -> Tensor:
+        """As :meth:`output`, of all outputs: as it is, or as the numbers of each after those of the one before."""
+        outputs = self._outputs(inputs, by)
+        return outputs[0] if len(outputs) == 1 else torch.cat([output.flatten() for output in outputs])
+
+    def _outputs(self, inputs: tuple[Tensor, ...], by: str | None) -> tuple[Tensor, ...]:
+        arguments = self.fresh(**dict(zip(self.inputs, inputs, strict=False)))
+        return tensors_of(self.function(**arguments, implementation=by))
 
     def values(self) -> tuple[Tensor, ...]:
         return tuple(self.arguments[name] for name in self.inputs)

@@ -20,7 +20,7 @@ class Transforms(PlainCall):
         draw, h = torch.Generator().manual_seed(0), 1e-6
         along = tuple(torch.randn(x.shape, generator=draw, dtype=x.dtype) for x in self.values())
         ahead, behind = (
-            self.output(*(x + sign * h * v for x, v in zip(self.values(), along, strict=True)), by="reference")
+            self.all_outputs(*(x + sign * h * v for x, v in zip(self.values(), along, strict=True)), by="reference")
             for sign in (1, -1)
         )
         weights = torch.randn(ahead.shape, generator=draw, dtype=ahead.dtype)
@@ -29,12 +29,12 @@ class Transforms(PlainCall):
     def jvp(self) -> bool:
         """Forward-mode derivatives along all inputs, by ``torch.func`` and by dual tensors."""
         along, expected, _ = self._slopes()
-        tangents = [torch.func.jvp(self.output, self.values(), along)[1]]
+        tangents = [torch.func.jvp(self.all_outputs, self.values(), along)[1]]
         with torch.autograd.forward_ad.dual_level():
             dual = (
                 torch.autograd.forward_ad.make_dual(x.clone(), v) for x, v in zip(self.values(), along, strict=True)
             )
-            tangents.append(torch.autograd.forward_ad.unpack_dual(self.output(*dual)).tangent)
+            tangents.append(torch.autograd.forward_ad.unpack_dual(self.all_outputs(*dual)).tangent)
         return all(torch.allclose(t, expected, rtol=1e-4, atol=1e-6) for t in tangents)
 
     def grad(self) -> bool:
@@ -42,7 +42,7 @@ class Transforms(PlainCall):
         along, expected, w = self._slopes()
         every = tuple(range(len(self.inputs)))
         found = self._unless_states(
-            lambda: torch.func.grad(lambda *x: (self.output(*x) * w).sum(), every)(*self.values())
+            lambda: torch.func.grad(lambda *x: (self.all_outputs(*x) * w).sum(), every)(*self.values())
         )
         total = torch.stack([(g * v).sum() for g, v in zip(found, along, strict=True)]).sum()
         return torch.allclose(total, (expected * w).sum(), rtol=1e-4, atol=1e-6)
@@ -50,12 +50,12 @@ class Transforms(PlainCall):
     def double_backward(self) -> bool:
         """Of all inputs, against difference quotients of the first derivatives."""
         leaves = tuple(x.clone().requires_grad_() for x in self.values())
-        return self._unless_states(lambda: torch.autograd.gradgradcheck(self.output, leaves, fast_mode=True))
+        return self._unless_states(lambda: torch.autograd.gradgradcheck(self.all_outputs, leaves, fast_mode=True))
 
     def gradients(self) -> bool:
         """Backward passes of a batch of gradients, and of zeros without memory."""
         leaves = [x.clone().requires_grad_() for x in self.values()]
-        y = self.output(*leaves)
+        y = self.all_outputs(*leaves)
         if not self.spec.differentiable:
             raise Refused("it has no gradient")
         draw = torch.Generator().manual_seed(0)

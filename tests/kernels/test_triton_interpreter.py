@@ -153,6 +153,14 @@ SSD = [
 ]
 STEP = [{}, {"g": 3}, {"n": 17}, {"D": False, "z": False}, {"bias": False, "softplus": False}, {"layout": "strided"}]
 
+MAMBA3 = [
+    {"l": 17, "h": 1, "g": 1, "b": 1},  # several chunks
+    {"l": 0, "h": 1, "g": 1},
+    {"r": 2, "b": 1, "packed": True, "l": 9, "interleaved": False, "h": 2, "g": 1},
+    {"D": False, "z": False, "bias": False, "state": False, "l": 2, "h": 1, "g": 1, "b": 1, "a": 0},
+]
+MAMBA3_STEP = [{"r": 2, "n": 7, "a": 3, "p": 7}, {"D": False, "z": False, "bias": False}, {"layout": "far"}]
+
 SSD_STEP = [
     {"n": 130, "p": 9, "h": 2, "b": 1, "D": "hp"},  # several tiles
     {"D": "", "z": False, "bias": False, "softplus": False},
@@ -201,6 +209,10 @@ CASES = [
     ("linear_recurrence", "bfloat16,float16,float64", RECURRENCE[-2:-1]),
     ("linear_recurrence_step", "float32", [{"log": True}, {"fixed": True}, COMPLEX_STEP, {"layout": "far"}]),
     ("linear_recurrence_step", "bfloat16,float16,float64", [{"d": 16}]),
+    ("mamba3_scan", "float32", MAMBA3),
+    ("mamba3_scan", "bfloat16", [{"l": 3, "h": 1, "g": 1, "b": 1}]),
+    ("mamba3_scan_step", "float32", MAMBA3_STEP),
+    ("mamba3_scan_step", "bfloat16,float64", [{}]),
     (
         "rglru_gates",
         "float32",

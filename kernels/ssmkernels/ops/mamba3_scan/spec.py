@@ -125,6 +125,7 @@ SPECS = (
         make=make,
         flops=flops,
         bench={"b": 1, "l": 2048, "h": 24, "p": 64, "n": 128, "g": 1, "a": 32},
+        exact=("cpu",),  # in Triton, PyTorch's products make the outputs of a step's own inputs
     ),
     Spec(
         op="mamba3_scan_step",

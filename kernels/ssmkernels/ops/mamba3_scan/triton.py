@@ -35,20 +35,35 @@ def compute(a: Any) -> tuple[Tensor, ...]:
 def offline_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     """Launches on meta tensors, by name, for compiling without a GPU."""
 
-    def launches(dtype: torch.dtype, rank: int, p: int, n: int) -> None:
+    def launches(dtype: torch.dtype, rank: int, p: int, n: int, packed: bool) -> None:
         def meta(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device="meta")
+            return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
 
-        heads, angles = 4, n // 4
-        wide = functools.partial(meta, dtype=torch.float32)
-        states = wide(1, heads, p, n), wide(1, heads, angles), wide(1, rank, heads, n), wide(1, rank, heads, p)
-        x, maps, steps = meta(1, rank, heads, p), meta(1, rank, 1, n), wide(1, heads)
-        bias = wide(heads, rank, n)
-        step = OPS["mamba3_scan_step"].declared.Arguments(
-            *states, x, steps, steps, maps, maps, steps, wide(1, angles), bias, bias, wide(heads), x, True
+        heads, angles, s = 4, n // 4, 3 if packed else 1
+        wide = functools.partial(meta, dtype=torch.promote_types(dtype, torch.float32))
+        states = wide(s, heads, p, n), wide(s, heads, angles), wide(s, rank, heads, n), wide(s, rank, heads, p)
+        x, maps, steps, turns = (
+            meta(1, 64, rank, heads, p),
+            meta(1, 64, rank, 1, n),
+            wide(1, 64, heads),
+            wide(1, 64, angles),
         )
-        triton_step.forward(step, False)
+        bias, D = wide(heads, rank, n), wide(heads)
+        borders = torch.empty(4, dtype=torch.int32, device="meta") if packed else None
+        Arguments, Step = (OPS[name].declared.Arguments for name in ("mamba3_scan", "mamba3_scan_step"))
+        a = Arguments(x, steps, steps, maps, maps, steps, turns, bias, bias, D, x, True, None, *states, borders)
+        if unsupported(a) != "float64":
+            results = compute(a)
+            torch.autograd.grad(results[:2], [x, steps, maps], [torch.empty_like(r) for r in results[:2]])
+        x, maps, steps, turns = (t[:, 0] for t in (x, maps, steps, turns))
+        with torch.no_grad():
+            step = Step(*(t[:1] for t in states), x, steps, steps, maps, maps, steps, turns, bias, bias, D, x, True)
+            triton_step.forward(step, False)
 
-    for dtype, rank, p, n in ((torch.float32, 1, 64, 128), (torch.bfloat16, 4, 64, 128), (torch.float64, 2, 33, 17)):
-        name = f"{str(dtype).removeprefix('torch.')}, rank {rank}, p {p}, n {n}"
-        yield name, functools.partial(launches, dtype, rank, p, n)
+    for dtype, rank, p, n, packed in (
+        (torch.float32, 1, 64, 128, True),
+        (torch.bfloat16, 4, 33, 17, False),
+        (torch.float64, 2, 64, 128, False),
+    ):
+        name = f"{str(dtype).removeprefix('torch.')}, rank {rank}, p {p}, n {n}{', packed' * packed}"
+        yield name, functools.partial(launches, dtype, rank, p, n, packed)

@@ -79,6 +79,8 @@ def options(kernel: str, a: Any, Q: int) -> dict[str, Any]:
         most_p, most_n, warps = 16, 32, 1
     elif a.x.dtype == torch.float32:
         most_p, most_n, warps = 32, 32, 8 if kernel == "pairs_backward" else 4
+        if kernel in ("outputs", "inputs_backward", "maps_backward") and _scattered(a):
+            warps *= 2
     else:
         most_p = 32 if kernel == "gates_backward" else 64
         most_n, warps = 64, 4 if kernel in ("map_products", "chunk_states") else 8

@@ -16,7 +16,7 @@ void block(const RecurrenceArguments& args, int64_t sequence, int64_t first, int
     const A* a = at<A>(args.a, s.batch * args.a_batch + s.first * args.a_time + first);
     const T* b = at<T>(args.b, s.batch * args.b_batch + s.first * args.b_time + first);
     const int64_t row = (s.batch * args.length + s.first) * numbers + first;
-    T* h = static_cast<T*>(args.h) + row;
+    T* h = s.steps > 0 ? static_cast<T*>(args.h) + row : nullptr;  // nothing lies there where there are no tokens
     S* states = keep ? static_cast<S*>(args.states) + row : nullptr;
     for (int64_t t = 0; t < s.steps; ++t, a += args.a_time, b += args.b_time, h += numbers) {
         if (t + kAhead < s.steps) {

@@ -151,6 +151,16 @@ SSD = [
     {"l": 3, "h": 2, "b": 1, "layout": "strided"},
     {"l": 3, "h": 2, "b": 1, "layout": "far"},
 ]
+MLSTM = [
+    {"l": 34, "h": 2, "b": 1},  # several chunks
+    {"l": 0},
+    {"l": 3, "h": 1, "state": False, "scale": -0.3},
+    {"l": 2, "k": 33, "v": 17, "h": 1, "b": 1},  # several tiles
+    {"l": 34, "h": 1, "b": 1, "packed": True},
+    {"l": 20, "h": 1, "b": 1, "far": 100.0},
+    {"l": 3, "h": 2, "b": 1, "layout": "strided"},
+    {"l": 3, "h": 2, "b": 1, "layout": "far"},
+]
 STEP = [{}, {"g": 3}, {"n": 17}, {"D": False, "z": False}, {"bias": False, "softplus": False}, {"layout": "strided"}]
 
 MAMBA3 = [
@@ -219,6 +229,10 @@ CASES = [
         [{"p": 33, "b": 1, "h": 2}, {"first": False, "decay": 1e-3}, {"l": 0}, {"layout": "far"}],
     ),
     ("rglru_gates", "bfloat16,float64", [{"l": 70, "b": 1, "h": 1, "decay": 0.5}]),
+    ("mlstm", "float32", MLSTM),
+    ("mlstm", "bfloat16,float16", [{"l": 18, "h": 2, "b": 1}]),
+    ("mlstm_step", "float32", [{"k": 64, "v": 128, "b": 1, "h": 2}, {"layout": "far"}]),
+    ("mlstm_step", "bfloat16,float16,float64", [{}]),
     ("selective_scan", "float32", SCAN),
     ("selective_scan", "bfloat16", [SCAN[0], SCAN[9]]),
     ("selective_scan", "float16,float64", SCAN[9:10]),

@@ -67,7 +67,7 @@ class Core(NamedTuple):
     dt_bias: None
     dt_softplus: bool
     dt_limit: tuple[float, float]
-    chunk_size: int
+    chunk_size: int | None
     initial_state: Tensor | None
     cu_seqlens: Tensor | None
 

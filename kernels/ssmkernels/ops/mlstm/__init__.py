@@ -32,7 +32,7 @@ __all__ = ["mlstm", "mlstm_step"]
     },
     wide="i f",
     sums="initial_C initial_n initial_m",
-    implementations=("cpu", "tiled", "reference"),
+    implementations=("triton", "cpu", "tiled", "reference"),
 )
 def mlstm(
     q: Tensor,
@@ -101,7 +101,7 @@ def mlstm(
     sums="C n m",
     mutates=("C", "n", "m"),
     step=True,
-    implementations=("cpu", "reference"),
+    implementations=("triton", "cpu", "reference"),
 )
 def mlstm_step(
     state: tuple[Tensor, Tensor, Tensor],

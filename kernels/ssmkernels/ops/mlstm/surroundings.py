@@ -24,7 +24,7 @@ from ssmkernels.ops.mlstm.reference import EPSILON, scale_of
 SAVES = ("y", "final_C", "final_n", "sums", "exact", "m")
 
 
-def recurrence(a: Any, keys: Tensor, queries: Tensor, decay: Tensor, chunk_size: int) -> Core:
+def recurrence(a: Any, keys: Tensor, queries: Tensor, decay: Tensor, chunk_size: int | None) -> Core:
     """The call of the state-space dual."""
     wide = precision(a.q)
     x = a.v.new_empty((*a.v.shape[:-1], a.v.shape[-1] + 1), dtype=wide)

@@ -19,12 +19,20 @@ HEADS = 4  # of a group, over which one program sums; more are parts
 
 def backward(a: Any, _: Any, grads: Any) -> dict[str, Tensor | None]:
     with on_device_of(a.x):
-        return _Backward(a, grads).gradients()
+        return Backward(a, grads, Chunks(a, None)).gradients()
 
 
-class _Backward:
-    def __init__(self, a: Any, grads: Any):
-        self.a, self.chunks = a, Chunks(a, None)
+class Backward:
+    """One call's backward pass.
+
+    Args:
+        a: the call.
+        grads: of y and the final state.
+        chunks: of the forward pass.
+    """
+
+    def __init__(self, a: Any, grads: Any, chunks: Chunks):
+        self.a, self.chunks = a, chunks
         self.parts = -(-self.chunks.sizes["GROUP"] // HEADS)
         self.dz, self.dout = None, grads.y
         if a.z is not None:
@@ -42,18 +50,8 @@ class _Backward:
         dx, dD = self._inputs()
         dB, to_state = self._map(a.x, a.B, a.C, dproducts, self.dstates, output=False)
         dC, from_state = self._map(self.dout, a.C, a.B, dproducts, self.chunks.states, output=True)
-        ddt, dA, dbias = self._steps(dexponent, ddelta, from_state, to_state)
-        return {
-            "x": dx,
-            "dt": ddt,
-            "A": dA,
-            "B": dB,
-            "C": dC,
-            "D": dD,
-            "z": self.dz,
-            "dt_bias": dbias,
-            "initial_state": self.dinitial,
-        }
+        found = {"x": dx, "B": dB, "C": dC, "D": dD, "z": self.dz, "initial_state": self.dinitial}
+        return found | self.steps(dexponent, ddelta, from_state, to_state)
 
     def _shared(self) -> dict[str, Any]:
         """What all kernels take."""
@@ -139,9 +137,10 @@ class _Backward:
         )
         return dmaps[0] if parts == 1 else dmaps.sum(0), dots
 
-    def _steps(
+    def steps(
         self, dexponent: Tensor, ddelta: Tensor, from_state: Tensor, to_state: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> dict[str, Tensor | None]:
+        """Gradients of what step sizes are made of: dt, A and the bias."""
         a, chunks = self.a, self.chunks
         h = a.x.shape[2]
         ddt, dA = a.dt.new_empty(a.dt.shape), None if a.A is None else chunks.empty(h)
@@ -173,4 +172,8 @@ class _Backward:
             Q=chunks.Q,
             num_warps=4,
         )
-        return ddt, None if dA is None else dA.sum(0), None if dbias is None else dbias.sum(0)
+        return {
+            "dt": ddt,
+            "A": None if dA is None else dA.sum(0),
+            "dt_bias": None if dbias is None else dbias.sum(0),
+        }

@@ -155,6 +155,39 @@ def inputs_backward(
     tl.store(dx + to, total.to(dx.dtype.element_ty), mask=(time < stop)[:, None] & (p < P)[None, :])
 
 
+@triton.jit
+def of_steps(
+    size,
+    dexponent,
+    ddelta,
+    from_state,
+    to_state,
+    between,
+    task,
+    N_TILES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    Q: tl.constexpr,
+):
+    """Of a head's chunk ``task``, (Q) each: gradients of the decays' logarithms, and of step sizes as weights of x.
+
+    ``from_state`` and ``to_state`` are parts of the gradients of these logarithms through the outputs of the state
+    before the chunk and through the state after it, ``between`` through the decay of the one to the other.
+    """
+    slot = tl.arange(0, Q)
+    whole = tl.zeros((Q,), tl.float32)
+    for i in range(BLOCKS):
+        whole += tl.load(between + task * BLOCKS + i)
+    left, right = tl.zeros((Q,), tl.float32), tl.zeros((Q,), tl.float32)
+    for i in range(N_TILES):
+        left += tl.load(from_state + (task * N_TILES + i) * Q + slot)
+        right += tl.load(to_state + (task * N_TILES + i) * Q + slot)
+    earlier = slot[:, None] < slot[None, :]
+    da = tl.load(dexponent + task * Q + slot) + whole
+    da += tl.sum(tl.where(earlier, 0.0, left[:, None]), axis=0)  # outputs of this token and later ones
+    da += tl.sum(tl.where(earlier, (right * size)[:, None], 0.0), axis=0)  # what earlier tokens add to the state
+    return da, tl.load(ddelta + task * Q + slot) + right
+
+
 @triton.jit(do_not_specialize=["length", "per_sequence"])
 def steps_backward(
     dt,
@@ -184,30 +217,16 @@ def steps_backward(
     BLOCKS: tl.constexpr,
     Q: tl.constexpr,
 ):
-    """ddt (b l h), and each chunk's part of dA and of the bias's gradient, (chunks h). Without A, dt is log decays.
-
-    ``from_state`` and ``to_state`` are parts of the gradients of Δ A through the outputs of the state before the chunk
-    and through the state after it, ``between`` through the decay of the one to the other.
-    """
+    """ddt (b l h), and each chunk's part of dA and of the bias's gradient, (chunks h). Without A, dt is log decays."""
     task = tl.program_id(0).to(tl.int64)
     head, chunk = task % H, task // H
     batch, start, stop = place(chunk, owners, cu_seqlens, length, per_sequence, Q)
     slot = tl.arange(0, Q)
     here = start + slot < stop
     size = tl.load(delta + task * Q + slot)
-    whole = tl.zeros((Q,), tl.float32)
-    for i in range(BLOCKS):
-        whole += tl.load(between + task * BLOCKS + i)
-    left, right = tl.zeros((Q,), tl.float32), tl.zeros((Q,), tl.float32)
-    for i in range(N_TILES):
-        left += tl.load(from_state + (task * N_TILES + i) * Q + slot)
-        right += tl.load(to_state + (task * N_TILES + i) * Q + slot)
-    earlier = slot[:, None] < slot[None, :]
-    da = tl.load(dexponent + task * Q + slot) + whole
-    da += tl.sum(tl.where(earlier, 0.0, left[:, None]), axis=0)  # outputs of this token and later ones
-    da += tl.sum(tl.where(earlier, (right * size)[:, None], 0.0), axis=0)  # what earlier tokens add to the state
+    da, dsize = of_steps(size, dexponent, ddelta, from_state, to_state, between, task, N_TILES, BLOCKS, Q)
     if A is not None:
-        dsize = tl.load(ddelta + task * Q + slot) + right + da * tl.load(A + head)
+        dsize += da * tl.load(A + head)
     else:
         dsize = da
     at = dt + batch * dt_batch + head * dt_head + (start + slot) * dt_time

@@ -34,13 +34,14 @@ class Chunks:
     """
 
     def __init__(self, a: Any, final: Tensor | None):
-        self.a, self.Q, self.sizes, self.factors = a, chunk_length(a), sizes(a), products(a)
+        self.a, self.Q, self.sizes = a, chunk_length(a), sizes(a)
+        self.factors = self.precisions()
         self.count, self.places = places(a, self.Q)
         h, p = a.x.shape[2:]
         g, n = a.B.shape[2:]
         self.delta, self.high, self.low = (self.empty(h, self.Q) for _ in range(3))
         self.products, self.states = self.empty(g, self.Q, self.Q), self.empty(h, p, n)
-        self._step_sizes()
+        self.step_sizes()
         self._map_products()
         self.chunk_states(a.x, a.B, self.states, reverse=False)
         self.walk(self.states, wide(a.initial_state), final)
@@ -54,7 +55,12 @@ class Chunks:
         if self.count * programs:
             getattr(kernels(__package__), kernel)[(self.count * programs,)](**fields)
 
-    def _step_sizes(self) -> None:
+    def precisions(self) -> dict[str, Any]:
+        """The dtype of a product's factors, and how it is taken."""
+        return products(self.a)
+
+    def step_sizes(self) -> None:
+        """Writes Δ and the sums of decays."""
         a, h = self.a, self.sizes["H"]
         block = min(8, next_power_of_2(h))
         self.launch(

@@ -161,6 +161,15 @@ MLSTM = [
     {"l": 3, "h": 2, "b": 1, "layout": "strided"},
     {"l": 3, "h": 2, "b": 1, "layout": "far"},
 ]
+SLSTM = [
+    {"l": 3, "h": 1},
+    {"l": 0},
+    {"b": 17, "l": 2, "h": 1, "p": 2},  # more sequences than a program takes
+    {"p": 17, "l": 2, "b": 1, "h": 2, "state": False, "bias": False},  # several tiles
+    {"b": 1, "packed": True, "l": 21, "h": 1},
+    {"l": 3, "b": 1, "h": 2, "layout": "strided"},
+    {"l": 3, "b": 1, "h": 2, "layout": "far"},
+]
 STEP = [{}, {"g": 3}, {"n": 17}, {"D": False, "z": False}, {"bias": False, "softplus": False}, {"layout": "strided"}]
 
 MAMBA3 = [
@@ -238,6 +247,8 @@ CASES = [
     ("selective_scan", "float16,float64", SCAN[9:10]),
     ("selective_scan_step", "float32", STEP),
     ("selective_scan_step", "bfloat16,float16,float64", STEP[:1]),
+    ("slstm", "float32", SLSTM),
+    ("slstm", "bfloat16,float16", SLSTM[:1]),
     ("ssd", "float32", SSD),
     ("ssd", "bfloat16,float16", SSD[:1]),
     ("ssd_step", "float32", SSD_STEP),

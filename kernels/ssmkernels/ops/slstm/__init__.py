@@ -32,7 +32,7 @@ __all__ = ["slstm", "slstm_step"]
     },
     wide="R bias",
     sums="initial_c initial_n initial_h initial_m",
-    implementations=("cpu", "reference"),
+    implementations=("triton", "cpu", "reference"),
 )
 def slstm(
     x: Tensor,

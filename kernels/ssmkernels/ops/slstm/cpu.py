@@ -8,14 +8,12 @@ from torch import Tensor
 
 from ssmkernels import native
 from ssmkernels.core.memory import large_pages
-from ssmkernels.core.validate import precision
 from ssmkernels.native import missing, wrong_device
-from ssmkernels.ops.slstm.cpu_arguments import PARTS, values
+from ssmkernels.ops.slstm.cpu_arguments import values
 from ssmkernels.ops.slstm.cpu_backward import backward
+from ssmkernels.ops.slstm.saved import PARTS, SAVES, empty
 
 __all__ = ["SAVES", "backward", "empty", "forward", "missing", "unsupported"]
-
-SAVES = ("gates", "cells")  # both (b l h 4 p): the gates before activation, and c, n, h and m, at each token
 
 
 def unsupported(a: Any) -> str | None:
@@ -31,10 +29,3 @@ def forward(a: Any, save: bool) -> tuple[Tensor, ...]:
     kept = (gates.data_ptr(), cells.data_ptr()) if save else (0, 0)
     native.run("slstm", fields | {"y": y.data_ptr(), "gates": kept[0], "cells": kept[1]})
     return outputs
-
-
-def empty(a: Any, save: bool) -> tuple[Tensor, ...]:
-    batch, length, _, heads, p = a.x.shape
-    shape = (batch if save else 0, length, heads, 4, p)
-    gates, cells = (a.x.new_empty(shape, dtype=precision(a.x)) for _ in range(2))
-    return *a.declared.outputs(a), gates, cells

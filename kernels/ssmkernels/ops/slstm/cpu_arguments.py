@@ -9,8 +9,7 @@ from torch import Tensor
 from ssmkernels import native
 from ssmkernels.core.validate import precision
 from ssmkernels.native import address, plain
-
-PARTS = ("c", "n", "h", "m")
+from ssmkernels.ops.slstm.saved import PARTS
 
 
 def values(a: Any, x: Tensor, states: list[Tensor | None], cu_seqlens: Tensor | None) -> tuple[dict[str, float], Any]:

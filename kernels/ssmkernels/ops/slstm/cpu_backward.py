@@ -10,7 +10,8 @@ from ssmkernels import native
 from ssmkernels.core.memory import large_pages
 from ssmkernels.core.validate import precision
 from ssmkernels.native import address, plain
-from ssmkernels.ops.slstm.cpu_arguments import PARTS, values
+from ssmkernels.ops.slstm.cpu_arguments import values
+from ssmkernels.ops.slstm.saved import PARTS
 
 SEQUENCES = 8  # whose gradients of the weights are added in one part: kSequences in cpu.h
 

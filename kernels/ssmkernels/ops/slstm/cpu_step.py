@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ssmkernels import native
 from ssmkernels.native import missing, wrong_device
-from ssmkernels.ops.slstm.cpu_arguments import PARTS, values
+from ssmkernels.ops.slstm.cpu_arguments import values
+from ssmkernels.ops.slstm.saved import PARTS
 
 __all__ = ["forward", "missing", "unsupported"]
 

@@ -20,10 +20,10 @@ class Incoming(NamedTuple):
 
 def backward(a: Any, saved: Any, grads: Any) -> dict[str, Tensor | None]:
     g = gates(a)
-    call, fields, _kept = core(a, g, saved.starts)
 
     def of_recurrence(dy: Tensor, dstate: Tensor | None) -> dict[str, Any]:
-        found: dict[str, Any] = dual.gradients(call, fields, Incoming(dy, dstate), scaled=True)
+        call, fields, _kept = core(a, g, saved.starts)
+        found: dict[str, Any] = dual.gradients(call, fields, Incoming(dy, dstate), scaled=True, reuse=True)
         return found | {"decay": found["dt"], "weight": found["scale"] + found["direct"]}
 
     def of_gates(ddecay: Tensor, dweight: Tensor, dm: Tensor, dfinal: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -109,6 +109,7 @@ def gradients(
         dn = torch.zeros_like(saved.final_n) if dn is None else dn
         dstate = torch.cat([dC.mT, dn[..., None, :]], dim=2)
     found = of_recurrence(dy, dstate)
+    del dy  # as large as an activation
     begun = _begun(a)
     final = -begun * (_inner(saved, "final_C", dC) + _inner(saved, "final_n", dn))
     if grads.final_m is not None:
@@ -119,9 +120,9 @@ def gradients(
     if a.initial_m is not None:
         dinitial = dinitial + begun * (_inner(a, "initial_C", dC) + _inner(a, "initial_n", dn))
     return {
-        "q": found["C"].contiguous(),
-        "k": found["B"].contiguous(),
-        "v": found["x"][..., :-1].contiguous(),
+        "q": found.pop("C").contiguous(),
+        "k": found.pop("B").contiguous(),
+        "v": found.pop("x")[..., :-1].contiguous(),
         "i": di,
         "f": df,
         "initial_C": dC,

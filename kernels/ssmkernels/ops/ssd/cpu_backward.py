@@ -21,10 +21,13 @@ def backward(a: Any, saved: Any, grads: Any) -> dict[str, Tensor | None]:
     return gradients(a, fields, grads)
 
 
-def gradients(a: Any, fields: dict[str, float], grads: Any, scaled: bool = False) -> dict[str, Tensor | None]:
+def gradients(
+    a: Any, fields: dict[str, float], grads: Any, scaled: bool = False, reuse: bool = False
+) -> dict[str, Tensor | None]:
     """Of all arguments of a call whose forward pass takes ``fields``.
 
     Where x is ``scaled`` by other numbers than Δ, those of the scale and of direct outputs too, each ``(b, l, h)``.
+    With ``reuse`` that of x takes the memory of y's, if that is contiguous: the kernel has read a row before.
     """
     wide = precision(a.x)
     batch, length, heads, p = a.x.shape
@@ -35,7 +38,7 @@ def gradients(a: Any, fields: dict[str, float], grads: Any, scaled: bool = False
 
     empty = functools.partial(a.x.new_empty, dtype=wide)
 
-    dx = a.x.new_empty(a.x.shape)
+    dx = dy if reuse else a.x.new_empty(a.x.shape)
     dz = None if a.z is None else a.x.new_empty(a.x.shape)
     ddt = empty((batch, length, heads))
     dB, dC = (empty((parts, batch, length, groups, n)) for _ in range(2))

@@ -140,6 +140,13 @@ LINEAR_ATTENTION = [
     {"l": 68, "b": 1, "h": 1, "g": 1, "packed": True, "k": 2},  # several chunks
     {"l": 3, "h": 2, "g": 1, "b": 1, "layout": "far"},
 ]
+DELTA = [
+    {"l": 17, "b": 1, "h": 1, "g": 1, "decay": "k"},  # two chunks
+    {"l": 0},
+    {"l": 2, "b": 1, "h": 2, "g": 1, "k": 17, "v": 17},  # rows in two pieces, two tiles of columns
+    {"l": 5, "b": 1, "h": 1, "g": 1, "packed": True, "decay": "", "state": False},
+    {"l": 2, "b": 1, "h": 1, "g": 1, "layout": "far"},
+]
 SSD = [
     {"l": 18, "h": 2, "g": 1, "b": 1},  # several chunks
     {"l": 0},
@@ -212,6 +219,14 @@ CASES = [
     ("decode_attention", "float32", DECODING),
     ("decode_attention", "bfloat16", [DECODING[i] for i in (0, 7, -1)]),
     ("decode_attention", "float16", DECODING[-1:]),
+    ("delta_rule", "float32", DELTA),
+    ("delta_rule", "bfloat16,float16", [{"l": 2, "b": 1, "h": 1, "g": 1}]),
+    (
+        "delta_rule_step",
+        "float32",
+        [{"k": 17, "v": 300, "h": 2, "b": 1}, {"decay": "k", "layout": "far"}, {"decay": ""}],
+    ),
+    ("delta_rule_step", "bfloat16,float16,float64", [{}]),
     ("dplr_kernel", "float32", DPLR),
     ("dplr_kernel", "bfloat16,float16,float64", DPLR[3:4]),
     ("fft_conv", "float32", FFT),

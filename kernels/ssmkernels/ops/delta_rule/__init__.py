@@ -30,7 +30,7 @@ def _check(name: str, sizes: dict[str, int], **_: Any) -> None:
     wide="beta log_decay",
     sums="initial_state",
     check=_check,
-    implementations=("cpu", "tiled", "reference"),
+    implementations=("triton", "cpu", "tiled", "reference"),
 )
 def delta_rule(
     q: Tensor,
@@ -97,7 +97,7 @@ def delta_rule(
     mutates=("state",),
     check=_check,
     step=True,
-    implementations=("reference",),
+    implementations=("triton", "cpu", "reference"),
 )
 def delta_rule_step(
     state: Tensor,

@@ -6,7 +6,6 @@
 // waits for u. That is as many operations as chunks of matrix products would take, and safe for any decay.
 #pragma once
 
-#include "native/gemm.h"
 #include "native/math.h"
 #include "native/packed.h"
 #include "native/parallel.h"

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "delta_rule/cpu.h"
+#include "native/gemm.h"
 
 namespace ssmzoo {
 namespace SSMZOO_ISA {

@@ -42,15 +42,15 @@ def chunk_length(a: Any) -> int:
     return min(most, max(16, next_power_of_2(a.chunk_size or most)))
 
 
-def places(a: Any, Q: int) -> tuple[int, dict[str, Any]]:
-    """How many chunks there are, and what says where they lie. Nothing is read on the host."""
-    length, per_sequence = a.x.shape[1], -(-a.x.shape[1] // Q)
+def places(x: Tensor, cu_seqlens: Tensor | None, Q: int) -> tuple[int, dict[str, Any]]:
+    """How many chunks x (b l …) has, and what says where they lie. Nothing is read on the host."""
+    length, per_sequence = x.shape[1], -(-x.shape[1] // Q)
     found = {"cu_seqlens": None, "owners": None, "length": length, "per_sequence": per_sequence}
-    if a.cu_seqlens is None:
-        return a.x.shape[0] * per_sequence, found
-    if a.cu_seqlens.shape[0] < 2:
+    if cu_seqlens is None:
+        return x.shape[0] * per_sequence, found
+    if cu_seqlens.shape[0] < 2:
         return 0, found
-    borders = a.cu_seqlens.contiguous()
+    borders = cu_seqlens.contiguous()
     owner = owners(borders, length, Q)
     return len(owner), {**found, "cu_seqlens": borders, "owners": owner}
 

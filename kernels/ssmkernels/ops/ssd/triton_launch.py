@@ -36,7 +36,7 @@ class Chunks:
     def __init__(self, a: Any, final: Tensor | None):
         self.a, self.Q, self.sizes = a, chunk_length(a), sizes(a)
         self.factors = self.precisions()
-        self.count, self.places = places(a, self.Q)
+        self.count, self.places = places(a.x, a.cu_seqlens, self.Q)
         h, p = a.x.shape[2:]
         g, n = a.B.shape[2:]
         self.delta, self.high, self.low = (self.empty(h, self.Q) for _ in range(3))

@@ -1,0 +1,166 @@
+"""The launches of the delta rule's Triton kernels."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssmkernels.core.triton_support import all_registers, interpreting, kernels, next_power_of_2
+from ssmkernels.ops.delta_rule.reference import scale_of
+from ssmkernels.ops.ssd.triton_arguments import AXES, places, strides, wide
+
+NUMBERS = 2048  # of a state that a program has in registers, once or twice
+WIDE = 16 if interpreting() else 128  # keys of a state in one piece
+
+
+def rows(x: Tensor) -> Tensor:
+    """x with a contiguous last axis: addresses of single numbers would take as many registers as the sums."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+class Chunks:
+    """One call's chunks, and what passes between the tokens of each.
+
+    Attributes:
+        count: how many there are; with packed sequences some are empty.
+        sequences: how many sequences.
+        first, last: decays from a chunk's start to each token and from each token to its end, float32 (count h Q k).
+        pairs, erased: as the kernel ``prepare`` says, float32 (count h Q Q).
+    """
+
+    def __init__(self, a: Any):
+        a = a._replace(**{name: rows(getattr(a, name)) for name in "qkv"})
+        k = a.k.shape[3]
+        narrow = k <= WIDE and k % 16 == 0 and a.q.dtype != torch.float32
+        self.a, self.Q = a, 32 if narrow and not interpreting() else 16
+        self.count, found = places(a.q, a.cu_seqlens, self.Q)
+        self.spans = {name: found[name] for name in ("cu_seqlens", "length", "per_sequence")}
+        self.owners = {"owners": found["owners"]}
+        self.sequences = a.q.shape[0] if a.cu_seqlens is None else a.cu_seqlens.shape[0] - 1
+        (h, v), (g, k) = a.v.shape[2:], a.k.shape[2:]
+        self.h, self.k, self.v, self.channels = h, k, v, a.log_decay is not None and a.log_decay.ndim == 4
+        self.heads = {"H": h, "GROUP": h // g, "K": k, "Q": self.Q, "scale": scale_of(a.scale, k)}
+        self.precision = {"PRECISION": "ieee" if a.q.dtype == torch.float32 else "tf32"}
+        self.launched = {"num_stages": 1}
+        self.first, self.last = self.empty(self.Q, k), self.empty(self.Q, k)
+        self.pairs, self.erased = self.empty(self.Q, self.Q), self.empty(self.Q, self.Q)
+        block = min(self._block(k), 32)
+        self.run("prepare", 1, **self.keys(), **self.decays(), **self.between(), **self.heads, BLOCK=block)
+
+    def empty(self, *shape: int) -> Tensor:
+        """float32 (count h …)."""
+        return self.a.q.new_empty((self.count, self.h, *shape), dtype=torch.float32)
+
+    def run(self, kernel: str, programs: int, **fields: Any) -> None:
+        """A kernel of so many programs for each head of each chunk."""
+        grid = self.count * self.h * programs
+        warps = 1 if interpreting() else 8 if kernel == "keys_backward" else 4
+        options = {"num_warps": warps, **self.launched, **all_registers(32 * warps)}
+        if grid:
+            getattr(kernels(__package__), kernel)[(grid,)](**fields, **self.spans, **self.owners, **options)
+
+    def carry(self, kernel: str, **fields: Any) -> None:
+        """A kernel that goes through each sequence, for some columns of each head's state."""
+        rows, two = min(self._block(self.k), WIDE), self.k > WIDE
+        block = max(32 if two else 16, min(self._block(self.v), NUMBERS // rows))
+        grid = self.sequences * self.h * -(-self.v // block)
+        shared = self.keys() | self.between() | self.heads | self.spans | self.precision | self.launched
+        shared |= {"B": rows, "TWO": two, "BLOCK": block, "V": self.v}
+        if not interpreting():
+            shared |= {"num_warps": 8, **all_registers(256)}
+        if grid:
+            getattr(kernels(__package__), kernel)[(grid,)](**fields, **shared)
+
+    def walk(self, final: Tensor | None, o: Tensor | None, errors: Tensor | None, states: Tensor | None) -> None:
+        a = self.a
+        outputs = {"final": final, "o": o, "errors": errors, "states": states}
+        self.carry("walk", v=a.v, **strides("v", a.v), initial=wide(a.initial_state), **outputs)
+
+    def keys(self) -> dict[str, Any]:
+        a = self.a
+        beta = strides("beta", a.beta, AXES[:3])
+        return {"q": a.q, "k": a.k, "beta": a.beta, **strides("q", a.q), **strides("k", a.k), **beta}
+
+    def decays(self) -> dict[str, Any]:
+        g = self.a.log_decay
+        found = strides("decay", None) if g is None else strides("decay", g if g.ndim == 4 else g[..., None])
+        return {"decay": g, **found, **({} if self.channels else {"decay_step": 0})}
+
+    def between(self) -> dict[str, Any]:
+        return {"first": self.first, "last": self.last, "pairs": self.pairs, "erased": self.erased}
+
+    @staticmethod
+    def _block(size: int) -> int:
+        return max(16, next_power_of_2(size))
+
+
+class Backward:
+    """The backward pass: errors and states are computed again, not kept."""
+
+    def __init__(self, a: Any, grads: Any):
+        self.chunks = chunks = Chunks(a)
+        self.a, Q, k, v = chunks.a, chunks.Q, chunks.k, chunks.v
+        do = rows(grads.o)
+        self.do = {"do": do, **strides("do", do)}
+        self.errors, self.X = chunks.empty(Q, v), chunks.empty(Q, v)
+        self.states, self.dstates = chunks.empty(k, v), chunks.empty(k, v)
+        self.dpairs, self.dkeys = chunks.empty(Q, Q), chunks.empty(Q, Q)
+        chunks.walk(None, None, self.errors, self.states)
+
+    def gradients(self, dfinal: Tensor | None) -> dict[str, Tensor | None]:
+        a, chunks = self.a, self.chunks
+        empty = functools.partial(a.q.new_empty, dtype=torch.float32)
+        dv, dbeta = a.v.new_empty(a.v.shape), empty(a.beta.shape)
+        dinitial = None if a.initial_state is None else empty(a.initial_state.shape)
+        chunks.carry(
+            "walk_backward", **self.do, X=self.X, dv=dv, dstates=self.dstates, dfinal=wide(dfinal), dinitial=dinitial
+        )
+        blocks = {"BLOCK": 16 if interpreting() else 32, "V": chunks.v, **chunks.precision}
+        keys = chunks.keys()
+        beta = {name: keys[name] for name in keys if name.startswith("beta")}
+        heads = {name: chunks.heads[name] for name in ("H", "Q", "scale")}
+        made = {"errors": self.errors, "X": self.X, "dpairs": self.dpairs, "dkeys": self.dkeys}
+        chunks.run("weights_backward", 1, **beta, **self.do, **made, dbeta=dbeta, **heads, **blocks)
+        dq, dk, dg = self._keys(keys, made)
+        return {"q": dq, "k": dk, "v": dv, "beta": dbeta, "log_decay": dg, "initial_state": dinitial}
+
+    def _keys(self, keys: dict[str, Any], made: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+        a, chunks = self.a, self.chunks
+        b, l, h, _ = a.v.shape
+        block = 16
+        tiles = -(-chunks.k // block)
+        shape = (b, l, h, chunks.k if chunks.channels else tiles)
+        empty = functools.partial(a.q.new_empty, dtype=torch.float32)
+        dq, dk = empty((b, l, h, chunks.k)), empty((b, l, h, chunks.k))
+        dg, later = (None, None) if a.log_decay is None else (empty(shape), empty(shape))
+        between = {"first": chunks.first, "last": chunks.last}
+        chunks.run(
+            "keys_backward",
+            tiles,
+            **keys,
+            **chunks.decays(),
+            **self.do,
+            **between,
+            **made,
+            states=self.states,
+            dstates=self.dstates,
+            dq=dq,
+            dk=dk,
+            ddecay=dg,
+            dlater=later,
+            **chunks.heads,
+            **chunks.precision,
+            V=chunks.v,
+            CHANNELS=chunks.channels,
+            BLOCK=block,
+            BLOCK_V=16,
+        )
+        groups = (a.k.shape[2], -1)
+        dq, dk = (t.unflatten(2, groups).sum(3) if groups[0] < h else t for t in (dq, dk))
+        if dg is not None and later is not None:
+            dg[:, 1:] += later[:, :-1]
+            dg = dg if chunks.channels else dg.sum(-1)
+        return dq, dk, dg

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # for type checkers and editors alone
     from ssmkernels.ops.diagonal_kernel import diagonal_kernel, discretize_diagonal
     from ssmkernels.ops.dplr_kernel import bilinear_dplr, bilinear_step, discretize_dplr, dplr_kernel
     from ssmkernels.ops.fft_conv import fft_conv
+    from ssmkernels.ops.gated_deltanet_step import gated_deltanet_step
     from ssmkernels.ops.generalized_delta_rule import generalized_delta_rule, generalized_delta_rule_step
     from ssmkernels.ops.linear_attention import linear_attention, linear_attention_step
     from ssmkernels.ops.linear_recurrence import linear_recurrence, linear_recurrence_step

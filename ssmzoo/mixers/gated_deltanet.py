@@ -18,16 +18,26 @@ of the state can be forgotten at once.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from ssmkernels import gated_deltanet_step
 from ssmkernels.core.validate import precision
 from ssmzoo.linear import Linear
-from ssmzoo.mixers._delta import DecayingOptions, DeltaMixer
+from ssmzoo.mixers._delta import DecayingOptions, DeltaMixer, DeltaState
+from ssmzoo.mixers._one_call import in_one_call
+from ssmzoo.norm import GatedRMSNorm
 from ssmzoo.registry import register_mixer
+
+# Linear maps and convolutions, in the order in which gated_deltanet_step takes their weights
+MAPS = (
+    *("q_proj", "k_proj", "v_proj", "g_proj", "b_proj", "a_proj"),
+    *("q_conv1d", "k_conv1d", "v_conv1d"),
+    "o_proj",
+)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -61,6 +71,8 @@ class GatedDeltaNet(DeltaMixer):
         if self.a_proj is not None:
             self.add_decay(o, self.n_v_heads)
         self.add_output_gate(o.use_gate, o.norm_eps)
+        # Whether gated_deltanet_step is this layer
+        self.whole = self.steps == 1 and self.a_proj is not None and o.use_gate and o.use_short_conv and not o.conv_bias
 
     @classmethod
     def writes(cls, o: Any) -> int:
@@ -70,6 +82,35 @@ class GatedDeltaNet(DeltaMixer):
     @classmethod
     def decays(cls, o: Any) -> bool:
         return True
+
+    def mix(self, x: Tensor, state: DeltaState | None, cu_seqlens: Tensor | None) -> tuple[Tensor, DeltaState | None]:
+        if state is not None and x.shape[1] == 1 and cu_seqlens is None and self.whole and self._in_one_call(x):
+            return self._whole_step(x, state), state
+        return super().mix(x, state, cu_seqlens)
+
+    def _in_one_call(self, x: Tensor) -> bool:
+        modules = self._modules
+        return in_one_call(x, *(modules[name] for name in MAPS), norm=modules["o_norm"])
+
+    def _whole_step(self, x: Tensor, state: DeltaState) -> Tensor:
+        """One token of the layer in one call, which gives the same: (b 1 d_model) → (b 1 d_model)."""
+        maps = [cast(nn.Linear, self._modules[name]).weight for name in MAPS]
+        *projections, q_conv, k_conv, v_conv, o_proj = maps
+        norm = cast(GatedRMSNorm, self.o_norm)
+        y = gated_deltanet_step(
+            *state.convs,
+            state.S,
+            x[:, 0],
+            *projections,
+            *(conv.squeeze(1) for conv in (q_conv, k_conv, v_conv)),
+            self.A_log,
+            self.dt_bias,
+            norm.weight,
+            o_proj,
+            beta_scale=self.most_beta,
+            norm_eps=norm.eps,
+        )
+        return y[:, None]
 
     def log_decay(self, x: Tensor) -> Tensor | None:
         if self.a_proj is None:

@@ -55,6 +55,7 @@ rules = [dict(b=1, l=70, h=3, k=7, v=5), dict(k=17, v=33), dict(b=1, packed=True
 cases_of = {
     "delta_rule": deltas,
     "delta_rule_step": [dict(h=3, g=1, k=7, v=5), dict(k=17, v=33, decay="k")],
+    "gated_deltanet_step": [dict(m=37, h=3, g=1, k=17, v=70), dict(b=1, m=1, h=1, g=1, k=1, v=1, w=1)],
     "selective_scan": scans,
     "selective_scan_step": steps,
     "ssd": duals,

@@ -199,6 +199,17 @@ def test_decays_start_as_published(name):
 
 
 @pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("gated-deltanet-360m", 357_781_928), ("gated-deltanet-1.3b", 1.39e9), ("deltanet-1.3b", 1.37e9)],
+)
+def test_parameter_counts(name, parameters):
+    """The first is published with its count, the others to three digits."""
+    with torch.device("meta"):
+        model = ssmzoo.build(name)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0 if parameters < 1e9 else 4e-3)
+
+
+@pytest.mark.parametrize(
     ("name", "options", "words"),
     [
         ("gated_deltanet", {"n_heads": 4, "n_v_heads": 6}, "`n_v_heads` must be a multiple of the 4 heads"),

@@ -124,7 +124,7 @@ def walk(
     k += batch * k_batch + head // GROUP * k_head
     v += batch * v_batch + head * v_head
     beta += batch * beta_batch + head * beta_head
-    for c in range((end - begin + Q - 1) // Q):
+    for c in tl.range(0, (end - begin + Q - 1) // Q, disable_licm=True):  # addresses would fill the registers
         own = (chunk + c) * H + head
         time = begin + c * Q + slot
         since, until = first + own * Q * K, last + own * Q * K
@@ -228,7 +228,7 @@ def walk_backward(
     do += batch * do_batch + head * do_head
     beta += batch * beta_batch + head * beta_head
     count = (end - begin + Q - 1) // Q
-    for back in range(count):
+    for back in tl.range(0, count, disable_licm=True):
         c = count - 1 - back
         own = (chunk + c) * H + head
         time = begin + c * Q + slot

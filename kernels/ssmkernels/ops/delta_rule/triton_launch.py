@@ -57,7 +57,7 @@ class Chunks:
     def run(self, kernel: str, programs: int, **fields: Any) -> None:
         """A kernel of so many programs for each head of each chunk."""
         grid = self.count * self.h * programs
-        warps = 1 if interpreting() else 8 if kernel == "keys_backward" else 4
+        warps = 1 if interpreting() else 4
         options = {"num_warps": warps, **self.launched, **all_registers(32 * warps)}
         if grid:
             getattr(kernels(__package__), kernel)[(grid,)](**fields, **self.spans, **self.owners, **options)
@@ -65,7 +65,7 @@ class Chunks:
     def carry(self, kernel: str, **fields: Any) -> None:
         """A kernel that goes through each sequence, for some columns of each head's state."""
         rows, two = min(self._block(self.k), WIDE), self.k > WIDE
-        block = max(32 if two else 16, min(self._block(self.v), NUMBERS // rows))
+        block = max(16, min(self._block(self.v), NUMBERS // rows))
         grid = self.sequences * self.h * -(-self.v // block)
         shared = self.keys() | self.between() | self.heads | self.spans | self.precision | self.launched
         shared |= {"B": rows, "TWO": two, "BLOCK": block, "V": self.v}

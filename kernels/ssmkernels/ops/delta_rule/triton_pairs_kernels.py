@@ -154,7 +154,7 @@ def weights_backward(
     b = b.to(tl.float32)
     dP, N, db = tl.zeros((Q, Q), tl.float32), tl.zeros((Q, Q), tl.float32), tl.zeros((Q,), tl.float32)
     do += batch * do_batch + head * do_head
-    for block in range(0, V, BLOCK):
+    for block in tl.range(0, V, BLOCK, disable_licm=True):
         e = load_tile(errors + task * Q * V, slot, V, Q, block, 1, V, BLOCK)
         x = load_tile(X + task * Q * V, slot, V, Q, block, 1, V, BLOCK)
         dout = load_tile(do, time, do_time, stop, block, do_step, V, BLOCK).to(tl.float32)
@@ -245,7 +245,7 @@ def keys_backward(
     b = b.to(tl.float32)
     of_q, of_k = tl.zeros((Q, BLOCK), tl.float32), tl.zeros((Q, BLOCK), tl.float32)
     earlier, around = tl.zeros((Q, BLOCK), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    for v in range(0, V, BLOCK_V):
+    for v in tl.range(0, V, BLOCK_V, disable_licm=True):  # addresses outside of the loop would fill the registers
         S = load_tile(states + task * K * V, column, V, K, v, 1, V, BLOCK_V)
         dS = load_tile(dstates + task * K * V, column, V, K, v, 1, V, BLOCK_V)
         e = load_tile(errors + task * Q * V, slot, V, Q, v, 1, V, BLOCK_V)

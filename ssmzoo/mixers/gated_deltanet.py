@@ -32,11 +32,10 @@ from ssmzoo.mixers._one_call import in_one_call
 from ssmzoo.norm import GatedRMSNorm
 from ssmzoo.registry import register_mixer
 
-# Linear maps and convolutions, in the order in which gated_deltanet_step takes their weights
+# Linear maps and convolutions whose weights gated_deltanet_step takes.
 MAPS = (
-    *("q_proj", "k_proj", "v_proj", "g_proj", "b_proj", "a_proj"),
+    *("q_proj", "k_proj", "v_proj", "g_proj", "b_proj", "a_proj", "o_proj"),
     *("q_conv1d", "k_conv1d", "v_conv1d"),
-    "o_proj",
 )
 
 
@@ -94,19 +93,28 @@ class GatedDeltaNet(DeltaMixer):
 
     def _whole_step(self, x: Tensor, state: DeltaState) -> Tensor:
         """One token of the layer in one call, which gives the same: (b 1 d_model) → (b 1 d_model)."""
-        maps = [cast(nn.Linear, self._modules[name]).weight for name in MAPS]
-        *projections, q_conv, k_conv, v_conv, o_proj = maps
+        weights = {name: cast(nn.Linear, self._modules[name]).weight for name in MAPS}
+        q_state, k_state, v_state = state.convs
         norm = cast(GatedRMSNorm, self.o_norm)
         y = gated_deltanet_step(
-            *state.convs,
+            q_state,
+            k_state,
+            v_state,
             state.S,
             x[:, 0],
-            *projections,
-            *(conv.squeeze(1) for conv in (q_conv, k_conv, v_conv)),
+            weights["q_proj"],
+            weights["k_proj"],
+            weights["v_proj"],
+            weights["g_proj"],
+            weights["b_proj"],
+            weights["a_proj"],
+            weights["q_conv1d"].squeeze(1),
+            weights["k_conv1d"].squeeze(1),
+            weights["v_conv1d"].squeeze(1),
             self.A_log,
             self.dt_bias,
             norm.weight,
-            o_proj,
+            weights["o_proj"],
             beta_scale=self.most_beta,
             norm_eps=norm.eps,
         )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
 
 from ssmkernels.core.declare import op
-from ssmkernels.core.validate import check_range
 
 __all__ = ["gated_deltanet_step"]
 
@@ -21,7 +21,8 @@ def _check(name: str, sizes: dict[str, int], beta_scale: float, **_: Any) -> Non
         )
     if j != h * v:
         raise ValueError(f"{name}: `v_proj` must have h v = {h * v} rows, for {h} heads of v={v}; got {j}")
-    check_range(name, 0, beta_scale=beta_scale)
+    if not 0 <= beta_scale < math.inf:
+        raise ValueError(f"{name}: `beta_scale` must be finite and at least 0; got {beta_scale}")
 
 
 @op(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -53,8 +53,7 @@ class PlainCall:
 
     def all_outputs(self, *inputs: Tensor, by: str | None = None) -> Tensor:
         """As :meth:`output`, of all outputs: as it is, or as the numbers of each after those of the one before."""
-        outputs = self._outputs(inputs, by)
-        return outputs[0] if len(outputs) == 1 else torch.cat([output.flatten() for output in outputs])
+        return joined(self._outputs(inputs, by))
 
     def _outputs(self, inputs: tuple[Tensor, ...], by: str | None) -> tuple[Tensor, ...]:
         arguments = self.fresh(**dict(zip(self.inputs, inputs, strict=False)))
@@ -70,3 +69,8 @@ class PlainCall:
         """Arguments whose first axis is the batch."""
         least = OPS[self.op].batched
         return [n for n, a in self.arguments.items() if n in least and isinstance(a, Tensor) and a.ndim >= least[n]]
+
+
+def joined(outputs: Sequence[Tensor]) -> Tensor:
+    """A single output as it is, or the numbers of each of several after those of the one before."""
+    return outputs[0] if len(outputs) == 1 else torch.cat([output.flatten() for output in outputs])

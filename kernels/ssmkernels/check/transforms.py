@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssmkernels.check.plain_call import Arguments, PlainCall, Refused, Results, same
+from ssmkernels.check.plain_call import Arguments, PlainCall, Refused, Results, joined, same
 from ssmkernels.check.wrapper import floating
 
 
@@ -101,7 +101,9 @@ class Transforms(PlainCall):
         if self.spec.differentiable:
             (_, _, w), x = self._slopes(), self.values()[0].clone().requires_grad_()
             arguments = self.fresh(**{self.inputs[0]: x})
-            gradients = [torch.autograd.grad((f(arguments)[0] * w).sum(), x)[0] for f in (compiled, self.reference)]
+            gradients = [
+                torch.autograd.grad((joined(f(arguments)) * w).sum(), x)[0] for f in (compiled, self.reference)
+            ]
             return same(found, self.expected) and torch.allclose(gradients[0], gradients[1])
         return same(found, self.expected)
 

@@ -49,6 +49,7 @@ def bundled(op: str, function: Callable[..., Any], single: Callable[..., Any], b
         return found if isinstance(found, Tensor) or len(taken) == len(bundles) else (found[0], tuple(found[1:]))
 
     call.unbundled = single  # type: ignore[attr-defined]
+    single.__qualname__ = f"{function.__qualname__}.unbundled"  # where pickle finds it
     return call
 
 

@@ -197,9 +197,10 @@ class RWKV7(ValueResidualMixer):
             v = torch.lerp(v, v if first is None else first.to(v.dtype), share)
         gate = self.get_submodule("g_lora")(x_g)
         kappa = F.normalize(self._heads(k * self.k_k), dim=-1)  # (b l h n)
-        k = k * torch.addcmul(torch.ones_like(k[..., :1]), alpha - 1, self.k_a)
+        k = k * torch.addcmul(1 - self.k_a, alpha, self.k_a)
         r, k, v, alpha, log_decay = (self._heads(t) for t in (r, k, v, alpha, log_decay))
-        o, S = self._recurrence(r, k, v, -kappa, kappa * alpha, log_decay, S, cu_seqlens)
+        removed = (kappa * alpha).neg_()  # in place: one tensor less
+        o, S = self._recurrence(r, k, v, kappa, removed, log_decay, S, cu_seqlens)
         y = self.g_norm(o) + ((r * k * self.r_k).sum(-1, keepdim=True) * v).flatten(2)
         return self.o_proj(y * gate), None if state is None else RWKV7State(last, S), own
 

@@ -11,18 +11,14 @@ from typing import Any, Literal
 import torch
 
 from ssmkernels.core.names import unknown
-from ssmzoo.config.entries import check_nesting, merge, named_options, names, reachable
-from ssmzoo.feed import SharedBlock
+from ssmzoo.config.checks import check
+from ssmzoo.config.entries import merge, named_options, names, reachable
 from ssmzoo.mixer import Mixer
-from ssmzoo.mlp import MLPS, check_mlp
-from ssmzoo.options import check_options, check_range, convert, options_of
-from ssmzoo.plain import check_plain, short
+from ssmzoo.options import check_range, convert, options_of
+from ssmzoo.plain import check_plain
 from ssmzoo.registry import mixer_class
 
 Placement = Literal["pre", "post", "sandwich", "stream"]
-
-MAX_LAYERS = 10_000
-MAX_SIZE = 2**31 - 1  # of any width or count
 
 
 @dataclasses.dataclass
@@ -113,79 +109,7 @@ class ModelConfig:
             self.output = "classes" if self.n_classes else "tokens" if self.vocab_size else "features"
         if self.output == "features" and self.d_output is None:
             self.d_output = self.d_input
-        self._check()
-
-    def _check(self) -> None:
-        for name in (
-            "d_model",
-            "n_layers",
-            "vocab_size",
-            "pad_vocab_size_multiple",
-            "d_input",
-            "n_classes",
-            "d_output",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"config key `{name}` must be at least 1; got {short(value)}")
-            most = MAX_LAYERS if name == "n_layers" else MAX_SIZE
-            if value is not None and value > most:
-                raise ValueError(f"config key `{name}` must be at most {most}; got {short(value)}")
-        if not self.pattern:
-            raise ValueError("config key `pattern` must name at least one mixer; got an empty list")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"config key `dropout` must be in [0, 1); got {self.dropout}")
-        if self.vocab_size is None and self.d_input is None:
-            raise ValueError(
-                "config: set `vocab_size` for token ids in, or `d_input` for real-valued features in; got neither"
-            )
-        needed = {"tokens": "vocab_size", "classes": "n_classes", "features": "d_output"}[self.output or ""]
-        if getattr(self, needed) is None:
-            raise ValueError(f"config: `output: {self.output}` needs `{needed}`; it is not set")
-        if self.output != "tokens" and (self.logit_multiplier != 1 or self.logit_softcap):
-            name = "logit_softcap" if self.logit_multiplier == 1 else "logit_multiplier"
-            raise ValueError(f"config: `{name}` has no meaning with `output: {self.output}`: it is of token logits")
-        self._check_mlps()
-        self._check_feeds()
-        for i in range(self.n_layers):
-            self.norm_placement_of_layer(i)
-        check_nesting(self.pattern, self.mixers)
-        used = self.entries_used()
-        for entry in self.mixers:
-            if entry not in used:
-                raise ValueError(
-                    f"config: `mixers.{entry:.80}` is used nowhere in `pattern` {short(self.pattern)}; "
-                    + (f"did you mean one of {short(sorted(used))}?" if used else "")
-                )
-
-    def _check_mlps(self) -> None:
-        check_mlp("mlp", self.mlp)
-        if self.mlp_pattern and self.mlp.get("kind", "none") != "none":
-            raise ValueError("config: give `mlp`, one for all layers, or `mlp_pattern`; got both")
-        for name in self.mlps:
-            if name not in self.mlp_pattern:
-                raise ValueError(f"config: `mlps.{name:.80}` is not in `mlp_pattern` {short(self.mlp_pattern)}")
-        for name in self.mlp_pattern:
-            check_mlp(f"mlps.{name:.80}", {"kind": name, **self.mlps.get(name, {})})
-        for kind in {self.mlp_of_layer(i)["kind"] for i in range(self.n_layers)} if self.bidirectional else ():
-            if not MLPS[kind].one_token:
-                raise ValueError(
-                    f"config: `bidirectional` is set, but channel mixer {kind!r} looks back, and only back"
-                )
-
-    def _check_feeds(self) -> None:
-        for name, options in self.feeds.items():
-            self.feeds[name] = check_options(f"config key `feeds.{name:.80}`", SharedBlock, options)
-        wanted = {self.feed_of_layer(i) for i in range(self.n_layers)}
-        for entry, options in self.mixers.items():
-            feed = convert(f"config key `mixers.{entry:.80}.feed`", options.get("feed"), str | None)
-            if feed is not None and feed not in self.feeds:
-                raise ValueError(unknown(f"`feed` of mixers.{entry:.80}", feed, self.feeds))
-        for name in self.feeds:
-            if name not in wanted:
-                raise ValueError(f"config: `feeds.{name:.80}` feeds no layer; give a mixer of them `feed: {name:.80}`")
-        if self.bidirectional and self.feeds:
-            raise ValueError("config: `feeds` excludes `bidirectional`: their attention only looks back")
+        check(self)
 
     def feed_of_layer(self, layer: int) -> str | None:
         """The name of the block that feeds a layer, if one does."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -77,12 +77,18 @@ class RNNMixer(Mixer):
         if state is not None:
             hidden = state.hidden.transpose(0, 1).contiguous()
             before = hidden if state.cell is None else (hidden, state.cell.transpose(0, 1).contiguous())
-        y, after = self.rnn(x, before)
+        y, after = self._network(x, before)
         if state is None:
             return y, None
         if state.cell is None:
             return y, RNNState(after.transpose(0, 1))
         return y, RNNState(after[0].transpose(0, 1), after[1].transpose(0, 1))
+
+    def _network(self, x: Tensor, before: Any) -> Any:
+        if x.device.type != "cpu":
+            return self.rnn(x, before)
+        with torch.autocast("cpu", enabled=False):  # not every CPU can run the networks in half precision
+            return self.rnn(x.to(self.like().dtype), before)
 
 
 def _stack(rows: list[RNNState | None], before: RNNState) -> RNNState:

@@ -176,6 +176,7 @@ class Mamba3(Mixer):
         trap, angles = torch.sigmoid(trap.to(wide)), math.pi * torch.tanh(angles.to(wide))
         maps = (self.mimo_rank, self.ngroups, self.d_state)
         B, C = self.B_norm(B.unflatten(-1, maps)), self.C_norm(C.unflatten(-1, maps))  # (b l r g n)
+        B, C = B.to(x.dtype), C.to(x.dtype)  # autocast leaves them in the dtype of the norms' weights
         x, z = self._inputs(x, "mimo_x"), self._inputs(z, "mimo_z")  # (b l r h p)
         gate = z if self.norm is None else None
         if state is not None and x.shape[1] == 1 and cu_seqlens is None and self._may_step(x):

@@ -198,6 +198,7 @@ class RWKV7(ValueResidualMixer):
         gate = self.get_submodule("g_lora")(x_g)
         kappa = F.normalize(self._heads(k * self.k_k), dim=-1)  # (b l h n)
         k = k * torch.addcmul(1 - self.k_a, alpha, self.k_a)
+        k, kappa = k.to(r.dtype), kappa.to(r.dtype)  # autocast leaves products with weights in the weights' dtype
         r, k, v, alpha, log_decay = (self._heads(t) for t in (r, k, v, alpha, log_decay))
         removed = (kappa * alpha).neg_()  # in place: one tensor less
         o, S = self._recurrence(r, k, v, kappa, removed, log_decay, S, cu_seqlens)

@@ -153,6 +153,24 @@ def test_half_precision_trains_and_keeps_float32_weights(case, dtype):
             torch.testing.assert_close(stepped.float(), y.float(), atol=0.05, rtol=0.05)
 
 
+@pytest.mark.parametrize("case", CASES, ids=identify)
+def test_autocast(case):
+    torch.manual_seed(0)
+    mixer, options = case
+    mixer = ssmzoo.build_mixer(mixer, D_MODEL, **options).eval()
+    x = torch.randn(2, 9, D_MODEL)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = mixer(x)
+        if mixer.has_state and mixer.causal:
+            with torch.no_grad():
+                stepped = _steps(mixer, x, mixer.initial_state(2))
+            torch.testing.assert_close(stepped.float(), y.float(), atol=0.05, rtol=0.05)
+    expected = mixer(x)
+    assert (y.float() - expected).norm() < 0.05 * expected.norm()
+    y.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in mixer.parameters())
+
+
 def _steps(mixer, x, state):
     outputs = []
     for t in range(x.shape[1]):

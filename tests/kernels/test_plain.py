@@ -44,6 +44,31 @@ for way in ("deepcopy", "pickle", "inference_mode", "threads", "fork", "compile"
     assert verdict == matrix.FAULT + "another result", (way, verdict)
 """
 
+FIRST_USE = """
+import sys, threading
+import ssmkernels
+from ssmkernels import OPS
+
+sys.setswitchinterval(1e-6)
+together, faults = threading.Barrier(4), []
+
+def use_all():
+    for op in OPS.values():
+        for name in op.names:
+            together.wait()
+            try:
+                op.implementation(name)
+            except Exception as error:
+                faults.append(f"{op.name} {name}: {error}")
+
+threads = [threading.Thread(target=use_all) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert not faults, faults
+"""
+
 
 def python(*arguments):
     command = [sys.executable, "-W", "ignore", *arguments]
@@ -69,6 +94,11 @@ def test_what_is_forced_under_transforms_is_right_or_names_the_way_out(op, imple
         calls = Calls(op, spec_of(op))
         for way in ("vmap", "jvp", "grad", "double_backward"):
             assert not matrix.verdict(calls, way).startswith(matrix.FAULT), way
+
+
+def test_threads_that_use_an_implementation_first_at_the_same_time():
+    done = python("-c", FIRST_USE)
+    assert done.returncode == 0, done.stderr
 
 
 class Stub:

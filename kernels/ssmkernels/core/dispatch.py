@@ -34,6 +34,7 @@ LARGE_CALL = 2**20
 # Implementations that read a tensor's memory, unseen by PyTorch; all others are made of PyTorch's own operators.
 KERNELS = frozenset({"triton", "cpu"}) | EXTERNAL
 
+_loading = threading.RLock()  # an implementation's operators may be registered once only
 _explaining: list[int] = []  # threads that want an explanation instead of a result
 _warned: set[str] = set()
 
@@ -56,7 +57,9 @@ class Op:
         if name not in self.names:
             raise ValueError(unknown("implementation of " + self.name, name, self.names))
         if name not in self._loaded:
-            self._loaded[name] = load(self.declared, self.package, name, self.step)
+            with _loading:
+                if name not in self._loaded:
+                    self._loaded[name] = load(self.declared, self.package, name, self.step)
         return self._loaded[name]
 
     def why_not(self, name: str, a: Any = None) -> str:

@@ -138,6 +138,15 @@ def test_packed_sequences_and_gradients():
         ({"output_final_state": 1}, "`output_final_state`"),
         ({"cu_seqlens": torch.tensor([0.0, 21.0])}, "`cu_seqlens`"),
         ({"initial_state": torch.zeros(2, 4, 3, 5)}, "`initial_state`"),
+        *(
+            ({name: torch.zeros(shape, dtype=torch.int64)}, f"`{name}` must be float32 or .*; got int64")
+            for name, shape in {
+                "q": (2, 21, 2, 5),
+                "beta": (2, 21, 4),
+                "initial_state": (2, 4, 5, 3),
+                "A_log": 4,
+            }.items()
+        ),
     ],
 )
 def test_refusals(change, message):

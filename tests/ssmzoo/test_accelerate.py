@@ -216,6 +216,23 @@ def test_logits_and_gradients(family, how):
         close(f"the gradient of {name}", others[name], gradient)
 
 
+# transformers' own xLSTM mixes dtypes that PyTorch cannot multiply
+DTYPES = [(f, d) for f in MODELS for d in (torch.float64, torch.bfloat16) if (f, d) != ("xlstm", torch.bfloat16)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "dtype"), DTYPES, ids=str)
+def test_other_dtypes(family, dtype):
+    model, ids = made(family).to(dtype), torch.randint(1, 50, (2, 16))
+    options = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = model(ids, use_cache=False).logits
+    with only_ours(family):
+        found = model(ids, use_cache=False).logits
+        model.generate(ids, **options)
+    assert found.dtype == expected.dtype
+    assert (found - expected).norm() <= (0.08 if dtype == torch.bfloat16 else 1e-6) * expected.norm()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", CACHED)
 def test_prefill_further_tokens_and_single_ones(family):
@@ -369,6 +386,7 @@ def test_a_model_names_its_families():
         (["mamba", "nothing"], ValueError, r"unknown family: 'nothing'"),
         (3, TypeError, r"must be a model, a family's name, or several; got a int"),
         ([3], TypeError, r"names in `model_or_family` must be of type str; got 3"),
+        ([], ValueError, r"`model_or_family` must name at least one family, or be None for all; got none"),
     ],
 )
 def test_refusals(given, error, message):
@@ -376,6 +394,13 @@ def test_refusals(given, error, message):
     with pytest.raises(error, match=message):
         accelerate(given)
     assert sys.meta_path == before
+
+
+def test_no_with_block_after_restore():
+    running = accelerate("mamba")
+    running.restore()
+    with pytest.raises(RuntimeError, match="was restored before its `with` block"), running:
+        pass
 
 
 @torch.no_grad()

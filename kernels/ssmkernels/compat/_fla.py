@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ssmkernels import delta_rule, linear_attention, rms_norm
 from ssmkernels.compat._dtypes import INDICES, together
-from ssmkernels.core.validate import check_dtypes, check_options, check_shapes, precision
+from ssmkernels.core.validate import REAL, check_dtypes, check_options, check_shapes, precision
 
 FLAGS = (
     "output_final_state",
@@ -20,6 +20,7 @@ FLAGS = (
     "allow_neg_eigval",
     "state_v_first",
     "reverse",
+    "normalize",
 )
 Found = tuple[Tensor, Any]
 
@@ -88,6 +89,8 @@ def _check(a: Any, others: dict[str, tuple[Any, str]]) -> None:
         matrix, sums = a.initial_state
         states = {"initial_state[0]": (matrix, state), "initial_state[1]": (sums, "s 1 g k")}
     check_shapes(a.op, {**names, **given, **states}, ("q", "k", "v"))
+    numbers = {name: value for name, (value, _) in {**names, **given, **states}.items()}
+    check_dtypes(a.op, {**numbers, "A_log": _of(a, "A_log"), "dt_bias": _of(a, "dt_bias")}, REAL)
     check_options(a.op, "bool", **{name: getattr(a, name) for name in FLAGS if hasattr(a, name)})
     check_dtypes(a.op, {"cu_seqlens": a.cu_seqlens}, INDICES)
     for name, why in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import threading
 from collections import Counter
 from collections.abc import Iterable
 from types import ModuleType, TracebackType
@@ -20,6 +21,7 @@ from ssmzoo.screen import printable
 ALL = "*"  # the family that stands for all of them
 
 _in_use: Counter[str] = Counter()  # how many accelerations ask for each family
+_changing = threading.RLock()  # held while a module is given what _in_use says
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +52,10 @@ class Acceleration:
         self.families = sorted(families)
         self._asked = self.families if asked is None else [asked]
         self._active = True
-        _in_use.update(self._asked)
-        watch_imports(_refresh)
-        _refresh_all()
+        with _changing:
+            _in_use.update(self._asked)
+            watch_imports(_refresh)
+            _refresh_all()
 
     @property
     def rows(self) -> list[Row]:
@@ -64,15 +67,18 @@ class Acceleration:
 
         Where several accelerations ask for a family, it stays fast until the last of them ends.
         """
-        if not self._active:
-            return
-        self._active = False
-        _in_use.subtract(self._asked)
-        _refresh_all()
-        if not +_in_use:
-            forget_imports()
+        with _changing:
+            if not self._active:
+                return
+            self._active = False
+            _in_use.subtract(self._asked)
+            _refresh_all()
+            if not +_in_use:
+                forget_imports()
 
     def __enter__(self) -> Acceleration:
+        if not self._active:
+            raise RuntimeError("accelerate: this acceleration was restored before its `with` block; make another")
         return self
 
     def __exit__(
@@ -138,6 +144,8 @@ def accelerate(model_or_family: nn.Module | str | Iterable[str] | None = None) -
         kind = type(model_or_family).__name__
         raise TypeError(f"accelerate: `model_or_family` must be a model, a family's name, or several; got a {kind}")
     families = [model_or_family] if isinstance(model_or_family, str) else list(model_or_family)
+    if not families:
+        raise ValueError("accelerate: `model_or_family` must name at least one family, or be None for all; got none")
     for family in families:
         if not isinstance(family, str):
             told = printable(repr(family))
@@ -176,12 +184,13 @@ def _refresh_all() -> None:
 
 def _refresh(family: str, module: ModuleType) -> None:
     """Gives a module of transformers our functions if an acceleration asks for its family, else its own."""
-    wanted = _in_use[ALL] > 0 or _in_use[family] > 0
-    for lookup in lookups_of(module):
-        ours = supplied(lookup.package, lookup.function)
-        if wanted and ours is not None:
-            lookup.supply(ours.call)
-        else:
-            lookup.restore()
-    for method in methods_of(family, module):
-        method.replace() if wanted else method.restore()
+    with _changing:
+        wanted = _in_use[ALL] > 0 or _in_use[family] > 0
+        for lookup in lookups_of(module):
+            ours = supplied(lookup.package, lookup.function)
+            if wanted and ours is not None:
+                lookup.supply(ours.call)
+            else:
+                lookup.restore()
+        for method in methods_of(family, module):
+            method.replace() if wanted else method.restore()

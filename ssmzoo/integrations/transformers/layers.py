@@ -170,7 +170,9 @@ def weighted_key_values(original: Function) -> Function:
     ) -> tuple[Tensor, Any]:
         if key.device.type != "cpu" or key.shape[1] == 0:
             return cast(tuple[Tensor, Any], original(time_decay, time_first, key, value, state, return_state))
-        w, k, v = torch.exp(time_decay), key.float(), value.float()
+        wide = torch.promote_types(torch.float32, time_decay.dtype)
+        w, k, v = torch.exp(time_decay), key.to(wide), value.to(wide)
+        state = None if state is None else [part.to(wide) for part in state]
         before = torch.full_like(k[:, 0], -1e38) if state is None else state[2]
         m = _maxima(k.detach(), w.detach(), before.detach())  # (b l+1 d)
         a = torch.exp(m[:, :-1] - m[:, 1:] - w)

@@ -400,6 +400,7 @@ ERRORS = {
     "no B": (lambda r: {"B": None}, TypeError, "`B` must be a tensor"),
     "a flag": (lambda r: {"return_last_state": 1}, TypeError, "`return_last_state` must be bool"),
     "integers": (lambda r: {"D": torch.ones(4).int()}, TypeError, "`D` must be"),
+    "integers as inputs": (lambda r: {"u": torch.ones(2, 4, 9).int()}, TypeError, "`u` must be .*; got int32"),
 }
 
 
@@ -446,5 +447,7 @@ def test_errors_of_a_step(token, randn):
         selective_state_update(**made | {"x": randn(2, 3)})
     with pytest.raises(ValueError, match="`state` must have shape"):
         selective_state_update(**made | {"state": randn(2, 3)})
+    with pytest.raises(TypeError, match="`x` must be .*; got int64"):
+        selective_state_update(**made | {"x": made["x"].long()})
     with pytest.raises(TypeError, match="`state_batch_indices` must be int32 or int64"):
         selective_state_update(**made, state_batch_indices=torch.zeros(2))

@@ -104,6 +104,9 @@ def test_refusals():
         mamba_chunk_scan_combined(**arguments, chunk_size=4, return_varlen_states=True)
     with pytest.raises(ValueError, match=r"mamba_chunk_scan_combined: `dt_bias`.*\(3,\)"):
         mamba_chunk_scan_combined(**arguments | {"dt_bias": torch.ones(3)}, chunk_size=4)
+    for name in ("x", "dt", "B", "C"):
+        with pytest.raises(TypeError, match=f"`{name}` must be .*; got int64"):
+            mamba_chunk_scan_combined(**arguments | {name: arguments[name].detach().long()}, chunk_size=4)
 
 
 @pytest.mark.parametrize("rows", [None, torch.tensor([2, -1])])

@@ -11,7 +11,7 @@ from torch import Tensor
 from ssmkernels import causal_conv1d, rms_norm, selective_scan
 from ssmkernels.compat._again import Again
 from ssmkernels.compat._dtypes import beside, together
-from ssmkernels.core.validate import check_options, check_shapes, precision
+from ssmkernels.core.validate import REAL, check_dtypes, check_options, check_shapes, precision
 
 
 def scan(a: Any) -> Tensor | tuple[Tensor, Tensor]:
@@ -21,6 +21,7 @@ def scan(a: Any) -> Tensor | tuple[Tensor, Tensor]:
     others = {"D": (a.D, "d"), "z": (a.z, "b d l"), "delta_bias": (a.delta_bias, "d")}
     check_shapes(a.op, {"u": (a.u, "b d l"), **_shapes(a), **others}, ("B", "C"), **sizes)
     check_options(a.op, "bool", delta_softplus=a.delta_softplus, return_last_state=a.return_last_state)
+    check_dtypes(a.op, {"u": a.u, "delta": a.delta, "z": a.z}, REAL)
     dtype = together(a.u, a.delta, a.z)
     x = a.u.transpose(1, 2).to(dtype)
     y, last = selective_scan(

@@ -10,7 +10,7 @@ from torch import Tensor
 from ssmkernels import ssd, ssd_step
 from ssmkernels.compat._dtypes import beside, together
 from ssmkernels.compat._sequences import packed, placed, runs
-from ssmkernels.core.validate import check_options, check_shapes, precision
+from ssmkernels.core.validate import REAL, check_dtypes, check_options, check_shapes, precision
 
 
 def chunk_scan(a: Any) -> Tensor | tuple[Tensor, ...]:
@@ -34,8 +34,9 @@ def chunk_scan(a: Any) -> Tensor | tuple[Tensor, ...]:
     )
     flags = ("dt_softplus", "return_final_states", "return_varlen_states")
     check_options(a.op, "bool", **{name: getattr(a, name) for name in flags})
-    dtype = together(a.x, a.dt, a.B, a.C, a.z)
     timed: dict[str, Any] = {"x": a.x, "dt": a.dt, "B": a.B, "C": a.C, "z": a.z}
+    check_dtypes(a.op, {**timed, "initial_states": a.initial_states}, REAL)
+    dtype = together(*timed.values())
     timed = {name: None if t is None else t.to(dtype) for name, t in timed.items()}
     x, wide = timed["x"], precision(timed["x"])
     state = None if a.initial_states is None else a.initial_states.to(wide)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ssmkernels import selective_scan, selective_scan_step
 from ssmkernels.compat._dtypes import INDICES, beside, together
 from ssmkernels.compat._ssd import head_step, heads_alone
-from ssmkernels.core.validate import check_dtypes, check_options, check_shapes
+from ssmkernels.core.validate import REAL, check_dtypes, check_options, check_shapes
 from ssmkernels.core.written import gradient_wanted
 
 
@@ -41,6 +41,7 @@ def update(a: Any) -> Tensor:
     )
     check_options(a.op, "bool", dt_softplus=a.dt_softplus)
     check_dtypes(a.op, {"state_batch_indices": a.state_batch_indices}, INDICES)
+    check_dtypes(a.op, {"x": a.x, "dt": a.dt, "z": a.z}, REAL)
     g = sizes.get("g", 1)
     if g == 0 or heads % g:
         raise ValueError(f"{a.op}: the {g} groups of `B` and `C` must divide the {heads} heads of `state`")

@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ssmkernels import OPS
+from ssmkernels.check.spec import spec_of
 from ssmkernels.core.names import unknown
 from ssmkernels.core.packing import pad, spans
 from ssmkernels.core.validate import (
@@ -178,3 +180,17 @@ def test_options(kind, good, bad):
     for value in bad:
         with pytest.raises(TypeError, match=f"^toy: `size` must be {kind}; got {type(value).__name__}$"):
             check_options("toy", kind, size=value)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.parametrize("op", OPS)
+def test_nested_tensors_are_refused_by_name(op, layout):
+    spec = spec_of(op)
+    arguments = spec.inputs(spec.case({}), torch.float32, "cpu", 0)
+    spec.function()(**arguments)
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor):
+            nested = torch.nested.nested_tensor([value, value], layout=layout)
+            with pytest.raises(TypeError, match=f"{op}: `{name}` must be a dense tensor; got"):
+                spec.function()(**arguments | {name: nested})

@@ -16,14 +16,14 @@ def once(check: Callable[..., None], *arguments: Any) -> None:
     """
     if torch.compiler.is_compiling():
         return check(*arguments)
-    key = (
-        check,
-        *[(a.shape, a.dtype, a.layout, a.device) if isinstance(a, Tensor) else (type(a), a) for a in arguments],
-    )
     try:
+        key = (
+            check,
+            *[(a.shape, a.dtype, a.layout, a.device) if isinstance(a, Tensor) else (type(a), a) for a in arguments],
+        )
         if key in _passed:
             return None
-    except TypeError:  # an argument that cannot be hashed, which is none that passes
+    except (TypeError, RuntimeError):  # an argument without hash, or a nested tensor without shape: none that passes
         return check(*arguments)
     check(*arguments)
     if not all(isinstance(a, _LIGHT) for a in arguments):  # the record would keep an object such as a mask alive

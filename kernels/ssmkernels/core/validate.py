@@ -38,7 +38,7 @@ def check_shapes(
         The size of every letter. A letter means the same in every argument.
 
     Raises:
-        TypeError: an argument is no tensor, or a sparse one.
+        TypeError: an argument is no tensor, or a sparse or nested one.
         ValueError: an argument has another shape or lies on another device.
     """
     device, axes = None, None
@@ -47,8 +47,9 @@ def check_shapes(
             continue
         if not isinstance(value, Tensor):
             raise TypeError(f"{op}: `{name}` must be a tensor of shape {pretty(shape)}; got {type(value).__name__}")
-        if value.layout is not torch.strided:
-            raise TypeError(f"{op}: `{name}` must be a dense tensor; got layout {value.layout}")
+        if value.layout is not torch.strided or value.is_nested:
+            kind = "a nested one" if value.is_nested else f"layout {value.layout}"
+            raise TypeError(f"{op}: `{name}` must be a dense tensor; got {kind}")
         axes = value.ndim if axes is None else axes
         fitting = [letters for letters in expanded(shape, axes) if len(letters) == value.ndim]
         if not any(learn(letters, value.shape, sizes) for letters in fitting):

@@ -88,8 +88,8 @@ class GatedDeltaNet(DeltaMixer):
         return super().mix(x, state, cu_seqlens)
 
     def _in_one_call(self, x: Tensor) -> bool:
-        modules = self._modules
-        return in_one_call(x, *(modules[name] for name in MAPS), norm=modules["o_norm"])
+        maps = [self._modules[name] for name in MAPS]
+        return in_one_call(x, *maps, norm=self._modules["o_norm"]) and all(m is None or m.bias is None for m in maps)
 
     def _whole_step(self, x: Tensor, state: DeltaState) -> Tensor:
         """One token of the layer in one call, which gives the same: (b 1 d_model) → (b 1 d_model)."""

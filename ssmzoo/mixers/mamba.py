@@ -243,9 +243,8 @@ class Mamba(Mixer):
     def _may_step(self, x: Tensor) -> bool:
         """Whether :func:`ssmkernels.mamba_step` may compute the whole layer."""
         m = self._modules
-        return self.bcdt_norm != "weighted" and in_one_call(
-            x, m["in_proj"], m["conv1d"], m["x_proj"], m["dt_proj"], m["out_proj"]
-        )
+        maps = (m[name] for name in ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj"))
+        return self.bcdt_norm != "weighted" and in_one_call(x, *maps) and self.x_proj.bias is None
 
     def _step(self, x: Tensor, state: MambaState) -> Tensor:
         in_proj, conv1d, dt_proj, out_proj = self.in_proj, self.conv1d, self.dt_proj, self.out_proj

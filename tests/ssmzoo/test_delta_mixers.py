@@ -226,16 +226,3 @@ def test_refusals(name, options, words):
     with pytest.raises(ValueError, match="must") as error:
         ssmzoo.build_mixer(name, D_MODEL, **options)
     assert words in str(error.value)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", [*"qkvgbao", "q_conv", "v_conv"])
-def test_a_bias_that_came_later_counts_in_single_steps(name):
-    mixer, x = build("gated_deltanet", n_heads=2, head_dim=6), torch.randn(2, 3, D_MODEL, dtype=torch.float64)
-    layer = mixer.get_submodule(f"{name}1d" if "conv" in name else f"{name}_proj")
-    layer.bias = nn.Parameter(torch.randn(layer.weight.shape[0], dtype=torch.float64))
-    state, found = mixer.initial_state(2), []
-    for t in range(3):
-        y, state = mixer(x[:, t : t + 1], state)
-        found.append(y)
-    torch.testing.assert_close(torch.cat(found, dim=1), mixer(x))

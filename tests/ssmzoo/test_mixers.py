@@ -179,6 +179,21 @@ def _steps(mixer, x, state):
     return torch.cat(outputs, dim=1)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ssmzoo.list_mixers())
+def test_biases_that_maps_were_given_later_count_in_single_steps(name):
+    torch.manual_seed(0)
+    mixer = ssmzoo.build_mixer(name, D_MODEL, **NEEDED.get(name, {})).double().eval()
+    x = torch.randn(1, 3, D_MODEL, dtype=torch.float64)
+    if not (mixer.has_state and mixer.causal):
+        return
+    for layer in mixer.modules():
+        if isinstance(layer, torch.nn.Linear | torch.nn.Conv1d) and layer.bias is None:
+            layer.bias = torch.nn.Parameter(torch.randn(len(layer.weight), dtype=torch.float64))
+            torch.testing.assert_close(_steps(mixer, x, mixer.initial_state(1)), mixer(x))
+            layer.bias = None
+
+
 # PyTorch's compiler refuses PyTorch's own recurrent networks.
 COMPILED = [case for case in CASES if case[0] not in ("lstm", "gru") and "lstm" not in str(case[1])]
 

@@ -59,23 +59,27 @@ def from_pth(weights: dict[str, Tensor], source: str) -> tuple[ModelConfig, dict
         ValueError: they are not those of an RWKV-7.
     """
     try:
-        config = ModelConfig.from_dict(_config(weights), source)
-    except (KeyError, IndexError) as error:
-        raise ValueError(f"{source} must hold the weights of an RWKV-7; the tensor {error} is missing") from None
+        found = _config(weights)
+    except ValueError as error:
+        raise ValueError(f"{source} must hold the weights of an RWKV-7; {error}") from None
+    config = ModelConfig.from_dict(found, source)
     return config, renamed(weights, RULES, "RWKV-7")
 
 
 def _config(weights: dict[str, Tensor]) -> dict[str, Any]:
     """By the shapes of weights."""
-    vocab_size, d_model = weights["emb.weight"].shape
-    layers = 1 + max((int(match[1]) for name in weights if (match := re.match(BLOCK, name))), default=-1)
+    vocab_size, d_model = _sizes(weights, "emb.weight", 2)
+    blocks = {int(match[1]) for name in weights if (match := re.match(BLOCK, name))}
+    layers = len(blocks)
+    if blocks != set(range(layers)):
+        raise ValueError(f"blocks must be numbered from 0 without gaps; got {layers} of them up to {max(blocks)}")
     last = f"blocks.{layers - 1}."
     ranks = {
-        f"{ours}_low_rank_dim": weights[f"{last}att.{theirs}1"].shape[1]
+        f"{ours}_low_rank_dim": _sizes(weights, f"{last}att.{theirs}1", 2)[1]
         for theirs, ours in LORAS.items()
         if theirs != "v" or layers > 1
     }
-    first = {"kind": "rwkv7", "head_dim": weights["blocks.0.att.r_k"].shape[1], **ranks}
+    first = {"kind": "rwkv7", "head_dim": _sizes(weights, "blocks.0.att.r_k", 2)[1], **ranks}
     later = {**first, "value_residual": True}
     first.pop("v_low_rank_dim", None)
     return {
@@ -83,9 +87,18 @@ def _config(weights: dict[str, Tensor]) -> dict[str, Any]:
         "n_layers": layers,
         "pattern": ["first", *["rwkv7"] * (layers - 1)],
         "mixers": {"first": first} | ({"rwkv7": later} if layers > 1 else {}),
-        "mlp": {"kind": "rwkv7", "d_intermediate": weights["blocks.0.ffn.key.weight"].shape[0]},
+        "mlp": {"kind": "rwkv7", "d_intermediate": _sizes(weights, "blocks.0.ffn.key.weight", 2)[0]},
         "vocab_size": vocab_size,
         "tie_embeddings": False,
         "norm": "layer",
         "embedding_norm": True,
     }
+
+
+def _sizes(weights: dict[str, Tensor], name: str, axes: int) -> list[int]:
+    """The shape of a tensor that must be there, with so many axes."""
+    if name not in weights:
+        raise ValueError(f"the tensor {name!r} is missing")
+    if weights[name].ndim != axes:
+        raise ValueError(f"{name} must have {axes} axes; got shape {tuple(weights[name].shape)}")
+    return list(weights[name].shape)

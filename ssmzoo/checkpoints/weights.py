@@ -38,9 +38,25 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is damaged or incomplete ({line(error)}): copy it again, or use another") from None
     except Exception as error:  # torch.load raises whatever its parsers do
         raise ValueError(f"{path} is damaged, or holds more than weights ({line(error)})") from None
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+    if not isinstance(found, dict):
         raise ValueError(f"{path} must hold a dictionary of tensors; got {type(found).__name__}")
+    for name, value in found.items():
+        if strange := _strange(name, value):
+            raise ValueError(f"{path} must hold a dictionary of tensors; got {strange} at {name!r:.100}")
     return found
+
+
+def _strange(name: object, value: object) -> str | None:
+    """What stands in a file of weights where a tensor with its numbers should, or None."""
+    if not isinstance(name, str):
+        return f"a name of type {type(name).__name__}"
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    if value.is_meta:
+        return "a tensor without data"
+    if value.layout != torch.strided or value.is_quantized:
+        return f"a {'quantised' if value.is_quantized else 'sparse'} tensor"
+    return None
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

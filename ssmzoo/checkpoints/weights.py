@@ -37,7 +37,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or incomplete ({line(error)}): copy it again, or use another") from None
     except Exception as error:  # torch.load raises whatever its parsers do
-        raise ValueError(f"{path} is damaged, or holds more than weights ({line(error)})") from None
+        reason = line(error)
+        if "weights_only" in reason:  # PyTorch's advice is to load it without that, which would run what it holds
+            reason = "its pickle asks for more than tensors"
+        raise ValueError(f"{path} is damaged, or holds more than weights ({reason})") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold a dictionary of tensors; got {type(found).__name__}")
     for name, value in found.items():

@@ -199,7 +199,7 @@ def test_a_pickle_with_code_in_it_is_not_run(tmp_path):
 
     original_checkpoint(tiny(), tmp_path)
     torch.save({"backbone.norm_f.weight": Evil()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="damaged, or holds more than weights"):
+    with pytest.raises(ValueError, match=r"damaged, or holds more than weights \((?!.*weights_only)"):
         pretrained.load(tmp_path)
     assert not (tmp_path / "ran").exists()
 

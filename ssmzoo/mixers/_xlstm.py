@@ -47,4 +47,5 @@ def may_step(x: Tensor) -> bool:
 @torch.no_grad()
 def small_init(weight: Tensor, d: int) -> None:
     """Normal of standard deviation √(2 / 5d) (Nguyen and Salazar 2019, arXiv 1910.05895)."""
-    nn.init.normal_(weight, std=math.sqrt(2 / (5 * d)))
+    if not weight.is_meta:  # where a draw would import PyTorch's compiler
+        nn.init.normal_(weight, std=math.sqrt(2 / (5 * d)))

@@ -107,9 +107,12 @@ def headlines(words: list[str]) -> str:
             (ours,) = (row for row in timed if row["pass"] == work and row["role"] == "ours")
             peers = [row for row in timed if row["pass"] == work and row["role"] == "peer"]
             others = ", ".join(f"{row['implementation']} {ratio(float(row['ratio_to_ours']))}" for row in peers)
-            lines.append([f"{word}, {work}", ratio(float(ours["ratio_to_limit"])), others])
+            limit = ours["ratio_to_limit"]
+            lines.append([f"{word}, {work}", ratio(float(limit)) if limit else "", others])
         notes.setdefault(f"{timed[0]['shape']}; {machine(timed[0])}", []).append(word)
     columns = ["what", "our time over the limit", "time of others over ours"]
+    if not any(line[1] for line in lines):  # contests without a limit
+        columns, lines = [columns[0], columns[2]], [[line[0], line[2]] for line in lines]
     below = "\n".join(f"- {', '.join(names)}: {note}" for note, names in notes.items())
     return f"{markdown_table(columns, lines, columns[1:2])}\n\n{below}\n"
 

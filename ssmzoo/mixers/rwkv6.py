@@ -14,7 +14,7 @@ Glossary: b batch, l length, d: d_model, h: n_heads, k and v channels of a head'
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from einops import einsum
@@ -176,7 +176,7 @@ class RWKV6(Mixer):
         low = self.x_proj[1](self.x_proj[0](x, delta)).unflatten(-1, (len(INPUTS), self.rank))  # (b l 5 rank)
         high = self.x_proj[2]
         if is_plain(high):
-            weight = self.get_parameter("x_proj.2.weight").unflatten(-1, (len(INPUTS), self.rank))
+            weight = cast(Tensor, high.weight).unflatten(-1, (len(INPUTS), self.rank))
             return einsum(low, weight, "b l i r, d i r -> b l i d") + self.x_bias
         apart = low[..., None, :] * torch.eye(len(INPUTS), dtype=low.dtype, device=low.device)[..., None]
         return high(apart.flatten(-2)) + self.x_bias

@@ -152,7 +152,7 @@ class RWKV7(ValueResidualMixer):
         depth, height = layer / max(n_layers - 1, 1), 1 - layer / n_layers
         channel = torch.arange(d, dtype=torch.float64, device=self.r_k.device)
         for name, power in zip(SHIFTS, (0.2, 0.9, 0.7, 0.7, 0.9, 0.2), strict=True):
-            self.get_parameter(f"x_{name}").copy_(1 - (channel / d) ** (power * height))
+            getattr(self, f"x_{name}").copy_(1 - (channel / d) ** (power * height))
         place = channel / max(d - 1, 1)
         linear = place - 0.5
         zigzag = (channel % n - (n - 1) / 2) / max((n - 1) / 2, 1)
@@ -186,7 +186,7 @@ class RWKV7(ValueResidualMixer):
         before, S = (None, None) if state is None else (state.shift, state.S)
         previous, last = token_shift(x, before, cu_seqlens)
         shift = previous - x
-        x_r, x_w, x_k, x_v, x_a, x_g = (torch.addcmul(x, shift, self.get_parameter(f"x_{name}")) for name in SHIFTS)
+        x_r, x_w, x_k, x_v, x_a, x_g = (torch.addcmul(x, shift, getattr(self, f"x_{name}")) for name in SHIFTS)
         r, k, v = self.r_proj(x_r), self.k_proj(x_k), self.v_proj(x_v)
         own = v
         w, a = (self.get_submodule(f"{name}_lora")(shifted) for name, shifted in (("w", x_w), ("a", x_a)))

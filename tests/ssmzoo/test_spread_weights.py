@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import ssmzoo
+from ssmzoo.lower_bounds import bounded
 
 PROGRAM = Path(__file__).with_name("sharded_models.py")
 SHARED = runpy.run_path(str(PROGRAM))
@@ -30,8 +31,10 @@ def offloaded(model, tmp_path):
 
 
 def dispatched(model, tmp_path):
-    """A layer's weights on the disk, the rest in place."""
+    """A layer's weights on the disk, the rest in place; both layers' where they share one, which has one place."""
     places = dict.fromkeys(("embedding", "layers.1", "norm_f", "lm_head"), "cpu") | {"layers.0": "disk"}
+    if bounded(block.mixer for block in model.blocks):
+        places["layers.1"] = "disk"
     return accelerate().dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
 
 

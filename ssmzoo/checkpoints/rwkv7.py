@@ -72,7 +72,7 @@ def _config(weights: dict[str, Tensor]) -> dict[str, Any]:
     blocks = {int(match[1]) for name in weights if (match := re.match(BLOCK, name))}
     layers = len(blocks)
     if blocks != set(range(layers)):
-        raise ValueError(f"blocks must be numbered from 0 without gaps; got {layers} of them up to {max(blocks)}")
+        raise ValueError(f"`blocks.N` must be numbered from 0 without gaps; got {layers} of them up to {max(blocks)}")
     last = f"blocks.{layers - 1}."
     ranks = {
         f"{ours}_low_rank_dim": _sizes(weights, f"{last}att.{theirs}1", 2)[1]
@@ -98,7 +98,7 @@ def _config(weights: dict[str, Tensor]) -> dict[str, Any]:
 def _sizes(weights: dict[str, Tensor], name: str, axes: int) -> list[int]:
     """The shape of a tensor that must be there, with so many axes."""
     if name not in weights:
-        raise ValueError(f"the tensor {name!r} is missing")
+        raise ValueError(f"the tensor `{name}` is missing")
     if weights[name].ndim != axes:
-        raise ValueError(f"{name} must have {axes} axes; got shape {tuple(weights[name].shape)}")
+        raise ValueError(f"`{name}` must have {axes} axes; got shape {tuple(weights[name].shape)}")
     return list(weights[name].shape)

@@ -284,10 +284,10 @@ def test_the_authors_own_files(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"emb.weight": torch.zeros(50)}, r"emb.weight must have 2 axes; got shape \(50,\)"),
-        ({"blocks.0.att.r_k": torch.zeros(24)}, r"blocks.0.att.r_k must have 2 axes; got shape \(24,\)"),
-        ({"blocks.2.att.g1": torch.zeros(24)}, r"blocks.2.att.g1 must have 2 axes; got shape \(24,\)"),
-        ({"blocks.0.ffn.key.weight": torch.zeros(())}, r"blocks.0.ffn.key.weight must have 2 axes; got shape \(\)"),
+        ({"emb.weight": torch.zeros(50)}, r"emb.weight` must have 2 axes; got shape \(50,\)"),
+        ({"blocks.0.att.r_k": torch.zeros(24)}, r"blocks.0.att.r_k` must have 2 axes; got shape \(24,\)"),
+        ({"blocks.2.att.g1": torch.zeros(24)}, r"blocks.2.att.g1` must have 2 axes; got shape \(24,\)"),
+        ({"blocks.0.ffn.key.weight": torch.zeros(())}, r"blocks.0.ffn.key.weight` must have 2 axes; got shape \(\)"),
         ({f"blocks.{10**9}.att.{x}1": torch.zeros(24, 4) for x in "wavg"}, "without gaps; got 4 of them up to 1000000"),
         ({"emb.weight": torch.zeros(50, 24).to_sparse()}, "a sparse tensor at 'emb.weight'"),
         ({"emb.weight": torch.zeros(50, 24, device="meta")}, "a tensor without data at 'emb.weight'"),

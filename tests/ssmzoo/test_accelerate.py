@@ -13,9 +13,11 @@ import torch
 from parity import close, randomise
 
 from ssmzoo.integrations.transformers import accelerate
+from ssmzoo.integrations.transformers.functions import selective_scan_fn
 from ssmzoo.integrations.transformers.imports import loaded
 from ssmzoo.integrations.transformers.lookups import lookups_of, published
 from ssmzoo.integrations.transformers.methods import METHODS
+from ssmzoo.integrations.transformers.scope import Scope, entered
 
 transformers = pytest.importorskip("transformers", reason="needs transformers, whose models run here")
 pytestmark = pytest.mark.mixer()
@@ -298,6 +300,30 @@ def test_packed_sequences_train(family, checkpointed):
         close(f"the gradient of {name}", model.get_parameter(name).grad, gradient)
 
 
+@torch.no_grad()
+def test_packed_rows_give_and_take_the_states_at_their_ends():
+    """The first scan of a layer, told what a layer of transformers knows: a state, and two sequences in each row."""
+    torch.manual_seed(0)
+    u, delta, z = torch.randn(3, 2, 4, 9)
+    B, C = torch.randn(2, 2, 5, 9)
+    A, state = -torch.rand(4, 5), torch.randn(2, 4, 5)
+    seq_idx = torch.tensor([[0] * 4 + [1] * 5, [3] * 7 + [2] * 2])
+    with entered(Scope([state], seq_idx)):
+        y, last = selective_scan_fn(u, delta.abs(), A, B, C, None, z, return_last_state=True)
+    for row, cut in enumerate((4, 7)):
+        parts = []
+        for time, before in ((slice(0, cut), [state[row : row + 1]]), (slice(cut, 9), [])):
+            given = [t[row : row + 1, :, time] for t in (u, delta.abs(), B, C, z)]
+            with entered(Scope(before)):
+                part, end = selective_scan_fn(*given[:2], A, *given[2:4], None, given[4], return_last_state=True)
+            parts.append(part)
+        torch.testing.assert_close(y[row : row + 1], torch.cat(parts, dim=2))
+        torch.testing.assert_close(last[row : row + 1], end)
+    again = Scope(seq_idx=torch.tensor([[0, 1, 0, 0, 0, 0, 0, 0, 0]] * 2))
+    with entered(again), pytest.raises(ValueError, match="`seq_idx`, row 0, number 0 stops after position 0"):
+        selective_scan_fn(u, delta.abs(), A, B, C)
+
+
 def state_of_everything():
     """What the wrappers of all loaded families hold, and the methods of their layers."""
     cells = [
@@ -339,6 +365,7 @@ def test_families_imported_later(tmp_path):
         import sys
         import torch
         from ssmzoo.integrations.transformers import accelerate
+from ssmzoo.integrations.transformers.functions import selective_scan_fn
 
         running = accelerate("mamba")
         assert "transformers.models.mamba.modeling_mamba" not in sys.modules

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ssmkernels import causal_conv1d, causal_conv1d_step
 from ssmkernels.compat._dtypes import INDICES, beside
-from ssmkernels.compat._sequences import packed, placed, runs
+from ssmkernels.compat.sequences import packed, placed, runs
 from ssmkernels.core.validate import check_dtypes, check_options, check_shapes, precision
 from ssmkernels.core.written import gradient_wanted
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ssmkernels import ssd, ssd_step
 from ssmkernels.compat._dtypes import beside, together
-from ssmkernels.compat._sequences import packed, placed, runs
+from ssmkernels.compat.sequences import packed, placed, runs
 from ssmkernels.core.validate import REAL, check_dtypes, check_options, check_shapes, precision
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ssmkernels import selective_scan
 from ssmkernels.compat import causal_conv1d, fla, mamba_ssm
+from ssmkernels.compat.sequences import packed, placed, runs
 from ssmzoo.integrations.transformers.scope import current
 
 
@@ -68,11 +69,12 @@ def selective_scan_fn(
         return mamba_ssm.selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
     x, delta, B, C = (t.transpose(1, 2) for t in (u, delta, B, C))  # (b l d), (b l n)
     z = None if z is None else z.transpose(1, 2)
-    shape, borders = x.shape, scope.borders()
-    if borders is not None:
-        x, delta, B, C = (t.reshape(1, -1, t.shape[-1]) for t in (x, delta, B, C))
-        z = None if z is None else z.reshape(1, -1, z.shape[-1])
-        state = None  # a batch of sequences that are packed is not one that goes on
+    shape, run, cu_seqlens = x.shape, None, None
+    state = None if state is None else state.to(A.dtype)
+    if scope.seq_idx is not None:
+        run, cu_seqlens = runs("selective_scan_fn", scope.seq_idx)
+        state = placed(state, run, len(cu_seqlens) - 1)
+        x, delta, B, C, z = (packed(t) for t in (x, delta, B, C, z))
     y, last = selective_scan(
         x,
         delta.to(x.dtype),
@@ -83,12 +85,14 @@ def selective_scan_fn(
         z,
         delta_bias,
         delta_softplus,
-        initial_state=None if state is None else state.to(A.dtype),
+        initial_state=state,
         return_final_state=True,
-        cu_seqlens=borders,
+        cu_seqlens=cu_seqlens,
     )
     y = y.view(shape).transpose(1, 2)
-    return (y, last) if return_last_state else y
+    if not return_last_state:
+        return y
+    return y, last if run is None else last[run[:, -1]]
 
 
 def unfused(*args: Any, **kwargs: Any) -> None:

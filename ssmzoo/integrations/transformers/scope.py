@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Iterator
 from contextvars import ContextVar
 
-import torch
 from torch import Tensor
 
 
@@ -25,15 +24,6 @@ class Scope:
 
     def next_state(self) -> Tensor | None:
         return self.states.pop(0) if self.states else None
-
-    def borders(self) -> Tensor | None:
-        """Where sequences begin if all rows are packed one after another: int32 ``(s + 1)``."""
-        if self.seq_idx is None:
-            return None
-        first = torch.ones_like(self.seq_idx, dtype=torch.bool)
-        first[:, 1:] = self.seq_idx[:, 1:] != self.seq_idx[:, :-1]
-        starts = first.flatten().nonzero().flatten()
-        return torch.cat([starts, starts.new_tensor([first.numel()])]).to(torch.int32)
 
 
 _scope: ContextVar[Scope | None] = ContextVar("scope", default=None)

@@ -365,7 +365,6 @@ def test_families_imported_later(tmp_path):
         import sys
         import torch
         from ssmzoo.integrations.transformers import accelerate
-from ssmzoo.integrations.transformers.functions import selective_scan_fn
 
         running = accelerate("mamba")
         assert "transformers.models.mamba.modeling_mamba" not in sys.modules

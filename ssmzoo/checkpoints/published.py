@@ -1,6 +1,6 @@
 """Published checkpoints: ``config.json``, the names of weights, and shards.
 
-Mamba, Falcon Mamba and Mamba-2 are here; the hybrids have a file each in :mod:`ssmzoo.checkpoints.families`.
+Mamba, Falcon Mamba, Mamba-2 and Mamba-3 are here; the hybrids have a file each in :mod:`ssmzoo.checkpoints.families`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ssmzoo.checkpoints.families import family, list_families
@@ -21,6 +22,7 @@ from ssmzoo.config import ModelConfig
 from ssmzoo.config.entries import reachable
 
 FILES = ("model.safetensors", "pytorch_model.bin")
+MLP_MULTIPLE = 128  # state-spaces rounds the width of an MLP up to a multiple of it
 
 
 def published_config(path: Path) -> ModelConfig:
@@ -39,7 +41,7 @@ def published_config(path: Path) -> ModelConfig:
         raise ValueError(f"{path}: the key {error} is missing") from None
     if values is None:
         raise ValueError(
-            f"{path} describes none of Mamba, Falcon Mamba, Mamba-2 and {', '.join(list_families())}: "
+            f"{path} describes none of Mamba, Falcon Mamba, Mamba-2, Mamba-3 and {', '.join(list_families())}: "
             "other published architectures cannot be loaded"
         )
     return ModelConfig.from_dict({"pattern": list(values["mixers"]), **values}, str(path))
@@ -76,14 +78,16 @@ def _number(value: dict[str, Any]) -> Any:
 
 def _from_state_spaces(given: Mapping[str, Any]) -> dict[str, Any] | None:
     mixer = dict(given.get("ssm_cfg") or {})
-    kind = {"Mamba1": "mamba", "Mamba2": "mamba2"}.get(mixer.pop("layer", "Mamba1"))
-    if kind is None or given.get("d_intermediate"):
+    kind = {"Mamba1": "mamba", "Mamba2": "mamba2", "Mamba3": "mamba3"}.get(mixer.pop("layer", "Mamba1"))
+    if kind is None:
         return None
     at = given.get("attn_layer_idx") or ()
     mixers = {kind: mixer} | ({"attention": _attention_options(given["attn_cfg"], given["d_model"])} if at else {})
     for name in ("use_fast_path", "use_mem_eff_path", "chunk_size"):  # which of their kernels runs, and how
         mixer.pop(name, None)
+    inside = -(-given.get("d_intermediate", 0) // MLP_MULTIPLE) * MLP_MULTIPLE
     return {
+        **({"mlp": {"kind": "swiglu", "d_intermediate": inside}} if inside else {}),
         "d_model": given["d_model"],
         "n_layers": given["n_layer"],
         "pattern": ["attention" if i in at else kind for i in range(given["n_layer"])] if at else [kind],
@@ -171,7 +175,9 @@ def _mamba2_options(given: Mapping[str, Any], d_model: int) -> dict[str, Any]:
 
 
 def convert_mamba_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Renames the weights of a published Mamba or Mamba-2 to ours; the tensors are the same.
+    """Renames the weights of a published Mamba, Mamba-2 or Mamba-3 to ours; most tensors are the same.
+
+    The maps of attention and of an MLP, which lie side by side in one tensor, are taken apart or change their places.
 
     Args:
         state_dict: of a state-spaces checkpoint (``backbone.embedding.weight``), or of transformers'
@@ -192,14 +198,24 @@ def convert_mamba_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tens
         raise ValueError(
             f"convert_mamba_state_dict: `state_dict` holds weights that are none of Mamba: {some(strange)}"
         )
-    return _attention_apart(converted)
+    return _gate_first(_attention_apart(converted))
+
+
+def _gate_first(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The input maps of state-spaces' MLPs, whose second half is the gate; in ours the first half is."""
+    for name in list(weights):
+        if re.fullmatch(r"layers\.\d+\.mlp\.fc1\.weight", name):
+            value, gate = weights[name].chunk(2)
+            weights[name] = torch.cat([gate, value])
+    return weights
 
 
 def _attention_apart(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The one input map of attention in state-spaces' hybrids, cut into queries, keys and values."""
     for name in list(weights):
         match = re.fullmatch(r"(layers\.\d+\.mixer\.)in_proj\.(weight|bias)", name)
-        if match and f"{match[1]}A_log" not in weights and f"{match[1]}out_proj.weight" in weights:
+        recurrent = match and any(f"{match[1]}{name}" in weights for name in ("A_log", "dt_bias"))
+        if match and not recurrent and f"{match[1]}out_proj.weight" in weights:
             parts = weights.pop(name).chunk(3)
             weights |= {f"{match[1]}{x}_proj.{match[2]}": part for x, part in zip("qkv", parts, strict=True)}
     return weights

@@ -95,6 +95,10 @@ class Mixer(KeepsFloat32, KeepsTies):
         """FLOPs a token, forward, at ``context`` tokens, beyond two for each weight of its linear maps."""
         return 0.0
 
+    def matrices(self) -> list[Tensor]:
+        """The matrices (out, in) that every token passes besides those of linear maps, for their time as a limit."""
+        return []
+
     def forward(
         self, x: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None
     ) -> Tensor | tuple[Tensor, State]:

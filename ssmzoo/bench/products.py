@@ -1,4 +1,4 @@
-"""What no layer can do without, alone: the matrix products of its linear maps, and S4's convolution beside them."""
+"""What no layer can do without, alone: its matrix products with weights, and S4's convolution beside them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WITH_CONVOLUTION = "matrix products and FFT convolution"
 
 
 def weights_of(module: nn.Module) -> list[Tensor]:
-    """The matrices (out, in) that each token passes: of every linear map, and of PyTorch's recurrent networks.
+    """The matrices (out, in) that each token passes: of linear maps, of PyTorch's recurrent networks, mixers' own.
 
     In a model, a mixer that several layers share counts as often as it is used.
     """
@@ -34,6 +34,8 @@ def weights_of(module: nn.Module) -> list[Tensor]:
             found.append(part.weight.detach())
         elif isinstance(part, nn.RNNBase):
             found += [p.detach() for name, p in part.named_parameters() if name.startswith("weight")]
+        elif isinstance(part, Mixer):
+            found += part.matrices()
     return found
 
 

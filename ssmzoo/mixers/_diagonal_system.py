@@ -79,19 +79,24 @@ class DiagonalSystem(Mixer):
         ways = 2 if self.bidirectional else 1
         return self.n * (4 * self.d_model * (1 + ways) + 8 * ways)
 
+    @torch.no_grad()
+    def matrices(self) -> list[Tensor]:
+        _, B, ways = self.system()
+        dtype = self.like().dtype
+        return [_input_map(B).to(dtype), *(_output_map(C).to(dtype) for C in ways)]
+
     def mix(
         self, x: Tensor, state: DiagonalState | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, DiagonalState | None]:
         decay, B, ways = self.system()
         wide = decay.real.dtype
-        maps = torch.view_as_real(B.resolve_conj()).transpose(1, 2).flatten(0, 1)  # (2n d), real and imaginary rows
-        inputs = linear(x, maps.to(x.dtype)).to(wide)
+        inputs = linear(x, _input_map(B).to(x.dtype)).to(wide)
         inputs = torch.view_as_complex(inputs.unflatten(-1, (self.n, 2)))  # (b l n)
 
         def outputs(h: Tensor, C: Tensor) -> Tensor:
             """h (b l n) → Re(C h), (b l d)."""
             parts = torch.view_as_real(h).flatten(-2).to(x.dtype)
-            return linear(parts, torch.stack([C.real, -C.imag], dim=-1).flatten(1).to(x.dtype))
+            return linear(parts, _output_map(C).to(x.dtype))
 
         if len(ways) == 1:
             found = linear_recurrence(
@@ -121,6 +126,16 @@ class DiagonalSystem(Mixer):
         gate = torch.sigmoid(self.out2(after))
         value = y if self.activation == "half_glu2" else after
         return self.dropout((value if self.out1 is None else self.out1(value)) * gate)
+
+
+def _input_map(B: Tensor) -> Tensor:
+    """B (n d), complex → (2n d): the real and the imaginary part of each row."""
+    return torch.view_as_real(B.resolve_conj()).transpose(1, 2).flatten(0, 1)
+
+
+def _output_map(C: Tensor) -> Tensor:
+    """C (d n), complex → (d 2n), of which the product with the two parts of each h is Re(C h)."""
+    return torch.stack([C.real, -C.imag], dim=-1).flatten(1)
 
 
 def complex_of(pairs: Tensor) -> Tensor:

@@ -393,6 +393,22 @@ def test_the_matrix_products_are_those_of_all_linear_maps():
     assert products.products(torch.nn.Identity(), 4, backward=True) is None
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "shapes"),
+    [
+        ("lru", {"d_hidden": 6}, [(8, 8), (8, 8), (8, 12), (12, 8)]),
+        ("s5", {"d_state": 8, "blocks": 2, "bidirectional": True}, [(8, 8), (8, 8), (8, 8), (8, 8)]),
+        ("rglru", {"n_heads": 2}, [(8, 4), (8, 4), (8, 8), (8, 8), (8, 8)]),
+    ],
+)
+def test_the_matrix_products_with_a_mixers_own_parameters(name, options, shapes):
+    """Complex ones count as their two parts, those of both gates as one for each head."""
+    mixer = ssmzoo.build_mixer(name, 8, **options)
+    found = products.weights_of(mixer)
+    assert sorted(tuple(w.shape) for w in found) == shapes
+    products.products(mixer, 3, backward=True).call()
+
+
 @pytest.mark.parametrize(("outputs", "rows"), [(None, [6, 6, 6, 6]), (1, [6, 6, 6, 1])])
 def test_the_head_may_have_fewer_rows(outputs, rows, monkeypatch):
     """A tied head too: the embedding is no product."""

@@ -106,7 +106,14 @@ def test_published_names_and_shapes():
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"), [("mamba3-siso-187m", 187e6), ("mamba3-siso-1.5b", 1.49e9), ("mamba3-mimo-1.5b", 1.50e9)]
+    ("name", "parameters"),
+    [
+        ("mamba3-siso-187m", 187e6),
+        ("mamba3-mimo-187m", 187e6),
+        ("mamba3-siso-893m", 893e6),
+        ("mamba3-siso-1.5b", 1.49e9),
+        ("mamba3-mimo-1.5b", 1.50e9),
+    ],
 )
 def test_published_sizes(name, parameters):
     with torch.device("meta"):

@@ -365,6 +365,36 @@ PUBLISHED = {
             "mamba_d_state": 128,
         },
     ),
+    "falcon-h1-1.5b": (
+        "FalconH1",
+        {
+            "vocab_size": 65536,
+            "hidden_size": 2048,
+            "intermediate_size": 4608,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "mamba_d_ssm": 3072,
+            "mamba_n_heads": 48,
+            "mamba_rms_norm": True,
+        },
+    ),
+    "falcon-h1-3b": (
+        "FalconH1",
+        {
+            "vocab_size": 65536,
+            "hidden_size": 2560,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 10,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "mamba_d_ssm": 4096,
+            "mamba_n_heads": 32,
+            "mamba_rms_norm": True,
+        },
+    ),
     "falcon-h1-34b": (
         "FalconH1",
         {

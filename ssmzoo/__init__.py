@@ -8,6 +8,7 @@ from ssmzoo.building import build
 from ssmzoo.config import ModelConfig, list_models
 from ssmzoo.mixer import Mixer
 from ssmzoo.model import ModelState, SequenceModel
+from ssmzoo.pretrained import save
 from ssmzoo.rate import set_rate
 from ssmzoo.registry import MixerInfo, build_mixer, list_mixers, register_mixer
 from ssmzoo.state import State
@@ -27,6 +28,7 @@ __all__ = [
     "list_mixers",
     "list_models",
     "register_mixer",
+    "save",
     "set_rate",
     "swap_mixers",
 ]

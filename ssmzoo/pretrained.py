@@ -7,11 +7,16 @@ weight used at several places (a tied embedding, a shared mixer) is stored once.
 from __future__ import annotations
 
 import os
+import typing
 from pathlib import Path
+from typing import Literal
 
 import torch
 
+from ssmkernels.core.names import unknown
 from ssmzoo.checkpoints import checksums
+from ssmzoo.checkpoints.exporting import exported, named_weights
+from ssmzoo.checkpoints.folders import check_new, size_of, write_folder
 from ssmzoo.checkpoints.published import (
     convert_mamba_state_dict,
     convert_state_dict,
@@ -21,7 +26,7 @@ from ssmzoo.checkpoints.published import (
     take_converted,
 )
 from ssmzoo.checkpoints.rwkv7 import from_pth
-from ssmzoo.checkpoints.weights import assign, main_dtype, read_tensors, skeleton, stored_weights, write_tensors
+from ssmzoo.checkpoints.weights import assign, main_dtype, read_tensors, skeleton, write_tensors
 from ssmzoo.config import ModelConfig
 from ssmzoo.files import replacing
 from ssmzoo.footprint import check_memory, footprint
@@ -29,29 +34,63 @@ from ssmzoo.model import SequenceModel
 
 __all__ = ["CONFIG", "WEIGHTS", "convert_mamba_state_dict", "convert_state_dict", "load", "save"]
 
-CONFIG, WEIGHTS = "config.yaml", "model.safetensors"
+CONFIG, WEIGHTS, PTH = "config.yaml", "model.safetensors", "model.pth"
+
+Format = Literal["ssmzoo", "transformers", "original"]
+FORMATS = typing.get_args(Format)
 
 
-def save(model: SequenceModel, folder: str | os.PathLike[str]) -> None:
-    """Writes ``config.yaml`` and ``model.safetensors`` into a folder, which is made if need be.
+def save(
+    model: SequenceModel,
+    folder: str | os.PathLike[str],
+    format: Format = "ssmzoo",
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+    model_type: str | None = None,
+) -> None:
+    """Writes a model into a folder, which is made if need be.
 
-    Each file appears whole or not at all: a crash leaves the one that was there before.
+    In our own format these are ``config.yaml`` and ``model.safetensors``. Each file appears whole or not at all: a
+    crash leaves the one that was there before. A folder in another format appears whole or not at all; it must be new
+    or empty. Options that no output depends on, such as ``dropout`` or how weights start, are left out there.
+
+    Args:
+        model: of any architecture, for our own format.
+        folder: where it goes.
+        format: "ssmzoo"; "transformers", what its ``AutoModelForCausalLM.from_pretrained`` loads, with equal logits; or
+            "original", what the authors of Mamba, Mamba-2, Mamba-3 and RWKV-7 publish.
+        dtype: of the weights, but for those that the papers keep in float32; their own if None.
+        max_shard_size: most bytes of weights in a file, or a text such as "5GB"; our own format has one file.
+        model_type: for "transformers", its name of the architecture, such as "bamba"; if None, the first of those that
+            can hold the model.
 
     Raises:
-        OSError: a file cannot be written, as on a full disk; those that were there before are as they were.
+        OSError: a file cannot be written, as on a full disk, or (FileExistsError) the folder holds files already.
         TypeError: ``model`` is no SequenceModel.
-        ValueError: the config ties the head to the embedding, and the model's are two weights.
+        ValueError: the config ties the head to the embedding, and the model's are two weights; an unknown format; or a
+            model that the format cannot hold, with the first option or weight that has no place.
     """
     if not isinstance(model, SequenceModel):
         raise TypeError(f"save: `model` must be a SequenceModel; got {type(model).__name__}")
+    if format not in FORMATS:
+        raise ValueError(unknown("`format` of save", str(format), FORMATS))
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"save: `dtype` must be a floating-point torch.dtype such as torch.bfloat16; got {dtype!r}")
+    if model_type is not None and format != "transformers":
+        raise ValueError(f"save: `model_type` goes with the format 'transformers'; got {format!r}")
     if model.wants_tied and not model.tied:
         raise ValueError(
             "save: with `tie_embeddings` in its config, `model` must have one weight for embedding and head; got two. "
             "Call model.tie_weights() to use the embedding's, or set model.config.tie_embeddings to False"
         )
-    folder = Path(folder)
+    folder, size = Path(folder), size_of(max_shard_size)
+    if format != "ssmzoo":
+        check_new(folder)
+        write_folder(exported(model, format, dtype, model_type), folder, size)
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {names[0]: tensor.detach().contiguous().cpu() for names, tensor in stored_weights(model)}
+    weights = {name: tensor.contiguous().cpu() for name, tensor in named_weights(model, dtype).items()}
     with replacing(folder / WEIGHTS) as path:
         write_tensors(weights, path)
         (folder / checksums.SUMS).unlink(missing_ok=True)  # those of a run's own weights, which are replaced now
@@ -75,7 +114,8 @@ def load(
         folder: what :func:`save` or a training run wrote; or a published checkpoint with a ``config.json``: Mamba
             or Mamba-2 as state-spaces stores it (``pytorch_model.bin``); Mamba, Falcon Mamba or Mamba-2 as transformers
             stores it (``model.safetensors``), or a hybrid of :mod:`ssmzoo.checkpoints.families`. Weights may be cut
-            into shards, with their index beside them. Or the ``.pth`` file of an RWKV-7 as its authors publish it.
+            into shards, with their index beside them. Or the ``.pth`` file of an RWKV-7 as its authors publish it, or a
+            folder with it under the name ``model.pth``.
         device: where the weights go; PyTorch's default device if None.
         dtype: their dtype; the one they were saved in if None. What the papers keep in float32 stays there.
 
@@ -85,6 +125,8 @@ def load(
             that does not fit, or weights that do not fit the config, by name.
     """
     folder = Path(folder)
+    if (folder / PTH).is_file():
+        folder = folder / PTH
     if folder.suffix == ".pth" and folder.is_file():
         source = folder
         config, weights = from_pth(read_tensors(source), str(source))

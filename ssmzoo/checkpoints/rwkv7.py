@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from ssmzoo.checkpoints.renaming import Rule, renamed
+from ssmzoo.checkpoints.renaming import Parts, Rule, renamed
 from ssmzoo.config import ModelConfig
 
 BLOCK = r"blocks\.(\d+)\."
 LORAS = {"w": "decay", "a": "a", "v": "v", "g": "gate"}
 
 
-def _turned(name: str) -> Callable[[re.Match[str], Tensor], dict[str, Tensor]]:
+def _turned(name: str) -> Parts:
     """A rule's right side: the transpose, under this name."""
-    return lambda match, tensor: {match.expand(name): tensor.T.contiguous()}
+    return Parts([name], lambda tensor: [tensor.T.contiguous()], lambda tensors: tensors[0].T.contiguous())
 
 
-def _flat(name: str) -> Callable[[re.Match[str], Tensor], dict[str, Tensor]]:
-    """A rule's right side: all numbers in a row, under this name."""
-    return lambda match, tensor: {match.expand(name): tensor.flatten()}
+def _flat(name: str) -> Parts:
+    """A rule's right side: all numbers in a row, under this name; they are published as (1, 1, d_model)."""
+    return Parts([name], lambda tensor: [tensor.flatten()], lambda tensors: tensors[0].view(1, 1, -1))
 
 
 RULES: list[Rule] = [
@@ -59,14 +58,14 @@ def from_pth(weights: dict[str, Tensor], source: str) -> tuple[ModelConfig, dict
         ValueError: they are not those of an RWKV-7.
     """
     try:
-        found = _config(weights)
+        found = config_of(weights)
     except ValueError as error:
         raise ValueError(f"{source} must hold the weights of an RWKV-7; {error}") from None
     config = ModelConfig.from_dict(found, source)
     return config, renamed(weights, RULES, "RWKV-7")
 
 
-def _config(weights: dict[str, Tensor]) -> dict[str, Any]:
+def config_of(weights: dict[str, Tensor]) -> dict[str, Any]:
     """By the shapes of weights."""
     vocab_size, d_model = _sizes(weights, "emb.weight", 2)
     blocks = {int(match[1]) for name in weights if (match := re.match(BLOCK, name))}

@@ -206,8 +206,16 @@ def test_an_original_checkpoint_of_mamba3(tmp_path, mimo):
 
 def test_original_checkpoints_of_other_architectures(tmp_path):
     original_checkpoint(tiny(), tmp_path, ssm_cfg={"layer": "Mamba4"})
-    with pytest.raises(ValueError, match=r"config\.json describes none of Mamba, Falcon Mamba, Mamba-2, Mamba-3 and "):
+    said = r"config\.json describes none of state-spaces' Mamba, Mamba-2 and Mamba-3 and "
+    with pytest.raises(ValueError, match=said):
         pretrained.load(tmp_path)
+    (tmp_path / "config.json").write_text('{"vocab_size": 20}')
+    with pytest.raises(ValueError, match=r"config\.json: the key 'd_model' is missing"):
+        pretrained.load(tmp_path)
+    for damage, message in (("{", "is no valid JSON"), ("[]", "must hold a JSON object; got list")):
+        (tmp_path / "config.json").write_text(damage)
+        with pytest.raises(ValueError, match=message):
+            pretrained.load(tmp_path)
 
 
 def test_a_pickle_with_code_in_it_is_not_run(tmp_path):

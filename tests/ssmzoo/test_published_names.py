@@ -8,7 +8,7 @@ import torch
 import ssmzoo
 from ssmzoo.checkpoints.families import family, list_families
 from ssmzoo.checkpoints.published import convert_state_dict, published_config
-from ssmzoo.checkpoints.renaming import renamed
+from ssmzoo.checkpoints.renaming import Parts, published, renamed
 from ssmzoo.pretrained import load
 
 RULES = [
@@ -17,9 +17,9 @@ RULES = [
     (r"up", "fc1[1]"),
     (r"e\.(\d+)\.gate", r"experts[\1,0]"),
     (r"e\.(\d+)\.up", r"experts[\1,1]"),
-    (r"qkv", ("q", "k", "v")),
+    (r"qkv", Parts(("q", "k", "v"), lambda t: t.chunk(3), torch.cat)),
     (r"unused", ""),
-    (r"whole\.(\d)", lambda match, t: {f"head.{match[1]}": t[:2], f"tail.{match[1]}": t[2:]}),
+    (r"whole\.(\d)", Parts((r"head.\1", r"tail.\1"), lambda t: (t[:2], t[2:]), torch.cat)),
 ]
 # What families whose weights are laid out by sizes need of config.json
 SIZES = {
@@ -43,11 +43,20 @@ def test_rules():
     for i in range(2):
         assert torch.equal(found["experts"][i], torch.cat([t[f"e.{i}.gate"], t[f"e.{i}.up"]]))
     assert found["k"].tolist() == [2, 3]
+    back = {written.name: written.tensor for written in published(found, RULES, "X")}
+    assert all(torch.equal(back[name], tensor) for name, tensor in t.items())
+    assert back["qkv"].tolist() == list(range(6))
+    assert back["whole.3"].tolist() == list(range(5))
+    assert sorted(back) == sorted([*t, "qkv", "whole.3"])
 
 
 def test_strange_and_missing_names():
     with pytest.raises(ValueError, match="none of X: other"):
         renamed({"other": torch.zeros(1)}, RULES, "X")
+    with pytest.raises(ValueError, match="X has no place for the weight other"):
+        published({"other": torch.zeros(1)}, RULES, "X")
+    with pytest.raises(ValueError, match=r"X needs the weight tail\.3, which the model does not have"):
+        published({"head.3": torch.zeros(1)}, RULES, "X")
     with pytest.raises(ValueError, match="lacks part 0 of fc1"):
         renamed({"up": torch.zeros(1)}, RULES, "X")
     with pytest.raises(ValueError, match="lacks part 0, 1 of experts"):

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ssmzoo.checkpoints.description import Description
 from ssmzoo.checkpoints.renaming import Rule
 
 LAYER = r"(?:model\.)?layers\.(\d+)\."
 
-ENDS: list[Rule] = [
-    (r"(?:model\.)?embed_tokens\.weight", "embedding.weight"),
-    (r"(?:model\.)?(?:final_norm|final_layernorm|norm|norm_f)\.weight", "norm_f.weight"),
-    (r"lm_head\.weight", "lm_head.weight"),
-]
+
+def ends_rules(last: str) -> list[Rule]:
+    """Of embedding, last norm and head; ``last`` is the family's name of the norm."""
+    return [
+        (r"(?:model\.)?embed_tokens\.weight", "embedding.weight"),
+        (rf"(?:model\.)?(?:{last}|final_norm|final_layernorm|norm|norm_f)\.weight", "norm_f.weight"),
+        (r"lm_head\.weight", "lm_head.weight"),
+    ]
+
+
+def at_layers(layers: Iterable[int], rules: Sequence[Rule]) -> list[Rule]:
+    """Rules for some layers alone."""
+    numbers = "|".join(map(str, layers))
+    return [
+        (pattern.replace(r"layers\.(\d+)", rf"layers\.({numbers})", 1), becomes)
+        for pattern, becomes in rules
+        if numbers
+    ]
 
 
 def attention_rules(theirs: str, ours: str) -> list[Rule]:
@@ -40,6 +54,18 @@ def gated_mlp_rules(theirs: str, ours: str) -> list[Rule]:
     ]
 
 
+def expert_rules(theirs: str, gate: str, up: str, down: str) -> list[Rule]:
+    """Of gated experts: on disk, where they lie one by one with maps of these names, and in memory."""
+    experts = rf"{LAYER}{theirs}\.experts\."
+    return [
+        (rf"{experts}(\d+)\.{gate}\.weight", r"layers.\1.mlp.experts.fc1.weight[\2,0]"),
+        (rf"{experts}(\d+)\.{up}\.weight", r"layers.\1.mlp.experts.fc1.weight[\2,1]"),
+        (rf"{experts}(\d+)\.{down}\.weight", r"layers.\1.mlp.experts.fc2.weight[\2,0]"),
+        (rf"{experts}gate_up_proj", r"layers.\1.mlp.experts.fc1.weight"),
+        (rf"{experts}down_proj", r"layers.\1.mlp.experts.fc2.weight"),
+    ]
+
+
 def attention_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """Of attention without positions."""
     heads = given["num_attention_heads"]
@@ -51,6 +77,17 @@ def attention_options(given: Mapping[str, Any]) -> dict[str, Any]:
         "bias": given.get("attention_bias", False),
         "out_bias": given.get("attention_bias", False),
         "rope": False,
+    }
+
+
+def attention_json(o: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`attention_options` reads; ``o`` may be empty, where no layer is attention."""
+    heads, head_dim = o.get("n_heads", 1), o.get("head_dim", 1)
+    return {
+        "num_attention_heads": heads,
+        "num_key_value_heads": o.get("n_kv_heads", heads),
+        "head_dim": head_dim,
+        "attention_bias": o.get("bias", False),
     }
 
 
@@ -66,6 +103,15 @@ def rope_options(given: Mapping[str, Any], head_dim: int, partial: float = 1.0) 
         "rope_base": float(rope.get("rope_theta", given.get("rope_theta", 10000.0))),
         "rope_dim": int(head_dim * share),
     }
+
+
+def rope_json(o: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`rope_options` reads; ``o`` may be empty."""
+    rope = {"rope_type": "default", "rope_theta": float(o.get("rope_base", 10000.0))}
+    head_dim, turned = o.get("head_dim", 1), o.get("rope_dim")
+    if turned is not None and turned != head_dim:
+        rope["partial_rotary_factor"] = turned / head_dim
+    return {"rope_parameters": rope}
 
 
 def mamba2_options(given: Mapping[str, Any], eps: float) -> dict[str, Any]:
@@ -86,6 +132,43 @@ def mamba2_options(given: Mapping[str, Any], eps: float) -> dict[str, Any]:
         "conv_bias": given.get("mamba_conv_bias", True),
         "bias": given.get("mamba_proj_bias", False),
     }
+
+
+def mamba2_json(o: Mapping[str, Any], d_model: int) -> dict[str, Any]:
+    """What :func:`mamba2_options` reads; ``o`` may be empty."""
+    headdim, expand = o.get("headdim", 1), o.get("expand", 2)
+    return {
+        "mamba_d_state": o.get("d_state", 1),
+        "mamba_d_conv": o.get("d_conv", 4),
+        "mamba_expand": whole("expand", expand),
+        "mamba_n_heads": round(expand * d_model) // headdim,
+        "mamba_d_head": headdim,
+        "mamba_n_groups": o.get("ngroups", 1),
+        "time_step_limit": list(o.get("dt_limit", (0.0, math.inf))),
+        "mamba_conv_bias": o.get("conv_bias", True),
+        "mamba_proj_bias": o.get("bias", False),
+    }
+
+
+def ends_json(d: Description) -> dict[str, Any]:
+    """Of what all families have outside of their layers."""
+    return {
+        "hidden_size": d.config.d_model,
+        "num_hidden_layers": d.config.n_layers,
+        "vocab_size": d.config.padded_vocab_size,
+        "tie_word_embeddings": d.tied,
+    }
+
+
+def whole(name: str, value: float) -> int:
+    """A number that ``config.json`` holds as an int.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if value != int(value):
+        raise ValueError(f"`{name}` must be a whole number there; got {value}")
+    return int(value)
 
 
 def require(given: Mapping[str, Any], **wanted: Any) -> None:

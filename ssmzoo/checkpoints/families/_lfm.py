@@ -5,18 +5,35 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ssmzoo.checkpoints.families._common import ENDS, LAYER, attention_options, attention_rules, rope_options
+from ssmzoo.checkpoints.description import Description
+from ssmzoo.checkpoints.families._common import (
+    LAYER,
+    attention_json,
+    attention_options,
+    attention_rules,
+    ends_json,
+    ends_rules,
+    rope_options,
+)
 from ssmzoo.checkpoints.renaming import Rule
 
+TYPES = {"conv": "short_conv", "full_attention": "attention"}
+
+MIXERS: dict[str, list[Rule]] = {
+    "short_conv": [(rf"{LAYER}conv\.((?:conv|in_proj|out_proj)\.(?:weight|bias))", r"layers.\1.mixer.\2")],
+    "attention": [
+        (rf"{LAYER}self_attn\.out_proj\.weight", r"layers.\1.mixer.out_proj.weight"),
+        *attention_rules("self_attn", "mixer"),
+        (rf"{LAYER}self_attn\.([qk])_(?:layer)?norm\.weight", r"layers.\1.mixer.\2_norm.weight"),
+    ],
+}
+
 RULES: list[Rule] = [
-    (r"(?:model\.)?embedding_norm\.weight", "norm_f.weight"),
-    *ENDS,
+    *ends_rules("embedding_norm"),
     (rf"{LAYER}operator_norm\.weight", r"layers.\1.norm.weight"),
     (rf"{LAYER}ffn_norm\.weight", r"layers.\1.norm2.weight"),
-    (rf"{LAYER}conv\.((?:conv|in_proj|out_proj)\.(?:weight|bias))", r"layers.\1.mixer.\2"),
-    *attention_rules("self_attn", "mixer"),
-    (rf"{LAYER}self_attn\.out_proj\.weight", r"layers.\1.mixer.out_proj.weight"),
-    (rf"{LAYER}self_attn\.([qk])_(?:layer)?norm\.weight", r"layers.\1.mixer.\2_norm.weight"),
+    *MIXERS["short_conv"],
+    *MIXERS["attention"],
     (rf"{LAYER}feed_forward\.w1\.weight", r"layers.\1.mlp.fc1.weight[0]"),
     (rf"{LAYER}feed_forward\.w3\.weight", r"layers.\1.mlp.fc1.weight[1]"),
     (rf"{LAYER}feed_forward\.w2\.weight", r"layers.\1.mlp.fc2.weight"),
@@ -30,9 +47,7 @@ def config_of(given: Mapping[str, Any], d_conv: int) -> dict[str, Any]:
     return {
         "d_model": given["hidden_size"],
         "n_layers": given["num_hidden_layers"],
-        "pattern": [
-            {"conv": "short_conv", "full_attention": "attention"}.get(kind, kind) for kind in given["layer_types"]
-        ],
+        "pattern": [TYPES.get(kind, kind) for kind in given["layer_types"]],
         "mixers": {
             "short_conv": {"d_conv": given.get("conv_L_cache", d_conv), "bias": given.get("conv_bias", False)},
             "attention": attention | rope_options(given, attention["head_dim"]) | {"qk_norm": True, "qk_norm_eps": eps},
@@ -40,4 +55,18 @@ def config_of(given: Mapping[str, Any], d_conv: int) -> dict[str, Any]:
         "vocab_size": given["vocab_size"],
         "norm_eps": eps,
         "tie_embeddings": given.get("tie_word_embeddings", True),
+    }
+
+
+def json_of(d: Description, attention: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`config_of` reads, but for rotary positions."""
+    conv = d.mixer("short_conv")
+    names = {ours: theirs for theirs, ours in TYPES.items()}
+    return {
+        **ends_json(d),
+        **attention_json(attention),
+        "layer_types": [names.get(kind, "full_attention") for kind in d.kinds],
+        "conv_L_cache": conv.get("d_conv", 3),
+        "conv_bias": conv.get("bias", False),
+        "norm_eps": d.config.norm_eps,
     }

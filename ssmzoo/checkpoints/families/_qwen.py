@@ -5,21 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ssmzoo.checkpoints.description import Description
 from ssmzoo.checkpoints.families._common import (
-    ENDS,
     LAYER,
+    at_layers,
+    attention_json,
     attention_options,
     attention_rules,
+    ends_json,
+    ends_rules,
     gated_mlp_rules,
     require,
+    rope_json,
     rope_options,
 )
 from ssmzoo.checkpoints.families._delta import (
     convolution_rules,
     cut,
     cut_groups,
+    delta_json,
     delta_options,
-    expert_rules,
+    moe_rules,
     widths,
 )
 from ssmzoo.checkpoints.renaming import Rule
@@ -33,32 +39,40 @@ def rules_for(given: Mapping[str, Any]) -> list[Rule]:
     ratio = o["n_v_heads"] // o["n_heads"]
     maps = [rf"layers.\1.mixer.{x}_proj.weight" for x in "qkvg"]
     head, wide = o["head_dim"], ratio * o["head_v_dim"]
-    attention = [rf"layers.\1.mixer.{x}_proj.\2" for x in ("q", "gate")]
+    gated = [rf"layers.\1.mixer.{x}_proj.\2" for x in ("q", "gate")]
     dim, heads = _attention(given)["head_dim"], given["num_attention_heads"]
-    return [
-        *ENDS,
-        (r"mtp\..*|model\.visual\..*", ""),
-        (rf"{LAYER}input_layernorm\.weight", r"layers.\1.norm.weight"),
-        (rf"{LAYER}post_attention_layernorm\.weight", r"layers.\1.norm2.weight"),
-        (rf"{LAYER}self_attn\.q_proj\.(weight|bias)", cut_groups(attention, [dim, dim], heads)),
+    attention: list[Rule] = [
+        (rf"{LAYER}self_attn\.q_proj\.(weight|bias)", cut_groups(gated, [dim, dim], heads)),
         (rf"{LAYER}self_attn\.([qk])_norm\.weight", r"layers.\1.mixer.\2_norm.weight"),
         *attention_rules("self_attn", "mixer"),
+    ]
+    fused: list[Rule] = [
         (rf"{LINEAR}in_proj_qkvz\.weight", cut_groups(maps, [head, head, wide, wide], o["n_heads"])),
         (
             rf"{LINEAR}in_proj_ba\.weight",
             cut_groups([rf"layers.\1.mixer.{x}_proj.weight" for x in "ba"], [ratio, ratio], o["n_heads"]),
         ),
+    ]
+    apart: list[Rule] = [
         (rf"{LINEAR}in_proj_qkv\.weight", cut(maps[:3], [keys, keys, values])),
         (rf"{LINEAR}in_proj_z\.weight", r"layers.\1.mixer.g_proj.weight"),
         (rf"{LINEAR}in_proj_([ba])\.weight", r"layers.\1.mixer.\2_proj.weight"),
-        *convolution_rules("linear_attn", keys, values),
+    ]
+    return [
+        *ends_rules("norm"),
+        (r"mtp\..*|model\.visual\..*", ""),
+        (rf"{LAYER}input_layernorm\.weight", r"layers.\1.norm.weight"),
+        (rf"{LAYER}post_attention_layernorm\.weight", r"layers.\1.norm2.weight"),
+        *at_layers([i for i, kind in enumerate(_kinds(given)) if kind == "full_attention"], attention),
+        *(fused + apart if given.get("model_type") == "qwen3_next" else apart + fused),
+        *convolution_rules("linear_attn", keys, values, fused_on_disk=True),
         (rf"{LINEAR}(A_log|dt_bias)", r"layers.\1.mixer.\2"),
         (rf"{LINEAR}norm\.weight", r"layers.\1.mixer.o_norm.weight"),
         (rf"{LINEAR}out_proj\.weight", r"layers.\1.mixer.o_proj.weight"),
         *gated_mlp_rules("mlp", "mlp"),
         *gated_mlp_rules(r"mlp\.shared_expert", "mlp.shared"),
         (rf"{LAYER}mlp\.shared_expert_gate\.weight", r"layers.\1.mlp.shared_gate.weight"),
-        *expert_rules("gate_proj", "up_proj", "down_proj"),
+        *moe_rules("mlp", "gate_proj", "up_proj", "down_proj"),
     ]
 
 
@@ -66,16 +80,12 @@ def config(given: Mapping[str, Any]) -> dict[str, Any]:
     """Our config's values."""
     require(given, hidden_act="silu")
     layers = given["num_hidden_layers"]
-    every = given.get("full_attention_interval", 4)
-    kinds = given.get("layer_types") or [
-        "linear_attention" if (i + 1) % every else "full_attention" for i in range(layers)
-    ]
     eps, attention = given.get("rms_norm_eps", 1e-6), _attention(given)
     names = {"linear_attention": "gated_deltanet", "full_attention": "attention"}
     return {
         "d_model": given["hidden_size"],
         "n_layers": layers,
-        "pattern": [names[kind] for kind in kinds],
+        "pattern": [names[kind] for kind in _kinds(given)],
         "mixers": {
             "gated_deltanet": delta_options(given) | {"norm_eps": eps},
             "attention": attention
@@ -88,6 +98,13 @@ def config(given: Mapping[str, Any]) -> dict[str, Any]:
         "norm_eps": eps,
         "tie_embeddings": given.get("tie_word_embeddings", False),
     }
+
+
+def _kinds(given: Mapping[str, Any]) -> list[str]:
+    """Of each layer."""
+    every = given.get("full_attention_interval", 4)
+    layers = range(given["num_hidden_layers"])
+    return given.get("layer_types") or ["linear_attention" if (i + 1) % every else "full_attention" for i in layers]
 
 
 def _attention(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,3 +128,25 @@ def _mlps(given: Mapping[str, Any], layers: int) -> dict[str, Any]:
     pattern = ["swiglu" if i in plain or (i + 1) % step else "moe" for i in range(layers)]
     options = {"swiglu": dense, "moe": experts}
     return {"mlp_pattern": pattern, "mlps": {kind: options[kind] for kind in options if kind in pattern}}
+
+
+def config_json_of(d: Description) -> dict[str, Any]:
+    attention, delta, moe, dense = d.mixer("attention"), d.mixer("gated_deltanet"), d.mlp("moe"), d.mlp("swiglu")
+    inside = moe.get("d_intermediate")
+    return {
+        **ends_json(d),
+        **attention_json(attention),
+        **rope_json(attention),
+        **delta_json(delta),
+        "layer_types": ["linear_attention" if kind == "gated_deltanet" else "full_attention" for kind in d.kinds],
+        "intermediate_size": dense.get("d_intermediate", inside),
+        "num_experts": moe.get("n_experts", 0),
+        "num_experts_per_tok": moe.get("top_k", 1),
+        "moe_intermediate_size": inside or dense.get("d_intermediate"),
+        "shared_expert_intermediate_size": moe.get("shared_intermediate", 0),
+        "norm_topk_prob": moe.get("norm", "after") == "after",
+        "mlp_only_layers": [i for i, layer in enumerate(d.layers) if layer.mlp["kind"] != "moe"],
+        "decoder_sparse_step": 1,
+        "rms_norm_eps": d.config.norm_eps,
+        "hidden_act": "silu",
+    }

@@ -5,27 +5,35 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ssmzoo.checkpoints.description import Description
 from ssmzoo.checkpoints.families._common import (
-    ENDS,
     LAYER,
+    attention_json,
     attention_options,
     attention_rules,
+    ends_json,
+    ends_rules,
     gated_mlp_rules,
+    mamba2_json,
     mamba2_options,
     mamba_rules,
     require,
+    rope_json,
     rope_options,
 )
 from ssmzoo.checkpoints.renaming import Rule
 
 NAME = "Bamba"
+ARCHITECTURE = "BambaForCausalLM"
+
+MIXERS = {"attention": attention_rules("self_attn", "mixer"), "mamba2": mamba_rules("mamba", "mixer")}
 
 RULES: list[Rule] = [
-    *ENDS,
+    *ends_rules("final_layernorm"),
     (rf"{LAYER}input_layernorm\.weight", r"layers.\1.norm.weight"),
     (rf"{LAYER}pre_ff_layernorm\.weight", r"layers.\1.norm2.weight"),
-    *attention_rules("self_attn", "mixer"),
-    *mamba_rules("mamba", "mixer"),
+    *MIXERS["attention"],
+    *MIXERS["mamba2"],
     *gated_mlp_rules("feed_forward", "mlp"),
 ]
 
@@ -50,4 +58,19 @@ def config(given: Mapping[str, Any]) -> dict[str, Any]:
         "vocab_size": given["vocab_size"],
         "norm_eps": eps,
         "tie_embeddings": given.get("tie_word_embeddings", False),
+    }
+
+
+def config_json(d: Description) -> dict[str, Any]:
+    attention, mlp = d.mixer("attention"), d.mlp("swiglu")
+    return {
+        **ends_json(d),
+        **attention_json(attention),
+        **rope_json(attention),
+        **mamba2_json(d.mixer("mamba2"), d.config.d_model),
+        "attn_layer_indices": [i for i, kind in enumerate(d.kinds) if kind == "attention"],
+        "intermediate_size": mlp.get("d_intermediate"),
+        "mlp_bias": mlp.get("bias", False),
+        "rms_norm_eps": d.config.norm_eps,
+        "hidden_act": "silu",
     }

@@ -5,23 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ssmzoo.checkpoints.description import Description
 from ssmzoo.checkpoints.families._common import (
-    ENDS,
     LAYER,
+    attention_json,
     attention_options,
     attention_rules,
+    ends_json,
+    ends_rules,
     gated_mlp_rules,
+    mamba2_json,
     mamba2_options,
     mamba_rules,
     require,
+    rope_json,
     rope_options,
 )
 from ssmzoo.checkpoints.renaming import Rule
 
 NAME = "Falcon-H1"
+ARCHITECTURE = "FalconH1ForCausalLM"
 
 RULES: list[Rule] = [
-    *ENDS,
+    *ends_rules("final_layernorm"),
     (rf"{LAYER}input_layernorm\.weight", r"layers.\1.norm.weight"),
     (rf"{LAYER}pre_ff_layernorm\.weight", r"layers.\1.norm2.weight"),
     *attention_rules("self_attn", "mixer.branches.attention"),
@@ -73,4 +79,37 @@ def config(given: Mapping[str, Any]) -> dict[str, Any]:
         "embedding_multiplier": given.get("embedding_multiplier", 1.0),
         "logit_multiplier": given.get("lm_head_multiplier", 1.0),
         "tie_embeddings": given.get("tie_word_embeddings", False),
+    }
+
+
+def config_json(d: Description) -> dict[str, Any]:
+    both, mlp = d.mixer("parallel"), d.mlp("swiglu")
+    branches = {options["kind"]: (name, options) for name, options in both.get("branches", {}).items()}
+    (mamba_name, mamba), (attention_name, attention) = (branches.get(k, ("", {})) for k in ("mamba2", "attention"))
+    ins, outs = both.get("in_multipliers", {}), both.get("out_multipliers", {})
+    width = round(mamba.get("expand", 2) * d.config.d_model)
+    scale = attention.get("scale", 1.0) * attention.get("head_dim", 1) ** 0.5
+    return {
+        **ends_json(d),
+        **attention_json(attention),
+        **rope_json(attention),
+        **mamba2_json({**mamba, "expand": 2}, d.config.d_model),
+        "mamba_d_ssm": width,
+        "mamba_n_heads": width // mamba.get("headdim", 1),
+        "mamba_rms_norm": mamba.get("rmsnorm", False),
+        "mamba_norm_before_gate": mamba.get("norm_before_gate", True),
+        "ssm_multipliers": list(mamba.get("multipliers", (1.0,) * 5)),
+        "ssm_in_multiplier": ins.get(mamba_name, 1.0),
+        "ssm_out_multiplier": outs.get(mamba_name, 1.0),
+        "attention_in_multiplier": ins.get(attention_name, 1.0),
+        "attention_out_multiplier": outs.get(attention_name, 1.0),
+        "key_multiplier": scale,
+        "projectors_bias": mamba.get("bias", False),
+        "intermediate_size": mlp.get("d_intermediate"),
+        "mlp_bias": mlp.get("bias", False),
+        "mlp_multipliers": [mlp.get("gate_multiplier", 1.0), mlp.get("out_multiplier", 1.0)],
+        "embedding_multiplier": d.config.embedding_scale,
+        "lm_head_multiplier": d.config.logit_multiplier,
+        "rms_norm_eps": d.config.norm_eps,
+        "hidden_act": "silu",
     }

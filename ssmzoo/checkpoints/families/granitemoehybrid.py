@@ -5,32 +5,39 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ssmzoo.checkpoints.description import Description
 from ssmzoo.checkpoints.families._common import (
-    ENDS,
     LAYER,
+    attention_json,
     attention_options,
     attention_rules,
+    ends_json,
+    ends_rules,
+    mamba2_json,
     mamba2_options,
     mamba_rules,
     require,
+    rope_json,
     rope_options,
 )
 from ssmzoo.checkpoints.renaming import Rule
 
 NAME = "Granite 4.0"
+ARCHITECTURE = "GraniteMoeHybridForCausalLM"
 
+MIXERS = {"attention": attention_rules("self_attn", "mixer"), "mamba2": mamba_rules("mamba", "mixer")}
 SPARSE = rf"{LAYER}block_sparse_moe\."
 
 RULES: list[Rule] = [
-    *ENDS,
+    *ends_rules("norm"),
     (rf"{LAYER}input_layernorm\.weight", r"layers.\1.norm.weight"),
     (rf"{LAYER}post_attention_layernorm\.weight", r"layers.\1.norm2.weight"),
-    *attention_rules("self_attn", "mixer"),
-    *mamba_rules("mamba", "mixer"),
+    *MIXERS["attention"],
+    *MIXERS["mamba2"],
     (rf"{SPARSE}router\.(?:layer\.)?weight", r"layers.\1.mlp.router.proj.weight"),
     # Older files name the maps of the experts otherwise.
-    (rf"{SPARSE}(?:experts\.gate_up_proj|input_linear\.weight)", r"layers.\1.mlp.experts.fc1.weight"),
-    (rf"{SPARSE}(?:experts\.down_proj|output_linear\.weight)", r"layers.\1.mlp.experts.fc2.weight"),
+    (rf"{SPARSE}(?:input_linear\.weight|experts\.gate_up_proj)", r"layers.\1.mlp.experts.fc1.weight"),
+    (rf"{SPARSE}(?:output_linear\.weight|experts\.down_proj)", r"layers.\1.mlp.experts.fc2.weight"),
     (rf"{LAYER}shared_mlp\.input_linear\.weight", r"layers.\1.mlp.shared.fc1.weight"),
     (rf"{LAYER}shared_mlp\.output_linear\.weight", r"layers.\1.mlp.shared.fc2.weight"),
 ]
@@ -46,6 +53,11 @@ DENSE_RULES: list[Rule] = [
 def rules(names: Mapping[str, Any]) -> list[Rule]:
     """Those for a checkpoint that holds weights of these names."""
     return RULES if any("block_sparse_moe" in name for name in names) else DENSE_RULES
+
+
+def rules_for_writing(given: Mapping[str, Any]) -> list[Rule]:
+    """Both: no name of ours is in two of them."""
+    return DENSE_RULES
 
 
 def config(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,4 +90,27 @@ def config(given: Mapping[str, Any]) -> dict[str, Any]:
         "residual_multiplier": float(given.get("residual_multiplier", 1.0)),
         "logit_multiplier": 1 / given.get("logits_scaling", 1.0),
         "tie_embeddings": given.get("tie_word_embeddings", False),
+    }
+
+
+def config_json(d: Description) -> dict[str, Any]:
+    attention, moe = d.mixer("attention"), d.mlp("moe")
+    inside = moe.get("shared_intermediate") or d.mlp("swiglu").get("d_intermediate")
+    return {
+        **ends_json(d),
+        **attention_json(attention),
+        **rope_json(attention),
+        **mamba2_json(d.mixer("mamba2"), d.config.d_model),
+        "position_embedding_type": "rope" if attention.get("rope") else None,
+        "attention_multiplier": attention.get("scale", 1.0),
+        "layer_types": ["linear_attention" if kind == "mamba2" else "full_attention" for kind in d.kinds],
+        "shared_intermediate_size": inside,
+        "num_local_experts": moe.get("n_experts", 0),
+        "num_experts_per_tok": moe.get("top_k", 0),
+        "intermediate_size": moe.get("d_intermediate", inside),
+        "embedding_multiplier": d.config.embedding_scale,
+        "residual_multiplier": d.config.residual_multiplier,
+        "logits_scaling": 1 / d.config.logit_multiplier,
+        "rms_norm_eps": d.config.norm_eps,
+        "hidden_act": "silu",
     }

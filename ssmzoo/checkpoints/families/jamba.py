@@ -5,32 +5,35 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ssmzoo.checkpoints.description import Description
 from ssmzoo.checkpoints.families._common import (
-    ENDS,
     LAYER,
+    attention_json,
     attention_options,
     attention_rules,
+    ends_json,
+    ends_rules,
+    expert_rules,
     gated_mlp_rules,
     mamba_rules,
     require,
+    whole,
 )
 from ssmzoo.checkpoints.renaming import Rule
 
 NAME = "Jamba"
+ARCHITECTURE = "JambaForCausalLM"
+
+MIXERS = {"attention": attention_rules("self_attn", "mixer"), "mamba": mamba_rules("mamba", "mixer")}
 
 RULES: list[Rule] = [
-    *ENDS,
+    *ends_rules("final_layernorm"),
     (rf"{LAYER}input_layernorm\.weight", r"layers.\1.norm.weight"),
     (rf"{LAYER}pre_ff_layernorm\.weight", r"layers.\1.norm2.weight"),
-    *attention_rules("self_attn", "mixer"),
-    *mamba_rules("mamba", "mixer"),
+    *MIXERS["attention"],
+    *MIXERS["mamba"],
     (rf"{LAYER}feed_forward\.router\.weight", r"layers.\1.mlp.router.proj.weight"),
-    (rf"{LAYER}feed_forward\.experts\.gate_up_proj", r"layers.\1.mlp.experts.fc1.weight"),
-    (rf"{LAYER}feed_forward\.experts\.down_proj", r"layers.\1.mlp.experts.fc2.weight"),
-    # On disk they lie one by one.
-    (rf"{LAYER}feed_forward\.experts\.(\d+)\.gate_proj\.weight", r"layers.\1.mlp.experts.fc1.weight[\2,0]"),
-    (rf"{LAYER}feed_forward\.experts\.(\d+)\.up_proj\.weight", r"layers.\1.mlp.experts.fc1.weight[\2,1]"),
-    (rf"{LAYER}feed_forward\.experts\.(\d+)\.down_proj\.weight", r"layers.\1.mlp.experts.fc2.weight[\2,0]"),
+    *expert_rules("feed_forward", "gate_proj", "up_proj", "down_proj"),
     *gated_mlp_rules("feed_forward", "mlp"),
 ]
 
@@ -76,3 +79,36 @@ def config(given: Mapping[str, Any]) -> dict[str, Any]:
     else:
         values["mlp"] = wide
     return values
+
+
+def config_json(d: Description) -> dict[str, Any]:
+    mamba, moe = d.mixer("mamba"), d.mlp("moe")
+    attention_period, attention_offset = _every([kind == "attention" for kind in d.kinds])
+    expert_period, expert_offset = _every([layer.mlp["kind"] == "moe" for layer in d.layers])
+    return {
+        **ends_json(d),
+        **attention_json(d.mixer("attention")),
+        "attn_layer_period": attention_period,
+        "attn_layer_offset": attention_offset,
+        "mamba_d_state": mamba.get("d_state", 16),
+        "mamba_d_conv": mamba.get("d_conv", 4),
+        "mamba_expand": whole("expand", mamba.get("expand", 2)),
+        "mamba_dt_rank": mamba.get("dt_rank", "auto"),
+        "mamba_conv_bias": mamba.get("conv_bias", True),
+        "mamba_proj_bias": mamba.get("bias", False),
+        "num_experts": moe.get("n_experts", 1),
+        "num_experts_per_tok": moe.get("top_k", 1),
+        "expert_layer_period": expert_period,
+        "expert_layer_offset": expert_offset,
+        "intermediate_size": (moe or d.mlp("swiglu")).get("d_intermediate"),
+        "rms_norm_eps": d.config.norm_eps,
+        "hidden_act": "silu",
+    }
+
+
+def _every(chosen: list[bool]) -> tuple[int, int]:
+    """Period and offset of the layers that are chosen; both lie beyond the last layer where none is."""
+    at = [i for i, yes in enumerate(chosen) if yes]
+    if not at:
+        return len(chosen) + 1, len(chosen)
+    return (at[1] - at[0] if len(at) > 1 else len(chosen)), at[0]

@@ -2,50 +2,54 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
-from ssmzoo.checkpoints.families._common import ENDS, LAYER, gated_mlp_rules, require
-from ssmzoo.checkpoints.families._delta import convolution_rules, expert_rules
-from ssmzoo.checkpoints.renaming import Rule
+from ssmzoo.checkpoints.description import Description
+from ssmzoo.checkpoints.families._common import (
+    LAYER,
+    at_layers,
+    ends_json,
+    ends_rules,
+    gated_mlp_rules,
+    require,
+)
+from ssmzoo.checkpoints.families._delta import convolution_rules, moe_rules
+from ssmzoo.checkpoints.renaming import Parts, Rule
 
 NAME = "Kimi-Linear"
+ARCHITECTURE = "KimiLinearForCausalLM"
 
 ATTENTION = rf"{LAYER}self_attn\."
 
 
 def rules_for(given: Mapping[str, Any]) -> list[Rule]:
-    sizes = _linear(given)
-    linear = [kind == "linear_attention" for kind in _layer_types(given)]
+    sizes, kinds = _linear(given), _layer_types(given)
     width = sizes["n_heads"] * sizes["head_dim"]
-
-    def output(match: re.Match[str], tensor: Tensor) -> dict[str, Tensor]:
-        """The output map's name is that of the layer's mixer."""
-        name = "o_proj" if linear[int(match[1])] else "out_proj"
-        return {f"layers.{match[1]}.mixer.{name}.weight": tensor}
-
-    def flat(match: re.Match[str], tensor: Tensor) -> dict[str, Tensor]:
-        return {f"layers.{match[1]}.mixer.A_log": tensor.flatten()}
-
+    linear = [i for i, kind in enumerate(kinds) if kind == "linear_attention"]
+    output: Rule = (rf"{ATTENTION}o_proj\.weight", r"layers.\1.mixer.o_proj.weight")
+    flat = Parts(
+        [r"layers.\1.mixer.A_log"],
+        lambda tensor: [tensor.flatten()],
+        lambda tensors: tensors[0].view(1, 1, -1, 1),
+    )
     return [
-        *ENDS,
+        *ends_rules("norm"),
         (rf"{LAYER}input_layernorm\.weight", r"layers.\1.norm.weight"),
         (rf"{LAYER}post_attention_layernorm\.weight", r"layers.\1.norm2.weight"),
         *convolution_rules("self_attn", width, width),
-        (rf"{ATTENTION}o_proj\.weight", output),
-        (rf"{ATTENTION}(?:forget_gate\.)?A_log", flat),
-        (rf"{ATTENTION}(?:forget_gate\.)?dt_bias", r"layers.\1.mixer.dt_bias"),
-        (rf"{ATTENTION}(?:forget_gate\.)?([fg])_a_proj\.weight", r"layers.\1.mixer.\2_proj.0.weight"),
-        (rf"{ATTENTION}(?:forget_gate\.)?([fg])_b_proj\.weight", r"layers.\1.mixer.\2_proj.1.weight"),
+        *at_layers(linear, [output]),  # elsewhere it has the name that attention gives it
+        (rf"{ATTENTION}o_proj\.weight", r"layers.\1.mixer.out_proj.weight"),
+        (rf"{ATTENTION}(?:|forget_gate\.)A_log", flat),
+        (rf"{ATTENTION}(?:|forget_gate\.)dt_bias", r"layers.\1.mixer.dt_bias"),
+        (rf"{ATTENTION}(?:|forget_gate\.)([fg])_a_proj\.weight", r"layers.\1.mixer.\2_proj.0.weight"),
+        (rf"{ATTENTION}(?:|forget_gate\.)([fg])_b_proj\.weight", r"layers.\1.mixer.\2_proj.1.weight"),
         (rf"{ATTENTION}([qkvb]_proj|o_norm|q_b_proj|kv_b_proj|q_a_proj)\.weight", r"layers.\1.mixer.\2.weight"),
         (rf"{ATTENTION}kv_a_proj_with_mqa\.weight", r"layers.\1.mixer.kv_a_proj.weight"),
         (rf"{ATTENTION}(q|kv)_a_layernorm\.weight", r"layers.\1.mixer.\2_a_norm.weight"),
-        *gated_mlp_rules(r"(?:mlp|block_sparse_moe)", "mlp"),
-        *gated_mlp_rules(r"(?:mlp|block_sparse_moe)\.shared_experts", "mlp.shared"),
-        *expert_rules("w1", "w3", "w2"),
+        *gated_mlp_rules(r"(?:block_sparse_moe|mlp)", "mlp"),
+        *gated_mlp_rules(r"(?:block_sparse_moe|mlp)\.shared_experts", "mlp.shared"),
+        *moe_rules(r"(?:block_sparse_moe|mlp)", "w1", "w3", "w2"),
     ]
 
 
@@ -113,3 +117,33 @@ def _layer_types(given: Mapping[str, Any]) -> list[str]:
 def _either(given: Mapping[str, Any], *names: str) -> Any:
     """The value under the first of these names that there is."""
     return given[next((name for name in names if name in given), names[0])]
+
+
+def config_json(d: Description) -> dict[str, Any]:
+    kda, mla, moe = d.mixer("kda"), d.mixer("mla"), d.mlp("moe")
+    inside, heads = moe.get("d_intermediate", 1), mla.get("n_heads", 1)
+    return {
+        **ends_json(d),
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "q_lora_rank": mla.get("q_lora_rank"),
+        "kv_lora_rank": mla.get("kv_lora_rank", 1),
+        "qk_nope_head_dim": mla.get("qk_nope_head_dim", 1),
+        "qk_rope_head_dim": mla.get("qk_rope_head_dim", 1),
+        "v_head_dim": mla.get("v_head_dim", 1),
+        "linear_num_heads": kda.get("n_heads", 1),
+        "linear_head_dim": kda.get("head_dim", 1),
+        "linear_conv_kernel_dim": kda.get("d_conv", 4),
+        "layer_types": ["linear_attention" if kind == "kda" else "full_attention" for kind in d.kinds],
+        "mlp_layer_types": ["sparse" if layer.mlp["kind"] == "moe" else "dense" for layer in d.layers],
+        "intermediate_size": d.mlp("swiglu").get("d_intermediate", inside),
+        "moe_intermediate_size": inside,
+        "num_experts": moe.get("n_experts", 1),
+        "num_experts_per_token": moe.get("top_k", 1),
+        "moe_renormalize": moe.get("norm") == "after",
+        "routed_scaling_factor": moe.get("scale", 1.0),
+        "num_shared_experts": moe.get("shared_intermediate", 0) // inside,
+        "num_expert_group": 1,
+        "rms_norm_eps": d.config.norm_eps,
+        "hidden_act": "silu",
+    }

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ssmzoo.checkpoints.families._lfm import RULES, config_of
+from ssmzoo.checkpoints.description import Description
+from ssmzoo.checkpoints.families._common import rope_json
+from ssmzoo.checkpoints.families._lfm import MIXERS, RULES, config_of, json_of
 
-__all__ = ["NAME", "RULES", "config"]
+__all__ = ["ARCHITECTURE", "MIXERS", "NAME", "RULES", "config", "config_json"]
 
 NAME = "LFM2"
+ARCHITECTURE = "Lfm2ForCausalLM"
 
 
 def config(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -19,3 +22,9 @@ def config(given: Mapping[str, Any]) -> dict[str, Any]:
         inside = int(given.get("block_ffn_dim_multiplier", 1.0) * int(2 * inside / 3))
         inside = -(-inside // multiple) * multiple
     return config_of(given, d_conv=3) | {"mlp": {"kind": "swiglu", "d_intermediate": inside}}
+
+
+def config_json(d: Description) -> dict[str, Any]:
+    attention = d.mixer("attention")
+    inside = {"intermediate_size": d.mlp("swiglu").get("d_intermediate"), "block_auto_adjust_ff_dim": False}
+    return json_of(d, attention) | rope_json(attention) | inside

@@ -5,11 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ssmzoo.checkpoints.description import Description
 from ssmzoo.checkpoints.families import _lfm
 from ssmzoo.checkpoints.families._common import LAYER
 from ssmzoo.checkpoints.renaming import Rule
 
 NAME = "LFM3"
+ARCHITECTURE = "Lfm3ForCausalLM"
+
+ATTENTION: list[Rule] = [
+    (rf"{LAYER}self_attn\.o_proj\.weight", r"layers.\1.mixer.out_proj.weight"),
+    (rf"{LAYER}self_attn\.([qk])_norm\.weight", r"layers.\1.mixer.\2_norm.weight"),
+    *_lfm.MIXERS["attention"],
+]
+MIXERS = _lfm.MIXERS | {"attention": ATTENTION, "sliding_attention": ATTENTION}
 
 RULES: list[Rule] = [
     *_lfm.RULES,
@@ -45,3 +54,25 @@ def _rope(given: Mapping[str, Any]) -> dict[str, Any]:
             f"config.json: `rope_type` must be 'default' or 'proportional'; got {kind!r}, which cannot be loaded"
         )
     return found
+
+
+def config_json(d: Description) -> dict[str, Any]:
+    wide = d.mixer("attention", lambda options: options["window"] is None)
+    near = d.mixer("attention", lambda options: options["window"] is not None)
+    either = wide or near
+    given = _lfm.json_of(d, either)
+    for i, layer in enumerate(d.layers):
+        if layer.mixer.get("window") is not None:
+            given["layer_types"][i] = "sliding_attention"
+    return given | {
+        "rope_parameters": {"full_attention": _rope_json(wide), "sliding_attention": _rope_json(near)},
+        "sliding_window": near.get("window", 256),
+        "use_attention_gate": either.get("gate") is not None,
+        "use_sandwich_norm": d.layers[0].norm_placement == "sandwich",
+        "intermediate_size": d.mlp("swiglu").get("d_intermediate"),
+    }
+
+
+def _rope_json(o: Mapping[str, Any]) -> dict[str, Any]:
+    found = {"rope_type": "default", "rope_theta": float(o.get("rope_base", 10000.0))}
+    return found | dict(o.get("rope_scaling") or {})

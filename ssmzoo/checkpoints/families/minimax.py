@@ -5,34 +5,41 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ssmzoo.checkpoints.description import Description
 from ssmzoo.checkpoints.families._common import (
-    ENDS,
     LAYER,
+    attention_json,
     attention_options,
     attention_rules,
+    ends_json,
+    ends_rules,
+    expert_rules,
     require,
+    rope_json,
     rope_options,
 )
 from ssmzoo.checkpoints.renaming import Rule
 
 NAME = "MiniMax-Text-01"
+ARCHITECTURE = "MiniMaxForCausalLM"
 
-MOE = rf"{LAYER}(?:mlp|block_sparse_moe)\."
+
+MIXERS: dict[str, list[Rule]] = {
+    "lightning": [
+        (rf"{LAYER}self_attn\.(qkv_proj|output_gate|norm|out_proj)\.weight", r"layers.\1.mixer.\2.weight"),
+    ],
+    "attention": attention_rules("self_attn", "mixer"),
+}
 
 RULES: list[Rule] = [
-    *ENDS,
+    *ends_rules("norm"),
     (rf"{LAYER}input_layernorm\.weight", r"layers.\1.norm.weight"),
     (rf"{LAYER}post_attention_layernorm\.weight", r"layers.\1.norm2.weight"),
-    *attention_rules("self_attn", "mixer"),
-    (rf"{LAYER}self_attn\.(qkv_proj|output_gate|norm|out_proj)\.weight", r"layers.\1.mixer.\2.weight"),
+    *MIXERS["lightning"],
+    *MIXERS["attention"],
     (rf"{LAYER}self_attn\.(?:slope_rate|query_decay|key_decay|diagonal_decay)", ""),  # they follow from the layer
-    (rf"{MOE}gate\.weight", r"layers.\1.mlp.router.proj.weight"),
-    (rf"{MOE}experts\.gate_up_proj", r"layers.\1.mlp.experts.fc1.weight"),
-    (rf"{MOE}experts\.down_proj", r"layers.\1.mlp.experts.fc2.weight"),
-    # On disk they lie one by one.
-    (rf"{MOE}experts\.(\d+)\.w1\.weight", r"layers.\1.mlp.experts.fc1.weight[\2,0]"),
-    (rf"{MOE}experts\.(\d+)\.w3\.weight", r"layers.\1.mlp.experts.fc1.weight[\2,1]"),
-    (rf"{MOE}experts\.(\d+)\.w2\.weight", r"layers.\1.mlp.experts.fc2.weight[\2,0]"),
+    (rf"{LAYER}(?:block_sparse_moe|mlp)\.gate\.weight", r"layers.\1.mlp.router.proj.weight"),
+    *expert_rules("(?:block_sparse_moe|mlp)", "w1", "w3", "w2"),
 ]
 
 
@@ -40,7 +47,7 @@ def config(given: Mapping[str, Any]) -> dict[str, Any]:
     require(given, hidden_act="silu", sliding_window=None)
     attention = attention_options(given)
     head_dim, heads, n_layers = attention["head_dim"], attention["n_heads"], given["num_hidden_layers"]
-    kinds = given.get("layer_types") or ["linear_attention" if i % 2 else "full_attention" for i in range(n_layers)]
+    kinds = _kinds(given)
     attention |= rope_options({"rope_theta": 1e6} | dict(given), head_dim)
     if given.get("rotary_dim"):
         attention["rope_dim"] = given["rotary_dim"]
@@ -73,3 +80,29 @@ def _factor(given: Mapping[str, Any], kinds: list[str], name: str) -> float:
         all_keys = ", ".join(f"`{key}`" for key in keys)
         raise ValueError(f"config.json: `mlp_{name}_factor` must be as all of {all_keys}; got {list(factors.values())}")
     return factors[keys[0]]
+
+
+def _kinds(given: Mapping[str, Any]) -> list[str]:
+    """Of each layer."""
+    layers = range(given["num_hidden_layers"])
+    return given.get("layer_types") or ["linear_attention" if i % 2 else "full_attention" for i in layers]
+
+
+def config_json(d: Description) -> dict[str, Any]:
+    attention, moe = d.mixer("attention"), d.mlp("moe")
+    parts = ("full_attn", "linear_attn", "mlp")
+    lightning = {"head_dim": attention.get("head_dim"), "n_heads": attention.get("n_heads")} | d.mixer("lightning")
+    rope = rope_json({"rope_base": 1e6} | attention)
+    return {
+        **ends_json(d),
+        **attention_json(lightning | attention),
+        **rope,
+        "layer_types": ["linear_attention" if kind == "lightning" else "full_attention" for kind in d.kinds],
+        "intermediate_size": moe.get("d_intermediate", 1),
+        "num_local_experts": moe.get("n_experts", 1),
+        "num_experts_per_tok": moe.get("top_k", 1),
+        "rms_norm_eps": d.config.norm_eps,
+        "hidden_act": "silu",
+        **{f"{part}_alpha_factor": d.config.skip_multiplier for part in parts},
+        **{f"{part}_beta_factor": d.config.residual_multiplier for part in parts},
+    }

@@ -5,34 +5,41 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ssmzoo.checkpoints.description import Description
 from ssmzoo.checkpoints.families._common import (
-    ENDS,
     LAYER,
+    at_layers,
+    attention_json,
     attention_options,
     attention_rules,
+    ends_json,
+    ends_rules,
     gated_mlp_rules,
     require,
+    rope_json,
     rope_options,
 )
-from ssmzoo.checkpoints.families._delta import convolution_rules, delta_options, widths
+from ssmzoo.checkpoints.families._delta import convolution_rules, delta_json, delta_options, widths
 from ssmzoo.checkpoints.renaming import Rule
 
 NAME = "OLMo-Hybrid"
+ARCHITECTURE = "OlmoHybridForCausalLM"
 
 LINEAR = rf"{LAYER}linear_attn\."
 
 
 def rules_for(given: Mapping[str, Any]) -> list[Rule]:
-    attention = [i for i, kind in enumerate(given["layer_types"]) if kind == "full_attention"]
-    post = rf"(?:model\.)?layers\.({'|'.join(map(str, attention))})\."
-    return [
-        *ENDS,
-        (rf"{post}(?:post_attention_layernorm|feedforward_layer_norm)\.weight", r"layers.\1.norm_after.weight"),
-        (rf"{post}post_feedforward_layernorm\.weight", r"layers.\1.norm2_after.weight"),
-        (rf"{LAYER}(?:input_layernorm|attention_layer_norm)\.weight", r"layers.\1.norm.weight"),
-        (rf"{LAYER}(?:post_attention_layernorm|feedforward_layer_norm)\.weight", r"layers.\1.norm2.weight"),
+    attention: list[Rule] = [
+        (rf"{LAYER}(?:feedforward_layer_norm|post_attention_layernorm)\.weight", r"layers.\1.norm_after.weight"),
+        (rf"{LAYER}post_feedforward_layernorm\.weight", r"layers.\1.norm2_after.weight"),
         *attention_rules("self_attn", "mixer"),
         (rf"{LAYER}self_attn\.([qk])_norm\.weight", r"layers.\1.mixer.\2_norm.weight"),
+    ]
+    return [
+        *ends_rules("norm"),
+        *at_layers([i for i, kind in enumerate(given["layer_types"]) if kind == "full_attention"], attention),
+        (rf"{LAYER}(?:attention_layer_norm|input_layernorm)\.weight", r"layers.\1.norm.weight"),
+        (rf"{LAYER}(?:feedforward_layer_norm|post_attention_layernorm)\.weight", r"layers.\1.norm2.weight"),
         *convolution_rules("linear_attn", *widths(given)),
         (rf"{LINEAR}(A_log|dt_bias|o_norm\.weight|[qkvabgo]_proj\.weight)", r"layers.\1.mixer.\2"),
         *gated_mlp_rules("mlp", "mlp"),
@@ -57,4 +64,19 @@ def config(given: Mapping[str, Any]) -> dict[str, Any]:
         "vocab_size": given["vocab_size"],
         "norm_eps": eps,
         "tie_embeddings": given.get("tie_word_embeddings", False),
+    }
+
+
+def config_json(d: Description) -> dict[str, Any]:
+    attention, delta = d.mixer("attention"), d.mixer("gated_deltanet")
+    return {
+        **ends_json(d),
+        **attention_json(attention),
+        **(rope_json(attention) if attention.get("rope", True) else {"rope_parameters": None}),
+        **delta_json(delta),
+        "linear_allow_neg_eigval": delta.get("allow_neg_eigval", True),
+        "layer_types": ["linear_attention" if kind == "gated_deltanet" else "full_attention" for kind in d.kinds],
+        "intermediate_size": d.mlp("swiglu").get("d_intermediate"),
+        "rms_norm_eps": d.config.norm_eps,
+        "hidden_act": "silu",
     }

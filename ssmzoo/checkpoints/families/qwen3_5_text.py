@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from ssmzoo.checkpoints.families._qwen import config, rules_for
+from typing import Any
 
-__all__ = ["NAME", "config", "rules_for"]
+from ssmzoo.checkpoints.description import Description
+from ssmzoo.checkpoints.families._qwen import config, config_json_of, rules_for
+
+__all__ = ["ARCHITECTURE", "NAME", "config", "config_json", "rules_for"]
 
 NAME = "Qwen3.5"
+ARCHITECTURE = "Qwen3_5ForCausalLM"
+
+
+def config_json(d: Description) -> dict[str, Any]:
+    return config_json_of(d) | {"num_experts": 0}  # experts have no place

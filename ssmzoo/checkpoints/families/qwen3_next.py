@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from ssmzoo.checkpoints.families._qwen import config, rules_for
+from ssmzoo.checkpoints.families._qwen import config_json_of as config_json
 
-__all__ = ["NAME", "config", "rules_for"]
+__all__ = ["ARCHITECTURE", "NAME", "config", "config_json", "rules_for"]
 
 NAME = "Qwen3-Next"
+ARCHITECTURE = "Qwen3NextForCausalLM"

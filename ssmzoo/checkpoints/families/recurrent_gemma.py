@@ -5,13 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ssmzoo.checkpoints.families._common import ENDS, LAYER, attention_options, gated_mlp_rules, require, rope_options
+from ssmzoo.checkpoints.description import Description
+from ssmzoo.checkpoints.families._common import (
+    LAYER,
+    attention_json,
+    attention_options,
+    ends_json,
+    ends_rules,
+    gated_mlp_rules,
+    require,
+    rope_json,
+    rope_options,
+)
 from ssmzoo.checkpoints.renaming import Rule
 
 NAME = "RecurrentGemma"
+ARCHITECTURE = "RecurrentGemmaForCausalLM"
 
 RULES: list[Rule] = [
-    *ENDS,
+    *ends_rules("final_norm"),
     (rf"{LAYER}temporal_pre_norm\.weight", r"layers.\1.norm.weight"),
     (rf"{LAYER}channel_pre_norm\.weight", r"layers.\1.norm2.weight"),
     (rf"{LAYER}temporal_block\.o_proj\.(weight|bias)", r"layers.\1.mixer.out_proj.\2"),
@@ -45,4 +57,22 @@ def config(given: Mapping[str, Any]) -> dict[str, Any]:
         "embedding_multiplier": "sqrt",
         "logit_softcap": given.get("logits_soft_cap", 30.0),
         "tie_embeddings": given.get("tie_word_embeddings", True),
+    }
+
+
+def config_json(d: Description) -> dict[str, Any]:
+    attention, rglru = d.mixer("attention"), d.mixer("rglru")
+    heads = {"n_heads": rglru.get("n_heads", 1), "head_dim": d.config.d_model // rglru.get("n_heads", 1)}
+    return {
+        **ends_json(d),
+        **attention_json(heads | attention),
+        **rope_json({"head_dim": 2, "rope_dim": 1} | attention),
+        "attention_window_size": attention.get("window", 2048),
+        "block_types": ["recurrent" if kind == "rglru" else "attention" for kind in d.kinds],
+        "lru_width": rglru.get("width"),
+        "conv1d_width": rglru.get("d_conv", 4),
+        "intermediate_size": 2 * d.mlp("geglu_tanh").get("d_intermediate", 1),
+        "logits_soft_cap": d.config.logit_softcap,
+        "rms_norm_eps": d.config.norm_eps,
+        "hidden_activation": "gelu_pytorch_tanh",
     }

@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ssmzoo.checkpoints.families._common import LAYER, require
+from ssmzoo.checkpoints.description import Description
+from ssmzoo.checkpoints.families._common import (
+    LAYER,
+    ends_json,
+    require,
+)
 from ssmzoo.checkpoints.renaming import Rule
 
 NAME = "RWKV-7"
+ARCHITECTURE = "RWKV7ForCausalLM"
 
 RULES: list[Rule] = [
     (r"(?:model\.)?embeddings\.weight", "embedding.weight"),
@@ -40,4 +46,18 @@ def config(given: Mapping[str, Any]) -> dict[str, Any]:
         "norm_eps": eps,
         "embedding_norm": True,
         "tie_embeddings": given.get("tie_word_embeddings", False),
+    }
+
+
+def config_json(d: Description) -> dict[str, Any]:
+    last = d.layers[-1].mixer
+    return {
+        **ends_json(d),
+        "head_dim": last.get("head_dim", 64),
+        **{f"{x}_low_rank_dim": last.get(f"{x}_low_rank_dim") for x in ("decay", "a", "v", "gate")},
+        "intermediate_size": d.mlp("rwkv7").get("d_intermediate"),
+        "norm_eps": d.config.norm_eps,
+        "hidden_act": "sqrelu",
+        "norm_first": True,
+        "norm_bias": True,
     }

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ssmzoo.checkpoints.families._common import require
+from ssmzoo.checkpoints.description import Description
+from ssmzoo.checkpoints.families._common import (
+    ends_json,
+    require,
+)
 from ssmzoo.checkpoints.renaming import Rule
 
 NAME = "xLSTM"
+ARCHITECTURE = "xLSTMForCausalLM"
 
 BLOCK = r"(?:backbone\.)?blocks\.(\d+)\."
 
@@ -49,4 +54,25 @@ def config(given: Mapping[str, Any]) -> dict[str, Any]:
         "norm_eps": eps,
         "logit_softcap": given.get("output_logit_soft_cap", 30.0),
         "tie_embeddings": given.get("tie_word_embeddings", False),
+    }
+
+
+def config_json(d: Description) -> dict[str, Any]:
+    mlstm, inside = d.mixer("mlstm"), d.mlp("swiglu").get("d_intermediate", 0)
+    return {
+        **ends_json(d),
+        "embedding_dim": d.config.d_model,
+        "num_blocks": d.config.n_layers,
+        "num_heads": mlstm.get("n_heads", 8),
+        "qk_dim_factor": mlstm.get("qk_dim_factor", 0.5),
+        "v_dim_factor": mlstm.get("v_dim_factor", 1.0),
+        "gate_soft_cap": mlstm.get("gate_soft_cap", 15.0),
+        "ffn_proj_factor": (inside + 0.5) / d.config.d_model,  # rounded down to `inside`
+        "ffn_round_up_to_multiple_of": 1,
+        "output_logit_soft_cap": d.config.logit_softcap,
+        "norm_eps": d.config.norm_eps,
+        "eps": 1e-6,
+        "weight_mode": "single",
+        "use_bias": False,
+        "add_out_norm": True,
     }

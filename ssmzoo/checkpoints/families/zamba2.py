@@ -7,15 +7,27 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ssmzoo.checkpoints.families._common import ENDS, LAYER, mamba_rules, require, rope_options
+from ssmzoo.checkpoints.description import Description
+from ssmzoo.checkpoints.families._common import (
+    LAYER,
+    at_layers,
+    ends_json,
+    ends_rules,
+    mamba_rules,
+    require,
+    rope_json,
+    rope_options,
+    whole,
+)
 from ssmzoo.checkpoints.renaming import Rule
 
 NAME = "Zamba2"
+ARCHITECTURE = "Zamba2ForCausalLM"
 
 SHARED = rf"{LAYER}shared_transformer\."
 
 RULES: list[Rule] = [
-    *ENDS,
+    *ends_rules("final_layernorm"),
     (rf"{LAYER}(?:mamba_decoder\.)?input_layernorm\.weight", r"layers.\1.norm.weight"),
     *mamba_rules(r"(?:mamba_decoder\.)?mamba", "mixer"),
     (rf"{LAYER}linear\.weight", r"layers.\1.feed.linear.weight"),
@@ -31,21 +43,36 @@ def rules(names: Mapping[str, Any]) -> list[Rule]:
     """The adapters lie in the shared block, numbered by the layers that it feeds: those that have a map ``linear``."""
     found = (re.fullmatch(rf"{LAYER}linear\.weight", name) for name in names)
     fed = sorted(int(match[1]) for match in found if match)
-    base = "base." if any("linear_q_adapter_list" in name for name in names) else ""
+    return _rules(fed, 1, any("linear_q_adapter_list" in name for name in names))
+
+
+def rules_for_writing(given: Mapping[str, Any]) -> list[Rule]:
+    """The same by the config; layers that no block feeds have shorter names."""
+    fed = [i for i, kind in enumerate(given["layers_block_type"]) if kind == "hybrid"]
+    plain = [i for i in range(given["num_hidden_layers"]) if i not in fed]
+    norm: Rule = (rf"{LAYER}input_layernorm\.weight", r"layers.\1.norm.weight")
+    short = at_layers(plain, [norm, *mamba_rules("mamba", "mixer")])
+    return [*short, *_rules(fed, given["num_mem_blocks"], given["use_shared_attention_adapter"])]
+
+
+def _rules(fed: list[int], blocks: int, adapted: bool) -> list[Rule]:
+    """``blocks`` says in which layer adapters are written: in the first that their block feeds."""
+    base = "base." if adapted else ""
     more: list[Rule] = [
         (rf"{SHARED}self_attn\.([qkv])_proj\.weight", rf"layers.\1.feed.attention.\2_proj.{base}weight")
     ]
     for i, layer in enumerate(fed):
+        shared = rf"(?:model\.)?layers\.(?:{fed[i % blocks]}|\d+)\.shared_transformer\."
         for part, ours in ((0, "down"), (1, "up")):
             more.append(
                 (
-                    rf"{SHARED}self_attn\.linear_([qkv])_adapter_list\.{i}\.{part}\.weight",
-                    rf"layers.{layer}.feed.attention.\2_proj.{ours}.weight",
+                    rf"{shared}self_attn\.linear_([qkv])_adapter_list\.{i}\.{part}\.weight",
+                    rf"layers.{layer}.feed.attention.\1_proj.{ours}.weight",
                 )
             )
             more.append(
                 (
-                    rf"{SHARED}feed_forward\.gate_up_proj_adapter_list\.{i}\.{part}\.weight",
+                    rf"{shared}feed_forward\.gate_up_proj_adapter_list\.{i}\.{part}\.weight",
                     rf"layers.{layer}.feed.fc1.{ours}.weight",
                 )
             )
@@ -89,4 +116,34 @@ def config(given: Mapping[str, Any]) -> dict[str, Any]:
         "vocab_size": given["vocab_size"],
         "norm_eps": eps,
         "tie_embeddings": given.get("tie_word_embeddings", True),
+    }
+
+
+def config_json(d: Description) -> dict[str, Any]:
+    mamba, feeds = d.mixer("mamba2"), [layer.feed for layer in d.layers if layer.feed is not None]
+    shared = feeds[0] if feeds else {}
+    expand, headdim = mamba.get("expand", 2), mamba.get("headdim", 1)
+    rope = rope_json(shared) if shared.get("rope") else {}
+    return {
+        **ends_json(d),
+        "layers_block_type": ["linear_attention" if layer.feed is None else "hybrid" for layer in d.layers],
+        "mamba_d_state": mamba.get("d_state", 64),
+        "mamba_d_conv": mamba.get("d_conv", 4),
+        "mamba_expand": whole("expand", expand),
+        "n_mamba_heads": round(expand * d.config.d_model) // headdim,
+        "mamba_headdim": headdim,
+        "mamba_ngroups": mamba.get("ngroups", 1),
+        "time_step_min": mamba.get("dt_limit", (0.001, math.inf))[0],
+        "num_attention_heads": shared.get("n_heads", 1),
+        "num_key_value_heads": shared.get("n_heads", 1),
+        "intermediate_size": shared.get("d_intermediate"),
+        "adapter_rank": shared.get("rank", 128),
+        "use_shared_attention_adapter": shared.get("adapt_attention", False),
+        "use_mem_rope": shared.get("rope", False),
+        **rope,
+        "num_mem_blocks": len({feed["name"] for feed in feeds}) or 1,
+        "rms_norm_eps": d.config.norm_eps,
+        "hidden_act": "gelu",
+        "add_bias_linear": False,
+        "use_long_context": False,
     }

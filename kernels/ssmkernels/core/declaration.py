@@ -66,6 +66,7 @@ class Declaration:
         dtypes: argument → its dtypes in words, where they are not the first tensor's.
         wide: arguments that may stay float32 beside half-precision activations.
         sums: arguments in the dtype of sums and states.
+        words: of the declaration, from which that of a step follows (:mod:`ssmkernels.core.steps`).
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Declaration:
         self.dtypes: dict[str, str] = {}
         self.wide: tuple[str, ...] = ()
         self.sums: tuple[str, ...] = ()
+        self.words: dict[str, Any] = {}
         for name in shapes:
             if name not in self.annotations:
                 raise ValueError(f"{self.name}: `shapes` names {name!r}, which is no argument")

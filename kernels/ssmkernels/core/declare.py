@@ -4,7 +4,6 @@
         shapes={"x": "b l d", "weight": "d w", "initial_state": "s w-1 d"},
         returns={"y": "b l d", "final_state": "s w-1 d: sums if return_final_state"},
         wide="weight",
-        sums="initial_state",
         implementations=("triton", "cpu", "reference"),
     )
     def causal_conv1d(x: Tensor, weight: Tensor, *, initial_state: Tensor | None = None, ...):
@@ -26,6 +25,7 @@ from ssmkernels.core.binding import Binder
 from ssmkernels.core.bundles import Bundles, bundled
 from ssmkernels.core.declaration import Declaration
 from ssmkernels.core.dispatch import Op
+from ssmkernels.core.docs import completed
 from ssmkernels.core.once import once
 from ssmkernels.core.validate import (
     check_borders,
@@ -55,7 +55,7 @@ def op(
     *,
     shapes: Mapping[str, str],
     returns: Mapping[str, str],
-    implementations: tuple[str, ...],
+    implementations: tuple[str, ...] = ("triton", "cpu", "tiled", "reference"),
     wide: str = "",
     sums: str = "",
     int32: str = "",
@@ -70,18 +70,21 @@ def op(
 ) -> Callable[[F], F]:
     """Makes an op of the function under it, whose docstring and signature are what users see.
 
+    The docstring may leave out what all ops have alike (:mod:`ssmkernels.core.docs`).
+
     Args:
-        shapes: tensor argument → its shape in letters (:func:`~ssmkernels.core.validate.check_shapes`), in the order in
-            which they are checked. The first has the dtype of the call, which all others share unless they are named
-            below. Letters: ``b`` batch, ``l`` time, ``s`` sequences, of which a batch packs several with
+        shapes: tensor argument, or several → their shape in letters (:func:`~ssmkernels.core.validate.check_shapes`),
+            in the order in which they are checked. The first has the dtype of the call, which all others share unless
+            they are named below. Letters: ``b`` batch, ``l`` time, ``s`` sequences, of which a batch packs several with
             ``cu_seqlens``.
-        returns: result → ``"shape: dtypes if condition"``. The dtypes are arguments', promoted, and ``sums`` is
-            float32, or float64 where an argument is; the first argument's if left out. The result is only returned
-            where the option or argument named by the condition is given.
+        returns: result, or several → ``"shape: dtypes if condition"``. The dtypes are arguments', promoted, and
+            ``sums`` is float32, or float64 where an argument is; the first argument's if left out. The result is only
+            returned where the option or argument named by the condition is given.
         implementations: by name, the fastest first. Each is a module beside the op
             (:mod:`ssmkernels.core.implementation`).
         wide: arguments that may stay float32 beside half-precision activations.
-        sums: arguments in the dtype of sums and states: float32, or float64 for float64 input.
+        sums: arguments in the dtype of sums: float32, or float64 for float64 input. States, ``initial_X``, are among
+            them unless ``own`` names them.
         int32: arguments of integers.
         own: arguments whose dtypes ``check`` looks at itself.
         choices: option → the words that it may be.
@@ -94,10 +97,25 @@ def op(
         bundles: parameter, or tuple of results → the tensors in it (:mod:`ssmkernels.core.bundles`), which all other
             words here name one by one.
     """
+    shapes, returns = _one_by_one(shapes), _one_by_one(returns)
+    states = [name for name in shapes if name.startswith("initial_") and name not in (own + " " + sums).split()]
+    sums = " ".join([*sums.split(), *states])
     bundles = bundles or {}
+    words = {
+        "shapes": shapes,
+        "returns": returns,
+        "wide": wide,
+        "sums": sums,
+        "int32": int32,
+        "own": own,
+        "choices": choices,
+        "check": check,
+        "bundles": bundles,
+    }
 
     def decorate(function: F) -> F:
         declared = Declaration(function, shapes, returns, takes, mutates, bundles)
+        function.__doc__ = completed(function.__doc__, declared.annotations)
         run = Op(declared, function.__module__, implementations, step)
         declared.dtypes = {
             name: words
@@ -109,6 +127,7 @@ def op(
             )
             for name in names.split()
         }
+        declared.words = words
         declared.wide, declared.sums = tuple(wide.split()), tuple(sums.split())
         bind = Binder(declared.signature)
         rules = _Rules(declared, wide.split(), sums.split(), int32.split(), own.split(), choices or {}, check)
@@ -138,6 +157,11 @@ def op(
         return bundled(declared.name, function, call, bundles) if bundles else call  # type: ignore[return-value]
 
     return decorate
+
+
+def _one_by_one(words: Mapping[str, str]) -> dict[str, str]:
+    """``{"q k": "b l h k"}`` as ``{"q": "b l h k", "k": "b l h k"}``."""
+    return {name: text for names, text in words.items() for name in names.split()}
 
 
 class _Rules:

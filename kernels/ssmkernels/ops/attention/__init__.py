@@ -65,7 +65,7 @@ def _lower(
 
 
 @op(
-    shapes={"q": "b l h k", "k": "b m h_kv k", "v": "b m h_kv v", "alibi_slopes": "h", "sinks": "h"},
+    shapes={"q": "b l h k", "k": "b m h_kv k", "v": "b m h_kv v", "alibi_slopes sinks": "h"},
     returns={"out": "b l h v", "lse": "b h l: sums if return_lse"},
     wide="alibi_slopes sinks",
     check=_check,
@@ -128,14 +128,10 @@ def attention(
             Queries see the keys of their own sequence.
         cu_seqlens_k: the same for keys and values, where their lengths differ; as for the queries if None.
         return_lse: whether to return the log-sum-exp as well.
-        implementation: force one by name; the fastest that can run this call if None.
 
     Returns:
         ``(b, l, h, v)`` in q's dtype; with ``return_lse`` also lse ``(b, h, l)``, the natural logarithm,
         over the keys and the sink alike, float32 (float64 for float64 input). A query that sees no key
         gives 0 with gradients of 0, and an lse of -∞ (its sink, where there is one). NaN or infinity at a key
         or value changes no row that does not see it; docs/attention.md gives the limits.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name.
     """

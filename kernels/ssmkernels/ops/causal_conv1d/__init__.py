@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ssmkernels.core.declare import op
+from ssmkernels.core.steps import step_of
 
 __all__ = ["causal_conv1d", "causal_conv1d_step"]
 
@@ -20,7 +21,6 @@ def _check(name: str, sizes: dict[str, int], weight: Tensor, **_: Any) -> None:
     shapes={"x": "b l d", "weight": "d w", "bias": "d", "initial_state": "s w-1 d"},
     returns={"y": "b l d", "final_state": "s w-1 d: sums if return_final_state"},
     wide="weight bias",
-    sums="initial_state",
     choices={"activation": ("silu",)},
     check=_check,
     implementations=("triton", "cpu", "causal_conv1d", "reference"),
@@ -53,8 +53,6 @@ def causal_conv1d(
         initial_state: the w-1 inputs before the first, oldest first, ``(s, w-1, d)``, float32 (float64 for
             float64 input); zero if None.
         return_final_state: whether to return the last w-1 inputs as well.
-        cu_seqlens: int32 ``(s + 1)``, borders of sequences packed one after another in a batch of one.
-        implementation: force one by name; the fastest that can run this call if None.
 
     Returns:
         y ``(b, l, d)`` in x's dtype, summed in float32 (float64); with ``return_final_state`` also the state
@@ -66,17 +64,7 @@ def causal_conv1d(
     """
 
 
-@op(
-    shapes={"x": "b d", "weight": "d w", "bias": "d", "state": "b w-1 d"},
-    returns={"y": "b d"},
-    wide="weight bias",
-    sums="state",
-    choices={"activation": ("silu",)},
-    mutates=("state",),
-    check=_check,
-    step=True,
-    implementations=("triton", "cpu", "reference"),
-)
+@step_of(causal_conv1d)
 def causal_conv1d_step(
     state: Tensor,
     x: Tensor,
@@ -95,11 +83,7 @@ def causal_conv1d_step(
         weight: ``(d, w)``.
         bias: ``(d)``.
         activation: None or ``"silu"``.
-        implementation: force one by name.
 
     Returns:
         y ``(b, d)`` in x's dtype.
-
-    Raises:
-        TypeError, ValueError: as :func:`causal_conv1d`.
     """

@@ -86,8 +86,7 @@ def checked_places(lengths: Tensor, block_table: Tensor | None, k_cache: Tensor)
         "v_cache": "s m h_kv v | pages page_size h_kv v",
         "lengths": "s",
         "block_table": "s blocks",
-        "alibi_slopes": "h",
-        "sinks": "h",
+        "alibi_slopes sinks": "h",
     },
     returns={"out": "s l h v", "lse": "s h l: sums if return_lse"},
     wide="alibi_slopes sinks",
@@ -143,12 +142,8 @@ def decode_attention(
         num_splits: into how many parts a kernel divides the cache, to use a whole GPU; the kernel chooses
             if None. It does not change the result beyond rounding; ``sdpa`` and ``reference`` ignore it.
         return_lse: whether to return the log-sum-exp as well.
-        implementation: force one by name; the fastest that can run this call if None.
 
     Returns:
         ``(s, l, h, v)`` in q's dtype; with ``return_lse`` also lse ``(s, h, l)``, float32 (float64 for
         float64 input).
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name.
     """

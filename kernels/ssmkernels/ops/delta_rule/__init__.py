@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ssmkernels.core.declare import op
+from ssmkernels.core.steps import step_of
 
 __all__ = ["delta_rule", "delta_rule_step"]
 
@@ -19,8 +20,7 @@ def _check(name: str, sizes: dict[str, int], **_: Any) -> None:
 
 @op(
     shapes={
-        "q": "b l g k",
-        "k": "b l g k",
+        "q k": "b l g k",
         "v": "b l h v",
         "beta": "b l h",
         "log_decay": "b l h | b l h k",
@@ -28,9 +28,7 @@ def _check(name: str, sizes: dict[str, int], **_: Any) -> None:
     },
     returns={"o": "b l h v", "final_state": "s h k v: sums if return_final_state"},
     wide="beta log_decay",
-    sums="initial_state",
     check=_check,
-    implementations=("triton", "cpu", "tiled", "reference"),
 )
 def delta_rule(
     q: Tensor,
@@ -70,35 +68,14 @@ def delta_rule(
         scale: of the output; k^-½ if None.
         initial_state: S before the first token, ``(s, h, k, v)``; zero if None.
         return_final_state: whether to return S after the last token as well.
-        cu_seqlens: int32 ``(s + 1)``, borders of sequences packed one after another in a batch of one.
-        implementation: force one by name; the fastest that can run this call if None.
 
     Returns:
         o ``(b, l, h, v)`` in q's dtype; with ``return_final_state`` also S ``(s, h, k, v)``, float32 (float64 for
         float64 input). Sums and states are kept in that precision whatever the input's.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name.
     """
 
 
-@op(
-    shapes={
-        "q": "b g k",
-        "k": "b g k",
-        "v": "b h v",
-        "beta": "b h",
-        "log_decay": "b h | b h k",
-        "state": "b h k v",
-    },
-    returns={"o": "b h v"},
-    wide="beta log_decay",
-    sums="state",
-    mutates=("state",),
-    check=_check,
-    step=True,
-    implementations=("triton", "cpu", "reference"),
-)
+@step_of(delta_rule)
 def delta_rule_step(
     state: Tensor,
     q: Tensor,
@@ -119,11 +96,7 @@ def delta_rule_step(
         beta: ``(b, h)``.
         log_decay: ``(b, h)``, or ``(b, h, k)`` for one per key channel; no decay if None.
         scale: of the output; k^-½ if None.
-        implementation: force one by name.
 
     Returns:
         o ``(b, h, v)`` in q's dtype.
-
-    Raises:
-        TypeError, ValueError: as :func:`delta_rule`.
     """

@@ -19,11 +19,10 @@ def _check(name: str, _: dict[str, int], *, B: Tensor, C: Tensor, length: int, *
 
 
 @op(
-    shapes={"A": "d n", "B": "d n", "C": "d n", "dt": "d"},
+    shapes={"A B C": "d n", "dt": "d"},
     returns={"K": "d length: sums"},
     own="A B C dt",
     check=_check,
-    implementations=("triton", "cpu", "tiled", "reference"),
 )
 def diagonal_kernel(
     A: Tensor,
@@ -50,7 +49,6 @@ def diagonal_kernel(
         dt: the step size Δ, ``(d)``, real.
         length: the number of taps.
         discretization: ``"zoh"`` (zero-order hold), ``"bilinear"`` or ``"dss"``.
-        implementation: force one by name; the fastest that can run this call if None.
 
     Returns:
         K ``(d, length)``, float32 (float64 where any input is).

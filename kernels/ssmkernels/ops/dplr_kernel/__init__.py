@@ -66,7 +66,6 @@ def dplr_kernel(
         dt: the step size Δ, ``(d)``, real.
         length: the number of taps.
         discretization: ``"bilinear"`` or ``"zoh"`` (zero-order hold).
-        implementation: force one by name; the fastest that can run this call if None.
 
     Returns:
         K ``(d, length)``, float32 (float64 where any input is).

@@ -45,11 +45,7 @@ def fft_conv(
         gate: what the sum is multiplied by, ``(b, l, d)`` in u's dtype; as it comes, without an activation. 1 if None.
         cu_seqlens: int32 ``(s + 1)``, borders of sequences packed one after another in a batch of one; each
             is convolved on its own.
-        implementation: force one by name; the fastest that can run this call if None.
 
     Returns:
         y ``(b, l, d)`` in u's dtype, summed in float32 (float64 for float64 input).
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name.
     """

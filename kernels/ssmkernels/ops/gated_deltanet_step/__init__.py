@@ -29,20 +29,14 @@ def _check(name: str, sizes: dict[str, int], beta_scale: float, **_: Any) -> Non
     shapes={
         "x": "b m",
         "state": "b h k v",
-        "q_conv": "i w",
-        "k_conv": "i w",
+        "q_conv k_conv": "i w",
         "v_conv": "j w",
-        "q_state": "b w-1 i",
-        "k_state": "b w-1 i",
+        "q_state k_state": "b w-1 i",
         "v_state": "b w-1 j",
-        "q_proj": "i m",
-        "k_proj": "i m",
-        "v_proj": "j m",
-        "g_proj": "j m",
-        "b_proj": "h m",
-        "a_proj": "h m",
-        "A_log": "h",
-        "dt_bias": "h",
+        "q_proj k_proj": "i m",
+        "v_proj g_proj": "j m",
+        "b_proj a_proj": "h m",
+        "A_log dt_bias": "h",
         "norm_weight": "v",
         "o_proj": "m j",
     },
@@ -101,11 +95,7 @@ def gated_deltanet_step(
         o_proj: ``(m, j)``, in x's dtype.
         beta_scale: 2 where the transition may have negative eigenvalues.
         norm_eps: added to the mean of squares.
-        implementation: force one by name; the fastest that can run this call if None.
 
     Returns:
         ``(b, m)`` in x's dtype.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name.
     """

@@ -5,24 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from ssmkernels.core.declare import op
+from ssmkernels.core.steps import step_of
 
 __all__ = ["generalized_delta_rule", "generalized_delta_rule_step"]
 
 
 @op(
-    shapes={
-        "q": "b l h k",
-        "k": "b l h k",
-        "v": "b l h v",
-        "a": "b l h k",
-        "b": "b l h k",
-        "log_decay": "b l h k",
-        "initial_state": "s h k v",
-    },
+    shapes={"q k": "b l h k", "v": "b l h v", "a b log_decay": "b l h k", "initial_state": "s h k v"},
     returns={"o": "b l h v", "final_state": "s h k v: sums if return_final_state"},
     wide="log_decay",
-    sums="initial_state",
-    implementations=("triton", "cpu", "tiled", "reference"),
 )
 def generalized_delta_rule(
     q: Tensor,
@@ -60,35 +51,14 @@ def generalized_delta_rule(
         scale: of the outputs; 1/√k if None.
         initial_state: S before the first step, ``(s, h, k, v)``; zero if None.
         return_final_state: whether to return S after the last step as well.
-        cu_seqlens: int32 ``(s + 1)``, borders of sequences packed one after another in a batch of one.
-        implementation: force one by name; the fastest that can run this call if None.
 
     Returns:
         o ``(b, l, h, v)`` in q's dtype; with ``return_final_state`` also S ``(s, h, k, v)``, float32 (float64 for
         float64 input). Sums and states are kept in that precision whatever the input's.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name.
     """
 
 
-@op(
-    shapes={
-        "q": "b h k",
-        "k": "b h k",
-        "v": "b h v",
-        "a": "b h k",
-        "b": "b h k",
-        "log_decay": "b h k",
-        "state": "b h k v",
-    },
-    returns={"o": "b h v"},
-    wide="log_decay",
-    sums="state",
-    mutates=("state",),
-    step=True,
-    implementations=("triton", "cpu", "reference"),
-)
+@step_of(generalized_delta_rule)
 def generalized_delta_rule_step(
     state: Tensor,
     q: Tensor,
@@ -109,11 +79,7 @@ def generalized_delta_rule_step(
         v: ``(b, h, v)``.
         log_decay: ``(b, h, k)``.
         scale: of the outputs; 1/√k if None.
-        implementation: force one by name.
 
     Returns:
         o ``(b, h, v)`` in q's dtype.
-
-    Raises:
-        TypeError, ValueError: as :func:`generalized_delta_rule`.
     """

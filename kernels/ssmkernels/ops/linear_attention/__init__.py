@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ssmkernels.core.declare import op
+from ssmkernels.core.steps import step_of
 
 __all__ = ["linear_attention", "linear_attention_step"]
 
@@ -19,8 +20,7 @@ def _check(name: str, sizes: dict[str, int], **_: Any) -> None:
 
 @op(
     shapes={
-        "q": "b l g k",
-        "k": "b l g k",
+        "q k": "b l g k",
         "v": "b l h v",
         "log_decay": "h | b l h | b l h k",
         "bonus": "h k",
@@ -28,9 +28,7 @@ def _check(name: str, sizes: dict[str, int], **_: Any) -> None:
     },
     returns={"o": "b l h v", "final_state": "s h k v: sums if return_final_state"},
     wide="log_decay bonus",
-    sums="initial_state",
     check=_check,
-    implementations=("triton", "cpu", "tiled", "reference"),
 )
 def linear_attention(
     q: Tensor,
@@ -68,38 +66,17 @@ def linear_attention(
         scale: of the output; 1/√k if None.
         initial_state: S before the first token, ``(s, h, k, v)``; zero if None.
         return_final_state: whether to return S after the last token as well.
-        cu_seqlens: int32 ``(s + 1)``, borders of sequences packed one after another in a batch of one.
-        implementation: force one by name; the fastest that can run this call if None.
 
     Returns:
         o ``(b, l, h, v)`` in q's dtype; with ``return_final_state`` also S ``(s, h, k, v)``, float32 (float64 for
         float64 input). Sums and states are kept in that precision whatever the input's.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name.
 
     Sources: RetNet, arXiv 2307.08621, equation 5; GLA, arXiv 2312.06635, equation 3; RWKV-6, arXiv 2404.05892,
     section 4.2.
     """
 
 
-@op(
-    shapes={
-        "q": "b g k",
-        "k": "b g k",
-        "v": "b h v",
-        "log_decay": "h | b h | b h k",
-        "bonus": "h k",
-        "state": "b h k v",
-    },
-    returns={"o": "b h v"},
-    wide="log_decay bonus",
-    sums="state",
-    mutates=("state",),
-    check=_check,
-    step=True,
-    implementations=("triton", "cpu", "reference"),
-)
+@step_of(linear_attention)
 def linear_attention_step(
     state: Tensor,
     q: Tensor,
@@ -120,11 +97,7 @@ def linear_attention_step(
         log_decay: ``(h)``, ``(b, h)`` or ``(b, h, k)``.
         bonus: ``(h, k)``.
         scale: of the output; 1/√k if None.
-        implementation: force one by name.
 
     Returns:
         o ``(b, h, v)`` in q's dtype.
-
-    Raises:
-        TypeError, ValueError: as :func:`linear_attention`.
     """

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ssmkernels.core.declare import op
+from ssmkernels.core.steps import step_of
 from ssmkernels.core.validate import COMPLEX, REAL, check_dtypes, precision
 
 __all__ = ["linear_recurrence", "linear_recurrence_step"]
@@ -54,27 +55,14 @@ def linear_recurrence(
         log_a: whether ``a`` holds logarithms of the decay.
         initial_state: h before the first step, ``(s, d)``; zero if None.
         return_final_state: whether to return h after the last step as well.
-        cu_seqlens: int32 ``(s + 1)``, borders of sequences packed one after another in a batch of one.
-        implementation: force one by name; the fastest that can run this call if None.
 
     Returns:
         h ``(b, l, d)`` in b's dtype; with ``return_final_state`` also the last one, ``(s, d)``, float32 (float64 for
         float64 input), complex where b is. Sums and states are kept in that precision whatever the input's.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name.
     """
 
 
-@op(
-    shapes={"b": "b d", "a": "b d | d", "state": "b d"},
-    returns={"h": "b d: b"},
-    own="a b state",
-    mutates=("state",),
-    check=_check,
-    step=True,
-    implementations=("triton", "cpu", "reference"),
-)
+@step_of(linear_recurrence)
 def linear_recurrence_step(
     state: Tensor,
     a: Tensor,
@@ -90,11 +78,7 @@ def linear_recurrence_step(
         a: ``(b, d)`` or ``(d)``.
         b: ``(b, d)``.
         log_a: whether ``a`` holds logarithms of the decay.
-        implementation: force one by name.
 
     Returns:
         h ``(b, d)`` in b's dtype.
-
-    Raises:
-        TypeError, ValueError: as :func:`linear_recurrence`.
     """

@@ -50,8 +50,7 @@ def _check(
         "conv_weight": "c w",
         "conv_state": "b w-1 c",
         "conv_bias": "c",
-        "A_log": "h",
-        "dt_bias": "h",
+        "A_log dt_bias": "h",
         "D": "h | h p",
         "norm_weight": "d",
         "in_proj": "e m",
@@ -115,11 +114,7 @@ def mamba2_step(
         norm_groups: the mean of squares is taken over so many groups of neighbouring channels.
         norm_before_gate: whether the norm comes before the gate.
         norm_eps: added to the mean of squares.
-        implementation: force one by name; the fastest that can run this call if None.
 
     Returns:
         ``(b, m)`` in x's dtype.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name.
     """

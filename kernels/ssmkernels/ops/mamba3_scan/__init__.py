@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ssmkernels.core.declare import op
+from ssmkernels.core.steps import step_of
 from ssmkernels.core.validate import check_range
 
 __all__ = ["mamba3_scan", "mamba3_scan_step"]
@@ -27,14 +28,11 @@ def _check(name: str, sizes: dict[str, int], chunk_size: int | None = None, **_:
 @op(
     shapes={
         "x": "b l r h p",
-        "dt": "b l h",
-        "A": "b l h",
-        "B": "b l r g n",
-        "C": "b l r g n",
+        "dt A": "b l h",
+        "B C": "b l r g n",
         "trap": "b l h",
         "angles": "b l a",
-        "B_bias": "h r n",
-        "C_bias": "h r n",
+        "B_bias C_bias": "h r n",
         "D": "h",
         "z": "b l r h p",
         "initial_state": "s h p n",
@@ -50,9 +48,7 @@ def _check(name: str, sizes: dict[str, int], chunk_size: int | None = None, **_:
         "final_value": "s r h p: sums if return_final_state",
     },
     wide="dt A trap angles B_bias C_bias D",
-    sums="initial_state initial_angle initial_key initial_value",
     check=_check,
-    implementations=("triton", "cpu", "tiled", "reference"),
 )
 def mamba3_scan(
     x: Tensor,
@@ -108,45 +104,15 @@ def mamba3_scan(
         initial_key: k of the step before the first, ``(s, r, h, n)``.
         initial_value: v of the step before the first, ``(s, r, h, p)``.
         return_final_state: whether to return h, θ, k and v of the last step as well.
-        cu_seqlens: int32 ``(s + 1)``, borders of sequences packed one after another in a batch of one.
-        implementation: force one by name; the fastest that can run this call if None.
 
     Returns:
         y ``(b, l, r, h, p)`` in x's dtype; with ``return_final_state`` also h ``(s, h, p, n)``, θ ``(s, h, a)``, k
         ``(s, r, h, n)`` and v ``(s, r, h, p)``, float32 (float64 for float64 input). Sums and states are kept in that
         precision whatever the input's.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name.
     """
 
 
-@op(
-    shapes={
-        "x": "b r h p",
-        "dt": "b h",
-        "A": "b h",
-        "B": "b r g n",
-        "C": "b r g n",
-        "trap": "b h",
-        "angles": "b a",
-        "B_bias": "h r n",
-        "C_bias": "h r n",
-        "D": "h",
-        "z": "b r h p",
-        "state": "b h p n",
-        "angle": "b h a",
-        "key": "b r h n",
-        "value": "b r h p",
-    },
-    returns={"y": "b r h p"},
-    wide="dt A trap angles B_bias C_bias D",
-    sums="state angle key value",
-    mutates=("state", "angle", "key", "value"),
-    check=_check,
-    step=True,
-    implementations=("triton", "cpu", "reference"),
-)
+@step_of(mamba3_scan)
 def mamba3_scan_step(
     state: Tensor,
     angle: Tensor,
@@ -181,11 +147,7 @@ def mamba3_scan_step(
         B_bias, C_bias: ``(h, r, n)``.
         D: ``(h)``.
         interleaved: whether the dimensions of a pair lie side by side.
-        implementation: force one by name.
 
     Returns:
         y ``(b, r, h, p)`` in x's dtype.
-
-    Raises:
-        TypeError, ValueError: as :func:`mamba3_scan`.
     """

@@ -18,8 +18,7 @@ __all__ = ["mamba_step"]
         "A_log": "d n",
         "ssm_state": "b d n",
         "dt_proj": "d r",
-        "dt_bias": "d",
-        "D": "d",
+        "dt_bias D": "d",
         "out_proj": "m d",
         "out_bias": "m",
         "in_proj": "2d m",
@@ -75,11 +74,7 @@ def mamba_step(
         D: the skip, ``(d)``.
         out_proj, out_bias: ``(m, d)`` and ``(m)``, in x's dtype.
         norm_eps: added to the mean of squares of Δ, B and C, which are not normalised if None.
-        implementation: force one by name; the fastest that can run this call if None.
 
     Returns:
         ``(b, m)`` in x's dtype.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name.
     """

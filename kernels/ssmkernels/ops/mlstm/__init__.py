@@ -5,17 +5,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from ssmkernels.core.declare import op
+from ssmkernels.core.steps import step_of
 
 __all__ = ["mlstm", "mlstm_step"]
 
 
 @op(
     shapes={
-        "q": "b l h k",
-        "k": "b l h k",
+        "q k": "b l h k",
         "v": "b l h v",
-        "i": "b l h",
-        "f": "b l h",
+        "i f": "b l h",
         "initial_C": "s h k v",
         "initial_n": "s h k",
         "initial_m": "s h",
@@ -31,8 +30,6 @@ __all__ = ["mlstm", "mlstm_step"]
         "final_state": ("final_C", "final_n", "final_m"),
     },
     wide="i f",
-    sums="initial_C initial_n initial_m",
-    implementations=("triton", "cpu", "tiled", "reference"),
 )
 def mlstm(
     q: Tensor,
@@ -72,37 +69,14 @@ def mlstm(
         initial_state: C ``(s, h, k, v)``, n ``(s, h, k)`` and m ``(s, h)`` before the first token; zeros if None.
             Errors and checks call them ``initial_C``, ``initial_n`` and ``initial_m``.
         return_final_state: whether to return (C, n, m) after the last token as well.
-        cu_seqlens: int32 ``(s + 1)``, borders of sequences packed one after another in a batch of one.
-        implementation: force one by name; the fastest that can run this call if None.
 
     Returns:
         y ``(b, l, h, v)`` in q's dtype; with ``return_final_state`` also the tuple (C, n, m), float32 (float64 for
         float64 input). Sums and states are kept in that precision whatever the input's.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name.
     """
 
 
-@op(
-    shapes={
-        "q": "b h k",
-        "k": "b h k",
-        "v": "b h v",
-        "i": "b h",
-        "f": "b h",
-        "C": "b h k v",
-        "n": "b h k",
-        "m": "b h",
-    },
-    returns={"y": "b h v"},
-    bundles={"state": ("C", "n", "m")},
-    wide="i f",
-    sums="C n m",
-    mutates=("C", "n", "m"),
-    step=True,
-    implementations=("triton", "cpu", "reference"),
-)
+@step_of(mlstm)
 def mlstm_step(
     state: tuple[Tensor, Tensor, Tensor],
     q: Tensor,
@@ -122,11 +96,7 @@ def mlstm_step(
         v: ``(b, h, v)``.
         i, f: ``(b, h)``.
         scale: of the queries; 1/√k if None.
-        implementation: force one by name.
 
     Returns:
         y ``(b, h, v)`` in q's dtype.
-
-    Raises:
-        TypeError, ValueError: as :func:`mlstm`.
     """

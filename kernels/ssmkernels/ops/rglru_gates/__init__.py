@@ -42,11 +42,7 @@ def rglru_gates(
             x's dtype, or float32 (float64 for float64 input).
         first: int32 ``(b, l)``, 1 at the first token of a sequence, where there is no state to make room for, and 0 at
             all others; None where no token is the first.
-        implementation: force one by name; the fastest that can run this call if None.
 
     Returns:
         a ``(b, l, h, p)``, in float32 (float64 for float64 input), and b ``(b, l, h, p)`` in x's dtype.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name.
     """

@@ -17,7 +17,7 @@ def _check(name: str, sizes: dict[str, int], group_size: int | None, **_: Any) -
 
 
 @op(
-    shapes={"x": "... d", "weight": "d", "gate": "... d", "residual": "... d"},
+    shapes={"x": "... d", "weight": "d", "gate residual": "... d"},
     returns={"y": "... d", "summed": "... d: residual if residual"},
     wide="weight residual",
     check=_check,
@@ -51,7 +51,6 @@ def rms_norm(
         group_size: the mean is taken over groups of this many neighbouring channels; over all of them if
             None.
         residual: what comes in beside x, of its shape, in its dtype or float32 (float64 for float64 input).
-        implementation: force one by name.
 
     Returns:
         y ``(..., d)`` in x's dtype, computed in float32 (float64 for float64 input); with a residual also r,

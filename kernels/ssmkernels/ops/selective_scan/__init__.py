@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ssmkernels.core.declare import op
+from ssmkernels.core.steps import step_of
 from ssmkernels.core.validate import check_dtypes, precision
 
 __all__ = ["selective_scan", "selective_scan_step"]
@@ -27,11 +28,9 @@ def _check(name: str, sizes: dict[str, int], u: Tensor, A: Tensor, B: Tensor, C:
 
 @op(
     shapes={
-        "u": "b l d",
-        "delta": "b l d",
+        "u delta": "b l d",
         "A": "d n",
-        "B": "b l n | b l g n | d n",
-        "C": "b l n | b l g n | d n",
+        "B C": "b l n | b l g n | d n",
         "D": "d",
         "z": "b l d",
         "delta_bias": "d",
@@ -82,38 +81,14 @@ def selective_scan(
         delta_softplus: whether Δ passes through softplus.
         initial_state: h before the first step, ``(s, d, n)``; zero if None.
         return_final_state: whether to return h after the last step as well.
-        cu_seqlens: int32 ``(s + 1)``, borders of sequences packed one after another in a batch of one.
-        implementation: force one by name; the fastest that can run this call if None.
 
     Returns:
         y ``(b, l, d)`` in u's dtype; with ``return_final_state`` also h ``(s, d, n)``, float32 (float64 for float64
         input), complex where A is. Sums and states are kept in that precision whatever the input's.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name.
     """
 
 
-@op(
-    shapes={
-        "u": "b d",
-        "delta": "b d",
-        "A": "d n",
-        "B": "b n | b g n",
-        "C": "b n | b g n",
-        "D": "d",
-        "z": "b d",
-        "delta_bias": "d",
-        "state": "b d n",
-    },
-    returns={"y": "b d"},
-    wide="D delta_bias",
-    own="A B C state",
-    mutates=("state",),
-    check=_check,
-    step=True,
-    implementations=("triton", "cpu", "reference"),
-)
+@step_of(selective_scan, shapes=dict.fromkeys(("B", "C"), "b n | b g n"))
 def selective_scan_step(
     state: Tensor,
     u: Tensor,
@@ -137,11 +112,7 @@ def selective_scan_step(
         B, C: ``(b, n)`` or ``(b, g, n)``; fixed maps ``(d, n)`` are a group per channel, ``B.expand(b, d, n)``.
         D, delta_bias: ``(d)``.
         delta_softplus: whether Δ passes through softplus.
-        implementation: force one by name.
 
     Returns:
         y ``(b, d)`` in u's dtype.
-
-    Raises:
-        TypeError, ValueError: as :func:`selective_scan`.
     """

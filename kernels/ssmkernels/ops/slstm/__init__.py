@@ -5,33 +5,19 @@ from __future__ import annotations
 from torch import Tensor
 
 from ssmkernels.core.declare import op
+from ssmkernels.core.steps import step_of
 
 __all__ = ["slstm", "slstm_step"]
 
 
 @op(
-    shapes={
-        "x": "b l 4 h p",
-        "R": "h p 4 p",
-        "bias": "h 4 p",
-        "initial_c": "s h p",
-        "initial_n": "s h p",
-        "initial_h": "s h p",
-        "initial_m": "s h p",
-    },
-    returns={
-        "y": "b l h p",
-        "final_c": "s h p: sums if return_final_state",
-        "final_n": "s h p: sums if return_final_state",
-        "final_h": "s h p: sums if return_final_state",
-        "final_m": "s h p: sums if return_final_state",
-    },
+    shapes={"x": "b l 4 h p", "R": "h p 4 p", "bias": "h 4 p", "initial_c initial_n initial_h initial_m": "s h p"},
+    returns={"y": "b l h p", "final_c final_n final_h final_m": "s h p: sums if return_final_state"},
     bundles={
         "initial_state": ("initial_c", "initial_n", "initial_h", "initial_m"),
         "final_state": ("final_c", "final_n", "final_h", "final_m"),
     },
     wide="R bias",
-    sums="initial_c initial_n initial_h initial_m",
     implementations=("triton", "cpu", "reference"),
 )
 def slstm(
@@ -67,36 +53,14 @@ def slstm(
         initial_state: c, n, h and m before the first token, each ``(s, h, p)``; zeros if None. Errors and checks call
             them ``initial_c``, ``initial_n``, ``initial_h`` and ``initial_m``.
         return_final_state: whether to return (c, n, h, m) after the last token as well.
-        cu_seqlens: int32 ``(s + 1)``, borders of sequences packed one after another in a batch of one.
-        implementation: force one by name; the fastest that can run this call if None.
 
     Returns:
         y ``(b, l, h, p)`` in x's dtype; with ``return_final_state`` also the tuple (c, n, h, m), float32 (float64 for
         float64 input). Sums and states are kept in that precision whatever the input's.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name.
     """
 
 
-@op(
-    shapes={
-        "x": "b 4 h p",
-        "R": "h p 4 p",
-        "bias": "h 4 p",
-        "c": "b h p",
-        "n": "b h p",
-        "h": "b h p",
-        "m": "b h p",
-    },
-    returns={"y": "b h p"},
-    bundles={"state": ("c", "n", "h", "m")},
-    wide="R bias",
-    sums="c n h m",
-    mutates=("c", "n", "h", "m"),
-    step=True,
-    implementations=("cpu", "reference"),
-)
+@step_of(slstm, implementations=("cpu", "reference"))
 def slstm_step(
     state: tuple[Tensor, Tensor, Tensor, Tensor],
     x: Tensor,
@@ -112,11 +76,7 @@ def slstm_step(
         x: ``(b, 4, h, p)``.
         R: ``(h, p, 4, p)``.
         bias: ``(h, 4, p)``.
-        implementation: force one by name.
 
     Returns:
         y ``(b, h, p)`` in x's dtype.
-
-    Raises:
-        TypeError, ValueError: as :func:`slstm`.
     """

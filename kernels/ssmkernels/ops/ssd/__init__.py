@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ssmkernels.core.declare import op
+from ssmkernels.core.steps import step_of
 from ssmkernels.core.validate import check_range
 
 __all__ = ["ssd", "ssd_step"]
@@ -28,8 +29,7 @@ def _check(name: str, sizes: dict[str, int], dt_limit: Any, chunk_size: int | No
         "x": "b l h p",
         "dt": "b l h",
         "A": "h",
-        "B": "b l g n",
-        "C": "b l g n",
+        "B C": "b l g n",
         "D": "h | h p",
         "z": "b l h p",
         "dt_bias": "h",
@@ -37,7 +37,6 @@ def _check(name: str, sizes: dict[str, int], dt_limit: Any, chunk_size: int | No
     },
     returns={"y": "b l h p", "final_state": "s h p n: sums if return_final_state"},
     wide="A D dt_bias",
-    sums="initial_state",
     check=_check,
     implementations=("triton", "cpu", "mamba_ssm", "tiled", "reference"),
 )
@@ -82,38 +81,14 @@ def ssd(
         chunk_size: a hint for implementations in chunks: how many tokens each takes. Results are the same to rounding.
         initial_state: h before the first step, ``(s, h, p, n)``; zero if None.
         return_final_state: whether to return h after the last step as well.
-        cu_seqlens: int32 ``(s + 1)``, borders of sequences packed one after another in a batch of one.
-        implementation: force one by name; the fastest that can run this call if None.
 
     Returns:
         y ``(b, l, h, p)`` in x's dtype; with ``return_final_state`` also h ``(s, h, p, n)``, float32 (float64 for
         float64 input). Sums and states are kept in that precision whatever the input's.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name.
     """
 
 
-@op(
-    shapes={
-        "x": "b h p",
-        "dt": "b h",
-        "A": "h",
-        "B": "b g n",
-        "C": "b g n",
-        "D": "h | h p",
-        "z": "b h p",
-        "dt_bias": "h",
-        "state": "b h p n",
-    },
-    returns={"y": "b h p"},
-    wide="A D dt_bias",
-    sums="state",
-    mutates=("state",),
-    check=_check,
-    step=True,
-    implementations=("triton", "cpu", "reference"),
-)
+@step_of(ssd)
 def ssd_step(
     state: Tensor,
     x: Tensor,
@@ -140,11 +115,7 @@ def ssd_step(
         D: ``(h)`` or ``(h, p)``.
         dt_softplus: whether Δ passes through softplus.
         dt_limit: the least and the most that Δ may be.
-        implementation: force one by name.
 
     Returns:
         y ``(b, h, p)`` in x's dtype.
-
-    Raises:
-        TypeError, ValueError: as :func:`ssd`.
     """

@@ -55,6 +55,7 @@ OP = """
 from torch import Tensor
 
 from ssmkernels.core.declare import op
+from ssmkernels.core.steps import step_of
 
 __all__ = ["smooth", "smooth_step"]
 
@@ -63,7 +64,6 @@ __all__ = ["smooth", "smooth_step"]
     shapes={"x": "b l d", "decay": "d", "initial_state": "s d"},
     returns={"y": "b l d", "final_state": "s d: sums if return_final_state"},
     wide="decay",
-    sums="initial_state",
     implementations=("tiled", "reference"),
 )
 def smooth(
@@ -78,15 +78,7 @@ def smooth(
     "h_t = decay h_{t-1} + (1 - decay) x_t, which is also the output."
 
 
-@op(
-    shapes={"x": "b d", "decay": "d", "state": "b d"},
-    returns={"y": "b d"},
-    wide="decay",
-    sums="state",
-    mutates=("state",),
-    step=True,
-    implementations=("reference",),
-)
+@step_of(smooth, implementations=("reference",))
 def smooth_step(state: Tensor, x: Tensor, decay: Tensor, *, implementation: str | None = None) -> Tensor:
     "One token of smooth."
 """

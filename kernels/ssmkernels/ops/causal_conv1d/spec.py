@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ssmkernels.check.spec import Case, Draw, Spec
+from ssmkernels.check.steps import step_of
 
 BASE = {
     "b": 2,
@@ -67,37 +68,17 @@ def make(case: Case, draw: Draw) -> dict[str, Any]:
     }
 
 
-def make_step(case: Case, draw: Draw) -> dict[str, Any]:
-    step = make({**case, "l": 1, "packed": False, "state": True}, draw)
-    step["x"], step["state"] = step["x"][:, 0], step.pop("initial_state")
-    del step["return_final_state"], step["cu_seqlens"]
-    return step
-
-
 def flops(case: Case) -> float:
     """A multiplication and an addition for each tap."""
     return 2.0 * case["b"] * case["l"] * case["d"] * case["w"]
 
 
-STEP_BASE = {key: value for key, value in BASE.items() if key not in ("l", "state", "packed")}
-STEP_ROWS = (*(row for row in ROWS if set(row) <= {*STEP_BASE, "layout"}), {"layout": "far"})
-
-SPECS = (
-    Spec(
-        op="causal_conv1d",
-        base=BASE,
-        rows=ROWS,
-        make=make,
-        flops=flops,
-        bench={"b": 1, "l": 512, "d": 1536},
-    ),
-    Spec(
-        op="causal_conv1d_step",
-        base=STEP_BASE,
-        rows=STEP_ROWS,
-        make=make_step,
-        flops=lambda case: flops({**case, "l": 1}),
-        bench={"b": 1, "d": 1536},
-        differentiable=False,
-    ),
+WHOLE = Spec(
+    op="causal_conv1d",
+    base=BASE,
+    rows=ROWS,
+    make=make,
+    flops=flops,
+    bench={"b": 1, "l": 512, "d": 1536},
 )
+SPECS = (WHOLE, step_of(WHOLE))

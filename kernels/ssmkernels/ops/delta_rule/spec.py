@@ -7,6 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 
 from ssmkernels.check.spec import Case, Draw, Spec
+from ssmkernels.check.steps import step_of
 
 BASE = {
     "b": 2,
@@ -103,39 +104,17 @@ def make(case: Case, draw: Draw) -> dict[str, Any]:
     }
 
 
-def make_step(case: Case, draw: Draw) -> dict[str, Any]:
-    whole = make({**case, "l": 1, "packed": False, "repeated": False, "state": True}, draw)
-    timed = ("q", "k", "v", "beta", "log_decay")
-    step = {name: value[:, 0] if name in timed and value is not None else value for name, value in whole.items()}
-    step["state"] = step.pop("initial_state")
-    del step["return_final_state"], step["cu_seqlens"]
-    return step
-
-
 def flops(case: Case) -> float:
     """Seven for each number of the state and token: the decay, and three multiply-adds with k, k again, and q."""
     return 7.0 * case["b"] * case["l"] * case["h"] * case["k"] * case["v"]
 
 
-STEP_BASE = {key: value for key, value in BASE.items() if key not in ("l", "repeated", "state", "packed", "wall")}
-STEP_ROWS = (*(row for row in ROWS if set(row) <= {*STEP_BASE, "layout"}), {"layout": "far"})
-
-SPECS = (
-    Spec(
-        op="delta_rule",
-        base=BASE,
-        rows=ROWS,
-        make=make,
-        flops=flops,
-        bench={"b": 1, "l": 2048, "h": 6, "g": 6, "k": 128, "v": 256},
-    ),
-    Spec(
-        op="delta_rule_step",
-        base=STEP_BASE,
-        rows=STEP_ROWS,
-        make=lambda case, draw: make_step({**case, "wall": False}, draw),
-        flops=lambda case: flops({**case, "l": 1}),
-        bench={"b": 1, "h": 6, "g": 6, "k": 128, "v": 256},
-        differentiable=False,
-    ),
+WHOLE = Spec(
+    op="delta_rule",
+    base=BASE,
+    rows=ROWS,
+    make=make,
+    flops=flops,
+    bench={"b": 1, "l": 2048, "h": 6, "g": 6, "k": 128, "v": 256},
 )
+SPECS = (WHOLE, step_of(WHOLE, without=("repeated", "wall")))

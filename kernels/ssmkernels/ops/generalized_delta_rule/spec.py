@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ssmkernels.check.spec import Case, Draw, Spec
+from ssmkernels.check.steps import step_of
 
 BASE = {
     "b": 2,
@@ -83,39 +84,17 @@ def make(case: Case, draw: Draw) -> dict[str, Any]:
     }
 
 
-def make_step(case: Case, draw: Draw) -> dict[str, Any]:
-    step = make({**case, "l": 1, "packed": False, "state": True}, draw)
-    for name in ("q", "k", "v", "a", "b", "log_decay"):
-        step[name] = None if step[name] is None else step[name][:, 0]
-    step["state"] = step.pop("initial_state")
-    del step["return_final_state"], step["cu_seqlens"]
-    return step
-
-
 def flops(case: Case) -> float:
     """A state's element is read, decays, takes in two products and is read again: nine operations."""
     return 9.0 * case["b"] * case["l"] * case["h"] * case["k"] * case["v"]
 
 
-STEP_BASE = {key: value for key, value in BASE.items() if key not in ("l", "state", "packed")}
-STEP_ROWS = (*(row for row in ROWS if set(row) <= {*STEP_BASE, "layout"}), {"layout": "far"}, {"resets": True})
-
-SPECS = (
-    Spec(
-        op="generalized_delta_rule",
-        base=BASE,
-        rows=ROWS,
-        make=make,
-        flops=flops,
-        bench={"b": 1, "l": 2048, "h": 12, "k": 64, "v": 64, "state": False, "scale": 1.0},
-    ),
-    Spec(
-        op="generalized_delta_rule_step",
-        base=STEP_BASE,
-        rows=STEP_ROWS,
-        make=make_step,
-        flops=lambda case: flops({**case, "l": 1}),
-        bench={"b": 1, "h": 12, "k": 64, "v": 64, "scale": 1.0},
-        differentiable=False,
-    ),
+WHOLE = Spec(
+    op="generalized_delta_rule",
+    base=BASE,
+    rows=ROWS,
+    make=make,
+    flops=flops,
+    bench={"b": 1, "l": 2048, "h": 12, "k": 64, "v": 64, "state": False, "scale": 1.0},
 )
+SPECS = (WHOLE, step_of(WHOLE, rows=({"resets": True},)))

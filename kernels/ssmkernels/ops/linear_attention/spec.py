@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from ssmkernels.check.spec import Case, Draw, Spec
+from ssmkernels.check.steps import step_of
 
 BASE = {
     "b": 2,
@@ -93,43 +94,17 @@ def make(case: Case, draw: Draw) -> dict[str, Any]:
     }
 
 
-def make_step(case: Case, draw: Draw) -> dict[str, Any]:
-    whole = make({**case, "l": 1, "packed": False, "state": True}, draw)
-    step = {name: whole[name][:, 0] for name in ("q", "k", "v")}
-    log_decay = whole["log_decay"]
-    timed = log_decay is not None and log_decay.ndim > 1
-    return step | {
-        "log_decay": log_decay[:, 0] if timed else log_decay,
-        "bonus": whole["bonus"],
-        "scale": whole["scale"],
-        "state": whole["initial_state"],
-    }
-
-
 def flops(case: Case) -> float:
     """Five for each number of the state and token: the decay, the outer product's multiply-add, the output's."""
     return 5.0 * case["b"] * case["l"] * case["h"] * case["k"] * case["v"]
 
 
-STEP_BASE = {key: value for key, value in BASE.items() if key not in ("l", "state", "packed")}
-STEP_ROWS = (*(row for row in ROWS if set(row) <= {*STEP_BASE, "layout"}), {"layout": "far"})
-
-SPECS = (
-    Spec(
-        op="linear_attention",
-        base=BASE,
-        rows=ROWS,
-        make=make,
-        flops=flops,
-        bench={"b": 1, "l": 2048, "h": 4, "g": 4, "k": 96, "v": 192},
-    ),
-    Spec(
-        op="linear_attention_step",
-        base=STEP_BASE,
-        rows=STEP_ROWS,
-        make=make_step,
-        flops=lambda case: flops({**case, "l": 1}),
-        bench={"b": 1, "h": 4, "g": 4, "k": 96, "v": 192},
-        differentiable=False,
-    ),
+WHOLE = Spec(
+    op="linear_attention",
+    base=BASE,
+    rows=ROWS,
+    make=make,
+    flops=flops,
+    bench={"b": 1, "l": 2048, "h": 4, "g": 4, "k": 96, "v": 192},
 )
+SPECS = (WHOLE, step_of(WHOLE))

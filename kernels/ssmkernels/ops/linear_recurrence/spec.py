@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ssmkernels.check.spec import Case, Draw, Spec
+from ssmkernels.check.steps import step_of
 
 BASE = {
     "b": 2,
@@ -87,15 +88,6 @@ def make(case: Case, draw: Draw) -> dict[str, Any]:
     }
 
 
-def make_step(case: Case, draw: Draw) -> dict[str, Any]:
-    step = make({**case, "l": 1, "packed": False, "state": True}, draw)
-    step["b"], step["state"] = step["b"][:, 0], step.pop("initial_state")
-    if not case["fixed"]:
-        step["a"] = step["a"][:, 0]
-    del step["return_final_state"], step["cu_seqlens"]
-    return step
-
-
 def wide(case: Case, state: str = "initial_state") -> list[str]:
     """States, and decays that are float32 beside half precision, or real beside complex inputs."""
     return [state, *(["a"] if case["weights"] == "float32" or case["complex"] else [])]
@@ -106,27 +98,13 @@ def flops(case: Case) -> float:
     return (8.0 if case["complex"] else 2.0) * case["b"] * case["l"] * case["d"]
 
 
-STEP_BASE = {key: value for key, value in BASE.items() if key not in ("l", "state", "packed")}
-STEP_ROWS = (*(row for row in ROWS if set(row) <= {*STEP_BASE, "layout"}), {"layout": "far"})
-
-SPECS = (
-    Spec(
-        op="linear_recurrence",
-        base=BASE,
-        rows=ROWS,
-        make=make,
-        flops=flops,
-        bench={"b": 1, "l": 4096, "d": 1536, "state": False},
-        wide=wide,
-    ),
-    Spec(
-        op="linear_recurrence_step",
-        base=STEP_BASE,
-        rows=STEP_ROWS,
-        make=make_step,
-        flops=lambda case: flops({**case, "l": 1}),
-        bench={"b": 1, "d": 1536},
-        wide=lambda case: wide(case, "state"),
-        differentiable=False,
-    ),
+WHOLE = Spec(
+    op="linear_recurrence",
+    base=BASE,
+    rows=ROWS,
+    make=make,
+    flops=flops,
+    bench={"b": 1, "l": 4096, "d": 1536, "state": False},
+    wide=wide,
 )
+SPECS = (WHOLE, step_of(WHOLE))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ssmkernels.check.spec import Case, Draw, Spec
+from ssmkernels.check.steps import step_of
 
 BASE = {
     "b": 2,
@@ -99,41 +100,18 @@ def make(case: Case, draw: Draw) -> dict[str, Any]:
     }
 
 
-def make_step(case: Case, draw: Draw) -> dict[str, Any]:
-    whole = make({**case, "l": 1, "packed": False, "state": True, "chunk": None}, draw)
-    timed = ("x", "dt", "A", "B", "C", "trap", "angles", "z")
-    step = {name: value[:, 0] if name in timed and value is not None else value for name, value in whole.items()}
-    step |= {name: step.pop(f"initial_{name}") for name in ("state", "angle", "key", "value")}
-    for name in ("return_final_state", "cu_seqlens", "chunk_size"):
-        del step[name]
-    return step
-
-
 def flops(case: Case) -> float:
     """Of each step: three a state for the decay and the skipped half of the last input, four a state and input."""
     return (3.0 + 4.0 * case["r"]) * case["b"] * case["l"] * case["h"] * case["p"] * case["n"]
 
 
-STEP_BASE = {key: value for key, value in BASE.items() if key not in ("l", "chunk", "state", "packed")}
-STEP_ROWS = (*(row for row in ROWS if set(row) <= {*STEP_BASE, "layout"}), {"layout": "far"})
-
-SPECS = (
-    Spec(
-        op="mamba3_scan",
-        base=BASE,
-        rows=ROWS,
-        make=make,
-        flops=flops,
-        bench={"b": 1, "l": 2048, "h": 24, "p": 64, "n": 128, "g": 1, "a": 32},
-        exact=("cpu",),  # in Triton, PyTorch's products make the outputs of a step's own inputs
-    ),
-    Spec(
-        op="mamba3_scan_step",
-        base=STEP_BASE,
-        rows=STEP_ROWS,
-        make=make_step,
-        flops=lambda case: flops({**case, "l": 1}),
-        bench={"b": 1, "h": 24, "p": 64, "n": 128, "g": 1, "a": 32},
-        differentiable=False,
-    ),
+WHOLE = Spec(
+    op="mamba3_scan",
+    base=BASE,
+    rows=ROWS,
+    make=make,
+    flops=flops,
+    bench={"b": 1, "l": 2048, "h": 24, "p": 64, "n": 128, "g": 1, "a": 32},
+    exact=("cpu",),  # in Triton, PyTorch's products make the outputs of a step's own inputs
 )
+SPECS = (WHOLE, step_of(WHOLE, without=("chunk",)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ssmkernels.check.spec import Case, Draw, Spec
+from ssmkernels.check.steps import step_of
 
 BASE = {
     "b": 2,
@@ -80,36 +81,17 @@ def make(case: Case, draw: Draw) -> dict[str, Any]:
     }
 
 
-def make_step(case: Case, draw: Draw) -> dict[str, Any]:
-    whole = make({**case, "l": 1, "packed": False, "state": True, "far": 0.0}, draw)
-    step = {name: whole[name][:, 0] for name in ("q", "k", "v", "i", "f")}
-    return step | {name: whole[f"initial_{name}"] for name in ("C", "n", "m")} | {"scale": whole["scale"]}
-
-
 def flops(case: Case) -> float:
     """Five for each number of the state and token: the decay, the outer product's multiply-add, the output's."""
     return 5.0 * case["b"] * case["l"] * case["h"] * case["k"] * (case["v"] + 1)
 
 
-STEP_BASE = {key: value for key, value in BASE.items() if key not in ("l", "state", "packed", "far")}
-STEP_ROWS = (*(row for row in ROWS if set(row) <= {*STEP_BASE, "layout"}), {"layout": "far"})
-
-SPECS = (
-    Spec(
-        op="mlstm",
-        base=BASE,
-        rows=ROWS,
-        make=make,
-        flops=flops,
-        bench={"b": 1, "l": 2048, "h": 4, "k": 128, "v": 256, "state": False},
-    ),
-    Spec(
-        op="mlstm_step",
-        base=STEP_BASE,
-        rows=STEP_ROWS,
-        make=make_step,
-        flops=lambda case: flops({**case, "l": 1}),
-        bench={"b": 1, "h": 4, "k": 128, "v": 256},
-        differentiable=False,
-    ),
+WHOLE = Spec(
+    op="mlstm",
+    base=BASE,
+    rows=ROWS,
+    make=make,
+    flops=flops,
+    bench={"b": 1, "l": 2048, "h": 4, "k": 128, "v": 256, "state": False},
 )
+SPECS = (WHOLE, step_of(WHOLE, without=("far",)))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ssmkernels.check.spec import Case, Draw, Spec
+from ssmkernels.check.steps import step_of
 
 BASE = {
     "b": 2,
@@ -110,15 +111,6 @@ def make(case: Case, draw: Draw) -> dict[str, Any]:
     }
 
 
-def make_step(case: Case, draw: Draw) -> dict[str, Any]:
-    scan = make({**case, "l": 1, "packed": False, "fixed": "", "state": True}, draw)
-    timed = ("u", "delta", "B", "C", "z")
-    step = {name: value[:, 0] if name in timed and value is not None else value for name, value in scan.items()}
-    step["state"] = step.pop("initial_state")
-    del step["return_final_state"], step["cu_seqlens"]
-    return step
-
-
 def flops(case: Case) -> float:
     """Six for each state and step: Δ·A and its exponential counted as one each, decay, input, output.
 
@@ -131,27 +123,13 @@ def wide(case: Case) -> tuple[str, ...]:
     return ("A", "D", "delta_bias") if case["weights"] == "float32" else ()
 
 
-STEP_BASE = {key: value for key, value in BASE.items() if key not in ("l", "fixed", "state", "packed")}
-STEP_ROWS = (*(row for row in ROWS if set(row) <= {*STEP_BASE, "layout"}), {"layout": "far"})
-
-SPECS = (
-    Spec(
-        op="selective_scan",
-        base=BASE,
-        rows=ROWS,
-        make=make,
-        flops=flops,
-        bench={"b": 1, "l": 512, "d": 1536, "n": 16},
-        wide=lambda case: (*wide(case), "initial_state"),
-    ),
-    Spec(
-        op="selective_scan_step",
-        base=STEP_BASE,
-        rows=STEP_ROWS,
-        make=make_step,
-        flops=lambda case: flops({**case, "l": 1}),
-        bench={"b": 1, "d": 1536, "n": 16},
-        wide=lambda case: (*wide(case), "state"),
-        differentiable=False,
-    ),
+WHOLE = Spec(
+    op="selective_scan",
+    base=BASE,
+    rows=ROWS,
+    make=make,
+    flops=flops,
+    bench={"b": 1, "l": 512, "d": 1536, "n": 16},
+    wide=lambda case: (*wide(case), "initial_state"),
 )
+SPECS = (WHOLE, step_of(WHOLE, without=("fixed",)))

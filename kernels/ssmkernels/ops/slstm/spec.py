@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ssmkernels.check.spec import Case, Draw, Spec
+from ssmkernels.check.steps import step_of
 
 BASE = {
     "b": 2,
@@ -65,37 +66,18 @@ def make(case: Case, draw: Draw) -> dict[str, Any]:
     return made | {"return_final_state": True, "cu_seqlens": borders}
 
 
-def make_step(case: Case, draw: Draw) -> dict[str, Any]:
-    whole = make({**case, "l": 1, "packed": False, "state": True}, draw)
-    states = {name: whole[f"initial_{name}"] for name in ("c", "n", "h", "m")}
-    return {"x": whole["x"][:, 0], "R": whole["R"], "bias": whole["bias"]} | states
-
-
 def flops(case: Case) -> float:
     """Two for each recurrent weight, head by head, and twenty for each channel."""
     return case["b"] * case["l"] * case["h"] * case["p"] * (8.0 * case["p"] + 20.0)
 
 
-STEP_BASE = {key: value for key, value in BASE.items() if key not in ("l", "state", "packed")}
-STEP_ROWS = (*(row for row in ROWS if set(row) <= {*STEP_BASE, "layout"}), {"layout": "far"})
-
-SPECS = (
-    Spec(
-        op="slstm",
-        base=BASE,
-        rows=ROWS,
-        make=make,
-        flops=flops,
-        bench={"b": 8, "l": 512, "h": 4, "p": 128, "state": False},
-        exact=("cpu",),  # in Triton sequences are rows of a product, which NumPy takes in the interpreter
-    ),
-    Spec(
-        op="slstm_step",
-        base=STEP_BASE,
-        rows=STEP_ROWS,
-        make=make_step,
-        flops=lambda case: flops({**case, "l": 1}),
-        bench={"b": 1, "h": 4, "p": 128},
-        differentiable=False,
-    ),
+WHOLE = Spec(
+    op="slstm",
+    base=BASE,
+    rows=ROWS,
+    make=make,
+    flops=flops,
+    bench={"b": 8, "l": 512, "h": 4, "p": 128, "state": False},
+    exact=("cpu",),  # in Triton sequences are rows of a product, which NumPy takes in the interpreter
 )
+SPECS = (WHOLE, step_of(WHOLE, bench={"b": 1}))

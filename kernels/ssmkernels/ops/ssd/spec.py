@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from ssmkernels.check.spec import Case, Draw, Spec
+from ssmkernels.check.steps import step_of
 
 BASE = {
     "b": 2,
@@ -99,39 +100,17 @@ def make(case: Case, draw: Draw) -> dict[str, Any]:
     }
 
 
-def make_step(case: Case, draw: Draw) -> dict[str, Any]:
-    whole = make({**case, "l": 1, "packed": False, "state": True, "chunk": None}, draw)
-    timed = ("x", "dt", "B", "C", "z")
-    step = {name: value[:, 0] if name in timed and value is not None else value for name, value in whole.items()}
-    step["state"] = step.pop("initial_state")
-    del step["return_final_state"], step["cu_seqlens"], step["chunk_size"]
-    return step
-
-
 def flops(case: Case) -> float:
     """Five for each state and token: the decay, the outer product's multiply-add, the output's."""
     return 5.0 * case["b"] * case["l"] * case["h"] * case["p"] * case["n"]
 
 
-STEP_BASE = {key: value for key, value in BASE.items() if key not in ("l", "chunk", "state", "packed")}
-STEP_ROWS = (*(row for row in ROWS if set(row) <= {*STEP_BASE, "layout"}), {"layout": "far"})
-
-SPECS = (
-    Spec(
-        op="ssd",
-        base=BASE,
-        rows=ROWS,
-        make=make,
-        flops=flops,
-        bench={"b": 1, "l": 2048, "h": 24, "p": 64, "n": 128, "g": 1},
-    ),
-    Spec(
-        op="ssd_step",
-        base=STEP_BASE,
-        rows=STEP_ROWS,
-        make=make_step,
-        flops=lambda case: flops({**case, "l": 1}),
-        bench={"b": 1, "h": 24, "p": 64, "n": 128, "g": 1},
-        differentiable=False,
-    ),
+WHOLE = Spec(
+    op="ssd",
+    base=BASE,
+    rows=ROWS,
+    make=make,
+    flops=flops,
+    bench={"b": 1, "l": 2048, "h": 24, "p": 64, "n": 128, "g": 1},
 )
+SPECS = (WHOLE, step_of(WHOLE, without=("chunk",)))

@@ -66,4 +66,5 @@ def test_more_threads_than_the_container_has_cores_are_told(cores, threads, warn
         warnings.simplefilter("always")
         assert native.library.__wrapped__().missing is None
     assert ["set_num_threads(1)" in str(w.message) for w in said] == ([True] if warned else [])
+    assert all(w.filename == __file__ for w in said)  # not a line of ours
     assert limits == ([] if cores is None else [cores])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -180,6 +182,28 @@ def test_options(kind, good, bad):
     for value in bad:
         with pytest.raises(TypeError, match=f"^toy: `size` must be {kind}; got {type(value).__name__}$"):
             check_options("toy", kind, size=value)
+
+
+def _numbers():
+    """Every option of an op that is a number, or two of them."""
+    return [
+        (op, name)
+        for op in OPS
+        for name, kind in spec_of(op).declared.annotations.items()
+        if kind.removesuffix(" | None") in ("float", "tuple[float, float]")
+    ]
+
+
+@pytest.mark.parametrize(("op", "name"), _numbers())
+def test_numbers_that_are_none_are_refused_by_name(op, name):
+    spec = spec_of(op)
+    arguments = spec.inputs(spec.case({}), torch.float32, "cpu", 0)
+    pair = spec.declared.annotations[name].startswith("tuple")
+    spec.function()(**arguments | ({name: (0.1, math.inf)} if pair else {name: 0.5}))
+    bad = [(math.nan, 1.0), (0.0, math.nan)] if pair else [math.nan, math.inf, -math.inf]
+    for value in bad:
+        with pytest.raises(ValueError, match=rf"^{op}: `{name}(\[[01]\])?` must be .*; got (nan|-?inf)$"):
+            spec.function()(**arguments | {name: value})
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import importlib
 import threading
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,6 +26,7 @@ from ssmkernels.core.implementation import EXTERNAL, Implementation, load
 from ssmkernels.core.names import OPS, unknown
 from ssmkernels.core.plain import ZERO, filled, forward_differentiated, recorded, subclass, why_not_plain
 from ssmkernels.core.sharded import call_on_shards, is_distributed
+from ssmkernels.core.warn import warn
 
 # Input elements from which a call on the reference is worth a warning: about a tenth of a second of it.
 LARGE_CALL = 2**20
@@ -188,11 +188,10 @@ class Op:
             return
         _warned.add(self.name)
         why = "; ".join(f"{n}: {self.why_not(n, a)}" for n in self.names if n != "reference")
-        warnings.warn(
+        warn(
             f"{self.name}: a large call runs on the slow reference ({why}). Force it with implementation='reference' "
             f"to silence this; it is said once.",
             RuntimeWarning,
-            stacklevel=4,
         )
 
 

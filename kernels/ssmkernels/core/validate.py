@@ -5,6 +5,7 @@ All that needs only shapes, dtypes and devices costs microseconds and is traced 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -107,27 +108,33 @@ def check_options(op: str, kind: str, /, **options: Any) -> None:
 
     Args:
         op: the function's name, for the message.
-        kind: "bool", "int", "number" or "two numbers", with " or None" where None will do. A bool is no number here.
+        kind: "bool", "int", "number", which is finite, or "two numbers", such as limits, which may be infinite; with
+            " or None" where None will do. A bool is no number here.
         options: by name.
 
     Raises:
         TypeError: naming the option, what was expected and what came.
-        ValueError: an int that no kernel can be told.
+        ValueError: NaN, infinity where it means nothing, or an int that no kernel can be told.
     """
-    one = kind.removesuffix(" or None")
     for name, value in options.items():
         if value is None and kind.endswith(" or None"):
             continue
-        if one == "two numbers":
-            if not isinstance(value, tuple | list) or len(value) != 2:
-                raise TypeError(f"{op}: `{name}` must be {kind}; got {value!r}")
-            check_options(op, "number", **{f"{name}[{i}]": number for i, number in enumerate(value)})
-            continue
-        kinds = _KINDS[one]
-        if not isinstance(value, kinds) or (isinstance(value, bool) and kind != "bool"):
-            raise TypeError(f"{op}: `{name}` must be {kind}; got {type(value).__name__}")
-        if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            raise ValueError(f"{op}: `{name}` must fit in 64 bits; got an int of {value.bit_length()} bits")
+        if not kind.startswith("two numbers"):
+            _check_option(op, kind, name, value)
+        elif not isinstance(value, tuple | list) or len(value) != 2:
+            raise TypeError(f"{op}: `{name}` must be {kind}; got {value!r}")
+        else:
+            for i, number in enumerate(value):
+                _check_option(op, "number", f"{name}[{i}]", number, infinite=True)
+
+
+def _check_option(op: str, kind: str, name: str, value: Any, infinite: bool = False) -> None:
+    if not isinstance(value, _KINDS[kind.removesuffix(" or None")]) or (isinstance(value, bool) and kind != "bool"):
+        raise TypeError(f"{op}: `{name}` must be {kind}; got {type(value).__name__}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{op}: `{name}` must fit in 64 bits; got an int of {value.bit_length()} bits")
+    if isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and not infinite)):
+        raise ValueError(f"{op}: `{name}` must be {'no NaN' if infinite else 'finite'}; got {value}")
 
 
 def check_choice(op: str, name: str, value: Any, words: tuple[str, ...], optional: bool = False) -> None:

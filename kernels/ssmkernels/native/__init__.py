@@ -11,7 +11,6 @@ import ctypes
 import functools
 import os
 import struct
-import warnings
 from collections.abc import Callable, Mapping
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ import torch  # first: its OpenMP runtime, and with it its threads, then serve t
 from torch import Tensor
 
 from ssmkernels.core.memory import large_pages
+from ssmkernels.core.warn import warn
 from ssmkernels.native import quota, sources
 
 PATH = sources.PACKAGE / sources.NAME
@@ -53,7 +53,7 @@ def library() -> Library:
         return Library(None, "", f"the native CPU library does not load ({error}): {REBUILD}")
     if handle.ssmzoo_sources().decode() != _digest():
         stale = f"the native CPU library {PATH} was built from other sources than those beside it: {BUILD}"
-        warnings.warn(stale, stacklevel=2)  # a missing one may be meant, this is not
+        warn(stale)  # a missing one may be meant, this is not
         return Library(None, "", stale)
     able = [isa for isa in handle.ssmzoo_isas().decode().split() if handle.ssmzoo_can_run(isa.encode())]
     forced = os.environ.get("SSMZOO_CPU_ISA")
@@ -64,10 +64,9 @@ def library() -> Library:
     if limit is not None:
         handle.ssmzoo_limit_threads(limit)
         if torch.get_num_threads() > limit:
-            warnings.warn(
+            warn(
                 f"this container has the time of {limit} core(s), but PyTorch computes on {torch.get_num_threads()} "
-                f"threads, which then keep each other waiting: call torch.set_num_threads({limit})",
-                stacklevel=2,
+                f"threads, which then keep each other waiting: call torch.set_num_threads({limit})"
             )
     return Library(handle, forced or able[-1], None)
 

@@ -127,6 +127,22 @@ def _mixers():
 
 
 @pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """``command("list", "--mixers")``: runs ``ssmzoo`` with these arguments → exit status, output, errors."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        from ssmzoo import cli
+
+        monkeypatch.setattr(sys, "argv", ["ssmzoo", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
 def on_two_processes(tmp_path: Path) -> Callable[[Path], None]:
     """``on_two_processes(program)``: two of them find no fault. Arguments: the rank, how many, a file for both."""
 

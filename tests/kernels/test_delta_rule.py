@@ -7,18 +7,16 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from implementations import every_implementation
 
-from ssmkernels import OPS, delta_rule, native
+from ssmkernels import delta_rule, native
 
-IMPLEMENTATIONS = [name for name in ("reference", "tiled", "cpu") if name in OPS["delta_rule"].names]
-EVERY = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+EVERY = every_implementation("delta_rule")
 DECAYS = pytest.mark.parametrize("decay", ["none", "head", "key"])
 
 
 @pytest.fixture
 def rule(implementation):
-    if implementation == "cpu" and native.missing():
-        pytest.skip(native.missing())
     return functools.partial(delta_rule, implementation=implementation, return_final_state=True)
 
 

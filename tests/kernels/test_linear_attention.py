@@ -7,19 +7,17 @@ import math
 
 import pytest
 import torch
+from implementations import every_implementation
 from linear_attention_parallel import parallel
 
-from ssmkernels import OPS, linear_attention, linear_attention_step, native
+from ssmkernels import linear_attention, linear_attention_step, native
 
-IMPLEMENTATIONS = [name for name in ("reference", "tiled", "cpu") if name in OPS["linear_attention"].names]
-EVERY = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+EVERY = every_implementation("linear_attention")
 DECAYS = pytest.mark.parametrize("decay", ["none", "head", "token", "key"])
 
 
 @pytest.fixture
 def scan(implementation):
-    if implementation == "cpu" and native.missing():
-        pytest.skip(native.missing())
     return functools.partial(linear_attention, implementation=implementation, return_final_state=True)
 
 

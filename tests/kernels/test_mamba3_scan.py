@@ -7,20 +7,18 @@ import math
 
 import pytest
 import torch
+from implementations import every_implementation
 from mamba3_parallel import mamba3_parallel
 
-from ssmkernels import OPS, mamba3_scan, mamba3_scan_step, native, ssd
+from ssmkernels import mamba3_scan, mamba3_scan_step, ssd
 
 TIMED = ("x", "dt", "A", "B", "C", "trap", "angles", "z")
 STATES = ("state", "angle", "key", "value")
-IMPLEMENTATIONS = [name for name in ("reference", "tiled", "cpu") if name in OPS["mamba3_scan"].names]
-EVERY = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+EVERY = every_implementation("mamba3_scan")
 
 
 @pytest.fixture
 def scan(implementation):
-    if implementation == "cpu" and native.missing():
-        pytest.skip(native.missing())
     return functools.partial(mamba3_scan, implementation=implementation, return_final_state=True)
 
 

@@ -7,18 +7,17 @@ import math
 
 import pytest
 import torch
+from gradients import check_same_with_gradients, leaves
+from implementations import every_implementation
 
-from ssmkernels import OPS, mlstm, mlstm_step, native
+from ssmkernels import mlstm, mlstm_step
 
 TIMED = ("q", "k", "v", "i", "f")
-IMPLEMENTATIONS = [name for name in ("reference", "tiled", "cpu") if name in OPS["mlstm"].names]
-EVERY = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+EVERY = every_implementation("mlstm")
 
 
 @pytest.fixture
 def memory(implementation):
-    if implementation == "cpu" and native.missing():
-        pytest.skip(native.missing())
     return functools.partial(mlstm, implementation=implementation, return_final_state=True)
 
 
@@ -59,30 +58,18 @@ def parallel(q, k, v, i, f, initial_state):
     return y.transpose(1, 2), left * C + last.mT @ v, left[..., 0] * n + last.sum(-2), most[..., -1]
 
 
-def leaves(arguments):
-    """The arguments as leaves that want gradients, and these in a list."""
-    made = {
-        name: tuple(x.clone().requires_grad_() for x in t) if isinstance(t, tuple) else t.clone().requires_grad_()
-        for name, t in arguments.items()
-    }
-    return made, [x for t in made.values() for x in (t if isinstance(t, tuple) else (t,))]
-
-
 @EVERY
 @pytest.mark.parametrize(
     "sizes", [{"l": 1}, {"l": 63, "h": 1}, {"l": 64}, {"l": 65, "k": 7, "v": 3}, {"l": 130, "b": 1, "h": 1}], ids=str
 )
 def test_the_parallel_form_gives_the_same(memory, arguments, randn, sizes):
     """Outputs, final states, and all gradients, which come in through each of them."""
-    made = arguments(**sizes)
-    ours, variables = leaves(made)
-    theirs, others = leaves(made)
-    y, state = memory(**ours)
-    found, wanted = (y, *state), parallel(**theirs)
-    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
-    incoming = [randn(*t.shape) for t in found]
-    got = torch.autograd.grad(found, variables, incoming)
-    torch.testing.assert_close(got, torch.autograd.grad(wanted, others, incoming), rtol=1e-8, atol=1e-10)
+
+    def ours(**made):
+        y, state = memory(**made)
+        return (y, *state)
+
+    check_same_with_gradients(ours, parallel, arguments(**sizes), randn)
 
 
 @EVERY

@@ -6,17 +6,16 @@ import functools
 
 import pytest
 import torch
+from gradients import check_same_with_gradients, leaves
+from implementations import every_implementation
 
-from ssmkernels import OPS, native, slstm, slstm_step
+from ssmkernels import slstm, slstm_step
 
-IMPLEMENTATIONS = [name for name in ("reference", "cpu") if name in OPS["slstm"].names]
-EVERY = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+EVERY = every_implementation("slstm")
 
 
 @pytest.fixture
 def network(implementation):
-    if implementation == "cpu" and native.missing():
-        pytest.skip(native.missing())
     return functools.partial(slstm, implementation=implementation, return_final_state=True)
 
 
@@ -50,29 +49,18 @@ def plain(x, R, bias=0.0, initial_state=None):
     return torch.stack(outputs, dim=1), c, n, h
 
 
-def leaves(arguments):
-    made = {
-        name: tuple(x.clone().requires_grad_() for x in t) if isinstance(t, tuple) else t.clone().requires_grad_()
-        for name, t in arguments.items()
-    }
-    return made, [x for t in made.values() for x in (t if isinstance(t, tuple) else (t,))]
-
-
 @EVERY
 @pytest.mark.parametrize(
     "sizes", [{}, {"l": 1}, {"b": 9, "l": 12, "h": 1}, {"p": 8, "state": False}, {"biased": False, "p": 17}], ids=str
 )
 def test_a_plain_loop_gives_the_same(network, arguments, randn, sizes):
     """Outputs, final states, and all gradients, which come in through each of them."""
-    made = arguments(**sizes)
-    ours, variables = leaves(made)
-    theirs, others = leaves(made)
-    y, (c, n, h, m) = network(**ours)
-    found, wanted = (y, c * torch.exp(m), n * torch.exp(m), h), plain(**theirs)
-    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
-    incoming = [randn(*t.shape) for t in found]
-    got = torch.autograd.grad(found, variables, incoming)
-    torch.testing.assert_close(got, torch.autograd.grad(wanted, others, incoming), rtol=1e-8, atol=1e-10)
+
+    def ours(**made):
+        y, (c, n, h, m) = network(**made)
+        return y, c * torch.exp(m), n * torch.exp(m), h
+
+    check_same_with_gradients(ours, plain, arguments(**sizes), randn)
 
 
 @EVERY

@@ -6,18 +6,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from implementations import every_implementation
 
-from ssmkernels import OPS, native, ssd, ssd_step
+from ssmkernels import ssd, ssd_step
 
 TIMED = ("x", "dt", "B", "C", "z")
-IMPLEMENTATIONS = [name for name in ("reference", "tiled", "cpu") if name in OPS["ssd"].names]
-EVERY = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+EVERY = every_implementation("ssd")
 
 
 @pytest.fixture
 def scan(implementation):
-    if implementation == "cpu" and native.missing():
-        pytest.skip(native.missing())
     return functools.partial(ssd, implementation=implementation, return_final_state=True)
 
 

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 
 import pytest
 import torch
-from attention_layers import D_MODEL, cache_of, call_by_call, inputs, make_mixer, packed
+from attention_layers import (
+    D_MODEL,
+    cache_of,
+    call_by_call,
+    check_autocast,
+    check_compiles_packed,
+    check_compiles_with_a_state,
+    check_single_tokens_on_meta,
+    gradients,
+    in_pieces,
+    inputs,
+    make_mixer,
+    packed,
+)
 
 from ssmzoo import build_mixer
 from ssmzoo.cache.calls import FEW
@@ -184,14 +198,7 @@ class TestMemory:
     @pytest.mark.parametrize("even", [True, False])
     @torch.no_grad()
     def test_single_tokens_wait_for_no_device(self, even):
-        """On the meta device nothing can be read on the host."""
-        mixer = make(window=5).to("meta")
-        x = torch.empty(2, 12, D_MODEL, device="meta", dtype=torch.float64)
-        _, state = mixer(x, mixer.initial_state(2))
-        state.even = even
-        for length in (1, 1, 3):
-            y, state = mixer(x[:, :length], state)
-            assert y.shape == (2, length, D_MODEL)
+        check_single_tokens_on_meta(make(window=5), even)
 
 
 class TestBoundedMemory:
@@ -273,27 +280,12 @@ class TestBoundedMemory:
 class TestGradients:
     """Chunks have the gradients of the whole: nothing that a backward pass needs is overwritten."""
 
-    def of(self, mixer, run, x):
-        x = x.clone().requires_grad_()
-        y = run(x)
-        weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
-        trained = [p for p in mixer.parameters() if p.requires_grad]
-        return torch.autograd.grad((y * weight).sum() + (y * y).sum(), [x, *trained])
-
     @pytest.mark.parametrize("max_length", [None, 64])
     @pytest.mark.parametrize("options", [{"window": 5}, {"n_kv_heads": 2, "qk_norm": True}], ids=str)
     def test_chunks(self, options, max_length):
         mixer = make(**options)
-
-        def chunks(x):
-            state, outputs = mixer.initial_state(2, max_length), []
-            for piece in x.split([4, 1, 1, 9, 2], dim=1):
-                y, state = mixer(piece, state)
-                outputs.append(y)
-            return torch.cat(outputs, dim=1)
-
-        x = inputs(2, 17)
-        same(self.of(mixer, chunks, x), self.of(mixer, mixer, x))
+        x, chunks = inputs(2, 17), functools.partial(in_pieces, mixer, lengths=[4, 1, 1, 9, 2], max_length=max_length)
+        same(gradients(mixer, chunks, x), gradients(mixer, mixer, x))
 
     def test_packed_chunks_of_several_lengths(self, plain):
         lengths = ([3, 5], [12, 0], [1, 1])
@@ -313,7 +305,7 @@ class TestGradients:
             return torch.cat([*parts, first[:, 16:], second[:, 6:]], dim=1)
 
         x = inputs(1, 22)
-        same(self.of(plain, chunks, x), self.of(plain, whole, x))
+        same(gradients(plain, chunks, x), gradients(plain, whole, x))
 
     def test_frozen_keys_and_values(self, plain):
         for projection in (plain.k_proj, plain.v_proj):
@@ -463,18 +455,8 @@ def test_far_positions_stay_exact():
     torch.testing.assert_close(state.keys[0, 5000, 0].double(), expected.double(), rtol=1e-2, atol=1e-2)
 
 
-@torch.no_grad()
 def test_autocast():
-    mixer = make(qk_norm=True).float()
-    x = inputs(2, 20).float()
-    with torch.autocast("cpu", torch.bfloat16):
-        whole = mixer(x)
-        _, state = mixer(x[:, :12], mixer.initial_state(2, 64))
-        chunk, state = mixer(x[:, 12:19], state)
-        token, state = mixer(x[:, 19:], state)
-    assert whole.dtype == state.keys.dtype == torch.bfloat16
-    torch.testing.assert_close(torch.cat([chunk, token], dim=1), whole[:, 12:], rtol=0.05, atol=0.05)
-    torch.testing.assert_close(whole.float(), mixer(x), rtol=0.1, atol=0.1)
+    check_autocast(make(qk_norm=True).float(), 12)
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 3}, {"window": 99}, {"window": 1}, {"window": 3, "n_heads": 2}])
@@ -487,28 +469,11 @@ def test_flops_count_what_is_seen(options, bidirectional):
 
 
 def test_compiles_packed():
-    mixer = make(n_kv_heads=2)
-    x, cu_seqlens = inputs(1, 12), packed([5, 0, 7])
-    torch._dynamo.reset()
-    compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
-    results = []
-    for function in (mixer, compiled):
-        y = function(x, cu_seqlens=cu_seqlens)
-        results.append([y, *torch.autograd.grad(y.square().sum(), list(mixer.parameters()))])
-    torch.testing.assert_close(*results)
+    check_compiles_packed(make(n_kv_heads=2))
 
 
-@torch.no_grad()
 def test_compiles_with_a_state(plain):
-    torch._dynamo.reset()
-    compiled = torch.compile(plain, fullgraph=True, backend="aot_eager")
-    x = inputs(2, 9)
-    state = plain.initial_state(2, 64)
-    outputs = []
-    for piece in x.split([5, 1, 1, 1, 1], dim=1):
-        y, state = compiled(piece, state)
-        outputs.append(y)
-    same(torch.cat(outputs, dim=1), plain(x))
+    check_compiles_with_a_state(plain, [5, 1, 1, 1, 1])
 
 
 class TestErrors:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from attention_layers import D_MODEL, inputs, make_mixer, packed
+from attention_layers import D_MODEL, check_same_calls, inputs, make_mixer
 
 import ssmzoo
 from ssmzoo.cache.calls import FEW
@@ -181,19 +181,9 @@ class TestHidden:
 
     @torch.no_grad()
     def test_packed_chunks_and_tokens_of_several_lengths(self, pair):
-        hidden, ordinary = pair
-        a, b = (mixer.initial_state(3) for mixer in pair)
-        for number, lengths in enumerate([[5, 0, 9], [1, 12, 40], 1, FEW + 3, [0, 2, 1], "select", 2, [1, 1, 1]]):
-            if lengths == "select":
-                a, b = (state.clone().select([2, 0, 2]) for state in (a, b))
-                continue
-            if isinstance(lengths, int):
-                x, cu_seqlens = inputs(3, lengths, seed=number), None
-            else:
-                x, cu_seqlens = inputs(1, sum(lengths), seed=number), packed(lengths)
-            y, a = hidden(x, a, cu_seqlens=cu_seqlens)
-            expected, b = ordinary(x, b, cu_seqlens=cu_seqlens)
-            same(y, expected)
+        calls = [[5, 0, 9], [1, 12, 40], 1, FEW + 3, [0, 2, 1], "select", 2, [1, 1, 1]]
+        for _ in check_same_calls(*pair, [mixer.initial_state(3) for mixer in pair], calls):
+            pass
 
     def test_gradients(self, pair):
         found = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import sys
 
 import pytest
@@ -11,7 +12,6 @@ import torch
 
 import ssmzoo
 from ssmkernels import bench
-from ssmzoo import cli
 from ssmzoo.bench import busy, mixers, models, products, session, units
 from ssmzoo.bench import peers as other
 from ssmzoo.bench.record import MEASURED, Log, Machine
@@ -28,20 +28,13 @@ def plan(changes, **changed):
 
 
 @pytest.fixture
-def run(capsys, monkeypatch):
+def run(command, monkeypatch):
     """Runs ``ssmzoo bench`` with the given arguments → exit status, standard output, standard error."""
     monkeypatch.delenv("SSMZOO_DEBUG", raising=False)
     monkeypatch.setattr("ssmkernels.bench.measure_limits", lambda *_, **__: LIMITS)
     monkeypatch.setattr("ssmzoo.commands.bench.QUICK_SECONDS", 1e-4)
 
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["ssmzoo", "bench", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return stop.value.code or 0, captured.out, captured.err
-
-    return call
+    return functools.partial(command, "bench")
 
 
 def read(folder):

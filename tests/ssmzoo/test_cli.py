@@ -14,18 +14,11 @@ from ssmzoo.commands._settings import parse_settings
 
 
 @pytest.fixture
-def run(capsys, monkeypatch):
+def run(command, monkeypatch):
     """Runs ``ssmzoo`` with the given arguments → exit status, standard output, standard error."""
     monkeypatch.delenv("SSMZOO_DEBUG", raising=False)
 
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ssmzoo", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return stop.value.code or 0, captured.out, captured.err
-
-    return call
+    return command
 
 
 def test_help_lists_the_commands(run):

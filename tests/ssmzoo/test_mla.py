@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 
 import pytest
 import torch
-from attention_layers import D_MODEL, call_by_call, inputs, make_mixer, packed
+from attention_layers import (
+    D_MODEL,
+    call_by_call,
+    check_autocast,
+    check_compiles_packed,
+    check_compiles_with_a_state,
+    check_single_tokens_on_meta,
+    gradients,
+    in_pieces,
+    inputs,
+    make_mixer,
+    packed,
+)
 
 import ssmzoo
 from ssmzoo import build_mixer
@@ -149,14 +162,7 @@ class TestState:
     @pytest.mark.parametrize("even", [True, False])
     @torch.no_grad()
     def test_single_tokens_wait_for_no_device(self, even):
-        """On the meta device nothing can be read on the host."""
-        mixer = make(rope_scaling=YARN).to("meta")
-        x = torch.empty(2, 12, D_MODEL, device="meta", dtype=torch.float64)
-        _, state = mixer(x, mixer.initial_state(2))
-        state.even = even
-        for length in (1, 1, 3):
-            y, state = mixer(x[:, :length], state)
-            assert y.shape == (2, length, D_MODEL)
+        check_single_tokens_on_meta(make(rope_scaling=YARN), even)
 
     def test_the_state_of_attention_is_another(self, plain):
         state = build_mixer("attention", D_MODEL, head_dim=8).double().initial_state(2)
@@ -166,20 +172,8 @@ class TestState:
 
 @pytest.mark.parametrize("max_length", [None, 64])
 def test_chunks_have_the_gradients_of_the_whole(mixer, max_length):
-    def chunks(x):
-        state, outputs = mixer.initial_state(2, max_length), []
-        for piece in x.split([4, 1, 1, 12, 2], dim=1):
-            y, state = mixer(piece, state)
-            outputs.append(y)
-        return torch.cat(outputs, dim=1)
-
-    results = []
-    for run in (chunks, mixer):
-        x = inputs(2, 20).requires_grad_()
-        y = run(x)
-        weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
-        results.append(torch.autograd.grad((y * weight).sum() + (y * y).sum(), [x, *mixer.parameters()]))
-    same(*results)
+    x, chunks = inputs(2, 20), functools.partial(in_pieces, mixer, lengths=[4, 1, 1, 12, 2], max_length=max_length)
+    same(gradients(mixer, chunks, x), gradients(mixer, mixer, x))
 
 
 class TestParity:
@@ -267,15 +261,7 @@ def test_autocast():
     mixer = make(q_lora_rank=16, rope_scaling=YARN).float()
     for parameter in mixer.parameters():
         parameter.mul_(0.5)
-    x = inputs(2, 20).float()
-    with torch.autocast("cpu", torch.bfloat16):
-        whole = mixer(x)
-        _, state = mixer(x[:, :10], mixer.initial_state(2, 64))
-        chunk, state = mixer(x[:, 10:19], state)
-        token, state = mixer(x[:, 19:], state)
-    assert whole.dtype == state.keys.dtype == torch.bfloat16
-    torch.testing.assert_close(torch.cat([chunk, token], dim=1), whole[:, 10:], rtol=0.05, atol=0.05)
-    torch.testing.assert_close(whole.float(), mixer(x), rtol=0.1, atol=0.1)
+    check_autocast(mixer, 10)
 
 
 def test_to_another_dtype():
@@ -301,25 +287,11 @@ def test_sizes_follow_from_the_width():
 
 
 def test_compiles_packed():
-    mixer, x, cu_seqlens = make(rope_scaling=YARN, q_lora_rank=5), inputs(1, 12), packed([5, 0, 7])
-    torch._dynamo.reset()
-    results = []
-    for function in (mixer, torch.compile(mixer, fullgraph=True, backend="aot_eager")):
-        y = function(x, cu_seqlens=cu_seqlens)
-        results.append([y, *torch.autograd.grad(y.square().sum(), list(mixer.parameters()))])
-    torch.testing.assert_close(*results)
+    check_compiles_packed(make(rope_scaling=YARN, q_lora_rank=5))
 
 
-@torch.no_grad()
 def test_compiles_with_a_state(plain):
-    torch._dynamo.reset()
-    compiled = torch.compile(plain, fullgraph=True, backend="aot_eager")
-    x = inputs(2, 20)
-    state, outputs = plain.initial_state(2, 64), []
-    for piece in x.split([5, 1, 1, 1, 12], dim=1):
-        y, state = compiled(piece, state)
-        outputs.append(y)
-    same(torch.cat(outputs, dim=1), plain(x))
+    check_compiles_with_a_state(plain, [5, 1, 1, 1, 12])
 
 
 def test_the_tiny_model_learns_and_generates():

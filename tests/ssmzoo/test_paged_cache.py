@@ -6,6 +6,7 @@ That every option of the mixer goes with it stands in test_attention_mixer.py.
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import itertools
 from collections import Counter
@@ -13,7 +14,7 @@ from collections import Counter
 import pytest
 import torch
 import yaml
-from attention_layers import D_MODEL, cache_of, inputs, make_mixer, packed
+from attention_layers import D_MODEL, cache_of, check_same_calls, gradients, in_pieces, inputs, make_mixer, packed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -64,18 +65,8 @@ class TestAsDense:
         a, b = paged.initial_state(3), dense.initial_state(3, 30)
         assert type(a) is state_class
         calls = [[5, 0, 9], 1, 0, [1, 12, 40], FEW + 3, [0, 2, 1], "select", 2, [1, 1, 1], 1, FEW, FEW + 1]
-        for number, lengths in enumerate(calls):
-            if lengths == "select":
-                a, b = (state.clone().select(torch.tensor([2, 0, 2])) for state in (a, b))
-                continue
-            if isinstance(lengths, int):
-                x, cu_seqlens = inputs(3, lengths, seed=number), None
-            else:
-                x, cu_seqlens = inputs(1, sum(lengths), seed=number), packed(lengths)
-            y, a = paged(x, a, cu_seqlens=cu_seqlens)
-            expected, b = dense(x, b, cu_seqlens=cu_seqlens)
-            same(y, expected)
-            assert torch.equal(cache_of(a).lengths, cache_of(b).lengths)
+        for states in check_same_calls(paged, dense, (a, b), calls):
+            assert torch.equal(*(cache_of(state).lengths for state in states))
 
     @SIZES
     @torch.no_grad()
@@ -465,27 +456,13 @@ class TestMemory:
 class TestGradients:
     """Chunks have the gradients of the whole: nothing that a backward pass needs is overwritten."""
 
-    def of(self, mixer, run, x):
-        x = x.clone().requires_grad_()
-        y = run(x)
-        weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
-        trained = [p for p in mixer.parameters() if p.requires_grad]
-        return torch.autograd.grad((y * weight).sum() + (y * y).sum(), [x, *trained])
-
     @pytest.mark.parametrize("max_length", [None, 64])
     def test_chunks(self, kind, max_length):
         name, options, _ = kind
         mixer = make(name, **options)
-
-        def chunks(x):
-            state, outputs = mixer.initial_state(2, max_length), []
-            for piece in x.split([4, 1, 1, 0, FEW + 1, 2], dim=1):
-                y, state = mixer(piece, state)
-                outputs.append(y)
-            return torch.cat(outputs, dim=1)
-
-        x = inputs(2, 17)
-        same(self.of(mixer, chunks, x), self.of(mixer, mixer, x))
+        lengths = [4, 1, 1, 0, FEW + 1, 2]
+        x, chunks = inputs(2, 17), functools.partial(in_pieces, mixer, lengths=lengths, max_length=max_length)
+        same(gradients(mixer, chunks, x), gradients(mixer, mixer, x))
 
     def test_tokens_do_without_the_reference(self, kind):
         """Nothing fast that has gradients reads pages, so none are handed to it."""
@@ -518,7 +495,7 @@ class TestGradients:
             return torch.cat([t.flatten() for t in parts])
 
         x = inputs(2, 13)
-        same(self.of(mixer, branched, x), self.of(mixer, whole, x))
+        same(gradients(mixer, branched, x), gradients(mixer, whole, x))
 
     def test_packed_chunks(self):
         mixer, x = make(window=6), inputs(1, 16)
@@ -533,7 +510,7 @@ class TestGradients:
             b = mixer(torch.cat([x[:, 3:8], x[:, 14:]], dim=1))
             return torch.cat([a[:, :3], b[:, :5], a[:, 3:], b[:, 5:]], dim=1)
 
-        same(self.of(mixer, chunks, x), self.of(mixer, whole, x))
+        same(gradients(mixer, chunks, x), gradients(mixer, whole, x))
 
     def test_frozen_keys_and_values(self):
         """What the queries' gradients need is not written to either, with gradients or without."""

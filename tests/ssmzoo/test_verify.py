@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-import sys
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from ssmkernels import OPS
 from ssmkernels.check.matrix import FAULT, TABLE, Cell
 from ssmkernels.check.testing import _truths
 from ssmkernels.core import dispatch
-from ssmzoo import cli, proof, registry, testing
+from ssmzoo import proof, registry, testing
 
 
 @pytest.fixture(autouse=True)
@@ -24,17 +24,9 @@ def _surroundings(monkeypatch):
 
 
 @pytest.fixture
-def run(capsys, monkeypatch):
+def run(command):
     """Runs ``ssmzoo verify`` with the given arguments → exit status, standard output, standard error."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ssmzoo", "verify", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return stop.value.code or 0, captured.out, captured.err
-
-    return call
+    return functools.partial(command, "verify")
 
 
 @pytest.fixture

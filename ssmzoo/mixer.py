@@ -7,7 +7,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from ssmkernels.core.validate import check_cu_seqlens, precision
+from ssmkernels.core.validate import HALF, check_cu_seqlens, precision
 from ssmzoo.linear import arrives_later, computes_on
 from ssmzoo.state import State
 from ssmzoo.ties import KeepsTies
@@ -116,9 +116,14 @@ class Mixer(KeepsFloat32, KeepsTies):
         Raises:
             TypeError, ValueError: x, state or cu_seqlens of the wrong kind, shape, dtype or device.
         """
-        self._check(x, state, cu_seqlens)
-        y, state = self.mix(x, state, cu_seqlens)
+        y, state = self.mix(self._checked(x, state, cu_seqlens), state, cu_seqlens)
         return y if state is None else (y, state)
+
+    def _checked(self, x: Tensor, state: State | None, cu_seqlens: Tensor | None) -> Tensor:
+        """x; under autocast in its half precision, as PyTorch's operators there refuse the other one."""
+        self._check(x, state, cu_seqlens)
+        autocast = x.dtype in HALF and torch.is_autocast_enabled(x.device.type)
+        return x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x
 
     def _check(self, x: Tensor, state: State | None, cu_seqlens: Tensor | None) -> None:
         name = type(self).__name__

@@ -35,7 +35,7 @@ class ValueResidualMixer(Mixer):
             values: the first layer's, ``(b, l, …)``, alone in a list; in the first layer the list is empty, and gets
                 them. None outside a model.
         """
-        self._check(x, state, cu_seqlens)
+        x = self._checked(x, state, cu_seqlens)
         y, state, own = self.mix_values(x, state, cu_seqlens, values[0] if values else None)
         if values is not None and not values:
             values.append(own)

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -51,7 +52,7 @@ class Pages:
 
     def grow(self, count: int) -> None:
         """So many free pages more."""
-        keys, values = (torch.cat([x, x.new_zeros(count, *x.shape[1:])]) for x in (self.keys, self.values))
+        keys, values = (F.pad(x, (0,) * (2 * x.ndim - 1) + (count,)) for x in (self.keys, self.values))
         self.keys, self.values = keys, values
         before = len(self.owners)
         self.owners += [0] * count

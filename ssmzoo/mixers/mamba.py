@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmkernels import mamba_step, rms_norm, selective_scan
+from ssmkernels.core.validate import widened
 from ssmkernels.native.eager import exp
 from ssmzoo.bidirectional import bidirectional as both_ways
 from ssmzoo.init import inverse_softplus_of_log_uniform, starting, wide_dtype
@@ -223,7 +224,7 @@ class Mamba(Mixer):
 
     def _normed(self, x: Tensor, norm: nn.Module | None) -> Tensor:
         if norm is not None:
-            return cast(Tensor, norm(x))
+            return cast(Tensor, widened(norm(x), x))
         return cast(Tensor, rms_norm(x, x.new_ones(x.shape[-1]), eps=self.bcdt_norm_eps))
 
     # The second direction.

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmkernels import generalized_delta_rule, generalized_delta_rule_step
-from ssmkernels.core.validate import precision
+from ssmkernels.core.validate import precision, widened
 from ssmzoo.init import wide_dtype
 from ssmzoo.linear import Linear, WideBiasLinear
 from ssmzoo.norm import HeadLayerNorm
@@ -186,7 +186,9 @@ class RWKV7(ValueResidualMixer):
         before, S = (None, None) if state is None else (state.shift, state.S)
         previous, last = token_shift(x, before, cu_seqlens)
         shift = previous - x
-        x_r, x_w, x_k, x_v, x_a, x_g = (torch.addcmul(x, shift, getattr(self, f"x_{name}")) for name in SHIFTS)
+        x_r, x_w, x_k, x_v, x_a, x_g = (
+            torch.addcmul(x, shift, widened(getattr(self, f"x_{name}"), x)) for name in SHIFTS
+        )
         r, k, v = self.r_proj(x_r), self.k_proj(x_k), self.v_proj(x_v)
         own = v
         w, a = (self.get_submodule(f"{name}_lora")(shifted) for name, shifted in (("w", x_w), ("a", x_a)))
@@ -197,7 +199,8 @@ class RWKV7(ValueResidualMixer):
             v = torch.lerp(v, v if first is None else first.to(v.dtype), share)
         gate = self.get_submodule("g_lora")(x_g)
         kappa = F.normalize(self._heads(k * self.k_k), dim=-1)  # (b l h n)
-        k = k * torch.addcmul(1 - self.k_a, alpha, self.k_a)
+        k_a = widened(self.k_a, alpha)
+        k = k * torch.addcmul(1 - k_a, alpha, k_a)
         k, kappa = k.to(r.dtype), kappa.to(r.dtype)  # autocast leaves products with weights in the weights' dtype
         r, k, v, alpha, log_decay = (self._heads(t) for t in (r, k, v, alpha, log_decay))
         removed = (kappa * alpha).neg_()  # in place: one tensor less

@@ -154,18 +154,21 @@ def test_half_precision_trains_and_keeps_float32_weights(case, dtype):
 
 
 @pytest.mark.parametrize("case", CASES, ids=identify)
-def test_autocast(case):
+@pytest.mark.parametrize(
+    ("weights", "within"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)], ids=str
+)
+def test_autocast(case, weights, within):
     torch.manual_seed(0)
     mixer, options = case
-    mixer = ssmzoo.build_mixer(mixer, D_MODEL, **options).eval()
-    x = torch.randn(2, 9, D_MODEL)
-    with torch.autocast("cpu", torch.bfloat16):
+    mixer = ssmzoo.build_mixer(mixer, D_MODEL, **options).eval().to(weights)
+    x = torch.randn(2, 9, D_MODEL).to(weights)
+    with torch.autocast("cpu", within):
         y = mixer(x)
         if mixer.has_state and mixer.causal:
             with torch.no_grad():
                 stepped = _steps(mixer, x, mixer.initial_state(2))
             torch.testing.assert_close(stepped.float(), y.float(), atol=0.05, rtol=0.05)
-    expected = mixer(x)
+    expected = mixer(x).float()
     assert (y.float() - expected).norm() < 0.05 * expected.norm()
     y.float().square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in mixer.parameters())

@@ -38,6 +38,7 @@ from ssmkernels.core.validate import (
     check_shapes,
     copied,
     precision,
+    widened,
 )
 from ssmkernels.core.written import check_written
 
@@ -141,6 +142,8 @@ def op(
             implementation = given.pop("implementation")
             if packed:
                 given["cu_seqlens"] = copied(given["cu_seqlens"])
+            for name in declared.wide:
+                given[name] = widened(given[name], given[declared.leader])
             once(rules, *given.values())
             if packed and given["cu_seqlens"] is not None:
                 check_borders(declared.name, given["cu_seqlens"], given[declared.leader].shape[1])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor
 from ssmkernels import selective_scan
 from ssmkernels.compat import causal_conv1d, fla, mamba_ssm
 from ssmkernels.compat.sequences import packed, placed, runs
+from ssmkernels.core.binding import Binder
 from ssmzoo.integrations.transformers.scope import current
 
 
@@ -50,27 +53,21 @@ def _activated(y: Tensor, activation: str | None) -> Tensor:
     return found
 
 
-def selective_scan_fn(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    return_last_state: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+_bind_scan = Binder(inspect.signature(mamba_ssm.selective_scan_fn))
+
+
+@functools.wraps(mamba_ssm.selective_scan_fn)
+def selective_scan_fn(*args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, Tensor]:
     """Goes on from the state, and keeps to the sequences, of the layer that calls it."""
     scope = current()
     state = scope.next_state()
     if state is None and scope.seq_idx is None:
-        return mamba_ssm.selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
-    x, delta, B, C = (t.transpose(1, 2) for t in (u, delta, B, C))  # (b l d), (b l n)
-    z = None if z is None else z.transpose(1, 2)
+        return mamba_ssm.selective_scan_fn(*args, **kwargs)
+    given = _bind_scan(args, kwargs)
+    x, delta, B, C = (given[name].transpose(1, 2) for name in ("u", "delta", "B", "C"))  # (b l d), (b l n)
+    z = None if given["z"] is None else given["z"].transpose(1, 2)
     shape, run, cu_seqlens = x.shape, None, None
-    state = None if state is None else state.to(A.dtype)
+    state = None if state is None else state.to(given["A"].dtype)
     if scope.seq_idx is not None:
         run, cu_seqlens = runs("selective_scan_fn", scope.seq_idx)
         state = placed(state, run, len(cu_seqlens) - 1)
@@ -78,19 +75,19 @@ def selective_scan_fn(
     y, last = selective_scan(
         x,
         delta.to(x.dtype),
-        A,
+        given["A"],
         B.to(x.dtype),
         C.to(x.dtype),
-        D,
+        given["D"],
         z,
-        delta_bias,
-        delta_softplus,
+        given["delta_bias"],
+        given["delta_softplus"],
         initial_state=state,
         return_final_state=True,
         cu_seqlens=cu_seqlens,
     )
     y = y.view(shape).transpose(1, 2)
-    if not return_last_state:
+    if not given["return_last_state"]:
         return y
     return y, last if run is None else last[run[:, -1]]
 

@@ -396,10 +396,19 @@ def test_windows_in_blocks_compile(arguments, assert_compiles, monkeypatch):
     assert_compiles(SDPA, **arguments(torch.float32, l=99, window=(5, 0)))
 
 
+def places(made, own):
+    """Positions of the tokens' own, from the last to the first; or none."""
+    lengths = {"q_positions": made["q"], "k_positions": made["k"]}
+    return {
+        name: torch.arange(x.shape[1], dtype=torch.int32).flip(0).expand(x.shape[:2]) if own else None
+        for name, x in lengths.items()
+    }
+
+
 OPCHECKED = [
     (implementation, case, return_lse)
     for implementation in ("reference", "tiled")
-    for case in ("base", "no keys", "packed", "sinks, fewer keys", "everything, packed", "mask")
+    for case in ("base", "no keys", "packed", "sinks, fewer keys", "everything, packed", "mask", "base, positions")
     for return_lse in (False, True)
 ]
 OPCHECKED += [("sdpa", c, False) for c in ("packed, other keys", "packed, window, alibi", "packed, nothing")]
@@ -407,7 +416,7 @@ OPCHECKED += [("sdpa", c, False) for c in ("packed, other keys", "packed, window
 
 @pytest.mark.parametrize(("implementation", "case", "return_lse"), OPCHECKED)
 def test_opcheck(implementation, case, return_lse, arguments, opcheck):
-    made = arguments(**(CASES | OF_REFERENCE | MASKED)[case])
+    made = arguments(**(CASES | OF_REFERENCE | MASKED)[case.removesuffix(", positions")])
     mask = made.get("block_mask")
     left, right = made.get("window", (-1, -1))
     operator_arguments = {
@@ -419,6 +428,7 @@ def test_opcheck(implementation, case, return_lse, arguments, opcheck):
         **{name: made.get(name) for name in ("q", "k", "v", "alibi_slopes", "sinks", "cu_seqlens")},
         **{f"block_{name}": getattr(mask, name, None) for name in ("offsets", "columns", "patterns", "bits")},
         "cu_seqlens_k": made.get("cu_seqlens_k", made.get("cu_seqlens")),
+        **places(made, "positions" in case),
     }
     opcheck(OPS["attention"].implementation(implementation).function.operator, operator_arguments)
 

@@ -38,6 +38,9 @@ ATTENTION = [
     {"l": 21, "m": 30, "packed": True, "packed_k": True, "lse": True, "alibi": True, **FEW},
     {"l": 33, "m": 50, "causal": False, "mask": "shared", **FEW},
     {"l": 37, "causal": False, "mask": "heads", "window": (9, 5), "alibi": True, "softcap": 5.0, **FEW},
+    {"positions": "sorted", "l": 40, "m": 45, "window": (9, 3), "causal": False, "softcap": 5.0, "alibi": True, **FEW},
+    {"positions": "far", "l": 21, "m": 30, "packed": True, "packed_k": True, "lse": True, **FEW},
+    {"positions": "shuffled", "l": 20, "mask": "heads", "b": 2, "h": 2, "h_kv": 1},
     {"l": 5, "layout": "strided", **FEW},
     {"l": 3, "layout": "far", "k": 4, **FEW},
 ]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ssmkernels.core.block_mask import BlockMask
-from ssmkernels.core.validate import window_bound
+from ssmkernels.core.plain import readable
+from ssmkernels.core.validate import NO_BOUND, check_dtypes, window_bound
 
 UNBOUNDED = 2**31 - 1  # a window's bound from which it is none: no sequence reaches as far
 
@@ -52,6 +53,38 @@ def check_logits(op: str, sizes: Mapping[str, int], softcap: float) -> None:
         raise ValueError(f"{op}: `q` must have a head dim of at least 1; got 0")
     if softcap < 0:
         raise ValueError(f"{op}: `softcap` must be positive, or 0 for none; got {softcap!r}")
+
+
+def check_positions(op: str, q_positions: Any, k_positions: Any) -> None:
+    """Checks that queries and keys both have positions of their own, in integers, or neither.
+
+    Raises:
+        ValueError: one is given without the other.
+        TypeError: they are not int32 or int64.
+    """
+    given = {"q_positions": q_positions, "k_positions": k_positions}
+    check_dtypes(op, given, (torch.int32, torch.int64))
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == 1:
+        (present,) = given.keys() - missing
+        raise ValueError(f"{op}: `{present}` needs `{missing[0]}`, positions of the other side; got None")
+
+
+def placed(op: str, name: str, positions: Tensor | None) -> Tensor | None:
+    """Positions in int32, so small that kernels can subtract them and add a window's bound.
+
+    Raises:
+        ValueError: one is too large, where they can be read at no cost.
+    """
+    if positions is None:
+        return None
+    if positions.numel() and readable(positions):
+        low, high = (int(x) for x in positions.aminmax())
+        if low < -NO_BOUND or high >= NO_BOUND:
+            raise ValueError(
+                f"{op}: `{name}` must be from {-NO_BOUND} to {NO_BOUND - 1}; got {low if low < -NO_BOUND else high}"
+            )
+    return positions.int()
 
 
 def scale_of(q: Tensor, scale: float | None) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ssmkernels.core.validate import precision
-from ssmkernels.ops.attention._tiles import Blocks, Lists, Tile, Window
+from ssmkernels.ops.attention._tiles import Blocks, Lists, Placed, Tile, Window
 
 ROWS, COLUMNS = 256, 512  # queries and keys of a tile, at most
 LEAST_ROWS = 64  # even where a window is narrower
@@ -30,6 +30,8 @@ class Call:
     right: int
     scale: float
     softcap: float
+    q_positions: Tensor | None = None
+    k_positions: Tensor | None = None
 
     @property
     def factor(self) -> float:
@@ -160,16 +162,19 @@ def parts(call: Call, q: Tensor, k: Tensor, distances: bool) -> Iterator[Part]:
         distances: whether tiles are to tell how far their keys are.
     """
     h, h_kv = q.shape[2], k.shape[2]
-    like = torch.empty(0, dtype=precision(q), device=q.device)
+    shared = call.q_positions is None  # a plan, by all of the batch
     own = call.lists is not None and call.lists.heads > 1  # masks of their own, not to be shared in a group
     for queries, keys in call.sequences:
         l, m = queries.stop - queries.start, keys.stop - keys.start
-        rows, columns = tile_size(l, m, call.left, call.right)
-        window = Window(l, m, call.left, call.right, rows, columns, like, distances)
-        plan = window if call.lists is None else Blocks(window, call.lists, queries.start, keys.start)
+        rows, columns = tile_size(l, m, call.left, call.right) if shared else tile_size(l, m, -1, -1)
+        size = (l, m, call.left, call.right, rows, columns)
         at_once = max(1, min(ELEMENTS // (h // h_kv * rows * columns), COPIED // max(1, m * k.shape[3])))
-        heads_at_once, batch_at_once = min(h_kv, at_once), max(1, at_once // h_kv)
+        heads_at_once, batch_at_once = min(h_kv, at_once), max(1, at_once // h_kv) if shared else 1
+        plan = None
         for row in range(0, q.shape[0], batch_at_once):
+            if plan is None or not shared:
+                window = _window(call, size, q, (row, queries, keys), distances)
+                plan = window if call.lists is None else Blocks(window, call.lists, queries.start, keys.start)
             for head in range(0, h_kv, heads_at_once):
                 end = min(h_kv, head + heads_at_once)
                 yield Part(
@@ -182,6 +187,17 @@ def parts(call: Call, q: Tensor, k: Tensor, distances: bool) -> Iterator[Part]:
                     heads_of_keys=slice(head, end),
                     groups=1 if own else h // h_kv,
                 )
+
+
+def _window(
+    call: Call, size: tuple[int, int, int, int, int, int], q: Tensor, place: tuple[int, slice, slice], distances: bool
+) -> Window:
+    like = torch.empty(0, dtype=precision(q), device=q.device)
+    if call.q_positions is None or call.k_positions is None:
+        return Window(*size, like, distances)
+    row, queries, keys = place
+    q_positions, k_positions = call.q_positions[row, queries], call.k_positions[row, keys]
+    return Placed(*size, like, distances, q_positions=q_positions, k_positions=k_positions)
 
 
 def tile_size(l: int, m: int, left: int, right: int) -> tuple[int, int]:

@@ -57,7 +57,7 @@ class Window:
         parts = max(1, -(-(high - low) // self.columns))
         borders = [low + (high - low) * part // parts for part in range(parts + 1)]
         for start, end in zip(borders, borders[1:], strict=False):
-            if end > start:
+            if end > start and self.meets(queries, start, end):
                 yield self._tile(queries, start, end)
 
     def _tile(self, queries: slice, start: int, end: int) -> Tile:
@@ -68,14 +68,25 @@ class Window:
         if shape not in self._seen_before:
             if len(self._seen_before) > 8:  # along a window all tiles but the first and last few are the same
                 self._seen_before.clear()
-            offset, rows, columns = shape
-            key = torch.arange(offset, offset + columns, device=self.like.device)
-            distance = (key - torch.arange(rows, device=self.like.device)[:, None])[None, :, None]
-            self._seen_before[shape] = (
-                self.bias(self.outside(distance)) if crosses else None,
-                distance.abs().to(self.like.dtype) if self.distances else None,
-            )
+            key = torch.arange(start, end, device=self.like.device)
+            self._seen_before[shape] = self._bias_and_far(self.distance(queries, key)[None, :, None], crosses)
         return Tile(slice(start, end), *self._seen_before[shape])
+
+    def _bias_and_far(self, distance: Tensor, crosses: bool) -> tuple[Tensor | None, Tensor | None]:
+        return (
+            self.bias(self.outside(distance)) if crosses else None,
+            distance.abs().to(self.like.dtype) if self.distances else None,
+        )
+
+    def distance(self, queries: slice, keys: Tensor) -> Tensor:
+        """How far keys ``(…)`` are after these queries: ``(…, queries, keys)``."""
+        first = queries.start + self.m - self.l
+        position = torch.arange(first, first + queries.stop - queries.start, device=self.like.device)
+        return keys[..., None, :] - position[:, None]
+
+    def meets(self, queries: slice, start: int, end: int) -> bool:
+        """Whether some of these queries may see some of these keys, which are within their reach."""
+        return True
 
     def bias(self, hidden: Tensor) -> Tensor:
         return torch.zeros(hidden.shape, dtype=self.like.dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
@@ -96,6 +107,55 @@ class Window:
     def queries(self) -> Iterator[slice]:
         for start in range(0, self.l, self.rows):
             yield slice(start, min(self.l, start + self.rows))
+
+
+@dataclass(kw_only=True)
+class Placed(Window):
+    """The same by positions of the tokens' own, int32 ``(l)`` and ``(m)``, in any order.
+
+    The least and greatest position of a run of tokens, read once, tell whether a tile is passed over, or seen whole.
+    """
+
+    q_positions: Tensor
+    k_positions: Tensor
+    _extremes: dict[tuple[bool, int, int], tuple[int, int]] = field(default_factory=dict)
+
+    def reach(self, queries: slice) -> tuple[int, int]:
+        return 0, self.m
+
+    def meets(self, queries: slice, start: int, end: int) -> bool:
+        (first, last), (low, high) = self._ends(queries, start, end)
+        return not ((self.left >= 0 and high < first - self.left) or (self.right >= 0 and low > last + self.right))
+
+    def crosses(self, queries: slice, start: int, end: int) -> bool:
+        (first, last), (low, high) = self._ends(queries, start, end)
+        return (self.left >= 0 and low < last - self.left) or (self.right >= 0 and high > first + self.right)
+
+    def distance(self, queries: slice, keys: Tensor) -> Tensor:
+        positions = self.k_positions[keys.clamp(0, self.m - 1)]
+        return positions[..., None, :] - self.q_positions[queries, None]
+
+    def _tile(self, queries: slice, start: int, end: int) -> Tile:
+        keys, crosses = slice(start, end), self.crosses(queries, start, end)
+        if not crosses and not self.distances:
+            return Tile(keys, None, None)
+        distance = self.k_positions[keys] - self.q_positions[queries, None]
+        return Tile(keys, *self._bias_and_far(distance[None, :, None], crosses))
+
+    def _ends(self, queries: slice, start: int, end: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Least and greatest positions of these queries, and of the keys among ``start`` … ``end`` - 1."""
+        return (
+            self._least_and_most(True, queries.start, queries.stop),
+            self._least_and_most(False, max(0, start), min(self.m, end)),
+        )
+
+    def _least_and_most(self, of_queries: bool, start: int, end: int) -> tuple[int, int]:
+        run = (of_queries, start, end)
+        if run not in self._extremes:
+            positions = (self.q_positions if of_queries else self.k_positions)[start:end]
+            low, high = torch.stack(positions.aminmax()).tolist()
+            self._extremes[run] = (low, high)
+        return self._extremes[run]
 
 
 class Lists:
@@ -149,8 +209,13 @@ class Blocks:
         low, high = self.window.reach(queries)
         first, last = (low + self.before) // block, -(-(high + self.before) // block)
         shift = self.first_key // block
+
+        def meets(number: int) -> bool:
+            start = number * block - self.before
+            return self.window.meets(queries, start, start + block)
+
         seen = [
-            [(c - shift, pattern) for c, pattern in rows[row] if first <= c - shift < last]
+            [(c - shift, pattern) for c, pattern in rows[row] if first <= c - shift < last and meets(c - shift)]
             for rows in (self.lists.rows[heads] if self.lists.heads > 1 else self.lists.rows)
         ]
         most = max((len(entries) for entries in seen), default=0)
@@ -171,8 +236,7 @@ class Blocks:
         if cut or self.window.distances:
             key = torch.tensor(columns, device=device)[..., None] * block + torch.arange(block, device=device)
             key = key.flatten(1)[:, None, None] - self.before  # (h 1 1 keys)
-            position = torch.arange(queries.start, queries.stop, device=device)[:, None, None]
-            distance = key - (position + self.window.m - self.window.l)
+            distance = self.window.distance(queries, key[:, 0, 0])[:, :, None]  # (h queries 1 keys)
             if cut:
                 hidden = self.window.outside(distance) | (key < 0) | (key >= self.window.m)
                 bias = self.window.bias(hidden)

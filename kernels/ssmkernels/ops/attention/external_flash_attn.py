@@ -36,6 +36,8 @@ def lacking(a: Any) -> str | None:
         return "sinks"
     if a.block_offsets is not None:
         return "block masks"
+    if a.q_positions is not None:
+        return "positions of the tokens' own"
     if v.shape[3] != q.shape[3]:
         return "values of another head dim than the keys"
     if q.shape[3] > WIDEST:

@@ -21,10 +21,13 @@ def compute(a: Any) -> tuple[Tensor, Tensor]:
 
     def one_batch(queries: slice, keys: slice) -> tuple[Tensor, Tensor]:
         q, k, v = a.q[:, queries], a.k[:, keys], a.v[:, keys]
-        distance = distances(q.shape[1], k.shape[1], q.device)
+        if a.q_positions is None:
+            distance = distances(q.shape[1], k.shape[1], q.device)
+        else:
+            distance = apart(a.q_positions[:, queries], a.k_positions[:, keys])[:, None]
         seen = in_window(distance, a.left, a.right)
         if shown is not None:
-            seen = seen & shown[:, queries, keys]  # (1 l m) or (h l m)
+            seen = seen & shown[:, queries, keys]  # shown (1 l m) or (h l m)
         return attend(q, k, v, distance, seen, a.scale, a.softcap, a.alibi_slopes, a.sinks)
 
     if a.cu_seqlens is None:
@@ -41,6 +44,11 @@ def compute(a: Any) -> tuple[Tensor, Tensor]:
 def distances(l: int, m: int, device: torch.device) -> Tensor:
     """j - p for query positions p = i + m - l and key positions j: ``(l, m)``."""
     return torch.arange(m, device=device) - torch.arange(m - l, m, device=device)[:, None]
+
+
+def apart(q_positions: Tensor, k_positions: Tensor) -> Tensor:
+    """r - p for queries at positions p (… l) and keys at r (… m): ``(…, l, m)``."""
+    return k_positions[..., None, :] - q_positions[..., None]
 
 
 def in_window(distance: Tensor, left: int, right: int) -> Tensor:

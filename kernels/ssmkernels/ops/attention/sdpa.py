@@ -17,7 +17,7 @@ from ssmkernels.core.packing import spans
 from ssmkernels.core.plain import readable
 from ssmkernels.core.validate import HALF, precision
 from ssmkernels.ops.attention import hidden, tiled, triton
-from ssmkernels.ops.attention.reference import distances, in_window
+from ssmkernels.ops.attention.reference import apart, distances, in_window
 
 LARGE = 2**21  # numbers of a mask that is better not written
 VECTOR = 64  # at least the numbers in a vector register of any CPU
@@ -43,8 +43,11 @@ def slow(a: Any) -> str | None:
     if a.cu_seqlens is not None and not torch.compiler.is_compiling():
         borders = (a.cu_seqlens.tolist(), a.cu_seqlens_k.tolist())
         lengths = list(zip(*([end - start for start, end in itertools.pairwise(b)] for b in borders), strict=True))
-    alibi = a.alibi_slopes is not None
-    size = sum(mask_size(l, m, a.left, a.right, alibi) for l, m in lengths)
+    alibi, own = a.alibi_slopes is not None, getattr(a, "q_positions", None) is not None
+    if own:
+        size = a.q.shape[0] * sum(l * m for l, m in lengths)
+    else:
+        size = sum(mask_size(l, m, a.left, a.right, alibi) for l, m in lengths)
     size *= a.q.shape[2] if alibi else 1
     return f"PyTorch's attention would need a mask of {size} numbers" if size > LARGE else None
 
@@ -55,7 +58,8 @@ def _slow_on_gpu(a: Any) -> str | None:
         return None
     if a.cu_seqlens is not None:
         return "PyTorch's attention would take one packed sequence after another"
-    if mask_size(a.q.shape[1], a.k.shape[1], a.left, a.right, a.alibi_slopes is not None):
+    own = getattr(a, "q_positions", None) is not None
+    if own or mask_size(a.q.shape[1], a.k.shape[1], a.left, a.right, a.alibi_slopes is not None):
         return "PyTorch's fastest kernel takes no masks"
     return None
 
@@ -77,18 +81,24 @@ def traceable(a: Any) -> bool:
 
 
 def compute(a: Any) -> tuple[Tensor, Tensor]:
-    def part(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return one_batch(q, k, v, a.left, a.right, a.scale, a.alibi_slopes)
+    own = a.q_positions is not None
+
+    def part(queries: slice, keys: slice) -> Tensor:
+        q, k, v = a.q[:, queries], a.k[:, keys], a.v[:, keys]
+        if not own:
+            return one_batch(q, k, v, a.left, a.right, a.scale, a.alibi_slopes)
+        distance = apart(a.q_positions[:, queries], a.k_positions[:, keys])[:, None]
+        return _at_positions(q, k, v, distance, a.left, a.right, a.scale, a.alibi_slopes)
 
     if a.cu_seqlens is None:
-        out = part(a.q, a.k, a.v)
+        out = part(slice(None), slice(None))
     else:
-        outs = [part(a.q[:, :0], a.k[:, :0], a.v[:, :0])]
+        outs = [part(slice(0), slice(0))]
         for (_, queries), (_, keys) in zip(spans(a.cu_seqlens), spans(a.cu_seqlens_k), strict=True):
-            outs.append(part(a.q[:, queries], a.k[:, keys], a.v[:, keys]))
+            outs.append(part(queries, keys))
         out = torch.cat(outs, dim=1)
-    masked = a.left >= 0 or (a.right >= 0 and a.q.shape[1] > 1)
-    if masked and hidden.spread(_telling(out, a.left, a.cu_seqlens)):
+    masked = a.left >= 0 or (a.right >= 0 and (own or a.q.shape[1] > 1))
+    if masked and hidden.spread(out if own else _telling(out, a.left, a.cu_seqlens)):
         out = hidden.repaired(out, tiled.compute(a)[0])
     return out, a.q.new_empty(0, dtype=precision(a.q))
 
@@ -117,6 +127,25 @@ def one_batch(
         return _sdpa(q, k, v, scale, is_causal=right == 0)
     distance = distances(l, m, q.device)
     return _sdpa(q, k, v, scale, _mask(q, distance, in_window(distance, left, right), alibi_slopes))
+
+
+def _at_positions(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    distance: Tensor,
+    left: int,
+    right: int,
+    scale: float,
+    alibi_slopes: Tensor | None,
+) -> Tensor:
+    """One batch without packing whose keys are at a ``distance`` (b 1 l m) from the queries: ``(b, l, h, v)``."""
+    if not k.shape[1]:
+        return one_batch(q, k, v, left, right, scale, alibi_slopes)
+    seen = in_window(distance, left, right)
+    blind = ~seen.any(-1, keepdim=True)  # (b 1 l 1); such a query sees all, lest it give NaN, and is set to 0
+    out = _sdpa(q, k, v, scale, _mask(q, distance, seen | blind, alibi_slopes))
+    return out.masked_fill(blind.transpose(1, 2), 0)
 
 
 def _block_size(left: int, right: int) -> int:

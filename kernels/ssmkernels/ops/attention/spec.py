@@ -32,6 +32,7 @@ BASE = {
     "lse": False,
     "packed": False,
     "packed_k": False,  # borders of their own for keys and values
+    "positions": None,  # of the tokens' own: "shuffled", "sorted", or "far", where keys are beyond some queries
     "weights": "same",  # dtype of slopes and sinks; or "float32" beside half precision
     "x": 1.0,  # scale of the logits
 }
@@ -105,6 +106,18 @@ ROWS = (
     {"mask": "heads", "l": 0, "m": 7},
     {"mask": "shared", "m": 0},
     {"mask": "heads", "l": 33, "layout": "strided"},
+    {"positions": "shuffled"},
+    {"positions": "shuffled", "causal": False},
+    {"positions": "shuffled", "m": 0},
+    {"positions": "sorted", "l": 65, "m": 90, **LONG},
+    {"positions": "sorted", "l": 65, "window": (9, 0), "alibi": True, **LONG},
+    {"positions": "far", "m": 29, "lse": True, "sinks": True},
+    {"positions": "far", "lse": True},
+    {"positions": "shuffled", "window": (5, 2), "causal": False, "softcap": 5.0, "alibi": True, "lse": True},
+    {"positions": "shuffled", "b": 1, "packed": True, "l": 21},
+    {"positions": "sorted", "b": 1, "packed": True, "packed_k": True, "l": 21, "m": 30, "alibi": True, "lse": True},
+    {"positions": "shuffled", "mask": "heads", "l": 45, "m": 70, "alibi": True},
+    {"positions": "sorted", "mask": "shared", "l": 45, "m": 70, "window": (20, 0)},
     {"x": 30.0},
     {"x": 1e3},
     {"x": 1e-3},
@@ -134,6 +147,18 @@ def block_mask(case: Case, l: int, m: int, draw: Draw) -> BlockMask | None:
     return from_function(seen, l, m, heads=heads, block_size=BLOCK)
 
 
+def positions(case: Case, l: int, m: int, draw: Draw) -> dict[str, Tensor | None]:
+    """Positions with gaps, in the order that the case names; int64, and int32 where they are sorted."""
+    kind = case["positions"]
+    if kind is None:
+        return {"q_positions": None, "k_positions": None}
+    reach = 2 * max(l, m, 1)
+    q, k = (draw.uniform(0, reach, case["b"], length).long() for length in (l, m))
+    if kind == "sorted":
+        q, k = q.sort().values.int(), k.sort().values.int()
+    return {"q_positions": q, "k_positions": k + reach // 2 * (kind == "far")}
+
+
 def make(case: Case, draw: Draw) -> dict[str, Any]:
     b, l, h, h_kv, k = (case[key] for key in ("b", "l", "h", "h_kv", "k"))
     m = l if case["m"] is None else case["m"]
@@ -151,6 +176,7 @@ def make(case: Case, draw: Draw) -> dict[str, Any]:
         "block_mask": block_mask(case, l, m, draw),
         "cu_seqlens": draw.borders(l) if case["packed"] else None,
         "cu_seqlens_k": torch.tensor([0, 0, 3, m // 2 - 1, m], dtype=torch.int32) if case["packed_k"] else None,
+        **positions(case, l, m, draw),
         "return_lse": case["lse"],
     }
 
@@ -165,7 +191,7 @@ def flops(case: Case) -> float:
     if case["packed"]:
         borders = arguments["cu_seqlens"].tolist()
         ends = [borders, arguments["cu_seqlens_k"].tolist() if case["packed_k"] else borders]
-    if arguments["block_mask"] is not None:
+    if arguments["block_mask"] is not None or case["positions"] is not None:
         return _masked_flops(arguments)
     pairs = 0
     for (start, end), (start_k, end_k) in zip(*(itertools.pairwise(e) for e in ends), strict=True):
@@ -178,14 +204,16 @@ def flops(case: Case) -> float:
 
 
 def _masked_flops(arguments: dict[str, Any]) -> float:
-    """Two products for each pair that is seen; where sequences are packed their number is a sum of exponentials."""
-    if arguments["cu_seqlens"] is None:
+    """Two products for each pair that is seen; where sequences are packed, or have positions of their own, the number
+    of pairs is a sum of exponentials."""
+    if arguments["cu_seqlens"] is None and arguments["q_positions"] is None:
         mask, (b, l, h, k_dim), m = arguments["block_mask"], arguments["q"].shape, arguments["k"].shape[1]
         left, right = bounds("attention", arguments["causal"], arguments["window"])
         seen = mask.dense() & in_window(distances(l, m, mask.device), left, right)
         return 2.0 * b * (h // mask.heads) * int(seen.sum()) * (k_dim + arguments["v"].shape[3])
     q, k, v = (torch.zeros_like(arguments[name]) for name in "qkv")
-    rest = {name: arguments[name] for name in ("causal", "window", "block_mask", "cu_seqlens", "cu_seqlens_k")}
+    names = ("causal", "window", "block_mask", "cu_seqlens", "cu_seqlens_k", "q_positions", "k_positions")
+    rest = {name: arguments[name] for name in names}
     _, lse = attention(q, k, v, **rest, return_lse=True, implementation="reference")
     return 2.0 * float(lse.exp().sum()) * (k.shape[-1] + v.shape[-1])
 

@@ -29,7 +29,7 @@ def compute(a: Any) -> tuple[Tensor, Tensor]:
     if a.cu_seqlens is not None:
         both = zip(spans(a.cu_seqlens), spans(a.cu_seqlens_k), strict=True)
         sequences = [(queries, keys) for (_, queries), (_, keys) in both]
-    call = Call(sequences, lists, a.left, a.right, a.scale, a.softcap)
+    call = Call(sequences, lists, a.left, a.right, a.scale, a.softcap, a.q_positions, a.k_positions)
     constants = a._replace(q=None, k=None, v=None, alibi_slopes=None, sinks=None, return_lse=True)
 
     def again(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:

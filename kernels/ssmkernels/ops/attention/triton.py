@@ -54,7 +54,9 @@ def empty(a: Any, _: bool) -> tuple[Tensor, Tensor]:
 def offline_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     """Launches on meta tensors, by name, for compiling without a GPU."""
 
-    def launches(dtype: torch.dtype, k: int, v: int, block: int, packed: bool, biases: bool) -> None:
+    def launches(
+        dtype: torch.dtype, k: int, v: int, block: int, packed: bool, biases: bool, positions: bool = False
+    ) -> None:
         def meta(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -67,13 +69,14 @@ def offline_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
             masks = [meta(*shape, dtype=torch.int32) for shape in shapes]
             masks.append(meta(7, block, block // 8, dtype=torch.uint8))
         masks += [meta(5, dtype=torch.int32) if packed else None] * 2
+        masks += [meta(1, 2048, dtype=torch.int32) if positions else None] * 2
         a = OPS["attention"].declared.Arguments(*tensors, *constants, *masks, biases)
         out, lse = forward(a, True)
         wanted = ["alibi_slopes"] if biases else []
         grads = SimpleNamespace(out=out, lse=lse if biases else None, wanted=wanted)
         backward(a, SimpleNamespace(out=out, lse=lse), grads)
 
-    for dtype, k, v, block, packed, biases in (
+    cases: tuple[tuple[torch.dtype, int, int, int, bool, bool], ...] = (
         (torch.bfloat16, 64, 64, 0, False, False),
         (torch.bfloat16, 64, 64, 64, False, False),
         (torch.bfloat16, 128, 128, 0, False, False),
@@ -89,7 +92,14 @@ def offline_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         (torch.float32, 64, 64, 64, True, True),
         (torch.float32, 128, 128, 64, False, False),
         (torch.float32, 256, 256, 0, False, False),
-    ):
+    )
+    placed: tuple[tuple[torch.dtype, int, int, int, bool, bool], ...] = (
+        (torch.bfloat16, 64, 64, 0, True, False),
+        (torch.bfloat16, 128, 128, 128, True, True),
+        (torch.float32, 64, 64, 0, False, True),
+        (torch.bfloat16, 256, 256, 0, True, True),
+    )
+    for positions, (dtype, k, v, block, packed, biases) in (*((False, c) for c in cases), *((True, c) for c in placed)):
         name = f"{str(dtype).removeprefix('torch.')}, k {k}, v {v}" + f", mask of blocks of {block}" * bool(block)
-        name += ", packed" * packed + ", biases" * biases
-        yield name, functools.partial(launches, dtype, k, v, block, packed, biases)
+        name += ", packed" * packed + ", biases" * biases + ", positions" * positions
+        yield name, functools.partial(launches, dtype, k, v, block, packed, biases, positions)

@@ -39,11 +39,13 @@ def values(a: Any) -> dict[str, Any]:
         "slopes": None if a.alibi_slopes is None else a.alibi_slopes.contiguous(),
         "cu_seqlens": None if a.cu_seqlens is None else a.cu_seqlens.contiguous(),
         "cu_seqlens_k": None if a.cu_seqlens_k is None else a.cu_seqlens_k.contiguous(),
+        "q_positions": None if a.q_positions is None else a.q_positions.contiguous(),
+        "k_positions": None if a.k_positions is None else a.k_positions.contiguous(),
         "l": l,
         "m": m,
         "zero": 0,
-        "left": min(a.left, l + m),
-        "right": min(a.right, l + m),
+        "left": a.left if a.q_positions is not None else min(a.left, l + m),
+        "right": a.right if a.q_positions is not None else min(a.right, l + m),
         "factor": a.scale / a.softcap if soft else a.scale * LOG2E,
         "cap": a.softcap * LOG2E,
         "H": h,
@@ -159,6 +161,13 @@ def options(kernel: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         if fields["SOFTCAP"] and fields["cu_seqlens"] is not None and widest > 64:
             small = max(16, small // 2)  # so do a soft cap and borders: with slopes besides, larger tiles would spill
         rows, columns = (other, small) if kernel == "keys_backward" else (small, other)
+    if fields["q_positions"] is not None:  # those of both sides take registers too
+        tight = machine == "ampere" and kernel == "forward"
+        if widest > 128:  # where the sums fill them, a smaller tile of the own side would free none
+            rows, columns = (rows // 2, columns) if kernel == "keys_backward" else (rows, columns // 2)
+        elif tight or fields["MASK_Q"] or fields["slopes"] is not None:
+            rows, columns = (rows, columns // 2) if kernel == "keys_backward" else (rows // 2, columns)
+        rows, columns = max(16, rows), max(16, columns)
     return {"ROWS": rows, "COLUMNS": columns, "num_warps": warps, "num_stages": stages, **all_registers()}
 
 

@@ -18,7 +18,19 @@ import triton
 import triton.language as tl
 
 from ssmkernels.ops.attention.triton_keys_kernels import keys_backward
-from ssmkernels.ops.attention.triton_pieces import at_head, indices, logits, own_side, take, tile_of, visible, work
+from ssmkernels.ops.attention.triton_pieces import (
+    at_batch,
+    at_head,
+    indices,
+    logits,
+    meets,
+    own_side,
+    take,
+    tile_of,
+    visible,
+    within,
+    work,
+)
 from ssmkernels.ops.attention.triton_queries_kernels import queries_backward, row_sums
 
 __all__ = ["forward", "keys_backward", "queries_backward", "row_sums"]
@@ -38,6 +50,8 @@ def forward(
     lse,
     cu_seqlens,
     cu_seqlens_k,
+    q_positions,
+    k_positions,
     owners,
     starts,
     offsets,
@@ -75,7 +89,8 @@ def forward(
     start, stop, _, end, begin_k, end_k = tile_of(number, owners, starts, cu_seqlens, cu_seqlens_k, l, m, MASK_Q, ROWS)
     if start >= stop:
         return
-    i, p, low, high, met = own_side(start, stop, end_k - end, begin_k, end_k, left, right, ROWS)
+    q_positions, k_positions = at_batch(q_positions, batch, l), at_batch(k_positions, batch, m)
+    i, p, low, high, met = own_side(start, stop, end_k - end, q_positions, begin_k, end_k, left, right, ROWS)
     across_k, across_v = tl.arange(0, BLOCK_K)[None, :], tl.arange(0, BLOCK_V)[None, :]
     q = at_head(q, q_strides, batch, head, across_k)
     k = at_head(k, k_strides, batch, head // GROUP, across_k)
@@ -93,19 +108,22 @@ def forward(
     if MASK_Q:
         offsets += head * offsets_head + start // MASK_Q
     entry, count, a, b, c, d = work(offsets, listed, met, begin_k, m, MASK_K, COLUMNS)
-    for GUARDED in tl.static_range(MASK_Q > 0, 2):
+    for GUARDED in tl.static_range((MASK_Q > 0) or (k_positions is not None), 2):
         for n in range(a if GUARDED else b, d - (c - b) if GUARDED else c):
             j, listing = indices(listed, patterns, entry, count, met, n, b, c, begin_k, zero, GUARDED, MASK_K, COLUMNS)
-            keys = take(k, j, k_strides[1], begin_k, end_k, K, BLOCK_K, GUARDED)
-            product = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-            s = logits(product, p[:, None] - j[None, :], slope, factor, cap, SOFTCAP)[0]
-            s = visible(s, j, low, high, listing, bits, i[:, None], j[None, :], GUARDED, MASK_Q, MASK_K)
-            higher = tl.maximum(top, tl.max(s, axis=1))
-            weights, decay = tl.exp2(s - higher[:, None]), tl.exp2(top - higher)
-            total = total * decay + tl.sum(weights, axis=1)
-            values = take(v, j, v_strides[1], begin_k, end_k, V, BLOCK_V, GUARDED)
-            own = tl.dot(weights.to(values.dtype), values, own * decay[:, None], input_precision="ieee")
-            top = higher
+            at, seen = meets(p, i < stop, k_positions, j, begin_k, end_k, left, right)
+            if seen:
+                keys = take(k, j, k_strides[1], begin_k, end_k, K, BLOCK_K, GUARDED)
+                product = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+                s = logits(product, p[:, None] - at[None, :], slope, factor, cap, SOFTCAP)[0]
+                s = visible(s, j, low, high, listing, bits, i[:, None], j[None, :], GUARDED, MASK_Q, MASK_K)
+                s = within(k_positions, s, p[:, None] - at[None, :], left, right)
+                higher = tl.maximum(top, tl.max(s, axis=1))
+                weights, decay = tl.exp2(s - higher[:, None]), tl.exp2(top - higher)
+                total = total * decay + tl.sum(weights, axis=1)
+                values = take(v, j, v_strides[1], begin_k, end_k, V, BLOCK_V, GUARDED)
+                own = tl.dot(weights.to(values.dtype), values, own * decay[:, None], input_precision="ieee")
+                top = higher
     i = (start ^ zero) + tl.arange(0, ROWS)
     here = i < stop
     row = (batch * H + head) * l + i

@@ -8,7 +8,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ssmkernels.ops.attention.triton_pieces import at_head, indices, logits, own_side, take, tile_of, visible, work
+from ssmkernels.ops.attention.triton_pieces import (
+    at_batch,
+    at_head,
+    indices,
+    logits,
+    meets,
+    own_side,
+    take,
+    tile_of,
+    visible,
+    within,
+    work,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -26,6 +38,8 @@ def keys_backward(
     dv,
     cu_seqlens,
     cu_seqlens_k,
+    q_positions,
+    k_positions,
     owners,
     starts,
     offsets,
@@ -74,7 +88,8 @@ def keys_backward(
     )
     if start >= stop:
         return
-    j, p, low, high, met = own_side(start, stop, end_q - end, begin_q, end_q, right, left, COLUMNS)
+    q_positions, k_positions = at_batch(q_positions, batch, l), at_batch(k_positions, batch, m)
+    j, p, low, high, met = own_side(start, stop, end_q - end, k_positions, begin_q, end_q, right, left, COLUMNS)
     across_k, across_v = tl.arange(0, BLOCK_K)[None, :], tl.arange(0, BLOCK_V)[None, :]
     k = at_head(k, k_strides, batch, head_k, across_k)
     v = at_head(v, v_strides, batch, head_k, across_v)
@@ -96,25 +111,28 @@ def keys_backward(
         if MASK_Q:
             list_of += head * offsets_head + start // MASK_K
         entry, count, a, b, c, d = work(list_of, listed, met, begin_q, l, MASK_Q, ROWS)
-        for GUARDED in tl.static_range(MASK_Q > 0, 2):
+        for GUARDED in tl.static_range((MASK_Q > 0) or (q_positions is not None), 2):
             for n in range(a if GUARDED else b, d - (c - b) if GUARDED else c):
                 i, listing = indices(listed, patterns, entry, count, met, n, b, c, begin_q, zero, GUARDED, MASK_Q, ROWS)
-                queries = take(q_of, i, q_strides[1], begin_q, end_q, K, BLOCK_K, GUARDED)
-                product = tl.dot(keys, tl.trans(queries), input_precision="ieee")
-                s, slant = logits(product, p[:, None] - i[None, :], slope, factor, cap, SOFTCAP)
-                s = visible(s, i, low, high, listing, bits, i[None, :], j[:, None], GUARDED, MASK_Q, MASK_K)
-                there = (i >= begin_q) & (i < end_q)
-                top = tl.load(tops + sums + i, mask=there, other=float("inf"))
-                weights = tl.exp2(s - top[None, :])
-                gradients = take(dout_of, i, dout_strides[1], begin_q, end_q, V, BLOCK_V, GUARDED)
-                if dv is not None:
-                    own_v = tl.dot(weights.to(gradients.dtype), gradients, own_v, input_precision="ieee")
-                if dk is not None:
-                    ds = tl.dot(values, tl.trans(gradients), input_precision="ieee")
-                    ds = weights * (ds - tl.load(delta + sums + i, mask=there, other=0.0)[None, :])
-                    if SOFTCAP:
-                        ds *= slant
-                    own_k = tl.dot(ds.to(queries.dtype), queries, own_k, input_precision="ieee")
+                at, seen = meets(p, j < stop, q_positions, i, begin_q, end_q, right, left)
+                if seen:
+                    queries = take(q_of, i, q_strides[1], begin_q, end_q, K, BLOCK_K, GUARDED)
+                    product = tl.dot(keys, tl.trans(queries), input_precision="ieee")
+                    s, slant = logits(product, p[:, None] - at[None, :], slope, factor, cap, SOFTCAP)
+                    s = visible(s, i, low, high, listing, bits, i[None, :], j[:, None], GUARDED, MASK_Q, MASK_K)
+                    s = within(q_positions, s, p[:, None] - at[None, :], right, left)
+                    there = (i >= begin_q) & (i < end_q)
+                    top = tl.load(tops + sums + i, mask=there, other=float("inf"))
+                    weights = tl.exp2(s - top[None, :])
+                    gradients = take(dout_of, i, dout_strides[1], begin_q, end_q, V, BLOCK_V, GUARDED)
+                    if dv is not None:
+                        own_v = tl.dot(weights.to(gradients.dtype), gradients, own_v, input_precision="ieee")
+                    if dk is not None:
+                        ds = tl.dot(values, tl.trans(gradients), input_precision="ieee")
+                        ds = weights * (ds - tl.load(delta + sums + i, mask=there, other=0.0)[None, :])
+                        if SOFTCAP:
+                            ds *= slant
+                        own_k = tl.dot(ds.to(queries.dtype), queries, own_k, input_precision="ieee")
     j = (start ^ zero) + tl.arange(0, COLUMNS)
     here = (j < stop)[:, None]
     batches = tl.num_programs(0) // (tiles * parts * heads_k)

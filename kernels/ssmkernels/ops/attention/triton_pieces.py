@@ -62,18 +62,63 @@ def reach(first, last, begin, end, before, after):
 
 
 @triton.jit
-def own_side(start, stop, shift, other_begin, other_end, before, after, BLOCK: tl.constexpr):
+def own_side(start, stop, shift, positions, other_begin, other_end, before, after, BLOCK: tl.constexpr):
     """A tile's indices and their positions on the other side, what each of them meets, and what the tile does.
+
+    Where tokens have ``positions`` of their own, each may meet all: :func:`meets` looks at every tile.
 
     Returns:
         index, position, low, high, met: (BLOCK) each, of which low … high - 1 are met; ``met`` is :func:`reach` of the
         whole tile.
     """
     index = start + tl.arange(0, BLOCK)
-    position = index + shift
-    low, high, _, _ = reach(position, position, other_begin, other_end, before, after)
-    met = reach(start + shift, stop - 1 + shift, other_begin, other_end, before, after)
+    if positions is not None:
+        position = tl.load(positions + index, mask=index < stop, other=0)
+        low, high = tl.zeros_like(index) + other_begin, tl.zeros_like(index) + other_end
+        met = (other_begin, other_end, other_begin, other_begin)
+    else:
+        position = index + shift
+        low, high, _, _ = reach(position, position, other_begin, other_end, before, after)
+        met = reach(start + shift, stop - 1 + shift, other_begin, other_end, before, after)
     return index, position, low, high, met
+
+
+@triton.jit
+def at_batch(positions, batch, length):
+    """Pointer to the positions of one row of a batch; None where tokens have none of their own."""
+    if positions is None:
+        return None
+    else:  # noqa: RET505 (the compiler wants to see it)
+        return positions + batch * length
+
+
+@triton.jit
+def meets(own, own_there, positions, index, begin, end, before, after):
+    """Positions of the other side's tokens at ``index``, and whether a token of the own tile may see one of them.
+
+    Without ``positions`` these are the indices themselves, and :func:`work` has left out what nobody sees.
+    """
+    if positions is None:
+        return index, True
+    else:  # noqa: RET505
+        there = (index >= begin) & (index < end)
+        at = tl.load(positions + index, mask=there, other=0)
+        first, last = (
+            tl.min(tl.where(own_there, own, BEYOND), axis=0),
+            tl.max(tl.where(own_there, own, -BEYOND), axis=0),
+        )
+        low, high = tl.min(tl.where(there, at, BEYOND), axis=0), tl.max(tl.where(there, at, -BEYOND), axis=0)
+        return at, ((before < 0) | (high >= first - before)) & ((after < 0) | (low <= last + after))
+
+
+@triton.jit
+def within(positions, s, distance, before, after):
+    """-∞ where tokens have ``positions`` of their own and these are too far: ``distance`` is own less other."""
+    if positions is None:
+        return s
+    else:  # noqa: RET505
+        seen = ((before < 0) | (distance <= before)) & ((after < 0) | (-distance <= after))
+        return tl.where(seen, s, -float("inf"))
 
 
 @triton.jit

@@ -12,7 +12,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ssmkernels.ops.attention.triton_pieces import at_head, indices, logits, own_side, take, tile_of, visible, work
+from ssmkernels.ops.attention.triton_pieces import (
+    at_batch,
+    at_head,
+    indices,
+    logits,
+    meets,
+    own_side,
+    take,
+    tile_of,
+    visible,
+    within,
+    work,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -68,6 +80,8 @@ def queries_backward(
     dslopes,
     cu_seqlens,
     cu_seqlens_k,
+    q_positions,
+    k_positions,
     owners,
     starts,
     offsets,
@@ -107,7 +121,8 @@ def queries_backward(
     start, stop, _, end, begin_k, end_k = tile_of(number, owners, starts, cu_seqlens, cu_seqlens_k, l, m, MASK_Q, ROWS)
     if start >= stop:
         return
-    i, p, low, high, met = own_side(start, stop, end_k - end, begin_k, end_k, left, right, ROWS)
+    q_positions, k_positions = at_batch(q_positions, batch, l), at_batch(k_positions, batch, m)
+    i, p, low, high, met = own_side(start, stop, end_k - end, q_positions, begin_k, end_k, left, right, ROWS)
     across_k, across_v = tl.arange(0, BLOCK_K)[None, :], tl.arange(0, BLOCK_V)[None, :]
     q = at_head(q, q_strides, batch, head, across_k)
     k = at_head(k, k_strides, batch, head // GROUP, across_k)
@@ -126,26 +141,29 @@ def queries_backward(
     if MASK_Q:
         offsets += head * offsets_head + start // MASK_Q
     entry, count, a, b, c, d = work(offsets, listed, met, begin_k, m, MASK_K, COLUMNS)
-    for GUARDED in tl.static_range(MASK_Q > 0, 2):
+    for GUARDED in tl.static_range((MASK_Q > 0) or (k_positions is not None), 2):
         for n in range(a if GUARDED else b, d - (c - b) if GUARDED else c):
             j, listing = indices(listed, patterns, entry, count, met, n, b, c, begin_k, zero, GUARDED, MASK_K, COLUMNS)
-            keys = take(k, j, k_strides[1], begin_k, end_k, K, BLOCK_K, GUARDED)
-            product = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-            distance = p[:, None] - j[None, :]
-            s, slant = logits(product, distance, slope, factor, cap, SOFTCAP)
-            s = visible(s, j, low, high, listing, bits, i[:, None], j[None, :], GUARDED, MASK_Q, MASK_K)
-            weights = tl.exp2(s - top[:, None])
-            values = take(v, j, v_strides[1], begin_k, end_k, V, BLOCK_V, GUARDED)
-            dweights = tl.dot(gradients, tl.trans(values), input_precision="ieee")
-            if dslopes is not None:
-                apart = tl.abs(distance).to(tl.float32)
-                far += tl.sum(weights * apart, axis=1)
-                gain += tl.sum(weights * dweights, axis=1)
-                far_gain += tl.sum(weights * dweights * apart, axis=1)
-            ds = weights * (dweights - own_delta[:, None])
-            if SOFTCAP:
-                ds *= slant
-            own = tl.dot(ds.to(keys.dtype), keys, own, input_precision="ieee")
+            at, seen = meets(p, i < stop, k_positions, j, begin_k, end_k, left, right)
+            if seen:
+                keys = take(k, j, k_strides[1], begin_k, end_k, K, BLOCK_K, GUARDED)
+                product = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+                distance = p[:, None] - at[None, :]
+                s, slant = logits(product, distance, slope, factor, cap, SOFTCAP)
+                s = visible(s, j, low, high, listing, bits, i[:, None], j[None, :], GUARDED, MASK_Q, MASK_K)
+                s = within(k_positions, s, distance, left, right)
+                weights = tl.exp2(s - top[:, None])
+                values = take(v, j, v_strides[1], begin_k, end_k, V, BLOCK_V, GUARDED)
+                dweights = tl.dot(gradients, tl.trans(values), input_precision="ieee")
+                if dslopes is not None:
+                    apart = tl.abs(distance).to(tl.float32)
+                    far += tl.sum(weights * apart, axis=1)
+                    gain += tl.sum(weights * dweights, axis=1)
+                    far_gain += tl.sum(weights * dweights * apart, axis=1)
+                ds = weights * (dweights - own_delta[:, None])
+                if SOFTCAP:
+                    ds *= slant
+                own = tl.dot(ds.to(keys.dtype), keys, own, input_precision="ieee")
     i = (start ^ zero) + tl.arange(0, ROWS)
     row = ((batch * l + i) * H + head) * K
     mask = (i < stop)[:, None] & (across_k < K)

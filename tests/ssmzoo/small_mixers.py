@@ -16,6 +16,8 @@ SMALL = {
     "longformer": HEADS | {"window": 4},
     "bigbird": HEADS | {"block_size": 8},
     "strided": HEADS | {"block_size": 8},
+    "moba": HEADS | {"block_size": 4, "top_k": 2},
+    "nsa": HEADS | {"compress_block": 4, "compress_stride": 2, "block_size": 4, "n_selected": 3, "window": 3},
     "performer": HEADS | {"n_features": 8},
     "linformer": HEADS | {"proj_len": 4, "max_length": 24},
     "lightconv": {},

@@ -14,6 +14,8 @@ OPTIONS = {
     "longformer": {"head_dim": 16, "window": 4, "n_global": 2, "bidirectional": False},
     "bigbird": {"head_dim": 16, "block_size": 8, "random_blocks": 1},
     "strided": {"head_dim": 16, "block_size": 8},
+    "moba": {"head_dim": 16, "block_size": 4, "top_k": 2},
+    "nsa": {"head_dim": 16, "compress_block": 4, "compress_stride": 2, "block_size": 8},
     "performer": {"head_dim": 16, "n_features": 24},
     "lightning": {"head_dim": 16},
     "based": {"n_heads": 2, "feature_dim": 4},

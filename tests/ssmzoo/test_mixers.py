@@ -10,12 +10,13 @@ from ssmzoo.testing import PROPERTIES, check_mixer, check_property
 
 D_MODEL = 64
 
-# Options without which a mixer cannot be built.
+# Options without which a mixer cannot be built, or does not use all of its weights on short sequences.
 NEEDED = {
     "parallel": {"branches": {"mamba": {"d_state": 4}, "attention": {"head_dim": 16}}},
     "lightning": {"head_dim": 16},
     "based": {"n_heads": 4},
     "hgrn2": {"expand_ratio": 16},
+    "nsa": {"compress_block": 4, "compress_stride": 2, "block_size": 8},
 }
 
 # Further settings, beside the defaults.
@@ -82,6 +83,22 @@ SETTINGS = [
     ("bigbird", {"head_dim": 8, "n_heads": 3, "block_size": 8, "global_blocks": 1, "rope": False, "out_bias": True}),
     ("strided", {"head_dim": 16, "block_size": 8, "local_blocks": 1, "stride": 2, "bias": True}),
     ("strided", {"head_dim": 8, "n_heads": 3, "block_size": 8, "local_blocks": 2, "rope": False, "out_bias": True}),
+    ("moba", {"head_dim": 16, "n_kv_heads": 2, "block_size": 3, "top_k": 3, "bias": True}),
+    (
+        "nsa",
+        {
+            "head_dim": 16,
+            "n_kv_heads": 2,
+            "compress_block": 2,
+            "compress_stride": 2,
+            "block_size": 2,
+            "n_initial": 0,
+            "n_local": 1,
+            "window": 1,
+            "separate_kv": False,
+            "compression": "mean",
+        },
+    ),
     ("performer", {"head_dim": 16, "n_features": 24, "features": "hyperbolic", "bias": True}),
     ("performer", {"head_dim": 8, "n_heads": 3, "n_features": 7, "bidirectional": True, "out_bias": True}),
     ("linformer", {"head_dim": 16, "sharing": "none", "proj_len": 5, "max_length": 22, "bias": True}),

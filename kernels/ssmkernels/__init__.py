@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # for type checkers and editors alone
     from ssmkernels.ops.mlstm import mlstm, mlstm_step
     from ssmkernels.ops.rglru_gates import rglru_gates
     from ssmkernels.ops.rms_norm import rms_norm
+    from ssmkernels.ops.selected_attention import selected_attention
     from ssmkernels.ops.selective_scan import selective_scan, selective_scan_step
     from ssmkernels.ops.slstm import slstm, slstm_step
     from ssmkernels.ops.ssd import ssd, ssd_step

@@ -68,6 +68,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"shape": (2, 3, 4), "before": False, "group_size": 2},
         {"shape": (2, 4), "gate": False, "residual": None},
     ],
+    "selected_attention": [{"l": 9, "h": 2, "h_kv": 1, "g": 1, "k": 2, "lse": True}],
     "selective_scan": [
         {"l": 4, "d": 2, "n": 2},
         {"l": 4, "d": 2, "n": 2, "complex": True, "fixed": "BC"},

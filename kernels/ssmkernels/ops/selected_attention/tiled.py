@@ -1,0 +1,216 @@
+"""Attention to selected blocks in PyTorch, one block of keys after another (arXiv 2205.14135, algorithm 1, its loops).
+
+For each block the queries that selected it are gathered, so that all of them meet its keys in one matrix product. A
+query carries along the largest logit so far, the sum of exponentials, and the sum of values that they weigh. The
+backward pass keeps the log-sum-exp of each query, and computes each block once more. A few queries, as in decoding,
+gather their keys instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ssmkernels.core.validate import precision
+from ssmkernels.ops.attention import hidden
+from ssmkernels.ops.selected_attention import checked_blocks
+
+SAVES = ("out", "exact", "logsums")
+FEW = 8  # queries up to which each gathers its own keys
+
+
+def empty(a: Any, save: bool) -> tuple[Tensor, ...]:
+    b, l, h, _ = a.q.shape
+    out, lse = a.declared.outputs(a)
+    half = save and out.dtype != lse.dtype
+    return out, lse, lse.new_empty(out.shape if half else (0,)), lse.new_empty((b, h, l) if save else (0,))
+
+
+def checked(a: Any) -> Any:
+    return a._replace(blocks=checked_blocks(a.blocks, a.k.shape[1], a.block_size))
+
+
+def forward(a: Any, save: bool) -> tuple[Tensor, ...]:
+    whole = _gathered if a.q.shape[1] <= FEW and not save else _by_block
+    out, lse = whole(a)
+    rounded = out.to(a.q.dtype)
+    exact = out if save and rounded is not out else out.new_empty(0)  # in half precision the gradient would suffer
+    sums = lse.clone() if save else lse.new_empty(0)
+    return rounded, lse if a.return_lse else lse.new_empty(0), exact, sums
+
+
+def backward(a: Any, saved: Any, grads: Any) -> dict[str, Tensor]:
+    wide = precision(a.q)
+    g = a.blocks.shape[2]
+    q, do, out = (_of_queries(t, g, wide) for t in (a.q, grads.out, saved.exact if saved.exact.numel() else saved.out))
+    k, v = (_of_keys(t, wide) for t in (a.k, a.v))
+    dq, dk, dv = (torch.zeros_like(t) for t in (q, k, v))
+    delta = (do * out).sum(-1)  # Σ_j p_ij (do_i · v_j), what the softmax takes off every logit
+    if a.return_lse and grads.lse is not None:
+        delta -= _sums_of_queries(grads.lse, g)
+    lse = _sums_of_queries(saved.logsums, g)
+    lse = lse.masked_fill(lse == -torch.inf, 0)  # nothing is visible to such a query
+    for block in _blocks(a):
+        row, keys = block.row, block.keys
+        k_j, v_j = k[block.key_row, keys], v[block.key_row, keys]
+        q_i, do_i = (t[row].index_select(0, block.queries).flatten(0, 1) for t in (q, do))
+        lse_i, delta_i = (t[row].index_select(0, block.queries).flatten() for t in (lse, delta))
+        p = _logits(a, block, q_i, k_j).sub_(lse_i[:, None]).exp_()
+        dv[block.key_row, keys] += p.T @ do_i
+        ds = (do_i @ v_j.T).sub_(delta_i[:, None]).mul_(p)
+        if block.partly:  # where a weight is 0 because a key is hidden, what that key holds must not come through
+            _grouped(ds, block)[: block.partly].masked_fill_(block.hidden[:, None], 0)
+        dk[block.key_row, keys] += ds.T @ q_i
+        dq[row].index_add_(0, block.queries, (ds @ k_j).unflatten(0, (-1, q.shape[2])))
+    dq, dk = dq.mul_(a.scale), dk.mul_(a.scale)
+    dk, dv = (t.unflatten(0, (-1, a.k.shape[2])).transpose(1, 2) for t in (dk, dv))
+    return {"q": _heads_last(dq, g), "k": dk.contiguous(), "v": dv.contiguous()}
+
+
+class Block(NamedTuple):
+    """A block of keys of one sequence, and the queries of one selecting head that see some of it.
+
+    Attributes:
+        row: of the queries, among sequences times selecting heads.
+        key_row: of the keys, among sequences times heads of keys.
+        keys: the block.
+        queries: int64 ``(r)``, rising.
+        partly: how many of these, the first ones, see only a part of it.
+        hidden: bool ``(partly, keys)``, which keys these do not see.
+    """
+
+    row: int
+    key_row: int
+    keys: slice
+    queries: Tensor
+    partly: int
+    hidden: Tensor
+
+
+def _blocks(a: Any) -> Iterator[Block]:
+    """All blocks that anything is seen of."""
+    b, l, g, _ = a.blocks.shape
+    m, h_kv, size = a.k.shape[1], a.k.shape[2], a.block_size
+    count = -(-m // size)
+    place = torch.arange(m - l, m, device=a.q.device)
+    blocks = _distinct(a.blocks, place, count, size)
+    # One number for each pair of query and block, so that a sort brings together the queries of a block.
+    row = torch.arange(b * g, device=blocks.device).view(b, 1, g, 1)
+    pairs = torch.where(blocks >= 0, row * count + blocks, b * g * count).transpose(1, 2)
+    ordered, order = pairs.flatten().sort(stable=True)
+    queries = (order // max(1, blocks.shape[3])) % max(1, l)
+    numbers, sizes = ordered.unique_consecutive(return_counts=True)
+    start = 0
+    for number, of_block in zip(numbers.tolist(), sizes.tolist(), strict=True):
+        if number == b * g * count:
+            return
+        own = queries[start : start + of_block]
+        start += of_block
+        row_number, block = divmod(number, count)
+        keys = slice(block * size, min(m, (block + 1) * size))
+        last = keys.stop - 1 - (m - l)  # the query that stands at the block's last key
+        partly = int(torch.searchsorted(own, last))
+        key = torch.arange(keys.start, keys.stop, device=own.device)
+        unseen = key > place[own[:partly], None]
+        key_row = row_number // g * h_kv + row_number % g // (g // h_kv)
+        yield Block(row_number, key_row, keys, own, partly, unseen)
+
+
+def _distinct(blocks: Tensor, place: Tensor, count: int, size: int) -> Tensor:
+    """int64 ``(b, l, g, n)``: the blocks each once, those that begin after the query's place and no blocks as -1."""
+    blocks = blocks.long().sort(dim=3).values
+    seen = (blocks >= 0) & (blocks < count) & (blocks * size <= place[:, None, None])
+    seen[..., 1:] &= blocks[..., 1:] != blocks[..., :-1]
+    return torch.where(seen, blocks, -1)
+
+
+def _by_block(a: Any) -> tuple[Tensor, Tensor]:
+    """out (b l h v) in the precision of sums, and lse (b h l)."""
+    wide, g = precision(a.q), a.blocks.shape[2]
+    q, (k, v) = _of_queries(a.q, g, wide), (_of_keys(t, wide) for t in (a.k, a.v))
+    groups = q.shape[2]
+    top = q.new_full(q.shape[:3], torch.finfo(wide).min)  # and not -∞, as -∞ less -∞ is NaN
+    total, mean = torch.zeros_like(top), q.new_zeros(*q.shape[:3], v.shape[2])
+    careful = not hidden.finite(v)
+    for block in _blocks(a):
+        row, queries, v_j = block.row, block.queries, v[block.key_row, block.keys]
+        q_i = q[row].index_select(0, queries).flatten(0, 1)  # (r·groups k)
+        s = _logits(a, block, q_i, k[block.key_row, block.keys])
+        before = top[row].index_select(0, queries).flatten()
+        now = torch.maximum(before, s.amax(1))
+        fades = torch.exp(before - now)
+        p = s.sub_(now[:, None]).exp_()
+        if careful:
+            visible = torch.ones_like(p, dtype=torch.bool)
+            _grouped(visible, block)[: block.partly].masked_fill_(block.hidden[:, None], False)
+            clean, met = hidden.met(visible[None], v_j[None])
+            new = (p @ clean[0]).masked_fill_(met[0], torch.nan)
+        else:
+            new = p @ v_j
+        old = mean[row].index_select(0, queries).flatten(0, 1)
+        weight = torch.addcmul(p.sum(1), total[row].index_select(0, queries).flatten(), fades)
+        mean[row].index_copy_(0, queries, new.addcmul_(old, fades[:, None]).unflatten(0, (-1, groups)))
+        total[row].index_copy_(0, queries, weight.unflatten(0, (-1, groups)))
+        top[row].index_copy_(0, queries, now.unflatten(0, (-1, groups)))
+    blind = total == 0
+    out = mean / total.masked_fill(blind, 1)[..., None]
+    lse = (top + total.log()).masked_fill_(blind, -torch.inf)
+    return _heads_last(out, g), lse.unflatten(0, (-1, g)).transpose(2, 3).flatten(1, 2).contiguous()
+
+
+def _gathered(a: Any) -> tuple[Tensor, Tensor]:
+    """The same where each query gathers its own keys."""
+    (b, l, h, _), (_, m, h_kv, _), size = a.q.shape, a.k.shape, a.block_size
+    g, wide = a.blocks.shape[2], precision(a.q)
+    place = torch.arange(m - l, m, device=a.q.device)
+    blocks = _distinct(a.blocks, place, -(-m // size), size)
+    keys = blocks[..., None] * size + torch.arange(size, device=blocks.device)  # (b l g n size)
+    seen = (blocks[..., None] >= 0) & (keys <= place[:, None, None, None])
+    seen, keys = seen.flatten(3), keys.flatten(3).clamp(0, max(0, m - 1))
+    if not m:
+        return a.q.new_zeros(b, l, h, a.v.shape[3], dtype=wide), a.q.new_full((b, h, l), -torch.inf, dtype=wide)
+    row = torch.arange(b, device=keys.device)[:, None, None, None]
+    head = (torch.arange(g, device=keys.device) // (g // h_kv))[:, None]
+    k, v = (t[row, keys, head].to(wide) for t in (a.k, a.v))  # (b l g c d)
+    q = a.q.to(wide).unflatten(2, (g, h // g))
+    s = (q @ k.transpose(3, 4)).mul_(a.scale).masked_fill_(~seen[:, :, :, None], -torch.inf)  # (b l g groups c)
+    lse = s.logsumexp(-1)
+    weights = torch.exp(s - lse.masked_fill(lse == -torch.inf, 0)[..., None])
+    out = weights @ v.masked_fill(~seen[..., None], 0)
+    return out.flatten(2, 3), lse.flatten(2, 3).transpose(1, 2).contiguous()
+
+
+def _logits(a: Any, block: Block, q: Tensor, k: Tensor) -> Tensor:
+    """(r·groups, keys of the block), -∞ where a query does not see the key."""
+    s = (q @ k.T).mul_(a.scale)
+    if block.partly:
+        _grouped(s, block)[: block.partly].masked_fill_(block.hidden[:, None], -torch.inf)
+    return s
+
+
+def _grouped(x: Tensor, block: Block) -> Tensor:
+    """(r·groups, c) as (r, groups, c)."""
+    return x.view(len(block.queries), -1, x.shape[1])
+
+
+def _of_queries(x: Tensor, g: int, wide: torch.dtype) -> Tensor:
+    """(b l h d) → (b·g l groups d): the query heads that share a selection side by side."""
+    return x.to(wide).unflatten(2, (g, -1)).transpose(1, 2).flatten(0, 1).contiguous()
+
+
+def _heads_last(x: Tensor, g: int) -> Tensor:
+    """(b·g l groups d) → (b l h d)."""
+    return x.unflatten(0, (-1, g)).transpose(1, 2).flatten(2, 3).contiguous()
+
+
+def _of_keys(x: Tensor, wide: torch.dtype) -> Tensor:
+    """(b m h_kv d) → (b·h_kv m d)."""
+    return x.to(wide).transpose(1, 2).flatten(0, 1).contiguous()
+
+
+def _sums_of_queries(x: Tensor, g: int) -> Tensor:
+    """(b h l) → (b·g l groups)."""
+    return x.unflatten(1, (g, -1)).transpose(2, 3).flatten(0, 1).contiguous()

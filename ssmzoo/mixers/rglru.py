@@ -64,15 +64,15 @@ class Gates(nn.Module):
             weight.normal_(std=weight.shape[1] ** -0.5)
             self.get_parameter(f"{gate}_bias").zero_()
 
-    def of_both(self, part: str) -> Tensor:
-        """The weights or biases of both gates side by side."""
+    def of_both(self, part: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The weights or biases of both gates side by side, in their own dtype or another."""
         gates = ("recurrent_gate", "input_gate")
-        return torch.cat([getattr(self, f"{gate}_{part}") for gate in gates], dim=-1)
+        return torch.cat([getattr(self, f"{gate}_{part}").to(dtype) for gate in gates], dim=-1)
 
     def forward(self, x: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
         """x (b l d) and, int32 (b l), which tokens are a sequence's first → a in float32 and √(1 - a²) i x, (b l d)."""
         # One product for both gates: x and its gradient are read and written once
-        weight, bias = (self.of_both(part).to(x.dtype) for part in ("weight", "bias"))  # (h p 2p), (h 2p)
+        weight, bias = (self.of_both(part, x.dtype) for part in ("weight", "bias"))  # (h p 2p), (h 2p)
         heads = rearrange(x, "b l (h p) -> b l h p", h=self.n_heads)
         logits = torch.baddbmm(bias[:, None], heads.flatten(0, 1).transpose(0, 1), weight)  # (h bl 2p)
         logits = logits.transpose(0, 1).unflatten(0, x.shape[:2])

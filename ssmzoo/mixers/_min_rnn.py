@@ -41,39 +41,48 @@ def positive(v: Tensor) -> Tensor:
     return torch.where(v >= 0, v + 0.5, torch.sigmoid(v))
 
 
+@dataclasses.dataclass(kw_only=True)
+class MinRNNOptions:
+    """The options of both.
+
+    Attributes:
+        expansion_factor: the recurrence has ⌊expansion_factor · d_model⌋ channels.
+        proj_out: a linear map after the recurrence; if None, where expansion_factor is not 1.
+        positive: whether the candidates pass g, as in the paper's log-space form; otherwise they are linear, as in its
+            plain form.
+        bias: a bias on the map before the recurrence, as the paper has it; the published code has none.
+    """
+
+    expansion_factor: float = 1.0
+    proj_out: bool | None = None
+    positive: bool = True
+    bias: bool = False
+
+
 class MinRNN(Mixer):
     """A linear recurrence with gates and candidates that see the input alone.
 
     Args:
         d_model: width of input and output.
-        expansion_factor: the recurrence has ⌊expansion_factor · d_model⌋ channels.
-        proj_out: a linear map after the recurrence; if None, where expansion_factor is not 1.
-        positive: whether the candidates pass g, as in the paper's log-space form; otherwise they are linear, as in its
-            plain form.
+        o: the options.
     """
 
+    options_class = MinRNNOptions
     state_class = MinRNNState
     residual_projections: tuple[str, ...] = ()
 
-    def __init__(
-        self,
-        d_model: int,
-        *,
-        expansion_factor: float = 1.0,
-        proj_out: bool | None = None,
-        positive: bool = True,
-    ):
+    def __init__(self, d_model: int, o: MinRNNOptions):
         super().__init__(d_model)
-        self.d_inner = int(expansion_factor * d_model)
+        self.d_inner, proj_out = int(o.expansion_factor * d_model), o.proj_out
         if self.d_inner < 1:
-            name, given = type(self).__name__, f"{expansion_factor} · {d_model}"
+            name, given = type(self).__name__, f"{o.expansion_factor} · {d_model}"
             raise ValueError(f"{name}: `expansion_factor` · d_model must be at least 1; got {given}")
         if proj_out is None:
             proj_out = self.d_inner != d_model
         if not proj_out and self.d_inner != d_model:
             name, sizes = type(self).__name__, f"{self.d_inner} channels of d_model={d_model}"
             raise ValueError(f"{name}: `proj_out` must be True where `expansion_factor` makes {sizes}; got False")
-        self.positive = positive
+        self.positive = o.positive
         self.to_out: nn.Module = Linear(self.d_inner, d_model, bias=False) if proj_out else nn.Identity()
         if proj_out:
             self.residual_projections = ("to_out",)

@@ -26,9 +26,6 @@ class LightConv(LightConvolution):
     Args:
         d_model: width of input and output.
         options: those of :class:`~ssmzoo.mixers._light_convolution.LightConvolutionOptions`.
-
-    Raises:
-        ValueError: sizes that do not fit together, or a share outside of [0, 1).
     """
 
     def __init__(self, d_model: int, **options: Any):

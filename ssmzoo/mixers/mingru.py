@@ -13,12 +13,14 @@ Against the GRU, neither the gate nor the candidate sees h_{t-1}, so the recurre
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ssmkernels.core.validate import precision
 from ssmzoo.linear import Linear
-from ssmzoo.mixers._min_rnn import MinRNN, log_sigmoid
+from ssmzoo.mixers._min_rnn import MinRNN, MinRNNOptions, log_sigmoid
 from ssmzoo.registry import register_mixer
 
 
@@ -28,23 +30,13 @@ class MinGRU(MinRNN):
 
     Args:
         d_model: width of input and output.
-        expansion_factor: the recurrence has ⌊expansion_factor · d_model⌋ channels.
-        proj_out: a linear map after the recurrence; if None, where expansion_factor is not 1.
-        positive: whether the candidates pass g, as the paper's log-space form does; otherwise they are linear.
-        bias: a bias on the map before the recurrence, as the paper has it; the published code has none.
+        options: those of :class:`~ssmzoo.mixers._min_rnn.MinRNNOptions`.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        *,
-        expansion_factor: float = 1.0,
-        proj_out: bool | None = None,
-        positive: bool = True,
-        bias: bool = False,
-    ):
-        super().__init__(d_model, expansion_factor=expansion_factor, proj_out=proj_out, positive=positive)
-        self.to_hidden_and_gate = Linear(d_model, 2 * self.d_inner, bias=bias)
+    def __init__(self, d_model: int, **options: Any):
+        o = MinRNNOptions(**options)
+        super().__init__(d_model, o)
+        self.to_hidden_and_gate = Linear(d_model, 2 * self.d_inner, bias=o.bias)
 
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         v, k = self.to_hidden_and_gate(x).chunk(2, dim=-1)

@@ -15,13 +15,29 @@ sum, so that the scale of the state does not depend on the length; without ``nor
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ssmkernels.core.validate import precision
 from ssmzoo.linear import Linear
-from ssmzoo.mixers._min_rnn import MinRNN, log_sigmoid
+from ssmzoo.mixers._min_rnn import MinRNN, MinRNNOptions, log_sigmoid
 from ssmzoo.registry import register_mixer
+
+
+@dataclasses.dataclass(kw_only=True)
+class MinLSTMOptions(MinRNNOptions):
+    """Those of both networks, and two more.
+
+    Attributes:
+        normalize: whether forget and input gate are divided by their sum.
+        forget_bias: added to what the forget gate is the sigmoid of; the paper finds that larger ones train faster.
+    """
+
+    normalize: bool = True
+    forget_bias: float = 0.0
 
 
 @register_mixer("minlstm")
@@ -30,28 +46,16 @@ class MinLSTM(MinRNN):
 
     Args:
         d_model: width of input and output.
-        expansion_factor: the recurrence has ⌊expansion_factor · d_model⌋ channels.
-        proj_out: a linear map after the recurrence; if None, where expansion_factor is not 1.
-        positive: whether the candidates pass g, as the paper's log-space form does; otherwise they are linear.
-        normalize: whether forget and input gate are divided by their sum.
-        forget_bias: added to what the forget gate is the sigmoid of; the paper finds that larger ones train faster.
-        bias: a bias on the map before the recurrence, as the paper has it; the published code has none.
+        options: those of :class:`MinLSTMOptions`.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        *,
-        expansion_factor: float = 1.0,
-        proj_out: bool | None = None,
-        positive: bool = True,
-        normalize: bool = True,
-        forget_bias: float = 0.0,
-        bias: bool = False,
-    ):
-        super().__init__(d_model, expansion_factor=expansion_factor, proj_out=proj_out, positive=positive)
-        self.normalize, self.forget_bias = normalize, forget_bias
-        self.to_hidden_and_f_i_gate = Linear(d_model, 3 * self.d_inner, bias=bias)
+    options_class = MinLSTMOptions
+
+    def __init__(self, d_model: int, **options: Any):
+        o = MinLSTMOptions(**options)
+        super().__init__(d_model, o)
+        self.normalize, self.forget_bias = o.normalize, o.forget_bias
+        self.to_hidden_and_f_i_gate = Linear(d_model, 3 * self.d_inner, bias=o.bias)
 
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         v, p, q = self.to_hidden_and_f_i_gate(x).chunk(3, dim=-1)

@@ -1,4 +1,5 @@
 // y = x weightᵀ + bias for a few rows of x: the products of decoding.
+#include "exports.h"
 #include "parallel.h"
 #include "product.h"
 #include "tiles.h"
@@ -18,8 +19,7 @@ template <class T>
 int few_rows(const ProductArguments& a) {
     const T* x = static_cast<const T*>(a.x);
     parallel_stage(ceil_div(a.outputs, kTile), a.threads, [&](int64_t i, int) {
-        product<T>(a.weight, a.bias, x, a.rows, a.size, i * kTile, minimum(a.outputs, (i + 1) * kTile),
-                   [&](int64_t b, int64_t o, T value) { static_cast<T*>(a.y)[b * a.outputs + o] = value; });
+        product_part<T>(a.weight, a.bias, x, a.rows, a.size, a.outputs, kTile, i, static_cast<T*>(a.y), a.outputs);
     });
     return 0;
 }
@@ -28,7 +28,4 @@ int few_rows(const ProductArguments& a) {
 }  // namespace SSMZOO_ISA
 }  // namespace ssmzoo
 
-SSMZOO_EXPORT(product)(const ssmzoo::ProductArguments* a) {
-    using namespace ssmzoo::SSMZOO_ISA;
-    return a->dtype == 0 ? few_rows<float>(*a) : few_rows<double>(*a);
-}
+SSMZOO_EXPORT_SUMS(product, ProductArguments, dtype, few_rows)

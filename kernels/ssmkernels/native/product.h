@@ -45,5 +45,13 @@ void product(const void* weight, const void* bias, const S* from, int64_t batch,
     }
 }
 
+// A part of the outputs: those of number `part` where each part has `each`, rounded into y, whose rows are `row` apart.
+template <class T, class S, class Y>
+void product_part(const void* weight, const void* bias, const S* from, int64_t batch, int64_t size, int64_t outputs,
+                  int64_t each, int64_t part, Y* y, int64_t row) {
+    product<T>(weight, bias, from, batch, size, part * each, minimum(outputs, (part + 1) * each),
+               [&](int64_t b, int64_t o, S value) { narrow(value, y + b * row + o); });
+}
+
 }  // namespace SSMZOO_ISA
 }  // namespace ssmzoo

@@ -89,9 +89,10 @@ def included(sources: Iterable[Path], folders: Sequence[Path]) -> dict[Path, byt
 def layouts(package: Path = PACKAGE) -> dict[str, list[str]]:
     """The arguments of each kernel, in their order in memory.
 
-    Read from the C++ sources, where a kernel is ``SSMZOO_EXPORT(name)(const ssmzoo::Structure* a)`` and a structure's
-    members are pointers, ``int64_t``, ``double`` (marked ``*`` in front of the name here), and other such structures,
-    which stand here as their members. All are 8 bytes, so that there is no padding.
+    Read from the C++ sources, where a kernel is ``SSMZOO_EXPORT(name)(const ssmzoo::Structure* a)`` or, by one of the
+    macros of ``exports.h``, ``SSMZOO_EXPORT_DTYPES(name, Structure, dtype, function)``. A structure's members are
+    pointers, ``int64_t``, ``double`` (marked ``*`` in front of the name here), and other such structures, which stand
+    here as their members. All are 8 bytes, so that there is no padding.
 
     Raises:
         SourceError: a structure is missing, defined twice, or has another member.
@@ -101,7 +102,9 @@ def layouts(package: Path = PACKAGE) -> dict[str, list[str]]:
     for folder in ("native", "ops/*"):
         for file in sorted([*package.glob(f"{folder}/*.h"), *package.glob(f"{folder}/*.cpp")]):
             text = re.sub(r"//[^\n]*|/\*.*?\*/", " ", file.read_text(), flags=re.DOTALL)
+            text = re.sub(r"^\s*#(?:.*\\\n)*.*$", "", text, flags=re.MULTILINE)  # a macro's text is no kernel
             exports |= re.findall(r"SSMZOO_EXPORT\((\w+)\)\(const ssmzoo::(\w+)\s*\*", text)
+            exports |= re.findall(r"SSMZOO_EXPORT_(?:DTYPES|SUMS)\((\w+),\s*(\w+),", text)
             for name, body in re.findall(r"\bstruct (\w+Arguments) \{(.*?)\n\};", text, re.DOTALL):
                 if name in structures:
                     raise SourceError(f"{file}: the structure {name} is defined twice")

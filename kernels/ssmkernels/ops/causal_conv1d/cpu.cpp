@@ -1,6 +1,7 @@
 // The causal depthwise convolution, forward, and its step: y_t = bias + sum_j weight_j x_{t-(w-1)+j}, through silu.
 #include "causal_conv1d/cpu.h"
 #include "causal_conv1d/cpu_step.h"
+#include "native/exports.h"
 
 namespace ssmzoo {
 
@@ -113,22 +114,6 @@ int conv_step(const ConvStepArguments& a) {
 }  // namespace SSMZOO_ISA
 }  // namespace ssmzoo
 
-SSMZOO_EXPORT(causal_conv1d)(const ssmzoo::ConvArguments* a) {
-    using namespace ssmzoo::SSMZOO_ISA;
-    switch (a->dtype) {
-        case 0: return conv<float>(*a);
-        case 1: return conv<double>(*a);
-        case 2: return conv<bfloat16>(*a);
-        default: return conv<float16>(*a);
-    }
-}
+SSMZOO_EXPORT_DTYPES(causal_conv1d, ConvArguments, dtype, conv)
 
-SSMZOO_EXPORT(causal_conv1d_step)(const ssmzoo::ConvStepArguments* a) {
-    using namespace ssmzoo::SSMZOO_ISA;
-    switch (a->dtype) {
-        case 0: return conv_step<float>(*a);
-        case 1: return conv_step<double>(*a);
-        case 2: return conv_step<bfloat16>(*a);
-        default: return conv_step<float16>(*a);
-    }
-}
+SSMZOO_EXPORT_DTYPES(causal_conv1d_step, ConvStepArguments, dtype, conv_step)

@@ -5,6 +5,7 @@
 // A block computes p for its own steps and the w-1 behind them. Sums over time are made in two steps: over the blocks
 // of one of at most 64 fixed groups, then over the groups in their order, so that threads change nothing.
 #include "causal_conv1d/cpu.h"
+#include "native/exports.h"
 
 namespace ssmzoo {
 
@@ -122,12 +123,4 @@ int conv_backward(const ConvBackwardArguments& args) {
 }  // namespace SSMZOO_ISA
 }  // namespace ssmzoo
 
-SSMZOO_EXPORT(causal_conv1d_backward)(const ssmzoo::ConvBackwardArguments* args) {
-    using namespace ssmzoo::SSMZOO_ISA;
-    switch (args->forward.dtype) {
-        case 0: return conv_backward<float>(*args);
-        case 1: return conv_backward<double>(*args);
-        case 2: return conv_backward<bfloat16>(*args);
-        default: return conv_backward<float16>(*args);
-    }
-}
+SSMZOO_EXPORT_DTYPES(causal_conv1d_backward, ConvBackwardArguments, forward.dtype, conv_backward)

@@ -3,6 +3,7 @@
 // logits and sums. Where the splits lie depends on a sequence's length alone, so that neither threads nor neighbours
 // change a bit.
 #include "decode_attention/cpu_tile.h"
+#include "native/exports.h"
 #include "native/parallel.h"
 
 namespace ssmzoo {
@@ -290,12 +291,4 @@ int decode_attention(const DecodeArguments& a) {
 }  // namespace SSMZOO_ISA
 }  // namespace ssmzoo
 
-SSMZOO_EXPORT(decode_attention)(const ssmzoo::DecodeArguments* a) {
-    using namespace ssmzoo::SSMZOO_ISA;
-    switch (a->dtype) {
-        case 0: return decode_attention<float>(*a);
-        case 1: return decode_attention<double>(*a);
-        case 2: return decode_attention<bfloat16>(*a);
-        default: return decode_attention<float16>(*a);
-    }
-}
+SSMZOO_EXPORT_DTYPES(decode_attention, DecodeArguments, dtype, decode_attention)

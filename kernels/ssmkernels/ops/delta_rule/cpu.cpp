@@ -1,5 +1,6 @@
 // The delta rule's forward pass: a task takes one sequence, one head and some columns of its state through time.
 #include "delta_rule/cpu.h"
+#include "native/exports.h"
 
 namespace ssmzoo {
 namespace SSMZOO_ISA {
@@ -58,7 +59,4 @@ int forward(const DeltaArguments& a) {
 }  // namespace SSMZOO_ISA
 }  // namespace ssmzoo
 
-SSMZOO_EXPORT(delta_rule)(const ssmzoo::DeltaArguments* a) {
-    using namespace ssmzoo::SSMZOO_ISA;
-    return a->dtype == 1 ? forward<double>(*a) : forward<float>(*a);
-}
+SSMZOO_EXPORT_SUMS(delta_rule, DeltaArguments, dtype, forward)

@@ -3,6 +3,7 @@
 // A task takes a few heads of one group, one after another, each through its sequence's segments from the last to the
 // first: forward by the walk from the saved state, then through the chunks from the last to the first.
 #include "delta_rule/cpu_adjoint.h"
+#include "native/exports.h"
 
 namespace ssmzoo {
 namespace SSMZOO_ISA {
@@ -48,7 +49,4 @@ int backward(const DeltaBackwardArguments& b) {
 }  // namespace SSMZOO_ISA
 }  // namespace ssmzoo
 
-SSMZOO_EXPORT(delta_rule_backward)(const ssmzoo::DeltaBackwardArguments* b) {
-    using namespace ssmzoo::SSMZOO_ISA;
-    return b->forward.dtype == 1 ? backward<double>(*b) : backward<float>(*b);
-}
+SSMZOO_EXPORT_SUMS(delta_rule_backward, DeltaBackwardArguments, forward.dtype, backward)

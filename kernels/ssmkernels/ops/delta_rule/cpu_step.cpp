@@ -1,5 +1,6 @@
 // One token of the delta rule, bound by memory.
 #include "delta_rule/cpu_step.h"
+#include "native/exports.h"
 
 namespace ssmzoo {
 namespace SSMZOO_ISA {
@@ -28,7 +29,4 @@ int step(const DeltaArguments& a) {
 }  // namespace SSMZOO_ISA
 }  // namespace ssmzoo
 
-SSMZOO_EXPORT(delta_rule_step)(const ssmzoo::DeltaArguments* a) {
-    using namespace ssmzoo::SSMZOO_ISA;
-    return a->dtype == 1 ? step<double>(*a) : step<float>(*a);
-}
+SSMZOO_EXPORT_SUMS(delta_rule_step, DeltaArguments, dtype, step)

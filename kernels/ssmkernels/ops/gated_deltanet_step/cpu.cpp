@@ -2,6 +2,7 @@
 // projection. Bound by memory: every weight and state is read once, as it lies.
 #include "causal_conv1d/cpu_step.h"
 #include "delta_rule/cpu_step.h"
+#include "native/exports.h"
 #include "native/product.h"
 #include "rms_norm/cpu.h"
 
@@ -97,8 +98,8 @@ int gated_deltanet_step(const GatedDeltanetStepArguments& a) {
     stage(pieces, [&](int64_t task, int) {
         const Projection* p = all;
         for (; task >= ceil_div(p->rows, together); ++p) task -= ceil_div(p->rows, together);
-        product<T>(p->weight, nullptr, layer.x, a.batch, a.m, task * together, minimum(p->rows, (task + 1) * together),
-                   [&](int64_t b, int64_t o, S value) { layer.projected[b * layer.outputs + p->place + o] = value; });
+        product_part<T>(p->weight, nullptr, layer.x, a.batch, a.m, p->rows, together, task,
+                        layer.projected + p->place, layer.outputs);
     });
     void* const states[] = {a.q_state, a.k_state, a.v_state};
     const void* const weights[] = {a.q_conv, a.k_conv, a.v_conv};
@@ -124,8 +125,7 @@ int gated_deltanet_step(const GatedDeltanetStepArguments& a) {
         norm_group<S>(static_cast<const S*>(o), gate, false, at<S>(a.norm_weight, 0), o, a.values, a.eps);
     });
     stage(ceil_div(a.m, together), [&](int64_t task, int) {
-        product<T>(a.o_proj, nullptr, layer.o, a.batch, j, task * together, minimum(a.m, (task + 1) * together),
-                   [&](int64_t b, int64_t o, S value) { narrow(value, static_cast<T*>(a.y) + b * a.m + o); });
+        product_part<T>(a.o_proj, nullptr, layer.o, a.batch, j, a.m, together, task, static_cast<T*>(a.y), a.m);
     });
     return 0;
 }
@@ -134,12 +134,4 @@ int gated_deltanet_step(const GatedDeltanetStepArguments& a) {
 }  // namespace SSMZOO_ISA
 }  // namespace ssmzoo
 
-SSMZOO_EXPORT(gated_deltanet_step)(const ssmzoo::GatedDeltanetStepArguments* a) {
-    using namespace ssmzoo::SSMZOO_ISA;
-    switch (a->dtype) {
-        case 0: return gated_deltanet_step<float>(*a);
-        case 1: return gated_deltanet_step<double>(*a);
-        case 2: return gated_deltanet_step<bfloat16>(*a);
-        default: return gated_deltanet_step<float16>(*a);
-    }
-}
+SSMZOO_EXPORT_DTYPES(gated_deltanet_step, GatedDeltanetStepArguments, dtype, gated_deltanet_step)

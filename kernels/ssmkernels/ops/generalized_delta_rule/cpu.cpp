@@ -1,5 +1,6 @@
 // The general delta rule's forward pass.
 #include "generalized_delta_rule/cpu.h"
+#include "native/exports.h"
 
 namespace ssmzoo {
 namespace SSMZOO_ISA {
@@ -63,7 +64,4 @@ int forward(const DeltaRuleArguments& x) {
 }  // namespace SSMZOO_ISA
 }  // namespace ssmzoo
 
-SSMZOO_EXPORT(generalized_delta_rule)(const ssmzoo::DeltaRuleArguments* a) {
-    using namespace ssmzoo::SSMZOO_ISA;
-    return a->dtype == 1 ? forward<double>(*a) : forward<float>(*a);
-}
+SSMZOO_EXPORT_SUMS(generalized_delta_rule, DeltaRuleArguments, dtype, forward)

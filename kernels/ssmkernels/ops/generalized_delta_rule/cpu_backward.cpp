@@ -8,6 +8,7 @@
 //     dq = scale N do        dk = D v           db = D u      da = P du      d log_decay_i = decay_i Σ_j D_ij P_ij
 //     D  = diag(decay) D + a duᵀ                of P
 #include "generalized_delta_rule/cpu.h"
+#include "native/exports.h"
 
 namespace ssmzoo {
 
@@ -170,7 +171,4 @@ int backward(const DeltaRuleBackwardArguments& y) {
 }  // namespace SSMZOO_ISA
 }  // namespace ssmzoo
 
-SSMZOO_EXPORT(generalized_delta_rule_backward)(const ssmzoo::DeltaRuleBackwardArguments* a) {
-    using namespace ssmzoo::SSMZOO_ISA;
-    return a->forward.dtype == 1 ? backward<double>(*a) : backward<float>(*a);
-}
+SSMZOO_EXPORT_SUMS(generalized_delta_rule_backward, DeltaRuleBackwardArguments, forward.dtype, backward)

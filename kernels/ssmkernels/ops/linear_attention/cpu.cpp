@@ -1,5 +1,6 @@
 // Linear attention's forward pass.
 #include "linear_attention/cpu.h"
+#include "native/exports.h"
 
 namespace ssmzoo {
 namespace SSMZOO_ISA {
@@ -102,7 +103,4 @@ int forward(const LinearAttentionArguments& a) {
 }  // namespace SSMZOO_ISA
 }  // namespace ssmzoo
 
-SSMZOO_EXPORT(linear_attention)(const ssmzoo::LinearAttentionArguments* a) {
-    using namespace ssmzoo::SSMZOO_ISA;
-    return a->dtype == 1 ? forward<double>(*a) : forward<float>(*a);
-}
+SSMZOO_EXPORT_SUMS(linear_attention, LinearAttentionArguments, dtype, forward)

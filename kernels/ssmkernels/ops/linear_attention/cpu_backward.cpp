@@ -14,6 +14,7 @@
 // over those of the value stay within a register: the states lie transposed, (value, key). For each tile a chunk's
 // states are computed again from the saved one, and kept until the tile has been walked back.
 #include "linear_attention/cpu.h"
+#include "native/exports.h"
 
 namespace ssmzoo {
 
@@ -250,7 +251,4 @@ int backward(const LinearAttentionBackwardArguments& b) {
 }  // namespace SSMZOO_ISA
 }  // namespace ssmzoo
 
-SSMZOO_EXPORT(linear_attention_backward)(const ssmzoo::LinearAttentionBackwardArguments* b) {
-    using namespace ssmzoo::SSMZOO_ISA;
-    return b->forward.dtype == 1 ? backward<double>(*b) : backward<float>(*b);
-}
+SSMZOO_EXPORT_SUMS(linear_attention_backward, LinearAttentionBackwardArguments, forward.dtype, backward)

@@ -1,5 +1,6 @@
 // One token of linear attention, bound by memory: each head's state is read and written once, as it lies.
 #include "linear_attention/cpu.h"
+#include "native/exports.h"
 
 namespace ssmzoo {
 
@@ -71,7 +72,4 @@ int step_as(const LinearAttentionStepArguments& a) {
 }  // namespace SSMZOO_ISA
 }  // namespace ssmzoo
 
-SSMZOO_EXPORT(linear_attention_step)(const ssmzoo::LinearAttentionStepArguments* a) {
-    using namespace ssmzoo::SSMZOO_ISA;
-    return a->dtype == 1 ? step_as<double>(*a) : step_as<float>(*a);
-}
+SSMZOO_EXPORT_SUMS(linear_attention_step, LinearAttentionStepArguments, dtype, step_as)

@@ -1,5 +1,6 @@
 // The linear recurrence, forward: h_t = a_t h_{t-1} + b_t.
 #include "linear_recurrence/cpu.h"
+#include "native/exports.h"
 
 namespace ssmzoo {
 namespace SSMZOO_ISA {
@@ -50,10 +51,8 @@ SSMZOO_EXPORT(linear_recurrence)(const ssmzoo::RecurrenceArguments* a) {
     using namespace ssmzoo::SSMZOO_ISA;
     if (a->is_complex && a->dtype == 1) return all<double, double, ComplexNumbers<double>>(*a);
     if (a->is_complex) return all<float, float, ComplexNumbers<float>>(*a);
-    switch (a->dtype) {
-        case 0: return all<float, float>(*a);
-        case 1: return all<double, double>(*a);
-        case 2: return a->a_wide ? all<bfloat16, float>(*a) : all<bfloat16, bfloat16>(*a);
-        default: return a->a_wide ? all<float16, float>(*a) : all<float16, float16>(*a);
-    }
+    return by_dtype(a->dtype, [&](auto zero) {
+        typedef decltype(zero) T;
+        return a->a_wide ? all<T, typename Sum<T>::type>(*a) : all<T, T>(*a);
+    });
 }

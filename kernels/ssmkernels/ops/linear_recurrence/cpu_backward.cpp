@@ -4,6 +4,7 @@
 //
 // Where a is the same at all times, da is summed over each sequence, last step first, and by the caller over sequences.
 #include "linear_recurrence/cpu.h"
+#include "native/exports.h"
 
 namespace ssmzoo {
 
@@ -77,10 +78,8 @@ SSMZOO_EXPORT(linear_recurrence_backward)(const ssmzoo::RecurrenceBackwardArgume
     using namespace ssmzoo::SSMZOO_ISA;
     if (a->forward.is_complex && a->forward.dtype == 1) return all<double, double, ComplexNumbers<double>>(*a);
     if (a->forward.is_complex) return all<float, float, ComplexNumbers<float>>(*a);
-    switch (a->forward.dtype) {
-        case 0: return all<float, float>(*a);
-        case 1: return all<double, double>(*a);
-        case 2: return a->forward.a_wide ? all<bfloat16, float>(*a) : all<bfloat16, bfloat16>(*a);
-        default: return a->forward.a_wide ? all<float16, float>(*a) : all<float16, float16>(*a);
-    }
+    return by_dtype(a->forward.dtype, [&](auto zero) {
+        typedef decltype(zero) T;
+        return a->forward.a_wide ? all<T, typename Sum<T>::type>(*a) : all<T, T>(*a);
+    });
 }

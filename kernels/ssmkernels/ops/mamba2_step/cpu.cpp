@@ -1,6 +1,7 @@
 // One token of a Mamba-2 layer: projection, convolution, state-space dual, gate and norm, projection. Bound by memory:
 // every weight and state is read once, as it lies, and what lies between is a few vectors a sequence.
 #include "causal_conv1d/cpu_step.h"
+#include "native/exports.h"
 #include "native/parallel.h"
 #include "native/product.h"
 #include "rms_norm/cpu.h"
@@ -72,9 +73,8 @@ int mamba2_step(const Mamba2StepArguments& a) {
     const auto stage = [&](int64_t tasks, const auto& task) { parallel_stage(tasks, a.threads, task); };
     constexpr int64_t together = 4 * kOutputs;
     stage(ceil_div(a.outputs, together), [&](int64_t i, int) {
-        product<T>(a.in_proj, a.in_bias, between.x, a.batch, a.m, i * together,
-                   minimum(a.outputs, (i + 1) * together),
-                   [&](int64_t b, int64_t o, S value) { between.projected[b * a.outputs + o] = value; });
+        product_part<T>(a.in_proj, a.in_bias, between.x, a.batch, a.m, a.outputs, together, i, between.projected,
+                        a.outputs);
     });
     stage(a.batch * tiles, [&](int64_t i, int thread) {
         const int64_t batch = i / tiles, first = i % tiles * kTile;
@@ -101,8 +101,7 @@ int mamba2_step(const Mamba2StepArguments& a) {
         }
     });
     stage(ceil_div(a.m, together), [&](int64_t i, int) {
-        product<T>(a.out_proj, a.out_bias, between.y, a.batch, f, i * together, minimum(a.m, (i + 1) * together),
-                   [&](int64_t b, int64_t o, S value) { narrow(value, static_cast<T*>(a.y) + b * a.m + o); });
+        product_part<T>(a.out_proj, a.out_bias, between.y, a.batch, f, a.m, together, i, static_cast<T*>(a.y), a.m);
     });
     return 0;
 }
@@ -111,12 +110,4 @@ int mamba2_step(const Mamba2StepArguments& a) {
 }  // namespace SSMZOO_ISA
 }  // namespace ssmzoo
 
-SSMZOO_EXPORT(mamba2_step)(const ssmzoo::Mamba2StepArguments* a) {
-    using namespace ssmzoo::SSMZOO_ISA;
-    switch (a->dtype) {
-        case 0: return mamba2_step<float>(*a);
-        case 1: return mamba2_step<double>(*a);
-        case 2: return mamba2_step<bfloat16>(*a);
-        default: return mamba2_step<float16>(*a);
-    }
-}
+SSMZOO_EXPORT_DTYPES(mamba2_step, Mamba2StepArguments, dtype, mamba2_step)

@@ -1,5 +1,6 @@
 // Keys and queries from the maps of a step, forward and backward. A task takes one head of one sequence.
 #include "mamba3_scan/cpu_rotate.h"
+#include "native/exports.h"
 
 namespace ssmzoo {
 namespace SSMZOO_ISA {
@@ -187,12 +188,6 @@ int backward(const RotateBackwardArguments& b) {
 }  // namespace SSMZOO_ISA
 }  // namespace ssmzoo
 
-SSMZOO_EXPORT(mamba3_rotate)(const ssmzoo::RotateArguments* a) {
-    using namespace ssmzoo::SSMZOO_ISA;
-    return a->dtype == 1 ? forward<double>(*a) : forward<float>(*a);
-}
+SSMZOO_EXPORT_SUMS(mamba3_rotate, RotateArguments, dtype, forward)
 
-SSMZOO_EXPORT(mamba3_rotate_backward)(const ssmzoo::RotateBackwardArguments* b) {
-    using namespace ssmzoo::SSMZOO_ISA;
-    return b->forward.dtype == 1 ? backward<double>(*b) : backward<float>(*b);
-}
+SSMZOO_EXPORT_SUMS(mamba3_rotate_backward, RotateBackwardArguments, forward.dtype, backward)

@@ -1,5 +1,6 @@
 // One step of Mamba-3's recurrence. Bound by memory: the state (p n) is read and written once, lanes over n.
 #include "mamba3_scan/cpu_rotate.h"
+#include "native/exports.h"
 
 namespace ssmzoo {
 
@@ -158,8 +159,9 @@ void step_head(const Mamba3StepArguments& a, int64_t task, char* scratch) {
     }
 }
 
-template <class S, class T>
+template <class T>
 int step_as(const Mamba3StepArguments& a) {
+    typedef typename Sum<T>::type S;
     Step<S> w;
     const size_t bytes = sizeof(S) * static_cast<size_t>(w.take(nullptr, a));
     return parallel_step(a.batch * a.heads, a.threads, bytes,
@@ -170,12 +172,4 @@ int step_as(const Mamba3StepArguments& a) {
 }  // namespace SSMZOO_ISA
 }  // namespace ssmzoo
 
-SSMZOO_EXPORT(mamba3_scan_step)(const ssmzoo::Mamba3StepArguments* a) {
-    using namespace ssmzoo::SSMZOO_ISA;
-    switch (a->dtype) {
-        case 0: return step_as<float, float>(*a);
-        case 1: return step_as<double, double>(*a);
-        case 2: return step_as<float, bfloat16>(*a);
-        default: return step_as<float, float16>(*a);
-    }
-}
+SSMZOO_EXPORT_DTYPES(mamba3_scan_step, Mamba3StepArguments, dtype, step_as)

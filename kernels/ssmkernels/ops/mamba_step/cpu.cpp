@@ -1,6 +1,7 @@
 // One token of a Mamba layer: projection, convolution, projections of Δ, B and C, scan, gate, projection. Bound by
 // memory: every weight and state is read once, as it lies, and what lies between is a few vectors a sequence.
 #include "causal_conv1d/cpu_step.h"
+#include "native/exports.h"
 #include "native/math.h"
 #include "native/parallel.h"
 #include "native/product.h"
@@ -98,8 +99,7 @@ int mamba_step(const MambaStepArguments& a) {
             write_some(between.x + b * a.m + k, read_some(at<T>(a.x, b * a.x_batch + k), a.m - k), a.m - k);
     const auto stage = [&](int64_t tasks, const auto& task) { parallel_stage(tasks, a.threads, task); };
     stage(ceil_div(2 * a.d, kTile), [&](int64_t i, int) {
-        product<T>(a.in_proj, a.in_bias, between.x, a.batch, a.m, i * kTile, minimum(2 * a.d, (i + 1) * kTile),
-                   [&](int64_t b, int64_t o, S value) { between.xz[b * 2 * a.d + o] = value; });
+        product_part<T>(a.in_proj, a.in_bias, between.x, a.batch, a.m, 2 * a.d, kTile, i, between.xz, 2 * a.d);
     });
     stage(a.batch * tiles, [&](int64_t i, int thread) {
         const int64_t batch = i / tiles, first = i % tiles * kTile;
@@ -110,9 +110,7 @@ int mamba_step(const MambaStepArguments& a) {
                        between.spare + thread * conv_step_scratch(a.width));
     });
     stage(ceil_div(rows, 2 * kOutputs), [&](int64_t i, int) {
-        product<T>(a.x_proj, nullptr, between.inputs, a.batch, a.d, i * 2 * kOutputs,
-                   minimum(rows, (i + 1) * 2 * kOutputs),
-                   [&](int64_t b, int64_t o, S value) { between.maps[b * rows + o] = value; });
+        product_part<T>(a.x_proj, nullptr, between.inputs, a.batch, a.d, rows, 2 * kOutputs, i, between.maps, rows);
     });
     if (a.normalised) stage(a.batch, [&](int64_t b, int) { normalise(a, between.maps + b * rows); });
     stage(a.batch * tiles, [&](int64_t i, int) {
@@ -121,9 +119,8 @@ int mamba_step(const MambaStepArguments& a) {
             advance<T>(a, between, batch, first, minimum(a.d - first, lanes));
     });
     stage(ceil_div(a.m, 4 * kOutputs), [&](int64_t i, int) {
-        product<T>(a.out_proj, a.out_bias, between.y, a.batch, a.d, i * 4 * kOutputs,
-                   minimum(a.m, (i + 1) * 4 * kOutputs),
-                   [&](int64_t b, int64_t o, S value) { narrow(value, static_cast<T*>(a.y) + b * a.m + o); });
+        product_part<T>(a.out_proj, a.out_bias, between.y, a.batch, a.d, a.m, 4 * kOutputs, i, static_cast<T*>(a.y),
+                        a.m);
     });
     return 0;
 }
@@ -132,12 +129,4 @@ int mamba_step(const MambaStepArguments& a) {
 }  // namespace SSMZOO_ISA
 }  // namespace ssmzoo
 
-SSMZOO_EXPORT(mamba_step)(const ssmzoo::MambaStepArguments* a) {
-    using namespace ssmzoo::SSMZOO_ISA;
-    switch (a->dtype) {
-        case 0: return mamba_step<float>(*a);
-        case 1: return mamba_step<double>(*a);
-        case 2: return mamba_step<bfloat16>(*a);
-        default: return mamba_step<float16>(*a);
-    }
-}
+SSMZOO_EXPORT_DTYPES(mamba_step, MambaStepArguments, dtype, mamba_step)

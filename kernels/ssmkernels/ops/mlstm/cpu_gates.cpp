@@ -7,6 +7,7 @@
 // state stands for. What depends on m besides, through ε and the final state, is the gradient that comes in for m; it
 // goes to whichever of its two arguments m was.
 #include "mlstm/cpu.h"
+#include "native/exports.h"
 
 namespace ssmzoo {
 
@@ -92,12 +93,6 @@ int backward(const MlstmGatesBackwardArguments& a) {
 }  // namespace SSMZOO_ISA
 }  // namespace ssmzoo
 
-SSMZOO_EXPORT(mlstm_gates)(const ssmzoo::MlstmGatesArguments* a) {
-    using namespace ssmzoo::SSMZOO_ISA;
-    return a->dtype == 1 ? forward<double>(*a) : forward<float>(*a);
-}
+SSMZOO_EXPORT_SUMS(mlstm_gates, MlstmGatesArguments, dtype, forward)
 
-SSMZOO_EXPORT(mlstm_gates_backward)(const ssmzoo::MlstmGatesBackwardArguments* a) {
-    using namespace ssmzoo::SSMZOO_ISA;
-    return a->dtype == 1 ? backward<double>(*a) : backward<float>(*a);
-}
+SSMZOO_EXPORT_SUMS(mlstm_gates_backward, MlstmGatesBackwardArguments, dtype, backward)

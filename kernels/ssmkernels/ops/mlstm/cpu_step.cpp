@@ -1,5 +1,6 @@
 // One token of the matrix memory, bound by memory: the state (k v) is read and written once, lanes over v.
 #include "mlstm/cpu.h"
+#include "native/exports.h"
 
 namespace ssmzoo {
 
@@ -68,8 +69,9 @@ void step_head(const MlstmStepArguments& a, int64_t head, S* scratch) {
         write_some(static_cast<T*>(a.y) + head * values + j, load(y + j) / below, values - j);
 }
 
-template <class S, class T>
+template <class T>
 int step_as(const MlstmStepArguments& a) {
+    typedef typename Sum<T>::type S;
     constexpr int64_t lanes = Lanes<S>::count;
     const int64_t numbers = 2 * (ceil_div(a.keys, lanes) + ceil_div(a.values, lanes)) * lanes;
     return parallel_step(a.heads, a.threads, sizeof(S) * static_cast<size_t>(numbers), [&](int64_t head, char* scratch) {
@@ -81,12 +83,4 @@ int step_as(const MlstmStepArguments& a) {
 }  // namespace SSMZOO_ISA
 }  // namespace ssmzoo
 
-SSMZOO_EXPORT(mlstm_step)(const ssmzoo::MlstmStepArguments* a) {
-    using namespace ssmzoo::SSMZOO_ISA;
-    switch (a->dtype) {
-        case 0: return step_as<float, float>(*a);
-        case 1: return step_as<double, double>(*a);
-        case 2: return step_as<float, bfloat16>(*a);
-        default: return step_as<float, float16>(*a);
-    }
-}
+SSMZOO_EXPORT_DTYPES(mlstm_step, MlstmStepArguments, dtype, step_as)

@@ -1,5 +1,6 @@
 // The gates of the real-gated linear recurrent unit, forward: the decay a = exp(log_decay sigmoid(r)), and the input
 // b = sqrt(1 - a^2) sigmoid(i) x, without the root at the first token of a sequence.
+#include "native/exports.h"
 #include "rglru_gates/cpu.h"
 
 namespace ssmzoo {
@@ -39,12 +40,4 @@ int all(const GateArguments& args) {
 }  // namespace SSMZOO_ISA
 }  // namespace ssmzoo
 
-SSMZOO_EXPORT(rglru_gates)(const ssmzoo::GateArguments* a) {
-    using namespace ssmzoo::SSMZOO_ISA;
-    switch (a->dtype) {
-        case 0: return all<float>(*a);
-        case 1: return all<double>(*a);
-        case 2: return all<bfloat16>(*a);
-        default: return all<float16>(*a);
-    }
-}
+SSMZOO_EXPORT_DTYPES(rglru_gates, GateArguments, dtype, all)

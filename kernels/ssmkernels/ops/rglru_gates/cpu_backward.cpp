@@ -5,6 +5,7 @@
 //     di = db q x s'(i)                                dx = db q s(i)
 //
 // log_decay's gradient is summed over the rows of each of at most 64 fixed parts, and over the parts by the caller.
+#include "native/exports.h"
 #include "rglru_gates/cpu.h"
 
 namespace ssmzoo {
@@ -65,12 +66,4 @@ int all(const GateBackwardArguments& args) {
 }  // namespace SSMZOO_ISA
 }  // namespace ssmzoo
 
-SSMZOO_EXPORT(rglru_gates_backward)(const ssmzoo::GateBackwardArguments* a) {
-    using namespace ssmzoo::SSMZOO_ISA;
-    switch (a->forward.dtype) {
-        case 0: return all<float>(*a);
-        case 1: return all<double>(*a);
-        case 2: return all<bfloat16>(*a);
-        default: return all<float16>(*a);
-    }
-}
+SSMZOO_EXPORT_DTYPES(rglru_gates_backward, GateBackwardArguments, forward.dtype, all)

@@ -1,5 +1,6 @@
 // Root-mean-square normalisation, forward: y = v / sqrt(mean(v^2) + eps) * weight, with v = x, plus a residual, and a
 // gate through silu before or after.
+#include "native/exports.h"
 #include "rms_norm/cpu.h"
 
 namespace ssmzoo {
@@ -39,10 +40,8 @@ int norm(const NormArguments& a) {
 
 SSMZOO_EXPORT(rms_norm)(const ssmzoo::NormArguments* a) {
     using namespace ssmzoo::SSMZOO_ISA;
-    switch (a->dtype) {
-        case 0: return norm<float, float>(*a);
-        case 1: return norm<double, double>(*a);
-        case 2: return a->residual_wide ? norm<bfloat16, float>(*a) : norm<bfloat16, bfloat16>(*a);
-        default: return a->residual_wide ? norm<float16, float>(*a) : norm<float16, float16>(*a);
-    }
+    return by_dtype(a->dtype, [&](auto zero) {
+        typedef decltype(zero) T;
+        return a->residual_wide ? norm<T, typename Sum<T>::type>(*a) : norm<T, T>(*a);
+    });
 }

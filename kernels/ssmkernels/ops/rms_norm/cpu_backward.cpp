@@ -5,6 +5,7 @@
 //
 // dweight is summed over the rows of each of at most 64 fixed parts, then over the parts in their order, so that
 // threads change nothing.
+#include "native/exports.h"
 #include "rms_norm/cpu.h"
 
 namespace ssmzoo {
@@ -106,10 +107,8 @@ int norm_backward(const NormBackwardArguments& args) {
 
 SSMZOO_EXPORT(rms_norm_backward)(const ssmzoo::NormBackwardArguments* a) {
     using namespace ssmzoo::SSMZOO_ISA;
-    switch (a->forward.dtype) {
-        case 0: return norm_backward<float, float>(*a);
-        case 1: return norm_backward<double, double>(*a);
-        case 2: return a->forward.residual_wide ? norm_backward<bfloat16, float>(*a) : norm_backward<bfloat16, bfloat16>(*a);
-        default: return a->forward.residual_wide ? norm_backward<float16, float>(*a) : norm_backward<float16, float16>(*a);
-    }
+    return by_dtype(a->forward.dtype, [&](auto zero) {
+        typedef decltype(zero) T;
+        return a->forward.residual_wide ? norm_backward<T, typename Sum<T>::type>(*a) : norm_backward<T, T>(*a);
+    });
 }

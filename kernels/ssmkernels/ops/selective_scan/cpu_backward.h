@@ -2,6 +2,7 @@
 // first state a chunk's states are computed again.
 #pragma once
 
+#include "native/exports.h"
 #include "selective_scan/cpu_adjoint.h"
 #include "selective_scan/cpu_windows.h"
 
@@ -131,12 +132,10 @@ int scan_backward_as(const ScanBackwardArguments& b) {
 // Numbers are Real or Complex.
 template <template <class> class Numbers>
 int scan_backward(const ScanBackwardArguments& b) {
-    switch (b.forward.dtype) {
-        case 0: return scan_backward_as<Numbers<float>, float>(b);
-        case 1: return scan_backward_as<Numbers<double>, double>(b);
-        case 2: return scan_backward_as<Numbers<float>, bfloat16>(b);
-        default: return scan_backward_as<Numbers<float>, float16>(b);
-    }
+    return by_dtype(b.forward.dtype, [&](auto zero) {
+        typedef decltype(zero) T;
+        return scan_backward_as<Numbers<typename Sum<T>::type>, T>(b);
+    });
 }
 
 }  // namespace SSMZOO_ISA

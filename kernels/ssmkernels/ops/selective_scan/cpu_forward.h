@@ -1,6 +1,7 @@
 // The selective scan, forward: h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t,  y_t = C_t h_t + D u_t, times silu(z_t).
 #pragma once
 
+#include "native/exports.h"
 #include "selective_scan/cpu.h"
 
 namespace ssmzoo {
@@ -99,12 +100,10 @@ int scan_as(const ScanArguments& a) {
 // Numbers are Real or Complex.
 template <template <class> class Numbers>
 int scan(const ScanArguments& a) {
-    switch (a.dtype) {
-        case 0: return scan_as<Numbers<float>, float>(a);
-        case 1: return scan_as<Numbers<double>, double>(a);
-        case 2: return scan_as<Numbers<float>, bfloat16>(a);
-        default: return scan_as<Numbers<float>, float16>(a);
-    }
+    return by_dtype(a.dtype, [&](auto zero) {
+        typedef decltype(zero) T;
+        return scan_as<Numbers<typename Sum<T>::type>, T>(a);
+    });
 }
 
 }  // namespace SSMZOO_ISA

@@ -1,4 +1,5 @@
 // One step of the selective scan. Bound by memory: the state (d n) is read and written as it lies, lanes over n.
+#include "native/exports.h"
 #include "native/math.h"
 #include "native/parallel.h"
 #include "selective_scan/cpu_numbers.h"
@@ -74,12 +75,10 @@ int scan_step_as(const ScanStepArguments& a) {
 
 template <template <class> class Numbers>
 int scan_step(const ScanStepArguments& a) {
-    switch (a.dtype) {
-        case 0: return scan_step_as<Numbers<float>, float>(a);
-        case 1: return scan_step_as<Numbers<double>, double>(a);
-        case 2: return scan_step_as<Numbers<float>, bfloat16>(a);
-        default: return scan_step_as<Numbers<float>, float16>(a);
-    }
+    return by_dtype(a.dtype, [&](auto zero) {
+        typedef decltype(zero) T;
+        return scan_step_as<Numbers<typename Sum<T>::type>, T>(a);
+    });
 }
 
 }  // namespace

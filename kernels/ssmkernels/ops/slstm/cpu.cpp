@@ -1,4 +1,5 @@
 // The scalar memory's forward pass.
+#include "native/exports.h"
 #include "slstm/cpu.h"
 
 namespace ssmzoo {
@@ -112,7 +113,4 @@ int forward(const SlstmArguments& a) {
 }  // namespace SSMZOO_ISA
 }  // namespace ssmzoo
 
-SSMZOO_EXPORT(slstm)(const ssmzoo::SlstmArguments* a) {
-    using namespace ssmzoo::SSMZOO_ISA;
-    return a->dtype == 1 ? forward<double>(*a) : forward<float>(*a);
-}
+SSMZOO_EXPORT_SUMS(slstm, SlstmArguments, dtype, forward)

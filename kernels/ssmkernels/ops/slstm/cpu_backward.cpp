@@ -3,6 +3,7 @@
 // What c and n stand for, c exp(m) and n exp(m), does not depend on m. So decays and weights are differentiated as if m
 // were a constant; only the gradient that the final state brings for m goes back through it, to whichever of its two
 // arguments it was. Gradients of the recurrent weights are products over a few tokens at a time.
+#include "native/exports.h"
 #include "slstm/cpu.h"
 
 namespace ssmzoo {
@@ -187,7 +188,4 @@ int backward(const SlstmBackwardArguments& b) {
 }  // namespace SSMZOO_ISA
 }  // namespace ssmzoo
 
-SSMZOO_EXPORT(slstm_backward)(const ssmzoo::SlstmBackwardArguments* b) {
-    using namespace ssmzoo::SSMZOO_ISA;
-    return b->forward.dtype == 1 ? backward<double>(*b) : backward<float>(*b);
-}
+SSMZOO_EXPORT_SUMS(slstm_backward, SlstmBackwardArguments, forward.dtype, backward)

@@ -1,4 +1,5 @@
 // The state-space dual's forward pass.
+#include "native/exports.h"
 #include "ssd/cpu.h"
 
 namespace ssmzoo {
@@ -108,7 +109,4 @@ int forward(const SsdArguments& a) {
 }  // namespace SSMZOO_ISA
 }  // namespace ssmzoo
 
-SSMZOO_EXPORT(ssd)(const ssmzoo::SsdArguments* a) {
-    using namespace ssmzoo::SSMZOO_ISA;
-    return a->dtype == 1 ? forward<double>(*a) : forward<float>(*a);
-}
+SSMZOO_EXPORT_SUMS(ssd, SsdArguments, dtype, forward)

@@ -2,6 +2,7 @@
 //
 // A task goes through its sequence's segments from the last to the first: forward from the saved state to the state
 // before each chunk, then through the chunks from the last to the first.
+#include "native/exports.h"
 #include "ssd/cpu_adjoint.h"
 
 namespace ssmzoo {
@@ -90,7 +91,4 @@ int backward(const SsdBackwardArguments& b) {
 }  // namespace SSMZOO_ISA
 }  // namespace ssmzoo
 
-SSMZOO_EXPORT(ssd_backward)(const ssmzoo::SsdBackwardArguments* b) {
-    using namespace ssmzoo::SSMZOO_ISA;
-    return b->forward.dtype == 1 ? backward<double>(*b) : backward<float>(*b);
-}
+SSMZOO_EXPORT_SUMS(ssd_backward, SsdBackwardArguments, forward.dtype, backward)

@@ -1,4 +1,5 @@
 // One token of the state-space dual, bound by memory.
+#include "native/exports.h"
 #include "native/parallel.h"
 #include "ssd/cpu_step.h"
 
@@ -17,8 +18,9 @@ struct SsdStepArguments {
 namespace SSMZOO_ISA {
 namespace {
 
-template <class S, class T>
+template <class T>
 int step_as(const SsdStepArguments& a) {
+    typedef typename Sum<T>::type S;
     const SsdStepSize sizes = {a.softplus, a.dt_least, a.dt_most};
     return parallel_step(a.batch * a.heads, a.threads, 0, [&](int64_t task, char*) {
         const int64_t batch = task / a.heads, head = task % a.heads, group = head / (a.heads / a.groups);
@@ -40,12 +42,4 @@ int step_as(const SsdStepArguments& a) {
 }  // namespace SSMZOO_ISA
 }  // namespace ssmzoo
 
-SSMZOO_EXPORT(ssd_step)(const ssmzoo::SsdStepArguments* a) {
-    using namespace ssmzoo::SSMZOO_ISA;
-    switch (a->dtype) {
-        case 0: return step_as<float, float>(*a);
-        case 1: return step_as<double, double>(*a);
-        case 2: return step_as<float, bfloat16>(*a);
-        default: return step_as<float, float16>(*a);
-    }
-}
+SSMZOO_EXPORT_DTYPES(ssd_step, SsdStepArguments, dtype, step_as)

@@ -219,7 +219,7 @@ def test_the_future_changes_nothing(scan, arguments):
             ValueError,
             r"`dt_limit` must be \(least, most\) with least <= most; got \(0.2, 0.1\)",
         ),
-        ({"dt_limit": (math.nan, 1.0)}, ValueError, "`dt_limit` must be"),
+        ({"dt_limit": (math.nan, 1.0)}, ValueError, r"`dt_limit\[0\]` must be"),
         ({"chunk_size": 0}, ValueError, "`chunk_size` must be at least 1; got 0"),
         ({"chunk_size": 1.0}, TypeError, "`chunk_size` must be int or None; got float"),
         ({"cu_seqlens": torch.tensor([0, 17], dtype=torch.int32)}, ValueError, "a batch of 2"),

@@ -7,7 +7,8 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from ssmkernels.core.validate import HALF, check_cu_seqlens, precision
+from ssmkernels.core.autocast import in_autocast
+from ssmkernels.core.validate import check_cu_seqlens, precision
 from ssmzoo.linear import arrives_later, computes_on
 from ssmzoo.state import State
 from ssmzoo.ties import KeepsTies
@@ -122,8 +123,7 @@ class Mixer(KeepsFloat32, KeepsTies):
     def _checked(self, x: Tensor, state: State | None, cu_seqlens: Tensor | None) -> Tensor:
         """x; under autocast in its half precision, as PyTorch's operators there refuse the other one."""
         self._check(x, state, cu_seqlens)
-        autocast = x.dtype in HALF and torch.is_autocast_enabled(x.device.type)
-        return x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x
+        return in_autocast(x)
 
     def _check(self, x: Tensor, state: State | None, cu_seqlens: Tensor | None) -> None:
         name = type(self).__name__

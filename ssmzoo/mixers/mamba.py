@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmkernels import mamba_step, rms_norm, selective_scan
-from ssmkernels.core.validate import widened
+from ssmkernels.core.autocast import widened
 from ssmkernels.native.eager import exp
 from ssmzoo.bidirectional import bidirectional as both_ways
 from ssmzoo.init import inverse_softplus_of_log_uniform, starting, wide_dtype

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmkernels import attention, selected_attention
+from ssmkernels.core.autocast import in_autocast
 from ssmkernels.core.validate import precision
 from ssmzoo.init import starting
 from ssmzoo.linear import Linear
@@ -121,7 +122,7 @@ class Nsa(SelectingAttention):
     def summarise(self, k: Tensor, v: Tensor) -> Tensor:
         """Compressed keys and values, side by side: ``(b, n, h_kv, 2 d)``."""
         compressed = []
-        for x, kind in ((k, "k_compress"), (v, "v_compress")):
+        for x, kind in ((in_autocast(k), "k_compress"), (in_autocast(v), "v_compress")):
             count = self.complete(x.shape[1])
             place = torch.arange(count, device=x.device)[:, None] * self.stride
             place = place + torch.arange(self.stretch, device=x.device)  # (n stretch)

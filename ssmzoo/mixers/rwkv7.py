@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmkernels import generalized_delta_rule, generalized_delta_rule_step
-from ssmkernels.core.validate import precision, widened
+from ssmkernels.core.autocast import widened
+from ssmkernels.core.validate import precision
 from ssmzoo.init import wide_dtype
 from ssmzoo.linear import Linear, WideBiasLinear
 from ssmzoo.norm import HeadLayerNorm

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ssmkernels.core.autocast import widened
 from ssmkernels.core.binding import Binder
 from ssmkernels.core.bundles import Bundles, bundled
 from ssmkernels.core.declaration import Declaration
@@ -38,7 +39,6 @@ from ssmkernels.core.validate import (
     check_shapes,
     copied,
     precision,
-    widened,
 )
 from ssmkernels.core.written import check_written
 

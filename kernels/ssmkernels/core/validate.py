@@ -266,15 +266,6 @@ def precision(*tensors: Tensor | None) -> torch.dtype:
     return torch.float32
 
 
-def widened(weight: Any, x: Any) -> Any:
-    """A weight as it is, or in float32 where autocast put activations ``x`` in another half precision than it has."""
-    if not isinstance(weight, Tensor) or weight.dtype not in HALF or not isinstance(x, Tensor):
-        return weight
-    kind = x.device.type
-    other = x.dtype in HALF and x.dtype != weight.dtype
-    return weight.float() if other and torch.is_autocast_enabled(kind) else weight
-
-
 def check_parameters(op: str, x: Tensor, arguments: Mapping[str, Any], also: Iterable[torch.dtype] = ()) -> None:
     """Checks dtypes of weights that may stay float32 beside half-precision activations ``x``.
 

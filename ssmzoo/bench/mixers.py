@@ -20,7 +20,7 @@ from ssmzoo.testing import check_mixer
 
 SIZES = {"d_model": 768, "length": 512, "batch": 1}
 QUICK = {"d_model": 256, "length": 64, "batch": 1}
-YARDSTICKS = {"mamba3": "mamba2"}  # mixer → the kind that it is to be compared with
+YARDSTICKS = {"mamba3": "mamba2", "slstm": "lstm"}  # mixer → the kind that it is to be compared with
 GROWTH = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the length
 
 

@@ -146,7 +146,8 @@ LINEAR_ATTENTION = [
 DELTA = [
     {"l": 17, "b": 1, "h": 1, "g": 1, "decay": "k"},  # two chunks
     {"l": 0},
-    {"l": 2, "b": 1, "h": 2, "g": 1, "k": 17, "v": 17},  # rows in two pieces, two tiles of columns
+    {"l": 2, "b": 1, "h": 2, "g": 1, "k": 17, "v": 17},  # the state in memory, two tiles of columns
+    {"l": 20, "b": 1, "h": 1, "g": 1, "k": 17, "decay": "", "packed": True},  # likewise from chunk to chunk
     {"l": 5, "b": 1, "h": 1, "g": 1, "packed": True, "decay": "", "state": False},
     {"l": 2, "b": 1, "h": 1, "g": 1, "layout": "far"},
 ]

@@ -13,7 +13,8 @@ from ssmkernels.ops.delta_rule.reference import scale_of
 from ssmkernels.ops.ssd.triton_arguments import AXES, places, strides, wide
 
 NUMBERS = 2048  # of a state that a program has in registers, once or twice
-WIDE = 16 if interpreting() else 128  # keys of a state in one piece
+WIDE = 16 if interpreting() else 128  # keys of a state that fits into registers
+PIECE = 16 if interpreting() else 64  # keys that are in registers at once of one that does not
 
 
 def rows(x: Tensor) -> Tensor:
@@ -42,6 +43,7 @@ class Chunks:
         self.sequences = a.q.shape[0] if a.cu_seqlens is None else a.cu_seqlens.shape[0] - 1
         (h, v), (g, k) = a.v.shape[2:], a.k.shape[2:]
         self.h, self.k, self.v, self.channels = h, k, v, a.log_decay is not None and a.log_decay.ndim == 4
+        self.registers = k <= WIDE
         self.heads = {"H": h, "GROUP": h // g, "K": k, "Q": self.Q, "scale": scale_of(a.scale, k)}
         self.precision = {"PRECISION": "ieee" if a.q.dtype == torch.float32 else "tf32"}
         self.launched = {"num_stages": 1}
@@ -64,11 +66,11 @@ class Chunks:
 
     def carry(self, kernel: str, **fields: Any) -> None:
         """A kernel that goes through each sequence, for some columns of each head's state."""
-        rows, two = min(self._block(self.k), WIDE), self.k > WIDE
-        block = max(16, min(self._block(self.v), NUMBERS // rows))
+        rows = self._block(self.k) if self.registers else PIECE
+        block = max(16, min(self._block(self.v), NUMBERS // self._block(self.k)))
         grid = self.sequences * self.h * -(-self.v // block)
         shared = self.keys() | self.between() | self.heads | self.spans | self.precision | self.launched
-        shared |= {"B": rows, "TWO": two, "BLOCK": block, "V": self.v}
+        shared |= {"B": rows, "REGISTERS": self.registers, "BLOCK": block, "V": self.v}
         if not interpreting():
             shared |= {"num_warps": 8, **all_registers(256)}
         if grid:
@@ -106,7 +108,11 @@ class Backward:
         do = rows(grads.o)
         self.do = {"do": do, **strides("do", do)}
         self.errors, self.X = chunks.empty(Q, v), chunks.empty(Q, v)
-        self.states, self.dstates = chunks.empty(k, v), chunks.empty(k, v)
+        self.states = chunks.empty(k, v)
+        initial, count = chunks.sequences * chunks.h, chunks.count * chunks.h
+        self.dinitial, self.dstates = a.q.new_empty((initial + count, k, v), dtype=torch.float32).split(
+            (initial, count)
+        )
         self.dpairs, self.dkeys = chunks.empty(Q, Q), chunks.empty(Q, Q)
         chunks.walk(None, None, self.errors, self.states)
 
@@ -114,9 +120,14 @@ class Backward:
         a, chunks = self.a, self.chunks
         empty = functools.partial(a.q.new_empty, dtype=torch.float32)
         dv, dbeta = a.v.new_empty(a.v.shape), empty(a.beta.shape)
-        dinitial = None if a.initial_state is None else empty(a.initial_state.shape)
         chunks.carry(
-            "walk_backward", **self.do, X=self.X, dv=dv, dstates=self.dstates, dfinal=wide(dfinal), dinitial=dinitial
+            "walk_backward",
+            **self.do,
+            X=self.X,
+            dv=dv,
+            dstates=self.dstates,
+            dfinal=wide(dfinal),
+            dinitial=self.dinitial,
         )
         blocks = {"BLOCK": 16 if interpreting() else 32, "V": chunks.v, **chunks.precision}
         keys = chunks.keys()
@@ -125,6 +136,8 @@ class Backward:
         made = {"errors": self.errors, "X": self.X, "dpairs": self.dpairs, "dkeys": self.dkeys}
         chunks.run("weights_backward", 1, **beta, **self.do, **made, dbeta=dbeta, **heads, **blocks)
         dq, dk, dg = self._keys(keys, made)
+        state = a.initial_state
+        dinitial = None if state is None else self.dinitial.view(state.shape).clone()  # not a part of something large
         return {"q": dq, "k": dk, "v": dv, "beta": dbeta, "log_decay": dg, "initial_state": dinitial}
 
     def _keys(self, keys: dict[str, Any], made: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:

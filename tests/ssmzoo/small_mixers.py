@@ -4,6 +4,7 @@ HEADS = {"head_dim": 8}
 SMALL = {
     "mamba": {"d_state": 3},
     "mamba2": {"d_state": 3, "headdim": 8, "ngroups": 2},
+    "log_linear_mamba2": {"d_state": 3, "headdim": 8, "ngroups": 2, "n_levels": 4},
     "mamba3": {"d_state": 4, "headdim": 8, "ngroups": 2},
     "rglru": {"n_heads": 2},
     "short_conv": {},

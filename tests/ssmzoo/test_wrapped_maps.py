@@ -14,6 +14,7 @@ CASES = [
     ("mamba", {"d_state": 3, "d_conv": 1, "dt_rank": 2, "bidirectional": True, "bcdt_norm": True}),
     ("mamba2", {"d_state": 3, "headdim": 4, "ngroups": 2, "d_ssm": 24}),
     ("mamba2", {"d_state": 3, "headdim": 8, "d_conv": 1, "bidirectional": True, "rmsnorm": False}),
+    ("log_linear_mamba2", {"d_state": 3, "headdim": 8, "n_levels": 4}),
     ("mamba3", {"d_state": 4, "headdim": 8, "ngroups": 2, "is_outproj_norm": True}),
     ("rglru", {"n_heads": 2, "width": 12}),
     ("mlstm", {"n_heads": 2, "bias": True}),

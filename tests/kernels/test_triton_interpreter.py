@@ -268,6 +268,7 @@ CASES = [
     ("selective_scan_step", "bfloat16,float16,float64", STEP[:1]),
     ("slstm", "float32", SLSTM),
     ("slstm", "bfloat16,float16", SLSTM[:1]),
+    ("slstm_step", "float32,bfloat16", [{"p": 17, "h": 2, "b": 3}, {"layout": "far"}]),
     ("ssd", "float32", SSD),
     ("ssd", "bfloat16,float16", SSD[:1]),
     ("ssd_step", "float32", SSD_STEP),

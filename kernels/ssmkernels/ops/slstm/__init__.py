@@ -60,7 +60,7 @@ def slstm(
     """
 
 
-@step_of(slstm, implementations=("cpu", "reference"))
+@step_of(slstm, implementations=("triton", "cpu", "reference"))
 def slstm_step(
     state: tuple[Tensor, Tensor, Tensor, Tensor],
     x: Tensor,

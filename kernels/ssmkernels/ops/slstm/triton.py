@@ -25,12 +25,13 @@ from ssmkernels.ops.ssd.triton_arguments import strides, wide
 __all__ = ["SAVES", "backward", "empty", "forward", "missing", "offline_cases", "unsupported"]
 
 ROWS = 16  # sequences of a program: the least that a product takes
+TILE = 16  # channels
 
 
 def unsupported(a: Any) -> str | None:
     if a.x.dtype == torch.float64:
         return "float64"
-    return "no heads or channels" if 0 in a.x.shape[3:] else wrong_device(a)
+    return "no heads or channels" if 0 in a.x.shape[-2:] else wrong_device(a)
 
 
 def forward(a: Any, save: bool) -> tuple[Tensor, ...]:
@@ -42,10 +43,13 @@ def forward(a: Any, save: bool) -> tuple[Tensor, ...]:
     heads, depth = a.x.shape[3], a.x.shape[1] if save else 2
     if not save:
         cells = finals[0].new_empty((finals[0].shape[0], depth, heads, 4, a.x.shape[4]))
+    one = a.x.shape[1] == 1 and a.cu_seqlens is None
     with on_device_of(a.x):
         _launch(
             "forward",
             a,
+            tiles=-(-a.x.shape[4] // TILE) if one else 1,
+            ONE=one,
             x=a.x,
             **strides("x", a.x, ("batch", "time", "gate", "head", "step")),
             bias=wide(a.bias),
@@ -107,10 +111,10 @@ def _of_weights(a: Any, cells: Tensor, first: Tensor, dgates: Tensor) -> Tensor:
     return dR
 
 
-def _launch(kernel: str, a: Any, **fields: Any) -> None:
+def _launch(kernel: str, a: Any, tiles: int = 1, **fields: Any) -> None:
     batch, _, _, heads, p = a.x.shape
     sequences = batch if a.cu_seqlens is None else a.cu_seqlens.shape[0] - 1
-    programs = -(-sequences // ROWS) * heads
+    programs = -(-sequences // ROWS) * heads * tiles
     if programs:
         getattr(kernels(__package__), kernel)[(programs,)](
             R=wide(a.R),
@@ -121,7 +125,7 @@ def _launch(kernel: str, a: Any, **fields: Any) -> None:
             H=heads,
             P=p,
             BLOCK_B=ROWS,
-            BLOCK_P=16,
+            BLOCK_P=TILE,
             **fields,
             num_warps=4,
             **all_registers(),
@@ -141,6 +145,7 @@ def offline_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         a = OPS["slstm"].declared.Arguments(x, R, None if plain else bias, *state, cu_seqlens)
         y, *finals, gates, cells = forward(a, True)
         forward(a, False)
+        forward(a._replace(x=x[:, :1], cu_seqlens=None), False)
         saved = SimpleNamespace(gates=gates, cells=cells)
         incoming = {f"final_{part}": final for part, final in zip(PARTS, finals, strict=True)}
         backward(a, saved, SimpleNamespace(y=y, **incoming))

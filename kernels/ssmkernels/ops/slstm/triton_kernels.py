@@ -79,21 +79,32 @@ def forward(
     P: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    ONE: tl.constexpr,
 ):
-    """y (b l h p), the final state (s h p), and where they are kept gates before activation, (b l h 4 p)."""
+    """y (b l h p), the final state (s h p), and where they are kept gates before activation, (b l h 4 p).
+
+    With ``ONE`` there is one token alone, and each tile of channels has a program of its own.
+    """
     pid = tl.program_id(0).to(tl.int64)
+    begin, end = 0, P
+    if ONE:
+        tiles: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+        begin = pid % tiles * BLOCK_P
+        end = begin + BLOCK_P
+        pid = pid // tiles
     head = pid % H
     sequence, here, batch, start, steps = rows_of(pid // H, cu_seqlens, sequences, length, BLOCK_B)
     line = sequence * H + head
     token = (batch * length + start) * H + head  # of token 0 among (b l h)
     cell_of = token if gates is not None else (sequence * depth) * H + head
     x += head * x_head
+    x_gate = tl.cast(x_gate, tl.int64)  # three times as much may need it
     R += head * P * 4 * P
     channel = tl.arange(0, BLOCK_P).to(tl.int64)
     for t in range(tl.max(steps, axis=0)):
         running = here & (t < steps)
         before, now = (cell_of + (t + depth - 1) % depth * H) * 4 * P, (cell_of + t % depth * H) * 4 * P
-        for first in range(0, P, BLOCK_P):
+        for first in range(begin, end, BLOCK_P):
             p = first + channel
             there = running[:, None] & (p < P)[None, :]
             at = x + (batch * x_batch + (start + t) * x_time)[:, None] + p[None, :] * x_step

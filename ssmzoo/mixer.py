@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ssmkernels.core.autocast import in_autocast
 from ssmkernels.core.validate import check_cu_seqlens, precision
+from ssmkernels.native.prepared import Prepared
 from ssmzoo.linear import arrives_later, computes_on
 from ssmzoo.state import State
 from ssmzoo.ties import KeepsTies
@@ -99,6 +100,13 @@ class Mixer(KeepsFloat32, KeepsTies):
     def matrices(self) -> list[Tensor]:
         """The matrices (out, in) that every token passes besides those of linear maps, for their time as a limit."""
         return []
+
+    def prepared_step(self, x: Tensor, state: Any) -> Prepared | None:
+        """One token, x ``(b, d_model)`` → ``(b, d_model)``, as a native call that reads x and updates the state.
+
+        For models that decode (:mod:`ssmzoo.decoding`). None where the layer is more than that call, as by default.
+        """
+        return None
 
     def forward(
         self, x: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None

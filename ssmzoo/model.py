@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ssmkernels.core.validate import check_cu_seqlens
 from ssmzoo.block import Block, entry_mixer
 from ssmzoo.config import ModelConfig
+from ssmzoo.decoding import through_layers
 from ssmzoo.feed import SharedBlock
 from ssmzoo.generate import generate
 from ssmzoo.linear import Linear, arrives_later, computes_on
@@ -176,9 +177,15 @@ class SequenceModel(KeepsTies):
         states: list[State] = []
         embedded = x if self.config.feeds else None
         values: list[Tensor] = []  # the first layer's, for value residuals
-        for i, block in enumerate(self.blocks):
-            x, after = block(x, None if state is None else state.layers[i], cu_seqlens, embedded, values)
-            states += [] if after is None else [after]
+        blocks, done = self.blocks, None
+        if state is not None and x.shape[1] == 1 and cu_seqlens is None:
+            done = through_layers(self, blocks, state.layers, x)
+        if done is not None and state is not None:
+            x, states = done, list(state.layers)
+        else:
+            for i, block in enumerate(blocks):
+                x, after = block(x, None if state is None else state.layers[i], cu_seqlens, embedded, values)
+                states += [] if after is None else [after]
         x = self.norm_f(x)
         after = None if state is None else ModelState(states, state.summed, state.count)
         if self.config.output == "classes":

@@ -19,6 +19,7 @@ LAYERS = (
     "feed",
     "config",
     "block generate",
+    "decoding",
     "model",
     "checkpoints footprint",
     "pretrained",

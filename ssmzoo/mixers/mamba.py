@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from ssmkernels import mamba_step, rms_norm, selective_scan
 from ssmkernels.core.autocast import widened
 from ssmkernels.native.eager import exp
+from ssmkernels.native.prepared import Prepared, prepare
 from ssmzoo.bidirectional import bidirectional as both_ways
 from ssmzoo.init import inverse_softplus_of_log_uniform, starting, wide_dtype
 from ssmzoo.linear import Linear, WideBiasLinear, is_plain, linear
@@ -248,11 +249,22 @@ class Mamba(Mixer):
         return self.bcdt_norm != "weighted" and in_one_call(x, *maps) and self.x_proj.bias is None
 
     def _step(self, x: Tensor, state: MambaState) -> Tensor:
+        arguments, options = self._of_step(x[:, 0], state)
+        return mamba_step(*arguments, **options)[:, None]
+
+    def prepared_step(self, x: Tensor, state: MambaState) -> Prepared | None:
+        if not self._may_step(x):
+            return None
+        arguments, options = self._of_step(x, state)
+        return prepare(mamba_step, *arguments, **options)
+
+    def _of_step(self, x: Tensor, state: MambaState) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of :func:`ssmkernels.mamba_step`, and its options."""
         in_proj, conv1d, dt_proj, out_proj = self.in_proj, self.conv1d, self.dt_proj, self.out_proj
-        y = mamba_step(
+        arguments = (
             state.conv,
             state.ssm,
-            x[:, 0],
+            x,
             in_proj.weight,
             in_proj.bias,
             conv1d.weight.squeeze(1),
@@ -264,6 +276,5 @@ class Mamba(Mixer):
             self.D,
             out_proj.weight,
             out_proj.bias,
-            norm_eps=self.bcdt_norm_eps if self.bcdt_norm else None,
         )
-        return y[:, None]
+        return arguments, {"norm_eps": self.bcdt_norm_eps if self.bcdt_norm else None}

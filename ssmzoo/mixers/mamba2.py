@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,12 +32,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ssmkernels import causal_conv1d_step, mamba2_step, ssd, ssd_step
+from ssmkernels.native.prepared import Prepared, prepare
 from ssmzoo.bidirectional import bidirectional as both_ways
-from ssmzoo.init import inverse_softplus_of_log_uniform, starting, wide_dtype
 from ssmzoo.linear import Linear
 from ssmzoo.mixer import Mixer
 from ssmzoo.mixers._convolution import convolve
-from ssmzoo.mixers._multipliers import Multipliers
+from ssmzoo.mixers._mamba2_weights import Direction, check_divides, checked_range, multipliers_of, new_weights
 from ssmzoo.mixers._one_call import in_one_call
 from ssmzoo.norm import GatedRMSNorm
 from ssmzoo.registry import register_mixer
@@ -50,15 +50,6 @@ class Mamba2State(State):
 
     conv: Tensor  # (s, d_conv - 1, d_ssm + 2 ngroups d_state), the last inputs
     ssm: Tensor  # (s, h, p, n), float32
-
-
-class Direction(NamedTuple):
-    """The weights of the convolution and the recurrence; a second direction has its own."""
-
-    conv1d: nn.Module
-    dt_bias: Tensor  # (h)
-    A_log: Tensor  # (h)
-    D: Tensor  # (h) or (d)
 
 
 @register_mixer("mamba2")
@@ -135,15 +126,15 @@ class Mamba2(Mixer):
         self.d_ssm = self.d_inner if d_ssm is None else d_ssm
         if not 1 <= self.d_ssm <= self.d_inner:
             raise ValueError(f"Mamba2: `d_ssm` must be between 1 and d_inner, {self.d_inner}; got {d_ssm}")
-        self._check_divides("headdim", headdim, self.d_ssm, "channels of the recurrence, `d_ssm`")
+        check_divides("headdim", headdim, self.d_ssm, "channels of the recurrence, `d_ssm`")
         self.n_heads = self.d_ssm // headdim
-        self._check_divides("ngroups", ngroups, self.n_heads, "heads, d_ssm / `headdim`")
+        check_divides("ngroups", ngroups, self.n_heads, "heads, d_ssm / `headdim`")
         self.norm_groups = ngroups if norm_groups is None else norm_groups
-        self._check_divides("norm_groups", self.norm_groups, self.d_ssm, "channels of the recurrence, `d_ssm`")
+        check_divides("norm_groups", self.norm_groups, self.d_ssm, "channels of the recurrence, `d_ssm`")
         if not 0 < dt_min <= dt_max:
             raise ValueError(f"Mamba2: 0 < `dt_min` <= `dt_max` must hold; got {dt_min} and {dt_max}")
-        self.dt_limit = self._range("dt_limit", dt_limit, 0.0)
-        low, high = self._range("A_init_range", A_init_range, 0.0)
+        self.dt_limit = checked_range("dt_limit", dt_limit, 0.0)
+        low, high = checked_range("A_init_range", A_init_range, 0.0)
         if low == 0 or high == math.inf:
             raise ValueError(f"Mamba2: `A_init_range` must be finite and above 0; got {tuple(A_init_range)}")
         self.d_state, self.d_conv, self.headdim, self.ngroups = d_state, d_conv, headdim, ngroups
@@ -153,57 +144,20 @@ class Mamba2(Mixer):
         d_mlp = self.d_inner - self.d_ssm
         self.splits = [d_mlp, d_mlp, self.d_ssm, self.d_conv_channels, self.n_heads]
         self.in_proj = Linear(d_model, sum(self.splits), bias=bias)
-        self.scale = None if multipliers is None else self._multipliers(multipliers)
-        dt = (dt_min, dt_max, dt_init_floor)
-        self.conv1d, self.dt_bias, self.A_log, self.D = self._new_weights(dt, low, high, conv_init, conv_bias)
+        maps = ngroups * d_state
+        self.scale = None if multipliers is None else multipliers_of(multipliers, self.splits, maps)
+        sizes = (self.d_conv_channels, d_conv, self.n_heads, self.d_ssm if D_has_hdim else self.n_heads)
+        start = ((dt_min, dt_max, dt_init_floor), (low, high), conv_init, conv_bias)
+        self.conv1d, self.dt_bias, self.A_log, self.D = new_weights(*sizes, *start)
         self.norm = (
             GatedRMSNorm(self.d_ssm, norm_eps, norm_before_gate, self.d_ssm // self.norm_groups) if rmsnorm else None
         )
         self.out_proj = Linear(self.d_inner, d_model, bias=bias)
         self.float32_parameters = ("A_log", "D", "dt_bias")
         if bidirectional:
-            self.conv1d_b, self.dt_bias_b, self.A_b_log, self.D_b = self._new_weights(
-                dt, low, high, conv_init, conv_bias
-            )
+            self.conv1d_b, self.dt_bias_b, self.A_b_log, self.D_b = new_weights(*sizes, *start)
             self.float32_parameters += ("A_b_log", "D_b", "dt_bias_b")
         self.no_weight_decay = self.float32_parameters
-
-    def _check_divides(self, name: str, part: int, whole: int, of: str) -> None:
-        if part < 1 or whole % part:
-            raise ValueError(f"Mamba2: `{name}` must divide the {whole} {of}; got {part}")
-
-    @staticmethod
-    def _range(name: str, pair: tuple[float, float], least: float) -> tuple[float, float]:
-        numbers = len(pair) == 2 and all(isinstance(x, int | float) and not isinstance(x, bool) for x in pair)
-        if not numbers or not least <= pair[0] <= pair[1]:
-            raise ValueError(f"Mamba2: `{name}` must be (least, most) with {least:g} <= least <= most; got {pair}")
-        return float(pair[0]), float(pair[1])
-
-    def _new_weights(
-        self, dt: tuple[float, float, float], low: float, high: float, conv_init: float | None, conv_bias: bool
-    ) -> tuple[nn.Conv1d, nn.Parameter, nn.Parameter, nn.Parameter]:
-        """Fresh weights in the order of :class:`Direction`."""
-        c, h, wide = self.d_conv_channels, self.n_heads, wide_dtype()
-        # Holds the weight and bias under their published names; the op does the convolution.
-        conv1d = nn.Conv1d(c, c, self.d_conv, groups=c, bias=conv_bias)
-        if conv_init is not None:
-            nn.init.uniform_(conv1d.weight, -conv_init, conv_init)
-        dt_bias = nn.Parameter(inverse_softplus_of_log_uniform(h, *dt))
-        A_log = nn.Parameter(starting(h, wide, lambda: torch.empty(h, dtype=wide).uniform_(low, high).log()))
-        return (
-            conv1d,
-            dt_bias,
-            A_log,
-            nn.Parameter(torch.ones(self.d_ssm if self.D_has_hdim else h, dtype=wide_dtype())),
-        )
-
-    def _multipliers(self, given: tuple[float, ...]) -> Multipliers:
-        if len(given) != 5 or not all(isinstance(m, int | float) and math.isfinite(m) for m in given):
-            raise ValueError(f"Mamba2: `multipliers` must be five finite numbers, of z, x, B, C and δ; got {given}")
-        z, x, B, C, dt = given
-        d_mlp, n = self.splits[0], self.ngroups * self.d_state
-        parts = ((2 * d_mlp, 1.0), (self.d_ssm, z), (self.d_ssm, x), (n, B), (n, C), (self.n_heads, dt))
-        return Multipliers(parts)
 
     def initial_state(self, batch_size: int, max_length: int | None = None) -> Mamba2State:
         self.check_has_state()
@@ -219,16 +173,15 @@ class Mamba2(Mixer):
         return one_way * (2 if self.bidirectional else 1)
 
     def mix(self, x: Tensor, state: Mamba2State | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Mamba2State | None]:
-        one, m = state is not None and x.shape[1] == 1 and cu_seqlens is None, self._modules
-        plain = one and self.scale is None
-        if plain and in_one_call(x, m["in_proj"], m["conv1d"], m["out_proj"], norm=m.get("norm")):
+        one = state is not None and x.shape[1] == 1 and cu_seqlens is None
+        if one and self._may_step(x):
             return self._whole_step(x, cast(Mamba2State, state)), state
         projected = self.in_proj(x) if self.scale is None else self.scale(self.in_proj(x))
         mlp_gate, mlp, z, xBC, dt = projected.split(self.splits, dim=-1)
         weights = Direction(self.conv1d, self.dt_bias, self.A_log, self.D)
         if self.bidirectional:
             y = self._both_ways(weights, xBC, dt, cu_seqlens)
-        elif one and in_one_call(x, m["conv1d"]):
+        elif one and in_one_call(x, self._modules["conv1d"]):
             y = self._step(weights, xBC[:, 0], dt[:, 0], cast(Mamba2State, state))[:, None]
         else:
             y, after = self._ssm(weights, xBC, dt, state, cu_seqlens)
@@ -288,11 +241,27 @@ class Mamba2(Mixer):
 
     def _whole_step(self, x: Tensor, state: Mamba2State) -> Tensor:
         """One token of the layer in one call, which gives the same: (b 1 d_model) → (b 1 d_model)."""
+        arguments, options = self._of_step(x[:, 0], state)
+        return mamba2_step(*arguments, **options)[:, None]
+
+    def prepared_step(self, x: Tensor, state: Mamba2State) -> Prepared | None:
+        if not self._may_step(x):
+            return None
+        arguments, options = self._of_step(x, state)
+        return prepare(mamba2_step, *arguments, **options)
+
+    def _may_step(self, x: Tensor) -> bool:
+        """Whether :func:`ssmkernels.mamba2_step` may compute the whole layer."""
+        m = self._modules
+        return self.scale is None and in_one_call(x, m["in_proj"], m["conv1d"], m["out_proj"], norm=m.get("norm"))
+
+    def _of_step(self, x: Tensor, state: Mamba2State) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of :func:`ssmkernels.mamba2_step`, and its options."""
         in_proj, conv1d, out_proj, norm = self.in_proj, self.conv1d, self.out_proj, self.norm
-        y = mamba2_step(
+        arguments = (
             state.conv,
             state.ssm,
-            x[:, 0],
+            x,
             in_proj.weight,
             in_proj.bias,
             conv1d.weight.squeeze(1),
@@ -303,12 +272,13 @@ class Mamba2(Mixer):
             None if norm is None else norm.weight,
             out_proj.weight,
             out_proj.bias,
-            dt_limit=self.dt_limit,
-            norm_groups=self.norm_groups,
-            norm_before_gate=norm is not None and norm.norm_before_gate,
-            norm_eps=1.0 if norm is None else norm.eps,
         )
-        return y[:, None]
+        return arguments, {
+            "dt_limit": self.dt_limit,
+            "norm_groups": self.norm_groups,
+            "norm_before_gate": norm is not None and norm.norm_before_gate,
+            "norm_eps": 1.0 if norm is None else norm.eps,
+        }
 
     def _step(self, w: Direction, xBC: Tensor, dt: Tensor, state: Mamba2State) -> Tensor:
         """One token of :meth:`_ssm`, where a projection or the norm is called: (b c), (b h) → (b d)."""

@@ -83,7 +83,7 @@ class Op:
         a = self.declared.Arguments(**arguments)
         forced, origin = self._forced(implementation)
         if _explaining and threading.get_ident() in _explaining:
-            raise Explained(self._explain(forced, origin, a))
+            raise Explained(self._explain(forced, origin, a), a)
         if forced is not None:
             reason = self.why_not(forced, a)
             if reason:
@@ -111,7 +111,7 @@ class Op:
             able = tuple(n for n in self.names if n not in KERNELS)
             other = f"{name!r} takes such calls; this one runs where it is forced"
             choices = tuple(Choice(n, reason if n in KERNELS else "" if n == name else other) for n in self.names)
-            raise Explained(Explanation(self.name, name, reason, choices, able))
+            raise Explained(Explanation(self.name, name, reason, choices, able), a)
         unable = f"{self.name}: implementation {forced!r} ({origin}) cannot run this call"
         if name in KERNELS or (self.implementation(name).loses_tangents and forward_differentiated(arguments)):
             raise ValueError(f'{unable}: {reason}; use("reference") can')
@@ -211,6 +211,11 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     Raises:
         ValueError, TypeError: whatever the call itself would raise for bad arguments.
     """
+    return looked_at(op, *args, **kwargs).explanation
+
+
+def looked_at(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explained:
+    """What :func:`explain` says, with the arguments that the chosen implementation would get."""
     if isinstance(op, str):
         if op not in OPS:
             raise ValueError(unknown("op", op, OPS))
@@ -219,7 +224,7 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     try:
         op(*args, **kwargs)  # type: ignore[operator]
     except Explained as answer:
-        return answer.explanation
+        return answer
     finally:
         _explaining.remove(threading.get_ident())
     raise TypeError(f"explain: `op` must be an op of ssmkernels, or its name; got {op!r}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Choice(NamedTuple):
@@ -41,7 +41,10 @@ class Explanation:
 
 
 class Explained(Exception):
-    """Carries an explanation out of a public function without running anything."""
+    """Carries an explanation out of a public function without running anything.
 
-    def __init__(self, explanation: Explanation):
-        self.explanation = explanation
+    ``arguments`` are what the chosen implementation would get, as a named tuple.
+    """
+
+    def __init__(self, explanation: Explanation, arguments: Any = None):
+        self.explanation, self.arguments = explanation, arguments

@@ -76,6 +76,11 @@ def disabled(op: str, implementation: str) -> bool:
     return found
 
 
+def unforced() -> bool:
+    """Whether every op takes the fastest implementation that can run its call."""
+    return not (forced or os.environ.get("SSMZOO_IMPLEMENTATION") or os.environ.get("SSMZOO_DISABLE"))
+
+
 @contextlib.contextmanager
 def use(implementation: str | None = None, /, **by_op: str) -> Iterator[None]:
     """Forces implementations for all calls inside the context, in every thread of the process.

@@ -1,4 +1,5 @@
-// What the loader asks first: which sources is this library built from, and what can this CPU run of it?
+// What the loader asks first: which sources is this library built from, and what can this CPU run of it? And several
+// kernels' calls in one.
 //
 // Compiled once, for the baseline. The build passes SSMZOO_SOURCES (their digest), SSMZOO_LAYOUTS (one line for each
 // kernel: its name, then its arguments in their order), SSMZOO_COMPILER and SSMZOO_ISAS (the space-separated names of
@@ -18,6 +19,13 @@ SSMZOO_PUBLIC const char* ssmzoo_layouts() { return SSMZOO_LAYOUTS; }
 SSMZOO_PUBLIC const char* ssmzoo_compiler() { return SSMZOO_COMPILER; }
 
 SSMZOO_PUBLIC const char* ssmzoo_isas() { return SSMZOO_ISAS; }
+
+// Kernels one after another, each with its arguments, up to the first that fails.
+SSMZOO_PUBLIC int ssmzoo_program(int (*const* kernels)(const void*), const void* const* arguments, long long count) {
+    for (long long i = 0; i < count; ++i)
+        if (const int failed = kernels[i](arguments[i])) return failed;
+    return 0;
+}
 
 #if defined(__x86_64__)
 namespace {

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from ssmkernels import native
 from ssmkernels.native import address, missing, plain, rows
+from ssmkernels.native.prepared import Prepared
 from ssmkernels.ops.mamba2_step.reference import groups
 from ssmkernels.ops.mamba_step.cpu import TILE, refused
 
-__all__ = ["forward", "missing", "unsupported"]
+__all__ = ["forward", "missing", "prepared", "unsupported"]
 
 
 def unsupported(a: Any) -> str | None:
@@ -21,6 +22,15 @@ def unsupported(a: Any) -> str | None:
 def forward(a: Any, _: bool) -> Tensor:
     states = (a.conv_state, a.ssm_state)
     own = [state.contiguous() for state in states]
+    y = prepared(a._replace(conv_state=own[0], ssm_state=own[1])).run()
+    for state, used in zip(states, own, strict=True):
+        if used is not state:
+            state.copy_(used)
+    return y
+
+
+def prepared(a: Any) -> Prepared:
+    """The kernel's call, with contiguous states."""
     wide = a.ssm_state.dtype
     x, in_proj, out_proj = rows(a.x), a.in_proj.contiguous(), a.out_proj.contiguous()
     conv_weight, dt_bias, A_log, D = [plain(t, wide) for t in (a.conv_weight, a.dt_bias, a.A_log, a.D)]
@@ -33,11 +43,11 @@ def forward(a: Any, _: bool) -> Tensor:
     threads = native.threads(in_proj.numel() + out_proj.numel())
     between = batch * (m + outputs + channels + inner)
     scratch = a.ssm_state.new_empty(between + threads * (width + 1) * TILE)
-    native.run(
+    return Prepared(
         "mamba2_step",
         {
-            "conv_state": own[0].data_ptr(),
-            "ssm_state": own[1].data_ptr(),
+            "conv_state": a.conv_state.data_ptr(),
+            "ssm_state": a.ssm_state.data_ptr(),
             "x": x.data_ptr(),
             "in_proj": in_proj.data_ptr(),
             "in_bias": address(in_bias),
@@ -70,8 +80,7 @@ def forward(a: Any, _: bool) -> Tensor:
             "dt_least": a.dt_limit[0],
             "dt_most": a.dt_limit[1],
         },
+        (x, in_proj, in_bias, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, out_proj, out_bias),
+        y,
+        scratch,
     )
-    for state, used in zip(states, own, strict=True):
-        if used is not state:
-            state.copy_(used)
-    return y

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ssmkernels import native
 from ssmkernels.native import address, missing, plain, rows, wrong_device
+from ssmkernels.native.prepared import Prepared
 
-__all__ = ["forward", "missing", "unsupported"]
+__all__ = ["forward", "missing", "prepared", "unsupported"]
 
 TILE = 64  # channels: kTile in tiles.h
 FEW = 8  # sequences; from there on a matrix product of a library does better by the weights than row by row
@@ -32,6 +33,15 @@ def refused(a: Any) -> str | None:
 def forward(a: Any, _: bool) -> Tensor:
     states = (a.conv_state, a.ssm_state)
     own = [state.contiguous() for state in states]
+    y = prepared(a._replace(conv_state=own[0], ssm_state=own[1])).run()
+    for state, used in zip(states, own, strict=True):
+        if used is not state:
+            state.copy_(used)
+    return y
+
+
+def prepared(a: Any) -> Prepared:
+    """The kernel's call, with contiguous states."""
     wide = a.ssm_state.dtype
     x = rows(a.x)
     in_proj, x_proj, dt_proj, out_proj = [t.contiguous() for t in (a.in_proj, a.x_proj, a.dt_proj, a.out_proj)]
@@ -43,11 +53,11 @@ def forward(a: Any, _: bool) -> Tensor:
     threads = native.threads(in_proj.numel() + out_proj.numel())
     between = batch * (m + 4 * d + rank + 2 * n)
     scratch = a.ssm_state.new_empty(between + threads * (width + 1) * TILE)
-    native.run(
+    return Prepared(
         "mamba_step",
         {
-            "conv_state": own[0].data_ptr(),
-            "ssm_state": own[1].data_ptr(),
+            "conv_state": a.conv_state.data_ptr(),
+            "ssm_state": a.ssm_state.data_ptr(),
             "x": x.data_ptr(),
             "in_proj": in_proj.data_ptr(),
             "in_bias": address(in_bias),
@@ -74,8 +84,7 @@ def forward(a: Any, _: bool) -> Tensor:
             "x_batch": x.stride(0),
             "eps": a.norm_eps or 0.0,
         },
+        (x, in_proj, in_bias, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj, out_bias),
+        y,
+        scratch,
     )
-    for state, used in zip(states, own, strict=True):
-        if used is not state:
-            state.copy_(used)
-    return y

@@ -10,8 +10,9 @@ from ssmkernels import native
 from ssmkernels.core.memory import large_pages
 from ssmkernels.core.validate import precision
 from ssmkernels.native import address, missing, plain, wrong_device
+from ssmkernels.native.prepared import Prepared
 
-__all__ = ["DROPS", "SAVES", "backward", "forward", "missing", "restore", "unsupported"]
+__all__ = ["DROPS", "SAVES", "backward", "forward", "missing", "prepared", "restore", "unsupported"]
 
 PARTS = 64  # of the sum over rows: as in cpu_backward.cpp
 
@@ -31,6 +32,13 @@ def forward(a: Any, _: bool) -> tuple[Tensor, Tensor]:
     values |= {"y": y.data_ptr(), "summed": summed.data_ptr()}
     native.run("rms_norm", values)
     return y, summed
+
+
+def prepared(a: Any) -> Prepared:
+    """The kernel's call; with a residual, the sum takes its place."""
+    values, kept = _values(a, a.residual)
+    y = a.x.new_empty(a.x.shape)
+    return Prepared("rms_norm", values | {"y": y.data_ptr(), "summed": address(a.residual)}, tuple(kept), y)
 
 
 def restore(a: Any, saved: Any) -> Any:

@@ -1,0 +1,102 @@
+"""Calls of native kernels that are checked once and made again and again on the same memory, several in one go.
+
+For models that decode: a token's call of a small layer takes as long in Python as in the kernel.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ssmkernels import native
+from ssmkernels.core.dispatch import looked_at
+from ssmkernels.core.forcing import unforced
+from ssmkernels.core.names import OPS
+from ssmkernels.core.plain import why_not_plain
+
+
+class Prepared(NamedTuple):
+    """A kernel's call: its name, the values of its arguments by name, and the op's result, which it writes.
+
+    ``kept`` are tensors whose addresses are among the values; ``scratch`` is the memory that the kernel uses meanwhile,
+    of which only the size matters.
+    """
+
+    kernel: str
+    values: Mapping[str, float]
+    kept: tuple[Tensor | None, ...]
+    result: Tensor
+    scratch: Tensor | None = None
+
+    def run(self) -> Tensor:
+        native.run(self.kernel, self.values)
+        return self.result
+
+
+def undisturbed() -> bool:
+    """Whether native kernels may run without anybody asking: no gradients, transforms, modes, compilers or autocast,
+    and no implementation that somebody forces.
+    """
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and not why_not_plain({})
+        and unforced()
+    )
+
+
+def prepare(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Prepared | None:
+    """An op's call, checked but not made.
+
+    Returns:
+        None where another implementation than the native one would run it, or one that has to copy an argument.
+
+    Raises:
+        TypeError, ValueError: what the op itself would raise.
+    """
+    found = looked_at(op, *args, **kwargs)
+    module = importlib.import_module(f"{OPS[found.explanation.op].package}.{found.explanation.chosen}")
+    if found.explanation.chosen != "cpu" or not hasattr(module, "prepared"):
+        return None
+    call: Prepared = module.prepared(found.arguments)
+    places = {name: x.data_ptr() for name, x in found.arguments._asdict().items() if isinstance(x, Tensor)}
+    return call if all(call.values[name] == place for name, place in places.items()) else None
+
+
+class Program:
+    """Kernels one after another, in one call of the library; all use the same scratch memory."""
+
+    def __init__(self, calls: Sequence[Prepared]):
+        scratches = [call.scratch for call in calls if call.scratch is not None]
+        self.scratch = max(scratches, key=lambda x: x.nbytes, default=None)
+        handle, self.count = native.library().handle, len(calls)
+        assert handle is not None  # or no call could have been prepared
+        kernels = [native.kernel(call.kernel) for call in calls]
+        packed = []
+        for call, (_, _, ordered, pack) in zip(calls, kernels, strict=True):
+            shared = {} if call.scratch is None or self.scratch is None else {"scratch": self.scratch.data_ptr()}
+            packed.append(ctypes.create_string_buffer(pack(*ordered({**call.values, **shared}))))
+        self._functions = (ctypes.c_void_p * self.count)(
+            *(ctypes.cast(kernel.function, ctypes.c_void_p).value for kernel in kernels)  # type: ignore[arg-type]
+        )
+        self._arguments = (ctypes.c_void_p * self.count)(*map(ctypes.addressof, packed))
+        self._kept = packed, calls
+        self._run = handle.ssmzoo_program
+        self._run.argtypes, self._run.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64], ctypes.c_int
+
+    def run(self) -> None:
+        """Runs all of them.
+
+        Raises:
+            MemoryError: a kernel found none for its scratch memory.
+        """
+        if self._run(self._functions, self._arguments, self.count):
+            raise MemoryError("no memory left for a kernel's own use")

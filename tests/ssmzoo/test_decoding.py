@@ -1,0 +1,219 @@
+"""A token through all layers in one native call: the same bits as layer by layer, whatever has changed meanwhile."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import ssmkernels
+import ssmzoo
+from ssmkernels import native
+from ssmkernels.native.prepared import Program, prepare
+from ssmzoo.norm import RMSNorm
+
+pytestmark = pytest.mark.skipif(native.missing() is not None, reason="needs the native CPU library")
+
+SMALL = {"d_model": 16, "n_layers": 3, "vocab_size": 20}
+MAMBA2 = {"d_state": 4, "headdim": 8, "ngroups": 2}
+MODELS = {
+    "mamba": {"pattern": ["mamba"], "mixers": {"mamba": {"d_state": 4}}},
+    "falcon": {"pattern": ["mamba"], "mixers": {"mamba": {"d_state": 4, "bcdt_norm": True}}},
+    "mamba2": {"pattern": ["mamba2"], "mixers": {"mamba2": MAMBA2}},
+    "both": {"pattern": ["mamba2", "mamba"], "mixers": {"mamba2": MAMBA2 | {"rmsnorm": False}}},
+}
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """Counts programs' runs."""
+    runs = []
+    run = Program.run
+    monkeypatch.setattr(Program, "run", lambda self: (runs.append(self), run(self)))
+    return runs
+
+
+def build(kind="mamba2", **changes):
+    torch.manual_seed(0)
+    return ssmzoo.build(SMALL | MODELS[kind] | changes).eval()
+
+
+def by_layers(model, ids, state):
+    """The same call, in which each layer is called: a hook that does nothing is somebody who wants to see them."""
+    handle = model.layers[0].register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        result = model(ids, state)
+    handle.remove()
+    return result
+
+
+def decoded(model, state, count=3):
+    """Some tokens' logits, each against those of the layers; also the state after them."""
+    found = []
+    for t in range(count):
+        ids = torch.full((state.n_sequences, 1), t + 1)
+        expected, other = by_layers(model, ids, state.clone())
+        with torch.no_grad():
+            logits, state = model(ids, state)
+        assert torch.equal(logits, expected)
+        assert all(torch.equal(a, b) for a, b in zip(state.tensors(), other.tensors(), strict=True))
+        found.append(logits)
+    return found, state
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_same_bits_as_layer_by_layer(kind, dtype, programs):
+    model = build(kind, residual_in_fp32=True).to(dtype)
+    state = model.initial_state(2)
+    ids = torch.tensor([[1], [2]])
+    with torch.no_grad():
+        for t in range(4):
+            copied = state.clone()
+            expected, other = by_layers(model, (ids + t) % 20, copied)
+            logits, state = model((ids + t) % 20, state)
+            assert torch.equal(logits, expected)
+            assert all(torch.equal(a, b) for a, b in zip(state.tensors(), other.tensors(), strict=True))
+    assert len(programs) == 3  # from the second token on
+
+
+def new_data(model, state):
+    model.layers[1].mixer.in_proj.weight.data = model.layers[1].mixer.in_proj.weight.data * 2
+
+
+def new_data_of_a_norm(model, state):
+    weight = model.layers[1].norm.weight
+    weight.data = torch.arange(16.0)
+
+
+def in_place(model, state):
+    model.layers[1].mixer.out_proj.weight.data.mul_(2)
+
+
+def new_parameters(model, state):
+    weights = {name: 1.5 * tensor for name, tensor in model.state_dict().items()}
+    model.load_state_dict(weights, assign=True)
+
+
+def another_eps(model, state):
+    model.layers[2].norm.eps = 0.5
+
+
+def another_option(model, state):
+    model.layers[0].mixer.dt_limit = (0.0, 0.01)
+
+
+def another_mixer(model, state):
+    model.layers[1].mixer = copy.deepcopy(model.layers[2].mixer)
+
+
+def another_norm(model, state):
+    norm = model.layers[1].norm
+    model.layers[1].norm = torch.nn.Sequential(RMSNorm(16), torch.nn.Tanh())
+    model.layers[1].norm.weight = norm.weight
+
+
+def a_multiplier(model, state):
+    model.layers[1].multiplier = 0.5
+
+
+def a_hook(model, state):
+    model.layers[1].mixer.out_proj.register_forward_hook(lambda module, args, y: 2 * y)
+
+
+def a_replaced_forward(model, state):
+    forward = model.layers[1].mixer.forward
+    model.layers[1].mixer.forward = lambda x, *args, **kwargs: forward(2 * x, *args, **kwargs)
+
+
+def a_parametrisation(model, state):
+    torch.nn.utils.parametrizations.weight_norm(model.layers[1].mixer.in_proj)
+
+
+def a_bias(model, state):
+    model.layers[1].mixer.in_proj.bias = torch.nn.Parameter(torch.ones(model.layers[1].mixer.in_proj.out_features))
+
+
+def another_state(model, state):
+    state.layers[1].ssm = state.layers[1].ssm + 1
+
+
+CHANGES = [
+    new_data, new_data_of_a_norm, in_place, new_parameters, another_eps, another_option, another_mixer, another_norm,
+    a_multiplier, a_hook, a_replaced_forward, a_parametrisation, a_bias, another_state,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_changes_between_two_tokens_take_effect(change, programs):
+    model = build()
+    state = decoded(model, model.initial_state(1))[1]
+    assert programs
+    before = decoded(copy.deepcopy(model), state.clone(), 1)[0]
+    change(model, state)
+    after = decoded(model, state)[0]
+    assert not torch.equal(before[0], after[0])
+
+
+def test_what_sees_the_calls_gets_them(programs):
+    model = build()
+    state = decoded(model, model.initial_state(1))[1]
+    count, ids = len(programs), torch.tensor([[1]])
+    with torch.no_grad(), ssmkernels.use("reference"):
+        model(ids, state.clone())
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(ids, state)
+    assert counter.get_total_flops() > 0
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        model(ids, state)
+    logits, _ = model(ids, state)
+    assert logits.requires_grad
+    assert len(programs) == count
+
+
+def test_layers_with_more_in_them_are_called(programs):
+    for changes in ({"mlp": {"kind": "swiglu"}}, {"norm": "layer"}, {"norm_placement": "post"}):
+        model = build(**changes)
+        decoded(model, model.initial_state(1))
+    model = build("mamba").bfloat16()
+    decoded(model, model.initial_state(1))
+    model = build()
+    decoded(model, model.initial_state(9))  # more sequences than the native step takes
+    assert not programs
+
+
+def test_several_threads():
+    """Each with its own state; one token at a time goes through the prepared calls, and the others layer by layer."""
+    model = build()
+    states = [model.initial_state(1) for _ in range(4)]
+    expected = [decoded(model, state.clone(), 15)[0] for state in states]
+    found = [None] * 4
+
+    def work(i):
+        state, logits = states[i], []
+        with torch.no_grad():
+            for t in range(15):
+                out, state = model(torch.tensor([[t + 1]]), state)
+                logits.append(out)
+        found[i] = logits
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(a, b) for i in range(4) for a, b in zip(found[i], expected[i], strict=True))
+
+
+def test_a_call_that_would_copy_an_argument_is_not_prepared():
+    x, weight = torch.randn(2, 8), torch.ones(8)
+    with torch.no_grad():
+        call = prepare(ssmkernels.rms_norm, x, weight)
+        assert torch.equal(call.run(), ssmkernels.rms_norm(x, weight))
+        assert prepare(ssmkernels.rms_norm, torch.randn(8, 2).t(), weight) is None
+        assert prepare(ssmkernels.rms_norm, x, weight, implementation="reference") is None
+        with pytest.raises(ValueError, match="`weight`"):
+            prepare(ssmkernels.rms_norm, x, torch.ones(7))

@@ -57,7 +57,8 @@ def as_transformers(model: SequenceModel, dtype: torch.dtype | None, model_type:
     Args:
         model: any of ours.
         dtype: of the weights but those that stay float32; their own if None.
-        model_type: transformers' name of the architecture; if None, the first that can hold the model.
+        model_type: transformers' name of the architecture; if None, the first that can hold the model, but for
+            "ssmzoo", which can hold any and needs ``import ssmzoo.integrations.transformers`` to be loaded.
 
     Raises:
         ValueError: no architecture can hold it; names the first option or weight that has no place.
@@ -66,7 +67,7 @@ def as_transformers(model: SequenceModel, dtype: torch.dtype | None, model_type:
         raise ValueError(unknown("model_type", model_type, writable_families()))
     description = _described(model, "transformers' models of language")
     refusals: list[tuple[int, str]] = []
-    for kind in [model_type] if model_type else writable_families():
+    for kind in [model_type] if model_type else [name for name in writable_families() if name != OURS]:
         found = family(kind)
         try:
             given = found.config_json(description) | {"model_type": kind}
@@ -109,6 +110,7 @@ def as_original(model: SequenceModel, dtype: torch.dtype | None) -> Export:
 
 # How far a model is from a format, beyond the number of options that differ.
 SOME = 10**6  # an option has a value that the format has no words for
+OURS = "ssmzoo"
 MANY = 10**9  # not even the kinds of mixers are the same
 
 

@@ -108,9 +108,9 @@ def skeleton(config: ModelConfig, device: torch.device, dtype: torch.dtype | Non
             model = SequenceModel(config)
         return model if dtype is None else model.to(dtype)
     for module in model.modules():
-        unstored = _unstored(module)
-        module._buffers.update({name: torch.empty_like(buffer, device=device) for name, buffer in unstored.items()})
-        if unstored:
+        lost = unstored(module)
+        module._buffers.update({name: torch.empty_like(buffer, device=device) for name, buffer in lost.items()})
+        if lost:
             module.reset_parameters()  # type: ignore[operator]  # its weights are still on meta
     return model
 
@@ -229,7 +229,7 @@ def _unfit(given: Tensor, wanted: Tensor) -> str | None:
     return "has NaN" if numbers.amax().isnan() else None  # a NaN is the largest; no tensor of booleans is made
 
 
-def _unstored(module: nn.Module) -> dict[str, Tensor]:
+def unstored(module: nn.Module) -> dict[str, Tensor]:
     """Buffers of a module itself that its ``state_dict`` leaves out."""
     names = module._non_persistent_buffers_set
     return {name: buffer for name, buffer in module._buffers.items() if buffer is not None and name in names}
@@ -239,4 +239,4 @@ def _renewable(module: nn.Module) -> bool:
     """Whether a ``state_dict`` and ``reset_parameters`` bring back all tensors of a module built on meta."""
     if any(isinstance(value, Tensor) and value.is_meta for value in vars(module).values()):
         return False
-    return not _unstored(module) or hasattr(module, "reset_parameters")
+    return not unstored(module) or hasattr(module, "reset_parameters")

@@ -1,5 +1,7 @@
 """Whatever wraps or replaces a linear map or convolution of a mixer acts in training, prefill and decoding alike."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -285,3 +287,39 @@ def offload(module):
             module._parameters.update(away)
 
     module.forward = forward
+
+
+def linear_maps(mixer):
+    return [path for path in maps(mixer) if isinstance(mixer.get_submodule(path), nn.Linear)]
+
+
+def adapted(case, path):
+    """A mixer with PEFT's LoRA on one map, and one in which the product of its matrices is part of the weight."""
+    peft = pytest.importorskip("peft", reason="needs peft")
+    mixer, merged = build(case).eval(), build(case).eval()
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=re.escape(path), init_lora_weights=False)
+    peft.inject_adapter_in_model(config, mixer)
+    layer = mixer.get_submodule(path).double()
+    with torch.no_grad():
+        for matrix in (layer.lora_A["default"], layer.lora_B["default"]):
+            matrix.weight.normal_()
+        merged.get_submodule(path).weight += layer.get_delta_weight("default")
+    return mixer, merged
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join([case[0], *case[1]]))
+def test_lora_acts_as_merged_weights_do(case):
+    x = torch.randn(2, 10, D_MODEL, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for path in linear_maps(build(case)):
+        mixer, merged = adapted(case, path)
+        y, expected = mixer(x), merged(x).detach()
+        torch.testing.assert_close(y.detach(), expected, msg=lambda text, path=path: f"{path}: {text}")
+        assert not torch.allclose(expected, build(case).eval()(x), rtol=1e-5, atol=1e-8), f"{path} counts for nothing"
+        y.square().sum().backward()
+        adapters = [p for name, p in mixer.named_parameters() if "lora_" in name]
+        assert len(adapters) == 2, path
+        assert all(p.grad is not None and bool(p.grad.any()) for p in adapters), path
+        if mixer.has_state and mixer.causal:
+            with torch.no_grad():
+                found = decoded(mixer, x)
+            torch.testing.assert_close(found, expected, msg=lambda text, path=path: f"{path}, decoding: {text}")

@@ -1,0 +1,222 @@
+"""Our models as transformers' own: ``model_type: ssmzoo``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutput
+
+from ssmzoo.checkpoints.weights import skeleton, stored_weights, unstored
+from ssmzoo.config import ModelConfig
+from ssmzoo.integrations.transformers.configuration import SsmzooConfig
+from ssmzoo.integrations.transformers.state_cache import StateCache
+from ssmzoo.model import SequenceModel
+from ssmzoo.wide import KeepsFloat32
+
+
+class SsmzooPreTrainedModel(PreTrainedModel):
+    """A :class:`ssmzoo.SequenceModel` under the name ``model``, for what transformers does with its own models."""
+
+    config_class = SsmzooConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = False
+    _no_split_modules = ["Block"]  # noqa: RUF012
+
+    def __init__(self, config: SsmzooConfig, zoo: ModelConfig):
+        super().__init__(config)
+        if torch.get_default_device().type == "meta":  # the weights are to come from a file
+            self.model = skeleton(zoo, torch.device("cpu"), None)
+        else:
+            self.model = SequenceModel(zoo)
+        names = [group for group, _ in stored_weights(self.model)]
+        self._tied_weights_keys = {f"model.{name}": f"model.{group[0]}" for group in names for name in group[1:]}
+        self._keep_in_fp32_modules_strict = {
+            f"{place}.{name}"
+            for place, module in self.named_modules()
+            if isinstance(module, KeepsFloat32)
+            for name in module.float32_parameters
+        }
+        self.post_init()
+
+    def init_weights(self) -> None:
+        """Nothing but ties: weights start as the papers have it when they are made."""
+        self.tie_weights()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """What no file held: buffers that follow from the config, and a new head."""
+        own = dict(module.named_parameters(recurse=False))
+        lacking = [name for name, parameter in own.items() if not getattr(parameter, "_is_hf_initialized", False)]
+        if module is self.model.lm_head or (unstored(module) and not lacking):
+            module.reset_parameters()  # type: ignore[operator]
+        elif lacking:
+            place = next(name for name, other in self.named_modules() if other is module)
+            raise ValueError(f"the checkpoint does not hold the weight {place}.{lacking[0]}")
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.embedding = value
+        self.model.tie_weights()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.model.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.model.lm_head = new_embeddings
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(
+            f"{type(self).__name__}: `resize_token_embeddings` is not possible, as the architecture holds the "
+            "vocabulary; build a model with another `vocab_size` instead"
+        )
+
+
+class SsmzooForCausalLM(SsmzooPreTrainedModel, GenerationMixin):
+    """A model from tokens to tokens, with transformers' arguments and outputs.
+
+    ``generate`` carries our state in a :class:`StateCache`: greedy decoding, sampling and beam search, with padding on
+    either side of prompts. Assisted decoding would have to take tokens back out of a recurrent state, and is refused.
+    """
+
+    _is_stateful = True
+
+    def __init__(self, config: SsmzooConfig):
+        zoo = config.zoo
+        if zoo.output != "tokens" or zoo.d_input is not None:
+            raise ValueError(
+                f"{type(self).__name__}: `config` must be of a model from tokens to tokens; this one gives {zoo.output}"
+            )
+        super().__init__(config, zoo)
+        self._has_state = all(block.mixer.causal and block.mixer.has_state for block in self.model.blocks)
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: StateCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        return_dict: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Logits of all tokens, or of the next ones after a cache.
+
+        Args:
+            input_ids: int64 ``(b, l)``.
+            attention_mask: ``(b, l)``, or with a cache ``(b, all positions)``; 0 where there is padding.
+            position_ids: ``(b, l)``; without padding and cache, each 0 begins a sequence of its own (packing).
+                Otherwise positions follow from the state.
+            past_key_values: of an earlier call, which hands it over.
+            inputs_embeds: not supported.
+            labels: int64 ``(b, l)``, −100 where there is none; shifted inside.
+            use_cache: whether to return a cache; if None, where not training.
+            logits_to_keep: how many of the last positions have logits; 0 for all.
+            return_dict: a tuple if False.
+            cu_seq_lens_q: int32 ``(s + 1)``, borders of sequences packed into a batch of one.
+            kwargs: ``num_items_in_batch`` for the loss; what else transformers hands to all its models counts for none
+                of ours.
+
+        Raises:
+            ValueError: no ``input_ids``, or an output that our models do not have is asked for.
+        """
+        if input_ids is None or inputs_embeds is not None:
+            raise ValueError(f"{type(self).__name__}: `input_ids` must be given, and `inputs_embeds` cannot be")
+        _refuse_outputs(self, kwargs)
+        length, mask = input_ids.shape[1], None
+        if attention_mask is not None:
+            mask = attention_mask[:, -length:].bool()
+            mask = None if bool(mask.all()) else mask
+        cu_seqlens, shape = cu_seq_lens_q, input_ids.shape
+        if mask is None and cu_seqlens is None and past_key_values is None:
+            cu_seqlens = borders_of(position_ids)
+        if cu_seqlens is not None:
+            input_ids, cu_seqlens = input_ids.reshape(1, -1), cu_seqlens.int()
+        state = None
+        if past_key_values is not None:
+            state = past_key_values.state
+        elif use_cache or (use_cache is None and not self.training and labels is None and self._has_state):
+            state = self.model.initial_state(len(input_ids) if cu_seqlens is None else len(cu_seqlens) - 1)
+        last = (
+            logits_to_keep == 1 and labels is None and cu_seqlens is None and (mask is None or bool(mask[:, -1].all()))
+        )
+        out = self.model(input_ids, state, mask=mask, cu_seqlens=cu_seqlens, last_only=last)
+        logits, state = (out, None) if state is None else out
+        logits = logits[..., : self.config.vocab_size].reshape(*(shape if not last else (shape[0], 1)), -1)
+        logits = logits[:, -logits_to_keep:]
+        loss = None
+        if labels is not None:
+            items = {name: kwargs[name] for name in ("num_items_in_batch",) if name in kwargs}
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **items)
+        cache = past_key_values
+        if state is not None:
+            cache = StateCache(state) if cache is None else cache
+            cache.state, cache.length = state, cache.length + length
+        if return_dict is False:
+            return tuple(part for part in (loss, logits, cache) if part is not None)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+
+
+class SsmzooForSequenceClassification(SsmzooPreTrainedModel):
+    """A class for each sequence, read from its last token; ``num_labels`` of the config are the classes.
+
+    Weights of a language model may be loaded; the head begins anew then.
+    """
+
+    def __init__(self, config: SsmzooConfig):
+        pooling = {} if config.zoo.output == "classes" else {"pooling": "last"}
+        super().__init__(config, config.zoo.override({"n_classes": config.num_labels, "output": "classes", **pooling}))
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        kwargs.setdefault("ignore_mismatched_sizes", True)  # of the head of a language model
+        return super().from_pretrained(*args, **kwargs)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput | tuple[Any, ...]:
+        """Logits ``(b, num_labels)``; arguments as those of :meth:`SsmzooForCausalLM.forward`, labels ``(b)``."""
+        if input_ids is None or inputs_embeds is not None:
+            raise ValueError(f"{type(self).__name__}: `input_ids` must be given, and `inputs_embeds` cannot be")
+        _refuse_outputs(self, kwargs)
+        logits = self.model(input_ids, mask=None if attention_mask is None else attention_mask.bool())
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        if return_dict is False:
+            return tuple(part for part in (loss, logits) if part is not None)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def borders_of(position_ids: Tensor | None) -> Tensor | None:
+    """int32 ``(s + 1)``: where positions begin again at 0 within a row; None where they never do."""
+    if position_ids is None or position_ids.ndim != 2 or not bool((position_ids[:, 1:] == 0).any()):
+        return None
+    starts = position_ids == 0
+    starts[:, 0] = True
+    end = starts.new_ones(1)
+    return torch.cat([starts.flatten(), end]).nonzero()[:, 0].int()
+
+
+def _refuse_outputs(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+    for name in ("output_attentions", "output_hidden_states"):
+        if kwargs.get(name):
+            raise ValueError(f"{type(model).__name__}: `{name}` must be False, as the model does not give them")

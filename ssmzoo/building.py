@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from ssmzoo.checkpoints.hub import fetch, hub_id
 from ssmzoo.config import ModelConfig, load_config, model_folder
 from ssmzoo.devices import usable
 from ssmzoo.footprint import check_memory
@@ -19,16 +21,21 @@ def build(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    revision: str | None = None,
     **overrides: Any,
 ) -> SequenceModel:
-    """A model by name, from a YAML file, from a config, or from a folder that one was saved in.
+    """A model by name, from a YAML file, from a config, from a folder that one was saved in, or from the hub.
 
     Args:
         name_or_path_or_config: one of :func:`list_models`; a path of a YAML file; a :class:`ModelConfig` or its dict;
-            or the path of a saved model's folder, which brings its weights (and takes no overrides). A model's name
-            wins over a folder of that name: ``"./lstm-tiny"`` is the folder.
+            or the path of a saved model's folder, which brings its weights (and takes no overrides), or of a published
+            one: see :func:`ssmzoo.pretrained.load`. A model's name wins over a folder of that name: ``"./lstm-tiny"``
+            is the folder. Where there is no such path, ``"state-spaces/mamba-130m-hf"`` is the name of a model on the
+            Hugging Face hub, which ``huggingface_hub`` fetches into its cache; ``HF_HUB_OFFLINE=1`` keeps to that.
+            Weights and configs are read; code of the hub is never run.
         device: where the weights are made; ``"meta"`` makes none.
         dtype: their dtype; float32 if None. Weights that the papers keep in float32 stay there.
+        revision: of a model on the hub: a branch, tag or commit. The commit is in ``model.config.source``.
         overrides: config keys, nested or dotted: ``d_model=1024``, ``mixers={"mamba": {"d_state": 32}}``,
             ``**{"mixers.mamba.d_state": 32}``.
 
@@ -38,14 +45,17 @@ def build(
         FileNotFoundError: a path where nothing is.
     """
     given = name_or_path_or_config
-    folder = model_folder(given)
-    if folder is not None:
+    folder, name = model_folder(given), hub_id(given)
+    if folder is not None or name is not None:
         if overrides:
+            fresh = "" if folder is None else f". For fresh weights give the path of {folder / 'config.yaml'}"
             raise ValueError(
                 f"build: `{next(iter(overrides))}` cannot change, as a saved model's architecture is fixed with its "
-                f"weights. For fresh weights give the path of {folder / 'config.yaml'}"
+                f"weights{fresh}"
             )
-        return load(folder, device=device, dtype=dtype)
+        return _loaded(folder, name, revision, device, dtype)
+    if revision is not None:
+        raise ValueError(f"build: `revision` goes with a model on the hub, such as 'owner/name'; got {given!r:.80}")
     if isinstance(given, ModelConfig):
         config = given
     elif isinstance(given, dict):
@@ -65,3 +75,21 @@ def build(
     with where:
         model = SequenceModel(config)
     return model if dtype is None else model.to(dtype)
+
+
+def _loaded(
+    folder: Path | None,
+    name: str | None,
+    revision: str | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> SequenceModel:
+    """What a folder holds, or else a model of the hub."""
+    if folder is not None:
+        if revision is not None:
+            raise ValueError(f"build: `revision` goes with a model on the hub; {folder} is a folder")
+        return load(folder, device=device, dtype=dtype)
+    folder, source = fetch(name or "", revision)
+    model = load(folder, device=device, dtype=dtype)
+    model.config.source = source
+    return model

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from ssmzoo.commands import bench, env, generate, info, train, verify
+from ssmzoo.commands import bench, convert, env, generate, info, train, verify
 from ssmzoo.commands import list as list_
 from ssmzoo.screen import say
 
@@ -26,6 +26,7 @@ app.command("list")(list_.command)
 app.command("info")(info.command)
 app.command("train")(train.command)
 app.command("generate")(generate.command)
+app.command("convert")(convert.command)
 app.command("verify")(verify.command)
 app.command("bench")(bench.command)
 app.command("env")(env.command)

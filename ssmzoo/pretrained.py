@@ -7,15 +7,13 @@ weight used at several places (a tied embedding, a shared mixer) is stored once.
 from __future__ import annotations
 
 import os
-import typing
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from ssmkernels.core.names import unknown
 from ssmzoo.checkpoints import checksums
-from ssmzoo.checkpoints.exporting import exported, named_weights
+from ssmzoo.checkpoints.exporting import FORMATS, Format, exported, named_weights
 from ssmzoo.checkpoints.folders import check_new, size_of, write_folder
 from ssmzoo.checkpoints.published import (
     convert_mamba_state_dict,
@@ -35,9 +33,6 @@ from ssmzoo.model import SequenceModel
 __all__ = ["CONFIG", "WEIGHTS", "convert_mamba_state_dict", "convert_state_dict", "load", "save"]
 
 CONFIG, WEIGHTS, PTH = "config.yaml", "model.safetensors", "model.pth"
-
-Format = Literal["ssmzoo", "transformers", "original"]
-FORMATS = typing.get_args(Format)
 
 
 def save(

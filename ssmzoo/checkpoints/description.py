@@ -20,7 +20,7 @@ from ssmzoo.registry import mixer_class
 
 # Fields that are spelled out otherwise below, or that no output depends on.
 ELSEWHERE = {"pattern", "mixers", "mlp", "mlp_pattern", "mlps", "feeds", "vocab_size", "pad_vocab_size_multiple"}
-ELSEWHERE |= {"embedding_multiplier", "norm_placement", "description", "train", "dropout"}
+ELSEWHERE |= {"embedding_multiplier", "norm_placement", "description", "train", "dropout", "source"}
 
 # Options that say how weights start, or how a state is stored, and change no output of given weights.
 INERT = {"dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "A_init_range", "conv_init", "chunk_size"}

@@ -7,6 +7,7 @@ format can hold it is not guessed: the config is read back and compared, option 
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -23,6 +24,9 @@ from ssmzoo.checkpoints.weights import stored_weights
 from ssmzoo.config import ModelConfig
 from ssmzoo.model import SequenceModel
 from ssmzoo.wide import KeepsFloat32
+
+Format = Literal["ssmzoo", "transformers", "original"]
+FORMATS = typing.get_args(Format)
 
 Reader = Callable[[Mapping[str, Any]], dict[str, Any] | None]
 
@@ -44,10 +48,11 @@ class Export:
     file: str
 
 
-def exported(
-    model: SequenceModel, format: Literal["transformers", "original"], dtype: torch.dtype | None, model_type: str | None
-) -> Export:
-    """A model in a format other than ours: see :func:`as_transformers` and :func:`as_original`."""
+def exported(model: SequenceModel, format: Format, dtype: torch.dtype | None, model_type: str | None) -> Export:
+    """A model in a format: see :func:`as_transformers` and :func:`as_original`; as it is in ours."""
+    if format == "ssmzoo":
+        tensors = [Written(name, tensor, (name,)) for name, tensor in named_weights(model, dtype).items()]
+        return Export("ssmzoo", None, tensors, "model.safetensors")
     return as_original(model, dtype) if format == "original" else as_transformers(model, dtype, model_type)
 
 

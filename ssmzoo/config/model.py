@@ -63,6 +63,7 @@ class ModelConfig:
         bidirectional: every mixer looks both ways; each must be able to.
         description: one line for lists.
         train: defaults of ``ssmzoo train`` for this model.
+        source: where the weights came from, ``name@commit`` of the Hugging Face hub; "" for others.
     """
 
     d_model: int
@@ -95,6 +96,7 @@ class ModelConfig:
     bidirectional: bool = False
     description: str = ""
     train: dict[str, Any] = dataclasses.field(default_factory=dict)
+    source: str = ""
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))

@@ -1,0 +1,59 @@
+"""Models on the Hugging Face hub, fetched by ``huggingface_hub`` into its cache. No code from there is ever run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from ssmzoo.checkpoints.weights import line
+
+ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+DESCRIPTIONS = ["config.json", "config.yaml", "tokenizer.json"]
+SAFETENSORS = ["model*.safetensors", "model.safetensors.index.json"]
+PICKLES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]  # read as weights alone
+
+
+def hub_id(given: object) -> str | None:
+    """The text, if it can be the name of a model on the hub and is no path of something that is there."""
+    if not isinstance(given, str) or not ID.fullmatch(given) or given.endswith((".yaml", ".yml", ".pth")):
+        return None
+    return None if Path(given).exists() else given
+
+
+def fetch(name: str, revision: str | None = None) -> tuple[Path, str]:
+    """A model of the hub in the local cache: its config, weights (as safetensors if it has them) and tokenizer.
+
+    Args:
+        name: such as "state-spaces/mamba-130m-hf".
+        revision: a branch, tag or commit; the newest of the main branch if None.
+
+    Returns:
+        The folder in the cache, and the name with the commit that it holds, ``name@commit``.
+
+    Raises:
+        ImportError: ``huggingface_hub`` is not installed.
+        FileNotFoundError: there is no such model or revision; or it is not in the cache, and the hub is out of reach
+            or ``HF_HUB_OFFLINE`` is set.
+    """
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise ImportError(
+            f"{name} is on the Hugging Face hub, which needs huggingface_hub: pip install 'ssmzoo[hf]'"
+        ) from None
+
+    def get(patterns: list[str]) -> Path:
+        options: dict[str, Any] = {"revision": revision, "allow_patterns": patterns}
+        return Path(huggingface_hub.snapshot_download(name, **options))
+
+    try:
+        folder = get([*DESCRIPTIONS, *SAFETENSORS])
+        if not any(folder.glob("*.safetensors")):
+            folder = get([*DESCRIPTIONS, *PICKLES])
+    except Exception as error:  # of its own, of the network and of the system
+        at = "" if revision is None else f" at revision {revision!r:.80}"
+        raise FileNotFoundError(
+            f"no path {name}, and no such model from the Hugging Face hub{at}: {line(error):.300}"
+        ) from None
+    return folder, f"{name}@{folder.name}"

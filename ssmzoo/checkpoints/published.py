@@ -37,6 +37,8 @@ def published_config(path: Path) -> ModelConfig:
             values = used(family(kind).config(given))
     except KeyError as error:
         raise ValueError(f"{path}: the key {error} is missing") from None
+    except (TypeError, ArithmeticError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path} holds values of the wrong kind ({type(error).__name__}: {line(error)})") from None
     if values is None:
         raise ValueError(
             f"{path} describes none of state-spaces' Mamba, Mamba-2 and Mamba-3 and {', '.join(list_families())}: "

@@ -136,7 +136,7 @@ def published(weights: Mapping[str, Tensor], rules: Sequence[Rule], what: str) -
                         found += _apart(name, weights[name], siblings)
                     break
         else:
-            raise ValueError(f"{what} has no place for the weight {name}")
+            raise ValueError(f"{what} has no place for the weight `{name}`")
     return found
 
 
@@ -177,7 +177,7 @@ def _parts_of(name: str, pattern: str, becomes: Parts) -> tuple[str, list[str]] 
 
 def _weight(weights: Mapping[str, Tensor], name: str, what: str) -> Tensor:
     if name not in weights:
-        raise ValueError(f"{what} needs the weight {name}, which the model does not have")
+        raise ValueError(f"{what} needs the weight `{name}`, which the model does not have")
     return weights[name]
 
 

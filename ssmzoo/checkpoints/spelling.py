@@ -93,7 +93,7 @@ def _closing(pattern: str, start: int) -> int:
         depth += 0 if escaped else (pattern[i] == "(") - (pattern[i] == ")")
         if depth == 0:
             return i
-    raise ValueError(f"the pattern {pattern} has a bracket that does not close")
+    raise ValueError(f"`pattern` {pattern} has a bracket that does not close")
 
 
 def _first_alternative(pattern: str) -> str:

@@ -40,7 +40,9 @@ def command(
     from ssmzoo import build
     from ssmzoo.checkpoints.exporting import FORMATS, Format, exported
     from ssmzoo.checkpoints.folders import check_new, size_of, write_folder
-    from ssmzoo.pretrained import save
+    from ssmzoo.checkpoints.hub import hub_id
+    from ssmzoo.config import model_folder
+    from ssmzoo.pretrained import load, save
 
     if to not in FORMATS:
         raise ValueError(unknown("format in --to", to, FORMATS))
@@ -48,7 +50,10 @@ def command(
         raise ValueError(unknown("--dtype", dtype, DTYPES))
     check_new(target)
     largest = size_of(max_shard_size)
-    model = build(source, device="cpu", revision=revision)
+    folder = model_folder(source)
+    if folder is None and hub_id(source) is None and not source.endswith(".pth"):
+        raise FileNotFoundError(f"no weights at {source!r:.200}: give a model's folder, an RWKV's .pth, or a hub id")
+    model = load(source, "cpu") if source.endswith(".pth") else build(source, device="cpu", revision=revision)
     wanted = None if dtype is None else getattr(torch, dtype)
     export = exported(model, cast(Format, to), wanted, model_type)
     columns = ("tensor", "shape", "dtype", "from")

@@ -74,7 +74,7 @@ def test_a_weight_that_no_file_holds(tmp_path):
     held = load_file(tmp_path / "model.safetensors")
     del held["model.layers.1.mixer.q_proj.weight"]
     save_file(held, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"does not hold the weight model\.layers\.1\.mixer\.q_proj\.weight"):
+    with pytest.raises(ValueError, match=r"does not hold the weight `model\.layers\.1\.mixer\.q_proj\.weight`"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 

@@ -205,7 +205,7 @@ def test_a_weight_without_a_place(tmp_path):
     model = ssmzoo.build(MAMBA)
     model.layers[1].mixer.register_parameter("extra", torch.nn.Parameter(torch.zeros(3)))
     model.layers[1].mlp_of_mine = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"Mamba has no place for the weight layers\.1\.mlp_of_mine\.weight"):
+    with pytest.raises(ValueError, match=r"Mamba has no place for the weight `layers\.1\.mlp_of_mine\.weight`"):
         ssmzoo.save(model, tmp_path / "there", "transformers")
 
 

@@ -73,6 +73,12 @@ ERRORS = {
     ],
     "verify": [["verify", "--op", HOSTILE], ["verify", "--device", HOSTILE], ["verify", "--dtype", HOSTILE]],
     "bench": [["bench", HOSTILE], ["bench", "ops", "--only", HOSTILE], ["bench", "--device", HOSTILE]],
+    "convert": [
+        ["convert", HOSTILE, "new", "--to", "ssmzoo"],
+        ["convert", YAML, "new", "--to", HOSTILE],
+        ["convert", YAML, "new", "--to", "ssmzoo", "--dtype", HOSTILE],
+        ["convert", YAML, "new", "--to", "ssmzoo", "--max-shard-size", HOSTILE],
+    ],
     "env": [["env", HOSTILE]],
 }
 

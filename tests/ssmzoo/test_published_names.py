@@ -53,9 +53,9 @@ def test_rules():
 def test_strange_and_missing_names():
     with pytest.raises(ValueError, match="none of X: other"):
         renamed({"other": torch.zeros(1)}, RULES, "X")
-    with pytest.raises(ValueError, match="X has no place for the weight other"):
+    with pytest.raises(ValueError, match="X has no place for the weight `other`"):
         published({"other": torch.zeros(1)}, RULES, "X")
-    with pytest.raises(ValueError, match=r"X needs the weight tail\.3, which the model does not have"):
+    with pytest.raises(ValueError, match=r"X needs the weight `tail\.3`, which the model does not have"):
         published({"head.3": torch.zeros(1)}, RULES, "X")
     with pytest.raises(ValueError, match="lacks part 0 of fc1"):
         renamed({"up": torch.zeros(1)}, RULES, "X")

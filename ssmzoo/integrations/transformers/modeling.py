@@ -54,7 +54,7 @@ class SsmzooPreTrainedModel(PreTrainedModel):
             module.reset_parameters()  # type: ignore[operator]
         elif lacking:
             place = next(name for name, other in self.named_modules() if other is module)
-            raise ValueError(f"the checkpoint does not hold the weight {place}.{lacking[0]}")
+            raise ValueError(f"the checkpoint does not hold the weight `{place}.{lacking[0]}`")
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embedding

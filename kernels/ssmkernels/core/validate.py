@@ -5,7 +5,7 @@ All that needs only shapes, dtypes and devices costs microseconds and is traced 
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -133,7 +133,8 @@ def _check_option(op: str, kind: str, name: str, value: Any, infinite: bool = Fa
         raise TypeError(f"{op}: `{name}` must be {kind}; got {type(value).__name__}")
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise ValueError(f"{op}: `{name}` must fit in 64 bits; got an int of {value.bit_length()} bits")
-    if isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and not infinite)):
+    # By comparisons, which compilers follow through a float that they know by name alone.
+    if isinstance(value, float) and (value != value if infinite else not -LARGEST <= value <= LARGEST):
         raise ValueError(f"{op}: `{name}` must be {'no NaN' if infinite else 'finite'}; got {value}")
 
 
@@ -193,6 +194,7 @@ def _short(value: Any) -> str:
 
 
 # While a compiler traces, numbers are symbols.
+LARGEST = sys.float_info.max
 _KINDS: dict[str, tuple[type, ...]] = {
     "bool": (bool,),
     "int": (int, torch.SymInt),

@@ -14,7 +14,7 @@
 //     dx_j += direct_j G_ji dY_i       dG_ji += direct_j g       ddirect_j += G_ji g
 #pragma once
 
-#include "ssd/cpu.h"
+#include "ssd/cpu_adjoint_memory.h"
 
 namespace ssmzoo {
 
@@ -31,54 +31,15 @@ struct SsdBackwardArguments {
 
 namespace SSMZOO_ISA {
 
-// A task's memory.
 template <class S>
-struct Backward {
+struct Backward : BackwardMemory<S> {
     using V = typename Lanes<S>::V;
-
-    Shared<S> shared;
-    Steps<S> steps;
-    Outputs<S> outputs;
-    // Of all heads: the state's gradient (n, width), and states before each chunk of a segment, each with room for X
-    S *dstates, *states;
-    // Of one: states ahead (n, width); X, x, dY, and two of them to scale, (c, width); turned, (width, c)
-    S *factor, *x, *dY, *scaled, *dX, *X_turned, *dY_turned;
-    S *L, *dM, *map, *sums;         // (c, c), (c, c), (n, c), (c)
-    S *da, *e, *f, *gate;            // (c), (c), (c), (width)
-    S *dB, *dC, *dG, *dG_turned;     // of all: (n, c), (n, c), (c, c): element (j, i), and turned
-    S *D, *dD, *dA, *dbias, *panel;  // (heads, width), likewise, (heads), likewise
-    int64_t width, size, room;       // p in whole vectors; numbers of a state, and of one with its room
-
-    int64_t take(S* p, const SsdArguments& a) {
-        Memory<S> memory = {p, 0};
-        shared.take(memory, a);
-        steps.take(memory, a);
-        outputs.take(memory, a);
-        width = outputs.width;
-        const int64_t c = a.chunk, rows = c * width;
-        size = round_up(a.n * width, kLine<S>);
-        room = round_up((a.n + c) * width, kLine<S>);
-        dstates = memory.take(kBlock * size);
-        states = memory.take(kBlock * kSegment * size);
-        factor = memory.take(room);
-        S** const of_rows[] = {&x, &dY, &scaled, &dX, &X_turned, &dY_turned};
-        for (S** array : of_rows) *array = memory.take(rows);
-        S** const of_pairs[] = {&L, &dM, &dG, &dG_turned};
-        for (S** array : of_pairs) *array = memory.take(c * c);
-        S** const of_maps[] = {&map, &dB, &dC};
-        for (S** array : of_maps) *array = memory.take(a.n * c);
-        S** const of_tokens[] = {&sums, &da, &e, &f};
-        for (S** array : of_tokens) *array = memory.take(c);
-        gate = memory.take(width);
-        D = memory.take(kBlock * width);
-        dD = memory.take(kBlock * width);
-        dA = memory.take(kBlock);
-        dbias = memory.take(kBlock);
-        panel = memory.take(panel_size<S>(a.n + c > width ? a.n + c : width));
-        return memory.used;
-    }
-
-    S* state(int64_t head, int64_t chunk) const { return states + (head * kSegment + chunk) * size; }
+    using Held = BackwardMemory<S>;
+    using Held::shared, Held::steps, Held::outputs, Held::dstates, Held::states, Held::factor, Held::x, Held::dY,
+          Held::scaled, Held::dX, Held::X_turned, Held::dY_turned, Held::L, Held::dM, Held::map, Held::sums, Held::da,
+          Held::e, Held::f, Held::gate, Held::dB, Held::dC, Held::dG, Held::dG_turned, Held::D, Held::dD, Held::dA,
+          Held::dbias, Held::panel, Held::width, Held::size, Held::room, Held::state, Held::swap_rows, Held::turn,
+          Held::sum, Held::dot;
 
     // x and X of a chunk, and F ∘ X.
     void read_inputs(const SsdArguments& a, const Sequence& s, Span t, int64_t head, S* X, int64_t ahead) {
@@ -112,14 +73,6 @@ struct Backward {
     static const S* shared_B(const SsdArguments& a, const Sequence& s, Span t, int64_t head) {
         const int64_t group = head / (a.heads / a.groups);
         return at<S>(a.B, s.batch * a.B_batch + (s.start + t.start) * a.B_time + group * a.B_group);
-    }
-
-    static void swap_rows(S* a, S* b, int64_t count) {
-        vectors<S>(count, [&](int64_t i) {
-            const V kept = load(a + i);
-            store(a + i, load(b + i));
-            store(b + i, kept);
-        });
     }
 
     // dY, where there is a gate after the gate's gradient, and what it adds to the skip's.
@@ -161,13 +114,6 @@ struct Backward {
         }
     }
 
-    // (c, width) → (width, c), zeros beyond the chunk's tokens.
-    void turn(const SsdArguments& a, Span t, S* to, const S* from) const {
-        transpose(to, a.chunk, from, width, t.tokens, a.p);
-        for (int64_t c = 0; c < a.p; ++c)
-            for (int64_t i = t.tokens; i < t.padded; ++i) to[c * a.chunk + i] = S(0);
-    }
-
     // Σ_{j < k ≤ i} W_ij for each k into da, and L ∘ (dY Xᵀ) to dG.
     void pair_gradients(const SsdArguments& a, Span t, const S* X) {
         const int64_t stride = a.chunk;
@@ -200,18 +146,6 @@ struct Backward {
             });
             to[j * a.heads] = total;
         }
-    }
-
-    static S sum(const S* from, int64_t count) {
-        V total = V{};
-        vectors<S>(count, [&](int64_t i) { total = total + load(from + i); });
-        return sum_lanes<S, 1>(&total)[0];
-    }
-
-    static S dot(const S* left, const S* right, int64_t count) {
-        V total = V{};
-        vectors<S>(count, [&](int64_t i) { total = fma(load(left + i), load(right + i), total); });
-        return sum_lanes<S, 1>(&total)[0];
     }
 
     // One chunk of one head.

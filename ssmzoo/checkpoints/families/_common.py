@@ -31,6 +31,14 @@ def at_layers(layers: Iterable[int], rules: Sequence[Rule]) -> list[Rule]:
     ]
 
 
+def norm_rules(mixer: str, mlp: str) -> list[Rule]:
+    """Of the norms before a layer's mixer and its MLP, by their names there."""
+    return [
+        (rf"{LAYER}{mixer}\.weight", r"layers.\1.norm.weight"),
+        (rf"{LAYER}{mlp}\.weight", r"layers.\1.norm2.weight"),
+    ]
+
+
 def attention_rules(theirs: str, ours: str) -> list[Rule]:
     """Of attention under ``theirs`` in a layer, which is ``ours`` in our layer."""
     return [
@@ -150,8 +158,18 @@ def mamba2_json(o: Mapping[str, Any], d_model: int) -> dict[str, Any]:
     }
 
 
+def ends_options(given: Mapping[str, Any], tied: bool = False) -> dict[str, Any]:
+    """Of what all families have outside of their layers; ``tied`` where the config does not say."""
+    return {
+        "d_model": given["hidden_size"],
+        "n_layers": given["num_hidden_layers"],
+        "vocab_size": given["vocab_size"],
+        "tie_embeddings": given.get("tie_word_embeddings", tied),
+    }
+
+
 def ends_json(d: Description) -> dict[str, Any]:
-    """Of what all families have outside of their layers."""
+    """What :func:`ends_options` reads."""
     return {
         "hidden_size": d.config.d_model,
         "num_hidden_layers": d.config.n_layers,

@@ -6,15 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ssmzoo.checkpoints.description import Description
-from ssmzoo.checkpoints.families._common import (
-    LAYER,
-    attention_json,
-    attention_options,
-    attention_rules,
-    ends_json,
-    ends_rules,
-    rope_options,
-)
+from ssmzoo.checkpoints.families import _common
+from ssmzoo.checkpoints.families._common import LAYER
 from ssmzoo.checkpoints.renaming import Rule
 
 TYPES = {"conv": "short_conv", "full_attention": "attention"}
@@ -23,15 +16,14 @@ MIXERS: dict[str, list[Rule]] = {
     "short_conv": [(rf"{LAYER}conv\.((?:conv|in_proj|out_proj)\.(?:weight|bias))", r"layers.\1.mixer.\2")],
     "attention": [
         (rf"{LAYER}self_attn\.out_proj\.weight", r"layers.\1.mixer.out_proj.weight"),
-        *attention_rules("self_attn", "mixer"),
+        *_common.attention_rules("self_attn", "mixer"),
         (rf"{LAYER}self_attn\.([qk])_(?:layer)?norm\.weight", r"layers.\1.mixer.\2_norm.weight"),
     ],
 }
 
 RULES: list[Rule] = [
-    *ends_rules("embedding_norm"),
-    (rf"{LAYER}operator_norm\.weight", r"layers.\1.norm.weight"),
-    (rf"{LAYER}ffn_norm\.weight", r"layers.\1.norm2.weight"),
+    *_common.ends_rules("embedding_norm"),
+    *_common.norm_rules("operator_norm", "ffn_norm"),
     *MIXERS["short_conv"],
     *MIXERS["attention"],
     (rf"{LAYER}feed_forward\.w1\.weight", r"layers.\1.mlp.fc1.weight[0]"),
@@ -43,18 +35,17 @@ RULES: list[Rule] = [
 def config_of(given: Mapping[str, Any], d_conv: int) -> dict[str, Any]:
     """Values of our config but for the MLPs; ``d_conv`` is the family's default."""
     eps = given.get("norm_eps", given.get("rms_norm_eps", 1e-5))
-    attention = attention_options(given)
+    attention = _common.attention_options(given)
     return {
-        "d_model": given["hidden_size"],
-        "n_layers": given["num_hidden_layers"],
+        **_common.ends_options(given, tied=True),
         "pattern": [TYPES.get(kind, kind) for kind in given["layer_types"]],
         "mixers": {
             "short_conv": {"d_conv": given.get("conv_L_cache", d_conv), "bias": given.get("conv_bias", False)},
-            "attention": attention | rope_options(given, attention["head_dim"]) | {"qk_norm": True, "qk_norm_eps": eps},
+            "attention": attention
+            | _common.rope_options(given, attention["head_dim"])
+            | {"qk_norm": True, "qk_norm_eps": eps},
         },
-        "vocab_size": given["vocab_size"],
         "norm_eps": eps,
-        "tie_embeddings": given.get("tie_word_embeddings", True),
     }
 
 
@@ -63,8 +54,8 @@ def json_of(d: Description, attention: Mapping[str, Any]) -> dict[str, Any]:
     conv = d.mixer("short_conv")
     names = {ours: theirs for theirs, ours in TYPES.items()}
     return {
-        **ends_json(d),
-        **attention_json(attention),
+        **_common.ends_json(d),
+        **_common.attention_json(attention),
         "layer_types": [names.get(kind, "full_attention") for kind in d.kinds],
         "conv_L_cache": conv.get("d_conv", 3),
         "conv_bias": conv.get("bias", False),

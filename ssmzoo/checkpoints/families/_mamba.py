@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ssmzoo.checkpoints.description import Description
-from ssmzoo.checkpoints.families._common import ends_json, require, whole
+from ssmzoo.checkpoints.families._common import ends_json, ends_options, require, whole
 from ssmzoo.checkpoints.renaming import Rule
 
 RULES: list[Rule] = [
@@ -21,14 +21,11 @@ def config_of(given: Mapping[str, Any], kind: str, options: Mapping[str, Any], t
     """Values of our config; ``tied`` is the family's default."""
     require(given, hidden_act="silu")
     return {
-        "d_model": given["hidden_size"],
-        "n_layers": given["num_hidden_layers"],
+        **ends_options(given, tied),
         "pattern": [kind],
         "mixers": {kind: dict(options)},
-        "vocab_size": given["vocab_size"],
         "norm_eps": given.get("layer_norm_epsilon", 1e-5),
         "residual_in_fp32": given.get("residual_in_fp32", True),
-        "tie_embeddings": given.get("tie_word_embeddings", tied),
     }
 
 

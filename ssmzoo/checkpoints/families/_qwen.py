@@ -6,19 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ssmzoo.checkpoints.description import Description
-from ssmzoo.checkpoints.families._common import (
-    LAYER,
-    at_layers,
-    attention_json,
-    attention_options,
-    attention_rules,
-    ends_json,
-    ends_rules,
-    gated_mlp_rules,
-    require,
-    rope_json,
-    rope_options,
-)
+from ssmzoo.checkpoints.families import _common
+from ssmzoo.checkpoints.families._common import LAYER
 from ssmzoo.checkpoints.families._delta import (
     convolution_rules,
     cut,
@@ -44,7 +33,7 @@ def rules_for(given: Mapping[str, Any]) -> list[Rule]:
     attention: list[Rule] = [
         (rf"{LAYER}self_attn\.q_proj\.(weight|bias)", cut_groups(gated, [dim, dim], heads)),
         (rf"{LAYER}self_attn\.([qk])_norm\.weight", r"layers.\1.mixer.\2_norm.weight"),
-        *attention_rules("self_attn", "mixer"),
+        *_common.attention_rules("self_attn", "mixer"),
     ]
     fused: list[Rule] = [
         (rf"{LINEAR}in_proj_qkvz\.weight", cut_groups(maps, [head, head, wide, wide], o["n_heads"])),
@@ -59,18 +48,17 @@ def rules_for(given: Mapping[str, Any]) -> list[Rule]:
         (rf"{LINEAR}in_proj_([ba])\.weight", r"layers.\1.mixer.\2_proj.weight"),
     ]
     return [
-        *ends_rules("norm"),
+        *_common.ends_rules("norm"),
         (r"mtp\..*|model\.visual\..*", ""),
-        (rf"{LAYER}input_layernorm\.weight", r"layers.\1.norm.weight"),
-        (rf"{LAYER}post_attention_layernorm\.weight", r"layers.\1.norm2.weight"),
-        *at_layers([i for i, kind in enumerate(_kinds(given)) if kind == "full_attention"], attention),
+        *_common.norm_rules("input_layernorm", "post_attention_layernorm"),
+        *_common.at_layers([i for i, kind in enumerate(_kinds(given)) if kind == "full_attention"], attention),
         *(fused + apart if given.get("model_type") == "qwen3_next" else apart + fused),
         *convolution_rules("linear_attn", keys, values, fused_on_disk=True),
         (rf"{LINEAR}(A_log|dt_bias)", r"layers.\1.mixer.\2"),
         (rf"{LINEAR}norm\.weight", r"layers.\1.mixer.o_norm.weight"),
         (rf"{LINEAR}out_proj\.weight", r"layers.\1.mixer.o_proj.weight"),
-        *gated_mlp_rules("mlp", "mlp"),
-        *gated_mlp_rules(r"mlp\.shared_expert", "mlp.shared"),
+        *_common.gated_mlp_rules("mlp", "mlp"),
+        *_common.gated_mlp_rules(r"mlp\.shared_expert", "mlp.shared"),
         (rf"{LAYER}mlp\.shared_expert_gate\.weight", r"layers.\1.mlp.shared_gate.weight"),
         *moe_rules("mlp", "gate_proj", "up_proj", "down_proj"),
     ]
@@ -78,25 +66,22 @@ def rules_for(given: Mapping[str, Any]) -> list[Rule]:
 
 def config(given: Mapping[str, Any]) -> dict[str, Any]:
     """Our config's values."""
-    require(given, hidden_act="silu")
+    _common.require(given, hidden_act="silu")
     layers = given["num_hidden_layers"]
     eps, attention = given.get("rms_norm_eps", 1e-6), _attention(given)
     names = {"linear_attention": "gated_deltanet", "full_attention": "attention"}
     return {
-        "d_model": given["hidden_size"],
-        "n_layers": layers,
+        **_common.ends_options(given),
         "pattern": [names[kind] for kind in _kinds(given)],
         "mixers": {
             "gated_deltanet": delta_options(given) | {"norm_eps": eps},
             "attention": attention
-            | rope_options(given, attention["head_dim"], 0.25)
+            | _common.rope_options(given, attention["head_dim"], 0.25)
             | {"qk_norm": "centred", "qk_norm_eps": eps, "gate": "elementwise"},
         },
         **_mlps(given, layers),
-        "vocab_size": given["vocab_size"],
         "norm": "centred_rms",
         "norm_eps": eps,
-        "tie_embeddings": given.get("tie_word_embeddings", False),
     }
 
 
@@ -108,7 +93,7 @@ def _kinds(given: Mapping[str, Any]) -> list[str]:
 
 
 def _attention(given: Mapping[str, Any]) -> dict[str, Any]:
-    return attention_options({"head_dim": 256} | dict(given))
+    return _common.attention_options({"head_dim": 256} | dict(given))
 
 
 def _mlps(given: Mapping[str, Any], layers: int) -> dict[str, Any]:
@@ -134,9 +119,9 @@ def config_json_of(d: Description) -> dict[str, Any]:
     attention, delta, moe, dense = d.mixer("attention"), d.mixer("gated_deltanet"), d.mlp("moe"), d.mlp("swiglu")
     inside = moe.get("d_intermediate")
     return {
-        **ends_json(d),
-        **attention_json(attention),
-        **rope_json(attention),
+        **_common.ends_json(d),
+        **_common.attention_json(attention),
+        **_common.rope_json(attention),
         **delta_json(delta),
         "layer_types": ["linear_attention" if kind == "gated_deltanet" else "full_attention" for kind in d.kinds],
         "intermediate_size": dense.get("d_intermediate", inside),

@@ -6,44 +6,28 @@ from collections.abc import Mapping
 from typing import Any
 
 from ssmzoo.checkpoints.description import Description
-from ssmzoo.checkpoints.families._common import (
-    LAYER,
-    attention_json,
-    attention_options,
-    attention_rules,
-    ends_json,
-    ends_rules,
-    gated_mlp_rules,
-    mamba2_json,
-    mamba2_options,
-    mamba_rules,
-    require,
-    rope_json,
-    rope_options,
-)
+from ssmzoo.checkpoints.families import _common
 from ssmzoo.checkpoints.renaming import Rule
 
 NAME = "Falcon-H1"
 ARCHITECTURE = "FalconH1ForCausalLM"
 
 RULES: list[Rule] = [
-    *ends_rules("final_layernorm"),
-    (rf"{LAYER}input_layernorm\.weight", r"layers.\1.norm.weight"),
-    (rf"{LAYER}pre_ff_layernorm\.weight", r"layers.\1.norm2.weight"),
-    *attention_rules("self_attn", "mixer.branches.attention"),
-    *mamba_rules("mamba", "mixer.branches.mamba2"),
-    *gated_mlp_rules("feed_forward", "mlp"),
+    *_common.ends_rules("final_layernorm"),
+    *_common.norm_rules("input_layernorm", "pre_ff_layernorm"),
+    *_common.attention_rules("self_attn", "mixer.branches.attention"),
+    *_common.mamba_rules("mamba", "mixer.branches.mamba2"),
+    *_common.gated_mlp_rules("feed_forward", "mlp"),
 ]
 
 
 def config(given: Mapping[str, Any]) -> dict[str, Any]:
-    require(given, hidden_act="silu", projectors_bias=given.get("mamba_proj_bias", False))
-    eps, attention = given.get("rms_norm_eps", 1e-5), attention_options(given)
-    attention |= rope_options(given, attention["head_dim"])
+    _common.require(given, hidden_act="silu", projectors_bias=given.get("mamba_proj_bias", False))
+    eps, attention = given.get("rms_norm_eps", 1e-5), _common.attention_options(given)
+    attention |= _common.rope_options(given, attention["head_dim"])
     gate, down = given.get("mlp_multipliers") or (1.0, 1.0)
     return {
-        "d_model": given["hidden_size"],
-        "n_layers": given["num_hidden_layers"],
+        **_common.ends_options(given),
         "pattern": ["both"],
         "mixers": {
             "both": {
@@ -59,7 +43,7 @@ def config(given: Mapping[str, Any]) -> dict[str, Any]:
                     "attention": given.get("attention_out_multiplier", 1.0),
                 },
             },
-            "mamba2": mamba2_options(given, eps)
+            "mamba2": _common.mamba2_options(given, eps)
             | {
                 "rmsnorm": given.get("mamba_rms_norm", False),
                 "norm_before_gate": given.get("mamba_norm_before_gate", True),
@@ -74,11 +58,9 @@ def config(given: Mapping[str, Any]) -> dict[str, Any]:
             "gate_multiplier": gate,
             "out_multiplier": down,
         },
-        "vocab_size": given["vocab_size"],
         "norm_eps": eps,
         "embedding_multiplier": given.get("embedding_multiplier", 1.0),
         "logit_multiplier": given.get("lm_head_multiplier", 1.0),
-        "tie_embeddings": given.get("tie_word_embeddings", False),
     }
 
 
@@ -90,10 +72,10 @@ def config_json(d: Description) -> dict[str, Any]:
     width = round(mamba.get("expand", 2) * d.config.d_model)
     scale = attention.get("scale", 1.0) * attention.get("head_dim", 1) ** 0.5
     return {
-        **ends_json(d),
-        **attention_json(attention),
-        **rope_json(attention),
-        **mamba2_json({**mamba, "expand": 2}, d.config.d_model),
+        **_common.ends_json(d),
+        **_common.attention_json(attention),
+        **_common.rope_json(attention),
+        **_common.mamba2_json({**mamba, "expand": 2}, d.config.d_model),
         "mamba_d_ssm": width,
         "mamba_n_heads": width // mamba.get("headdim", 1),
         "mamba_rms_norm": mamba.get("rmsnorm", False),

@@ -6,32 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from ssmzoo.checkpoints.description import Description
-from ssmzoo.checkpoints.families._common import (
-    LAYER,
-    attention_json,
-    attention_options,
-    attention_rules,
-    ends_json,
-    ends_rules,
-    mamba2_json,
-    mamba2_options,
-    mamba_rules,
-    require,
-    rope_json,
-    rope_options,
-)
+from ssmzoo.checkpoints.families import _common
+from ssmzoo.checkpoints.families._common import LAYER
 from ssmzoo.checkpoints.renaming import Rule
 
 NAME = "Granite 4.0"
 ARCHITECTURE = "GraniteMoeHybridForCausalLM"
 
-MIXERS = {"attention": attention_rules("self_attn", "mixer"), "mamba2": mamba_rules("mamba", "mixer")}
+MIXERS = {"attention": _common.attention_rules("self_attn", "mixer"), "mamba2": _common.mamba_rules("mamba", "mixer")}
 SPARSE = rf"{LAYER}block_sparse_moe\."
 
 RULES: list[Rule] = [
-    *ends_rules("norm"),
-    (rf"{LAYER}input_layernorm\.weight", r"layers.\1.norm.weight"),
-    (rf"{LAYER}post_attention_layernorm\.weight", r"layers.\1.norm2.weight"),
+    *_common.ends_rules("norm"),
+    *_common.norm_rules("input_layernorm", "post_attention_layernorm"),
     *MIXERS["attention"],
     *MIXERS["mamba2"],
     (rf"{SPARSE}router\.(?:layer\.)?weight", r"layers.\1.mlp.router.proj.weight"),
@@ -61,10 +48,10 @@ def rules_for_writing(given: Mapping[str, Any]) -> list[Rule]:
 
 
 def config(given: Mapping[str, Any]) -> dict[str, Any]:
-    require(given, hidden_act="silu")
-    eps, attention = given.get("rms_norm_eps", 1e-6), attention_options(given)
+    _common.require(given, hidden_act="silu")
+    eps, attention = given.get("rms_norm_eps", 1e-6), _common.attention_options(given)
     if given.get("position_embedding_type") == "rope":
-        attention |= rope_options(given, attention["head_dim"])
+        attention |= _common.rope_options(given, attention["head_dim"])
     kinds = given.get("layer_types") or given.get("layers_block_type") or ["mamba"] * given["num_hidden_layers"]
     mlp = {"kind": "swiglu", "d_intermediate": given.get("shared_intermediate_size", 1024)}
     if given.get("num_local_experts", 8):
@@ -76,20 +63,17 @@ def config(given: Mapping[str, Any]) -> dict[str, Any]:
             "shared_intermediate": mlp["d_intermediate"],
         }
     return {
-        "d_model": given["hidden_size"],
-        "n_layers": given["num_hidden_layers"],
+        **_common.ends_options(given),
         "pattern": ["mamba2" if kind in ("mamba", "linear_attention") else "attention" for kind in kinds],
         "mixers": {
-            "mamba2": mamba2_options(given, eps),
+            "mamba2": _common.mamba2_options(given, eps),
             "attention": attention | {"scale": float(given.get("attention_multiplier", 1.0))},
         },
         "mlp": mlp,
-        "vocab_size": given["vocab_size"],
         "norm_eps": eps,
         "embedding_multiplier": float(given.get("embedding_multiplier", 1.0)),
         "residual_multiplier": float(given.get("residual_multiplier", 1.0)),
         "logit_multiplier": 1 / given.get("logits_scaling", 1.0),
-        "tie_embeddings": given.get("tie_word_embeddings", False),
     }
 
 
@@ -97,10 +81,10 @@ def config_json(d: Description) -> dict[str, Any]:
     attention, moe = d.mixer("attention"), d.mlp("moe")
     inside = moe.get("shared_intermediate") or d.mlp("swiglu").get("d_intermediate")
     return {
-        **ends_json(d),
-        **attention_json(attention),
-        **rope_json(attention),
-        **mamba2_json(d.mixer("mamba2"), d.config.d_model),
+        **_common.ends_json(d),
+        **_common.attention_json(attention),
+        **_common.rope_json(attention),
+        **_common.mamba2_json(d.mixer("mamba2"), d.config.d_model),
         "position_embedding_type": "rope" if attention.get("rope") else None,
         "attention_multiplier": attention.get("scale", 1.0),
         "layer_types": ["linear_attention" if kind == "mamba2" else "full_attention" for kind in d.kinds],

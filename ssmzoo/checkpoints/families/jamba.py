@@ -6,40 +6,28 @@ from collections.abc import Mapping
 from typing import Any
 
 from ssmzoo.checkpoints.description import Description
-from ssmzoo.checkpoints.families._common import (
-    LAYER,
-    attention_json,
-    attention_options,
-    attention_rules,
-    ends_json,
-    ends_rules,
-    expert_rules,
-    gated_mlp_rules,
-    mamba_rules,
-    require,
-    whole,
-)
+from ssmzoo.checkpoints.families import _common
+from ssmzoo.checkpoints.families._common import LAYER
 from ssmzoo.checkpoints.renaming import Rule
 
 NAME = "Jamba"
 ARCHITECTURE = "JambaForCausalLM"
 
-MIXERS = {"attention": attention_rules("self_attn", "mixer"), "mamba": mamba_rules("mamba", "mixer")}
+MIXERS = {"attention": _common.attention_rules("self_attn", "mixer"), "mamba": _common.mamba_rules("mamba", "mixer")}
 
 RULES: list[Rule] = [
-    *ends_rules("final_layernorm"),
-    (rf"{LAYER}input_layernorm\.weight", r"layers.\1.norm.weight"),
-    (rf"{LAYER}pre_ff_layernorm\.weight", r"layers.\1.norm2.weight"),
+    *_common.ends_rules("final_layernorm"),
+    *_common.norm_rules("input_layernorm", "pre_ff_layernorm"),
     *MIXERS["attention"],
     *MIXERS["mamba"],
     (rf"{LAYER}feed_forward\.router\.weight", r"layers.\1.mlp.router.proj.weight"),
-    *expert_rules("feed_forward", "gate_proj", "up_proj", "down_proj"),
-    *gated_mlp_rules("feed_forward", "mlp"),
+    *_common.expert_rules("feed_forward", "gate_proj", "up_proj", "down_proj"),
+    *_common.gated_mlp_rules("feed_forward", "mlp"),
 ]
 
 
 def config(given: Mapping[str, Any]) -> dict[str, Any]:
-    require(given, hidden_act="silu")
+    _common.require(given, hidden_act="silu")
     period, offset = given.get("attn_layer_period", 8), given.get("attn_layer_offset", 4)
     wide = {"kind": "swiglu", "d_intermediate": given["intermediate_size"]}
     n_experts = given.get("num_experts", given.get("num_local_experts", 16))
@@ -53,8 +41,7 @@ def config(given: Mapping[str, Any]) -> dict[str, Any]:
     every, first = given.get("expert_layer_period", 2), given.get("expert_layer_offset", 1)
     eps = given.get("rms_norm_eps", 1e-6)
     values: dict[str, Any] = {
-        "d_model": given["hidden_size"],
-        "n_layers": given["num_hidden_layers"],
+        **_common.ends_options(given),
         "pattern": ["attention" if i == offset else "mamba" for i in range(period)],
         "mixers": {
             "mamba": {
@@ -67,11 +54,9 @@ def config(given: Mapping[str, Any]) -> dict[str, Any]:
                 "bcdt_norm": "weighted",
                 "bcdt_norm_eps": eps,
             },
-            "attention": attention_options(given),
+            "attention": _common.attention_options(given),
         },
-        "vocab_size": given["vocab_size"],
         "norm_eps": eps,
-        "tie_embeddings": given.get("tie_word_embeddings", False),
     }
     if n_experts > 1:
         values["mlp_pattern"] = ["moe" if i == first else "swiglu" for i in range(every)]
@@ -86,13 +71,13 @@ def config_json(d: Description) -> dict[str, Any]:
     attention_period, attention_offset = _every([kind == "attention" for kind in d.kinds])
     expert_period, expert_offset = _every([layer.mlp["kind"] == "moe" for layer in d.layers])
     return {
-        **ends_json(d),
-        **attention_json(d.mixer("attention")),
+        **_common.ends_json(d),
+        **_common.attention_json(d.mixer("attention")),
         "attn_layer_period": attention_period,
         "attn_layer_offset": attention_offset,
         "mamba_d_state": mamba.get("d_state", 16),
         "mamba_d_conv": mamba.get("d_conv", 4),
-        "mamba_expand": whole("expand", mamba.get("expand", 2)),
+        "mamba_expand": _common.whole("expand", mamba.get("expand", 2)),
         "mamba_dt_rank": mamba.get("dt_rank", "auto"),
         "mamba_conv_bias": mamba.get("conv_bias", True),
         "mamba_proj_bias": mamba.get("bias", False),

@@ -6,14 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ssmzoo.checkpoints.description import Description
-from ssmzoo.checkpoints.families._common import (
-    LAYER,
-    at_layers,
-    ends_json,
-    ends_rules,
-    gated_mlp_rules,
-    require,
-)
+from ssmzoo.checkpoints.families import _common
+from ssmzoo.checkpoints.families._common import LAYER
 from ssmzoo.checkpoints.families._delta import convolution_rules, moe_rules
 from ssmzoo.checkpoints.renaming import Parts, Rule
 
@@ -34,11 +28,10 @@ def rules_for(given: Mapping[str, Any]) -> list[Rule]:
         lambda tensors: tensors[0].view(1, 1, -1, 1),
     )
     return [
-        *ends_rules("norm"),
-        (rf"{LAYER}input_layernorm\.weight", r"layers.\1.norm.weight"),
-        (rf"{LAYER}post_attention_layernorm\.weight", r"layers.\1.norm2.weight"),
+        *_common.ends_rules("norm"),
+        *_common.norm_rules("input_layernorm", "post_attention_layernorm"),
         *convolution_rules("self_attn", width, width),
-        *at_layers(linear, [output]),  # elsewhere it has the name that attention gives it
+        *_common.at_layers(linear, [output]),  # elsewhere it has the name that attention gives it
         (rf"{ATTENTION}o_proj\.weight", r"layers.\1.mixer.out_proj.weight"),
         (rf"{ATTENTION}(?:|forget_gate\.)A_log", flat),
         (rf"{ATTENTION}(?:|forget_gate\.)dt_bias", r"layers.\1.mixer.dt_bias"),
@@ -47,14 +40,14 @@ def rules_for(given: Mapping[str, Any]) -> list[Rule]:
         (rf"{ATTENTION}([qkvb]_proj|o_norm|q_b_proj|kv_b_proj|q_a_proj)\.weight", r"layers.\1.mixer.\2.weight"),
         (rf"{ATTENTION}kv_a_proj_with_mqa\.weight", r"layers.\1.mixer.kv_a_proj.weight"),
         (rf"{ATTENTION}(q|kv)_a_layernorm\.weight", r"layers.\1.mixer.\2_a_norm.weight"),
-        *gated_mlp_rules(r"(?:block_sparse_moe|mlp)", "mlp"),
-        *gated_mlp_rules(r"(?:block_sparse_moe|mlp)\.shared_experts", "mlp.shared"),
+        *_common.gated_mlp_rules(r"(?:block_sparse_moe|mlp)", "mlp"),
+        *_common.gated_mlp_rules(r"(?:block_sparse_moe|mlp)\.shared_experts", "mlp.shared"),
         *moe_rules(r"(?:block_sparse_moe|mlp)", "w1", "w3", "w2"),
     ]
 
 
 def config(given: Mapping[str, Any]) -> dict[str, Any]:
-    require(given, hidden_act="silu", num_expert_group=1, n_group=1, attention_bias=False)
+    _common.require(given, hidden_act="silu", num_expert_group=1, n_group=1, attention_bias=False)
     layers, eps = given["num_hidden_layers"], given.get("rms_norm_eps", 1e-5)
     names = {"linear_attention": "kda", "full_attention": "mla"}
     experts = {
@@ -73,8 +66,7 @@ def config(given: Mapping[str, Any]) -> dict[str, Any]:
     pattern = [{"dense": "swiglu", "sparse": "moe"}[kind] for kind in kinds]
     options = {"swiglu": {"d_intermediate": given["intermediate_size"]}, "moe": experts}
     return {
-        "d_model": given["hidden_size"],
-        "n_layers": layers,
+        **_common.ends_options(given),
         "pattern": [names[kind] for kind in _layer_types(given)],
         "mixers": {
             "kda": _linear(given) | {"norm_eps": eps, "gate_bias": False},
@@ -90,9 +82,7 @@ def config(given: Mapping[str, Any]) -> dict[str, Any]:
         },
         "mlp_pattern": pattern,
         "mlps": {kind: options[kind] for kind in options if kind in pattern},
-        "vocab_size": given["vocab_size"],
         "norm_eps": eps,
-        "tie_embeddings": given.get("tie_word_embeddings", False),
     }
 
 
@@ -123,7 +113,7 @@ def config_json(d: Description) -> dict[str, Any]:
     kda, mla, moe = d.mixer("kda"), d.mixer("mla"), d.mlp("moe")
     inside, heads = moe.get("d_intermediate", 1), mla.get("n_heads", 1)
     return {
-        **ends_json(d),
+        **_common.ends_json(d),
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
         "q_lora_rank": mla.get("q_lora_rank"),

@@ -6,18 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ssmzoo.checkpoints.description import Description
-from ssmzoo.checkpoints.families._common import (
-    LAYER,
-    attention_json,
-    attention_options,
-    attention_rules,
-    ends_json,
-    ends_rules,
-    expert_rules,
-    require,
-    rope_json,
-    rope_options,
-)
+from ssmzoo.checkpoints.families import _common
+from ssmzoo.checkpoints.families._common import LAYER
 from ssmzoo.checkpoints.renaming import Rule
 
 NAME = "MiniMax-Text-01"
@@ -28,32 +18,30 @@ MIXERS: dict[str, list[Rule]] = {
     "lightning": [
         (rf"{LAYER}self_attn\.(qkv_proj|output_gate|norm|out_proj)\.weight", r"layers.\1.mixer.\2.weight"),
     ],
-    "attention": attention_rules("self_attn", "mixer"),
+    "attention": _common.attention_rules("self_attn", "mixer"),
 }
 
 RULES: list[Rule] = [
-    *ends_rules("norm"),
-    (rf"{LAYER}input_layernorm\.weight", r"layers.\1.norm.weight"),
-    (rf"{LAYER}post_attention_layernorm\.weight", r"layers.\1.norm2.weight"),
+    *_common.ends_rules("norm"),
+    *_common.norm_rules("input_layernorm", "post_attention_layernorm"),
     *MIXERS["lightning"],
     *MIXERS["attention"],
     (rf"{LAYER}self_attn\.(?:slope_rate|query_decay|key_decay|diagonal_decay)", ""),  # they follow from the layer
     (rf"{LAYER}(?:block_sparse_moe|mlp)\.gate\.weight", r"layers.\1.mlp.router.proj.weight"),
-    *expert_rules("(?:block_sparse_moe|mlp)", "w1", "w3", "w2"),
+    *_common.expert_rules("(?:block_sparse_moe|mlp)", "w1", "w3", "w2"),
 ]
 
 
 def config(given: Mapping[str, Any]) -> dict[str, Any]:
-    require(given, hidden_act="silu", sliding_window=None)
-    attention = attention_options(given)
-    head_dim, heads, n_layers = attention["head_dim"], attention["n_heads"], given["num_hidden_layers"]
+    _common.require(given, hidden_act="silu", sliding_window=None)
+    attention = _common.attention_options(given)
+    head_dim, heads = attention["head_dim"], attention["n_heads"]
     kinds = _kinds(given)
-    attention |= rope_options({"rope_theta": 1e6} | dict(given), head_dim)
+    attention |= _common.rope_options({"rope_theta": 1e6} | dict(given), head_dim)
     if given.get("rotary_dim"):
         attention["rope_dim"] = given["rotary_dim"]
     return {
-        "d_model": given["hidden_size"],
-        "n_layers": n_layers,
+        **_common.ends_options(given),
         "pattern": ["lightning" if kind == "linear_attention" else "attention" for kind in kinds],
         "mixers": {"lightning": {"head_dim": head_dim, "n_heads": heads}, "attention": attention},
         "mlp": {
@@ -62,12 +50,10 @@ def config(given: Mapping[str, Any]) -> dict[str, Any]:
             "top_k": given.get("num_experts_per_tok", 2),
             "d_intermediate": given["intermediate_size"],
         },
-        "vocab_size": given["vocab_size"],
         "norm_placement": "stream",
         "norm_eps": given.get("rms_norm_eps", 1e-5),
         "skip_multiplier": _factor(given, kinds, "alpha"),
         "residual_multiplier": _factor(given, kinds, "beta"),
-        "tie_embeddings": given.get("tie_word_embeddings", False),
     }
 
 
@@ -92,10 +78,10 @@ def config_json(d: Description) -> dict[str, Any]:
     attention, moe = d.mixer("attention"), d.mlp("moe")
     parts = ("full_attn", "linear_attn", "mlp")
     lightning = {"head_dim": attention.get("head_dim"), "n_heads": attention.get("n_heads")} | d.mixer("lightning")
-    rope = rope_json({"rope_base": 1e6} | attention)
+    rope = _common.rope_json({"rope_base": 1e6} | attention)
     return {
-        **ends_json(d),
-        **attention_json(lightning | attention),
+        **_common.ends_json(d),
+        **_common.attention_json(lightning | attention),
         **rope,
         "layer_types": ["linear_attention" if kind == "lightning" else "full_attention" for kind in d.kinds],
         "intermediate_size": moe.get("d_intermediate", 1),

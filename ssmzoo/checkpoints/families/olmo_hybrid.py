@@ -6,19 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ssmzoo.checkpoints.description import Description
-from ssmzoo.checkpoints.families._common import (
-    LAYER,
-    at_layers,
-    attention_json,
-    attention_options,
-    attention_rules,
-    ends_json,
-    ends_rules,
-    gated_mlp_rules,
-    require,
-    rope_json,
-    rope_options,
-)
+from ssmzoo.checkpoints.families import _common
+from ssmzoo.checkpoints.families._common import LAYER
 from ssmzoo.checkpoints.families._delta import convolution_rules, delta_json, delta_options, widths
 from ssmzoo.checkpoints.renaming import Rule
 
@@ -32,47 +21,44 @@ def rules_for(given: Mapping[str, Any]) -> list[Rule]:
     attention: list[Rule] = [
         (rf"{LAYER}(?:feedforward_layer_norm|post_attention_layernorm)\.weight", r"layers.\1.norm_after.weight"),
         (rf"{LAYER}post_feedforward_layernorm\.weight", r"layers.\1.norm2_after.weight"),
-        *attention_rules("self_attn", "mixer"),
+        *_common.attention_rules("self_attn", "mixer"),
         (rf"{LAYER}self_attn\.([qk])_norm\.weight", r"layers.\1.mixer.\2_norm.weight"),
     ]
     return [
-        *ends_rules("norm"),
-        *at_layers([i for i, kind in enumerate(given["layer_types"]) if kind == "full_attention"], attention),
+        *_common.ends_rules("norm"),
+        *_common.at_layers([i for i, kind in enumerate(given["layer_types"]) if kind == "full_attention"], attention),
         (rf"{LAYER}(?:attention_layer_norm|input_layernorm)\.weight", r"layers.\1.norm.weight"),
         (rf"{LAYER}(?:feedforward_layer_norm|post_attention_layernorm)\.weight", r"layers.\1.norm2.weight"),
         *convolution_rules("linear_attn", *widths(given)),
         (rf"{LINEAR}(A_log|dt_bias|o_norm\.weight|[qkvabgo]_proj\.weight)", r"layers.\1.mixer.\2"),
-        *gated_mlp_rules("mlp", "mlp"),
+        *_common.gated_mlp_rules("mlp", "mlp"),
     ]
 
 
 def config(given: Mapping[str, Any]) -> dict[str, Any]:
-    require(given, hidden_act="silu")
-    eps, attention = given.get("rms_norm_eps", 1e-6), attention_options(given)
+    _common.require(given, hidden_act="silu")
+    eps, attention = given.get("rms_norm_eps", 1e-6), _common.attention_options(given)
     if (given.get("rope_parameters") or {}).get("rope_theta") is not None:
-        attention |= rope_options(given, attention["head_dim"])
+        attention |= _common.rope_options(given, attention["head_dim"])
     names = {"linear_attention": "gated_deltanet", "full_attention": "attention"}
     return {
-        "d_model": given["hidden_size"],
-        "n_layers": given["num_hidden_layers"],
+        **_common.ends_options(given),
         "pattern": [names[kind] for kind in given["layer_types"]],
         "mixers": {
             "gated_deltanet": delta_options(given) | {"allow_neg_eigval": given.get("linear_allow_neg_eigval", True)},
             "attention": attention | {"qk_norm": "whole", "qk_norm_eps": eps, "norm_placement": "post"},
         },
         "mlp": {"kind": "swiglu", "d_intermediate": given["intermediate_size"]},
-        "vocab_size": given["vocab_size"],
         "norm_eps": eps,
-        "tie_embeddings": given.get("tie_word_embeddings", False),
     }
 
 
 def config_json(d: Description) -> dict[str, Any]:
     attention, delta = d.mixer("attention"), d.mixer("gated_deltanet")
     return {
-        **ends_json(d),
-        **attention_json(attention),
-        **(rope_json(attention) if attention.get("rope", True) else {"rope_parameters": None}),
+        **_common.ends_json(d),
+        **_common.attention_json(attention),
+        **(_common.rope_json(attention) if attention.get("rope", True) else {"rope_parameters": None}),
         **delta_json(delta),
         "linear_allow_neg_eigval": delta.get("allow_neg_eigval", True),
         "layer_types": ["linear_attention" if kind == "gated_deltanet" else "full_attention" for kind in d.kinds],

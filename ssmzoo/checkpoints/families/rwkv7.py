@@ -6,11 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ssmzoo.checkpoints.description import Description
-from ssmzoo.checkpoints.families._common import (
-    LAYER,
-    ends_json,
-    require,
-)
+from ssmzoo.checkpoints.families._common import LAYER, ends_json, ends_options, require
 from ssmzoo.checkpoints.renaming import Rule
 
 NAME = "RWKV-7"
@@ -36,16 +32,13 @@ def config(given: Mapping[str, Any]) -> dict[str, Any]:
     later = {**first, "value_residual": True, "v_low_rank_dim": given.get("v_low_rank_dim")}
     inside = given.get("intermediate_size") or int(given.get("hidden_ratio", 4.0) * d_model)
     return {
-        "d_model": d_model,
-        "n_layers": layers,
+        **ends_options(given),
         "pattern": ["first", *["rwkv7"] * (layers - 1)],
         "mixers": {"first": first, "rwkv7": later},
         "mlp": {"kind": "rwkv7", "d_intermediate": inside},
-        "vocab_size": given["vocab_size"],
         "norm": "layer",
         "norm_eps": eps,
         "embedding_norm": True,
-        "tie_embeddings": given.get("tie_word_embeddings", False),
     }
 
 

@@ -8,17 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ssmzoo.checkpoints.description import Description
-from ssmzoo.checkpoints.families._common import (
-    LAYER,
-    at_layers,
-    ends_json,
-    ends_rules,
-    mamba_rules,
-    require,
-    rope_json,
-    rope_options,
-    whole,
-)
+from ssmzoo.checkpoints.families import _common
+from ssmzoo.checkpoints.families._common import LAYER
 from ssmzoo.checkpoints.renaming import Rule
 
 NAME = "Zamba2"
@@ -27,9 +18,9 @@ ARCHITECTURE = "Zamba2ForCausalLM"
 SHARED = rf"{LAYER}shared_transformer\."
 
 RULES: list[Rule] = [
-    *ends_rules("final_layernorm"),
+    *_common.ends_rules("final_layernorm"),
     (rf"{LAYER}(?:mamba_decoder\.)?input_layernorm\.weight", r"layers.\1.norm.weight"),
-    *mamba_rules(r"(?:mamba_decoder\.)?mamba", "mixer"),
+    *_common.mamba_rules(r"(?:mamba_decoder\.)?mamba", "mixer"),
     (rf"{LAYER}linear\.weight", r"layers.\1.feed.linear.weight"),
     (rf"{SHARED}input_layernorm\.weight", r"layers.\1.feed.norm.weight"),
     (rf"{SHARED}pre_ff_layernorm\.weight", r"layers.\1.feed.norm2.weight"),
@@ -51,7 +42,7 @@ def rules_for_writing(given: Mapping[str, Any]) -> list[Rule]:
     fed = [i for i, kind in enumerate(given["layers_block_type"]) if kind == "hybrid"]
     plain = [i for i in range(given["num_hidden_layers"]) if i not in fed]
     norm: Rule = (rf"{LAYER}input_layernorm\.weight", r"layers.\1.norm.weight")
-    short = at_layers(plain, [norm, *mamba_rules("mamba", "mixer")])
+    short = _common.at_layers(plain, [norm, *_common.mamba_rules("mamba", "mixer")])
     return [*short, *_rules(fed, given["num_mem_blocks"], given["use_shared_attention_adapter"])]
 
 
@@ -81,7 +72,7 @@ def _rules(fed: list[int], blocks: int, adapted: bool) -> list[Rule]:
 
 def config(given: Mapping[str, Any]) -> dict[str, Any]:
     heads, d_model = given["num_attention_heads"], given["hidden_size"]
-    require(given, hidden_act="gelu", add_bias_linear=False, num_key_value_heads=heads, use_long_context=False)
+    _common.require(given, hidden_act="gelu", add_bias_linear=False, num_key_value_heads=heads, use_long_context=False)
     eps = given.get("rms_norm_eps", 1e-5)
     shared = {
         "n_heads": heads,
@@ -91,7 +82,7 @@ def config(given: Mapping[str, Any]) -> dict[str, Any]:
         "norm_eps": eps,
     }
     if given.get("use_mem_rope", False):
-        rope = rope_options(given, 2 * d_model // heads)
+        rope = _common.rope_options(given, 2 * d_model // heads)
         shared |= {"rope": True, "rope_base": rope["rope_base"]}
     mamba2 = {
         "d_state": given.get("mamba_d_state", 64),
@@ -123,13 +114,13 @@ def config_json(d: Description) -> dict[str, Any]:
     mamba, feeds = d.mixer("mamba2"), [layer.feed for layer in d.layers if layer.feed is not None]
     shared = feeds[0] if feeds else {}
     expand, headdim = mamba.get("expand", 2), mamba.get("headdim", 1)
-    rope = rope_json(shared) if shared.get("rope") else {}
+    rope = _common.rope_json(shared) if shared.get("rope") else {}
     return {
-        **ends_json(d),
+        **_common.ends_json(d),
         "layers_block_type": ["linear_attention" if layer.feed is None else "hybrid" for layer in d.layers],
         "mamba_d_state": mamba.get("d_state", 64),
         "mamba_d_conv": mamba.get("d_conv", 4),
-        "mamba_expand": whole("expand", expand),
+        "mamba_expand": _common.whole("expand", expand),
         "n_mamba_heads": round(expand * d.config.d_model) // headdim,
         "mamba_headdim": headdim,
         "mamba_ngroups": mamba.get("ngroups", 1),

@@ -1,4 +1,4 @@
-"""Which module may import which: the drawing in docs/architecture.md, held to the source."""
+"""Which module may import which: the drawing in docs/architecture.md, held to the source. And what is written once."""
 
 import ast
 import functools
@@ -126,3 +126,27 @@ def test_private_names_stay_in_their_room():
                 if part.startswith("_") and not part.startswith("__") and module.split(".")[:i] != parts[:i]:
                     wrong.append(f"{module} imports {name}")
     assert not wrong, "\n".join(wrong)
+
+
+def _functions():
+    """Every function of both packages: where it is, its parameters, and the names of its decorators."""
+    for path in SOURCES + KERNELS:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                arguments = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+                calls = (decorator for decorator in node.decorator_list if isinstance(decorator, ast.Call))
+                names = {call.func.id for call in calls if isinstance(call.func, ast.Name)}
+                yield f"{path.relative_to(ROOT)}:{node.lineno}", {a.arg for a in arguments}, names
+
+
+def test_signatures_of_ops_are_written_twice_at_most():
+    """Once where the op is declared, and once where a further function takes all the same arguments.
+
+    Ops with fewer than six arguments are left out: other functions may well take those and more.
+    """
+    functions = list(_functions())
+    signatures = [(place, names - {"implementation"}) for place, names, by in functions if by & {"op", "step_of"}]
+    assert len(signatures) > 20
+    for place, names in signatures:
+        others = [other for other, theirs, _ in functions if names <= theirs and other != place]
+        assert len(names) < 6 or len(others) < 2, f"the arguments of {place} stand again at {', '.join(others)}"

@@ -155,6 +155,14 @@ def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
+def fields_of(tensors: Mapping[str, Tensor | None], x: Tensor, cu_seqlens: Tensor | None) -> dict[str, float]:
+    """Addresses by name, and what all kernels of a recurrence know of activations x (b l …), which borders may pack."""
+    found: dict[str, float] = {name: address(t) for name, t in tensors.items()}
+    found |= {"dtype": DTYPES[x.dtype], "length": x.shape[1]}
+    found["sequences"] = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return found
+
+
 def plain(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x of this dtype and contiguous: itself where it is, in a tenth of the time that asking PyTorch for it takes."""
     return x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ssmkernels import native
 from ssmkernels.core.validate import precision
-from ssmkernels.native import address, plain, rows
+from ssmkernels.native import fields_of, plain, rows
 from ssmkernels.ops.delta_rule.reference import scale_of
 
 SEGMENT = 4 * 64  # tokens between saved states: kSegment kChunk in cpu.h
@@ -51,11 +51,7 @@ def values(
         "final_state": outputs.get("final_state"),
         "starts": outputs.get("starts"),
     }
-    found: dict[str, float] = {name: address(t) for name, t in pointers.items()}
-    found |= {
-        "dtype": native.DTYPES[q.dtype],
-        "sequences": batch if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-        "length": length,
+    found = fields_of(pointers, q, cu_seqlens) | {
         "heads": heads,
         "groups": groups,
         "keys": keys,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ssmkernels import native
 from ssmkernels.core.validate import precision
-from ssmkernels.native import address, plain
+from ssmkernels.native import fields_of, plain
 from ssmkernels.ops.generalized_delta_rule.reference import scale_of
 from ssmkernels.ops.ssd.cpu_arguments import side_by_side
 
@@ -37,11 +37,7 @@ def values(a: Any, starts: Tensor | None) -> tuple[dict[str, float], list[Any]]:
     cu_seqlens = None if a.cu_seqlens is None else a.cu_seqlens.contiguous()
     batch, length, heads, keys = a.q.shape
     pointers = timed | {"log_decay": g, "initial": initial, "cu_seqlens": cu_seqlens, "starts": starts}
-    found: dict[str, float] = {name: address(t) for name, t in pointers.items()}
-    found |= {
-        "dtype": native.DTYPES[a.q.dtype],
-        "sequences": batch if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-        "length": length,
+    found = fields_of(pointers, a.q, cu_seqlens) | {
         "heads": heads,
         "keys": keys,
         "values": a.v.shape[3],

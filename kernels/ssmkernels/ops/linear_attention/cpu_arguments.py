@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ssmkernels import native
 from ssmkernels.core.validate import precision
-from ssmkernels.native import address, plain, rows
+from ssmkernels.native import fields_of, plain, rows
 from ssmkernels.ops.linear_attention.reference import scale_of
 
 CHUNK = 64  # tokens: a tile's states then stay in a core's first cache
@@ -44,7 +44,6 @@ def values(a: Any, starts: Tensor | None) -> tuple[dict[str, float], list[Any]]:
     cu_seqlens = None if a.cu_seqlens is None else a.cu_seqlens.contiguous()
     if decay is not None and decay.ndim != 4:
         decay = decay.contiguous()
-    batch, length, heads = v.shape[:3]
     pointers = {
         "q": q,
         "k": k,
@@ -55,12 +54,8 @@ def values(a: Any, starts: Tensor | None) -> tuple[dict[str, float], list[Any]]:
         "cu_seqlens": cu_seqlens,
         "starts": starts,
     }
-    found: dict[str, float] = {name: address(t) for name, t in pointers.items()}
-    found |= {
-        "dtype": native.DTYPES[q.dtype],
-        "sequences": batch if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-        "length": length,
-        "heads": heads,
+    found = fields_of(pointers, q, cu_seqlens) | {
+        "heads": v.shape[2],
         "groups": k.shape[2],
         "keys": k.shape[3],
         "values": v.shape[3],

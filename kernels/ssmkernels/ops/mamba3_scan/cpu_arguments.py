@@ -16,7 +16,7 @@ from torch import Tensor
 from ssmkernels import native
 from ssmkernels.core.memory import large_pages
 from ssmkernels.core.validate import precision
-from ssmkernels.native import address, plain, rows
+from ssmkernels.native import fields_of, plain, rows
 from ssmkernels.ops.ssd.cpu_arguments import CHUNK, LONGEST, values
 
 
@@ -116,11 +116,7 @@ def rotate(a: Any, dt: Tensor, save: bool) -> Maps:
         "turns": turns,
         "final_angle": final_angle,
     }
-    fields: dict[str, float] = {name: address(t) for name, t in tensors.items()}
-    fields |= {
-        "dtype": native.DTYPES[a.x.dtype],
-        "sequences": sequences,
-        "length": length,
+    found = fields_of(tensors, a.x, a.cu_seqlens) | {
         "heads": heads,
         "groups": groups,
         "rank": rank,
@@ -131,9 +127,9 @@ def rotate(a: Any, dt: Tensor, save: bool) -> Maps:
     }
     for name, t in (("B", B), ("C", C)):
         for place, stride in zip(("batch", "time", "rank", "group"), t.stride(), strict=False):
-            fields[f"{name}_{place}"] = stride
-    native.run("mamba3_rotate", fields)
-    return Maps(k, q, turns, final_angle, fields, list(tensors.values()))
+            found[f"{name}_{place}"] = stride
+    native.run("mamba3_rotate", found)
+    return Maps(k, q, turns, final_angle, found, list(tensors.values()))
 
 
 def core(a: Any, c: Coefficients, maps: Maps, starts: Tensor | None) -> tuple[Core, dict[str, float], list[Any]]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ssmkernels import native
 from ssmkernels.core.validate import precision
-from ssmkernels.native import address, plain, rows
+from ssmkernels.native import fields_of, plain, rows
 
 CHUNK = 64  # tokens: a head's matrices then stay in a core's own cache
 LONGEST = 256
@@ -59,11 +59,7 @@ def values(a: Any, starts: Tensor | None) -> tuple[dict[str, float], list[Any]]:
         "cu_seqlens": cu_seqlens,
         "starts": starts,
     }
-    found: dict[str, float] = {name: address(t) for name, t in pointers.items()}
-    found |= {
-        "dtype": native.DTYPES[x.dtype],
-        "sequences": batch if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-        "length": length,
+    found = fields_of(pointers, x, cu_seqlens) | {
         "heads": heads,
         "p": p,
         "n": B.shape[3],

@@ -168,10 +168,11 @@ class Call:
                 return "not finite"
             x = unwrap(x).detach()
             allowed = 16 * torch.finfo(p.dtype).eps * float(e.abs().max()) if e.numel() else 0
-            if Truth(e, p, [(1.0, e + allowed), (BAND, m)]).used(x) <= 1:
+            simple = [(1.0, lambda e=e, allowed=allowed: e + allowed), (BAND, lambda m=m: m)]
+            if Truth(e, p, simple).used(x) <= 1:
                 continue
             rounded = rounded or self.rounded(plain)
-            if Truth(e, p, [(1.0, e + allowed), (BAND, m), *((BAND / 2, r[index]) for r in rounded)]).used(x) > 1:
+            if Truth(e, p, [*simple, *((BAND / 2, lambda r=r, i=index: r[i]) for r in rounded)]).used(x) > 1:
                 return "fault", f"other numbers: {x.flatten()[:4].tolist()} for {e.flatten()[:4].tolist()}"
         return "right"
 

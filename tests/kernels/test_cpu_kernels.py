@@ -353,4 +353,4 @@ def test_the_steps_compile(scan_inputs, conv_inputs):
 
 @pytest.mark.parametrize("op", ["selective_scan_step", "causal_conv1d_step"])
 def test_the_whole_check_of_a_step(op):
-    check(op, "cpu")
+    check(op, "cpu", quick=True)

@@ -27,7 +27,7 @@ def dot(self, a, b, sums, *how):
 dots = []
 interpreter.InterpreterBuilder.create_dot = dot
 rows = [dict(b=1, d=1, l_r=12), dict(b=1, d=1, l=300, l_k=300), dict(b=1, d=1, l=2050, l_k=2050)]
-check("fft_conv", "triton", cases=rows, dtypes=[torch.float32])
+check("fft_conv", "triton", cases=rows, dtypes=[torch.float32], quick=True)
 assert dots
 """
 PARTS = """
@@ -36,7 +36,8 @@ from ssmkernels.ops.fft_conv import triton_launch
 from ssmkernels.testing import check
 
 triton_launch.PROGRAMS = 2
-check("fft_conv", "triton", cases=[dict(b=5, d=1, l=9, gate=True), dict(b=2, d=3, l=5)], dtypes=[torch.float32])
+rows = [dict(b=5, d=1, l=9, gate=True), dict(b=2, d=3, l=5)]
+check("fft_conv", "triton", cases=rows, dtypes=[torch.float32], quick=True)
 """
 OPERATOR = """
 import torch

@@ -61,7 +61,7 @@ for op, dtypes, cases in (
     ("diagonal_kernel", both, [*diagonals, dict(discretization="dss")]),
     ("dplr_kernel", both, [*dplr, dict(complex=False, n=19, length=70)]),
 ):
-    check(op, "cpu", cases=cases, dtypes=dtypes)
+    check(op, "cpu", cases=cases, dtypes=dtypes, quick=True)
 """
 
 

@@ -92,7 +92,7 @@ RIGHT = (
     EXERCISE
     + """
 for op, cases in cases_of.items():
-    check(op, "cpu", cases=cases, dtypes=dtypes)
+    check(op, "cpu", cases=cases, dtypes=dtypes, quick=True)
 """
 )
 # The same calls, with and without a backward pass, for the sanitizers to watch; checking results takes far longer.

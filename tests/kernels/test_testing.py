@@ -156,6 +156,20 @@ def test_a_right_function_passes():
     assert f"selective_scan: right: {len(report.checks)} checks, 0 failed" in str(report)
 
 
+@pytest.mark.parametrize("factor", [1, 1 + 1e-6, 1.001])
+def test_a_quick_check_has_the_same_verdicts(factor):
+    def scaled(**arguments):
+        return tuple(result * factor for result in right(**arguments))
+
+    exactly, quickly = (
+        check("selective_scan", scaled, cases=[{}], dtypes=FLOAT32, raises=False, quick=quick).checks
+        for quick in (False, True)
+    )
+    assert [(c.what, bool(c.failure)) for c in quickly] == [(c.what, bool(c.failure)) for c in exactly]
+    assert all(q.used >= e.used for q, e in zip(quickly, exactly, strict=True))
+    assert any(c.failure for c in exactly) == (factor == 1.001)
+
+
 @pytest.mark.parametrize("op", SPECS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_wrong_result_is_found(op, dtype):

@@ -45,28 +45,35 @@ class Truth:
     Attributes:
         exact: from the float64 reference.
         peer: from the reference in the inputs' dtype.
-        moved: exact ones from inputs or operations off by one rounding, each with how many such movements are allowed.
+        moved: functions that give exact ones from inputs or operations off by one rounding, each with how many such
+            movements are allowed.
     """
 
     exact: Tensor
     peer: Tensor
-    moved: Sequence[tuple[float, Tensor]]
+    moved: Sequence[tuple[float, Callable[[], Tensor]]]
 
-    def used(self, actual: Tensor) -> float:
-        """The error of ``actual``, of the peer's shape and dtype, as a part of what is allowed; over 1 is too much."""
+    def used(self, actual: Tensor, *, quick: bool = False) -> float:
+        """The error of ``actual``, of the peer's shape and dtype, as a part of what is allowed; over 1 is too much.
+
+        The movements take longest to compute. If ``quick``, none is counted that is not needed to come down to 1: the
+        verdict is the same, but the part may really be smaller.
+        """
         if self.exact.numel() == 0:
             return 0.0
         peer = distance(self.peer, self.exact)
         counts = peer.isfinite()  # what overflows in this dtype has no right value
         rounding = torch.finfo(self.peer.dtype).eps
         floor = rounding * float(self.exact.abs().nan_to_num(0, 0, 0).max())
-        part = 0.0
-        for norm, least in ((_largest, floor), (_root_mean_square, floor), (self._median_relative, rounding)):
-            error = norm(torch.where(counts, distance(actual, self.exact), 0))
-            allowed = 2 * norm(torch.where(counts, peer, 0)) + least
-            allowed += sum(times * norm(distance(moved, self.exact)) for times, moved in self.moved)
-            part = max(part, _part(error, allowed))
-        return part
+        norms = (_largest, floor), (_root_mean_square, floor), (self._median_relative, rounding)
+        errors = [norm(torch.where(counts, distance(actual, self.exact), 0)) for norm, _ in norms]
+        allowed = [2 * norm(torch.where(counts, peer, 0)) + least for norm, least in norms]
+        for times, moved in self.moved:
+            if quick and max(map(_part, errors, allowed)) <= 1:
+                break
+            off = distance(moved(), self.exact)
+            allowed = [a + times * norm(off) for a, (norm, _) in zip(allowed, norms, strict=True)]
+        return max(map(_part, errors, allowed))
 
     def worst(self, actual: Tensor) -> tuple[int, ...]:
         """Where ``actual`` is furthest off."""

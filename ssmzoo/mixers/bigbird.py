@@ -9,7 +9,8 @@ import torch
 
 from ssmkernels import masks
 from ssmkernels.masks import BlockMask
-from ssmzoo.mixers._masked_attention import MaskedAttention, MaskedAttentionOptions
+from ssmzoo.mixers._cached_heads import CachedHeadOptions
+from ssmzoo.mixers._masked_attention import MaskedAttention
 from ssmzoo.mixers._pattern import Pattern
 from ssmzoo.registry import register_mixer
 
@@ -55,8 +56,8 @@ class BigBirdPattern(Pattern):
 
 
 @dataclasses.dataclass(kw_only=True)
-class BigBirdOptions(MaskedAttentionOptions):
-    """Beside those of :class:`~ssmzoo.mixers._masked_attention.MaskedAttentionOptions`.
+class BigBirdOptions(CachedHeadOptions):
+    """Beside those of :class:`~ssmzoo.mixers._cached_heads.CachedHeadOptions`.
 
     Attributes:
         block_size: tokens of a block, a multiple of 8.

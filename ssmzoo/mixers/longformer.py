@@ -12,7 +12,8 @@ from torch import Tensor
 from ssmkernels import attention, masks
 from ssmkernels.masks import BlockMask
 from ssmzoo.cache import KVCache
-from ssmzoo.mixers._masked_attention import MaskedAttention, MaskedAttentionOptions, masked
+from ssmzoo.mixers._cached_heads import CachedHeadOptions
+from ssmzoo.mixers._masked_attention import MaskedAttention, masked
 from ssmzoo.mixers._pattern import Pattern
 from ssmzoo.registry import register_mixer
 
@@ -71,8 +72,8 @@ class LongformerCache(KVCache):
 
 
 @dataclasses.dataclass(kw_only=True)
-class LongformerOptions(MaskedAttentionOptions):
-    """Beside those of :class:`~ssmzoo.mixers._masked_attention.MaskedAttentionOptions`.
+class LongformerOptions(CachedHeadOptions):
+    """Beside those of :class:`~ssmzoo.mixers._cached_heads.CachedHeadOptions`.
 
     Attributes:
         window: w, even if bidirectional: half of it lies on each side of a token.

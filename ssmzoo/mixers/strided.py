@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ssmkernels import masks
 from ssmkernels.masks import BlockMask
-from ssmzoo.mixers._masked_attention import MaskedAttention, MaskedAttentionOptions
+from ssmzoo.mixers._cached_heads import CachedHeadOptions
+from ssmzoo.mixers._masked_attention import MaskedAttention
 from ssmzoo.mixers._pattern import Pattern
 from ssmzoo.registry import register_mixer
 
@@ -51,8 +52,8 @@ class StridedPattern(Pattern):
 
 
 @dataclasses.dataclass(kw_only=True)
-class StridedOptions(MaskedAttentionOptions):
-    """Beside those of :class:`~ssmzoo.mixers._masked_attention.MaskedAttentionOptions`.
+class StridedOptions(CachedHeadOptions):
+    """Beside those of :class:`~ssmzoo.mixers._cached_heads.CachedHeadOptions`.
 
     The defaults are what Phi-3-small was published with.
 

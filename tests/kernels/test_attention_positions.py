@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssmkernels import attention, explain
+from ssmkernels import attention
 from ssmkernels.masks import from_function
-from ssmkernels.ops.attention import _parts, external_flash_attn
+from ssmkernels.ops.attention import _parts
 
 pytestmark = pytest.mark.op("attention")
 
@@ -177,15 +177,6 @@ def test_tiles_without_a_visible_key_are_passed_over(monkeypatch):
         mask = from_function(lambda h, i, j: i // 16 == j // 16, 64, 64, block_size=(8, 8))
         attention(**made, q_positions=order, k_positions=order, causal=True, block_mask=mask, implementation="tiled")
     assert watch.count == 3 * 4 * 64
-
-
-def test_what_others_lack():
-    made = drawn() | {"q_positions": torch.arange(17).repeat(2, 1), "k_positions": torch.arange(23).repeat(2, 1)}
-    half = {name: x.half() if x.is_floating_point() else x for name, x in made.items()}
-    assert "tiled" in explain("attention", **half).able
-    arguments = dict.fromkeys(("sinks", "block_offsets", "alibi_slopes")) | {"return_lse": False}
-    names = {"q": half["q"], "k": half["k"], "v": half["k"], "q_positions": half["q_positions"]}
-    assert external_flash_attn.lacking(type("Arguments", (), arguments | names)) == "positions of the tokens' own"
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,9 @@ REFUSED = {
     "precisions but float16 and bfloat16": lambda r: {x: r(2, 7, 2, 8, dtype=torch.float32) for x in "qkv"},
     "sinks": lambda r: {"sinks": r(4, dtype=torch.bfloat16)},
     "block masks": lambda r: {"block_mask": masks.causal(7)},
+    "positions of the tokens' own": lambda r: dict.fromkeys(
+        ("q_positions", "k_positions"), torch.arange(7).expand(2, -1)
+    ),
     "values of another head dim than the keys": lambda r: {"v": r(2, 7, 2, 5, dtype=torch.bfloat16)},
     "head dims above 256": lambda r: {x: r(2, 7, 2, 264, dtype=torch.bfloat16) for x in "qkv"},
     "empty inputs": lambda r: {x: r(2, 0, 2, 8, dtype=torch.bfloat16) for x in "kv"},

@@ -1,0 +1,214 @@
+"""Attention among tokens of the same group, where a tag of each query and key tells its groups.
+
+Tokens are sorted by group and packed, one group after another; causal masks go by the tokens' own positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssmkernels import attention
+from ssmkernels.core.validate import precision
+from ssmzoo.cache import FEW, KVCache, append
+from ssmzoo.cache.tokens import owners
+from ssmzoo.mixers._cached_heads import CachedHeads
+from ssmzoo.state import State
+
+
+@dataclasses.dataclass
+class TaggedState(State):
+    """Keys and values of all tokens, and the keys' tags.
+
+    Attributes:
+        cache: keys and values.
+        tags: a cache whose keys are the tags ``(s, capacity, h, t)``, int32, and whose values are empty.
+    """
+
+    cache: KVCache
+    tags: KVCache
+
+
+class Tagged(NamedTuple):
+    """Tokens of one side: ``rows`` (n h d), their tags (n h t), positions (n) and sequences (n)."""
+
+    rows: Tensor
+    tags: Tensor
+    positions: Tensor
+    sequences: Tensor
+
+
+class Grouping(NamedTuple):
+    """Into which group each query and each key falls, (n h) from 0 on, -1 for none; and the sign of its sums."""
+
+    queries: Tensor
+    keys: Tensor
+    sign: int
+
+
+class TaggedAttention(CachedHeads):
+    """Attention among tokens of the same group; which groups there are says the mixer made of it.
+
+    Its state is a :class:`TaggedState`. A few new tokens meet all keys of the cache under a mask, more are sorted.
+
+    Attributes:
+        n_tags: t, numbers in the tag of a token.
+    """
+
+    state_class = TaggedState
+    n_tags: int
+
+    def tagged(self, q: Tensor, k: Tensor, places: Tensor, extra: Any) -> tuple[Tensor, Tensor]:
+        """Tags of queries and keys (b l h d) at places (b or 1, l), int32 (b l h t); ``extra`` as :meth:`project`'s."""
+        raise NotImplementedError
+
+    def groupings(self, q_tags: Tensor, k_tags: Tensor) -> Sequence[Grouping]:
+        """Ways to group tokens, by tags (n h t) of the queries and of the keys, that between them show each pair once.
+
+        Where pairs fall together in several ways, further groupings with a sign of -1 take them off.
+        """
+        raise NotImplementedError
+
+    def shown(self, q_tags: Tensor, k_tags: Tensor) -> Tensor:
+        """Whether some grouping shows a pair: tags (… t) that broadcast → bool (…)."""
+        raise NotImplementedError
+
+    def initial_state(self, batch_size: int, max_length: int | None = None) -> TaggedState:
+        self.check_has_state()
+        like = torch.empty(0, dtype=torch.int32, device=self.like().device)
+        shape = (batch_size, self.n_heads, self.n_tags, 0)
+        tags = KVCache.empty(like, shape, max_length or 0, None)
+        return TaggedState(self.empty_cache(batch_size, max_length or 0), tags)
+
+    def cache_of(self, state: TaggedState | None) -> KVCache | None:
+        return None if state is None else state.cache
+
+    def attend(
+        self,
+        x: Tensor,
+        places: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: Any,
+        first: bool,
+        cu_seqlens: Tensor | None,
+        extra: Any,
+    ) -> Tensor:
+        q_tags, k_tags = self.tagged(q, k, places, extra)
+        if state is not None:
+            append(state.tags, k_tags, k_tags[..., :0], cu_seqlens, k_tags)
+        if not first and cu_seqlens is None and q.shape[1] <= FEW:
+            return self._few(q, q_tags, state, places)
+        (b, l), device = q.shape[:2], q.device
+        row = torch.arange(b, device=device)[:, None].expand(b, l)
+        own = row if cu_seqlens is None else owners(cu_seqlens, l)[0][None]
+        queries = Tagged(*(t.flatten(0, 1) for t in (q, q_tags, places.expand(b, l), own)))
+        if first:
+            keys, values = queries._replace(rows=k.flatten(0, 1), tags=k_tags.flatten(0, 1)), v.flatten(0, 1)
+        elif cu_seqlens is None:
+            k, v, _ = state.cache.recent(l, -1)
+            m = k.shape[1]
+            place = torch.arange(m, device=device).expand(b, m)
+            tags, of_row = state.tags.recent(l, -1)[0], row[:, :1].expand(b, m)
+            keys, values = Tagged(*(t.flatten(0, 1) for t in (k, tags, place, of_row))), v.flatten(0, 1)
+        else:
+            which = cu_seqlens.diff() > 0
+            k, v, cu_seqlens_k = state.cache.packed(which)
+            of_row, place = owners(cu_seqlens_k, k.shape[1])
+            keys, values = Tagged(k[0], state.tags.packed(which)[0][0], place, of_row), v[0]
+        return self._sorted(queries, keys, values).unflatten(0, (b, l))
+
+    def _sorted(self, queries: Tagged, keys: Tagged, values: Tensor) -> Tensor:
+        """Every grouping's attention, joined: (n h d)."""
+        groupings = self.groupings(queries.tags, keys.tags)
+        alone = len(groupings) == 1
+        outs, lses = [], []
+        for grouping in groupings:
+            out, lse = self._grouped(queries, keys, values, grouping, not alone)
+            outs.append(out)
+            lses.append(lse)
+        out = outs[0] if alone else joined(outs, lses, [grouping.sign for grouping in groupings])
+        return out.to(queries.rows.dtype)
+
+    def _grouped(
+        self, queries: Tagged, keys: Tagged, values: Tensor, grouping: Grouping, with_lse: bool
+    ) -> tuple[Tensor, Tensor]:
+        """out (n h d) and, if wanted, lse (n h) of attention within the groups of each sequence and head."""
+        h = self.n_heads
+        head = torch.arange(h, device=values.device)
+
+        def sides(side: Tagged, groups: Tensor) -> tuple[Tensor, Tensor]:
+            """Which rows (n h) are in a group, sorted by it, and each one's group of its sequence and head."""
+            apart = ((side.sequences[:, None] * h + head) * most + groups).masked_fill(groups < 0, -1)
+            group, order = apart.flatten().sort(stable=True)
+            kept = int(torch.searchsorted(group, 0))
+            return order[kept:], group[kept:]
+
+        n_groups = [int(g.max()) + 1 for g in (grouping.queries, grouping.keys) if g.numel()]
+        most = max(1, *n_groups) if n_groups else 1
+        q_order, q_group = sides(queries, grouping.queries)
+        k_order, k_group = sides(keys, grouping.keys)
+        groups = torch.unique(torch.cat([q_group, k_group]))
+
+        def packed(x: Tensor, order: Tensor) -> Tensor:
+            return x.flatten(0, 1).index_select(0, order)[None, :, None]
+
+        def borders(group: Tensor) -> Tensor:
+            return F.pad(torch.searchsorted(group, groups, right=True, out_int32=True), (1, 0))
+
+        q_positions = queries.positions[q_order // h][None] if self.causal else None
+        k_positions = keys.positions[k_order // h][None] if self.causal else None
+        found = attention(
+            packed(queries.rows, q_order),
+            packed(keys.rows, k_order),
+            packed(values, k_order),
+            causal=self.causal,
+            cu_seqlens=borders(q_group),
+            cu_seqlens_k=borders(k_group),
+            q_positions=q_positions,
+            k_positions=k_positions,
+            return_lse=with_lse,
+        )
+        out, lse = found if isinstance(found, tuple) else (found, None)
+        shape = (len(queries.rows) * h, values.shape[2])
+        out = out.new_zeros(shape).index_copy(0, q_order, out[0, :, 0]).unflatten(0, (-1, h))
+        if lse is None:
+            return out, out.new_empty(0)
+        return out, lse.new_full(shape[:1], -torch.inf).index_copy(0, q_order, lse[0, 0]).unflatten(0, (-1, h))
+
+    def _few(self, q: Tensor, q_tags: Tensor, state: TaggedState, places: Tensor) -> Tensor:
+        """A few queries (s l h d) at places (s l) over the cache, under a mask: (s l h d)."""
+        cache = state.cache
+        m, wide = cache.longest, precision(q)
+        k, v, tags = (x[:, :m] for x in (cache.keys, cache.values, state.tags.keys))
+        place = torch.arange(m, device=q.device)
+        seen = self.shown(q_tags[:, :, :, None], tags.transpose(1, 2)[:, None])  # (s l h m)
+        seen = seen & (place <= places[:, :, None])[:, :, None]
+        blind = ~seen.any(-1, keepdim=True)
+        with torch.autocast(q.device.type, enabled=False):  # it would round logits to half precision
+            logits = torch.einsum("slhd,smhd->slhm", q.to(wide), k.to(wide)) / math.sqrt(q.shape[3])
+            weights = logits.masked_fill(~(seen | blind), -torch.inf).softmax(-1)
+            weights = weights.masked_fill(blind, 0)
+            return torch.einsum("slhm,smhd->slhd", weights, v.to(wide)).to(q.dtype)
+
+
+def joined(outs: Sequence[Tensor], lses: Sequence[Tensor], signs: Sequence[int]) -> Tensor:
+    """Σ_t sign_t exp(lse_t) out_t / Σ_t sign_t exp(lse_t), with outs (n h d) and lses (n h); 0 where all are -∞.
+
+    No term is larger than the whole, in which each pair counts once: a rounding grows at most by the number of terms.
+    """
+    parts = torch.stack(tuple(lses))
+    top = parts.detach().amax(0)
+    top = top.masked_fill(top == -torch.inf, 0)
+    sign = torch.tensor(signs, dtype=parts.dtype, device=parts.device)[:, None, None]
+    weights = sign * torch.exp(parts - top)
+    total = weights.sum(0)
+    weights = weights / total.masked_fill(total <= 0, 1)
+    return sum(w[..., None] * out.to(w.dtype) for w, out in zip(weights, outs, strict=True))

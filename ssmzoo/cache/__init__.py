@@ -1,6 +1,6 @@
 """States of attention: the keys and values of all tokens so far, or of those that can still be seen."""
 
-from ssmzoo.cache.calls import FEW, Cache, append, borders, empty, positions
+from ssmzoo.cache.calls import FEW, Cache, append, borders, empty, newest, positions
 from ssmzoo.cache.kv import KVCache
 from ssmzoo.cache.logits import Logits
 from ssmzoo.cache.paged import PagedCache
@@ -17,5 +17,6 @@ __all__ = [
     "append",
     "borders",
     "empty",
+    "newest",
     "positions",
 ]

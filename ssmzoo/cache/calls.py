@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ssmzoo.cache.kv import KVCache
+from ssmzoo.cache.logits import Logits
 from ssmzoo.cache.paged import PagedCache
 from ssmzoo.cache.tokens import owners
 
@@ -65,3 +66,18 @@ def borders(x: Tensor, cache: Cache | None, cu_seqlens: Tensor | None, few: int 
     if cache is None or cache.even or cu_seqlens is not None or l <= few:
         return None
     return torch.arange(0, b * l + 1, l, dtype=torch.int32, device=x.device)
+
+
+def newest(cache: Cache, q: Tensor, logits: Logits, cu_seqlens: Tensor | None) -> Tensor:
+    """Attention of the newest tokens of each sequence, which the cache holds already, over all that they see.
+
+    Args:
+        q: ``(s, l, h, k)``; with ``cu_seqlens``, where sequences go on by several lengths, ``(1, l, h, k)``.
+    """
+    if cu_seqlens is not None:
+        keys, values, cu_seqlens_k = cache.packed(cu_seqlens.diff() > 0)
+        return logits.attention(q, keys, values, cu_seqlens, cu_seqlens_k)
+    if q.shape[1] <= FEW:
+        return cache.decode(q, logits)
+    keys, values, _ = cache.recent(q.shape[1], -1 if logits.window is None else logits.window[0])
+    return logits.attention(q, keys, values)

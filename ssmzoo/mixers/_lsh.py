@@ -46,9 +46,3 @@ def angular_ranks(x: Tensor, projections: Tensor) -> Tensor:
         code = code ^ (code >> shift)
         shift *= 2
     return code
-
-
-def drawn(shape: tuple[int, ...], seed: int, like: Tensor) -> Tensor:
-    """Normal numbers that the seed alone decides, made on the CPU."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(like)

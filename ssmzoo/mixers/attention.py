@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmkernels.core.validate import precision
-from ssmzoo.cache import FEW, Cache, KVCache, Logits, PagedCache, append, borders, empty, positions
+from ssmzoo.cache import FEW, Cache, KVCache, Logits, PagedCache, append, borders, empty, newest, positions
 from ssmzoo.cache.hidden import HiddenCache, PagedHiddenCache, fold, unfold
 from ssmzoo.linear import Linear, is_plain
 from ssmzoo.mixer import Mixer
@@ -254,17 +254,11 @@ class Attention(Mixer):
 
     def _over_keys(self, q: Tensor, k: Tensor, v: Tensor, cache: Cache, cu_seqlens: Tensor | None) -> Tensor:
         """The next tokens of each sequence, over themselves and what the cache holds; unpacked on the device alone."""
-        l, first, logits = q.shape[1], cache.longest == 0, self.logits
+        first = cache.longest == 0
         append(cache, k, v, cu_seqlens, q)
         if first:
-            return logits.attention(q, k, v, cu_seqlens)
-        if cu_seqlens is not None:
-            keys, values, cu_seqlens_k = cache.packed(cu_seqlens.diff() > 0)
-            return logits.attention(q, keys, values, cu_seqlens, cu_seqlens_k)
-        if l <= FEW:
-            return cache.decode(q, logits)
-        keys, values, _ = cache.recent(l, -1 if self.window is None else self.window - 1)
-        return logits.attention(q, keys, values)
+            return self.logits.attention(q, k, v, cu_seqlens)
+        return newest(cache, q, self.logits, cu_seqlens)
 
     def _over_hidden(self, x: Tensor, cache: Cache, cu_seqlens: Tensor | None) -> Tensor:
         """Likewise, where the cache holds hidden states."""

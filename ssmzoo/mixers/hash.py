@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssmzoo.mixers._cached_heads import CachedHeadOptions
-from ssmzoo.mixers._lsh import drawn, rotation_buckets
+from ssmzoo.mixers._draws import SeededDraws
+from ssmzoo.mixers._lsh import rotation_buckets
 from ssmzoo.mixers._tagged_attention import Grouping, TaggedAttention
 from ssmzoo.registry import register_mixer
 
@@ -38,7 +39,7 @@ class HashOptions(CachedHeadOptions):
 
 
 @register_mixer("hash")
-class Hash(TaggedAttention):
+class Hash(SeededDraws, TaggedAttention):
     """Softmax attention among tokens whose queries and keys fall into the same bucket of a random hash.
 
     It approximates softmax attention by leaving out pairs that point in different directions. With random rotations
@@ -79,27 +80,11 @@ class Hash(TaggedAttention):
             raise ValueError(f"Hash: `n_rounds` must be at most {MOST_ROUNDS}; got {o.n_rounds}")
         if o.n_buckets > 2**12:
             raise ValueError(f"Hash: `n_buckets` must be at most {2**12}; got {o.n_buckets}")
-        self.n_buckets, self.n_rounds, self.shared_qk, self.seed = o.n_buckets, o.n_rounds, o.shared_qk, o.seed
-        self.n_tags, self.layer = o.n_rounds, 0
+        self.n_buckets, self.n_rounds, self.shared_qk = o.n_buckets, o.n_rounds, o.shared_qk
+        self.n_tags = o.n_rounds
         if o.shared_qk:
             del self.k_proj
-        shape = (o.n_rounds, self.n_heads, self.head_dim, o.n_buckets // 2)
-        self.register_buffer("rotations", torch.empty(shape))
-        self.redraw()
-
-    @torch.no_grad()
-    def redraw(self) -> None:
-        """Draws the rotations in place. States made before mean nothing after, if ``seed`` or the layer has changed."""
-        if not self.rotations.is_meta:
-            self.rotations.copy_(drawn(tuple(self.rotations.shape), self.seed + 7919 * self.layer, self.rotations))
-
-    def reset_parameters(self) -> None:
-        """:meth:`redraw`, by the name that PyTorch's meta-device initialisers call after ``to_empty``."""
-        self.redraw()
-
-    def at_layer(self, layer: int, n_layers: int) -> None:
-        self.layer = layer
-        self.redraw()
+        self.set_draws(o.seed, normal={"rotations": (o.n_rounds, self.n_heads, self.head_dim, o.n_buckets // 2)})
 
     def mixing_flops(self, context: int) -> float:
         """4 · n_heads · head_dim for each pair that a grouping shows, in even buckets, and the hashes' products."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ssmzoo.linear import Linear
 from ssmzoo.mixers._cached_heads import CachedHeadOptions
+from ssmzoo.mixers._draws import UNIT, SeededDraws
 from ssmzoo.mixers._tagged_attention import Grouping, TaggedAttention
 from ssmzoo.registry import register_mixer
 
@@ -37,7 +38,7 @@ class QKSparseOptions(CachedHeadOptions):
 
 
 @register_mixer("qk_sparse")
-class QKSparse(TaggedAttention):
+class QKSparse(SeededDraws, TaggedAttention):
     """Softmax attention of those queries that each head keeps, to those keys that it keeps.
 
     With a_i and c_j whether head's query i and key j are kept::
@@ -64,7 +65,7 @@ class QKSparse(TaggedAttention):
 
     options_class = QKSparseOptions
     n_tags = 1
-    offsets: Tensor  # (2, h), of queries and of keys; float64
+    offsets: Tensor  # (2, h), of queries and of keys, in parts of UNIT
 
     def __init__(self, d_model: int, **options: Any):
         o = QKSparseOptions(**options)
@@ -73,26 +74,8 @@ class QKSparse(TaggedAttention):
             if not 0 < share <= 1:
                 raise ValueError(f"QKSparse: `{name}` must be above 0 and at most 1; got {share}")
         self.keep = (o.keep_queries, o.keep_keys)
-        self.seed, self.layer = o.seed, 0
         self.score_proj = Linear(d_model, 2 * self.n_heads, bias=True) if o.drop == "learned" else None
-        if self.score_proj is None:
-            self.register_buffer("offsets", torch.empty(2, self.n_heads))
-            self.redraw()
-
-    @torch.no_grad()
-    def redraw(self) -> None:
-        """Draws the offsets in place. States made before mean nothing after, if ``seed`` or the layer has changed."""
-        if self.score_proj is None and not self.offsets.is_meta:
-            generator = torch.Generator().manual_seed(self.seed + 7919 * self.layer)
-            self.offsets.copy_(torch.rand(2, self.n_heads, generator=generator, device="cpu"))
-
-    def reset_parameters(self) -> None:
-        """:meth:`redraw`, by the name that PyTorch's meta-device initialisers call after ``to_empty``."""
-        self.redraw()
-
-    def at_layer(self, layer: int, n_layers: int) -> None:
-        self.layer = layer
-        self.redraw()
+        self.set_draws(o.seed, uniform={} if o.drop == "learned" else {"offsets": (2, self.n_heads)})
 
     def mixing_flops(self, context: int) -> float:
         """4 · n_heads · head_dim for each pair that is kept; of learned scores, as if half of each side were."""
@@ -126,7 +109,7 @@ class QKSparse(TaggedAttention):
         if extra is not None:
             kept = extra > 0
         else:
-            at = (self.offsets.double() + STEP * places[..., None, None]).frac()  # (b or 1, l, 2, h)
+            at = (self.offsets.double() / UNIT + STEP * places[..., None, None]).frac()  # (b or 1, l, 2, h)
             kept = at < torch.tensor(self.keep, dtype=at.dtype, device=at.device)[:, None]
             kept = kept.expand(q.shape[0], -1, -1, -1)
         queries, keys = kept.int().unbind(2)

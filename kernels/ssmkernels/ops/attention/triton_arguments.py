@@ -118,7 +118,7 @@ def places(cu_seqlens: Tensor | None, length: int, mask_block: int, block: int) 
 
 # Queries and keys of a tile, warps and stages of the pipeline, for head dims to 64, 128 and 256: what registers hold
 TILES = {
-    "hopper": {  # and Blackwell's data-centre chips
+    "hopper": {
         "forward": ((128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2)),
         "queries_backward": ((128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
         "keys_backward": ((64, 128, 8, 2), (32, 128, 8, 2), (32, 128, 8, 2)),
@@ -140,6 +140,7 @@ TILES = {
     },
     "interpreter": dict.fromkeys(("forward", "queries_backward", "keys_backward"), ((16, 16, 1, 1),) * 3),
 }
+TILES["blackwell"] = TILES["hopper"]  # of data centres
 GATHERED = 32  # queries or keys of a tile at most, where it is gathered from several blocks of a mask
 
 
@@ -163,9 +164,9 @@ def options(kernel: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         rows, columns = (other, small) if kernel == "keys_backward" else (small, other)
     if fields["q_positions"] is not None:  # those of both sides take registers too
         tight = machine == "ampere" and kernel == "forward"
-        if widest > 128:  # where the sums fill them, a smaller tile of the own side would free none
+        if widest > 128 and machine != "blackwell":  # its sums fill them: a smaller own side would free none
             rows, columns = (rows // 2, columns) if kernel == "keys_backward" else (rows, columns // 2)
-        elif tight or fields["MASK_Q"] or fields["slopes"] is not None:
+        elif widest > 128 or tight or fields["MASK_Q"] or fields["slopes"] is not None:
             rows, columns = (rows, columns // 2) if kernel == "keys_backward" else (rows // 2, columns)
         rows, columns = max(16, rows), max(16, columns)
     return {"ROWS": rows, "COLUMNS": columns, "num_warps": warps, "num_stages": stages, **all_registers()}
@@ -179,7 +180,9 @@ def _machine(dtype: torch.dtype) -> str:
     target = importlib.import_module("triton.runtime").driver.active.get_current_target()
     if target.backend == "hip":
         return "amd"
-    return "hopper" if 90 <= target.arch < 120 else "ampere"
+    if 90 <= target.arch < 120:
+        return "hopper" if target.arch < 100 else "blackwell"
+    return "ampere"
 
 
 def _dividing(tile: int, block: int) -> int:

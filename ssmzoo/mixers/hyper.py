@@ -88,11 +88,13 @@ class Hyper(SeededDraws, CachedHeads):
         """4 · n_heads · head_dim for each key that a query meets, sampled ones among them, and the hashes' products."""
         l = max(context, 1)
         met = self._met_causal(l) if self.causal else self._met(l, l)
-        hashed = 0 if l <= self.min_seq_len else 4 * self.projections.shape[2] * self.head_dim
-        return self.n_heads * (4 * self.head_dim * met / l + hashed)
+        return self.n_heads * 4 * self.head_dim * met / l
 
     def _met(self, l: int, m: int) -> float:
-        return l * (m if max(l, m) <= self.min_seq_len else min(m, self.block_size) + self.sample_size)
+        """Pairs of l queries and m keys; a product with the hash's projections is half of one."""
+        if max(l, m) <= self.min_seq_len:
+            return l * m
+        return l * (min(m, self.block_size) + self.sample_size) + (l + m) * self.projections.shape[2] / 2
 
     def _met_causal(self, l: int) -> float:
         if l <= max(1, self.min_seq_len):

@@ -67,7 +67,7 @@ class Layout:
         self.a, self.wide = a, precision(a.q)
         self.packing = None if a.cu_seqlens is None else pad(a.cu_seqlens)
         length = a.q.shape[1] if self.packing is None else self.packing[0].shape[1]
-        size = CHUNK if a.log_decay is None or a.log_decay.ndim == 3 else CHUNK_OF_CHANNELS
+        size = CHUNK_OF_CHANNELS if a.log_decay is not None and a.log_decay.ndim == 4 else CHUNK
         self.length, self.size = length, min(size, max(length, 1))
 
     def cut(self, x: Tensor) -> Tensor:
@@ -149,12 +149,12 @@ class Solved:
         of_earlier = self.end * (self.U @ dS.mT)
         dq = of_q + self._with_earlier(dP, k)
         dk = of_later + self._with_earlier(N, k) + of_earlier + self._with_later(dP, q) + self._with_later(N, k)
-        dg = self._of_decays(dP, N) + _from_here(q * of_q + k * of_later) + _before(k * of_earlier)
+        dg = self._of_decays(dP, N) + from_here(q * of_q + k * of_later) + before(k * of_earlier)
         dg = dg + (self.whole * self.S * dS).sum(-1)[:, :, None]
         left = torch.cat([self.scale * self.start * q, -beta * self.start * k], dim=-2)
-        before = self.whole * dS + left.mT @ torch.cat([dO, X], dim=-2)
+        of_state = self.whole * dS + left.mT @ torch.cat([dO, X], dim=-2)
         dg = dg.sum(-1, keepdim=True) if g.shape[-1] == 1 else dg
-        return (dq, dk, beta * X, (X * self.error).sum(-1, keepdim=True), dg), before
+        return (dq, dk, beta * X, (X * self.error).sum(-1, keepdim=True), dg), of_state
 
     def _with_earlier(self, weights: Tensor, x: Tensor) -> Tensor:
         """Σ_j weights_ij E_ij ∘ x_j."""
@@ -172,12 +172,12 @@ class Solved:
         return F.pad(T.diagonal(-1, -2, -1), (1, 0)).mT
 
 
-def _from_here(x: Tensor) -> Tensor:
+def from_here(x: Tensor) -> Tensor:
     """Sums over i ≥ t of x (b h i k)."""
     return x.flip(-2).cumsum(-2).flip(-2)
 
 
-def _before(x: Tensor) -> Tensor:
+def before(x: Tensor) -> Tensor:
     """Sums over j < t of x (b h j k)."""
     return F.pad(x.cumsum(-2)[..., :-1, :], (0, 0, 1, 0))
 
@@ -194,13 +194,13 @@ def forward(a: Any, _: bool) -> tuple[Tensor, Tensor]:
 
 def backward(a: Any, _: Any, grads: Any) -> dict[str, Tensor | None]:
     layout, scale = Layout(a), scale_of(a.scale, a.q.shape[3])
-    S, chunks, before = layout.initial(), layout.chunks(), []
+    S, chunks, states = layout.initial(), layout.chunks(), []
     for chunk in chunks:
-        before.append(S)
+        states.append(S)
         S = Solved(chunk, S, scale).after()
     dS = torch.zeros_like(S) if grads.final_state is None else grads.final_state.clone()
     found = []
-    for chunk, S, dO in reversed(list(zip(chunks, before, layout.cut(grads.o), strict=True))):
+    for chunk, S, dO in reversed(list(zip(chunks, states, layout.cut(grads.o), strict=True))):
         parts, dS = Solved(chunk, S, scale).backward(dO, dS)
         found.append(parts)
     every = [list(part) for part in zip(*reversed(found), strict=True)] or [[]] * 5

@@ -35,8 +35,8 @@ class Block(nn.Module):
         """
         super().__init__()
         placement = config.norm_placement_of_layer(layer)
-        before, after = placement != "post", placement in ("post", "sandwich")
-        self.norms_stream = placement == "stream"
+        before, after = placement not in ("post", "sum"), placement in ("post", "sum", "sandwich")
+        self.norms_stream, self.norms_sum = placement == "stream", placement == "sum"
 
         def norm(wanted: bool) -> nn.Module | None:
             return NORMS[config.norm](config.d_model, eps=config.norm_eps) if wanted else None
@@ -103,7 +103,7 @@ class Block(nn.Module):
             mixed = self.mixer(u, before, cu_seqlens=cu_seqlens)
         if before is not None:
             mixed, state = mixed
-        x = self._skip(x, u) + self._part(mixed, self.norm_after)
+        x = self._sum(x, u, mixed, self.norm_after)
         if mlp is None:
             return x, state
         u = y = self._normalised(x, self.norm2)
@@ -114,11 +114,17 @@ class Block(nn.Module):
                 state = LayerState(state, shift)
         else:
             y = mlp(y)
-        return self._skip(x, u) + self._part(y, self.norm2_after), state
+        return self._sum(x, u, y, self.norm2_after), state
 
     def _normalised(self, x: Tensor, norm: nn.Module | None) -> Tensor:
         """What a mixer or MLP is given of the residual stream, in the dtype of the weights."""
         return x.to(self.norms[0].weight.dtype) if norm is None else norm(x)  # type: ignore[arg-type]
+
+    def _sum(self, x: Tensor, normed: Tensor, y: Tensor, norm: nn.Module | None) -> Tensor:
+        """The residual stream and what a mixer or MLP made of it, with the norm after one of the two, or the sum."""
+        if self.norms_sum and norm is not None:
+            return norm(self._skip(x, normed) + self._part(y, None)).to(x.dtype)
+        return self._skip(x, normed) + self._part(y, norm)
 
     def _skip(self, x: Tensor, normed: Tensor) -> Tensor:
         """What of the residual stream goes on, before or after its norm."""

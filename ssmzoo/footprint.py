@@ -11,8 +11,8 @@ from torch import nn
 
 from ssmzoo.block import Block
 from ssmzoo.config import ModelConfig
+from ssmzoo.ends import input_modules, output_modules
 from ssmzoo.feed import SharedBlock
-from ssmzoo.linear import Linear
 from ssmzoo.lower_bounds import LowerBounds, bounded
 
 
@@ -107,14 +107,11 @@ def check_memory(config: ModelConfig, device: torch.device, dtype: torch.dtype |
 
 def _ends(config: ModelConfig) -> Footprint:
     """What comes before and after the blocks."""
-    width = {"tokens": config.padded_vocab_size, "classes": config.n_classes, "features": config.d_output}
-    head = Linear(config.d_model, width[config.output or "tokens"] or 0, bias=config.output != "tokens")
-    total = _size(nn.LayerNorm(config.d_model, bias=config.norm == "layer")) * (1 + config.embedding_norm)
-    if config.d_input is not None:
-        return total + _size(head) + _size(Linear(config.d_input, config.d_model))
-    tied = config.tie_embeddings and config.output == "tokens"
-    embedding = config.padded_vocab_size * config.d_model
-    return total + Footprint(embedding, torch.get_default_dtype().itemsize * embedding) + _size(head) * (not tied)
+    before, after = input_modules(config), output_modules(config)
+    total = sum((_size(module) for module in (*before, *after) if module is not None), Footprint(0, 0))
+    if config.tie_embeddings and config.output == "tokens" and config.d_input is None:
+        total += _size(before.embedding) * -1  # counted with the head
+    return total
 
 
 def _size(module: nn.Module) -> Footprint:

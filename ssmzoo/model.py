@@ -13,12 +13,13 @@ from ssmkernels.core.validate import check_cu_seqlens
 from ssmzoo.block import Block, entry_mixer
 from ssmzoo.config import ModelConfig
 from ssmzoo.decoding import through_layers
+from ssmzoo.ends import START, PositionState, check_token_types, input_modules, output_modules
 from ssmzoo.feed import SharedBlock
 from ssmzoo.generate import generate
-from ssmzoo.linear import Linear, arrives_later, computes_on
+from ssmzoo.linear import arrives_later, computes_on
 from ssmzoo.lower_bounds import share_lower_bounds
 from ssmzoo.mixer import Mixer
-from ssmzoo.norm import NORMS
+from ssmzoo.pooling import first, last, total
 from ssmzoo.state import State
 from ssmzoo.ties import KeepsTies
 
@@ -28,11 +29,13 @@ class ModelState(State):
     """The states of all layers.
 
     ``summed`` (s, d_model) and ``count`` (s) carry the mean that class logits are read from; None elsewhere.
+    ``positions`` is that of learned positions.
     """
 
     layers: list[State]
     summed: Tensor | None = None
     count: Tensor | None = None
+    positions: PositionState | None = None
 
 
 class SequenceModel(KeepsTies):
@@ -45,13 +48,9 @@ class SequenceModel(KeepsTies):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        if config.d_input is None:
-            self.embedding: nn.Module = nn.Embedding(config.padded_vocab_size, config.d_model)
-        else:
-            self.embedding = Linear(config.d_input, config.d_model)
-        self.embedding_norm = None
-        if config.embedding_norm:
-            self.embedding_norm = NORMS[config.norm](config.d_model, eps=config.norm_eps)
+        inputs = input_modules(config)
+        self.embedding, self.position_embedding, self.token_type_embedding, self.embedding_norm = inputs
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         shared: dict[str, Mixer] = {}
         feeds = {name: SharedBlock(config.d_model, **options) for name, options in config.feeds.items()}
         self.layers = nn.ModuleList()
@@ -63,12 +62,10 @@ class SequenceModel(KeepsTies):
             self.layers.append(Block(config, i, shared.get(entry), None if feed is None else feeds[feed]))
         share_lower_bounds([block.mixer for block in self.blocks])
         self.embedding_scale, self.logit_multiplier = config.embedding_scale, config.logit_multiplier
-        self.norm_f = NORMS[config.norm](config.d_model, eps=config.norm_eps)
-        width = {"tokens": config.padded_vocab_size, "classes": config.n_classes, "features": config.d_output}
-        self.lm_head = Linear(config.d_model, width[config.output or "tokens"] or 0, bias=config.output != "tokens")
+        self.norm_f, self.head_transform, self.lm_head = output_modules(config)
         self.tie_weights()
         if isinstance(self.embedding, nn.Embedding):
-            nn.init.normal_(self.embedding.weight, std=0.02)
+            nn.init.normal_(self.embedding.weight, std=START)
 
     @property
     def blocks(self) -> list[Block]:
@@ -113,6 +110,8 @@ class SequenceModel(KeepsTies):
         """
         layers = [block.initial_state(batch_size, max_length) for block in self.blocks]
         state = ModelState(layers)
+        if self.position_embedding is not None:
+            state.positions = self.position_embedding.initial_state(batch_size)
         if self.config.output == "classes" and self.config.pooling == "mean":
             like = self.blocks[0].mixer.like(wide=True)  # the head's weight may be quantised or sharded
             state.summed = like.new_zeros(batch_size, self.config.d_model)
@@ -127,6 +126,7 @@ class SequenceModel(KeepsTies):
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         last_only: bool = False,
+        token_types: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ModelState]:
         """Runs whole sequences, or, with a state, the next tokens.
 
@@ -138,42 +138,55 @@ class SequenceModel(KeepsTies):
             cu_seqlens: int32 ``(s + 1)``, borders of sequences packed into a batch of one; not together with ``mask``.
             last_only: outputs for each sequence's last token alone, ``(s, 1, ...)``: all that a prefill needs,
                 without the cost of a vocabulary of logits at every other. Every sequence must have a token.
+            token_types: for a model with ``token_types`` in its config, the type of each token, ``(b, l)`` int64 or
+                int32; all 0 if None.
 
         Returns:
             Token logits ``(b, l, padded vocab_size)``, features ``(b, l, d_output)``, or class logits ``(s,
             n_classes)`` with s sequences (b without ``cu_seqlens``); with a state, the state after the last token too.
 
         Raises:
-            TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name.
+            TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name; or sequences that
+                reach beyond the learned positions.
         """
         self._check(inputs, state, mask, cu_seqlens)
-        if mask is not None and not mask.all():
-            out, state = self._padded(inputs, state, mask, last_only)
-        else:
-            out, state = self._run(inputs, state, cu_seqlens, last_only)
+        check_token_types(token_types, inputs, self.config.token_types)
+        padded = mask is not None and not mask.all()
+        if padded and mask is not None:
+            cu_seqlens = F.pad(mask.sum(1).cumsum(0), (1, 0)).int()
+            inputs, token_types = inputs[mask][None], None if token_types is None else token_types[mask][None]
+        x, positions = self._embed(inputs, token_types, state, cu_seqlens)
+        out, state = self._run(x, state, cu_seqlens, last_only)
+        if state is not None:
+            state.positions = positions
+        if padded and mask is not None and self.config.output != "classes" and not last_only:
+            packed, out = out[0], out.new_zeros(*mask.shape, out.shape[-1])
+            out[mask] = packed
         return out if state is None else (out, state)
 
-    def _padded(
-        self, inputs: Tensor, state: ModelState | None, mask: Tensor, last_only: bool
-    ) -> tuple[Tensor, ModelState | None]:
-        cu_seqlens = F.pad(mask.sum(1).cumsum(0), (1, 0)).int()
-        out, state = self._run(inputs[mask][None], state, cu_seqlens, last_only)
-        if self.config.output != "classes" and not last_only:
-            padded = out.new_zeros(*mask.shape, out.shape[-1])
-            padded[mask] = out[0]
-            out = padded
-        return out, state
-
-    def _run(
-        self, inputs: Tensor, state: ModelState | None, cu_seqlens: Tensor | None, last_only: bool
-    ) -> tuple[Tensor, ModelState | None]:
-        x = self.embedding(inputs)
+    def _embed(
+        self, inputs: Tensor, token_types: Tensor | None, state: ModelState | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, PositionState | None]:
+        """The residual stream before the first layer, and the positions after the inputs."""
+        x, positions = self.embedding(inputs), None
         if self.embedding_scale != 1:
             x = x * self.embedding_scale
+        if self.position_embedding is not None:
+            at, positions = self.position_embedding(x, None if state is None else state.positions, cu_seqlens)
+            x = x + at
+        if self.token_type_embedding is not None:
+            types = torch.zeros_like(x[..., 0], dtype=torch.long) if token_types is None else token_types
+            x = x + self.token_type_embedding(types)
         if self.config.residual_in_fp32 and x.dtype in (torch.bfloat16, torch.float16):
             x = x.float()
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
+        return self.embedding_dropout(x) if self.training else x, positions
+
+    def _run(
+        self, x: Tensor, state: ModelState | None, cu_seqlens: Tensor | None, last_only: bool
+    ) -> tuple[Tensor, ModelState | None]:
+        """From before the first layer to the outputs."""
         states: list[State] = []
         embedded = x if self.config.feeds else None
         values: list[Tensor] = []  # the first layer's, for value residuals
@@ -187,11 +200,15 @@ class SequenceModel(KeepsTies):
                 x, after = block(x, None if state is None else state.layers[i], cu_seqlens, embedded, values)
                 states += [] if after is None else [after]
         x = self.norm_f(x)
+        if isinstance(self.norm_f, nn.Identity):  # the last layer's norm is the last
+            x = x.to(self.blocks[-1].norms[-1].weight.dtype)  # type: ignore[arg-type]
         after = None if state is None else ModelState(states, state.summed, state.count)
         if self.config.output == "classes":
             x = self._pool(x, after, cu_seqlens)
         elif last_only:
-            x = _last(x, cu_seqlens)[:, None]
+            x = last(x, cu_seqlens)[:, None]
+        if self.head_transform is not None:
+            x = self.head_transform(x)
         return self._logits(self.lm_head(x)), after
 
     def _logits(self, x: Tensor) -> Tensor:
@@ -203,17 +220,9 @@ class SequenceModel(KeepsTies):
 
     def _pool(self, x: Tensor, state: ModelState | None, cu_seqlens: Tensor | None) -> Tensor:
         """(b l d_model) → (s d_model), one row a sequence; a mean goes on from the state's and into it."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        if cu_seqlens is None:
-            lengths = torch.full((x.shape[0],), x.shape[1], device=x.device)
-        else:
-            lengths = cu_seqlens.diff().long()
-        if self.config.pooling == "last":
-            return _last(x, cu_seqlens)
-        if cu_seqlens is None:
-            summed = x.sum(1, dtype=wide)
-        else:
-            summed = torch.segment_reduce(x[0].to(wide), "sum", lengths=lengths)
+        if self.config.pooling != "mean":
+            return (first if self.config.pooling == "first" else last)(x, cu_seqlens)
+        summed, lengths = total(x, cu_seqlens)
         if state is not None and state.summed is not None and state.count is not None:
             summed = state.summed = state.summed + summed
             lengths = state.count = state.count + lengths
@@ -282,18 +291,13 @@ class SequenceModel(KeepsTies):
 
     def flops_per_token(self, context: int) -> float:
         """FLOPs of a forward pass a token at ``context`` tokens: two a weight of each linear map, and the mixing."""
-        total = 2.0 * self.lm_head.weight.numel()
+        flops = 2.0 * self.lm_head.weight.numel()
+        if self.head_transform is not None:
+            flops += 2.0 * self.head_transform.linear.weight.numel()
         if isinstance(self.embedding, nn.Linear):
-            total += 2.0 * self.embedding.weight.numel()
+            flops += 2.0 * self.embedding.weight.numel()
         for block in self.blocks:
-            total += 2.0 * sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
-            total += block.mixer.mixing_flops(context) + (0 if block.mlp is None else block.mlp.flops())
-            total += 0 if block.feed is None else block.feed.attention.mixing_flops(context)
-        return total
-
-
-def _last(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Each sequence's last token: (b l d) → (s d)."""
-    if x.shape[1] == 0 or (cu_seqlens is not None and bool((cu_seqlens.diff() == 0).any())):
-        raise ValueError("SequenceModel: `last_only` needs at least one token in every sequence of `inputs`")
-    return x[:, -1] if cu_seqlens is None else x[0, cu_seqlens[1:].long() - 1]
+            flops += 2.0 * sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
+            flops += block.mixer.mixing_flops(context) + (0 if block.mlp is None else block.mlp.flops())
+            flops += 0 if block.feed is None else block.feed.attention.mixing_flops(context)
+        return flops

@@ -18,7 +18,7 @@ LAYERS = (
     "mixers",
     "feed",
     "config",
-    "block generate",
+    "block ends generate pooling",
     "decoding",
     "model",
     "checkpoints footprint",

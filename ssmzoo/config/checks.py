@@ -25,6 +25,7 @@ def check(config: Any) -> None:
         "d_input",
         "n_classes",
         "d_output",
+        "learned_positions",
     ):
         value = getattr(config, name)
         if value is not None and value < 1:
@@ -34,8 +35,11 @@ def check(config: Any) -> None:
             raise ValueError(f"config key `{name}` must be at most {most}; got {short(value)}")
     if not config.pattern:
         raise ValueError("config key `pattern` must name at least one mixer; got an empty list")
-    if not 0 <= config.dropout < 1:
-        raise ValueError(f"config key `dropout` must be in [0, 1); got {config.dropout}")
+    for name in ("dropout", "embedding_dropout"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"config key `{name}` must be in [0, 1); got {getattr(config, name)}")
+    if not 0 <= config.token_types <= MAX_SIZE:
+        raise ValueError(f"config key `token_types` must be from 0 to {MAX_SIZE}; got {short(config.token_types)}")
     if config.vocab_size is None and config.d_input is None:
         raise ValueError(
             "config: set `vocab_size` for token ids in, or `d_input` for real-valued features in; got neither"
@@ -46,6 +50,14 @@ def check(config: Any) -> None:
     if config.output != "tokens" and (config.logit_multiplier != 1 or config.logit_softcap):
         name = "logit_softcap" if config.logit_multiplier == 1 else "logit_multiplier"
         raise ValueError(f"config: `{name}` has no meaning with `output: {config.output}`: it is of token logits")
+    if config.head_norm and config.head_activation is None:
+        raise ValueError("config: `head_norm` stands after the map of `head_activation`, which is not set")
+    if config.head_bias and config.output != "tokens":
+        raise ValueError(f"config: `head_bias` is of token logits; with `output: {config.output}` there always is one")
+    if config.pooling == "first" and not config.bidirectional:
+        raise ValueError(
+            "config: `pooling: first` needs `bidirectional`: looking back, a first token sees itself alone"
+        )
     _check_mlps(config)
     _check_feeds(config)
     for i in range(config.n_layers):

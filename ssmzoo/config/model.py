@@ -18,7 +18,7 @@ from ssmzoo.options import check_range, convert, options_of
 from ssmzoo.plain import check_plain
 from ssmzoo.registry import mixer_class
 
-Placement = Literal["pre", "post", "sandwich", "stream"]
+Placement = Literal["pre", "post", "sum", "sandwich", "stream"]
 
 
 @dataclasses.dataclass
@@ -43,14 +43,25 @@ class ModelConfig:
             sequence) or "features" (d_output numbers a step). If None: "classes" where n_classes is set, else "tokens"
             where vocab_size is, else "features".
         n_classes: number of classes.
-        pooling: which steps the classes are read from: the "mean" of all, or the "last".
+        pooling: which steps the classes are read from: the "mean" of all, the "last", or, where all mixers look both
+            ways, the "first", as BERT reads them from its token [CLS].
         d_output: width of output features; d_input if None.
         tie_embeddings: the token logits use the embedding's weights.
+        head_activation: a linear map of the residual stream and this activation stand before the head's own map, as in
+            BERT's head of masked tokens ("gelu") and its pooler ("tanh"); None for neither.
+        head_norm: and after those a norm.
+        head_bias: a bias on the token logits, which starts at 0; other heads always have one.
         norm: "rms", "centred_rms" (its weight is 1 + w) or "layer", around each mixer and MLP and at the end.
+        learned_positions: rows of a table of learned vectors, one for each position, that are added to the embeddings
+            (GPT-2, BERT). A sequence can then have no more tokens than that. None for no such table.
+        token_types: rows of a table of learned vectors that are added to the embeddings by the ``token_types`` of a
+            call, as BERT tells two sentences apart; 0 for no such table.
         embedding_norm: a norm of the embeddings as well, before the first layer.
+        embedding_dropout: on the embeddings, after all that.
         norm_placement: "pre": x + f(norm(x)); "post": x + norm(f(x)), as in OLMo 2 (arXiv 2501.00656); "sandwich":
-            x + norm(f(norm(x))), as in Gemma 2 (arXiv 2408.00118); or "stream": u + f(u) with u = norm(x), as in
-            MiniMax-Text-01 (arXiv 2501.08313).
+            x + norm(f(norm(x))), as in Gemma 2 (arXiv 2408.00118); "sum": norm(x + f(x)), the post-norm of the first
+            Transformer (arXiv 1706.03762) and BERT, with no norm after the last layer; or "stream": u + f(u) with
+            u = norm(x), as in MiniMax-Text-01 (arXiv 2501.08313).
         norm_eps: added to the mean square, or the variance.
         embedding_multiplier: of the embeddings, or of the projected features; "sqrt" is √d_model rounded to bfloat16,
             as in Gemma.
@@ -79,11 +90,17 @@ class ModelConfig:
     d_input: int | None = None
     output: Literal["tokens", "classes", "features"] | None = None
     n_classes: int | None = None
-    pooling: Literal["mean", "last"] = "mean"
+    pooling: Literal["mean", "last", "first"] = "mean"
     d_output: int | None = None
     tie_embeddings: bool = True
+    head_activation: Literal["gelu", "gelu_tanh", "relu", "silu", "tanh"] | None = None
+    head_norm: bool = False
+    head_bias: bool = False
     norm: Literal["rms", "centred_rms", "layer"] = "rms"
+    learned_positions: int | None = None
+    token_types: int = 0
     embedding_norm: bool = False
+    embedding_dropout: float = 0.0
     norm_placement: Placement = "pre"
     norm_eps: float = 1e-5
     embedding_multiplier: float | Literal["sqrt"] = 1.0
@@ -118,7 +135,7 @@ class ModelConfig:
         return self.mixers.get(self.entry_of_layer(layer), {}).get("feed")
 
     def norm_placement_of_layer(self, layer: int) -> str:
-        """Where a layer's norms stand: "pre", "post", "sandwich" or "stream"."""
+        """Where a layer's norms stand, as ``norm_placement`` says it."""
         entry = self.entry_of_layer(layer)
         given = self.mixers.get(entry, {}).get("norm_placement", self.norm_placement)
         return convert(f"config key `mixers.{entry:.80}.norm_placement`", given, Placement)

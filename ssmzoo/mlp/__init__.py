@@ -7,7 +7,7 @@ from typing import Any
 
 from ssmkernels.core.names import unknown
 from ssmzoo.mlp.base import ChannelMixer, ShiftingChannelMixer, ShiftState
-from ssmzoo.mlp.dense import GEGLU, GELU, ReGLU, SquaredReLU, SwiGLU, TanhGEGLU
+from ssmzoo.mlp.dense import GEGLU, GELU, ReGLU, SquaredReLU, SwiGLU, TanhGEGLU, TanhGELU
 from ssmzoo.mlp.moe import MoE
 from ssmzoo.mlp.rwkv import RWKV6MLP, RWKV7MLP
 from ssmzoo.options import check_options, convert
@@ -28,6 +28,7 @@ MLPS: dict[str, type[ChannelMixer]] = {
     "geglu_tanh": TanhGEGLU,
     "reglu": ReGLU,
     "gelu": GELU,
+    "gelu_tanh": TanhGELU,
     "relu2": SquaredReLU,
     "moe": MoE,
     "rwkv6": RWKV6MLP,

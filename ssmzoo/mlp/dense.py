@@ -98,6 +98,12 @@ class GELU(PlainMLP):
         super().__init__(d_model, d_intermediate=d_intermediate, bias=bias)
 
 
+class TanhGELU(GELU):
+    """The same with the approximation of GELU by tanh, as in GPT-2; arguments as in :class:`PlainMLP`."""
+
+    activation = "gelu_tanh"
+
+
 class SquaredReLU(PlainMLP):
     """fc2(relu(fc1(x))²) (So et al. 2021, arXiv 2109.08668); arguments as in :class:`PlainMLP`."""
 

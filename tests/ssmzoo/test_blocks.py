@@ -53,6 +53,20 @@ def test_the_stream_itself_is_normalised():
     )
 
 
+@torch.no_grad()
+def test_norms_of_the_sums():
+    """As in the first Transformer; the last of them is the model's last."""
+    model = build(norm_placement="sum", residual_multiplier=0.3)
+    x = model.embedding(IDS)
+    for block in model.blocks:
+        for norm, part in zip(block.norms, (block.mixer, block.mlp), strict=True):
+            x = norm(x + 0.3 * part(x))
+    torch.testing.assert_close(model(IDS), model.lm_head(x))
+    wide = ssmzoo.build(TINY, norm_placement="sum", residual_in_fp32=True, dtype=torch.bfloat16)
+    assert wide(IDS).isfinite().all()
+    assert footprint(model.config).parameters == model.num_parameters()
+
+
 def test_a_mixer_with_norms_of_its_own_placement(tmp_path):
     mixers = {"gru": {"norm_placement": "post"}, "lstm": {}}
     model = ssmzoo.build(TINY, pattern=["gru", "lstm"], mixers=mixers).eval()
@@ -111,6 +125,7 @@ ACTIVATIONS = {
     "geglu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "reglu": F.relu,
     "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu2": lambda x: F.relu(x) ** 2,
 }
 
@@ -118,7 +133,7 @@ ACTIVATIONS = {
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_channel_mixers(kind):
-    gated = kind.endswith(("glu", "glu_tanh"))
+    gated = "glu" in kind
     options = {"gate_multiplier": 3.0, "out_multiplier": 0.5} if gated else {}
     mlp, x = build_mlp(6, {"kind": kind, "d_intermediate": 10, "bias": True, **options}), torch.randn(2, 3, 6)
     inside = x @ mlp.fc1.weight.T + mlp.fc1.bias
@@ -252,7 +267,10 @@ def test_swapping_keeps_what_feeds_a_layer():
         ({"mlp_pattern": ["swiglu"]}, "give `mlp`, one for all layers, or `mlp_pattern`; got both"),
         ({"mlp": {"kind": "none"}, "mlps": {"wide": {}}}, "`mlps.wide` is not in `mlp_pattern`"),
         ({"mlp": {"kind": "none"}, "mlp_pattern": ["wide"]}, "unknown `kind` of mlps.wide: 'wide'"),
-        ({"norm_placement": "peri"}, "`norm_placement` must be 'pre' or 'post' or 'sandwich' or 'stream'; got 'peri'"),
+        (
+            {"norm_placement": "peri"},
+            "`norm_placement` must be 'pre' or 'post' or 'sum' or 'sandwich' or 'stream'; got 'peri'",
+        ),
         ({"mixers": {"gru": {"norm_placement": "peri"}}}, "`mixers.gru.norm_placement` must be 'pre' or 'post'"),
         ({"residual_multiplier": float("inf")}, "`residual_multiplier` must be a finite number"),
         ({"logit_softcap": -1.0}, "`logit_softcap` must be a finite number of at least 0"),

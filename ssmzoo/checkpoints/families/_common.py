@@ -194,3 +194,23 @@ def require(given: Mapping[str, Any], **wanted: Any) -> None:
     for name, value in wanted.items():
         if given.get(name, value) != value:
             raise ValueError(f"config.json: `{name}` must be {value!r}; got {given[name]!r}, which cannot be loaded")
+
+
+def gelu_of(given: Mapping[str, Any], name: str, default: str) -> str:
+    """Our name of the kind of GELU that a key of config.json names.
+
+    Raises:
+        ValueError: another activation.
+    """
+    kinds = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+    found = given.get(name, default)
+    if found not in kinds:
+        raise ValueError(
+            f"config.json: `{name}` must be one of {', '.join(kinds)}; got {found!r}, which cannot be loaded"
+        )
+    return kinds[found]
+
+
+def learned_position_attention(d_model: int, heads: int) -> dict[str, Any]:
+    """Of attention in models whose positions are learned."""
+    return {"head_dim": d_model // heads, "n_heads": heads, "rope": False, "bias": True, "out_bias": True}

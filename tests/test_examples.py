@@ -14,6 +14,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 # Script → arguments that make it short, and what its output must hold.
 CASES = {
     "check_my_kernel.py": ([], "gradient of x is -0.19"),
+    "image_patches.py": (["--steps", "2"], "test digits, from 16 patches each"),
     "long_sequence.py": (["--length", "4096", "--chunk", "512", "--d-model", "16"], "4,096 steps"),
     "mamba2_both_ways.py": (["--steps", "5"], "both ways"),
     "mamba2_learned_state.py": (["--steps", "5"], "learned initial state"),
@@ -26,7 +27,8 @@ CASES = {
     "swap_mixer.py": (["--steps", "2"], "mamba, mamba, mamba, lstm"),
 }
 # Script → the optional packages that it imports.
-NEEDS = {"s4_digits.py": ("sklearn", "matplotlib", "accelerate"), "s4_forecast.py": ("statsmodels", "matplotlib")}
+DIGITS = ("sklearn", "matplotlib", "accelerate")
+NEEDS = {"image_patches.py": DIGITS, "s4_digits.py": DIGITS, "s4_forecast.py": ("statsmodels", "matplotlib")}
 
 
 def test_every_example_is_run():

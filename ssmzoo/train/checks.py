@@ -73,16 +73,32 @@ def check_kind(config: ModelConfig) -> None:
         )
 
 
-def check_trainable(model: SequenceModel) -> None:
-    """No next token is predicted with the help of later ones, and the weights are precise enough to learn.
+def check_length(config: ModelConfig, length: int) -> None:
+    """A sequence has no more tokens than the model has learned positions.
+
+    Raises:
+        ValueError: it has.
+    """
+    most = config.learned_positions
+    if most is not None and length > most:
+        raise ValueError(
+            f"training setting `length` must be at most {most}, the model's `learned_positions`; got {length}: add "
+            f"--set length={most}, or --set learned_positions={length} for another model"
+        )
+
+
+def check_trainable(model: SequenceModel, masked: bool) -> None:
+    """No next token is predicted with the help of later ones, unless masked tokens are learned; the weights are precise
+    enough to learn.
 
     Raises:
         ValueError: one of the two does not hold.
     """
     for name, module in model.named_modules():
-        if model.config.output == "tokens" and isinstance(module, Mixer) and not module.causal:
+        if model.config.output == "tokens" and not masked and isinstance(module, Mixer) and not module.causal:
             raise ValueError(
-                f"train: `model` must be causal; {name} is bidirectional and sees the tokens that it should predict"
+                f"train: `model` must be causal; {name} is bidirectional and sees the tokens that it should predict. "
+                "It can learn masked tokens: add --set objective=masked"
             )
     for name, parameter in model.named_parameters():
         if parameter.dtype in (torch.float16, torch.bfloat16):
@@ -92,16 +108,17 @@ def check_trainable(model: SequenceModel) -> None:
             )
 
 
-def check_vocabulary(vocabulary: Vocabulary, size: int) -> None:
-    """A vocabulary fits a model's ``vocab_size``.
+def check_vocabulary(vocabulary: Vocabulary, size: int, masked: bool) -> None:
+    """A vocabulary, and with ``masked`` one more id for the mask of bytes, fits a model's ``vocab_size``.
 
     Raises:
         ValueError: it does not.
     """
-    if isinstance(vocabulary, Bytes) and size != vocabulary.size:
+    wanted = vocabulary.size + masked
+    if isinstance(vocabulary, Bytes) and size != wanted:
         raise ValueError(
-            f"text as bytes has {vocabulary.size} ids, and the model's vocab_size is {size}: "
-            "add --set vocab_size=256, or name a tokenizer with --set tokenizer=FILE"
+            f"text as bytes has {vocabulary.size} ids{', and the mask is another' if masked else ''}, and the model's "
+            f"vocab_size is {size}: add --set vocab_size={wanted}, or name a tokenizer with --set tokenizer=FILE"
         )
     if vocabulary.size > size:
         raise ValueError(

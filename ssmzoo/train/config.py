@@ -33,6 +33,13 @@ class TrainConfig:
         precision: "fp32", or mixed: "bf16", "fp16".
         cpu: train on the CPU even where there is a GPU.
         tokenizer: path of a `tokenizers` JSON file; text is read as bytes if None.
+        objective: what a language model learns: "causal", the next token; or "masked", tokens that are masked, as BERT
+            does: see :mod:`ssmzoo.train.masked`. If None, "masked" for a model that is ``bidirectional``.
+        mask_rate: the share of each sequence's tokens that a model learns to tell, with "masked".
+        mask_random: the share of these that are replaced by another id and not by the mask.
+        mask_kept: the share of these that are not replaced.
+        mask_id: the id of the mask; if None, that of the tokenizer's "[MASK]" or "<mask>", else the id after all
+            others.
         validation: fraction of the data that is held out, unless a classifier has a file for that.
         eval_every: steps between evaluations on held-out data; one more stands at the start and at the end.
         eval_batches: batches in one evaluation, always the same ones.
@@ -55,6 +62,11 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     cpu: bool = False
     tokenizer: str | None = None
+    objective: Literal["causal", "masked"] | None = None
+    mask_rate: float = 0.15
+    mask_random: float = 0.1
+    mask_kept: float = 0.1
+    mask_id: int | None = None
     validation: float = 0.05
     eval_every: int = 100
     eval_batches: int = 8
@@ -74,6 +86,14 @@ class TrainConfig:
             (("lr",), lambda v: v > 0, "above 0"),
             (("min_lr_ratio",), lambda v: 0 <= v <= 1, "from 0 to 1"),
             (("validation",), lambda v: 0 < v < 1, "between 0 and 1"),
+            (("mask_rate",), lambda v: 0 < v <= 1, "above 0 and at most 1"),
+            (("mask_random", "mask_kept"), lambda v: 0 <= v <= 1, "from 0 to 1"),
+            (("mask_id",), lambda v: v is None or v >= 0, "at least 0, or None"),
+            (
+                ("mask_kept",),
+                lambda v: v + self.mask_random <= 1,
+                f"at most 1 together with `mask_random`={self.mask_random}",
+            ),
             (("weight_decay", "clip", "seed", "sample_every"), lambda v: v >= 0, "at least 0"),
             (
                 ("betas",),
@@ -96,6 +116,12 @@ class TrainConfig:
     def warmup(self) -> int:
         """Steps of warm-up."""
         return self.steps // 20 if self.warmup_steps is None else self.warmup_steps
+
+    def learns_masked(self, model: ModelConfig) -> bool:
+        """Whether a model learns masked tokens with these settings."""
+        if model.output != "tokens":
+            return False
+        return model.bidirectional if self.objective is None else self.objective == "masked"
 
     @classmethod
     def of(cls, *settings: Mapping[str, Any]) -> TrainConfig:

@@ -11,7 +11,7 @@ import sysconfig
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -104,7 +104,7 @@ class Tokens:
         room = max(1, (len(self) - 1) // length)
         return np.linspace(0, len(self) - length - 1, min(most, room)).astype(np.int64)
 
-    def take(self, places: np.ndarray, length: int) -> Tensor:
+    def take(self, places: np.ndarray, length: int, draw: np.random.Generator) -> Tensor:
         """The windows that start at some places, ``(b, length + 1)`` int64."""
         return torch.from_numpy(np.stack([self.window(int(s), length + 1) for s in places]).astype(np.int64))
 
@@ -195,25 +195,29 @@ class Labelled(NamedTuple):
 
 
 class Part(Protocol):
-    """Data from which sequences of some length are taken: :class:`Tokens`, or a classifier's examples."""
+    """Data from which sequences of some length are taken: :class:`Tokens`, masked or not, or a classifier's examples.
+
+    ``draw`` is for what is drawn within the sequences.
+    """
 
     def places(self, length: int) -> int: ...
 
     def spread(self, most: int, length: int) -> np.ndarray: ...
 
-    def take(self, places: np.ndarray, length: int) -> Tensor | Labelled: ...
+    def take(self, places: np.ndarray, length: int, draw: np.random.Generator) -> Any: ...
 
 
-def batch(part: Part, size: int, length: int, key: Sequence[int]) -> Tensor | Labelled:
+def batch(part: Part, size: int, length: int, key: Sequence[int]) -> Any:
     """``size`` sequences from places that depend on ``key`` alone; of tokens ``(size, length + 1)``."""
-    return part.take(np.random.default_rng(key).integers(0, part.places(length), size), length)
+    draw = np.random.default_rng(key)
+    return part.take(draw.integers(0, part.places(length), size), length, draw)
 
 
-def fixed_batches(part: Part, count: int, size: int, length: int) -> Iterator[Tensor | Labelled]:
+def fixed_batches(part: Part, count: int, size: int, length: int) -> Iterator[Any]:
     """Up to ``count`` batches of up to ``size`` sequences, from places that lie evenly apart."""
     places = part.spread(count * size, length)
     for first in range(0, len(places), size):
-        yield part.take(places[first : first + size], length)
+        yield part.take(places[first : first + size], length, np.random.default_rng(first))
 
 
 def text_files(sources: Sequence[Source]) -> list[Path]:

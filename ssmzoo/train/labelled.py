@@ -50,7 +50,7 @@ class Examples:
         """Up to ``most`` places that lie evenly apart."""
         return np.linspace(0, len(self) - 1, min(most, len(self))).astype(np.int64)
 
-    def take(self, places: np.ndarray, length: int) -> Labelled:
+    def take(self, places: np.ndarray, length: int, draw: np.random.Generator) -> Labelled:
         """The sequences at some places."""
         lengths, longest = self.lengths[places], self.inputs.shape[1]
         whole = bool((lengths == longest).all())

@@ -22,7 +22,7 @@ class Log:
 
     Args:
         path: the CSV file. What stands in it after ``step`` is taken out.
-        unit: what losses are counted by: "byte", "token" or "label".
+        unit: what losses are counted by: "byte", "token", "masked_token" or "label".
         step, steps: how many are done, and how many there are.
         console: where the bar and the lines go.
         experts: the model has mixtures of experts.
@@ -30,7 +30,7 @@ class Log:
 
     def __init__(self, path: Path, unit: str, step: int, steps: int, console: Console, experts: bool = False):
         self.columns = columns(unit, experts)
-        self._unit = unit
+        self._unit = unit.replace("_", " ")
         self._console = console
         _rewind(path, step, self.columns)
         self._file = path.open("a", newline="")
@@ -91,7 +91,7 @@ def columns(unit: str, experts: bool = False) -> list[str]:
 
     With ``experts`` also the load of the busiest expert over an even one, in the mean over the layers.
     """
-    accuracy = ["validation_accuracy"] if unit == "label" else []
+    accuracy = ["validation_accuracy"] if unit in ("label", "masked_token") else []
     return [
         "step",
         "loss",

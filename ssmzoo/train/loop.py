@@ -22,6 +22,7 @@ from ssmzoo.train.experts import Balance
 from ssmzoo.train.interrupt import Interrupt, Interrupted
 from ssmzoo.train.labelled import LabelledData
 from ssmzoo.train.log import Log, Row
+from ssmzoo.train.masked import Masked, MaskedData
 from ssmzoo.train.optimizer import build_optimizer, lr_factor, set_lr
 from ssmzoo.train.output import Output
 
@@ -41,7 +42,7 @@ class Trainer:
     def __init__(
         self,
         model: SequenceModel,
-        data: Data | LabelledData,
+        data: Data | MaskedData | LabelledData,
         config: TrainConfig,
         run: Path,
         accelerator: Accelerator,
@@ -153,9 +154,11 @@ class Trainer:
             values.append(self.balance.after_step(lambda counts: self.accelerator.reduce(counts, "sum")))
         self._pending.append((config.lr * factor, torch.stack(values)))
 
-    def _predict(self, model: torch.nn.Module, drawn: Tensor | Labelled) -> tuple[Tensor, Tensor]:
+    def _predict(self, model: torch.nn.Module, drawn: Tensor | Masked | Labelled) -> tuple[Tensor, Tensor]:
         """Logits (m c), and the m ids or labels that they should tell; ids come as (b l+1)."""
         drawn = drawn.to(self.accelerator.device)
+        if isinstance(drawn, Masked):
+            return model(drawn.inputs)[drawn.chosen].float(), drawn.answers
         if isinstance(drawn, Labelled):
             return model(drawn.inputs, mask=drawn.mask).float(), drawn.labels
         return model(drawn[:, :-1]).flatten(0, 1).float(), drawn[:, 1:].flatten()
@@ -168,7 +171,7 @@ class Trainer:
             self.accelerator.num_processes,
             self.accelerator.process_index,
         )
-        labelled = isinstance(self.data, LabelledData)
+        scored = not isinstance(self.data, Data)
         totals = torch.zeros(3, device=self.accelerator.device)  # nats, tokens or labels, right ones
         self.model.eval()
         batches = fixed_batches(self.data.validation, config.eval_batches, config.batch_size, config.length)
@@ -177,11 +180,11 @@ class Trainer:
                 logits, answers = self._predict(self.model, drawn)
                 totals[0] += F.cross_entropy(logits, answers, reduction="sum")
                 totals[1] += len(answers)
-                totals[2] += (logits.argmax(1) == answers).sum() if labelled else 0
+                totals[2] += (logits.argmax(1) == answers).sum() if scored else 0
         self.model.train()
         nats, count, right = self.accelerator.reduce(totals, "sum").tolist()
         row = {"validation_loss": nats / count, f"validation_bits_per_{self.data.unit}": self.data.bits(nats / count)}
-        return row | {"validation_accuracy": right / count} if labelled else row
+        return row | {"validation_accuracy": right / count} if scored else row
 
     def _collect(self, asked: bool) -> tuple[list[Row], bool]:
         """The rows of the steps since the last look, and whether any process was asked to stop."""

@@ -12,7 +12,7 @@ FILE = "curve.png"
 
 
 def draw(log: Path, picture: Path, title: str) -> None:
-    """Draws a run's log as a PNG: training and validation, in bits per byte, token or label, over steps."""
+    """Draws a run's log as a PNG: training and validation, in bits per byte, (masked) token or label, over steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -20,7 +20,7 @@ def draw(log: Path, picture: Path, title: str) -> None:
     axes = figure.add_subplot()
     rows = read(log)
     _, _, training, _, validation, *_ = rows[0]
-    unit = training.removeprefix("bits_per_")
+    unit = training.removeprefix("bits_per_").replace("_", " ")
     axes.plot(*_points(rows, training), color="C0", alpha=0.5, linewidth=0.8, label="training")
     axes.plot(*_points(rows, validation), color="C1", marker="o", markersize=3, label="validation")
     axes.set(xlabel="step", ylabel=f"bits per {unit}", title=drawable(title))

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from rich.text import Text
 from torch import Tensor
 
 from ssmzoo.building import build
@@ -22,12 +21,13 @@ from ssmzoo.config import ModelConfig, load_config, model_folder
 from ssmzoo.files import replacing
 from ssmzoo.model import SequenceModel
 from ssmzoo.pretrained import CONFIG, load
-from ssmzoo.screen import Screen, printable
+from ssmzoo.screen import Screen
 from ssmzoo.train import checkpoint
 from ssmzoo.train.checkpoint import TOKENIZER
 from ssmzoo.train.checks import (
     check_empty,
     check_kind,
+    check_length,
     check_names,
     check_packages,
     check_size,
@@ -40,10 +40,12 @@ from ssmzoo.train.labelled import LabelledData, load_labelled
 from ssmzoo.train.lock import locked
 from ssmzoo.train.log import Log
 from ssmzoo.train.loop import Trainer
+from ssmzoo.train.masked import MaskedData, masked_data, masking_of
 from ssmzoo.train.output import Output
 from ssmzoo.train.record import IDS, DataSource, Record, describe, read_record, write_record
 from ssmzoo.train.repair import clear, complete, repair
-from ssmzoo.train.vocabulary import Vocabulary, decode, open_vocabulary
+from ssmzoo.train.sample import continued, filled
+from ssmzoo.train.vocabulary import Vocabulary, open_vocabulary
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -59,10 +61,12 @@ class Result:
         model: the trained model, on the device that it was trained on.
         folder: config, weights, settings, log, curve and checkpoints.
         steps: steps taken in all.
-        validation_loss: nats a token, or a label, at the end.
-        validation_bits: the same in bits a byte (a token where the data were ids; a label).
-        validation_accuracy: the fraction of labels that a classifier got right; None for a language model.
-        sample: a piece of held-out text and how the model goes on from it; None where there was no text.
+        validation_loss: nats a token, a masked token, or a label, at the end.
+        validation_bits: the same in bits a byte (a token where the data were ids; a masked token; a label).
+        validation_accuracy: the fraction of labels that a classifier got right, or of masked tokens; None for a model
+            of the next token.
+        sample: a piece of held-out text and how the model goes on from it, or with masked tokens filled in by it; None
+            where there was no text.
     """
 
     model: SequenceModel
@@ -123,7 +127,7 @@ def train(
     if isinstance(start, ModelConfig):
         torch.manual_seed(config.seed)
         start = build(start)
-    check_trainable(start)
+    check_trainable(start, config.learns_masked(model_config))
     if accelerator.is_main_process:
         run.mkdir(parents=True, exist_ok=True)
     with locked(run) if accelerator.is_main_process else contextlib.nullcontext():
@@ -215,12 +219,16 @@ def _finish(trainer: Trainer, vocabulary: Vocabulary | None, quiet: bool) -> Res
         console.print(f"continues from step {trainer.step} of {trainer.config.steps}")
 
     def show_sample() -> str:
-        assert isinstance(data, Data)
         assert vocabulary is not None
-        prompt, text = _sample(trainer, data, vocabulary)
-        console.print("\nA sample, which continues the held-out text in bold:\n")
-        console.print(Text.assemble((printable(prompt), "bold"), printable(text), "\n"))
-        return prompt + text
+        model, seed = trainer.model, trainer.config.seed
+        if isinstance(data, MaskedData):
+            what, shown, text = filled(model, data, vocabulary, SAMPLE, seed)
+        else:
+            assert isinstance(data, Data)
+            what, shown, text = continued(model, data, vocabulary, PROMPT, SAMPLE, seed)
+        console.print(f"\n{what}\n")
+        console.print(shown)
+        return text
 
     if vocabulary is not None and main:
         trainer.on_sample = show_sample
@@ -237,30 +245,18 @@ def _finish(trainer: Trainer, vocabulary: Vocabulary | None, quiet: bool) -> Res
     sample = None
     if vocabulary is not None:
         sample = show_sample()
-        console.print(f'All of it is in {run}. Try: ssmzoo generate {run} "def "')
+        then = "" if isinstance(data, MaskedData) else f' Try: ssmzoo generate {run} "def "'
+        console.print(f"All of it is in {run}.{then}")
     loss = validation["validation_loss"]
     accuracy = validation.get("validation_accuracy")
     return Result(trainer.model, run, trainer.step, loss, data.bits(loss), accuracy, sample)
 
 
-def _sample(trainer: Trainer, data: Data, vocabulary: Vocabulary) -> tuple[str, str]:
-    """A few lines from the middle of the held-out text, and the model's continuation of them."""
-    tokens, tokens_per_byte = data.validation, data.tokens_per_byte or 1.0
-    length = min(max(1, round(PROMPT * tokens_per_byte)), len(tokens))
-    ids = tokens.window((len(tokens) - length) // 2, length).tolist()
-    prompt = decode(vocabulary, ids)
-    lines = prompt[prompt.find("\n") + 1 : prompt.rfind("\n") + 1]
-    if lines.strip():
-        prompt, ids = lines, vocabulary.encode(lines)
-    new = trainer.model.generate([ids], round(SAMPLE * tokens_per_byte), temperature=0.8, seed=trainer.config.seed)
-    return prompt, decode(vocabulary, new[0][len(ids) :])
-
-
 def _load(
     data: DataSource, model_config: ModelConfig, config: TrainConfig
-) -> tuple[Data | LabelledData, Vocabulary | None]:
+) -> tuple[Data | MaskedData | LabelledData, Vocabulary | None]:
     """The data, and the vocabulary where they are text; both checked against the model."""
-    size = model_config.vocab_size or 0
+    size, masked = model_config.vocab_size or 0, config.learns_masked(model_config)
     vocabulary = None
     if model_config.output == "classes":
         if isinstance(data, Tensor | np.ndarray):
@@ -269,17 +265,18 @@ def _load(
             )
         files = [data] if isinstance(data, str | os.PathLike) else data or []
         return load_labelled(files, model_config, config.length, config.validation), None
+    check_length(model_config, config.length)
     if isinstance(data, Tensor | np.ndarray):
         loaded = load_ids(data, config.validation)
     else:
         vocabulary = open_vocabulary(config.tokenizer)
-        check_vocabulary(vocabulary, size)
+        check_vocabulary(vocabulary, size, masked)
         sources = [data] if isinstance(data, str | os.PathLike) else data
         loaded = load_text(sources, vocabulary, config.validation)
     check_size(loaded, config.length)
     if isinstance(data, Tensor | np.ndarray) and data.max() >= size:
         raise ValueError(f"train: `data` must hold ids below vocab_size={size}; got {int(data.max())}")
-    return loaded, vocabulary
+    return masked_data(loaded, masking_of(config, vocabulary, size)) if masked else loaded, vocabulary
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:

@@ -14,6 +14,7 @@ class Vocabulary(Protocol):
     """What turns text into ids and ids into text."""
 
     size: int  # the largest id and one
+    mask_id: int | None  # the id of the token that masks others, if there is one
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text."""
@@ -29,6 +30,7 @@ class Bytes:
     """UTF-8 bytes as ids 0 to 255."""
 
     size = 256
+    mask_id: int | None = None
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -49,6 +51,7 @@ class Tokenizer:
         FileNotFoundError, ValueError: no such file, or it is no tokenizer.
     """
 
+    MASKS = ("[MASK]", "<mask>")  # as BERT and RoBERTa call it
     PIECE = 2**18  # bytes encoded at once, cut at line ends
     PIECES = 32  # encoded side by side
 
@@ -65,7 +68,9 @@ class Tokenizer:
             raise ValueError(f"{path} is no tokenizer file of the tokenizers library: {error}") from None
         self._new_stream = tokenizers.decoders.DecodeStream
         # Added tokens may leave gaps, so the largest id counts and not how many ids there are.
-        self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.size = max(ids.values(), default=-1) + 1
+        self.mask_id: int | None = next((ids[mask] for mask in self.MASKS if mask in ids), None)
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids

@@ -48,6 +48,9 @@ def test_an_unknown_setting():
         ({"min_lr_ratio": 2}, "`min_lr_ratio` must be from 0 to 1"),
         ({"validation": 1.0}, "`validation` must be between 0 and 1"),
         ({"betas": [0.9]}, "`betas` must be two numbers in"),
+        ({"mask_rate": 0.0}, "`mask_rate` must be above 0 and at most 1; got 0.0"),
+        ({"mask_kept": 0.6, "mask_random": 0.5}, "`mask_kept` must be at most 1 together with `mask_random`=0.5; got"),
+        ({"mask_id": -1}, "`mask_id` must be at least 0, or None; got -1"),
         ({"seed": -1}, "`seed` must be at least 0"),
     ],
 )
@@ -62,6 +65,7 @@ def test_values_out_of_range(settings, message):
         ({"steps": "many"}, "`steps` must be int; got 'many'"),
         ({"steps": 2.5}, "`steps` must be int"),
         ({"precision": "fp64"}, "`precision` must be 'fp32' or 'bf16' or 'fp16'; got 'fp64'"),
+        ({"objective": "next"}, "`objective` must be 'causal' or 'masked' or None; got 'next'"),
         ({"betas": ["a", "b"]}, "`betas` must be float"),
         ({"cpu": 1}, "`cpu` must be bool"),
     ],

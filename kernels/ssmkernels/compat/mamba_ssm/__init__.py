@@ -2,12 +2,15 @@
 
 Written after mamba-ssm 2.3.2. Imports change like this::
 
-    mamba_ssm                                  → ssmkernels.compat.mamba_ssm
-    mamba_ssm.ops.selective_scan_interface     → ssmkernels.compat.mamba_ssm
-    mamba_ssm.ops.triton.selective_state_update → ssmkernels.compat.mamba_ssm
-    mamba_ssm.ops.triton.ssd_combined          → ssmkernels.compat.mamba_ssm
+    mamba_ssm                                   → ssmkernels.compat.mamba_ssm
+    mamba_ssm.ops.selective_scan_interface      → ssmkernels.compat.mamba_ssm.ops.selective_scan_interface
+    mamba_ssm.ops.triton.selective_state_update → ssmkernels.compat.mamba_ssm.ops.triton.selective_state_update
+    mamba_ssm.ops.triton.ssd_combined           → ssmkernels.compat.mamba_ssm.ops.triton.ssd_combined
+    mamba_ssm.ops.triton.layer_norm             → ssmkernels.compat.mamba_ssm.ops.triton.layer_norm
+    mamba_ssm.ops.triton.layernorm_gated        → ssmkernels.compat.mamba_ssm.ops.triton.layernorm_gated
+    mamba_ssm.modules.ssd_minimal               → ssmkernels.compat.mamba_ssm.modules.ssd_minimal
 
-The package's modules (``Mamba``, ``Mamba2``, ``MambaLMHeadModel``) are not here: ``ssmzoo`` has its own.
+The package's layers (``Mamba``, ``Mamba2``, ``MambaLMHeadModel``) are not here: ``ssmzoo`` has its own.
 
 Where these do more than the package: a gradient goes through the last state, and, in ``mamba_inner_fn``, through the
 norms of B, C and Δ and to their weights; ``selective_state_update`` has a gradient; float64 works.

@@ -2,8 +2,8 @@
 
 Written after flash-linear-attention 0.6.0. Imports change like this::
 
-    fla.ops.delta_rule, fla.ops.gated_delta_rule, fla.ops.kda       → ssmkernels.compat.fla
-    fla.ops.gla, fla.ops.simple_gla, fla.ops.retention, fla.ops.linear_attn  → ssmkernels.compat.fla
+    fla.ops                                          → ssmkernels.compat.fla.ops
+    fla.ops.delta_rule, fla.ops.gla, fla.ops.kda, …  → ssmkernels.compat.fla.ops.delta_rule, …
 
 All functions of an op, in chunks or recurrent, compute the same here. Any dtype, any strides and lengths are taken.
 Groups of heads of values may share queries and keys in all of them.

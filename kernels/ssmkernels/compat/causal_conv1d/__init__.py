@@ -3,8 +3,8 @@
 Written after causal-conv1d 1.7.0. Imports change like this::
 
     causal_conv1d                              → ssmkernels.compat.causal_conv1d
-    causal_conv1d.causal_conv1d_interface      → ssmkernels.compat.causal_conv1d
-    causal_conv1d.causal_conv1d_varlen         → ssmkernels.compat.causal_conv1d
+    causal_conv1d.causal_conv1d_interface      → ssmkernels.compat.causal_conv1d.causal_conv1d_interface
+    causal_conv1d.causal_conv1d_varlen         → ssmkernels.compat.causal_conv1d.causal_conv1d_varlen
 
 Every width, layout and number of channels is taken, where the package wants widths of 2 to 4 and, for most of its
 options, channels last and a multiple of 8. float64 works. Sums are float32 (float64) whatever the dtypes.
@@ -28,6 +28,7 @@ __all__ = [
     "causal_conv1d_update",
     "causal_conv1d_update_ref",
     "causal_conv1d_varlen_states",
+    "causal_conv1d_varlen_states_ref",
 ]
 
 
@@ -132,3 +133,8 @@ def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -
     check_options(op, "int", state_len=state_len)
     check_range(op, 0, state_len=state_len)
     return last_of_each(x, cu_seqlens, state_len).transpose(1, 2)
+
+
+def causal_conv1d_varlen_states_ref(x: Tensor, cu_seqlens: Tensor, state_len: int) -> Tensor:
+    """:func:`causal_conv1d_varlen_states`, which has one implementation."""
+    return causal_conv1d_varlen_states(x, cu_seqlens, state_len)

@@ -1,0 +1,121 @@
+"""What the functions of :mod:`ssmkernels.compat.flash_attn` do, but for that with a cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssmkernels import attention
+from ssmkernels.compat._dtypes import INDICES, beside
+from ssmkernels.core.packing import spans
+from ssmkernels.core.validate import check_dtypes, check_options, check_shapes
+
+Pair = tuple[Tensor, Tensor]
+
+
+def dense(a: Any) -> Any:
+    """As :func:`ssmkernels.compat.flash_attn.flash_attn_func`, from separate or packed tensors."""
+    q, k, v = _unpacked(a, "b l", "b m")
+    slopes = a.alibi_slopes
+    check_shapes(a.op, {"q": (q, "b l h d"), "alibi_slopes": (slopes, "h | b h")}, ("q",))
+    if slopes is None or slopes.ndim == 1:
+        return _result(a, attend(a, q, k, v, slopes))
+    rows = [attend(a, q[i : i + 1], k[i : i + 1], v[i : i + 1], each) for i, each in enumerate(slopes)]
+    return _result(a, _joined(rows, (0, 0)) if rows else attend(a, q, k, v, None))
+
+
+def varlen(a: Any) -> Any:
+    """As :func:`ssmkernels.compat.flash_attn.flash_attn_varlen_func`, from separate or packed tensors."""
+    paged = getattr(a, "block_table", None)
+    q, k, v = _unpacked(a, "l", "m" if paged is None else "pages page_size")
+    slopes = a.alibi_slopes
+    names = ("cu_seqlens",) if hasattr(a, "cu_seqlens") else ("cu_seqlens_q", "cu_seqlens_k")
+    check_dtypes(a.op, {name: getattr(a, name) for name in names}, INDICES)
+    borders = [getattr(a, name) for name in names]
+    cu_q, cu_k = (t.int() for t in (borders if len(borders) == 2 else 2 * borders))
+    shapes = {"q": (q, "l h d"), "alibi_slopes": (slopes, "h | b h"), "block_table": (paged, "b blocks")}
+    check_shapes(a.op, shapes, ("q",), b=len(cu_q) - 1)
+    if paged is not None:
+        k, v = (from_pages(a.op, t, paged, cu_k) for t in (k, v))
+    if slopes is None or slopes.ndim == 1:
+        out, lse = attend(a, q[None], k[None], v[None], slopes, cu_q, cu_k)
+    else:
+        parts = [
+            attend(a, q[None, rows], k[None, columns], v[None, columns], each)
+            for (_, rows), (_, columns), each in zip(spans(cu_q), spans(cu_k), slopes, strict=True)
+        ]
+        out, lse = _joined(parts, (1, 2)) if parts else attend(a, q[None], k[None], v[None], None, cu_q, cu_k)
+    return _result(a, (out[0], lse[0]))
+
+
+def attend(
+    a: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+) -> Pair:
+    """Our attention with the options of a call: the output, and the log-sum-exp."""
+    found = attention(
+        q,
+        k,
+        v,
+        causal=a.causal,
+        window=tuple(a.window_size),
+        scale=a.softmax_scale,
+        softcap=max(a.softcap, 0.0),
+        alibi_slopes=beside(slopes, q),
+        cu_seqlens=cu_seqlens,
+        cu_seqlens_k=cu_seqlens_k,
+        return_lse=True,
+        implementation=a.implementation,
+    )
+    assert isinstance(found, tuple)
+    return found
+
+
+def from_pages(op: str, pages: Tensor, block_table: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The tokens of all sequences out of pages (pages page_size h d), packed: (total h d)."""
+    check_dtypes(op, {"block_table": block_table}, INDICES)
+    size, lengths = pages.shape[1], cu_seqlens.diff().long()
+    room = block_table.shape[1] * size
+    if len(lengths) and int(lengths.max()) > room:
+        raise ValueError(f"{op}: `block_table` has room for {room} tokens a sequence; got {int(lengths.max())}")
+    row = torch.arange(len(lengths), device=pages.device).repeat_interleave(lengths)
+    place = torch.arange(len(row), device=pages.device) - cu_seqlens[row].long()
+    page = block_table[row, place // size].long()
+    if len(page) and not 0 <= int(page.min()) <= int(page.max()) < len(pages):
+        raise ValueError(
+            f"{op}: `block_table` must name pages 0 to {len(pages) - 1}; got {int(page.min())} to {int(page.max())}"
+        )
+    return pages[page, place % size]
+
+
+def _unpacked(a: Any, queries: str, keys: str) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v, however they came, and the checks of what all functions take."""
+    check_options(a.op, "number", dropout_p=a.dropout_p, softcap=a.softcap)
+    check_options(a.op, "bool", causal=a.causal, return_attn_probs=a.return_attn_probs)
+    if a.dropout_p:
+        raise ValueError(f"{a.op}: `dropout_p` must be 0, as weights are never dropped here; got {a.dropout_p}")
+    if hasattr(a, "qkv"):
+        check_shapes(a.op, {"qkv": (a.qkv, f"{queries} three h d")}, ("qkv",), three=3)
+        return a.qkv.unbind(-3)
+    if hasattr(a, "kv"):
+        check_shapes(a.op, {"q": (a.q, f"{queries} h d"), "kv": (a.kv, f"{keys} two h_kv d")}, ("q", "kv"), two=2)
+        return (a.q, *a.kv.unbind(-3))
+    shapes = {"q": (a.q, f"{queries} h d"), "k": (a.k, f"{keys} h_kv d"), "v": (a.v, f"{keys} h_kv v")}
+    check_shapes(a.op, shapes, ("q", "k", "v"))
+    return a.q, a.k, a.v
+
+
+def _joined(parts: list[Pair], dims: tuple[int, int]) -> Pair:
+    outs, lses = zip(*parts, strict=True)
+    return torch.cat(outs, dims[0]), torch.cat(lses, dims[1])
+
+
+def _result(a: Any, found: Pair) -> Any:
+    return (*found, None) if a.return_attn_probs else found[0]

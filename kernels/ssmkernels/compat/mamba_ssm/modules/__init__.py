@@ -1,0 +1,1 @@
+"""What the package has beside its layers; these themselves are in ``ssmzoo``."""

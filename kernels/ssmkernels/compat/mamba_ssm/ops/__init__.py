@@ -1,0 +1,1 @@
+"""mamba_ssm's functions, where the package has them."""

@@ -1,0 +1,1 @@
+"""The functions for which the package has Triton kernels."""

@@ -98,6 +98,7 @@ SETTINGS = [
             "separate_kv": False,
             "compression": "mean",
         },
+    ),
     ("hash", {"head_dim": 16, "n_buckets": 4, "n_rounds": 3, "bias": True}),
     ("hash", {"head_dim": 8, "n_heads": 3, "n_buckets": 4, "shared_qk": True, "rope": False, "out_bias": True}),
     ("hash", {"head_dim": 16, "n_buckets": 4, "n_rounds": 2, "bidirectional": True}),

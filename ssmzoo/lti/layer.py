@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from ssmkernels import fft_conv
 from ssmkernels.core.names import unknown
-from ssmkernels.core.packing import spans
+from ssmkernels.core.packing import longest, spans
 from ssmzoo.init import log_uniform, starting, wide_dtype
 from ssmzoo.linear import Linear
+from ssmzoo.lti.kept import Kept
 from ssmzoo.lti.options import ACTIVATIONS, LTIOptions
 from ssmzoo.lti.recurrence import Dense, Diagonal, run_chunk
 from ssmzoo.mixer import Mixer
@@ -78,7 +79,7 @@ class S4Layer(Mixer):
         self.rate = float(o.rate)
         self.has_state = o.discretization not in self.length_dependent
         self.activation = o.activation
-        self._kept: tuple[float, list[Tensor], Stepper] | None = None
+        self._kept: Kept[Stepper] = Kept()
 
         place, wide = torch.get_default_device(), wide_dtype()
         dtype = wide.to_complex() if A.is_complex() else wide
@@ -187,10 +188,7 @@ class S4Layer(Mixer):
         if cu_seqlens is not None and not self.has_state:  # each sequence has a kernel of its own
             parts = [self._convolve(u[:, time], None) for _, time in spans(cu_seqlens)]
             return torch.cat([u[:, :0].repeat(1, 1, self.channels), *parts], dim=1)
-        length = u.shape[1]
-        if cu_seqlens is not None and len(cu_seqlens) > 1 and not torch.compiler.is_compiling():
-            length = int(cu_seqlens.diff().max())
-        kernel, reverse = self.kernels(length)
+        kernel, reverse = self.kernels(longest(u.shape[1], cu_seqlens))
         u = u.repeat(1, 1, self.channels) if self.channels > 1 else u
         return fft_conv(u, kernel, self.D, kernel_reverse=reverse, cu_seqlens=cu_seqlens)
 
@@ -215,20 +213,9 @@ class S4Layer(Mixer):
         return Continuous(A, B, dt, P, P)
 
     def _stepper(self) -> Stepper:
-        """The system for one token. Decoding keeps it as long as every weight has the value that it was made from.
-
-        To compare values would make a GPU wait, and a compiler cannot; there it is made for each token.
-        """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.A_log.device.type != "cpu":
-            return self.stepper(self._continuous())
+        """The system for one token."""
         weights = [w for w in (self.log_dt, self.A_log, self.A_imag, self.P, self.B) if w is not None]
-        if self._kept is not None:
-            rate, values, system = self._kept
-            if rate == self.rate and all(map(_same, weights, values)):
-                return system
-        system = self.stepper(self._continuous())
-        self._kept = (self.rate, [w.clone() for w in weights], system)
-        return system
+        return self._kept.get(lambda: self.stepper(self._continuous()), weights, self.rate)
 
     def _set_rates(self, lr: float | Mapping[str, float | None] | None) -> None:
         """``learning_rates`` and ``no_weight_decay``; what has a rate of 0 is not trained."""
@@ -253,7 +240,3 @@ def _pairs(x: Tensor) -> nn.Parameter:
 
 def _joined(x: Tensor, A_imag: Tensor | None) -> Tensor:
     return x if A_imag is None else torch.view_as_complex(x)
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.device == b.device and a.dtype == b.dtype and torch.equal(a, b)

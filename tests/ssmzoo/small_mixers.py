@@ -44,6 +44,9 @@ SMALL = {
     "based": {"n_heads": 2, "feature_dim": 3},
     "hgrn2": {"expand_ratio": 4},
     "rwkv6": {"n_heads": 2, "proj_low_rank_dim": 2, "gate_low_rank_dim": 3},
+    "h3": {"d_state": 4},
+    "hyena": {"l_max": 16, "filter_order": 4},
+    "modal_hyena": {},
     "s4": {"d_state": 4},
     "s4d": {"d_state": 4},
 }

@@ -30,6 +30,13 @@ def pad(cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     return index.long(), mask
 
 
+def longest(length: int, cu_seqlens: Tensor | None) -> int:
+    """The length of the longest sequence; of all of them together in compiled code, which reads no borders."""
+    if cu_seqlens is None or len(cu_seqlens) < 2 or torch.compiler.is_compiling():
+        return length
+    return int(cu_seqlens.diff().max())
+
+
 def last_of_each(x: Tensor, cu_seqlens: Tensor, count: int) -> Tensor:
     """The last ``count`` rows of each sequence in ``x (l, d)``, zeros before its first: ``(s, count, d)``."""
     source = cu_seqlens[1:, None] + torch.arange(-count, 0, device=x.device)  # (s count)

@@ -23,7 +23,7 @@ from ssmzoo.linear import Linear
 from ssmzoo.lti.kept import Kept
 from ssmzoo.mixer import Mixer
 from ssmzoo.mixers._convolution import convolve, depthwise
-from ssmzoo.mixers._history import convolve_on, taps_needed
+from ssmzoo.mixers._history import History, convolve_on, taps_needed
 from ssmzoo.mixers._hyena_filter import ImplicitFilter
 from ssmzoo.rate import check_rate
 from ssmzoo.registry import register_mixer
@@ -35,7 +35,7 @@ class HyenaState(State):
     """The last inputs of the short convolution, and all those that the long ones still see; float32 (float64)."""
 
     conv: Tensor  # (s, short_filter_order - 1, (order + 1)·d)
-    inputs: list[Tensor]  # order - 1 of (s, tokens so far, d); filter_length - 1 tokens at most
+    inputs: list[History]  # of each of the order - 1 long ones
 
 
 @register_mixer("hyena")
@@ -125,10 +125,12 @@ class Hyena(Mixer):
         self.learning_rates = {name: float(rate) for name, rate in rates.items() if rate is not None}
 
     def initial_state(self, batch_size: int, max_length: int | None = None) -> HyenaState:
-        new = self.like(wide=True).new_zeros
+        like, most = self.like(wide=True), None if self.filter_length is None else self.filter_length - 1
         return HyenaState(
-            conv=new(batch_size, self.short_filter_order - 1, (self.order + 1) * self.d_inner),
-            inputs=[new(batch_size, 0, self.d_inner) for _ in range(self.order - 1)],
+            conv=like.new_zeros(batch_size, self.short_filter_order - 1, (self.order + 1) * self.d_inner),
+            inputs=[
+                History.empty(like, batch_size, self.d_inner, max_length or 0, most) for _ in range(self.order - 1)
+            ],
         )
 
     def mixing_flops(self, context: int) -> float:
@@ -148,7 +150,7 @@ class Hyena(Mixer):
         after = []
         for o, (gate, history) in enumerate(zip(reversed(gates), histories, strict=True)):
             last = first if o == self.order - 2 else None
-            v, inputs = convolve_on(gate * v, kernels[o], skips[o], last, history, cu_seqlens, self.filter_length)
+            v, inputs = convolve_on(gate * v, kernels[o], skips[o], last, history, cu_seqlens)
             after.append(inputs)
         y = self.out_proj(v)
         return y, None if state is None else HyenaState(conv, [inputs for inputs in after if inputs is not None])

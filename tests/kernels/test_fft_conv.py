@@ -10,7 +10,8 @@ from ssmkernels.ops.fft_conv.circle import Circles, fft_size, lay_out
 
 REFERENCE = functools.partial(fft_conv, implementation="reference")
 FFT = functools.partial(fft_conv, implementation="fft")
-EITHER = pytest.mark.parametrize("convolve", [REFERENCE, FFT], ids=["reference", "fft"])
+CPU = functools.partial(fft_conv, implementation="cpu")
+EITHER = pytest.mark.parametrize("convolve", [REFERENCE, FFT, CPU], ids=["reference", "fft", "cpu"])
 
 # A base case, and what each further one varies.
 CASES = {
@@ -99,13 +100,14 @@ def test_kernels_without_a_tap(convolve, arguments):
     torch.testing.assert_close(convolve(**made), made["D"] * made["u"])
 
 
+@pytest.mark.parametrize("convolve", [FFT, CPU], ids=["fft", "cpu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", ["base", "plain", "gated", "packed"])
-def test_fft_is_nearly_as_exact_as_the_sum(case, dtype, arguments):
+def test_fft_is_nearly_as_exact_as_the_sum(convolve, case, dtype, arguments):
     """A Fourier transform spreads its roundings over all outputs: a few of float32's in Σ |kernel| |u|."""
     made = arguments(dtype, **CASES[case])
     double = {k: v.double() if v.is_floating_point() else v for k, v in made.items()}
-    y, exact = FFT(**made), toeplitz(**double)
+    y, exact = convolve(**made), toeplitz(**double)
     magnitude = toeplitz(**{k: v.abs() if v.is_floating_point() else v for k, v in double.items()}).max()
     roundings = 4 * torch.finfo(torch.float32).eps * magnitude + torch.finfo(dtype).eps * exact.abs().max()
     assert y.dtype == dtype
@@ -237,11 +239,12 @@ def test_many_blocks_are_one(length, taps, reverse, randn):
         value.requires_grad_()
     weight = randn(2, length, 3)
     results = []
-    for name in ("fft", "reference"):
+    for name in ("reference", "fft", "cpu"):
         y = fft_conv(**made, implementation=name)
         results.append([y, *torch.autograd.grad((y * weight).sum(), list(made.values()))])
-    for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    for found in results[1:]:
+        for values, expected in zip(found, results[0], strict=True):
+            torch.testing.assert_close(values, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("method", ["spread", "overlap"])
@@ -272,7 +275,7 @@ def test_memory_beside_a_long_input_stays_small(randn):
     for d in (16, 128):
         u, kernel = randn(1, 2**15, d, dtype=torch.float32).requires_grad_(), randn(d, 2**15, dtype=torch.float32)
         with torch.profiler.profile(profile_memory=True) as profile:
-            fft_conv(u, kernel).sum().backward()
+            FFT(u, kernel).sum().backward()
         at, peak = 0, 0
         for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
             if event.name() == "[memory]":
@@ -298,13 +301,14 @@ def test_memory_beside_a_long_input_stays_small(randn):
 )
 @pytest.mark.parametrize("argument", ["u", "kernel", "kernel_reverse"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_non_finite_values_reach_no_further_than_in_the_direct_sum(arguments, case, argument, value):
+@pytest.mark.parametrize("convolve", [FFT, CPU], ids=["fft", "cpu"])
+def test_non_finite_values_reach_no_further_than_in_the_direct_sum(convolve, arguments, case, argument, value):
     made = arguments(**case)
     if argument not in made or ("cu_seqlens" in made and argument == "kernel_reverse"):
         return  # packed sequences are padded, and a tap that is NaN meets the zeros behind a sequence too
     x = made[argument]
     x[0, min(2, x.shape[1] - 1)] = value
-    found, expected = FFT(**made), REFERENCE(**made)
+    found, expected = convolve(**made), REFERENCE(**made)
     assert torch.equal(found.isfinite(), expected.isfinite())
     finite = expected.isfinite()
     torch.testing.assert_close(found[finite], expected[finite])

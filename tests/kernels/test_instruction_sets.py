@@ -55,6 +55,7 @@ for op, dtypes, cases in (
     ("slstm", both, [dict(b=9, l=12, p=5, h=1), dict(packed=True, b=1, l=21), dict(p=33, h=1, l=9)]),
     ("slstm_step", halves, [dict(p=5), dict(p=33, h=1)]),
     ("linear_recurrence", halves, recurrences),
+    ("fft_conv", both, [dict(l=70, l_k=70, l_r=9, d=17), dict(b=1, l=180, l_k=180, d=1), dict(b=1, l=400, l_k=5, d=3)]),
     ("rglru_gates", halves, [dict(p=7), dict(p=33, h=1, first=False, decay=200.0)]),
     ("causal_conv1d", halves, convolutions),
     ("causal_conv1d_step", halves, [dict(w=1), dict(w=4, d=37), dict(w=6)]),
@@ -77,6 +78,7 @@ for op, dtypes, cases in (
     "generalized_delta_rule",
     "linear_recurrence",
     "causal_conv1d",
+    "fft_conv",
     "diagonal_kernel",
     "dplr_kernel",
 )

@@ -13,7 +13,7 @@ __all__ = ["fft_conv"]
     shapes={"u": "b l d", "kernel": "d l_k", "D": "d", "kernel_reverse": "d l_r", "gate": "b l d"},
     returns={"y": "b l d"},
     wide="kernel D kernel_reverse",
-    implementations=("triton", "fft", "reference"),
+    implementations=("triton", "cpu", "fft", "reference"),
 )
 def fft_conv(
     u: Tensor,

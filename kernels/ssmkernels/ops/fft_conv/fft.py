@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ssmkernels.core.gradient import with_gradient
@@ -21,6 +20,7 @@ from ssmkernels.core.packing import pad
 from ssmkernels.core.validate import precision
 from ssmkernels.ops.fft_conv import reference
 from ssmkernels.ops.fft_conv.circle import Circles, lay_out
+from ssmkernels.ops.fft_conv.non_finite import cleaned, reached
 
 CACHED = 2**20  # points of all circles that are under way at once, on a CPU
 RESIDENT = 2**28  # likewise on a GPU, which wants much work at once
@@ -126,24 +126,11 @@ def _sums_apart(circles: Circles, a: Any, c: slice) -> Tensor:
     Packed sequences are padded: a tap of ``kernel_reverse`` that is NaN meets the zeros behind them too.
     """
 
-    def cleaned(x: Tensor) -> Tensor:
-        return torch.where(x.isfinite(), x, 0)
-
     u, kernel, reverse = a.u[..., c], a.kernel, a.kernel_reverse
     x = circles.spread(cleaned(u), kernel.dtype)
     taps = _taps(circles, cleaned(kernel), None if reverse is None else cleaned(reverse), c)
     out = _sums(circles, x, torch.fft.rfft(x), taps, a.D, c)
-    l, after = u.shape[1], kernel.shape[1]
-    before = 0 if reverse is None else reverse.shape[1]
-    so_far = F.pad((~u.isfinite()).mT.cumsum(2), (1, 0))  # (b c l+1), how many came before each position
-    time = torch.arange(l, device=u.device)
-    last = (time + 1 + before).clamp(max=l)
-    hit = so_far[..., last] > so_far[..., (time + 1 - after).clamp(min=0)]
-    if after:
-        hit |= (kernel[c].isfinite().logical_not().cumsum(1) > 0)[:, time.clamp(max=after - 1)]
-    if reverse is not None and before:
-        beyond = (reverse[c].isfinite().logical_not().cumsum(1) > 0)[:, (l - 2 - time).clamp(0, before - 1)]
-        hit |= beyond & (time < l - 1)
+    hit = reached(u, kernel[c], None if reverse is None else reverse[c])
     return out.masked_fill(hit, torch.nan)
 
 

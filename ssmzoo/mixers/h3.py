@@ -15,14 +15,14 @@ convolution with n taps, S_j = Σ_i C_{i+j} B_i, and its state is the last n - 1
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssmkernels import causal_conv1d, diagonal_kernel, discretize_diagonal
+from ssmkernels import causal_conv1d, diagonal_kernel, discretize_diagonal, fft_conv
 from ssmzoo.init import log_uniform, starting, wide_dtype
 from ssmzoo.linear import Linear
 from ssmzoo.lti.diagonal import DiagonalFilter
@@ -158,10 +158,7 @@ class H3(Mixer):
     def mix(self, x: Tensor, state: H3State | None, cu_seqlens: Tensor | None) -> tuple[Tensor, H3State | None]:
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # (b l d)
         shift: ShiftKernel = self.ssm_k_kernel["kernel"]  # type: ignore[assignment]
-        taps = shift()
-        taps = torch.cat([taps[:, :1] + self.ssm_k_D[:, None], taps[:, 1:]], dim=1)  # the skip is at lag 0
-        before = None if state is None else state.shift
-        k, last = causal_conv1d(k, taps.flip(1), initial_state=before, return_final_state=True, cu_seqlens=cu_seqlens)
+        k, last = self._shifted(k, shift(), None if state is None else state.shift, cu_seqlens)
         p = self.head_dim
         if p == 1:
             u, gate = k * v, q
@@ -172,7 +169,17 @@ class H3(Mixer):
         y, ssm = self._diagonal()(u, gate, None if state is None else state.ssm, cu_seqlens)
         if p > 1:
             y = y.unflatten(-1, (p, -1)).sum(2)  # the published order of channels: (b l p·h)
-        return self.output_linear(y), None if ssm is None else H3State(last, ssm)
+        return self.output_linear(y), None if ssm is None or last is None else H3State(last, ssm)
+
+    def _shifted(
+        self, k: Tensor, taps: Tensor, before: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """k (b l d) through the shift SSM with these taps, and the last k if some came in."""
+        if before is None:
+            return fft_conv(k, taps, self.ssm_k_D, cu_seqlens=cu_seqlens), None
+        taps = torch.cat([taps[:, :1] + self.ssm_k_D[:, None], taps[:, 1:]], dim=1)  # the skip is at lag 0
+        found = causal_conv1d(k, taps.flip(1), initial_state=before, return_final_state=True, cu_seqlens=cu_seqlens)
+        return cast(tuple[Tensor, Tensor], found)
 
     def _diagonal(self) -> DiagonalFilter:
         """The diagonal SSM for each channel of key times value."""

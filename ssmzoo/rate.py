@@ -10,7 +10,7 @@ from ssmzoo.mixer import Mixer
 
 
 def set_rate(model: nn.Module, rate: float) -> None:
-    """Resamples the time axis of every S4, S4D and S5 layer in a model.
+    """Resamples the time axis of every S4, S4D, S5 and Hyena layer in a model.
 
     Args:
         model: any module; layers of other kinds stay as they are.
@@ -22,7 +22,9 @@ def set_rate(model: nn.Module, rate: float) -> None:
     check_rate("set_rate", rate)
     layers = [module for module in model.modules() if isinstance(module, Mixer) and module.has_rate]
     if not layers:
-        raise ValueError(f"set_rate: `model` must have an S4, S4D or S5 layer; got {type(model).__name__} without one")
+        raise ValueError(
+            f"set_rate: `model` must have an S4, S4D, S5 or Hyena layer; got {type(model).__name__} without one"
+        )
     for layer in layers:
         layer.rate = float(rate)  # type: ignore[assignment]
 

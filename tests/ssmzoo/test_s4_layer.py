@@ -72,7 +72,7 @@ class TestRate:
         for make in (lambda rate: set_rate(build("s4"), rate), lambda rate: ssmzoo.build_mixer("s4d", 4, rate=rate)):
             with pytest.raises(ValueError, match="`rate` must be above 0; got 0"):
                 make(0)
-        with pytest.raises(ValueError, match="must have an S4, S4D or S5 layer; got LSTM without one"):
+        with pytest.raises(ValueError, match="must have an S4, S4D, S5 or Hyena layer; got LSTM without one"):
             set_rate(ssmzoo.build_mixer("lstm", 4), 2.0)
 
 

@@ -6,13 +6,11 @@ in its plain form: a difference of about eps.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from ssmzoo.checkpoints.families._common import require
+from ssmzoo.checkpoints.families._delta import cut
 from ssmzoo.checkpoints.renaming import Rule
 
 NAME = "StripedHyena"
@@ -24,10 +22,7 @@ def rules_for(given: Mapping[str, Any]) -> list[Rule]:
     width = given["hidden_size"]
     kv = width // given.get("proj_groups", 1)
 
-    def split(match: re.Match[str], joined: Tensor) -> dict[str, Tensor]:
-        parts = zip("qkv", joined.split([width, kv, kv]), strict=True)
-        return {f"layers.{match[1]}.mixer.{name}_proj.{match[2]}": part for name, part in parts}
-
+    names = [rf"layers.\1.mixer.{name}_proj.\2" for name in "qkv"]
     return [
         (r"(?:backbone\.)?embedding_layer\.weight", "embedding.weight"),
         (r"(?:backbone\.)?norm\.scale", "norm_f.weight"),
@@ -36,7 +31,7 @@ def rules_for(given: Mapping[str, Any]) -> list[Rule]:
         (rf"{BLOCK}post_norm\.scale", r"layers.\1.norm2.weight"),
         (rf"{BLOCK}filter\.short_filter_(weight|bias)", r"layers.\1.mixer.short_filter.\2"),
         (rf"{BLOCK}(filter\.(?:D|poles|residues)|(?:projections|out_filter_dense)\.\w+)", r"layers.\1.mixer.\2"),
-        (rf"{BLOCK}inner_mha_cls\.Wqkv\.(weight|bias)", split),
+        (rf"{BLOCK}inner_mha_cls\.Wqkv\.(weight|bias)", cut(names, [width, kv, kv])),
         (rf"{BLOCK}inner_mha_cls\.out_proj\.(weight|bias)", r"layers.\1.mixer.out_proj.\2"),
         (rf"{BLOCK}inner_mha_cls\.rotary_emb\.inv_freq", ""),
         (rf"{BLOCK}mlp\.l1\.weight", r"layers.\1.mlp.fc1.weight[0]"),

@@ -1,6 +1,7 @@
 // The long convolution, and its adjoint by the input: on each circle the transform, the product with the taps' spectrum
 // (conjugate for the adjoint), and back.
 #include "fft_conv/cpu.h"
+#include "native/exports.h"
 
 namespace ssmzoo {
 namespace SSMZOO_ISA {
@@ -59,12 +60,4 @@ int convolve(const FftConvArguments& a) {
 }  // namespace SSMZOO_ISA
 }  // namespace ssmzoo
 
-SSMZOO_EXPORT(fft_conv)(const ssmzoo::FftConvArguments* a) {
-    using namespace ssmzoo::SSMZOO_ISA;
-    switch (a->dtype) {
-        case 0: return convolve<float>(*a);
-        case 1: return convolve<double>(*a);
-        case 2: return convolve<bfloat16>(*a);
-        default: return convolve<float16>(*a);
-    }
-}
+SSMZOO_EXPORT_DTYPES(fft_conv, FftConvArguments, dtype, convolve)

@@ -1,6 +1,7 @@
 // The long convolution's gradients by the taps and the skip: sums over all sequences and blocks of products of the
 // spectra of outputs' gradients and conjugate inputs. A gradient that a block's outputs have meets its window of inputs.
 #include "fft_conv/cpu.h"
+#include "native/exports.h"
 
 namespace ssmzoo {
 
@@ -83,12 +84,4 @@ int correlate(const FftConvBackwardArguments& args) {
 }  // namespace SSMZOO_ISA
 }  // namespace ssmzoo
 
-SSMZOO_EXPORT(fft_conv_correlate)(const ssmzoo::FftConvBackwardArguments* a) {
-    using namespace ssmzoo::SSMZOO_ISA;
-    switch (a->forward.dtype) {
-        case 0: return correlate<float>(*a);
-        case 1: return correlate<double>(*a);
-        case 2: return correlate<bfloat16>(*a);
-        default: return correlate<float16>(*a);
-    }
-}
+SSMZOO_EXPORT_DTYPES(fft_conv_correlate, FftConvBackwardArguments, forward.dtype, correlate)

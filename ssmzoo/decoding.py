@@ -113,6 +113,7 @@ def _facts(blocks: Sequence[Block], states: Sequence[State], x: Tensor) -> Facts
         parts, norm = block._modules, block.norm
         if (
             type(block) is not Block
+            or not isinstance(block.mixer, Mixer)  # but a wrapper around one
             or type(block.mixer).prepared_step is Mixer.prepared_step
             or type(norm) is not RMSNorm
             or any(parts.get(name) is not None for name in ("mlp", "norm2", "norm_after", "norm2_after", "feed"))
@@ -133,7 +134,7 @@ def _facts(blocks: Sequence[Block], states: Sequence[State], x: Tensor) -> Facts
 def _note(module: nn.Module, facts: Facts) -> bool:
     """Adds a module, its options and its weights, and those of its parts; False where somebody hooks into it."""
     own = module.__dict__
-    if "forward" in own:
+    if "forward" in own or "_parameters" not in own:  # scripted modules keep theirs elsewhere
         return False
     for hooks in _HOOKS:
         if own[hooks]:
@@ -142,7 +143,7 @@ def _note(module: nn.Module, facts: Facts) -> bool:
     if type(module) is not nn.Dropout:
         for parameter in own["_parameters"].values():
             if parameter is not None:
-                if type(parameter) is not nn.Parameter:
+                if type(parameter) is not nn.Parameter or parameter.layout is not torch.strided:
                     return False
                 facts += [parameter.data_ptr(), parameter.dtype, parameter.shape, parameter.stride()]
     if isinstance(module, Block | Mixer) or "eps" in own:

@@ -185,6 +185,27 @@ def test_layers_with_more_in_them_are_called(programs):
     assert not programs
 
 
+def test_a_wrapper_around_a_mixer_is_called(programs):
+    class Wrapper(torch.nn.Module):
+        def __init__(self, mixer):
+            super().__init__()
+            self.mixer = mixer
+
+        def forward(self, *args, **kwargs):
+            return self.mixer(*args, **kwargs)
+
+    model = build()
+    states = [model.initial_state(1) for _ in range(2)]
+    model.layers[1].mixer = Wrapper(model.layers[1].mixer)
+    decoded(model, states[0])
+    model.layers[1].mixer = torch.compile(model.layers[1].mixer.mixer, backend="eager")
+    decoded(model, states[1])
+    model = build()
+    model.layers[1].mixer.out_proj = torch.jit.trace(model.layers[1].mixer.out_proj, torch.zeros(1, 1, 32))
+    decoded(model, model.initial_state(1))
+    assert not programs
+
+
 def test_several_threads():
     """Each with its own state; one token at a time goes through the prepared calls, and the others layer by layer."""
     model = build()

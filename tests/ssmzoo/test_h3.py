@@ -44,9 +44,7 @@ def by_hand(mixer, x):
     return torch.stack(outputs)[None]
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"head_dim": 2}, {"discretization": "zoh", "init": "inv"}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"head_dim": 2}, {"discretization": "zoh", "init": "inv"}], ids=str)
 def test_the_papers_equations(options):
     mixer, x = build(**options), torch.randn(1, 9, D, dtype=torch.float64)
     with torch.no_grad():

@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ssmzoo.checkpoints.families._common import gelu_of, learned_position_attention, require
-from ssmzoo.checkpoints.renaming import Rule
+from ssmzoo.checkpoints.renaming import Parts, Rule
 
 NAME = "GPT-2"
 
 LAYER = r"(?:transformer\.)?h\.(\d+)\."
 
 
-def _transposed(becomes: str) -> Rule:
-    """Of a map ``becomes`` of a layer; their weights are (in, out)."""
+def _maps(theirs: str, ours: Sequence[str]) -> list[Rule]:
+    """Of a map of a layer that is several of ours, one after another; theirs have weights (in, out)."""
+    pattern = LAYER + re.escape(theirs)
 
-    def rule(match: re.Match[str], tensor: Tensor) -> dict[str, Tensor]:
-        return {f"layers.{match[1]}.{becomes}.{match[2]}": tensor.T if match[2] == "weight" else tensor}
+    def names(kind: str) -> list[str]:
+        return [rf"layers.\1.{name}.{kind}" for name in ours]
 
-    theirs = {"mixer.out_proj": "attn.c_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}[becomes]
-    return rf"{LAYER}{re.escape(theirs)}\.(weight|bias)", rule
+    def cut(tensor: Tensor) -> Sequence[Tensor]:
+        return tensor.chunk(len(ours), dim=-1)
 
-
-def _queries_keys_values(match: re.Match[str], tensor: Tensor) -> dict[str, Tensor]:
-    parts = (tensor.T if match[2] == "weight" else tensor).chunk(3)
-    return {f"layers.{match[1]}.mixer.{x}_proj.{match[2]}": part for x, part in zip("qkv", parts, strict=True)}
+    return [
+        (rf"{pattern}\.weight", Parts(names("weight"), lambda t: [x.T for x in cut(t)], lambda t: torch.cat(t).T)),
+        (rf"{pattern}\.bias", Parts(names("bias"), cut, torch.cat)),
+    ]
 
 
 RULES: list[Rule] = [
@@ -37,8 +39,10 @@ RULES: list[Rule] = [
     (rf"{LAYER}ln_1\.(weight|bias)", r"layers.\1.norm.\2"),
     (rf"{LAYER}ln_2\.(weight|bias)", r"layers.\1.norm2.\2"),
     (rf"{LAYER}attn\.(?:bias|masked_bias)", ""),  # the causal mask, which early checkpoints hold
-    (rf"{LAYER}attn\.c_attn\.(weight|bias)", _queries_keys_values),
-    *map(_transposed, ("mixer.out_proj", "mlp.fc1", "mlp.fc2")),
+    *_maps("attn.c_attn", [f"mixer.{x}_proj" for x in "qkv"]),
+    *_maps("attn.c_proj", ["mixer.out_proj"]),
+    *_maps("mlp.c_fc", ["mlp.fc1"]),
+    *_maps("mlp.c_proj", ["mlp.fc2"]),
     (r"(?:transformer\.)?ln_f\.(weight|bias)", r"norm_f.\1"),
     (r"lm_head\.weight", "lm_head.weight"),
 ]

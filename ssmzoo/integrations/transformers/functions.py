@@ -56,7 +56,7 @@ def _activated(y: Tensor, activation: str | None) -> Tensor:
 _bind_scan = Binder(inspect.signature(mamba_ssm.selective_scan_fn))
 
 
-@functools.wraps(mamba_ssm.selective_scan_fn)
+@functools.wraps(mamba_ssm.selective_scan_fn, assigned=())  # the signature alone
 def selective_scan_fn(*args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, Tensor]:
     """Goes on from the state, and keeps to the sequences, of the layer that calls it."""
     scope = current()

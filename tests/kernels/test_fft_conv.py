@@ -7,6 +7,8 @@ import torch
 
 from ssmkernels import OPS, fft_conv
 from ssmkernels.ops.fft_conv.circle import Circles, fft_size, lay_out
+from ssmkernels.ops.fft_conv.cpu_circles import has_layout
+from ssmkernels.ops.fft_conv.cpu_circles import lay_out as native_layout
 
 REFERENCE = functools.partial(fft_conv, implementation="reference")
 FFT = functools.partial(fft_conv, implementation="fft")
@@ -312,3 +314,9 @@ def test_non_finite_values_reach_no_further_than_in_the_direct_sum(convolve, arg
     assert torch.equal(found.isfinite(), expected.isfinite())
     finite = expected.isfinite()
     torch.testing.assert_close(found[finite], expected[finite])
+
+
+@pytest.mark.parametrize(("taps", "ahead"), [(2**19, 0), (2**19 + 2, 0), (2**18, 2**18), (2**20, 2**20), (9, 3)])
+@pytest.mark.parametrize("length", [1, 2**19, 2**19 + 1, 2**20, 2**21])
+def test_the_native_kernel_knows_which_circles_it_has(length, taps, ahead):
+    assert has_layout(length, taps, ahead) == (native_layout(length, taps, ahead) is not None)

@@ -17,7 +17,7 @@ from ssmkernels.core import packing
 from ssmkernels.core.memory import large_pages
 from ssmkernels.core.validate import precision
 from ssmkernels.native import address, missing, plain, rows, wrong_device
-from ssmkernels.ops.fft_conv.cpu_circles import LARGEST, Layout, lay_out, roots
+from ssmkernels.ops.fft_conv.cpu_circles import LARGEST, Layout, has_layout, lay_out, roots
 from ssmkernels.ops.fft_conv.non_finite import cleaned, reached
 
 __all__ = ["backward", "forward", "missing", "unsupported"]
@@ -28,7 +28,7 @@ TASKS = 16  # that few channels are split into, where there are as many blocks
 def unsupported(a: Any) -> str | None:
     if a.u.shape[-1] == 0:
         return "no channels"
-    if _layout(a, a.u.shape[1]) is None:
+    if not has_layout(a.u.shape[1], a.kernel.shape[1], _ahead(a)):
         return f"a circle of more than {2 * LARGEST} points"
     return wrong_device(a)
 
@@ -125,7 +125,11 @@ def _lines(x: Any) -> Any:
 
 
 def _layout(a: Any, length: int) -> Layout | None:
-    return lay_out(length, a.kernel.shape[1], 0 if a.kernel_reverse is None else a.kernel_reverse.shape[1])
+    return lay_out(length, a.kernel.shape[1], _ahead(a))
+
+
+def _ahead(a: Any) -> int:
+    return 0 if a.kernel_reverse is None else a.kernel_reverse.shape[1]
 
 
 def _groups(a: Any) -> list[tuple[Layout, list[tuple[int, int, int]]]]:
@@ -157,7 +161,7 @@ def _values(
     # Taps that come round meet no input: which there are depends on the circle alone, so that nothing else than it
     # decides how a sum is rounded
     taps = min(a.kernel.shape[1], points)
-    ahead = 0 if a.kernel_reverse is None else min(a.kernel_reverse.shape[1], points)
+    ahead = min(_ahead(a), points)
     units = len(sequences) * blocks
     values = {
         "u": x.data_ptr(),

@@ -57,6 +57,12 @@ def lay_out(length: int, taps: int, ahead: int) -> Layout | None:
     return min(found, key=_cost, default=None)
 
 
+def has_layout(length: int, taps: int, ahead: int) -> bool:
+    """Whether :func:`lay_out` finds one: in a compiler's reach, which follows neither its cache nor its search."""
+    after, before = max(min(taps, length) - 1, 0), min(ahead, max(length - 1, 0))
+    return min(length + max(after, before), 2 * (after + before) + 1) <= 2 * LARGEST
+
+
 def _cost(layout: Layout) -> float:
     work = layout.blocks * layout.points * (math.log2(layout.points) + 4)
     return work * (1.3 if layout.points > CACHED else 1)

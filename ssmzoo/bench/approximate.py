@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ssmzoo.registry import build_mixer
 
 D = 64  # head dim
-CLUSTER, APART, SPREAD = 64, 1.1, 0.1  # tokens of a cluster; deviations of their centres and within them
+CLUSTER, APART, SPREAD = 64, 1.1, 0.03  # tokens of a cluster; deviations of their centres and within them
 
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "hash-64": ("hash", {"n_buckets": 64}),

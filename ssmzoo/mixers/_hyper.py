@@ -14,7 +14,7 @@ from ssmkernels.core.validate import precision
 from ssmzoo.mixers._draws import UNIT
 from ssmzoo.mixers._lsh import angular_ranks
 
-AT_ONCE = 2**22  # logits of blocks that are held at a time
+AT_ONCE = 2**20  # logits of blocks that are held at a time
 
 Attended = tuple[Tensor, Tensor]  # out (b l h d) and lse (b h l)
 
@@ -85,18 +85,22 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, k_sampled: Tensor, v_sampled: Tenso
 
     A sampled key stands for m / samples keys.
     """
-    wide, samples = precision(q), k_sampled.shape[2]
+    wide, (size, samples) = precision(q), (k.shape[-2], k_sampled.shape[2])
     bias = torch.full(own.shape, math.log(m / samples), dtype=wide, device=q.device).masked_fill(own, -torch.inf)
     with torch.autocast(q.device.type, enabled=False):
-        q = q.to(wide) / math.sqrt(q.shape[-1])
-        near = q @ k.to(wide).mT  # (b h n size size)
-        far = q @ k_sampled.to(wide).mT[:, :, None] + bias[:, :, :, None]
-        logits = torch.cat([near, far], dim=-1)
-        blind = (logits == -torch.inf).all(-1, keepdim=True)
-        lse = logits.masked_fill(blind, 0).logsumexp(-1, keepdim=True)
-        near, far = torch.exp(logits - lse).split([k.shape[-2], samples], dim=-1)
-        out = near @ v.to(wide) + far @ v_sampled.to(wide)[:, :, None]
-    return out.to(v.dtype), lse.masked_fill(blind, -torch.inf).squeeze(-1)
+        keys, values = (
+            torch.cat([x, sampled[:, :, None].expand(-1, -1, x.shape[2], -1, -1)], dim=-2).to(wide)
+            for x, sampled in ((k, k_sampled), (v, v_sampled))
+        )
+        logits = (q.to(wide) / math.sqrt(q.shape[-1])) @ keys.mT  # (b h n size size+samples)
+        logits[..., size:] += bias[:, :, :, None]
+        top = logits.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(wide).min)  # -∞ less -∞ would be NaN
+        weights = logits.sub_(top).exp_()
+        total = weights.sum(-1, keepdim=True)
+        blind = total == 0
+        total = total.masked_fill(blind, 1)
+        out = weights @ values / total
+    return out.to(v.dtype), (top + total.log()).masked_fill(blind, -torch.inf).squeeze(-1)
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Attended:

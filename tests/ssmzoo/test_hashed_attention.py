@@ -9,6 +9,7 @@ import torch
 
 from ssmkernels import attention
 from ssmzoo import build, build_mixer
+from ssmzoo.bench.approximate import main
 from ssmzoo.mixers._draws import UNIT
 from ssmzoo.mixers._lsh import angular_ranks, rotation_buckets
 
@@ -266,3 +267,28 @@ def test_draws_are_saved_and_follow_seed_and_layer(name):
 def test_errors(name, options, match):
     with pytest.raises((ValueError, TypeError), match=match):
         make(name, **{"n_heads": 2, **options})
+
+
+def test_the_figure_of_errors(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    path = tmp_path / "errors.svg"
+    rows = main(
+        [
+            "--length",
+            "2100",
+            "--bidirectional",
+            "--samples",
+            "1",
+            "--only",
+            "hash-16",
+            "hyper-64",
+            "--figure",
+            str(path),
+        ]
+    )
+    assert path.stat().st_size > 1000
+    assert [row.way for row in rows] == ["hash-16", "hyper-64"]
+    for row in rows:
+        assert 0 < row.share < 0.2
+        assert 0 < row.error < 0.1
+    assert "% off" in capsys.readouterr().out.splitlines()[-1]

@@ -34,7 +34,7 @@ CASES = [
     ("nsa", HEADS | {"compress_block": 4, "compress_stride": 2, "block_size": 4, "n_selected": 3, "window": 3}),
     ("hash", HEADS | {"n_buckets": 2, "n_rounds": 2}),
     ("qk_sparse", HEADS),
-    ("hyper", HEADS | {"min_seq_len": 4, "block_size": 4, "sample_size": 3}),
+    ("hyper", HEADS),
     ("performer", HEADS | {"n_features": 7}),
     ("linformer", HEADS | {"proj_len": 4, "max_length": 24}),
     ("lightconv", {"kernel_size": 3}),

@@ -127,8 +127,10 @@ def _mixers():
 
 
 @pytest.fixture
-def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
-    """``command("list", "--mixers")``: runs ``ssmzoo`` with these arguments → exit status, output, errors."""
+def ssmzoo_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, str]]:
+    """``ssmzoo_command("list", "--mixers")``: runs ``ssmzoo`` with these arguments → exit status, output, errors."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
         from ssmzoo import cli

@@ -28,13 +28,13 @@ def plan(changes, **changed):
 
 
 @pytest.fixture
-def run(command, monkeypatch):
+def run(ssmzoo_command, monkeypatch):
     """Runs ``ssmzoo bench`` with the given arguments → exit status, standard output, standard error."""
     monkeypatch.delenv("SSMZOO_DEBUG", raising=False)
     monkeypatch.setattr("ssmkernels.bench.measure_limits", lambda *_, **__: LIMITS)
     monkeypatch.setattr("ssmzoo.commands.bench.QUICK_SECONDS", 1e-4)
 
-    return functools.partial(command, "bench")
+    return functools.partial(ssmzoo_command, "bench")
 
 
 def read(folder):

@@ -14,11 +14,11 @@ from ssmzoo.commands._settings import parse_settings
 
 
 @pytest.fixture
-def run(command, monkeypatch):
+def run(ssmzoo_command, monkeypatch):
     """Runs ``ssmzoo`` with the given arguments → exit status, standard output, standard error."""
     monkeypatch.delenv("SSMZOO_DEBUG", raising=False)
 
-    return command
+    return ssmzoo_command
 
 
 def test_help_lists_the_commands(run):

@@ -24,9 +24,9 @@ def _surroundings(monkeypatch):
 
 
 @pytest.fixture
-def run(command):
+def run(ssmzoo_command):
     """Runs ``ssmzoo verify`` with the given arguments → exit status, standard output, standard error."""
-    return functools.partial(command, "verify")
+    return functools.partial(ssmzoo_command, "verify")
 
 
 @pytest.fixture

@@ -95,14 +95,17 @@ def _parts(model: SequenceModel) -> list[list[str]]:
             layers, modules = parts.setdefault(f"fed by {config.feed_of_layer(i)}", ([], []))
             layers.append(i)
             modules.append(block.feed)
-    norms = [norm for block in blocks for norm in block.norms]
+    ends = [norm for norm in (model.embedding_norm, model.norm_f) if norm is not None and list(norm.parameters())]
+    norms = [*(norm for block in blocks for norm in block.norms), *ends]
+    tables = [model.embedding, model.position_embedding, model.token_type_embedding]
     seen: set[int] = set()
-    embedding = ("embedding", "", 1, _weights([model.embedding], seen))
+    embedding = ("embedding", "", 1, _weights([table for table in tables if table is not None], seen))
     inner = [
         (name, _ranges(layers), len(modules), _weights(modules, seen)) for name, (layers, modules) in parts.items()
     ]
-    last = ("norms", "", len(norms) + 1, _weights([*norms, model.norm_f], seen))
-    head = ("head, tied to the embedding" if model.tied else "head", "", 1, _weights([model.lm_head], seen))
+    last = ("norms", "", len(norms), _weights(norms, seen))
+    outputs = [part for part in (model.head_transform, model.lm_head) if part is not None]
+    head = ("head, tied to the embedding" if model.tied else "head", "", 1, _weights(outputs, seen))
     total = model.num_parameters()
     rows = [
         [name, layers, str(many), f"{weights:,}", f"{weights / total:.1%}"]

@@ -23,6 +23,13 @@ assert not report.skipped, report
 """
 
 FEW = {"b": 1, "h": 2, "h_kv": 1}
+SELECTED = [
+    {"l": 21, "m": 23, "b": 1, "h": 6, "g": 2, "h_kv": 1, "v": 5, "lse": True},
+    {"l": 5, "block_size": 70, "h": 2, "g": 2, "k": 33, "b": 1},
+    {"l": 2, "m": 0, "own": False},
+    {"n": 0, "own": False, "l": 3, "lse": True},
+    {"l": 3, "m": 2, "b": 1, "layout": "strided", "x": 30.0},
+]
 ATTENTION = [
     {"l": 37, **FEW},  # tiles that hide nothing, and others
     {"l": 0, "m": 3, **FEW},
@@ -261,6 +268,8 @@ CASES = [
     ("mlstm", "bfloat16,float16", [{"l": 18, "h": 2, "b": 1}]),
     ("mlstm_step", "float32", [{"k": 64, "v": 128, "b": 1, "h": 2}, {"layout": "far"}]),
     ("mlstm_step", "bfloat16,float16,float64", [{}]),
+    ("selected_attention", "float32", SELECTED),
+    ("selected_attention", "bfloat16,float16", SELECTED[:1]),
     ("selective_scan", "float32", SCAN),
     ("selective_scan", "bfloat16", [SCAN[0], SCAN[9]]),
     ("selective_scan", "float16,float64", SCAN[9:10]),

@@ -17,6 +17,19 @@ from torch import Tensor
 from ssmkernels.core.validate import precision
 from ssmkernels.ops.attention import hidden
 from ssmkernels.ops.selected_attention import checked_blocks
+from ssmkernels.ops.selected_attention._layout import (
+    count,
+    distinct,
+    heads_last,
+    key_row,
+    keys_back,
+    of_keys,
+    of_queries,
+    places,
+    queries_of_blocks,
+    sums_by_head,
+    sums_of_queries,
+)
 
 SAVES = ("out", "exact", "logsums")
 FEW = 8  # queries up to which each gathers its own keys
@@ -35,24 +48,34 @@ def checked(a: Any) -> Any:
 
 def forward(a: Any, save: bool) -> tuple[Tensor, ...]:
     whole = _gathered if a.q.shape[1] <= FEW and not save else _by_block
-    out, lse = whole(a)
+    return results(a, save, *whole(a))
+
+
+def results(a: Any, save: bool, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+    """What ``forward`` returns, from out (b l h v) and lse (b h l) in the precision of sums."""
     rounded = out.to(a.q.dtype)
     exact = out if save and rounded is not out else out.new_empty(0)  # in half precision the gradient would suffer
     sums = lse.clone() if save else lse.new_empty(0)
     return rounded, lse if a.return_lse else lse.new_empty(0), exact, sums
 
 
-def backward(a: Any, saved: Any, grads: Any) -> dict[str, Tensor]:
-    wide = precision(a.q)
-    g = a.blocks.shape[2]
-    q, do, out = (_of_queries(t, g, wide) for t in (a.q, grads.out, saved.exact if saved.exact.numel() else saved.out))
-    k, v = (_of_keys(t, wide) for t in (a.k, a.v))
-    dq, dk, dv = (torch.zeros_like(t) for t in (q, k, v))
-    delta = (do * out).sum(-1)  # Σ_j p_ij (do_i · v_j), what the softmax takes off every logit
+def of_rows(a: Any, saved: Any, grads: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The outputs' gradients (b·g l groups v), and (b·g l groups) lse and δ, what the softmax takes off every logit."""
+    g, wide = a.blocks.shape[2], precision(a.q)
+    out = saved.exact if saved.exact.numel() else saved.out
+    do, out = (of_queries(t, g, wide) for t in (grads.out, out))
+    delta = (do * out).sum(-1)  # Σ_j p_ij (do_i · v_j)
     if a.return_lse and grads.lse is not None:
-        delta -= _sums_of_queries(grads.lse, g)
-    lse = _sums_of_queries(saved.logsums, g)
-    lse = lse.masked_fill(lse == -torch.inf, 0)  # nothing is visible to such a query
+        delta -= sums_of_queries(grads.lse, g)
+    lse = sums_of_queries(saved.logsums, g)
+    return do, lse.masked_fill(lse == -torch.inf, 0), delta  # nothing is visible to such a query
+
+
+def backward(a: Any, saved: Any, grads: Any) -> dict[str, Tensor]:
+    g, wide = a.blocks.shape[2], precision(a.q)
+    q, (k, v) = of_queries(a.q, g, wide), (of_keys(t, wide) for t in (a.k, a.v))
+    do, lse, delta = of_rows(a, saved, grads)
+    dq, dk, dv = (torch.zeros_like(t) for t in (q, k, v))
     for block in _blocks(a):
         row, keys = block.row, block.keys
         k_j, v_j = k[block.key_row, keys], v[block.key_row, keys]
@@ -66,8 +89,7 @@ def backward(a: Any, saved: Any, grads: Any) -> dict[str, Tensor]:
         dk[block.key_row, keys] += ds.T @ q_i
         dq[row].index_add_(0, block.queries, (ds @ k_j).unflatten(0, (-1, q.shape[2])))
     dq, dk = dq.mul_(a.scale), dk.mul_(a.scale)
-    dk, dv = (t.unflatten(0, (-1, a.k.shape[2])).transpose(1, 2) for t in (dk, dv))
-    return {"q": _heads_last(dq, g), "k": dk.contiguous(), "v": dv.contiguous()}
+    return {"q": heads_last(dq, g), "k": keys_back(dk, a.k.shape[2]), "v": keys_back(dv, a.k.shape[2])}
 
 
 class Block(NamedTuple):
@@ -92,45 +114,27 @@ class Block(NamedTuple):
 
 def _blocks(a: Any) -> Iterator[Block]:
     """All blocks that anything is seen of."""
-    b, l, g, _ = a.blocks.shape
-    m, h_kv, size = a.k.shape[1], a.k.shape[2], a.block_size
-    count = -(-m // size)
-    place = torch.arange(m - l, m, device=a.q.device)
-    blocks = _distinct(a.blocks, place, count, size)
-    # One number for each pair of query and block, so that a sort brings together the queries of a block.
-    row = torch.arange(b * g, device=blocks.device).view(b, 1, g, 1)
-    pairs = torch.where(blocks >= 0, row * count + blocks, b * g * count).transpose(1, 2)
-    ordered, order = pairs.flatten().sort(stable=True)
-    queries = (order // max(1, blocks.shape[3])) % max(1, l)
+    (b, l, g, _), (m, h_kv), size = a.blocks.shape, a.k.shape[1:3], a.block_size
+    blocks, place = count(a), places(a)
+    ordered, queries = queries_of_blocks(distinct(a), blocks)
     numbers, sizes = ordered.unique_consecutive(return_counts=True)
     start = 0
     for number, of_block in zip(numbers.tolist(), sizes.tolist(), strict=True):
-        if number == b * g * count:
+        if number == b * g * blocks:
             return
         own = queries[start : start + of_block]
         start += of_block
-        row_number, block = divmod(number, count)
+        row, block = divmod(number, blocks)
         keys = slice(block * size, min(m, (block + 1) * size))
-        last = keys.stop - 1 - (m - l)  # the query that stands at the block's last key
-        partly = int(torch.searchsorted(own, last))
+        partly = int(torch.searchsorted(own, keys.stop - 1 - (m - l)))  # those before the query at its last key
         key = torch.arange(keys.start, keys.stop, device=own.device)
-        unseen = key > place[own[:partly], None]
-        key_row = row_number // g * h_kv + row_number % g // (g // h_kv)
-        yield Block(row_number, key_row, keys, own, partly, unseen)
-
-
-def _distinct(blocks: Tensor, place: Tensor, count: int, size: int) -> Tensor:
-    """int64 ``(b, l, g, n)``: the blocks each once, those that begin after the query's place and no blocks as -1."""
-    blocks = blocks.long().sort(dim=3).values
-    seen = (blocks >= 0) & (blocks < count) & (blocks * size <= place[:, None, None])
-    seen[..., 1:] &= blocks[..., 1:] != blocks[..., :-1]
-    return torch.where(seen, blocks, -1)
+        yield Block(row, key_row(row, g, h_kv), keys, own, partly, key > place[own[:partly], None])
 
 
 def _by_block(a: Any) -> tuple[Tensor, Tensor]:
     """out (b l h v) in the precision of sums, and lse (b h l)."""
     wide, g = precision(a.q), a.blocks.shape[2]
-    q, (k, v) = _of_queries(a.q, g, wide), (_of_keys(t, wide) for t in (a.k, a.v))
+    q, (k, v) = of_queries(a.q, g, wide), (of_keys(t, wide) for t in (a.k, a.v))
     groups = q.shape[2]
     top = q.new_full(q.shape[:3], torch.finfo(wide).min)  # and not -∞, as -∞ less -∞ is NaN
     total, mean = torch.zeros_like(top), q.new_zeros(*q.shape[:3], v.shape[2])
@@ -158,15 +162,14 @@ def _by_block(a: Any) -> tuple[Tensor, Tensor]:
     blind = total == 0
     out = mean / total.masked_fill(blind, 1)[..., None]
     lse = (top + total.log()).masked_fill_(blind, -torch.inf)
-    return _heads_last(out, g), lse.unflatten(0, (-1, g)).transpose(2, 3).flatten(1, 2).contiguous()
+    return heads_last(out, g), sums_by_head(lse, g)
 
 
 def _gathered(a: Any) -> tuple[Tensor, Tensor]:
     """The same where each query gathers its own keys."""
     (b, l, h, _), (_, m, h_kv, _), size = a.q.shape, a.k.shape, a.block_size
-    g, wide = a.blocks.shape[2], precision(a.q)
-    place = torch.arange(m - l, m, device=a.q.device)
-    blocks = _distinct(a.blocks, place, -(-m // size), size)
+    g, wide, place = a.blocks.shape[2], precision(a.q), places(a)
+    blocks = distinct(a).transpose(1, 2)
     keys = blocks[..., None] * size + torch.arange(size, device=blocks.device)  # (b l g n size)
     seen = (blocks[..., None] >= 0) & (keys <= place[:, None, None, None])
     seen, keys = seen.flatten(3), keys.flatten(3).clamp(0, max(0, m - 1))
@@ -194,23 +197,3 @@ def _logits(a: Any, block: Block, q: Tensor, k: Tensor) -> Tensor:
 def _grouped(x: Tensor, block: Block) -> Tensor:
     """(r·groups, c) as (r, groups, c)."""
     return x.view(len(block.queries), -1, x.shape[1])
-
-
-def _of_queries(x: Tensor, g: int, wide: torch.dtype) -> Tensor:
-    """(b l h d) → (b·g l groups d): the query heads that share a selection side by side."""
-    return x.to(wide).unflatten(2, (g, -1)).transpose(1, 2).flatten(0, 1).contiguous()
-
-
-def _heads_last(x: Tensor, g: int) -> Tensor:
-    """(b·g l groups d) → (b l h d)."""
-    return x.unflatten(0, (-1, g)).transpose(1, 2).flatten(2, 3).contiguous()
-
-
-def _of_keys(x: Tensor, wide: torch.dtype) -> Tensor:
-    """(b m h_kv d) → (b·h_kv m d)."""
-    return x.to(wide).transpose(1, 2).flatten(0, 1).contiguous()
-
-
-def _sums_of_queries(x: Tensor, g: int) -> Tensor:
-    """(b h l) → (b·g l groups)."""
-    return x.unflatten(1, (g, -1)).transpose(2, 3).flatten(0, 1).contiguous()

@@ -45,11 +45,12 @@ class Tagged(NamedTuple):
 
 
 class Grouping(NamedTuple):
-    """Into which group each query and each key falls, (n h) from 0 on, -1 for none; and the sign of its sums."""
+    """The group of each query and each key, (n h) from 0 on, -1 for none; the sign of its sums; ``most``, of groups."""
 
     queries: Tensor
     keys: Tensor
     sign: int
+    most: int
 
 
 class TaggedAttention(CachedHeads):
@@ -123,39 +124,39 @@ class TaggedAttention(CachedHeads):
             k, v, cu_seqlens_k = state.cache.packed(which)
             of_row, place = owners(cu_seqlens_k, k.shape[1])
             keys, values = Tagged(k[0], state.tags.packed(which)[0][0], place, of_row), v[0]
-        return self._sorted(queries, keys, values).unflatten(0, (b, l))
+        sequences = b if cu_seqlens is None else len(cu_seqlens) - 1
+        return self._sorted(queries, keys, values, sequences).unflatten(0, (b, l))
 
-    def _sorted(self, queries: Tagged, keys: Tagged, values: Tensor) -> Tensor:
+    def _sorted(self, queries: Tagged, keys: Tagged, values: Tensor, sequences: int) -> Tensor:
         """Every grouping's attention, joined: (n h d)."""
         groupings = self.groupings(queries.tags, keys.tags)
         alone = len(groupings) == 1
         outs, lses = [], []
         for grouping in groupings:
-            out, lse = self._grouped(queries, keys, values, grouping, not alone)
+            out, lse = self._grouped(queries, keys, values, grouping, sequences, not alone)
             outs.append(out)
             lses.append(lse)
         out = outs[0] if alone else joined(outs, lses, [grouping.sign for grouping in groupings])
         return out.to(queries.rows.dtype)
 
     def _grouped(
-        self, queries: Tagged, keys: Tagged, values: Tensor, grouping: Grouping, with_lse: bool
+        self, queries: Tagged, keys: Tagged, values: Tensor, grouping: Grouping, sequences: int, with_lse: bool
     ) -> tuple[Tensor, Tensor]:
         """out (n h d) and, if wanted, lse (n h) of attention within the groups of each sequence and head."""
         h = self.n_heads
         head = torch.arange(h, device=values.device)
 
-        def sides(side: Tagged, groups: Tensor) -> tuple[Tensor, Tensor]:
-            """Which rows (n h) are in a group, sorted by it, and each one's group of its sequence and head."""
-            apart = ((side.sequences[:, None] * h + head) * most + groups).masked_fill(groups < 0, -1)
-            group, order = apart.flatten().sort(stable=True)
-            kept = int(torch.searchsorted(group, 0))
-            return order[kept:], group[kept:]
+        def sides(side: Tagged, groups: Tensor, without: int) -> tuple[Tensor, Tensor]:
+            """Rows (n h) sorted by the group of their sequence and head, and these groups; ``without`` for none."""
+            apart = (side.sequences[:, None] * h + head) * grouping.most + groups
+            group, order = apart.masked_fill(groups < 0, without).flatten().sort(stable=True)
+            return order, group
 
-        n_groups = [int(g.max()) + 1 for g in (grouping.queries, grouping.keys) if g.numel()]
-        most = max(1, *n_groups) if n_groups else 1
-        q_order, q_group = sides(queries, grouping.queries)
-        k_order, k_group = sides(keys, grouping.keys)
-        groups = torch.unique(torch.cat([q_group, k_group]))
+        # Queries without a group are one of their own, which has no keys, and keys without a group another
+        count = sequences * h * grouping.most
+        q_order, q_group = sides(queries, grouping.queries, count)
+        k_order, k_group = sides(keys, grouping.keys, count + 1)
+        groups = torch.arange(count + 2, device=values.device)
 
         def packed(x: Tensor, order: Tensor) -> Tensor:
             return x.flatten(0, 1).index_select(0, order)[None, :, None]

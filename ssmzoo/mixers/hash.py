@@ -107,7 +107,7 @@ class Hash(SeededDraws, TaggedAttention):
         found = []
         for rounds in self._subsets():
             q_group, k_group = (self._joint(tags, rounds) for tags in (q_tags, k_tags))
-            found.append(Grouping(q_group, k_group, 1 if len(rounds) % 2 else -1))
+            found.append(Grouping(q_group, k_group, 1 if len(rounds) % 2 else -1, self.n_buckets ** len(rounds)))
         return found
 
     def shown(self, q_tags: Tensor, k_tags: Tensor) -> Tensor:

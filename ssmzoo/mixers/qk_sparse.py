@@ -117,7 +117,7 @@ class QKSparse(SeededDraws, TaggedAttention):
 
     def groupings(self, q_tags: Tensor, k_tags: Tensor) -> list[Grouping]:
         queries, keys = (tags[..., 0].long() - 1 for tags in (q_tags, k_tags))
-        return [Grouping(queries, keys, 1)]
+        return [Grouping(queries, keys, 1, 1)]
 
     def shown(self, q_tags: Tensor, k_tags: Tensor) -> Tensor:
         return ((q_tags > 0) & (k_tags > 0))[..., 0]

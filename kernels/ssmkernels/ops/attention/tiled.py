@@ -28,7 +28,7 @@ def compute(a: Any) -> tuple[Tensor, Tensor]:
     sequences = [(slice(0, a.q.shape[1]), slice(0, a.k.shape[1]))]
     if a.cu_seqlens is not None:
         both = zip(spans(a.cu_seqlens), spans(a.cu_seqlens_k), strict=True)
-        sequences = [(queries, keys) for (_, queries), (_, keys) in both]
+        sequences = [(queries, keys) for (_, queries), (_, keys) in both if queries.stop > queries.start]
     call = Call(sequences, lists, a.left, a.right, a.scale, a.softcap, a.q_positions, a.k_positions)
     constants = a._replace(q=None, k=None, v=None, alibi_slopes=None, sinks=None, return_lse=True)
 

@@ -108,7 +108,7 @@ def _facts(blocks: Sequence[Block], states: Sequence[State], x: Tensor) -> Facts
     """All that a program would depend on; None where one layer's parts or somebody's hooks rule it out."""
     if any(getattr(nn.modules.module, f"_global{hooks}") for hooks in _HOOKS):
         return None
-    facts: Facts = [x.shape, x.dtype, torch.get_num_threads()]
+    facts: Facts = [x.shape, x.dtype, torch.get_num_threads(), torch.is_inference_mode_enabled()]
     for block, state in zip(blocks, states, strict=True):
         parts, norm = block._modules, block.norm
         if (
@@ -132,13 +132,19 @@ def _facts(blocks: Sequence[Block], states: Sequence[State], x: Tensor) -> Facts
 
 
 def _note(module: nn.Module, facts: Facts) -> bool:
-    """Adds a module, its options and its weights, and those of its parts; False where somebody hooks into it."""
+    """Adds a module, its options and its weights, and those of its parts.
+
+    Returns:
+        False where somebody hooks into it, or it holds tensors that are no weights.
+    """
     own = module.__dict__
     if "forward" in own or "_parameters" not in own:  # scripted modules keep theirs elsewhere
         return False
     for hooks in _HOOKS:
         if own[hooks]:
             return False
+    if own["_buffers"]:
+        return False
     facts.append(type(module))
     if type(module) is not nn.Dropout:
         for parameter in own["_parameters"].values():
@@ -147,5 +153,9 @@ def _note(module: nn.Module, facts: Facts) -> bool:
                     return False
                 facts += [parameter.data_ptr(), parameter.dtype, parameter.shape, parameter.stride()]
     if isinstance(module, Block | Mixer) or "eps" in own:
-        facts.extend(value for value in own.values() if type(value) in _PLAIN)
+        for value in own.values():
+            if type(value) in _PLAIN:
+                facts.append(value)
+            elif isinstance(value, Tensor):  # in a weight's place
+                return False
     return all(part is None or _note(part, facts) for part in own["_modules"].values())

@@ -158,6 +158,39 @@ def test_changes_between_two_tokens_take_effect(change, programs):
     assert not torch.equal(before[0], after[0])
 
 
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+def test_a_state_in_another_layout_is_read_rightly(kind, programs):
+    model = build(kind)
+    state = decoded(model, model.initial_state(2))[1]
+    for layer in state.layers:
+        layer.ssm, layer.conv = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (layer.ssm, layer.conv))
+    decoded(model, state)
+
+
+@pytest.mark.parametrize("place", ["layers.1.norm.weight", "layers.1.mixer.D", "layers.1.mixer.conv1d.bias"])
+@pytest.mark.parametrize("buffer", [False, True], ids=["attribute", "buffer"])
+def test_a_tensor_in_a_weights_place_may_change(place, buffer, programs):
+    model = build()
+    module, name = model.get_submodule(place.rpartition(".")[0]), place.rpartition(".")[2]
+    weight = getattr(module, name).detach()
+    delattr(module, name)
+    module.register_buffer(name, weight) if buffer else setattr(module, name, weight)
+    state = decoded(model, model.initial_state(1))[1]
+    before = decoded(model, state.clone(), 1)[0]
+    setattr(module, name, weight + 1)
+    assert not torch.equal(before[0], decoded(model, state)[0][0])
+
+
+def test_inference_mode_may_begin_and_end(programs):
+    model = build()
+    state = decoded(model, model.initial_state(1))[1]
+    for _ in range(2):
+        with torch.inference_mode():
+            copied = decoded(model, state.clone())[1]
+        decoded(model, copied.clone())
+    assert len(programs) == 10
+
+
 def test_what_sees_the_calls_gets_them(programs):
     model = build()
     state = decoded(model, model.initial_state(1))[1]
@@ -235,6 +268,7 @@ def test_a_call_that_would_copy_an_argument_is_not_prepared():
         call = prepare(ssmkernels.rms_norm, x, weight)
         assert torch.equal(call.run(), ssmkernels.rms_norm(x, weight))
         assert prepare(ssmkernels.rms_norm, torch.randn(8, 2).t(), weight) is None
+        assert prepare(ssmkernels.rms_norm, x, weight, residual=torch.randn(8, 2).t()) is None
         assert prepare(ssmkernels.rms_norm, x, weight, implementation="reference") is None
         with pytest.raises(ValueError, match="`weight`"):
             prepare(ssmkernels.rms_norm, x, torch.ones(7))

@@ -30,8 +30,9 @@ def forward(a: Any, _: bool) -> Tensor:
 
 
 def prepared(a: Any) -> Prepared:
-    """The kernel's call, with contiguous states."""
+    """The kernel's call; a state that is not contiguous is copied."""
     wide = a.ssm_state.dtype
+    conv_state, ssm_state = a.conv_state.contiguous(), a.ssm_state.contiguous()
     x, in_proj, out_proj = rows(a.x), a.in_proj.contiguous(), a.out_proj.contiguous()
     conv_weight, dt_bias, A_log, D = [plain(t, wide) for t in (a.conv_weight, a.dt_bias, a.A_log, a.D)]
     in_bias, conv_bias, norm_weight, out_bias = [
@@ -46,8 +47,8 @@ def prepared(a: Any) -> Prepared:
     return Prepared(
         "mamba2_step",
         {
-            "conv_state": a.conv_state.data_ptr(),
-            "ssm_state": a.ssm_state.data_ptr(),
+            "conv_state": conv_state.data_ptr(),
+            "ssm_state": ssm_state.data_ptr(),
             "x": x.data_ptr(),
             "in_proj": in_proj.data_ptr(),
             "in_bias": address(in_bias),
@@ -80,7 +81,21 @@ def prepared(a: Any) -> Prepared:
             "dt_least": a.dt_limit[0],
             "dt_most": a.dt_limit[1],
         },
-        (x, in_proj, in_bias, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, out_proj, out_bias),
+        (
+            conv_state,
+            ssm_state,
+            x,
+            in_proj,
+            in_bias,
+            conv_weight,
+            conv_bias,
+            dt_bias,
+            A_log,
+            D,
+            norm_weight,
+            out_proj,
+            out_bias,
+        ),
         y,
         scratch,
     )

@@ -41,8 +41,9 @@ def forward(a: Any, _: bool) -> Tensor:
 
 
 def prepared(a: Any) -> Prepared:
-    """The kernel's call, with contiguous states."""
+    """The kernel's call; a state that is not contiguous is copied."""
     wide = a.ssm_state.dtype
+    conv_state, ssm_state = a.conv_state.contiguous(), a.ssm_state.contiguous()
     x = rows(a.x)
     in_proj, x_proj, dt_proj, out_proj = [t.contiguous() for t in (a.in_proj, a.x_proj, a.dt_proj, a.out_proj)]
     conv_weight, dt_bias, A_log, D = [plain(t, wide) for t in (a.conv_weight, a.dt_bias, a.A_log, a.D)]
@@ -56,8 +57,8 @@ def prepared(a: Any) -> Prepared:
     return Prepared(
         "mamba_step",
         {
-            "conv_state": a.conv_state.data_ptr(),
-            "ssm_state": a.ssm_state.data_ptr(),
+            "conv_state": conv_state.data_ptr(),
+            "ssm_state": ssm_state.data_ptr(),
             "x": x.data_ptr(),
             "in_proj": in_proj.data_ptr(),
             "in_bias": address(in_bias),
@@ -84,7 +85,22 @@ def prepared(a: Any) -> Prepared:
             "x_batch": x.stride(0),
             "eps": a.norm_eps or 0.0,
         },
-        (x, in_proj, in_bias, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj, out_bias),
+        (
+            conv_state,
+            ssm_state,
+            x,
+            in_proj,
+            in_bias,
+            conv_weight,
+            conv_bias,
+            x_proj,
+            dt_proj,
+            dt_bias,
+            A_log,
+            D,
+            out_proj,
+            out_bias,
+        ),
         y,
         scratch,
     )

@@ -137,6 +137,7 @@ def test_packed_sequences_and_gradients():
         ({"use_gate_in_kernel": True, "A_log": torch.zeros(3)}, r"`A_log` must have 4 numbers; got shape \(3,\)"),
         ({"output_final_state": 1}, "`output_final_state`"),
         ({"cu_seqlens": torch.tensor([0.0, 21.0])}, "`cu_seqlens`"),
+        ({"cu_seqlens": torch.tensor([0, 2**32 + 21])}, "`cu_seqlens`"),
         ({"initial_state": torch.zeros(2, 4, 3, 5)}, "`initial_state`"),
         *(
             ({name: torch.zeros(shape, dtype=torch.int64)}, f"`{name}` must be float32 or .*; got int64")

@@ -225,3 +225,67 @@ def test_refusals():
         with_cache(q, cache, cache, cache_leftpad=zero, block_table=table)
     with pytest.raises(ValueError, match="`k_cache` must have 2 rows, as `q`; got 1"):
         with_cache(q, cache[:1], cache[:1])
+
+
+@pytest.mark.parametrize(
+    ("borders", "message"),
+    [
+        ([0, 4, 2, 6], r"must rise from 0 to the length 6 without falling; got \[0, 4, 2, 6\]"),
+        ([0, 2, 2, 5], "must rise from 0 to the length 6"),
+        ([0, 2, 2, 2**32 + 6], "must rise from 0 to the length 6"),
+        ([0, 6], r"must have shape \(b\+1\)"),
+        ([], r"must have shape \(s \+ 1\)"),
+        (None, "must be a tensor"),
+        (0, "must have shape"),
+    ],
+)
+@pytest.mark.parametrize("slopes", [None, torch.rand(3, 4)], ids=["plain", "slopes"])
+def test_borders_are_checked(borders, message, slopes):
+    q, cu = torch.randn(6, 4, 8), torch.tensor([0, 2, 2, 6])
+    bad = None if borders is None else torch.tensor(borders, dtype=torch.int64)
+    for name, given in (("q", (bad, cu)), ("k", (cu, bad))):
+        wrong = name if borders != [0, 6] else "k"  # the second of two lengths
+        with pytest.raises((TypeError, ValueError), match=f"flash_attn_varlen_func: `cu_seqlens_{wrong}` .*{message}"):
+            flash_attn.flash_attn_varlen_func(q, q, q, *given, 4, 4, alibi_slopes=slopes)
+
+
+def test_a_cache_is_written_only_where_it_is():
+    """What names no row or page is refused before anything is written."""
+    q, new = torch.randn(2, 1, 2, 4), torch.randn(2, 1, 2, 4)
+    caches = torch.randn(2, 3, 5, 2, 4)
+    kept = caches.clone()
+
+    def refused(message, **where):
+        with pytest.raises(ValueError, match=f"flash_attn_with_kvcache: {message}"):
+            flash_attn.flash_attn_with_kvcache(q, *caches, new, new, cache_seqlens=2, **where)
+        assert torch.equal(caches, kept)
+
+    for row in (-1, 3, 2**32):
+        refused(f"`cache_batch_idx` must be between 0 and 2; got .*{row}", cache_batch_idx=torch.tensor([row, 1]))
+        refused(f"`block_table` must be between 0 and 2; got .*{row}", block_table=torch.tensor([[row], [1]]))
+    for start in (-1, 4):
+        refused(rf"`cache_leftpad` .* the lengths \[3, 3\]; got \[0, {start}\]", cache_leftpad=torch.tensor([0, start]))
+    with pytest.raises(TypeError, match="`k` must be float32, as `q` is; got float64"):
+        flash_attn.flash_attn_with_kvcache(q, *caches, new.double(), new, cache_seqlens=2)
+    unused = torch.tensor([[0, -1], [1, 7]])  # second pages, of which no token is in use
+    assert (
+        flash_attn.flash_attn_with_kvcache(q, *caches, new, new, cache_seqlens=2, block_table=unused).isfinite().all()
+    )
+
+
+def test_no_sequences():
+    q, cache = torch.randn(0, 2, 2, 4), torch.randn(3, 5, 2, 4)
+    for causal in (True, False):
+        out, lse = flash_attn.flash_attn_with_kvcache(q, cache, cache, causal=causal, return_softmax_lse=True)
+        assert (out.shape, lse.shape) == (q.shape, (0, 2, 2))
+
+
+def test_windows_and_masks_of_another_kind():
+    q = torch.randn(2, 3, 2, 4)
+    for window in (None, 3, (1, 2, 3)):
+        with pytest.raises(TypeError, match=r"flash_attn_func: `window_size` must be two ints \(left, right\)"):
+            flash_attn.flash_attn_func(q, q, q, window_size=window)
+        with pytest.raises(TypeError, match="flash_attn_with_kvcache: `window_size` must be two ints"):
+            flash_attn.flash_attn_with_kvcache(q, q, q, window_size=window)
+    with pytest.raises(ValueError, match=r"unpad_input: `attention_mask` must have shape \(b l\) with b=2, l=3"):
+        bert_padding.unpad_input(q, torch.ones(2, 2))

@@ -8,7 +8,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from ssmkernels.core.validate import precision
+from ssmkernels.core.validate import check_borders, check_dtypes, check_shapes, precision
 
 INDICES = (torch.int32, torch.int64)
 
@@ -28,3 +28,20 @@ def beside(t: Tensor | None, x: Tensor) -> Tensor | None:
     if t is None or t.dtype in (x.dtype, wide) or not (t.is_floating_point() or t.is_complex()):
         return t  # integers are for the op to refuse
     return t.to(torch.promote_types(t.dtype, wide))
+
+
+def int32_borders(op: str, cu_seqlens: Tensor, length: int | None, name: str = "cu_seqlens") -> Tensor:
+    """Borders of packed sequences as our ops take them; they are checked before large ones could wrap around.
+
+    Args:
+        length: of all sequences; None if only the borders tell it.
+
+    Raises:
+        TypeError, ValueError: no integers ``(s + 1)`` that rise from 0 to the length.
+    """
+    check_shapes(op, {name: (cu_seqlens, "borders")}, (name,))
+    check_dtypes(op, {name: cu_seqlens}, INDICES)
+    if not len(cu_seqlens):
+        raise ValueError(f"{op}: `{name}` must have shape (s + 1); got (0,)")
+    check_borders(op, cu_seqlens, int(cu_seqlens[-1]) if length is None else length, name)
+    return cu_seqlens.int()

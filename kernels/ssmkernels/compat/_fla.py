@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmkernels import delta_rule, linear_attention, rms_norm
-from ssmkernels.compat._dtypes import INDICES, together
+from ssmkernels.compat._dtypes import int32_borders, together
 from ssmkernels.core.validate import REAL, check_dtypes, check_options, check_shapes, precision
 
 FLAGS = (
@@ -92,7 +92,6 @@ def _check(a: Any, others: dict[str, tuple[Any, str]]) -> None:
     numbers = {name: value for name, (value, _) in {**names, **given, **states}.items()}
     check_dtypes(a.op, {**numbers, "A_log": _of(a, "A_log"), "dt_bias": _of(a, "dt_bias")}, REAL)
     check_options(a.op, "bool", **{name: getattr(a, name) for name in FLAGS if hasattr(a, name)})
-    check_dtypes(a.op, {"cu_seqlens": a.cu_seqlens}, INDICES)
     for name, why in (
         ("gv", "decays of values"),
         ("cp_context", "sequences that are cut over processes"),
@@ -150,7 +149,7 @@ def _l2_normalised(x: Tensor, implementation: str | None) -> Tensor:
 
 
 def _borders(a: Any) -> Tensor | None:
-    return None if a.cu_seqlens is None else a.cu_seqlens.to(torch.int32)
+    return None if a.cu_seqlens is None else int32_borders(a.op, a.cu_seqlens, a.q.shape[1])
 
 
 def _recall(a: Any, op: Any, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, **others: Tensor) -> Found:

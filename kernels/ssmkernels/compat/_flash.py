@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ssmkernels import attention
-from ssmkernels.compat._dtypes import INDICES, beside
+from ssmkernels.compat._dtypes import INDICES, beside, int32_borders
 from ssmkernels.core.packing import spans
 from ssmkernels.core.validate import check_dtypes, check_options, check_shapes
 
@@ -32,10 +32,12 @@ def varlen(a: Any) -> Any:
     q, k, v = _unpacked(a, "l", "m" if paged is None else "pages page_size")
     slopes = a.alibi_slopes
     names = ("cu_seqlens",) if hasattr(a, "cu_seqlens") else ("cu_seqlens_q", "cu_seqlens_k")
-    check_dtypes(a.op, {name: getattr(a, name) for name in names}, INDICES)
-    borders = [getattr(a, name) for name in names]
-    cu_q, cu_k = (t.int() for t in (borders if len(borders) == 2 else 2 * borders))
-    shapes = {"q": (q, "l h d"), "alibi_slopes": (slopes, "h | b h"), "block_table": (paged, "b blocks")}
+    lengths = (len(q), len(k) if paged is None else None)
+    borders = [int32_borders(a.op, getattr(a, n), length, n) for n, length in zip(names, lengths, strict=False)]
+    cu_q, cu_k = borders[0], borders[-1]
+    shapes: dict[str, tuple[Any, str]] = {"q": (q, "l h d")}
+    shapes |= {name: (cu, "b+1") for name, cu in zip(names, borders, strict=True)}
+    shapes |= {"alibi_slopes": (slopes, "h | b h"), "block_table": (paged, "b blocks")}
     check_shapes(a.op, shapes, ("q",), b=len(cu_q) - 1)
     if paged is not None:
         k, v = (from_pages(a.op, t, paged, cu_k) for t in (k, v))
@@ -99,6 +101,7 @@ def _unpacked(a: Any, queries: str, keys: str) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v, however they came, and the checks of what all functions take."""
     check_options(a.op, "number", dropout_p=a.dropout_p, softcap=a.softcap)
     check_options(a.op, "bool", causal=a.causal, return_attn_probs=a.return_attn_probs)
+    check_window(a.op, a.window_size)
     if a.dropout_p:
         raise ValueError(f"{a.op}: `dropout_p` must be 0, as weights are never dropped here; got {a.dropout_p}")
     if hasattr(a, "qkv"):
@@ -110,6 +113,16 @@ def _unpacked(a: Any, queries: str, keys: str) -> tuple[Tensor, Tensor, Tensor]:
     shapes = {"q": (a.q, f"{queries} h d"), "k": (a.k, f"{keys} h_kv d"), "v": (a.v, f"{keys} h_kv v")}
     check_shapes(a.op, shapes, ("q", "k", "v"))
     return a.q, a.k, a.v
+
+
+def check_window(op: str, window: Any) -> None:
+    """Checks that it is a pair; what :func:`ssmkernels.attention` finds in it is for that to say.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(window, tuple | list) or len(window) != 2:
+        raise TypeError(f"{op}: `window_size` must be two ints (left, right), -1 for no bound; got {window!r}")
 
 
 def _joined(parts: list[Pair], dims: tuple[int, int]) -> Pair:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ssmkernels import decode_attention
 from ssmkernels.compat._dtypes import INDICES, beside
-from ssmkernels.compat._flash import attend, from_pages
-from ssmkernels.core.validate import check_dtypes, check_options, check_shapes
+from ssmkernels.compat._flash import attend, check_window, from_pages
+from ssmkernels.core.validate import check_dtypes, check_options, check_same_dtype, check_shapes
 
 
 @torch.no_grad()
@@ -31,6 +31,7 @@ def with_cache(a: Any) -> Tensor | tuple[Tensor, Tensor]:
         raise ValueError(
             f"{a.op}: the cache has room for {room} tokens of a sequence; `cache_seqlens` and `k` make {lengths.max()}"
         )
+    _check_places(a, table, lengths, size)
     q, k = a.q, a.k
     if a.rotary_cos is not None:
         still = not a.causal and tuple(a.window_size) == (-1, -1)
@@ -40,8 +41,8 @@ def with_cache(a: Any) -> Tensor | tuple[Tensor, Tensor]:
     if k is not None:
         place = before[:, None] + torch.arange(new, device=device)
         page = table.gather(1, place // size)
-        a.k_cache[page, place % size] = k.to(a.k_cache.dtype)
-        a.v_cache[page, place % size] = a.v.to(a.v_cache.dtype)
+        a.k_cache[page, place % size] = k
+        a.v_cache[page, place % size] = a.v
     out, lse = _attended(a, q, table, lengths, sizes["h"])
     return (out, lse) if a.return_softmax_lse else out
 
@@ -71,7 +72,8 @@ def _attended(a: Any, q: Tensor, table: Tensor, lengths: Tensor, heads: int) -> 
         )
         assert isinstance(found, tuple)
         out, lse = found
-        return out.reshape(b, l, *out.shape[2:]), lse.reshape(b, -1, heads, lse.shape[-1]).transpose(1, 2).flatten(2)
+        lse = lse.reshape(b, 1 if looks_back else l, heads, lse.shape[-1])
+        return out.reshape(b, l, *out.shape[2:]), lse.transpose(1, 2).flatten(2)
     outs = []
     for i in range(b):
         each = slice(i, i + 1)
@@ -100,6 +102,25 @@ def _turned(a: Any, x: Tensor, place: Tensor) -> Tensor:
     return torch.cat([turned.to(x.dtype), rest], -1)
 
 
+def _check_places(a: Any, table: Tensor, lengths: Tensor, size: int) -> None:
+    """Checks the pages (b blocks) that hold tokens of sequences of these lengths, and where these begin.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    name = "cache_batch_idx" if a.block_table is None else "block_table"
+    used = table[size * torch.arange(table.shape[1], device=table.device) < lengths[:, None]]
+    if used.numel() and not 0 <= int(used.min()) <= int(used.max()) < len(a.k_cache):
+        raise ValueError(
+            f"{a.op}: `{name}` must be between 0 and {len(a.k_cache) - 1}; got {int(used.min())} to {int(used.max())}"
+        )
+    left = a.cache_leftpad
+    if left is not None and not bool(((left >= 0) & (left <= lengths)).all()):
+        raise ValueError(
+            f"{a.op}: `cache_leftpad` must be between 0 and the lengths {lengths.tolist()}; got {left.tolist()}"
+        )
+
+
 def _check(a: Any) -> dict[str, int]:
     """Kinds and shapes; returns the sizes.
 
@@ -126,6 +147,8 @@ def _check(a: Any) -> dict[str, int]:
         ("q", "k_cache", "v_cache"),
     )
     check_dtypes(a.op, {**indices, "block_table": a.block_table}, INDICES)
+    check_same_dtype(a.op, {name: getattr(a, name) for name in ("q", "k_cache", "v_cache", "k", "v")})
+    check_window(a.op, a.window_size)
     flags = {name: getattr(a, name) for name in ("causal", "rotary_interleaved", "return_softmax_lse")}
     check_options(a.op, "bool", **flags)
     if cached is None and a.cache_seqlens is not None:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssmkernels.core.validate import check_shapes
+
 __all__ = [
     "index_first_axis",
     "index_first_axis_residual",
@@ -47,7 +49,13 @@ def unpad_input(hidden_states: Tensor, attention_mask: Tensor, unused_mask: Tens
     Returns:
         the tokens ``(n, …)``; their places in the flattened batch, int64 ``(n)``; the borders of the sequences, int32
         ``(b + 1)``; the length of the longest; and how many tokens of each are used, int32 ``(b)``.
+
+    Raises:
+        TypeError, ValueError: a mask of another kind or shape.
     """
+    masks = {"attention_mask": (attention_mask, "b l"), "unused_mask": (unused_mask, "b l")}
+    b, l = hidden_states.shape[:2]
+    check_shapes("unpad_input", masks, ("attention_mask",), b=b, l=l)
     all_masks = attention_mask if unused_mask is None else attention_mask + unused_mask
     lengths = all_masks.sum(-1, dtype=torch.int32)
     used = attention_mask.sum(-1, dtype=torch.int32)

@@ -351,8 +351,9 @@ def opcheck(operator, *arguments):
 
 ops = torch.ops.ssmkernels
 lists = mask.offsets, mask.columns, mask.patterns, mask.bits
-opcheck(ops.attention_triton, *heads, 1, 0, 0.5, 2.0, *(None,) * 6, True, True)
-opcheck(ops.attention_triton, *heads[:3], None, heads[4], -1, -1, 0.5, 0.0, *lists, borders, borders, False, True)
+opcheck(ops.attention_triton, *heads, 1, 0, 0.5, 2.0, *(None,) * 8, True, True)
+packed = (*lists, borders, borders, None, None)
+opcheck(ops.attention_triton, *heads[:3], None, heads[4], -1, -1, 0.5, 0.0, *packed, False, True)
 two = torch.randn(2, 2, 2)
 opcheck(ops.causal_conv1d_triton, x, weight, A[:, 0], "silu", two[:, :1], borders, True)
 opcheck(ops.selective_scan_triton, x, x * 2, A, B, B, A[:, 0], x * 3, A[:, 1], True, state, None, True)

@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 from ssmkernels.ops.attention.triton_pieces import (
-    at_batch,
     at_head,
     indices,
     logits,
@@ -88,7 +87,8 @@ def keys_backward(
     )
     if start >= stop:
         return
-    q_positions, k_positions = at_batch(q_positions, batch, l), at_batch(k_positions, batch, m)
+    if q_positions is not None:
+        q_positions, k_positions = q_positions + batch * l, k_positions + batch * m
     j, p, low, high, met = own_side(start, stop, end_q - end, k_positions, begin_q, end_q, right, left, COLUMNS)
     across_k, across_v = tl.arange(0, BLOCK_K)[None, :], tl.arange(0, BLOCK_V)[None, :]
     k = at_head(k, k_strides, batch, head_k, across_k)

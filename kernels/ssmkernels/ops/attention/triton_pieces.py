@@ -84,15 +84,6 @@ def own_side(start, stop, shift, positions, other_begin, other_end, before, afte
 
 
 @triton.jit
-def at_batch(positions, batch, length):
-    """Pointer to the positions of one row of a batch; None where tokens have none of their own."""
-    if positions is None:
-        return None
-    else:  # noqa: RET505 (the compiler wants to see it)
-        return positions + batch * length
-
-
-@triton.jit
 def meets(own, own_there, positions, index, begin, end, before, after):
     """Positions of the other side's tokens at ``index``, and whether a token of the own tile may see one of them.
 

@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 from ssmkernels.ops.attention.triton_pieces import (
-    at_batch,
     at_head,
     indices,
     logits,
@@ -121,7 +120,8 @@ def queries_backward(
     start, stop, _, end, begin_k, end_k = tile_of(number, owners, starts, cu_seqlens, cu_seqlens_k, l, m, MASK_Q, ROWS)
     if start >= stop:
         return
-    q_positions, k_positions = at_batch(q_positions, batch, l), at_batch(k_positions, batch, m)
+    if q_positions is not None:
+        q_positions, k_positions = q_positions + batch * l, k_positions + batch * m
     i, p, low, high, met = own_side(start, stop, end_k - end, q_positions, begin_k, end_k, left, right, ROWS)
     across_k, across_v = tl.arange(0, BLOCK_K)[None, :], tl.arange(0, BLOCK_V)[None, :]
     q = at_head(q, q_strides, batch, head, across_k)

@@ -86,6 +86,10 @@ class SelectingAttention(Mixer):
         """Summaries ``(b, n, h', d')`` of all complete stretches of keys and values ``(b, m, copies · h_kv, d)``."""
         raise NotImplementedError
 
+    def no_summaries(self, batch_size: int) -> Tensor:
+        """What :meth:`summarise` gives of no tokens, ``(batch_size, 0, h', d')``, without a call of any map."""
+        raise NotImplementedError
+
     def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, summaries: Tensor) -> Tensor:
         """The newest tokens x ``(b, l, d_model)``, q ``(b, l, h, d)``, over all tokens so far: ``(b, l, h, d)``."""
         raise NotImplementedError
@@ -96,12 +100,9 @@ class SelectingAttention(Mixer):
 
     def initial_state(self, batch_size: int, max_length: int | None = None) -> SummaryCache:
         self.check_has_state()
-        like = self.like()
-        heads = self.copies * self.n_kv_heads
-        shape = (batch_size, heads, self.head_dim, self.head_dim)
-        state = SummaryCache.empty(like, shape, max_length or 0, None)
-        none = like.new_zeros(batch_size, 0, heads, self.head_dim)
-        return dataclasses.replace(state, summaries=self.summarise(none, none).detach())
+        shape = (batch_size, self.copies * self.n_kv_heads, self.head_dim, self.head_dim)
+        state = SummaryCache.empty(self.like(), shape, max_length or 0, None)
+        return dataclasses.replace(state, summaries=self.no_summaries(batch_size))
 
     def mix(
         self, x: Tensor, state: SummaryCache | None, cu_seqlens: Tensor | None

@@ -69,6 +69,9 @@ class Moba(SelectingAttention):
         blocks = k.detach()[:, : count * self.stretch].unflatten(1, (count, self.stretch))
         return blocks.to(precision(k)).mean(2)
 
+    def no_summaries(self, batch_size: int) -> Tensor:
+        return self.like(wide=True).new_zeros(batch_size, 0, self.n_kv_heads, self.head_dim)
+
     def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, summaries: Tensor) -> Tensor:
         blocks = self.selected(q.detach(), summaries, k.shape[1])
         out = selected_attention(q, k, v, blocks, block_size=self.stretch)

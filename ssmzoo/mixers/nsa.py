@@ -130,6 +130,9 @@ class Nsa(SelectingAttention):
             compressed.append(getattr(self, kind)(stretches) if self.compress else stretches.mean(3))
         return torch.cat(compressed, dim=3)
 
+    def no_summaries(self, batch_size: int) -> Tensor:
+        return self.like().new_zeros(batch_size, 0, self.n_kv_heads, 2 * self.head_dim)
+
     def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, summaries: Tensor) -> Tensor:
         l, length = q.shape[1], k.shape[1]
         k_c, v_c = (t.to(q.dtype) for t in summaries.chunk(2, dim=3))

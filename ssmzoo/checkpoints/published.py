@@ -49,9 +49,9 @@ def published_config(path: Path) -> ModelConfig:
 
 def used(values: dict[str, Any]) -> dict[str, Any]:
     """A config's values without the mixers that its layers do not reach."""
-    used = reachable(values["pattern"][: values["n_layers"]], values["mixers"])
-    pattern = values["pattern"][: values["n_layers"]]
-    return {**values, "pattern": pattern, "mixers": {k: v for k, v in values["mixers"].items() if k in used}}
+    pattern, mixers = values["pattern"][: values["n_layers"]], values.get("mixers", {})
+    used = reachable(pattern, mixers)
+    return {**values, "pattern": pattern, "mixers": {k: v for k, v in mixers.items() if k in used}}
 
 
 def published_type(path: Path) -> tuple[str | None, dict[str, Any]]:

@@ -183,6 +183,7 @@ def test_missing_packages_are_found(monkeypatch):
         assert set(missing) >= set(installed.packages)
         for name in installed.packages:
             assert __import__(name) is getattr(compat, name)
+            assert __import__(name).__version__[0].isdigit()
         if "mamba_ssm" in installed.packages:
             from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined as found
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from parity import close, randomise
 
-from ssmzoo.integrations.transformers import accelerate
+from ssmkernels import compat
+from ssmzoo.integrations.transformers import accelerate, lookups
 from ssmzoo.integrations.transformers.functions import selective_scan_fn
 from ssmzoo.integrations.transformers.imports import loaded
 from ssmzoo.integrations.transformers.lookups import lookups_of, published
@@ -395,6 +396,15 @@ def test_what_is_told():
         assert text.count("\n") == len(running.rows)
         assert "restored" not in repr(running)
     assert "restored" in repr(running)
+
+
+def test_what_stands_for_a_package_is_none():
+    """transformers does not take the functions of one that pip does not know, so that it still needs ours."""
+    lookups.installed.cache_clear()
+    with compat.install("mamba_ssm") as stand_in:
+        found = [lookups.installed(package) for package in stand_in.packages]
+    lookups.installed.cache_clear()
+    assert not any(found)
 
 
 def test_a_model_names_its_families():

@@ -25,6 +25,7 @@ ARCHITECTURES = {
         "mlp": {"kind": "moe", "n_experts": 4},
         "tie_embeddings": False,
     },
+    "defaults": {"pattern": ["mamba", "gru"]},
     "delta": {"pattern": ["gated_deltanet", "mlstm"], "mixers": {"mlstm": {"n_heads": 2}}},
 }
 ARCHITECTURES["delta"]["mixers"]["gated_deltanet"] = {"n_heads": 1, "head_dim": 8}
@@ -67,6 +68,13 @@ def test_what_we_save_is_what_it_loads(tmp_path):
         assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
+def test_a_model_without_options_is_saved(tmp_path):
+    model = made("defaults")
+    ssmzoo.save(model.model, tmp_path, "transformers", model_type="ssmzoo")
+    with torch.no_grad():
+        assert torch.equal(ssmzoo.build(tmp_path).eval()(IDS), model.model(IDS))
+
+
 def test_a_weight_that_no_file_holds(tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -106,6 +114,8 @@ def test_a_cache_continues(tmp_path):
     torch.testing.assert_close(
         model(IDS[1:, 5:], past_key_values=cache).logits, whole.logits[1:, 5:], atol=1e-5, rtol=1e-4
     )
+    places = torch.tensor([6, 2])
+    assert torch.equal(model(IDS, logits_to_keep=places).logits, whole.logits[:, places])
     assert model(IDS, use_cache=False).past_key_values is None
     assert model(IDS, return_dict=False, use_cache=False)[0].shape == (2, 8, 30)
 
@@ -164,8 +174,16 @@ def test_what_is_refused():
         model.generate(IDS[:1], assistant_model=made(), max_new_tokens=3, **GREEDY)
     with pytest.raises(NotImplementedError, match="Assisted decoding needs it"):
         model(IDS, use_cache=True).past_key_values.crop(-1)
-    with pytest.raises(ValueError, match="`config` must be of a model from tokens to tokens; this one gives classes"):
+    with pytest.raises(
+        ValueError, match="`config` must be of a model from tokens to tokens; .* from tokens to classes"
+    ):
         bridge.SsmzooForCausalLM(bridge.SsmzooConfig(SIZES | ARCHITECTURES["hybrid"] | {"n_classes": 2}))
+    with pytest.raises(ValueError, match="this one goes from features to tokens"):
+        bridge.SsmzooForCausalLM(bridge.SsmzooConfig(SIZES | ARCHITECTURES["hybrid"] | {"d_input": 2}))
+    with pytest.raises(ValueError, match=r"SsmzooForCausalLM: `input_ids` must have shape \(b l\)"):
+        model(IDS[0])
+    with pytest.raises(TypeError, match="SsmzooConfig: `architecture` must be a dict; got int"):
+        bridge.SsmzooConfig(5)
     with pytest.raises(ValueError, match=r"unknown key of SsmzooConfig: `architecture`: 'd_modl'"):
         bridge.SsmzooConfig({"d_modl": 3})
 

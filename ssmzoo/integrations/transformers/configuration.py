@@ -25,6 +25,8 @@ class SsmzooConfig(PreTrainedConfig):
     def __init__(self, architecture: dict[str, Any] | None = None, **kwargs: Any):
         if architecture is None:
             architecture = {"d_model": 64, "n_layers": 2, "pattern": ["mamba"], "vocab_size": 256}
+        if not isinstance(architecture, dict):
+            raise TypeError(f"SsmzooConfig: `architecture` must be a dict; got {type(architecture).__name__}")
         zoo = ModelConfig.from_dict(architecture, "SsmzooConfig: `architecture`")
         self.architecture = zoo.to_dict()
         self.vocab_size = zoo.vocab_size

@@ -92,5 +92,12 @@ def published() -> dict[str, list[tuple[str, str]]]:
 
 @functools.cache
 def installed(package: str) -> bool:
-    """Whether there is such a package, whose functions transformers then takes."""
-    return importlib.util.find_spec(package) is not None
+    """Whether there is such a package, whose functions transformers then takes.
+
+    One that :func:`ssmkernels.compat.install` stands for is none: transformers looks for what pip knows.
+    """
+    try:
+        spec = importlib.util.find_spec(package)
+    except ValueError:  # a module without a spec has taken its place
+        return True
+    return spec is not None and spec.name == package

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutput
 
+from ssmkernels.core.validate import check_shapes
 from ssmzoo.checkpoints.weights import skeleton, stored_weights, unstored
 from ssmzoo.config import ModelConfig
 from ssmzoo.integrations.transformers.configuration import SsmzooConfig
@@ -89,7 +90,8 @@ class SsmzooForCausalLM(SsmzooPreTrainedModel, GenerationMixin):
         zoo = config.zoo
         if zoo.output != "tokens" or zoo.d_input is not None:
             raise ValueError(
-                f"{type(self).__name__}: `config` must be of a model from tokens to tokens; this one gives {zoo.output}"
+                f"{type(self).__name__}: `config` must be of a model from tokens to tokens; this one goes from "
+                f"{'tokens' if zoo.d_input is None else 'features'} to {zoo.output}"
             )
         super().__init__(config, zoo)
         self._has_state = all(block.mixer.causal and block.mixer.has_state for block in self.model.blocks)
@@ -107,7 +109,7 @@ class SsmzooForCausalLM(SsmzooPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
         **kwargs: Any,
@@ -123,7 +125,7 @@ class SsmzooForCausalLM(SsmzooPreTrainedModel, GenerationMixin):
             inputs_embeds: not supported.
             labels: int64 ``(b, l)``, −100 where there is none; shifted inside.
             use_cache: whether to return a cache; if None, where not training.
-            logits_to_keep: how many of the last positions have logits; 0 for all.
+            logits_to_keep: how many of the last positions have logits, 0 for all; or int64 ``(n)``, which positions.
             return_dict: a tuple if False.
             cu_seq_lens_q: int32 ``(s + 1)``, borders of sequences packed into a batch of one.
             kwargs: ``num_items_in_batch`` for the loss; what else transformers hands to all its models counts for none
@@ -132,9 +134,8 @@ class SsmzooForCausalLM(SsmzooPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: no ``input_ids``, or an output that our models do not have is asked for.
         """
-        if input_ids is None or inputs_embeds is not None:
-            raise ValueError(f"{type(self).__name__}: `input_ids` must be given, and `inputs_embeds` cannot be")
-        _refuse_outputs(self, kwargs)
+        _check_inputs(self, input_ids, inputs_embeds, kwargs)
+        assert input_ids is not None
         length, mask = input_ids.shape[1], None
         if attention_mask is not None:
             mask = attention_mask[:, -length:].bool()
@@ -149,13 +150,13 @@ class SsmzooForCausalLM(SsmzooPreTrainedModel, GenerationMixin):
             state = past_key_values.state
         elif use_cache or (use_cache is None and not self.training and labels is None and self._has_state):
             state = self.model.initial_state(len(input_ids) if cu_seqlens is None else len(cu_seqlens) - 1)
-        last = (
-            logits_to_keep == 1 and labels is None and cu_seqlens is None and (mask is None or bool(mask[:, -1].all()))
-        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        last = kept == slice(-1, None) and labels is None and cu_seqlens is None
+        last = last and (mask is None or bool(mask[:, -1].all()))
         out = self.model(input_ids, state, mask=mask, cu_seqlens=cu_seqlens, last_only=last)
         logits, state = (out, None) if state is None else out
         logits = logits[..., : self.config.vocab_size].reshape(*(shape if not last else (shape[0], 1)), -1)
-        logits = logits[:, -logits_to_keep:]
+        logits = logits[:, kept]
         loss = None
         if labels is not None:
             items = {name: kwargs[name] for name in ("num_items_in_batch",) if name in kwargs}
@@ -194,9 +195,8 @@ class SsmzooForSequenceClassification(SsmzooPreTrainedModel):
         **kwargs: Any,
     ) -> SequenceClassifierOutput | tuple[Any, ...]:
         """Logits ``(b, num_labels)``; arguments as those of :meth:`SsmzooForCausalLM.forward`, labels ``(b)``."""
-        if input_ids is None or inputs_embeds is not None:
-            raise ValueError(f"{type(self).__name__}: `input_ids` must be given, and `inputs_embeds` cannot be")
-        _refuse_outputs(self, kwargs)
+        _check_inputs(self, input_ids, inputs_embeds, kwargs)
+        assert input_ids is not None
         logits = self.model(input_ids, mask=None if attention_mask is None else attention_mask.bool())
         loss = None
         if labels is not None:
@@ -216,7 +216,11 @@ def borders_of(position_ids: Tensor | None) -> Tensor | None:
     return torch.cat([starts.flatten(), end]).nonzero()[:, 0].int()
 
 
-def _refuse_outputs(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+def _check_inputs(model: PreTrainedModel, ids: Tensor | None, embeds: Tensor | None, kwargs: dict[str, Any]) -> None:
+    kind = type(model).__name__
+    if ids is None or embeds is not None:
+        raise ValueError(f"{kind}: `input_ids` must be given, and `inputs_embeds` cannot be")
+    check_shapes(kind, {"input_ids": (ids, "b l")})
     for name in ("output_attentions", "output_hidden_states"):
         if kwargs.get(name):
-            raise ValueError(f"{type(model).__name__}: `{name}` must be False, as the model does not give them")
+            raise ValueError(f"{kind}: `{name}` must be False, as the model does not give them")

@@ -22,6 +22,8 @@ from ssmkernels.compat._dtypes import INDICES
 from ssmkernels.core.packing import last_of_each
 from ssmkernels.core.validate import check_dtypes, check_options, check_range, check_shapes
 
+__version__ = "1.7.0"
+
 __all__ = [
     "causal_conv1d_fn",
     "causal_conv1d_ref",

@@ -23,6 +23,8 @@ from torch import Tensor
 from ssmkernels.compat._calls import compatible
 from ssmkernels.compat._fla import delta, linear
 
+__version__ = "0.6.0"
+
 __all__ = [
     "chunk_delta_rule",
     "chunk_gated_delta_rule",

@@ -29,6 +29,8 @@ from ssmkernels.compat._scan import inner, scan
 from ssmkernels.compat._ssd import chunk_scan
 from ssmkernels.compat._update import update
 
+__version__ = "2.3.2"
+
 __all__ = [
     "mamba_chunk_scan_combined",
     "mamba_chunk_scan_combined_ref",

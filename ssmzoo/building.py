@@ -45,6 +45,8 @@ def build(
         FileNotFoundError: a path where nothing is.
     """
     given = name_or_path_or_config
+    if revision is not None and not isinstance(revision, str):
+        raise TypeError(f"build: `revision` must be str or None; got {type(revision).__name__}")
     folder, name = model_folder(given), hub_id(given)
     if folder is not None or name is not None:
         if overrides:

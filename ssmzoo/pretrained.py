@@ -24,7 +24,7 @@ from ssmzoo.checkpoints.published import (
     take_converted,
 )
 from ssmzoo.checkpoints.rwkv7 import from_pth
-from ssmzoo.checkpoints.weights import assign, main_dtype, read_tensors, skeleton, write_tensors
+from ssmzoo.checkpoints.weights import assign, check_storable, main_dtype, read_tensors, skeleton, write_tensors
 from ssmzoo.config import ModelConfig
 from ssmzoo.files import replacing
 from ssmzoo.footprint import check_memory, footprint
@@ -62,9 +62,10 @@ def save(
 
     Raises:
         OSError: a file cannot be written, as on a full disk, or (FileExistsError) the folder holds files already.
-        TypeError: ``model`` is no SequenceModel.
-        ValueError: the config ties the head to the embedding, and the model's are two weights; an unknown format; or a
-            model that the format cannot hold, with the first option or weight that has no place.
+        TypeError: ``model`` is no SequenceModel, or ``folder`` no path.
+        ValueError: the model has other weights than its config asks for, as with adapters; the config ties the head to
+            the embedding, and the model's are two weights; an unknown format; or a model that the format cannot hold,
+            with the first option or weight that has no place.
     """
     if not isinstance(model, SequenceModel):
         raise TypeError(f"save: `model` must be a SequenceModel; got {type(model).__name__}")
@@ -79,7 +80,8 @@ def save(
             "save: with `tie_embeddings` in its config, `model` must have one weight for embedding and head; got two. "
             "Call model.tie_weights() to use the embedding's, or set model.config.tie_embeddings to False"
         )
-    folder, size = Path(folder), size_of(max_shard_size)
+    check_storable(model)
+    folder, size = _path("save", folder), size_of(max_shard_size)
     if format != "ssmzoo":
         check_new(folder)
         write_folder(exported(model, format, dtype, model_type), folder, size)
@@ -91,6 +93,19 @@ def save(
         (folder / checksums.SUMS).unlink(missing_ok=True)  # those of a run's own weights, which are replaced now
     with replacing(folder / CONFIG) as path:
         path.write_text(model.config.to_yaml())
+
+
+def _path(function: str, folder: object) -> Path:
+    """The folder as a path.
+
+    Raises:
+        TypeError, ValueError: it is none.
+    """
+    if not isinstance(folder, str | os.PathLike):
+        raise TypeError(f"{function}: `folder` must be a path; got {type(folder).__name__}")
+    if not os.fspath(folder):
+        raise ValueError(f"{function}: `folder` must be a path, such as '.' for the current folder; got ''")
+    return Path(folder)
 
 
 def load(
@@ -119,7 +134,7 @@ def load(
         ValueError, TypeError: a damaged file (a run's and a checkpoint's are compared with their checksums), a config
             that does not fit, or weights that do not fit the config, by name.
     """
-    folder = Path(folder)
+    folder = _path("load", folder)
     if (folder / PTH).is_file():
         folder = folder / PTH
     if folder.suffix == ".pth" and folder.is_file():

@@ -88,7 +88,8 @@ def as_transformers(model: SequenceModel, dtype: torch.dtype | None, model_type:
             return Export(found.NAME, words | given | tokens, tensors, "model.safetensors")
         refusals.append((refusal[0], f"{found.NAME}: {refusal[1]}"))
     nearest = min(refusals, key=lambda pair: (pair[0], len(pair[1])))
-    raise ValueError(f"save: `model` has no place in transformers' {nearest[1]}")
+    ours = "" if model_type else f"; `model_type` {OURS!r} holds any model"
+    raise ValueError(f"save: `model` has no place in transformers' {nearest[1]}{ours}")
 
 
 def as_original(model: SequenceModel, dtype: torch.dtype | None) -> Export:
@@ -105,6 +106,11 @@ def as_original(model: SequenceModel, dtype: torch.dtype | None) -> Export:
         if refusal is None:
             return Export("RWKV-7", None, tensors, "model.pth")
         raise ValueError(f"save: `model` has no place in the original RWKV-7: {refusal[1]}")
+    if not {"mamba", "mamba2", "mamba3"}.intersection(description.kinds):
+        raise ValueError(
+            f"save: `model` has no place in the original formats, of Mamba, Mamba-2, Mamba-3 and RWKV-7: "
+            f"`layers.0.mixer.kind` is {description.kinds[0]!r}"
+        )
     given = state_spaces.config_json(description)
     refusal = _refusal(description, state_spaces.config_from_state_spaces, given)
     if refusal is not None:

@@ -63,7 +63,7 @@ def published_type(path: Path) -> tuple[str | None, dict[str, Any]]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         given = json.loads(path.read_text(), object_hook=_number)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no valid JSON: {str(error).splitlines()[0]}") from None
     if not isinstance(given, dict):
         raise ValueError(f"{path} must hold a JSON object; got {type(given).__name__}")
@@ -131,7 +131,7 @@ def _shards(index: Path) -> dict[str, Tensor]:
     """The tensors of all shards that an index (``{"weight_map": {tensor: file}}``) names."""
     try:
         places = dict(json.loads(index.read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{index} is no index of shards ({type(error).__name__}: {line(error)})") from None
     weights: dict[str, Tensor] = {}
     for shard in sorted(set(map(str, places.values()))):

@@ -160,6 +160,28 @@ def stored_weights(model: SequenceModel) -> list[tuple[list[str], Tensor]]:
     return [(names[key], tensors[key]) for key in names]
 
 
+def check_storable(model: SequenceModel) -> None:
+    """Checks that the tensors of a model are those that its config asks for, as they would not load again otherwise.
+
+    Raises:
+        ValueError: they are on the meta device, or an adapter or a parametrisation has others; names the first.
+    """
+    own = model.state_dict(keep_vars=True)
+    without = [name for name, tensor in own.items() if tensor.is_meta]
+    if without:
+        raise ValueError(f"save: `model` must have weights; on the meta device are {some(without)}")
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        wanted = SequenceModel(model.config).state_dict(keep_vars=True)
+    shapes, asked = ({name: t.shape for name, t in held.items()} for held in (own, wanted))
+    if shapes != asked:
+        lacking = [name for name, shape in asked.items() if shapes.get(name) != shape]
+        more = [name for name in shapes if name not in asked]
+        raise ValueError(
+            f"save: `model` must hold the weights of its config alone: merge adapters and remove parametrisations "
+            f"first. Tensors missing or of another shape: {some(lacking) or 'none'}; unexpected: {some(more) or 'none'}"
+        )
+
+
 def main_dtype(weights: Mapping[str, Tensor]) -> torch.dtype | None:
     """That of the largest floating-point tensor: some small ones are float32 whatever the others are."""
     floating = [tensor for tensor in weights.values() if tensor.is_floating_point()]

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import ssmzoo
 from ssmzoo.checkpoints import folders
 from ssmzoo.checkpoints.description import Description, differences
+from ssmzoo.checkpoints.exporting import exported
 from ssmzoo.checkpoints.families import writable_families
 from ssmzoo.checkpoints.published import published_weights
 
@@ -201,12 +202,12 @@ def test_options_of_training_alone_do_not_count(tmp_path):
     same_bits(ssmzoo.build(tmp_path).state_dict(), model.state_dict())
 
 
-def test_a_weight_without_a_place(tmp_path):
+def test_a_weight_without_a_place():
     model = ssmzoo.build(MAMBA)
     model.layers[1].mixer.register_parameter("extra", torch.nn.Parameter(torch.zeros(3)))
     model.layers[1].mlp_of_mine = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"Mamba has no place for the weight `layers\.1\.mlp_of_mine\.weight`"):
-        ssmzoo.save(model, tmp_path / "there", "transformers")
+        exported(model, "transformers", None, None)
 
 
 def test_arguments(tmp_path):
@@ -248,3 +249,11 @@ def test_a_folder_is_whole_or_absent(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         ssmzoo.save(model, tmp_path / "new", "transformers", max_shard_size="3KB")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_a_format_of_other_mixers_is_named(tmp_path):
+    model = ssmzoo.build(MAMBA | {"pattern": ["gru"], "mixers": {}})
+    with pytest.raises(ValueError, match=r"has no place in transformers' .*`model_type` 'ssmzoo' holds any model"):
+        ssmzoo.save(model, tmp_path / "there", "transformers")
+    with pytest.raises(ValueError, match=r"the original formats, of Mamba, .* `layers.0.mixer.kind` is 'gru'"):
+        ssmzoo.save(model, tmp_path / "there", "original")

@@ -205,3 +205,13 @@ def test_pickles(tmp_path, name, write):
 def one_line(error):
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 1500
+
+
+@pytest.mark.parametrize("opening", ["[", '{"a":'], ids=["lists", "objects"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_json_nested_too_deeply(folder, name, opening):
+    (folder / name).write_text(opening * 100_000)
+    if name != "config.json":
+        (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=name):
+        ssmzoo.build(folder)

@@ -55,6 +55,8 @@ def test_a_model_by_its_name(published, tmp_path, format):
 
 def test_refusals(published, tmp_path):
     model, folder, _ = published
+    with pytest.raises(TypeError, match="build: `revision` must be str or None; got int"):
+        ssmzoo.build("me/other", revision=2)
     with pytest.raises(
         FileNotFoundError, match=r"no path me/other, and no such model from .*hub at revision 'v2'"
     ) as error:

@@ -155,6 +155,27 @@ def test_only_models_are_saved(tmp_path):
         pretrained.save(torch.nn.Linear(2, 2), tmp_path)
 
 
+@pytest.mark.parametrize("format", ["ssmzoo", "transformers", "original"])
+def test_only_the_weights_of_the_config_are_saved(tmp_path, format):
+    """With others, which nothing could load, no file is written."""
+    model = tiny(tie_embeddings=False)
+    place = next(name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+    torch.nn.utils.parametrizations.weight_norm(model.get_submodule(place))
+    with pytest.raises(ValueError, match=rf"missing or of another shape: {place}.weight; unexpected: {place}.param"):
+        ssmzoo.save(model, tmp_path / "new", format)
+    with pytest.raises(ValueError, match="`model` must have weights; on the meta device are embedding.weight"):
+        ssmzoo.save(ssmzoo.build(model.config, device="meta"), tmp_path / "new", format)
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_is_no_folder():
+    for function in (lambda folder: ssmzoo.save(tiny(), folder), pretrained.load):
+        with pytest.raises(TypeError, match="`folder` must be a path; got NoneType"):
+            function(None)
+        with pytest.raises(ValueError, match="`folder` must be a path, such as '.' for the current folder; got ''"):
+            function("")
+
+
 def original_checkpoint(model, folder, **config):
     """Writes a model as state-spaces does."""
     weights = {}

@@ -14,8 +14,8 @@ T = TypeVar("T")
 class Kept(Generic[T]):
     """A value made from weights, kept as long as every weight has the value that it was made from.
 
-    To compare values would make a GPU wait, and a compiler cannot; there, and where gradients are wanted, the value is
-    made for each call.
+    To compare values would make a GPU wait, and a compiler cannot; there, where gradients are wanted, and where a
+    weight is quantised, sharded or elsewhere, the value is made for each call.
 
     Attributes:
         value: what is kept; None before the first call that may keep it.
@@ -28,12 +28,16 @@ class Kept(Generic[T]):
 
     def get(self, make: Callable[[], T], weights: Sequence[Tensor], key: Hashable = None) -> T:
         """``make()``, or what it gave the last time if it was for equal weights and an equal key."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or weights[0].device.type != "cpu":
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not all(map(_comparable, weights)):
             return make()
         if self.value is not None and key == self._key and all(map(_same, weights, self._weights)):
             return self.value
         self.value, self._key, self._weights = make(), key, [w.clone() for w in weights]
         return self.value
+
+
+def _comparable(a: Tensor) -> bool:
+    return type(a) in (Tensor, torch.nn.Parameter) and a.device.type == "cpu"
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -28,9 +28,14 @@ class Positions(nn.Module):
         turn = lag[:, None] * (2 * math.pi / self.l_max) * frequency
         return torch.cat([lag[:, None] / (self.l_max - 1), turn.cos(), -turn.sin()], dim=1)
 
-    def forward(self, lag: Tensor) -> Tensor:
-        """z at any lags: trained rows, straight lines between them, and the features beyond the last."""
+    def forward(self, lag: Tensor, whole: bool) -> Tensor:
+        """z at any lags: trained rows, straight lines between them, and the features beyond the last.
+
+        ``whole`` says that the lags are 0, 1, 2, …
+        """
         z, last = self.z[0], self.l_max - 1
+        if whole and len(lag) <= self.l_max:  # trained rows as they are: their gradient is then no scattered sum
+            return z[: len(lag)]
         low = lag.floor().clamp(max=last).long()
         part = (lag - low)[:, None].to(z.dtype)
         within = torch.lerp(z[low], z[(low + 1).clamp(max=last)], part)
@@ -77,8 +82,8 @@ class ImplicitFilter(nn.Module):
         super().__init__()
         self.channels, self.modulate, self.shift = channels, modulate, shift
         wide = wide_dtype()
-        self.bias = nn.Parameter(torch.empty(channels, dtype=wide))  # the skip around the convolution
-        nn.init.normal_(self.bias)
+        # The skip around the convolution
+        self.bias = nn.Parameter(starting(channels, wide, lambda: torch.randn(channels, dtype=wide)))
         self.pos_emb = Positions(emb_dim, l_max)
         sizes = [emb_dim, *[filter_order] * (num_inner_mlps + 1)]
         # Odd numbers are the sine's places in the published network; it is one module at all of them.
@@ -91,13 +96,12 @@ class ImplicitFilter(nn.Module):
         layers[str(2 * len(sizes) - 2)] = nn.Linear(filter_order, channels, bias=False, dtype=wide)
         self.implicit_filter = nn.ModuleDict(layers)
 
-    def forward(self, length: int, rate: float = 1.0) -> Tensor:
-        """The weights of the lags 0, rate, ..., (length - 1) rate, times the rate: (channels length)."""
+    def forward(self, length: int, rate: float = 1.0) -> tuple[Tensor, Tensor]:
+        """The weights of the lags 0, rate, ..., (length - 1) rate, times the rate, (channels length); and the skip."""
         lag = torch.arange(length, dtype=torch.float64, device=self.bias.device) * rate
         sine = self.implicit_filter["1"]
         *inner, last = (layer for name, layer in self.implicit_filter.items() if name != "1")
-        # Trained rows as they are, where no others are asked for: their gradient is then no scattered sum
-        h = self.pos_emb.z[0, :length] if rate == 1 and length <= self.pos_emb.l_max else self.pos_emb(lag)
+        h = self.pos_emb(lag, whole=rate == 1)
         for layer in inner:
             h = sine(layer(h))
         h = rate * last(h)  # (length channels)
@@ -106,4 +110,4 @@ class ImplicitFilter(nn.Module):
             decay = torch.linspace(low, high, self.channels, dtype=h.dtype, device=h.device)
             time = (lag / (self.pos_emb.l_max - 1)).to(h.dtype)
             h = h * (torch.exp(-time[:, None] * decay) + self.shift)
-        return h.T
+        return h.T, self.bias

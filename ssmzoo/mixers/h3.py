@@ -73,10 +73,10 @@ class DiagonalKernel(nn.Module):
         self.log_dt = nn.Parameter(starting(h, wide, lambda: log_uniform(h, dt_min, dt_max).log()))
         self.inv_A_real, self.A_imag = each((-A.real).log()), each(A.imag)
         self.B = each(torch.view_as_real(torch.ones_like(A)))
-        self.C = nn.Parameter(torch.empty(1, h, n // 2, 2, dtype=wide))
-        nn.init.normal_(self.C, std=0.5**0.5)
+        shape = (1, h, n // 2, 2)
+        self.C = nn.Parameter(starting(shape, wide, lambda: 0.5**0.5 * torch.randn(shape, dtype=wide)))
 
-    def system(self, copies: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, copies: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A, B, C (copies·h n/2), complex, and Δ (copies·h)."""
         A = torch.complex(-torch.exp(self.inv_A_real), self.A_imag)
         maps = (torch.view_as_complex(x) for x in (self.B, self.C[0]))
@@ -185,7 +185,7 @@ class H3(Mixer):
         """The diagonal SSM for each channel of key times value."""
         copies = self.head_dim**2
         weights: DiagonalKernel = self.kernel["kernel"]  # type: ignore[assignment]
-        A, B, C, dt = weights.system(copies)
+        A, B, C, dt = weights(copies)
         how = self.discretization
 
         def discrete() -> Diagonal:

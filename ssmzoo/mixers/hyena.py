@@ -117,7 +117,7 @@ class Hyena(Mixer):
         filters = self.d_inner // num_heads * (order - 1)
         self.filter_fn = ImplicitFilter(filters, emb_dim, filter_order, num_inner_mlps, l_max, w, modulate, shift)
         self.out_proj = Linear(self.d_inner, d_model, bias=bias)
-        self._kept: Kept[Tensor] = Kept()
+        self._kept: Kept[tuple[Tensor, Tensor]] = Kept()
         self.float32_parameters = tuple(f"filter_fn.{name}" for name, _ in self.filter_fn.named_parameters())
         network = [name for name in self.float32_parameters if "implicit_filter" in name]
         self.no_weight_decay = ("filter_fn.pos_emb.z", *network)
@@ -145,8 +145,7 @@ class Hyena(Mixer):
         u, conv = convolve(self.short_filter, self.in_proj(x), self.short_filter_order, None, before, cu_seqlens)
         first, *gates, v = u.chunk(self.order + 1, dim=-1)  # (b l d) each
         histories = [None] * (self.order - 1) if state is None else state.inputs
-        kernels = self._kernels(taps_needed(x.shape[1], histories[0], cu_seqlens, self.filter_length))
-        skips = self._by_order(self.filter_fn.bias)
+        kernels, skips = self._filters(taps_needed(x.shape[1], histories[0], cu_seqlens, self.filter_length))
         after = []
         for o, (gate, history) in enumerate(zip(reversed(gates), histories, strict=True)):
             last = first if o == self.order - 2 else None
@@ -161,20 +160,27 @@ class Hyena(Mixer):
         Args:
             length: the number of taps.
         """
+        return self._made(length)[0]
+
+    def _made(self, length: int) -> tuple[Tensor, Tensor]:
+        """The long filters, and the skips around them: (order - 1, d, length) and (order - 1, d)."""
         kind = self.filter_fn.bias.device.type
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
-                return self._by_order(self.filter_fn(length, self.rate))
-        return self._by_order(self.filter_fn(length, self.rate))
+                kernels, skips = self.filter_fn(length, self.rate)
+        else:
+            kernels, skips = self.filter_fn(length, self.rate)
+        return self._by_order(kernels), self._by_order(skips)
 
-    def _kernels(self, length: int) -> Tensor:
+    def _filters(self, length: int) -> tuple[Tensor, Tensor]:
         """The same; decoding makes them for more taps at once than it needs yet."""
         if torch.is_grad_enabled():
-            return self.kernels(length)
+            return self._made(length)
         room = max(self.filter_fn.pos_emb.l_max, 1 << (length - 1).bit_length())
         room = room if self.filter_length is None else min(room, self.filter_length)
         weights = list(self.filter_fn.parameters())
-        return self._kept.get(lambda: self.kernels(room), weights, (self.rate, room))[..., :length]
+        kernels, skips = self._kept.get(lambda: self._made(room), weights, (self.rate, room))
+        return kernels[..., :length], skips
 
     def _by_order(self, x: Tensor) -> Tensor:
         """(d/heads·(order - 1) ...), the convolutions side by side for a channel → (order - 1 d ...)."""

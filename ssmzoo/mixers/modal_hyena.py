@@ -64,13 +64,14 @@ class ModalFilter(nn.Module):
         self.poles.copy_((torch.exp(-dt / 2)[..., None] * torch.stack([turn.cos(), turn.sin()], dim=-1))[:, :, None])
         self.residues.normal_().mul_(dt.sqrt()[..., None, None])
 
-    def modes(self) -> tuple[Tensor, Tensor]:
-        """λ and R for each channel: (d n), complex."""
+    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
+        """λ and R for each channel, (d n), complex, and the skip D, (d)."""
         copies = len(self.D) // len(self.poles)
-        return tuple(  # type: ignore[return-value]
+        poles, residues = (
             torch.view_as_complex(x[:, :, 0].contiguous()).repeat_interleave(copies, 0)
             for x in (self.poles, self.residues)
         )
+        return poles, residues, self.D
 
 
 @register_mixer("modal_hyena")
@@ -150,14 +151,12 @@ class ModalHyena(Mixer):
 
     def _filter(self) -> DiagonalFilter:
         """The long filters as systems, of which a state counts for its conjugate too: with half of each residue."""
-        poles, residues = self.filter.modes()
+        poles, residues, skip = self.filter()
 
         def kernel(length: int) -> Tensor:
             # λ = (1 + A/2) / (1 - A/2) has a solution for every pole but -1, where exp(A) has none at 0
             A = 2 * (poles - 1) / (poles + 1)
-            return diagonal_kernel(
-                A, 1 - A / 2, residues / 2, torch.ones_like(self.filter.D), length, discretization="bilinear"
-            )
+            return diagonal_kernel(A, 1 - A / 2, residues / 2, torch.ones_like(skip), length, discretization="bilinear")
 
         def discrete() -> Diagonal:
             return Diagonal(poles.to(torch.complex128), torch.ones_like(poles))
@@ -167,5 +166,5 @@ class ModalHyena(Mixer):
             discrete=discrete,
             stepper=lambda: self._kept.get(lambda: DiagonalStep.of(discrete()), [self.filter.poles]),
             C=residues / 2,
-            D=self.filter.D,
+            D=skip,
         )

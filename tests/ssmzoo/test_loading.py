@@ -20,6 +20,7 @@ NEEDED = {
     "mla": {"n_heads": 2},
     "mamba2": {"headdim": 8},
     "mamba3": {"headdim": 8},
+    "log_linear_mamba2": {"headdim": 8},
     "based": {"n_heads": 2},
     "hgrn2": {"expand_ratio": 8},
 }

@@ -36,9 +36,9 @@ from ssmkernels.check.ways import Calls
 
 calls = Calls("fft_conv", spec_of("fft_conv"))
 assert matrix.verdict(calls, "deepcopy") == matrix.RIGHT
-made = OPS["fft_conv"].implementation("fft")
+made = OPS["fft_conv"].implementation("cpu")
 wrong = dataclasses.replace(made, function=lambda a: 2 * made.function(a))
-OPS["fft_conv"]._loaded["fft"] = wrong
+OPS["fft_conv"]._loaded["cpu"] = wrong
 for way in ("deepcopy", "pickle", "inference_mode", "threads", "fork", "compile"):
     verdict = matrix.verdict(calls, way)
     assert verdict == matrix.FAULT + "another result", (way, verdict)

@@ -47,6 +47,8 @@ def checked(a: Any) -> Any:
 
 
 def forward(a: Any, save: bool) -> tuple[Tensor, ...]:
+    if a.q.is_meta:  # how many queries select a block, nobody knows
+        return empty(a, save)
     whole = _gathered if a.q.shape[1] <= FEW and not save else _by_block
     return results(a, save, *whole(a))
 
@@ -72,6 +74,8 @@ def of_rows(a: Any, saved: Any, grads: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def backward(a: Any, saved: Any, grads: Any) -> dict[str, Tensor]:
+    if a.q.is_meta:
+        return {"q": torch.empty_like(a.q), "k": torch.empty_like(a.k), "v": torch.empty_like(a.v)}
     g, wide = a.blocks.shape[2], precision(a.q)
     q, (k, v) = of_queries(a.q, g, wide), (of_keys(t, wide) for t in (a.k, a.v))
     do, lse, delta = of_rows(a, saved, grads)

@@ -30,6 +30,7 @@ class Mixer(KeepsFloat32, KeepsTies):
         bidirectional: it was told to look ahead, by :meth:`look_ahead`.
         has_state: it can be called in chunks through a state.
         requires: importable packages beyond PyTorch.
+        least_length: tokens that a sequence must have for every weight to take part.
         one_token: it sees each token alone, so that a model which looks both ways may hold it as it is.
         no_weight_decay: dotted names of weights that the papers exempt from decay.
         learning_rates: dotted names of weights with a learning rate of their own.
@@ -39,6 +40,7 @@ class Mixer(KeepsFloat32, KeepsTies):
 
     requires: ClassVar[tuple[str, ...]] = ()
     one_token: ClassVar[bool] = False
+    least_length: int = 1
     options_class: ClassVar[type | None] = None
     state_class: type[State] = State
     causal: bool = True

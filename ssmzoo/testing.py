@@ -26,7 +26,7 @@ def check_mixer(mixer: Mixer, *, length: int = 21, batch_size: int = 2, seed: in
 
     Args:
         mixer: any mixer; it stays as it is.
-        length: l of the random input, at least 21.
+        length: l of the random input, at least 21 and the mixer's ``least_length``.
         batch_size: b.
         seed: of the input.
 
@@ -46,7 +46,8 @@ def check_property(name: str, mixer: Mixer, *, length: int = 21, batch_size: int
         return
     generator = torch.Generator().manual_seed(seed)
     mixer = copy.deepcopy(mixer).cpu().double().eval()
-    check(mixer, torch.randn(batch_size, max(length, 21), mixer.d_model, generator=generator, dtype=torch.float64))
+    length = max(length, 21, mixer.least_length)
+    check(mixer, torch.randn(batch_size, length, mixer.d_model, generator=generator, dtype=torch.float64))
 
 
 @torch.no_grad()

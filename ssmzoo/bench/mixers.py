@@ -20,7 +20,12 @@ from ssmzoo.testing import check_mixer
 
 SIZES = {"d_model": 768, "length": 512, "batch": 1}
 QUICK = {"d_model": 256, "length": 64, "batch": 1}
-YARDSTICKS = {"mamba3": "mamba2", "slstm": "lstm"}  # mixer → the kind that it is to be compared with
+YARDSTICKS = {  # mixer → the kind that it is to be compared with
+    "mamba3": "mamba2",
+    "slstm": "lstm",
+    **dict.fromkeys(("hash", "hyper", "moba", "nsa"), "attention"),
+}
+UNSHARED = ("window",)  # options that are no sizes, which a yardstick does not take over
 GROWTH = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the length
 
 
@@ -112,7 +117,7 @@ def _yardsticks(name: str, mixer: Mixer, plan: Plan) -> Iterator[tuple[str, Twin
     if other is None or not plan.peers:
         return
     names = (option for option in list_mixers()[other].options if isinstance(getattr(mixer, option, None), int))
-    options = {option: getattr(mixer, option) for option in names}
+    options = {option: getattr(mixer, option) for option in names if option not in UNSHARED}
     with torch.device(plan.device):
         made = build_mixer(other, mixer.d_model, **options).to(plan.dtype).eval()
     yield f"ssmzoo's {other}", Twin(made, dict(made.named_parameters()))

@@ -92,6 +92,7 @@ class Nsa(SelectingAttention):
                 f"Nsa: `n_selected` must be at least n_initial + n_local, {o.n_initial + o.n_local}; got {o.n_selected}"
             )
         self.stretch, self.stride = o.compress_block, o.compress_stride
+        self.least_length = self.stretch + 3 * self.stride  # among fewer compressed keys nothing is to be weighed
         self.block_size, self.n_selected, self.window = o.block_size, o.n_selected, o.window
         self.n_initial, self.n_local = o.n_initial, o.n_local
         self.gate_proj = Linear(d_model, 3 * self.n_heads)

@@ -87,6 +87,7 @@ def test_weights_laid_out_by_sizes_need_the_config():
             {
                 "model_type": "bamba",
                 "hidden_size": 8,
+                "vocab_size": 9,
                 "num_hidden_layers": 1,
                 "num_attention_heads": 2,
                 "rope_parameters": {"rope_type": "llama3"},

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmkernels import attention
+from ssmkernels.core.plain import in_vmap
 from ssmkernels.core.validate import precision
 from ssmzoo.cache import FEW, KVCache, append
 from ssmzoo.cache.tokens import owners
@@ -106,7 +107,11 @@ class TaggedAttention(CachedHeads):
         if state is not None:
             append(state.tags, k_tags, k_tags[..., :0], cu_seqlens, k_tags)
         if not first and cu_seqlens is None and q.shape[1] <= FEW:
-            return self._few(q, q_tags, state, places)
+            m = state.cache.longest
+            k, v, k_tags = (t[:, :m] for t in (state.cache.keys, state.cache.values, state.tags.keys))
+            return self._masked(q, q_tags, places, k, v, k_tags)
+        if first and cu_seqlens is None and in_vmap():  # no sorting there: each call has groups of its own
+            return self._masked(q, q_tags, places, k, v, k_tags)
         (b, l), device = q.shape[:2], q.device
         row = torch.arange(b, device=device)[:, None].expand(b, l)
         own = row if cu_seqlens is None else owners(cu_seqlens, l)[0][None]
@@ -184,14 +189,13 @@ class TaggedAttention(CachedHeads):
             return out, out.new_empty(0)
         return out, lse.new_full(shape[:1], -torch.inf).index_copy(0, q_order, lse[0, 0]).unflatten(0, (-1, h))
 
-    def _few(self, q: Tensor, q_tags: Tensor, state: TaggedState, places: Tensor) -> Tensor:
-        """A few queries (s l h d) at places (s l) over the cache, under a mask: (s l h d)."""
-        cache = state.cache
-        m, wide = cache.longest, precision(q)
-        k, v, tags = (x[:, :m] for x in (cache.keys, cache.values, state.tags.keys))
-        place = torch.arange(m, device=q.device)
-        seen = self.shown(q_tags[:, :, :, None], tags.transpose(1, 2)[:, None])  # (s l h m)
-        seen = seen & (place <= places[:, :, None])[:, :, None]
+    def _masked(self, q: Tensor, q_tags: Tensor, places: Tensor, k: Tensor, v: Tensor, k_tags: Tensor) -> Tensor:
+        """Queries (s l h d) at places (s or 1, l) over keys and values from place 0 on, under a mask: (s l h d)."""
+        wide = precision(q)
+        place = torch.arange(k.shape[1], device=q.device)
+        seen = self.shown(q_tags[:, :, :, None], k_tags.transpose(1, 2)[:, None])  # (s l h m)
+        if self.causal:
+            seen = seen & (place <= places[:, :, None])[:, :, None]
         blind = ~seen.any(-1, keepdim=True)
         with torch.autocast(q.device.type, enabled=False):  # it would round logits to half precision
             logits = torch.einsum("slhd,smhd->slhm", q.to(wide), k.to(wide)) / math.sqrt(q.shape[3])

@@ -53,6 +53,14 @@ def why_not_plain(arguments: Mapping[Any, Any]) -> str:
     return ""
 
 
+def in_vmap() -> bool:
+    """Whether a call is one of many that torch.func.vmap makes at once: values differ among them and cannot be read."""
+    if not in_transform():
+        return False
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
+
+
 def forward_differentiated(arguments: Mapping[str, Any]) -> bool:
     """Whether forward-mode differentiation may go through an argument."""
     if in_transform():

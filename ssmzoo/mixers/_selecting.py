@@ -115,11 +115,11 @@ class SelectingAttention(Mixer):
         q, k = (self._turned(projection(x), places) for projection in (self.q_proj, self.k_proj))
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         if state is not None:
-            before = [state.longest] if state.even else state.held.tolist()
+            earlier, earlier_of_each = state.longest, [] if cu_seqlens is None else state.held.tolist()
             append(state, k, v, cu_seqlens, q)
         if cu_seqlens is not None:
             if state is not None:
-                self._extend_each(state, before * (state.n_sequences // len(before)))
+                self._extend_each(state, earlier_of_each)
             outs = [q[:, :0]]
             for sequence, span in spans(cu_seqlens):
                 keys, values = k[:, span], v[:, span]
@@ -135,7 +135,7 @@ class SelectingAttention(Mixer):
         elif state is None:
             out = self.attend(x, q, k, v, self.summarise(k, v))
         else:
-            self._extend(state, before[0])
+            self._extend(state, earlier)
             keys, values, _ = state.recent(x.shape[1], -1)
             out = self.attend(x, q, keys, values, state.summaries)
         return self.out_proj(out.flatten(2)), state

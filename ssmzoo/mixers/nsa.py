@@ -110,9 +110,8 @@ class Nsa(SelectingAttention):
         compressed = self.complete(context) / 2
         seen = compressed + sum(min((context + 1) / 2, n) for n in (self.n_selected * self.block_size, self.window))
         flops = self.n_heads * self.head_dim * (4 * seen + 2 * compressed)
-        weights = sum(p.numel() for p in self.parameters() if p.ndim == 2 and self.compress)
-        linear = (self.q_proj, self.k_proj, self.v_proj, self.gate_proj, self.out_proj)
-        weights = max(0, weights - sum(map_.weight.numel() for map_ in linear))
+        maps = [m for phi in (self.k_compress, self.v_compress) for m in (phi.up, phi.down)] if self.compress else []
+        weights = sum(m.weight.numel() for m in maps)
         return flops + 2 * weights * (self.n_kv_heads / self.stride - 1)
 
     def branch(self, x: Tensor, branch: int) -> Tensor:
@@ -216,20 +215,8 @@ def pooled(weights: Tensor, blocks: int, overlap: int, per_block: int) -> Tensor
     return spread.unflatten(-1, (blocks, per_block)).sum(-1)
 
 
-@torch.library.custom_op("ssmzoo::nsa_blocks", mutates_args=())
-def _select(
-    q: Tensor,
-    k_c: Tensor,
-    length: int,
-    stretch: int,
-    stride: int,
-    block_size: int,
-    n_selected: int,
-    n_initial: int,
-    n_local: int,
-) -> Tensor:
-    """:func:`select_blocks` as one node of compiled code, whose loop would tie it to one length."""
-    return select_blocks(q, k_c, length, stretch, stride, block_size, n_selected, n_initial, n_local)
+# One node of compiled code, whose loop would tie it to one length.
+_select = torch.library.custom_op("ssmzoo::nsa_blocks", select_blocks, mutates_args=())
 
 
 @_select.register_fake

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from ssmzoo.files import LEFT_OVER
 from ssmzoo.mixer import Mixer
 from ssmzoo.model import SequenceModel
 from ssmzoo.train import lock
+from ssmzoo.train.config import TrainConfig
 from ssmzoo.train.data import Data
 from ssmzoo.train.vocabulary import Bytes, Vocabulary
 
@@ -105,6 +107,21 @@ def check_trainable(model: SequenceModel, masked: bool) -> None:
             raise ValueError(
                 f"train: `model` must have float32 weights; {name} is {parameter.dtype}: call model.float(), and set "
                 "`precision` to bf16 or fp16 for half-precision compute"
+            )
+
+
+def check_masking(config: TrainConfig, masked: bool) -> None:
+    """Nobody sets how tokens are masked where none are.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name.startswith("mask_") and value != field.default and not masked:
+            raise ValueError(
+                f"train: `{field.name}` has no meaning where the next token is learned; got {value}: leave it out, or "
+                "add --set objective=masked"
             )
 
 

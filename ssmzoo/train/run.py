@@ -28,6 +28,7 @@ from ssmzoo.train.checks import (
     check_empty,
     check_kind,
     check_length,
+    check_masking,
     check_names,
     check_packages,
     check_size,
@@ -127,6 +128,7 @@ def train(
     if isinstance(start, ModelConfig):
         torch.manual_seed(config.seed)
         start = build(start)
+    check_masking(config, config.learns_masked(model_config))
     check_trainable(start, config.learns_masked(model_config))
     if accelerator.is_main_process:
         run.mkdir(parents=True, exist_ok=True)

@@ -123,6 +123,10 @@ def test_what_does_not_fit(text, tmp_path):
         train(TINY.override({"vocab_size": 256}), text, QUICK, run, quiet=True)
     with pytest.raises(ValueError, match="`model` must be causal; .* add --set objective=masked"):
         train(TINY.override({"vocab_size": 256}), text, QUICK | {"objective": "causal"}, run, quiet=True)
+    with pytest.raises(ValueError, match="`mask_rate` has no meaning where the next token is learned; got 0.2"):
+        train(
+            TINY.override({"vocab_size": 256}), text, QUICK | {"objective": "causal", "mask_rate": 0.2}, run, quiet=True
+        )
     with pytest.raises(ValueError, match="`length` must be at most 16, the model's `learned_positions`; got 17"):
         train(TINY, text, QUICK | {"length": 17}, run, quiet=True)
 

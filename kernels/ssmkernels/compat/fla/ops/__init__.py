@@ -1,43 +1,4 @@
 """All functions, as ``fla.ops`` has them."""
 
-from ssmkernels.compat.fla import (
-    chunk_delta_rule,
-    chunk_gated_delta_rule,
-    chunk_gla,
-    chunk_kda,
-    chunk_linear_attn,
-    chunk_retention,
-    chunk_simple_gla,
-    fused_chunk_delta_rule,
-    fused_chunk_gla,
-    fused_chunk_linear_attn,
-    fused_chunk_retention,
-    fused_recurrent_delta_rule,
-    fused_recurrent_gated_delta_rule,
-    fused_recurrent_gla,
-    fused_recurrent_kda,
-    fused_recurrent_linear_attn,
-    fused_recurrent_retention,
-    fused_recurrent_simple_gla,
-)
-
-__all__ = [
-    "chunk_delta_rule",
-    "chunk_gated_delta_rule",
-    "chunk_gla",
-    "chunk_kda",
-    "chunk_linear_attn",
-    "chunk_retention",
-    "chunk_simple_gla",
-    "fused_chunk_delta_rule",
-    "fused_chunk_gla",
-    "fused_chunk_linear_attn",
-    "fused_chunk_retention",
-    "fused_recurrent_delta_rule",
-    "fused_recurrent_gated_delta_rule",
-    "fused_recurrent_gla",
-    "fused_recurrent_kda",
-    "fused_recurrent_linear_attn",
-    "fused_recurrent_retention",
-    "fused_recurrent_simple_gla",
-]
+from ssmkernels.compat.fla import *  # noqa: F403
+from ssmkernels.compat.fla import __all__ as __all__

@@ -54,8 +54,11 @@ def why_not_plain(arguments: Mapping[Any, Any]) -> str:
 
 
 def in_vmap() -> bool:
-    """Whether a call is one of many that torch.func.vmap makes at once: values differ among them and cannot be read."""
-    if not in_transform():
+    """Whether a call is one of many that torch.func.vmap makes at once: values differ among them and cannot be read.
+
+    A compiler does not tell: there the answer is no, and what it records holds for any values.
+    """
+    if torch.compiler.is_compiling() or not in_transform():
         return False
     levels = torch._C._functorch.get_interpreter_stack() or ()
     return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)

@@ -63,9 +63,9 @@ def save(
     Raises:
         OSError: a file cannot be written, as on a full disk, or (FileExistsError) the folder holds files already.
         TypeError: ``model`` is no SequenceModel, or ``folder`` no path.
-        ValueError: the model has other weights than its config asks for, as with adapters; the config ties the head to
-            the embedding, and the model's are two weights; an unknown format; or a model that the format cannot hold,
-            with the first option or weight that has no place.
+        ValueError: the model has other weights than its config asks for, as with adapters; a weight holds NaN, which
+            :func:`load` refuses too; the config ties the head to the embedding, and the model's are two weights; an
+            unknown format; or a model that the format cannot hold, with the first option or weight that has no place.
     """
     if not isinstance(model, SequenceModel):
         raise TypeError(f"save: `model` must be a SequenceModel; got {type(model).__name__}")

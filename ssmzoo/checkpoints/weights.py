@@ -161,10 +161,11 @@ def stored_weights(model: SequenceModel) -> list[tuple[list[str], Tensor]]:
 
 
 def check_storable(model: SequenceModel) -> None:
-    """Checks that the tensors of a model are those that its config asks for, as they would not load again otherwise.
+    """Checks that a model would load again: its tensors are those that its config asks for, and none holds NaN.
 
     Raises:
-        ValueError: they are on the meta device, or an adapter or a parametrisation has others; names the first.
+        ValueError: they are on the meta device, an adapter or a parametrisation has others, or one holds NaN; names the
+            first.
     """
     own = model.state_dict(keep_vars=True)
     without = [name for name, tensor in own.items() if tensor.is_meta]
@@ -180,6 +181,9 @@ def check_storable(model: SequenceModel) -> None:
             f"save: `model` must hold the weights of its config alone: merge adapters and remove parametrisations "
             f"first. Tensors missing or of another shape: {some(lacking) or 'none'}; unexpected: {some(more) or 'none'}"
         )
+    broken = [name for name, tensor in own.items() if _has_nan(tensor)]
+    if broken:
+        raise ValueError(f"save: `model` must hold numbers, as it would not load again; NaN is in {some(broken)}")
 
 
 def main_dtype(weights: Mapping[str, Tensor]) -> torch.dtype | None:
@@ -243,12 +247,17 @@ def _unfit(given: Tensor, wanted: Tensor) -> str | None:
     kinds = [(tensor.is_floating_point(), tensor.is_complex()) for tensor in (given, wanted)]
     if kinds[0] != kinds[1]:
         return f"{given.dtype} for {wanted.dtype}"
+    return "has NaN" if _has_nan(given) else None
+
+
+def _has_nan(given: Tensor) -> bool:
+    given = given.detach()
     if given.is_meta or given.numel() == 0 or not (given.is_floating_point() or given.is_complex()):
-        return None
-    numbers = torch.view_as_real(given) if given.is_complex() else given
+        return False
+    numbers = torch.view_as_real(given.resolve_conj()) if given.is_complex() else given
     if numbers.element_size() == 1:
         numbers = numbers.float()
-    return "has NaN" if numbers.amax().isnan() else None  # a NaN is the largest; no tensor of booleans is made
+    return bool(numbers.amax().isnan())  # a NaN is the largest; no tensor of booleans is made
 
 
 def unstored(module: nn.Module) -> dict[str, Tensor]:

@@ -41,6 +41,7 @@ def load_config(name_or_path: str | os.PathLike[str]) -> ModelConfig:
     """The config of a named model, or of a YAML file.
 
     Raises:
+        FileNotFoundError: a path where nothing is.
         ValueError: neither a model's name nor a file; says which models there are and the nearest.
     """
     path = configs_folder() / f"{name_or_path}.yaml"
@@ -55,4 +56,6 @@ def load_config(name_or_path: str | os.PathLike[str]) -> ModelConfig:
         if not is_file:
             raise FileNotFoundError(f"no config file {given!s:.200}")
         return ModelConfig.from_yaml(given)
+    if isinstance(name_or_path, os.PathLike) or given.name != str(name_or_path):  # no name has a separator
+        raise FileNotFoundError(f"no folder and no config file {given!s:.200}")
     raise ValueError(unknown("model", str(name_or_path), list_models()))

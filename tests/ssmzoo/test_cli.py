@@ -87,6 +87,10 @@ def test_info_takes_overrides(run):
     assert "d_state=8" in out
 
 
+def test_info_of_what_is_not_there(run):
+    assert run("info", "/no/such/folder") == (1, "", "error: no folder and no config file /no/such/folder\n")
+
+
 def test_info_of_a_file(run, tmp_path):
     (tmp_path / "own.yaml").write_text("d_model: 32\nn_layers: 2\npattern: [mamba, lstm]\nvocab_size: 256\n")
     status, out, _ = run("info", str(tmp_path / "own.yaml"))

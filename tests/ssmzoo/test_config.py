@@ -183,6 +183,9 @@ def test_unknown_model():
 def test_missing_file():
     with pytest.raises(FileNotFoundError, match="no config file nowhere/x.yaml"):
         ssmzoo.build("nowhere/x.yaml")
+    for path in ("/no/such/folder", "./nowhere", "nowhere/"):
+        with pytest.raises(FileNotFoundError, match="no folder and no config file"):
+            ssmzoo.build(path)
 
 
 @pytest.mark.parametrize("text", ["a: [", "- 1\n", "", "\x00"])

@@ -168,6 +168,17 @@ def test_only_the_weights_of_the_config_are_saved(tmp_path, format):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("format", ["ssmzoo", "transformers"])
+def test_what_would_not_load_is_not_saved(tmp_path, format):
+    model = tiny()
+    name, weight = list(model.named_parameters())[-1]
+    with torch.no_grad():
+        weight.view(-1)[-1] = float("nan")
+    with pytest.raises(ValueError, match=f"save: `model` must hold numbers.*; NaN is in {name}"):
+        ssmzoo.save(model, tmp_path / "new", format)
+    assert not (tmp_path / "new").exists()
+
+
 def test_what_is_no_folder():
     for function in (lambda folder: ssmzoo.save(tiny(), folder), pretrained.load):
         with pytest.raises(TypeError, match="`folder` must be a path; got NoneType"):

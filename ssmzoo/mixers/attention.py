@@ -42,8 +42,9 @@ class Attention(Mixer):
         rope: rotary position embedding (arXiv 2104.09864), in the rotate-half form.
         rope_base: its base.
         rope_dim: leading channels of each head that it turns; all if None.
-        rope_scaling: ``{"rope_type": "linear", "factor": …}``, or of type "yarn" or "proportional", with the fields of
-            :mod:`ssmzoo.mixers._rope`. As in transformers, YaRN's temperature is in the cosines and sines alone.
+        rope_scaling: ``{"rope_type": "linear", "factor": …}``, or of another type of
+            :func:`ssmzoo.mixers._rope.scaling_of`, with its fields. As in transformers, YaRN's temperature is in the
+            cosines and sines alone.
         window: how many tokens a token sees, itself included; with ``bidirectional`` that many on each
             side. All if None.
         qk_norm: RMSNorm with weights over each head's queries and keys, before the rotary embedding; ``"centred"``
@@ -143,7 +144,7 @@ class Attention(Mixer):
             )
 
         self.head_dim, self.n_heads, self.n_kv_heads = head_dim, n_heads, n_kv_heads
-        self.rope_base, self.scaling = rope_base, scaling_of(rope_scaling)
+        self.rope_base, self.scaling = rope_base, scaling_of(rope_scaling, self.rope_dim)
         self.window, self.softcap, self.alibi = window, softcap, alibi
         self.scale = scale
         self.d_conv, self.cache, self.page_size = d_conv, cache, page_size
@@ -248,7 +249,8 @@ class Attention(Mixer):
         if self.q_norm is not None and self.k_norm is not None and self.qk_norm != "whole":
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope_dim is not None:
-            cos, sin = rotary_angles(positions, self.rope_dim, self.rope_base, precision(x), self.scaling)
+            turn = (self.rope_dim, self.rope_base, precision(x), self.scaling, cu_seqlens)
+            cos, sin = rotary_angles(positions, *turn)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         return q.to(v.dtype), k.to(v.dtype), v, conv  # under autocast norms give float32
 

@@ -58,8 +58,8 @@ class MLA(Mixer):
         rope_base: base of the rotary embedding.
         rope_interleave: pairs of the rotary channels are (2i, 2i + 1), as in published weights; otherwise i and
             i + qk_rope_head_dim / 2.
-        rope_scaling: ``{"rope_type": "linear", "factor": …}`` or ``{"rope_type": "yarn", …}``, with the fields of
-            :mod:`ssmzoo.mixers._rope`.
+        rope_scaling: ``{"rope_type": "linear", "factor": …}``, or of another type of
+            :func:`ssmzoo.mixers._rope.scaling_of`, with its fields.
         norm_eps: of the norms of both latents.
         bias: biases on the projections down to the latents.
         out_bias: a bias on the output projection.
@@ -122,7 +122,7 @@ class MLA(Mixer):
         self.nope, self.rope, self.v_head_dim = qk_nope_head_dim, qk_rope_head_dim, v_head_dim
         self.rotates = rope
         self.rope_base, self.rope_interleave = rope_base, rope_interleave
-        self.scaling = scaling_of(rope_scaling)
+        self.scaling = scaling_of(rope_scaling, self.rope if rope else None)
         tempered = 1.0 if self.scaling is None else self.scaling.logit_factor
         self.logits = Logits(tempered / math.sqrt(self.nope + self.rope))
 
@@ -161,14 +161,14 @@ class MLA(Mixer):
         if packed is not None:
             y, state = self.mix(x.reshape(1, -1, self.d_model), state, packed)
             return y.view_as(x), state
-        q, new = self._project(x, positions(x, state, cu_seqlens))
+        q, new = self._project(x, positions(x, state, cu_seqlens), cu_seqlens)
         if state is None:
             out = self._expanded(q, new, cu_seqlens)
         else:
             out = self._with_cache(q, new, state, cu_seqlens)
         return self.out_proj(out.flatten(2)), state
 
-    def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def _project(self, x: Tensor, positions: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """q (b l h d_h+d_r), and what is kept of each token (b l 1 d_c+d_r); of one dtype."""
         q = self.q_proj(x) if self.q_lora_rank is None else self.q_b_proj(self.q_a_norm(self.q_a_proj(x)))
         q_c, q_r = q.unflatten(-1, (self.n_heads, -1)).split([self.nope, self.rope], dim=-1)
@@ -176,7 +176,8 @@ class MLA(Mixer):
         if self.rotates:
             if self.rope_interleave:
                 q_r, k_r = halves(q_r), halves(k_r)
-            cos, sin = rotary_angles(positions, self.rope, self.rope_base, precision(x), self.scaling)
+            turn = (self.rope, self.rope_base, precision(x), self.scaling, cu_seqlens)
+            cos, sin = rotary_angles(positions, *turn)
             q_r, k_r = rotate(q_r, cos, sin), rotate(k_r, cos, sin)
         kept = torch.cat([self.kv_a_norm(c_kv).to(q.dtype), k_r], dim=-1)
         return torch.cat([q_c, q_r], dim=-1), kept

@@ -17,8 +17,39 @@ MAMBA2 = {
     "rms_norm_eps": 1e-3,
 }
 
+LLAMA = {
+    "num_hidden_layers": 2,
+    "vocab_size": 50,
+    "hidden_size": 24,
+    "intermediate_size": 37,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "rms_norm_eps": 1e-3,
+}
+
+
+def scaled(kind, **fields):
+    """Rotary positions of a model that was trained on 8 tokens, and shall see more."""
+    return {"max_position_embeddings": 8, "rope_parameters": {"rope_type": kind, "rope_theta": 1e3, **fields}}
+
+
 # name → transformers' class, and the options of a small model of odd sizes
 MODELS = {
+    "llama": ("Llama", LLAMA | scaled("llama3", factor=3.0, low_freq_factor=1.0, high_freq_factor=1.7)),
+    "llama-dynamic": ("Llama", LLAMA | scaled("dynamic", factor=2.5) | {"attention_bias": True, "mlp_bias": True}),
+    "mistral": ("Mistral", LLAMA | scaled("linear", factor=2.0) | {"sliding_window": 5, "head_dim": 6}),
+    "qwen2": (
+        "Qwen2",
+        LLAMA
+        | scaled("yarn", factor=4.0)
+        | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "tie_word_embeddings": True},
+    ),
+    "qwen3": (
+        "Qwen3",
+        LLAMA
+        | scaled("longrope", factor=4.0, short_factor=[1.0, 1.1, 1.5], long_factor=[2.0, 3.0, 5.0])
+        | {"head_dim": 6},
+    ),
     "recurrent_gemma": (
         "RecurrentGemma",
         {

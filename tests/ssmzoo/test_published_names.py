@@ -90,9 +90,9 @@ def test_weights_laid_out_by_sizes_need_the_config():
                 "vocab_size": 9,
                 "num_hidden_layers": 1,
                 "num_attention_heads": 2,
-                "rope_parameters": {"rope_type": "llama3"},
+                "rope_parameters": {"rope_type": "mrope"},
             },
-            "`rope_type` must be 'default'; got 'llama3'",
+            "`rope_type` must be default or one of linear, .*; got 'mrope'",
         ),
         (
             {

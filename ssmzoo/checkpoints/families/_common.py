@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ssmzoo.checkpoints.description import Description
+from ssmzoo.checkpoints.families._rope import scaling_json, scaling_options
 from ssmzoo.checkpoints.renaming import Rule
 
 LAYER = r"(?:model\.)?layers\.(\d+)\."
@@ -102,24 +103,28 @@ def attention_json(o: Mapping[str, Any]) -> dict[str, Any]:
 def rope_options(given: Mapping[str, Any], head_dim: int, partial: float = 1.0) -> dict[str, Any]:
     """Of rotary positions; ``partial`` of each head's channels turn where the config does not say."""
     rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"config.json: `rope_type` must be 'default'; got {kind!r}, which cannot be loaded")
     share = rope.get("partial_rotary_factor", given.get("partial_rotary_factor", partial))
-    return {
+    found = {
         "rope": True,
         "rope_base": float(rope.get("rope_theta", given.get("rope_theta", 10000.0))),
         "rope_dim": int(head_dim * share),
     }
+    scaling = scaling_options(rope, given)
+    if scaling is None:
+        return found
+    if scaling["rope_type"] == "proportional":
+        found["rope_dim"] = head_dim
+    return found | {"rope_scaling": scaling}
 
 
 def rope_json(o: Mapping[str, Any]) -> dict[str, Any]:
     """What :func:`rope_options` reads; ``o`` may be empty."""
-    rope = {"rope_type": "default", "rope_theta": float(o.get("rope_base", 10000.0))}
+    scaling, beside = scaling_json(o.get("rope_scaling"))
+    rope = scaling | {"rope_theta": float(o.get("rope_base", 10000.0))}
     head_dim, turned = o.get("head_dim", 1), o.get("rope_dim")
     if turned is not None and turned != head_dim:
         rope["partial_rotary_factor"] = turned / head_dim
-    return {"rope_parameters": rope}
+    return {"rope_parameters": rope, **beside}
 
 
 def mamba2_options(given: Mapping[str, Any], eps: float) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 A token of a small model spends a good part of its time in Python: each layer's norm, its mixer's step and the sum with
 the residual stream are calls that check their arguments and choose an implementation, every time with the same result.
-Where a model's layers are a norm and a mixer that is one native call (``Mixer.prepared_step``), all these calls are
-prepared once and then made together, with the same kernels on the same memory, so that every bit stays as it was.
+Where a model's mixers and MLPs are native calls alone (``Mixer.prepare_step``, ``ChannelMixer.prepare_step``), all of
+them are prepared once and then made together, on the same memory. Where a layer is one op and no MLP, every bit stays
+as it was; elsewhere native kernels take the place of PyTorch's, and results are the same to rounding.
 
 Whether that is still what calling the layers would do is asked at each token: whether a module, a weight, an option, a
 hook or a state has changed, or an interpreter of PyTorch wants to see the calls.
@@ -20,51 +21,64 @@ import torch
 from torch import Tensor, nn
 
 from ssmkernels import rms_norm
-from ssmkernels.native.prepared import Prepared, Program, prepare, undisturbed
+from ssmkernels.native.calls import Calls, NotPreparedError
+from ssmkernels.native.prepared import Program, undisturbed
 from ssmzoo.block import Block
 from ssmzoo.mixer import Mixer
+from ssmzoo.mlp import ChannelMixer
 from ssmzoo.norm import RMSNorm
 from ssmzoo.state import State
 
-_PLAIN = frozenset((bool, int, float, str, tuple, type(None)))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-Facts = list[Any]  # all that a program depends on; lists of the same program are equal
 
 
 class Decoder:
     """The prepared calls of one model for one state, or that there are none.
 
-    A program is worth its making from the second token on, when the same facts are met again.
+    A program is worth its making from the second token on, when everything is met again as it was.
 
     Attributes:
+        modules: the layers and all their parts.
         facts: what must not have changed.
         refused: the shape of tokens for which there are none; other shapes may fare better.
     """
 
-    def __init__(self, facts: Facts):
-        self.facts = facts
+    def __init__(self, modules: Sequence[nn.Module], facts: list[Any]):
+        self.modules, self.facts = modules, facts
+        self.kept = [(*own.values(), *own["_modules"].values()) for own in map(vars, modules)]  # whose ids are facts
         self.program: Program | None = None
         self.refused: torch.Size | None = None
         self.lock = threading.Lock()  # of the memory between the layers
 
     def prepare(self, blocks: Sequence[Block], states: Sequence[State], x: Tensor) -> None:
-        """Makes the program, unless a layer is more than its two calls."""
-        self.stream, normed, mixed = (x.new_empty(x.shape[0], x.shape[2]) for _ in range(3))
-        calls: list[Prepared] = []
-        for i, (block, state) in enumerate(zip(blocks, states, strict=True)):
-            assert isinstance(block.norm, RMSNorm)
-            weight, eps = block.norm.weight, block.norm.eps
-            if i == 0:
-                norm = prepare(rms_norm, self.stream, weight, eps=eps)
-            else:
-                norm = prepare(rms_norm, mixed, weight, eps=eps, residual=self.stream)
-            step = block.mixer.prepared_step(normed, state)
-            if norm is None or step is None:
-                self.refused = x.shape
-                return
-            calls += [_into(norm, normed), _into(step, mixed)]
-        self.mixed, self.program = mixed, Program(calls)
+        """Makes the program, unless a layer is more than native calls."""
+        self.stream, self.normed, self.mixed = (x.new_empty(x.shape[0], x.shape[2]) for _ in range(3))
+        calls = Calls()
+        try:
+            done = all(self._prepare_block(calls, *each) for each in zip(blocks, states, strict=True))
+        except NotPreparedError:
+            done = False
+        if done:
+            self.program = Program(calls.made)
+        else:
+            self.refused = x.shape
+
+    def _prepare_block(self, calls: Calls, block: Block, state: State) -> bool:
+        """Adds a layer's calls; False where it is more than those."""
+        for norm, part in ((block.norm, block.mixer), (block.norm2, block.mlp)):
+            if part is None:
+                continue
+            assert isinstance(norm, RMSNorm)
+            if not calls.made:
+                calls.op(rms_norm, self.stream, norm.weight, eps=norm.eps)
+            else:  # adds what the part before has made to the stream
+                calls.op(rms_norm, self.mixed, norm.weight, eps=norm.eps, residual=self.stream)
+            calls.into(self.normed)
+            arguments = (state,) if isinstance(part, Mixer) else ()
+            if part.prepare_step(calls, self.normed, *arguments) is None:
+                return False
+            calls.into(self.mixed)
+        return True
 
     def run(self, x: Tensor) -> Tensor | None:
         """x ``(b 1 d)`` → ``(b 1 d)``; None while another thread's token is under way."""
@@ -85,77 +99,92 @@ def through_layers(model: nn.Module, blocks: Sequence[Block], states: Sequence[S
     """One token x ``(b 1 d_model)`` through the layers, whose states are updated; None where they must be called."""
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu" or not undisturbed():
         return None
-    decoder = _decoders.get(model)
-    if decoder is not None and decoder.refused == x.shape:
-        return None
-    facts = _facts(blocks, states, x)
-    if facts is None:
-        return None
-    if decoder is None or decoder.facts != facts:
-        _decoders[model] = Decoder(facts)
-        return None
-    if decoder.program is None:
-        decoder.prepare(blocks, states, x)
-    return decoder.run(x)
-
-
-def _into(call: Prepared, result: Tensor) -> Prepared:
-    """The call with its result in memory of the caller's."""
-    return call._replace(values={**call.values, "y": result.data_ptr()}, result=result)
-
-
-def _facts(blocks: Sequence[Block], states: Sequence[State], x: Tensor) -> Facts | None:
-    """All that a program would depend on; None where one layer's parts or somebody's hooks rule it out."""
     if any(getattr(nn.modules.module, f"_global{hooks}") for hooks in _HOOKS):
         return None
-    facts: Facts = [x.shape, x.dtype, torch.get_num_threads(), torch.is_inference_mode_enabled()]
-    for block, state in zip(blocks, states, strict=True):
-        parts, norm = block._modules, block.norm
+    decoder = _decoders.get(model)
+    if decoder is not None:
+        if decoder.refused == x.shape:
+            return None
+        if _facts(decoder.modules, blocks, states, x) == decoder.facts:
+            if decoder.program is None:
+                decoder.prepare(blocks, states, x)
+            return decoder.run(x)
+    if all(_may_be_calls(block, x) for block in blocks):
+        modules = [module for block in blocks for module in block.modules()]
+        facts = _facts(modules, blocks, states, x) if all(map(_is_told_by_facts, modules)) else None
+        if facts is not None:
+            _decoders[model] = Decoder(modules, facts)
+    return None
+
+
+def _facts(
+    modules: Sequence[nn.Module], blocks: Sequence[Block], states: Sequence[State], x: Tensor
+) -> list[Any] | None:
+    """All that a program depends on: where tensors lie, and which objects options and parts are.
+
+    Written for speed, as each token asks.
+
+    Returns:
+        None where somebody hooks into a module, or it holds tensors that are no weights.
+    """
+    facts: list[Any] = [x.shape, x.dtype, torch.get_num_threads(), torch.is_inference_mode_enabled(), *map(id, blocks)]
+    for module in modules:
+        own = module.__dict__
         if (
-            type(block) is not Block
-            or not isinstance(block.mixer, Mixer)  # but a wrapper around one
-            or type(block.mixer).prepared_step is Mixer.prepared_step
-            or type(norm) is not RMSNorm
-            or any(parts.get(name) is not None for name in ("mlp", "norm2", "norm_after", "norm2_after", "feed"))
-            or not block.multiplier == block.skip_multiplier == 1
-            or block.norms_stream
-            or (block.training and block.dropout.p)
-            or not _note(block, facts)
-            or norm.weight.dtype != x.dtype
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or own["_buffers"]
         ):
             return None
-        for tensor in vars(state).values():
-            if type(tensor) is not Tensor:
-                return None
-            facts += [tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()]
+        facts.append(type(module))
+        facts.extend(map(id, own.values()))
+        facts.extend(map(id, own["_modules"].values()))
+        if "options" in own:  # a dataclass, of which the fields count
+            facts.extend(vars(own["options"]).values())
+        for parameter in own["_parameters"].values():
+            if parameter is not None:
+                facts += (id(parameter), parameter.data_ptr(), parameter.dtype, parameter.shape, parameter.stride())
+    for state in states:
+        for held in vars(state).values():
+            for tensor in held if type(held) is list else (held,):
+                if type(tensor) is Tensor:
+                    facts += (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+                elif tensor is not None:
+                    return None
     return facts
 
 
-def _note(module: nn.Module, facts: Facts) -> bool:
-    """Adds a module, its options and its weights, and those of its parts.
+def _may_be_calls(block: Block, x: Tensor) -> bool:
+    """Whether a layer has no other parts than those that may be native calls."""
+    if type(block) is not Block:
+        return False
+    parts = block._modules
+    mixer, mlp, norms = parts.get("mixer"), parts.get("mlp"), [parts.get("norm")]
+    if not isinstance(mixer, Mixer) or type(mixer).prepare_step is Mixer.prepare_step:  # or a wrapper around one
+        return False
+    if mlp is not None:
+        if not isinstance(mlp, ChannelMixer) or type(mlp).prepare_step is ChannelMixer.prepare_step:
+            return False
+        norms.append(parts.get("norm2"))
+    return (
+        all(type(norm) is RMSNorm and norm.weight.dtype == x.dtype for norm in norms)
+        and not any(parts.get(name) is not None for name in ("norm_after", "norm2_after", "feed"))
+        and block.multiplier == block.skip_multiplier == 1
+        and not block.norms_stream
+        and not (block.training and block.dropout.p)
+    )
 
-    Returns:
-        False where somebody hooks into it, or it holds tensors that are no weights.
-    """
+
+def _is_told_by_facts(module: nn.Module) -> bool:
+    """Whether a module is what it was built as, and changes are seen: its weights are parameters of PyTorch's own."""
     own = module.__dict__
     if "forward" in own or "_parameters" not in own:  # scripted modules keep theirs elsewhere
         return False
-    for hooks in _HOOKS:
-        if own[hooks]:
-            return False
-    if own["_buffers"]:
-        return False
-    facts.append(type(module))
-    if type(module) is not nn.Dropout:
-        for parameter in own["_parameters"].values():
-            if parameter is not None:
-                if type(parameter) is not nn.Parameter or parameter.layout is not torch.strided:
-                    return False
-                facts += [parameter.data_ptr(), parameter.dtype, parameter.shape, parameter.stride()]
-    if isinstance(module, Block | Mixer) or "eps" in own:
-        for value in own.values():
-            if type(value) in _PLAIN:
-                facts.append(value)
-            elif isinstance(value, Tensor):  # in a weight's place
-                return False
-    return all(part is None or _note(part, facts) for part in own["_modules"].values())
+    return all(
+        p is None or (type(p) is nn.Parameter and p.layout is torch.strided) for p in own["_parameters"].values()
+    ) and not any(
+        isinstance(value, Tensor)  # in a weight's place
+        for value in own.values()
+    )

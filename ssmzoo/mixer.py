@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ssmkernels.core.autocast import in_autocast
 from ssmkernels.core.validate import check_cu_seqlens, precision
-from ssmkernels.native.prepared import Prepared
+from ssmkernels.native.calls import Calls
 from ssmzoo.linear import arrives_later, computes_on
 from ssmzoo.state import State
 from ssmzoo.ties import KeepsTies
@@ -103,10 +103,14 @@ class Mixer(KeepsFloat32, KeepsTies):
         """The matrices (out, in) that every token passes besides those of linear maps, for their time as a limit."""
         return []
 
-    def prepared_step(self, x: Tensor, state: Any) -> Prepared | None:
-        """One token, x ``(b, d_model)`` → ``(b, d_model)``, as a native call that reads x and updates the state.
+    def prepare_step(self, calls: Calls, x: Tensor, state: Any) -> Tensor | None:
+        """Adds the native calls of one token, x ``(b, d_model)`` → ``(b, d_model)``, which also update the state.
 
-        For models that decode (:mod:`ssmzoo.decoding`). None where the layer is more than that call, as by default.
+        For models that decode (:mod:`ssmzoo.decoding`). Returns the last call's result; None where the layer is more
+        than such calls, as by default. What it computes from the mixer's options and weights has to be in the calls.
+
+        Raises:
+            NotPreparedError: a call that cannot be made; as None.
         """
         return None
 

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmkernels.core.validate import precision
-from ssmkernels.ops.causal_conv1d import causal_conv1d
+from ssmkernels.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from ssmzoo.linear import is_plain
+from ssmzoo.mixers._one_call import in_one_call
 from ssmzoo.mixers._places import Places
 
 
@@ -33,8 +34,12 @@ def convolve(
         cu_seqlens: borders of packed sequences.
 
     Returns:
-        As many as came in ``(b, l, d)``, and the last inputs, as ``state``.
+        As many as came in ``(b, l, d)``, and the last inputs, as ``state``. One token without gradients updates the
+        state in place.
     """
+    if state is not None and x.shape[1] == 1 and cu_seqlens is None and in_one_call(x, conv1d):
+        assert isinstance(conv1d, nn.Conv1d)
+        return causal_conv1d_step(state, x[:, 0], conv1d.weight.squeeze(1), conv1d.bias, activation)[:, None], state
     if is_plain(conv1d):
         assert isinstance(conv1d, nn.Conv1d)
         result = causal_conv1d(

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssmkernels import linear_attention, linear_attention_step
+from ssmkernels import causal_conv1d_step, linear_attention, linear_attention_step, rms_norm
+from ssmkernels.native.calls import Calls
 from ssmzoo.linear import Linear
 from ssmzoo.mixer import Mixer
 from ssmzoo.mixers._convolution import convolve_each, depthwise
@@ -198,6 +199,46 @@ class LinearAttention(Mixer):
                 new = x.shape[1] if cu_seqlens is None else cu_seqlens.diff()
                 after.lengths = after.lengths + new
         return self.o_proj(self._gated(y, x).flatten(2)), after
+
+    def prepare_step(self, calls: Calls, x: Tensor, state: LinearAttentionState) -> Tensor | None:
+        o, m = self.options, self._modules
+        names = ("q_proj", "k_proj", "v_proj", "g_proj", "o_proj", *(f"{n}_conv1d" for n in "qkv" if o.use_short_conv))
+        norm = m.get("g_norm_swish_gate")
+        if norm is None or self.n_kv_heads != self.n_heads or state.lengths is not None:
+            return None
+        maps = {name: m[name] for name in names}
+        if not in_one_call(x, *maps.values(), norm=norm):
+            return None
+        log_decay = self.prepare_log_decay(calls, x)
+        if log_decay is None:
+            return None
+        weights = {name: cast(nn.Linear, each).weight for name, each in maps.items()}
+        q, k, v, gate = (calls.linear(x, weights[f"{name}_proj"]) for name in "qkvg")
+        if o.use_short_conv:
+            convs = [cast(nn.Conv1d, m[f"{name}_conv1d"]) for name in "qkv"]
+            q, k, v = (
+                calls.op(causal_conv1d_step, state, t, conv.weight.squeeze(1), conv.bias, "silu")
+                for state, t, conv in zip(state.convs, (q, k, v), convs, strict=True)
+            )
+        if o.feature_map is not None:
+            q, k = calls.activated(q, o.feature_map), calls.activated(k, o.feature_map)
+        keys, values = (self.n_heads, self.k_dim), (self.n_heads, self.v_dim)
+        y = calls.op(
+            linear_attention_step,
+            state.S,
+            q.unflatten(-1, keys),
+            k.unflatten(-1, keys),
+            v.unflatten(-1, values),
+            log_decay,
+        )
+        gated = calls.op(
+            rms_norm, y, norm.weight, eps=norm.eps, gate=gate.view_as(y), norm_before_gate=norm.norm_before_gate
+        )
+        return calls.linear(gated.flatten(1), weights["o_proj"])
+
+    def prepare_log_decay(self, calls: Calls, x: Tensor) -> Tensor | None:
+        """Adds the calls of :meth:`log_decay` for one token x ``(b, d_model)``; None where it is more than those."""
+        return None
 
     def spread(self, t: Tensor) -> Tensor:
         """(b l n_kv_heads …) → (b l n_heads …): what several heads share."""

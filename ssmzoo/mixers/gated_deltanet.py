@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ssmkernels import gated_deltanet_step
 from ssmkernels.core.validate import precision
+from ssmkernels.native.calls import Calls
 from ssmzoo.linear import Linear
 from ssmzoo.mixers._delta import DecayingOptions, DeltaMixer, DeltaState
 from ssmzoo.mixers._one_call import in_one_call
@@ -93,15 +94,23 @@ class GatedDeltaNet(DeltaMixer):
 
     def _whole_step(self, x: Tensor, state: DeltaState) -> Tensor:
         """One token of the layer in one call, which gives the same: (b 1 d_model) → (b 1 d_model)."""
+        arguments, options = self._of_step(x[:, 0], state)
+        return gated_deltanet_step(*arguments, **options)[:, None]
+
+    def prepare_step(self, calls: Calls, x: Tensor, state: DeltaState) -> Tensor | None:
+        if not self.whole or not self._in_one_call(x):
+            return None
+        arguments, options = self._of_step(x, state)
+        return calls.op(gated_deltanet_step, *arguments, **options)
+
+    def _of_step(self, x: Tensor, state: DeltaState) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of :func:`ssmkernels.gated_deltanet_step`, and its options."""
         weights = {name: cast(nn.Linear, self._modules[name]).weight for name in MAPS}
-        q_state, k_state, v_state = state.convs
         norm = cast(GatedRMSNorm, self.o_norm)
-        y = gated_deltanet_step(
-            q_state,
-            k_state,
-            v_state,
+        arguments = (
+            *state.convs,
             state.S,
-            x[:, 0],
+            x,
             weights["q_proj"],
             weights["k_proj"],
             weights["v_proj"],
@@ -115,10 +124,8 @@ class GatedDeltaNet(DeltaMixer):
             self.dt_bias,
             norm.weight,
             weights["o_proj"],
-            beta_scale=self.most_beta,
-            norm_eps=norm.eps,
         )
-        return y[:, None]
+        return arguments, {"beta_scale": self.most_beta, "norm_eps": norm.eps}
 
     def log_decay(self, x: Tensor) -> Tensor | None:
         if self.a_proj is None:

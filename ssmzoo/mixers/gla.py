@@ -12,13 +12,15 @@ Glossary: b batch, l length, h: n_heads, k and v channels of a head's keys and v
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import math
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmkernels.core.validate import precision
-from ssmzoo.linear import Linear
+from ssmkernels.native.calls import Calls
+from ssmzoo.linear import Linear, is_plain
 from ssmzoo.mixers._linear_attention import LinearAttention, LinearAttentionOptions, xavier
 from ssmzoo.registry import register_mixer
 
@@ -67,3 +69,12 @@ class GLA(LinearAttention):
         logits = self.gk_proj(x).unflatten(-1, (self.n_kv_heads, self.k_dim))
         log = F.logsigmoid(logits.to(precision(logits))) / self.normalizer
         return self.spread(log if self.clamp_min is None else log.clamp(min=self.clamp_min))
+
+    def prepare_log_decay(self, calls: Calls, x: Tensor) -> Tensor | None:
+        if type(self.gk_proj) is not nn.Sequential or not is_plain(*self.gk_proj):
+            return None
+        down, up = cast(tuple[Linear, Linear], self.gk_proj)
+        logits = calls.linear(calls.linear(x, down.weight), up.weight, up.bias)
+        least = -math.inf if self.clamp_min is None else self.clamp_min * self.normalizer
+        log = calls.activated(logits, "log_sigmoid", least=least, scale=1 / self.normalizer)
+        return log.unflatten(-1, (self.n_heads, self.k_dim))

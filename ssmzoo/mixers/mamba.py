@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from ssmkernels import mamba_step, rms_norm, selective_scan
 from ssmkernels.core.autocast import widened
+from ssmkernels.native.calls import Calls
 from ssmkernels.native.eager import exp
-from ssmkernels.native.prepared import Prepared, prepare
 from ssmzoo.bidirectional import bidirectional as both_ways
 from ssmzoo.init import inverse_softplus_of_log_uniform, starting, wide_dtype
 from ssmzoo.linear import Linear, WideBiasLinear, is_plain, linear
@@ -252,11 +252,11 @@ class Mamba(Mixer):
         arguments, options = self._of_step(x[:, 0], state)
         return mamba_step(*arguments, **options)[:, None]
 
-    def prepared_step(self, x: Tensor, state: MambaState) -> Prepared | None:
+    def prepare_step(self, calls: Calls, x: Tensor, state: MambaState) -> Tensor | None:
         if not self._may_step(x):
             return None
         arguments, options = self._of_step(x, state)
-        return prepare(mamba_step, *arguments, **options)
+        return calls.op(mamba_step, *arguments, **options)
 
     def _of_step(self, x: Tensor, state: MambaState) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of :func:`ssmkernels.mamba_step`, and its options."""

@@ -32,7 +32,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ssmkernels import causal_conv1d_step, mamba2_step, ssd, ssd_step
-from ssmkernels.native.prepared import Prepared, prepare
+from ssmkernels.native.calls import Calls
 from ssmzoo.bidirectional import bidirectional as both_ways
 from ssmzoo.linear import Linear
 from ssmzoo.mixer import Mixer
@@ -244,11 +244,11 @@ class Mamba2(Mixer):
         arguments, options = self._of_step(x[:, 0], state)
         return mamba2_step(*arguments, **options)[:, None]
 
-    def prepared_step(self, x: Tensor, state: Mamba2State) -> Prepared | None:
+    def prepare_step(self, calls: Calls, x: Tensor, state: Mamba2State) -> Tensor | None:
         if not self._may_step(x):
             return None
         arguments, options = self._of_step(x, state)
-        return prepare(mamba2_step, *arguments, **options)
+        return calls.op(mamba2_step, *arguments, **options)
 
     def _may_step(self, x: Tensor) -> bool:
         """Whether :func:`ssmkernels.mamba2_step` may compute the whole layer."""

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmkernels.core.validate import precision
+from ssmkernels.native.calls import Calls
 from ssmzoo.state import State
 from ssmzoo.wide import KeepsFloat32
 
@@ -38,6 +39,10 @@ class ChannelMixer(KeepsFloat32):
 
     def at_layer(self, layer: int, n_layers: int) -> None:
         """Told to a new channel mixer of a model: its layer, from 0. For those that start by their depth."""
+
+    def prepare_step(self, calls: Calls, x: Tensor) -> Tensor | None:
+        """Adds the native calls of one token, x ``(b, d_model)`` → ``(b, d_model)``, as a mixer's ``prepare_step``."""
+        return None
 
     def flops(self) -> float:
         """FLOPs a token, forward, beyond two for each weight of its linear maps."""

@@ -6,7 +6,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ssmzoo.linear import Linear
+from ssmkernels.native.calls import Calls
+from ssmzoo.linear import Linear, is_plain
 from ssmzoo.mlp.base import ACTIVATIONS, ChannelMixer, check_at_least_one
 
 
@@ -49,6 +50,12 @@ class GatedMLP(ChannelMixer):
         y = self.fc2(self.f(a) * b)
         return y if self.out_multiplier == 1 else y * self.out_multiplier
 
+    def prepare_step(self, calls: Calls, x: Tensor) -> Tensor | None:
+        if not self.gate_multiplier == self.out_multiplier == 1 or not is_plain(self.fc1, self.fc2):
+            return None
+        a, b = calls.linear(x, self.fc1.weight, self.fc1.bias).chunk(2, dim=-1)
+        return calls.linear(calls.activated(a, self.activation, factor=b), self.fc2.weight, self.fc2.bias)
+
 
 class SwiGLU(GatedMLP):
     activation = "silu"
@@ -87,6 +94,12 @@ class PlainMLP(ChannelMixer):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.f(self.fc1(x)))
+
+    def prepare_step(self, calls: Calls, x: Tensor) -> Tensor | None:
+        if not is_plain(self.fc1, self.fc2):
+            return None
+        inside = calls.activated(calls.linear(x, self.fc1.weight, self.fc1.bias), self.activation)
+        return calls.linear(inside, self.fc2.weight, self.fc2.bias)
 
 
 class GELU(PlainMLP):

@@ -1,4 +1,4 @@
-"""A token through all layers in one native call: the same bits as layer by layer, whatever has changed meanwhile."""
+"""A token through all layers in one native call: the same as layer by layer, whatever has changed meanwhile."""
 
 from __future__ import annotations
 
@@ -23,7 +23,34 @@ MODELS = {
     "mamba": {"pattern": ["mamba"], "mixers": {"mamba": {"d_state": 4}}},
     "falcon": {"pattern": ["mamba"], "mixers": {"mamba": {"d_state": 4, "bcdt_norm": True}}},
     "mamba2": {"pattern": ["mamba2"], "mixers": {"mamba2": MAMBA2}},
+    "gated_deltanet": {"pattern": ["gated_deltanet"], "mixers": {"gated_deltanet": {"n_heads": 2, "head_dim": 4}}},
     "both": {"pattern": ["mamba2", "mamba"], "mixers": {"mamba2": MAMBA2 | {"rmsnorm": False}}},
+}
+
+MAMBA3 = {"d_state": 4, "headdim": 8}
+GLA = {"n_heads": 2, "gate_low_rank_dim": 3}
+# Models in which native kernels take the place of PyTorch's
+ROUNDED = {
+    "gated_deltanet_mlp": MODELS["gated_deltanet"] | {"mlp": {"kind": "swiglu", "bias": True}},
+    "mamba2_mlp": MODELS["mamba2"] | {"mlp": {"kind": "geglu_tanh"}},
+    "mamba_mlp": MODELS["mamba"] | {"mlp": {"kind": "relu2"}},
+    "mamba3": {"pattern": ["mamba3"], "mixers": {"mamba3": MAMBA3}, "mlp": {"kind": "gelu_tanh"}},
+    "mamba3_norm": {
+        "pattern": ["mamba3"],
+        "mixers": {"mamba3": MAMBA3 | {"is_outproj_norm": True, "A_activation": "heavy_tail", "A_floor": 0.9}},
+        "mlp": {"kind": "reglu"},
+    },
+    "gla": {"pattern": ["gla"], "mixers": {"gla": GLA}, "mlp": {"kind": "swiglu"}},
+    "gla_conv": {
+        "pattern": ["gla"],
+        "mixers": {"gla": GLA | {"use_short_conv": True, "feature_map": "silu", "clamp_min": -0.04}},
+    },
+    "hybrid": {
+        "pattern": ["mamba3", "gla", "mamba2"],
+        "mixers": {"mamba3": MAMBA3, "gla": GLA, "mamba2": MAMBA2},
+        "mlp_pattern": ["swiglu", "none"],
+        "mlps": {"swiglu": {"kind": "swiglu"}, "none": {"kind": "none"}},
+    },
 }
 
 
@@ -38,7 +65,7 @@ def programs(monkeypatch):
 
 def build(kind="mamba2", **changes):
     torch.manual_seed(0)
-    return ssmzoo.build(SMALL | MODELS[kind] | changes).eval()
+    return ssmzoo.build(SMALL | (MODELS | ROUNDED)[kind] | changes).eval()
 
 
 def by_layers(model, ids, state):
@@ -50,16 +77,21 @@ def by_layers(model, ids, state):
     return result
 
 
+def same(found, expected, tolerance=0.0):
+    """Whether two results, and their states after them, are the same bits, or within so much of the largest number."""
+    pairs = [(found[0], expected[0]), *zip(found[1].tensors(), expected[1].tensors(), strict=True)]
+    return all((a - b).abs().max() <= tolerance * b.abs().max() for a, b in pairs if b.numel())
+
+
 def decoded(model, state, count=3):
     """Some tokens' logits, each against those of the layers; also the state after them."""
     found = []
     for t in range(count):
         ids = torch.full((state.n_sequences, 1), t + 1)
-        expected, other = by_layers(model, ids, state.clone())
+        expected = by_layers(model, ids, state.clone())
         with torch.no_grad():
             logits, state = model(ids, state)
-        assert torch.equal(logits, expected)
-        assert all(torch.equal(a, b) for a, b in zip(state.tensors(), other.tensors(), strict=True))
+        assert same((logits, state), expected)
         found.append(logits)
     return found, state
 
@@ -72,12 +104,26 @@ def test_the_same_bits_as_layer_by_layer(kind, dtype, programs):
     ids = torch.tensor([[1], [2]])
     with torch.no_grad():
         for t in range(4):
-            copied = state.clone()
-            expected, other = by_layers(model, (ids + t) % 20, copied)
+            expected = by_layers(model, (ids + t) % 20, state.clone())
             logits, state = model((ids + t) % 20, state)
-            assert torch.equal(logits, expected)
-            assert all(torch.equal(a, b) for a, b in zip(state.tensors(), other.tensors(), strict=True))
+            assert same((logits, state), expected)
     assert len(programs) == 3  # from the second token on
+
+
+@pytest.mark.parametrize("kind", ROUNDED)
+def test_mlps_and_layers_of_several_calls_are_the_same_to_rounding(kind, programs):
+    for dtype in (torch.float32, torch.float64):
+        model = build(kind).to(dtype)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(0.1 * torch.randn_like(weight))  # no bias may be 0, nor a norm's weight 1
+            state = model.initial_state(2)
+            for t in range(4):
+                ids = torch.tensor([[1], [2]]) + t
+                expected = by_layers(model, ids, state.clone())
+                logits, state = model(ids, state)
+                assert same((logits, state), expected, 40 * torch.finfo(dtype).eps)
+    assert len(programs) == 6
 
 
 def new_data(model, state):
@@ -208,11 +254,16 @@ def test_what_sees_the_calls_gets_them(programs):
 
 
 def test_layers_with_more_in_them_are_called(programs):
-    for changes in ({"mlp": {"kind": "swiglu"}}, {"norm": "layer"}, {"norm_placement": "post"}):
+    gated = {"kind": "swiglu", "gate_multiplier": 2.0}
+    for changes in ({"mlp": {"kind": "gelu"}}, {"mlp": gated}, {"norm": "layer"}, {"norm_placement": "post"}):
         model = build(**changes)
         decoded(model, model.initial_state(1))
-    model = build("mamba").bfloat16()
-    decoded(model, model.initial_state(1))
+    for kind in ("mamba", "mamba3", "gla"):
+        model = build(kind).bfloat16()
+        decoded(model, model.initial_state(1))
+    for kind, options in (("mamba3", MAMBA3 | {"is_mimo": True}), ("gla", GLA | {"n_kv_heads": 1})):
+        model = build(kind, mixers={kind: options})
+        decoded(model, model.initial_state(1))
     model = build()
     decoded(model, model.initial_state(9))  # more sequences than the native step takes
     assert not programs

@@ -10,6 +10,7 @@ and beside them, each returning None where all is well,
 
 - ``missing()``: what this machine lacks;
 - ``unsupported(a)``: what the implementation cannot do about one call;
+- ``prepared(a)``: the kernel's call, not made (:mod:`ssmkernels.native.prepared`), where a model's token may hold it;
 - ``slow(a)``: why a later one does the call better, so that this one only runs where it is forced.
 
 ``a`` is the op's arguments as a named tuple. ``TRACEABLE = True`` says that compilers may look into ``compute``, as its
@@ -42,7 +43,10 @@ def _never(_: Any) -> bool:
 
 @dataclass(frozen=True)
 class Implementation:
-    """``function`` takes the arguments as a named tuple and returns a tensor or a tuple of tensors."""
+    """``function`` takes the arguments as a named tuple and returns a tensor or a tuple of tensors.
+
+    ``prepared`` gives its kernel's call instead (:mod:`ssmkernels.native.prepared`).
+    """
 
     name: str
     function: Callable[[Any], Any]
@@ -50,6 +54,7 @@ class Implementation:
     unsupported: Callable[[Any], str | None] = _nothing
     slow: Callable[[Any], str | None] = _nothing
     loses_tangents: bool = False
+    prepared: Callable[[Any], Any] | None = None
 
 
 def load(declared: Declaration, package: str, name: str, step: bool) -> Implementation:
@@ -71,6 +76,7 @@ def load(declared: Declaration, package: str, name: str, step: bool) -> Implemen
         unsupported,
         getattr(module, "slow", _nothing),
         getattr(module, "LOSES_TANGENTS", False),
+        getattr(module, "prepared", None),
     )
 
 

@@ -6,7 +6,6 @@ For models that decode: a token's call of a small layer takes as long in Python 
 from __future__ import annotations
 
 import ctypes
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ class Prepared(NamedTuple):
     """A kernel's call: its name, the values of its arguments by name, and the op's result, which it writes.
 
     ``kept`` are tensors whose addresses are among the values; ``scratch`` is the memory that the kernel uses meanwhile,
-    of which only the size matters.
+    of which only the size matters. ``output`` names the argument that is the result's address.
     """
 
     kernel: str
@@ -32,10 +31,25 @@ class Prepared(NamedTuple):
     kept: tuple[Tensor | None, ...]
     result: Tensor
     scratch: Tensor | None = None
+    output: str = "y"
 
     def run(self) -> Tensor:
         native.run(self.kernel, self.values)
         return self.result
+
+    def into(self, result: Tensor) -> Prepared:
+        """The call with its result in memory of the caller's."""
+        return self._replace(values={**self.values, self.output: result.data_ptr()}, result=result)
+
+
+def update(prepared: Callable[[Any], Prepared], a: Any, states: Sequence[str]) -> Tensor:
+    """Makes the call of an op that updates states, by their names; one that is not contiguous is copied and back."""
+    own = {name: getattr(a, name).contiguous() for name in states}
+    y = prepared(a._replace(**own)).run()
+    for name, used in own.items():
+        if used is not getattr(a, name):
+            getattr(a, name).copy_(used)
+    return y
 
 
 def undisturbed() -> bool:
@@ -63,10 +77,12 @@ def prepare(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Prepared | Non
         TypeError, ValueError: what the op itself would raise.
     """
     found = looked_at(op, *args, **kwargs)
-    module = importlib.import_module(f"{OPS[found.explanation.op].package}.{found.explanation.chosen}")
-    if found.explanation.chosen != "cpu" or not hasattr(module, "prepared"):
+    if found.explanation.chosen != "cpu":
         return None
-    call: Prepared = module.prepared(found.arguments)
+    prepared = OPS[found.explanation.op].implementation("cpu").prepared
+    if prepared is None:
+        return None
+    call: Prepared = prepared(found.arguments)
     places = {name: x.data_ptr() for name, x in found.arguments._asdict().items() if isinstance(x, Tensor)}
     return call if all(call.values[name] == place for name, place in places.items()) else None
 

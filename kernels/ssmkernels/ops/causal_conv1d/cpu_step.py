@@ -10,21 +10,26 @@ from ssmkernels import native
 from ssmkernels.core.validate import precision
 from ssmkernels.native import address, missing, plain, rows
 from ssmkernels.native import wrong_device as unsupported
+from ssmkernels.native.prepared import Prepared, update
 
-__all__ = ["forward", "missing", "unsupported"]
+__all__ = ["forward", "missing", "prepared", "unsupported"]
 
 
-def forward(a: Any, save: bool) -> Tensor:
+def forward(a: Any, _: bool) -> Tensor:
+    return update(prepared, a, ("state",))
+
+
+def prepared(a: Any) -> Prepared:
+    """The kernel's call; a state that is not contiguous is copied."""
     wide = precision(a.x)
-    own = a.state.contiguous()
-    x, weight = rows(a.x), plain(a.weight, wide)
+    state, x, weight = a.state.contiguous(), rows(a.x), plain(a.weight, wide)
     bias = None if a.bias is None else plain(a.bias, wide)
     y = x.new_empty(x.shape)
     batch, d = x.shape
-    native.run(
+    return Prepared(
         "causal_conv1d_step",
         {
-            "state": own.data_ptr(),
+            "state": state.data_ptr(),
             "x": x.data_ptr(),
             "weight": weight.data_ptr(),
             "bias": address(bias),
@@ -37,7 +42,6 @@ def forward(a: Any, save: bool) -> Tensor:
             "threads": native.threads(x.numel() * 4),
             "x_batch": x.stride(0),
         },
+        (state, x, weight, bias),
+        y,
     )
-    if own is not a.state:
-        a.state.copy_(own)
-    return y

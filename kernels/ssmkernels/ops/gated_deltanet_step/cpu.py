@@ -8,9 +8,10 @@ from torch import Tensor
 
 from ssmkernels import native
 from ssmkernels.native import missing, plain, rows
+from ssmkernels.native.prepared import Prepared, update
 from ssmkernels.ops.mamba_step.cpu import TILE, refused
 
-__all__ = ["forward", "missing", "unsupported"]
+__all__ = ["forward", "missing", "prepared", "unsupported"]
 
 STATES = ("q_state", "k_state", "v_state", "state")
 MATRICES = ("q_proj", "k_proj", "v_proj", "g_proj", "b_proj", "a_proj", "o_proj")
@@ -23,9 +24,13 @@ def unsupported(a: Any) -> str | None:
 
 
 def forward(a: Any, _: bool) -> Tensor:
+    return update(prepared, a, STATES)
+
+
+def prepared(a: Any) -> Prepared:
+    """The kernel's call; a state that is not contiguous is copied."""
     wide = a.state.dtype
-    own = {name: getattr(a, name).contiguous() for name in STATES}
-    tensors = own | {name: getattr(a, name).contiguous() for name in MATRICES}
+    tensors = {name: getattr(a, name).contiguous() for name in (*STATES, *MATRICES)}
     tensors |= {name: plain(getattr(a, name), wide) for name in WIDE}
     x = rows(a.x)
     (batch, m), (_, heads, keys, values), width = x.shape, a.state.shape, a.q_conv.shape[1]
@@ -36,7 +41,7 @@ def forward(a: Any, _: bool) -> Tensor:
     each = max(step, (width + 1) * TILE)
     between = batch * (m + 4 * groups * keys + 4 * heads * values + 2 * heads)
     scratch = a.state.new_empty(between + threads * each)
-    native.run(
+    return Prepared(
         "gated_deltanet_step",
         {
             **{name: t.data_ptr() for name, t in tensors.items()},
@@ -57,8 +62,7 @@ def forward(a: Any, _: bool) -> Tensor:
             "beta_scale": a.beta_scale,
             "eps": a.norm_eps,
         },
+        (*tensors.values(), x),
+        y,
+        scratch,
     )
-    for name, used in own.items():
-        if used is not getattr(a, name):
-            getattr(a, name).copy_(used)
-    return y

@@ -8,22 +8,28 @@ from torch import Tensor
 
 from ssmkernels import native
 from ssmkernels.native import address, missing, plain
+from ssmkernels.native.prepared import Prepared, update
 from ssmkernels.ops.linear_attention.cpu import unsupported
 from ssmkernels.ops.linear_attention.cpu_arguments import kinds
 from ssmkernels.ops.linear_attention.reference import scale_of
 
-__all__ = ["forward", "missing", "unsupported"]
+__all__ = ["forward", "missing", "prepared", "unsupported"]
 
 
 def forward(a: Any, _: bool) -> Tensor:
-    own = a.state.contiguous()
-    wide, dtype = own.dtype, a.q.dtype
+    return update(prepared, a, ("state",))
+
+
+def prepared(a: Any) -> Prepared:
+    """The kernel's call; a state that is not contiguous is copied."""
+    state = a.state.contiguous()
+    wide, dtype = state.dtype, a.q.dtype
     q, k, v = (plain(t, dtype) for t in (a.q, a.k, a.v))
     log_decay, bonus = (None if t is None else plain(t, wide) for t in (a.log_decay, a.bonus))
     o = v.new_empty(v.shape)
-    batch, heads, keys, values = own.shape
-    tensors = {"state": own, "q": q, "k": k, "v": v, "log_decay": log_decay, "bonus": bonus, "o": o}
-    native.run(
+    batch, heads, keys, values = state.shape
+    tensors = {"state": state, "q": q, "k": k, "v": v, "log_decay": log_decay, "bonus": bonus, "o": o}
+    return Prepared(
         "linear_attention_step",
         {
             **{name: address(t) for name, t in tensors.items()},
@@ -33,11 +39,11 @@ def forward(a: Any, _: bool) -> Tensor:
             "groups": k.shape[1],
             "keys": keys,
             "values": values,
-            "threads": native.threads(own.numel()),
+            "threads": native.threads(state.numel()),
             "scale": scale_of(a.scale, k),
             **kinds(log_decay, 1),
         },
+        tuple(tensors.values()),
+        o,
+        output="o",
     )
-    if own is not a.state:
-        a.state.copy_(own)
-    return o

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ssmkernels import native
 from ssmkernels.native import address, missing, plain, rows
-from ssmkernels.native.prepared import Prepared
+from ssmkernels.native.prepared import Prepared, update
 from ssmkernels.ops.mamba2_step.reference import groups
 from ssmkernels.ops.mamba_step.cpu import TILE, refused
 
@@ -20,13 +20,7 @@ def unsupported(a: Any) -> str | None:
 
 
 def forward(a: Any, _: bool) -> Tensor:
-    states = (a.conv_state, a.ssm_state)
-    own = [state.contiguous() for state in states]
-    y = prepared(a._replace(conv_state=own[0], ssm_state=own[1])).run()
-    for state, used in zip(states, own, strict=True):
-        if used is not state:
-            state.copy_(used)
-    return y
+    return update(prepared, a, ("conv_state", "ssm_state"))
 
 
 def prepared(a: Any) -> Prepared:

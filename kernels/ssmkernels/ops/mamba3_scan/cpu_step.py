@@ -8,9 +8,10 @@ from torch import Tensor
 
 from ssmkernels import native
 from ssmkernels.native import address, missing, plain, rows, wrong_device
+from ssmkernels.native.prepared import Prepared, update
 from ssmkernels.ops.ssd.cpu_arguments import side_by_side
 
-__all__ = ["forward", "missing", "unsupported"]
+__all__ = ["forward", "missing", "prepared", "unsupported"]
 
 STATES = ("state", "angle", "key", "value")
 
@@ -21,6 +22,11 @@ def unsupported(a: Any) -> str | None:
 
 
 def forward(a: Any, _: bool) -> Tensor:
+    return update(prepared, a, STATES)
+
+
+def prepared(a: Any) -> Prepared:
+    """The kernel's call; a state that is not contiguous is copied."""
     own = {name: getattr(a, name).contiguous() for name in STATES}
     wide = own["state"].dtype
     x, B, C = side_by_side(a.x), rows(a.B), rows(a.C)
@@ -54,8 +60,4 @@ def forward(a: Any, _: bool) -> Tensor:
         "C_rank": C.stride(1),
         "C_group": C.stride(2),
     }
-    native.run("mamba3_scan_step", fields)
-    for name in STATES:
-        if own[name] is not getattr(a, name):
-            getattr(a, name).copy_(own[name])
-    return y
+    return Prepared("mamba3_scan_step", fields, tuple(tensors.values()), y)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ssmkernels import native
 from ssmkernels.native import address, missing, plain, rows, wrong_device
-from ssmkernels.native.prepared import Prepared
+from ssmkernels.native.prepared import Prepared, update
 
 __all__ = ["forward", "missing", "prepared", "unsupported"]
 
@@ -31,13 +31,7 @@ def refused(a: Any) -> str | None:
 
 
 def forward(a: Any, _: bool) -> Tensor:
-    states = (a.conv_state, a.ssm_state)
-    own = [state.contiguous() for state in states]
-    y = prepared(a._replace(conv_state=own[0], ssm_state=own[1])).run()
-    for state, used in zip(states, own, strict=True):
-        if used is not state:
-            state.copy_(used)
-    return y
+    return update(prepared, a, ("conv_state", "ssm_state"))
 
 
 def prepared(a: Any) -> Prepared:

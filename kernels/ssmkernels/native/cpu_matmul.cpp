@@ -9,6 +9,7 @@
 // its row and its column alone, not on how many others there are.
 #include "gemm.h"
 #include "parallel.h"
+#include "turn.h"
 
 namespace ssmzoo {
 
@@ -43,27 +44,6 @@ SSMZOO_INLINE void fetch(const S* row, int64_t count, bool there) {
     for (int64_t i = 0; there && i < count; i += 16) __builtin_prefetch(row + i);
 }
 
-// Exchanges the bit h of a number's row with that of its column, in all squares of 2 h by 2 h.
-template <int h, class V, int... i>
-SSMZOO_INLINE void exchange(V* v, Indices<i...>) {
-    constexpr int count = sizeof...(i);
-    for (int row = 0; row < count; ++row)
-        if (!(row & h)) {
-            const V a = v[row], b = v[row + h];
-            v[row] = shuffle<(i & h ? count + i - h : i)...>(a, b);
-            v[row + h] = shuffle<(i & h ? count + i : i + h)...>(a, b);
-        }
-}
-
-// A square as wide as a vector turned over.
-template <int h = Lanes<S>::count / 2>
-SSMZOO_INLINE void turn(VF* v) {
-    if constexpr (h > 0) {
-        exchange<h>(v, typename Count<Lanes<S>::count>::type());
-        turn<h / 2>(v);
-    }
-}
-
 // `columns` of B in panels of kPanel, each k by k; zeros beyond them. Walks through B as it lies.
 void copy_panels(S* to, Right from, int64_t inner, int64_t columns) {
     constexpr int64_t lanes = Lanes<S>::count;
@@ -82,7 +62,7 @@ void copy_panels(S* to, Right from, int64_t inner, int64_t columns) {
             for (; k + lanes <= inner; k += lanes) {
                 VF v[lanes];
                 for (int64_t j = 0; j < lanes; ++j) v[j] = j < there ? load(p + k + j * from.column) : VF{};
-                turn(v);
+                turn<S>(v);
                 for (int64_t i = 0; i < lanes; ++i) store(panel + (k + i) * kPanel, v[i]);
             }
         for (; k < inner; ++k)

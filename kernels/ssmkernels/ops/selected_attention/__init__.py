@@ -63,7 +63,7 @@ def checked_blocks(blocks: Tensor, m: int, block_size: int) -> Tensor:
         q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block_size: int, scale: float, return_lse: bool
     """,
     lower=_lower,
-    implementations=("triton", "tiled", "reference"),
+    implementations=("triton", "cpu", "tiled", "reference"),
 )
 def selected_attention(
     q: Tensor,

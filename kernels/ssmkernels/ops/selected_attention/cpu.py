@@ -64,4 +64,4 @@ def _of_heads(x: Tensor, h_kv: int) -> Tensor:
     """Gradients (parts b g m d) of each part and selecting head → (b m h_kv d)."""
     x = x.unflatten(2, (h_kv, -1))
     x = x[0, :, :, 0] if x.shape[0] == x.shape[3] == 1 else x.sum((0, 3))
-    return x.transpose(1, 2)
+    return x.transpose(1, 2).contiguous()

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ssmkernels.core.crossing import current
 from ssmzoo.cache.tokens import owners
 from ssmzoo.config import ModelConfig
 from ssmzoo.linear import Linear
@@ -68,6 +69,9 @@ class LearnedPositions(nn.Embedding):
         else:
             counts = cu_seqlens.diff().long()
             row, step = owners(cu_seqlens, x.shape[1])
+            over = current()
+            if over is not None:  # sequences have tokens in other parts too
+                step, counts = over.starts[row] + step, over.totals
             place = (step if before is None else before[row] + step)[None]
             most = int(counts.max()) if len(counts) else 0
         after = None

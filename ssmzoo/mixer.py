@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, cast
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from ssmkernels.core.autocast import in_autocast
+from ssmkernels.core.crossing import current
 from ssmkernels.core.validate import check_cu_seqlens, precision
 from ssmkernels.native.calls import Calls
 from ssmzoo.linear import arrives_later, computes_on
@@ -131,8 +133,25 @@ class Mixer(KeepsFloat32, KeepsTies):
         Raises:
             TypeError, ValueError: x, state or cu_seqlens of the wrong kind, shape, dtype or device.
         """
-        y, state = self.mix(self._checked(x, state, cu_seqlens), state, cu_seqlens)
+        y, state = self.across(self.mix, self._checked(x, state, cu_seqlens), state, cu_seqlens)
         return y if state is None else (y, state)
+
+    def across(self, mix: Callable[..., Any], x: Tensor, state: Any, cu_seqlens: Tensor | None) -> Any:
+        """``mix(x, state, cu_seqlens)``; across the cuts where x is a part of sequences spread over processes."""
+        over = current()
+        return mix(x, state, cu_seqlens) if over is None else over.mixer(self, mix, x, state, cu_seqlens)
+
+    def crosses_by(self, with_state: bool) -> Literal["ops", "state", "whole"]:
+        """How it works on sequences that are cut over processes (:mod:`ssmzoo.parallel`).
+
+        ``"ops"``: :meth:`mix` sees its part alone, and each op, token shift and mixer in it crosses the cut by itself.
+        ``"state"``: each process waits for the state of the one before it. ``"whole"``: every process computes whole
+        sequences. The last two work for every mixer and are the reference of the first.
+
+        Args:
+            with_state: whether the call has a state.
+        """
+        return "state" if self.has_state and self.causal else "whole"
 
     def _checked(self, x: Tensor, state: State | None, cu_seqlens: Tensor | None) -> Tensor:
         """x; under autocast in its half precision, as PyTorch's operators there refuse the other one."""

@@ -6,6 +6,7 @@ nothing is kept from one call to the next.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -36,7 +37,8 @@ class ValueResidualMixer(Mixer):
                 them. None outside a model.
         """
         x = self._checked(x, state, cu_seqlens)
-        y, state, own = self.mix_values(x, state, cu_seqlens, values[0] if values else None)
+        mix = partial(self.mix_values, first=values[0] if values else None)
+        y, state, own = self.across(mix, x, state, cu_seqlens)
         if values is not None and not values:
             values.append(own)
         return y if state is None else (y, state)

@@ -22,7 +22,7 @@ LAYERS = (
     "decoding",
     "model",
     "checkpoints footprint",
-    "pretrained",
+    "parallel pretrained",
     "building swapping",
     "ssmzoo",
     "integrations testing train",

@@ -1,0 +1,64 @@
+"""Who carries ops and mixers over the cuts of a sequence that is spread over processes; nobody, as a rule.
+
+Context parallelism (``ssmzoo.parallel``) gives each process a part of every sequence. While it runs a model, whatever
+mixes along time asks here, and passes its call on to the one that knows the other processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class Crossing(Protocol):
+    """One call of a model whose sequences are cut over processes. States are those of whole sequences."""
+
+    @property
+    def starts(self) -> Tensor:
+        """int64 ``(s)``: tokens of each sequence in the parts before this one."""
+
+    @property
+    def totals(self) -> Tensor:
+        """int64 ``(s)``: tokens of each sequence in all parts."""
+
+    def op(self, name: str, call: Callable[..., Any], given: Mapping[str, Any]) -> Any:
+        """An op on this part: ``call(**given)`` with what came before it."""
+
+    def mixer(self, mixer: Any, mix: Callable[..., Any], x: Tensor, state: Any, cu_seqlens: Tensor | None) -> Any:
+        """A mixer on this part: ``mix(x, state, cu_seqlens)`` with what came before it."""
+
+    def window(self, x: Tensor, before: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
+        """The ``width`` tokens before this part of each sequence, and the last ones of all parts, ``(s, width, d)``.
+
+        Args:
+            x: this part, ``(1, l, d)``.
+            before: the tokens before the first part, ``(s, width, d)``; None for zeros.
+            width: how many.
+        """
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of what every process gives."""
+
+    def picked(self, x: Tensor, last: bool) -> Tensor:
+        """The first or last token of each sequence in all parts, ``(s, d)``, of x ``(1, l, d)``, this part."""
+
+
+_open: list[Crossing | None] = []  # process-wide, as a process has one part
+
+
+def current() -> Crossing | None:
+    """The one that carries calls over the cuts now; None where sequences are whole."""
+    return _open[-1] if _open else None
+
+
+@contextlib.contextmanager
+def crossing(by: Crossing | None) -> Iterator[None]:
+    """Within, calls are carried over by this one; with None they see their arguments alone."""
+    _open.append(by)
+    try:
+        yield
+    finally:
+        _open.pop()

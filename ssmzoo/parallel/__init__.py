@@ -1,0 +1,5 @@
+"""Context parallelism: one model, whose sequences are cut over processes."""
+
+from ssmzoo.parallel.context import Context, context
+
+__all__ = ["Context", "context"]

@@ -1,0 +1,144 @@
+"""A model whose sequences are cut over processes, against the same in one process; run on each of them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import ssmzoo
+from ssmzoo import parallel
+
+TOLERANCE = 1e-9  # of the largest value, in float64
+
+
+def close(what: str, actual: Tensor, expected: Tensor) -> None:
+    assert actual.shape == expected.shape, f"{what}: {tuple(actual.shape)} for {tuple(expected.shape)}"
+    if actual.numel():
+        error = float((actual - expected).abs().max() / expected.abs().max().clamp(min=1))
+        assert error <= TOLERANCE, f"{what}: differs by {error:.1e} of the largest value"
+
+
+def weight_of(x: Tensor) -> Tensor:
+    """What outputs are multiplied by before they are summed to a loss."""
+    return torch.linspace(0.5, 1.5, x.numel(), dtype=x.dtype).view_as(x)
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+
+def here(group: dist.ProcessGroup, lengths: list[int]) -> slice:
+    """This process's tokens."""
+    start = sum(lengths[: group.rank()])
+    return slice(start, start + lengths[group.rank()])
+
+
+def mixer(name: str, options: dict[str, Any], d_model: int = 16) -> ssmzoo.Mixer:
+    torch.manual_seed(0)
+    return ssmzoo.build_mixer(name, d_model, **options).double().eval()
+
+
+def trains(
+    group: dist.ProcessGroup,
+    name: str,
+    options: dict[str, Any],
+    lengths: list[int],
+    borders: list[int] | None,
+    reference: bool,
+) -> None:
+    """Outputs and every gradient; without borders of a batch of two."""
+    whole = mixer(name, options)
+    cut = copy.deepcopy(whole)
+    length, cu_seqlens = sum(lengths), None if borders is None else torch.tensor(borders, dtype=torch.int32)
+    x = torch.randn(2 if borders is None else 1, length, whole.d_model, dtype=torch.float64)
+    part = x[:, here(group, lengths)].clone().requires_grad_()
+    x.requires_grad_()
+    expected = whole(x, cu_seqlens=cu_seqlens)
+    weight = weight_of(expected)
+    (expected * weight).sum().backward()
+    y = parallel.context(cut, group, reduce_gradients=True, reference=reference)(part, cu_seqlens=cu_seqlens)
+    (y * weight[:, here(group, lengths)]).sum().backward()
+    close("output", y, expected[:, here(group, lengths)])
+    if part.numel():
+        close("gradient of x", part.grad, x.grad[:, here(group, lengths)])
+    found = gradients(cut)
+    for parameter, grad in gradients(whole).items():
+        close(f"gradient of {parameter}", found[parameter], grad)
+
+
+def goes_on(
+    group: dist.ProcessGroup,
+    name: str,
+    options: dict[str, Any],
+    lengths: list[int],
+    borders: list[int] | None,
+    reference: bool,
+) -> None:
+    """Two prefills over the processes, the second from the first one's state, then tokens on each process."""
+    whole = mixer(name, options)
+    if not (whole.has_state and whole.causal):
+        return
+    cut = parallel.context(whole, group, reference=reference)
+    length, cu_seqlens = sum(lengths), None if borders is None else torch.tensor(borders, dtype=torch.int32)
+    sequences = 2 if borders is None else len(borders) - 1
+    with torch.no_grad():
+        x = torch.randn(2 if borders is None else 1, length, whole.d_model, dtype=torch.float64)
+        expected, theirs = whole(x, whole.initial_state(sequences), cu_seqlens=cu_seqlens)
+        y, state = cut(x[:, here(group, lengths)], cut.initial_state(sequences), cu_seqlens=cu_seqlens)
+        close("output", y, expected[:, here(group, lengths)])
+        expected, theirs = whole(-x, theirs, cu_seqlens=cu_seqlens)
+        y, state = cut(-x[:, here(group, lengths)], state, cu_seqlens=cu_seqlens)
+        close("output of a further call", y, expected[:, here(group, lengths)])
+        tokens = x.reshape(-1, whole.d_model)[:sequences, None]
+        for _ in range(2):
+            expected, theirs = whole(tokens, theirs)
+            y, state = whole(tokens, state)
+            close("output after a prefill", y, expected)
+
+
+def model_trains(
+    group: dist.ProcessGroup, config: dict[str, Any], lengths: list[int], borders: list[int] | None
+) -> None:
+    """Outputs, loss and every gradient of a model over token ids, with what it has before and after its layers."""
+    torch.manual_seed(0)
+    whole = ssmzoo.build(config).double().eval()
+    cut = copy.deepcopy(whole)
+    cu_seqlens = None if borders is None else torch.tensor(borders, dtype=torch.int32)
+    ids = torch.randint(0, whole.config.vocab_size, (2 if borders is None else 1, sum(lengths)))
+    for last_only in (False, True):
+        whole.zero_grad()
+        cut.zero_grad()
+        expected = whole(ids, cu_seqlens=cu_seqlens, last_only=last_only)
+        weight = weight_of(expected)
+        (expected * weight).sum().backward()
+        model = parallel.context(cut, group)
+        y = model(ids[:, here(group, lengths)], cu_seqlens=cu_seqlens, last_only=last_only)
+        if y.shape != expected.shape or (not last_only and whole.config.output != "classes"):
+            expected, weight = expected[:, here(group, lengths)], weight[:, here(group, lengths)]
+        close("output", y, expected)
+        (y * weight).sum().backward()
+        for name, parameter in cut.named_parameters():
+            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            dist.all_reduce(grad, group=group)
+            close(f"gradient of {name}", grad, gradients(whole)[name])
+
+
+def model_generates(group: dist.ProcessGroup, config: dict[str, Any], lengths: list[int]) -> None:
+    """A prefill over the processes, then tokens on each of them, and a prefill of one token each."""
+    torch.manual_seed(0)
+    whole = ssmzoo.build(config).double().eval()
+    model = parallel.context(whole, group)
+    ids = torch.randint(0, whole.config.vocab_size, (2, sum(lengths) + group.size() + 2))
+    with torch.no_grad():
+        expected = whole(ids)
+        last, state = model(ids[:, here(group, lengths)], model.initial_state(2), last_only=True)
+        at = sum(lengths)
+        close("last output", last[:, 0], expected[:, at - 1])
+        y, state = model(ids[:, at + group.rank() : at + group.rank() + 1], state)  # a token on each
+        close("output of a further call", y[:, 0], expected[:, at + group.rank()])
+        y, state = whole(ids[:, at + group.size() : at + group.size() + 1], state)
+        close("output after it", y[:, 0], expected[:, at + group.size()])

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ssmkernels.core.crossing import current
+from ssmkernels.core.crossing import in_whole, whole_lengths
 from ssmzoo.cache.tokens import owners
 from ssmzoo.config import ModelConfig
 from ssmzoo.linear import Linear
@@ -67,11 +67,9 @@ class LearnedPositions(nn.Embedding):
             place = step[None] if before is None else before[:, None] + step
             most = x.shape[1]
         else:
-            counts = cu_seqlens.diff().long()
+            counts = whole_lengths(cu_seqlens).long()
             row, step = owners(cu_seqlens, x.shape[1])
-            over = current()
-            if over is not None:  # sequences have tokens in other parts too
-                step, counts = over.starts[row] + step, over.totals
+            step = in_whole(row, step)
             place = (step if before is None else before[row] + step)[None]
             most = int(counts.max()) if len(counts) else 0
         after = None

@@ -36,12 +36,15 @@ class Mixer(KeepsFloat32, KeepsTies):
         one_token: it sees each token alone, so that a model which looks both ways may hold it as it is.
         no_weight_decay: dotted names of weights that the papers exempt from decay.
         learning_rates: dotted names of weights with a learning rate of their own.
+        crosses_in_ops: all mixing along time in :meth:`mix` is in ops, token shifts and other mixers, which know what
+            to do where sequences are cut over processes: see :meth:`crosses_by`.
         has_rate: it is a system in continuous time, whose step an attribute ``rate`` stretches.
         residual_projections: submodules that write into the residual stream; a model scales them by its depth.
     """
 
     requires: ClassVar[tuple[str, ...]] = ()
     one_token: ClassVar[bool] = False
+    crosses_in_ops: ClassVar[bool] = False
     least_length: int = 1
     options_class: ClassVar[type | None] = None
     state_class: type[State] = State
@@ -151,7 +154,9 @@ class Mixer(KeepsFloat32, KeepsTies):
         Args:
             with_state: whether the call has a state.
         """
-        return "state" if self.has_state and self.causal else "whole"
+        if not self.causal or not self.has_state:
+            return "whole"
+        return "ops" if self.crosses_in_ops else "state"
 
     def _checked(self, x: Tensor, state: State | None, cu_seqlens: Tensor | None) -> Tensor:
         """x; under autocast in its half precision, as PyTorch's operators there refuse the other one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ssmkernels.core.crossing import in_whole
 from ssmzoo.cache.kv import KVCache
 from ssmzoo.cache.logits import Logits
 from ssmzoo.cache.paged import PagedCache
@@ -36,7 +37,7 @@ def positions(x: Tensor, cache: Cache | None, cu_seqlens: Tensor | None) -> Tens
     if cu_seqlens is None:
         steps = torch.arange(l, device=x.device)
         return steps[None] if cache is None else cache.lengths[:, None] + steps
-    places = owners(cu_seqlens, l)[1] if cache is None else cache.places(cu_seqlens, l)[1]
+    places = in_whole(*owners(cu_seqlens, l)) if cache is None else cache.places(cu_seqlens, l)[1]
     return places[None]
 
 

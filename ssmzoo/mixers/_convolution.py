@@ -8,6 +8,7 @@ from typing import Literal, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmkernels.core.crossing import crossing, current
 from ssmkernels.core.validate import precision
 from ssmkernels.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from ssmzoo.linear import is_plain
@@ -52,6 +53,11 @@ def convolve(
             cu_seqlens=cu_seqlens,
         )
         return cast(tuple[Tensor, Tensor], result)
+    over = current()
+    if over is not None:
+        before, after = over.window(x, state, width - 1)
+        with crossing(None):
+            return convolve(conv1d, x, width, activation, before, cu_seqlens)[0], after
     if x.numel() == 0:  # Conv1d takes no input shorter than its kernel
         sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         none = x.new_zeros(sequences, width - 1, x.shape[2], dtype=precision(x))

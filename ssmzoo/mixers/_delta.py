@@ -96,6 +96,7 @@ class DeltaMixer(Mixer):
         steps: writes of a token, each with a key, a value and a β of its own.
     """
 
+    crosses_in_ops = True
     state_class = DeltaState
     residual_projections = ("o_proj",)
 

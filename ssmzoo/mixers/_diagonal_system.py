@@ -47,6 +47,7 @@ class DiagonalSystem(Mixer):
         bidirectional: adds outputs of the states from the end; then it is not causal and has no state.
     """
 
+    crosses_in_ops = True
     state_class = DiagonalState
     residual_projections = ()
     twice = False  # whether a state stands for a pair of conjugate ones

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmkernels import causal_conv1d_step, linear_attention, linear_attention_step, rms_norm
+from ssmkernels.core.crossing import whole_lengths
 from ssmkernels.native.calls import Calls
 from ssmzoo.linear import Linear
 from ssmzoo.mixer import Mixer
@@ -124,6 +125,7 @@ class LinearAttention(Mixer):
     A subclass says how the state decays.
     """
 
+    crosses_in_ops = True
     state_class = LinearAttentionState
     residual_projections = ("o_proj",)
 
@@ -196,7 +198,7 @@ class LinearAttention(Mixer):
         if after is not None:
             after.S = S
             if after.lengths is not None:
-                new = x.shape[1] if cu_seqlens is None else cu_seqlens.diff()
+                new = x.shape[1] if cu_seqlens is None else whole_lengths(cu_seqlens).to(after.lengths.dtype)
                 after.lengths = after.lengths + new
         return self.o_proj(self._gated(y, x).flatten(2)), after
 

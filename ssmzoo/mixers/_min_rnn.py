@@ -67,6 +67,7 @@ class MinRNN(Mixer):
         o: the options.
     """
 
+    crosses_in_ops = True
     options_class = MinRNNOptions
     state_class = MinRNNState
     residual_projections: tuple[str, ...] = ()

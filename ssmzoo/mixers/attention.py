@@ -87,6 +87,7 @@ class Attention(Mixer):
         TypeError: a key of ``rope_scaling`` that does not exist, or a value of the wrong type.
     """
 
+    crosses_in_ops = True
     state_class: type[State] = KVCache
 
     def __init__(
@@ -197,6 +198,10 @@ class Attention(Mixer):
             return cache
         conv = like.new_zeros(batch_size, self.d_conv - 1, self.qkv_dim, dtype=precision(like))
         return ConvolvedState(conv, cache)
+
+    def crosses_by(self, with_state: bool) -> Literal["ops", "state", "whole"]:
+        """As every mixer's. A cache is handed on, as each process is to have all of it in the end."""
+        return "state" if with_state else super().crosses_by(with_state)
 
     def mixing_flops(self, context: int) -> float:
         """4 · n_heads · head_dim for each token seen (keys, then values), in the mean over the context.

@@ -46,6 +46,7 @@ class Based(Mixer):
     The names of its weights are those of flash-linear-attention.
     """
 
+    crosses_in_ops = True
     state_class = LinearAttentionState
     residual_projections = ("o_proj",)
 

@@ -31,6 +31,7 @@ class Channel(Mixer):
     It sees each token alone, and its state is empty.
     """
 
+    crosses_in_ops = True
     state_class = ChannelState
     one_token = True
 

@@ -65,6 +65,7 @@ class HGRN(BoundedMixer):
     The names of its weights are those of flash-linear-attention.
     """
 
+    crosses_in_ops = True
     state_class = HGRNState
     residual_projections = ("o_proj",)
 

@@ -40,6 +40,7 @@ class HGRN2(BoundedMixer):
     The names of its weights are those of flash-linear-attention.
     """
 
+    crosses_in_ops = True
     state_class = LinearAttentionState
     residual_projections = ("o_proj",)
 

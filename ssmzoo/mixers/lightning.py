@@ -39,6 +39,7 @@ class Lightning(Mixer):
     first of several layers does.
     """
 
+    crosses_in_ops = True
     state_class = LinearAttentionState
 
     def __init__(self, d_model: int, *, head_dim: int = 128, n_heads: int | None = None, norm_eps: float = 1e-6):

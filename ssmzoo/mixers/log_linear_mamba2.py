@@ -63,6 +63,7 @@ class LogLinearMamba2(Mamba2):
     ``l_proj`` as the last ones of ``in_proj``.
     """
 
+    crosses_in_ops = False  # its states of levels are made here
     state_class = LogLinearState
 
     def __init__(

@@ -90,6 +90,7 @@ class Mamba(Mixer):
     ``A_log``), D and Δ's bias stay float32.
     """
 
+    crosses_in_ops = True
     state_class = MambaState
 
     def __init__(

@@ -88,6 +88,7 @@ class Mamba2(Mixer):
     ``_b``, as in :class:`~ssmzoo.mixers.mamba.Mamba`. A (as ``A_log``), D and Δ's bias stay float32.
     """
 
+    crosses_in_ops = True
     state_class: type[State] = Mamba2State
 
     def __init__(

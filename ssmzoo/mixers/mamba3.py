@@ -90,6 +90,7 @@ class Mamba3(Mixer):
     dimensions that turn are neighbours for SISO and lie half of d_state apart for MIMO, as in its kernels.
     """
 
+    crosses_in_ops = True
     state_class = Mamba3State
 
     def __init__(

@@ -48,6 +48,7 @@ class MLSTM(Mixer):
     start at 0, as published.
     """
 
+    crosses_in_ops = True
     state_class = MemoryState
     float32_parameters = ("igate_preact.bias", "fgate_preact.bias")
 

@@ -73,6 +73,7 @@ class MLSTMv1(Mixer):
     The names of its weights are those of the paper's code. The gates' weights start at 0, their biases stay float32.
     """
 
+    crosses_in_ops = True
     state_class = MLSTMv1State
     residual_projections = ("proj_down",)
     float32_parameters = ("mlstm_cell.igate.bias", "mlstm_cell.fgate.bias")

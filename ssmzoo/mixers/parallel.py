@@ -35,6 +35,7 @@ class Parallel(Mixer):
         out_multipliers: of the output of each branch, likewise (Falcon-H1, arXiv 2507.22448).
     """
 
+    crosses_in_ops = True
     state_class = ParallelState
 
     def __init__(

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssmkernels.core.crossing import in_whole
 from ssmkernels.core.validate import precision
 from ssmzoo.cache.tokens import owners
 from ssmzoo.linear import Linear
@@ -72,6 +73,7 @@ class RetNet(LinearAttention):
                 positions = lengths[:, None] + positions
         else:
             row, positions = owners(cu_seqlens, q.shape[1])
+            positions = in_whole(row, positions)
             positions = (positions if lengths is None else lengths[row] + positions)[None]
         cos, sin = rotary_angles(positions, self.k_dim, self.rope_base, precision(q))
         return [rotate(q, cos, sin), rotate(k, cos, sin)]

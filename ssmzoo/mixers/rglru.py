@@ -21,6 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ssmkernels import linear_recurrence, rglru_gates
+from ssmkernels.core.crossing import in_whole, whole_lengths
 from ssmzoo.init import wide_dtype
 from ssmzoo.linear import Linear
 from ssmzoo.mixer import Mixer
@@ -95,6 +96,7 @@ class RGLRU(Mixer):
     The names of its weights are those of RecurrentGemma's checkpoints. Λ stays float32.
     """
 
+    crosses_in_ops = True
     state_class = RGLRUState
     residual_projections = ("linear_out",)
     float32_parameters = ("rg_lru.recurrent_param",)
@@ -158,7 +160,7 @@ class RGLRU(Mixer):
             first = first if begun is None else first & ~begun[:, None]
         else:
             sequence = torch.searchsorted(cu_seqlens[1:].long(), position, right=True)
-            first = position == cu_seqlens.long()[sequence]
+            first = in_whole(sequence, position - cu_seqlens.long()[sequence]) == 0
             first = (first if begun is None else first & ~begun[sequence])[None]
         return first.int()
 
@@ -166,4 +168,4 @@ class RGLRU(Mixer):
         """Which sequences have begun after this call: an empty one has not."""
         if cu_seqlens is None:
             return begun if length == 0 else torch.ones_like(begun)
-        return begun | (cu_seqlens.diff() > 0)
+        return begun | (whole_lengths(cu_seqlens) > 0)

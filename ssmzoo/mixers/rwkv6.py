@@ -85,6 +85,7 @@ class RWKV6(Mixer):
     of RWKV, by the depth of the layer. Bonus and decay's bias stay float32.
     """
 
+    crosses_in_ops = True
     state_class = RWKV6State
     residual_projections = ("o_proj",)
     float32_parameters = ("bonus", "w_proj.linear.lora.2.bias")

@@ -90,6 +90,7 @@ class RWKV7(ValueResidualMixer):
     learning rate and the value residual stay float32.
     """
 
+    crosses_in_ops = True
     state_class = RWKV7State
     residual_projections = ("o_proj",)
 

@@ -39,6 +39,7 @@ class ShortConv(Mixer):
     The names of its weights are those of LFM2's checkpoints.
     """
 
+    crosses_in_ops = True
     state_class = ShortConvState
 
     def __init__(self, d_model: int, *, d_conv: int = 3, bias: bool = False):

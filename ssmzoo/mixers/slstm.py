@@ -84,6 +84,7 @@ class SLSTM(Mixer):
     f: the forward pass of that code, and so its checkpoints, have the two exchanged. The biases stay float32.
     """
 
+    crosses_in_ops = True
     state_class = SLSTMState
     residual_projections = ()
     float32_parameters = ("slstm_cell.bias",)

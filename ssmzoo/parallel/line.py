@@ -40,6 +40,17 @@ class Line:
         out, self.token = _Gather.apply(x, self.token, self.group)
         return out
 
+    def exchange(self, x: Tensor, sends: list[Tensor], receives: list[int]) -> Tensor:
+        """Rows of x for each process, and what each has for this one, one after another.
+
+        Args:
+            x: ``(l, d)``.
+            sends: int64, which rows each process gets.
+            receives: how many come from each.
+        """
+        out, self.token = _Exchange.apply(x, self.token, self.group, sends, receives)
+        return out
+
     def send_state(self, to: int, state: State) -> None:
         """Gives a state to a process, which receives it; the gradient of its tensors comes back from there."""
         frame, tensors = taken_apart(state)
@@ -113,6 +124,35 @@ class _Gather(torch.autograd.Function):
         mine = torch.empty_like(grad)
         dist.all_to_all(list(_real_view(mine).unbind(0)), list(_real(grad).unbind(0)), group=ctx.group)
         return mine.sum(0), token, None
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, token: Tensor, group: dist.ProcessGroup, sends: list[Tensor], receives: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        ctx.group, ctx.sends, ctx.receives, ctx.rows = group, sends, receives, x.shape[0]
+        counts = [len(rows) for rows in sends]
+        return _exchanged(x[torch.cat(sends)], counts, receives, group), token.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, token: Tensor) -> tuple[Tensor | None, ...]:
+        counts = [len(rows) for rows in ctx.sends]
+        back = _exchanged(grad, ctx.receives, counts, ctx.group)
+        return (
+            grad.new_zeros(ctx.rows, grad.shape[1]).index_add_(0, torch.cat(ctx.sends), back),
+            token,
+            None,
+            None,
+            None,
+        )
+
+
+def _exchanged(x: Tensor, sends: list[int], receives: list[int], group: dist.ProcessGroup) -> Tensor:
+    """The rows of x, so many to each process; and those that come, so many from each."""
+    out = x.new_empty(sum(receives), x.shape[1])
+    dist.all_to_all_single(out, x.contiguous(), receives, sends, group=group)
+    return out
 
 
 class _Send(torch.autograd.Function):

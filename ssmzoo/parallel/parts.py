@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from ssmkernels.core.validate import precision
 from ssmzoo.mixer import Mixer
 from ssmzoo.parallel.cut import Cut
 from ssmzoo.parallel.line import Line
+from ssmzoo.parallel.ops import cross
 
 
 class Parts:
@@ -38,10 +39,14 @@ class Parts:
     def totals(self) -> Tensor:
         return self.cut.totals
 
+    def op(self, name: str, call: Callable[..., Any], given: Mapping[str, Any]) -> Any:
+        with crossing(None):
+            return cross(self, name, call, given) if "cu_seqlens" in given else call(**given)
+
     def mixer(self, mixer: Mixer, mix: Callable[..., Any], x: Tensor, state: Any, cu_seqlens: Tensor | None) -> Any:
         way = mixer.crosses_by(state is not None)
         if self.by_reference and way == "ops":
-            way = Mixer.crosses_by(mixer, state is not None)
+            way = "state" if mixer.has_state and mixer.causal else "whole"
         if way == "ops":
             return mix(x, state, cu_seqlens)
         return self._hand_on(mixer, mix, x, state, cu_seqlens) if way == "state" else self._see_whole(mix, x)

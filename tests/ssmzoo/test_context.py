@@ -7,6 +7,8 @@ import pytest
 from context_cases import goes_on, model_generates, model_trains, trains
 from ranks import Ranks, ranks
 
+import ssmzoo
+
 SMALL = runpy.run_path(str(Path(__file__).with_name("small_mixers.py")))["SMALL"]
 
 CUTS = ([4, 17], [0, 9, 12], [11, 1, 0, 9])
@@ -43,13 +45,16 @@ def processes():
         yield found
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_mixer(name: str, processes: Ranks):
+IN_OPS = [name for name in SMALL if ssmzoo.build_mixer(name, 16, **SMALL[name]).crosses_in_ops]
+
+
+@pytest.mark.parametrize(("name", "reference"), [*((n, True) for n in SMALL), *((n, False) for n in IN_OPS)])
+def test_mixer(name: str, reference: bool, processes: Ranks):
     for lengths in CUTS:
-        processes.run(len(lengths), trains, name, SMALL[name], lengths, None, True)
-    processes.run(3, trains, name, SMALL[name], [4, 6, 11], BORDERS, True)
-    processes.run(3, goes_on, name, SMALL[name], [9, 0, 12], None, True)
-    processes.run(2, goes_on, name, SMALL[name], [4, 17], BORDERS, True)
+        processes.run(len(lengths), trains, name, SMALL[name], lengths, None, reference)
+    processes.run(3, trains, name, SMALL[name], [4, 6, 11], BORDERS, reference)
+    processes.run(3, goes_on, name, SMALL[name], [9, 0, 12], None, reference)
+    processes.run(2, goes_on, name, SMALL[name], [4, 17], BORDERS, reference)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -62,3 +62,15 @@ def crossing(by: Crossing | None) -> Iterator[None]:
         yield
     finally:
         _open.pop()
+
+
+def in_whole(row: Tensor, step: Tensor) -> Tensor:
+    """Where tokens of packed sequences stand in them: ``step`` in what is here of sequence ``row``, ``(l)`` each."""
+    over = current()
+    return step if over is None else over.starts[row] + step
+
+
+def whole_lengths(cu_seqlens: Tensor) -> Tensor:
+    """How many tokens packed sequences have, ``(s)``, in all parts together."""
+    over = current()
+    return cu_seqlens.diff() if over is None else over.totals

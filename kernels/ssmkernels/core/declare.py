@@ -24,6 +24,7 @@ import torch
 from ssmkernels.core.autocast import widened
 from ssmkernels.core.binding import Binder
 from ssmkernels.core.bundles import Bundles, bundled
+from ssmkernels.core.crossing import current
 from ssmkernels.core.declaration import Declaration
 from ssmkernels.core.dispatch import Op
 from ssmkernels.core.docs import completed
@@ -139,6 +140,9 @@ def op(
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             given = bind(args, kwargs)
+            over = current()
+            if over is not None:
+                return over.op(declared.name, call, given)
             implementation = given.pop("implementation")
             if packed:
                 given["cu_seqlens"] = copied(given["cu_seqlens"])

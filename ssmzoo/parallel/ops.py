@@ -1,0 +1,116 @@
+"""How each op that mixes along time crosses the cuts: on every process it sees one part of the sequences.
+
+- Recurrences that are linear in their state: processes exchange what their parts do to a state
+  (:mod:`ssmzoo.parallel.transitions`), and each folds those before its own into the state that enters its part. Then it
+  runs the op from that state. A part in the middle runs the op twice, the first and the last part once.
+- Other recurrences: each process waits for the state of the one before it.
+- Convolutions: the last tokens of the parts before.
+- Attention: the keys and values that the part's queries see (:mod:`ssmzoo.parallel.attention`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ssmzoo.parallel.attention import attend
+from ssmzoo.parallel.cut import Cut
+from ssmzoo.parallel.line import Line
+from ssmzoo.parallel.transitions import TRANSITIONS, Given, Transition
+from ssmzoo.state import State
+
+
+class Side(Protocol):
+    """What ops know of the call that they are part of (:class:`ssmzoo.parallel.parts.Parts`)."""
+
+    cut: Cut
+    line: Line
+    keeps: bool
+
+    def window(self, x: Tensor, before: Tensor | None, width: int) -> tuple[Tensor, Tensor]: ...
+
+
+Op = Callable[..., Any]  # takes the public arguments by name, and sees no more than these
+
+
+@dataclasses.dataclass
+class Carried(State):
+    """The states of an op, on their way to another process."""
+
+    parts: list[Tensor]
+
+
+def fold(transition: Transition, side: Side, call: Op, given: Given) -> Any:
+    """A recurrence that is linear in its state."""
+    cut, line, rank = side.cut, side.line, side.cut.rank
+    given = {**given, "return_final_state": True}
+    shape, dtype = transition.state(given)
+    like = given["cu_seqlens"]
+    found: Any = None
+    if rank == 0:  # knows the state that enters
+        found = call(**given)
+        E, M = found[-1], torch.zeros(transition.shape(given), dtype=dtype, device=like.device)
+    elif rank < cut.ranks - 1 or side.keeps:
+        E, M = transition.found(call, {**given, "initial_state": None})
+    else:  # nobody needs what it leaves
+        E, M = (torch.zeros(s, dtype=dtype, device=like.device) for s in (shape, transition.shape(given)))
+    flat = torch.cat([E.flatten(1), M.to(dtype).flatten(1)], dim=1)
+    Es, Ms = line.gather(flat).split([E[0].numel(), M[0].numel()], dim=2)
+    states = [Es[0].reshape(shape)]  # after each part
+    for r in range(1, cut.ranks if side.keeps else rank):
+        states.append(transition.applied(Ms[r].reshape(M.shape), states[-1]) + Es[r].reshape(shape))
+    if rank > 0:
+        found = call(**{**given, "initial_state": states[rank - 1]})
+    return found[0], states[-1] if side.keeps else found[-1]
+
+
+def in_turn(side: Side, call: Op, given: Given) -> Any:
+    """Any other recurrence, one process after another."""
+    line, rank, last = side.line, side.cut.rank, side.cut.ranks - 1
+    names = [name for name in given if name.startswith("initial_")]
+    device = given["cu_seqlens"].device
+    if rank > 0:
+        given = {**given, **dict(zip(names, line.receive_state(rank - 1, device).tensors(), strict=True))}
+    y, *after = call(**{**given, "return_final_state": True})
+    if rank < last:
+        line.send_state(rank + 1, Carried(after))
+    if side.keeps:
+        after = line.broadcast_state(last, Carried(after) if rank == last else None, device).tensors()
+    return y, *after
+
+
+def convolve(side: Side, call: Op, given: Given) -> Any:
+    """A causal convolution."""
+    width = given["weight"].shape[-1] - 1
+    before, after = side.window(given["x"], given["initial_state"], width)
+    return call(**{**given, "initial_state": before, "return_final_state": True})[0], after
+
+
+IN_TURN = ("mlstm", "slstm", "mamba3_scan")
+
+
+def cross(side: Side, name: str, call: Op, given: Given) -> Any:
+    """The op of this name on this part.
+
+    Raises:
+        ValueError: it has no way over the cuts.
+    """
+    wanted = given.get("return_final_state", True)
+    if name == "attention":
+        return attend(side.cut, side.line, call, given)
+    if name in TRANSITIONS:
+        found = fold(TRANSITIONS[name], side, call, given)
+    elif name in IN_TURN:
+        found = in_turn(side, call, given)
+    elif name == "causal_conv1d":
+        found = convolve(side, call, given)
+    else:
+        raise ValueError(
+            f"ssmzoo.parallel: `{name}` cannot cross a cut by itself; `crosses_in_ops` must be False for the mixer "
+            f"around it"
+        )
+    return found if wanted else found[0]

@@ -125,27 +125,22 @@ def _facts(
     Written for speed, as each token asks.
 
     Returns:
-        None where somebody hooks into a module, or it holds tensors that are no weights.
+        None where somebody hooks into a module, or a state holds anything but tensors.
     """
     facts: list[Any] = [x.shape, x.dtype, torch.get_num_threads(), torch.is_inference_mode_enabled(), *map(id, blocks)]
     for module in modules:
         own = module.__dict__
-        if (
-            own["_forward_hooks"]
-            or own["_forward_pre_hooks"]
-            or own["_backward_hooks"]
-            or own["_backward_pre_hooks"]
-            or own["_buffers"]
-        ):
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
             return None
         facts.append(type(module))
         facts.extend(map(id, own.values()))
         facts.extend(map(id, own["_modules"].values()))
         if "options" in own:  # a dataclass, of which the fields count
             facts.extend(vars(own["options"]).values())
-        for parameter in own["_parameters"].values():
-            if parameter is not None:
-                facts += (id(parameter), parameter.data_ptr(), parameter.dtype, parameter.shape, parameter.stride())
+        for tensors in (own["_parameters"], own["_buffers"]):
+            for tensor in tensors.values():
+                if tensor is not None:
+                    facts += (id(tensor), tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
     for state in states:
         for held in vars(state).values():
             for tensor in held if type(held) is list else (held,):
@@ -178,13 +173,11 @@ def _may_be_calls(block: Block, x: Tensor) -> bool:
 
 
 def _is_told_by_facts(module: nn.Module) -> bool:
-    """Whether a module is what it was built as, and changes are seen: its weights are parameters of PyTorch's own."""
+    """Whether a module is what it was built as, and changes are seen: its weights are tensors of PyTorch's own."""
     own = module.__dict__
     if "forward" in own or "_parameters" not in own:  # scripted modules keep theirs elsewhere
         return False
-    return all(
-        p is None or (type(p) is nn.Parameter and p.layout is torch.strided) for p in own["_parameters"].values()
-    ) and not any(
-        isinstance(value, Tensor)  # in a weight's place
-        for value in own.values()
-    )
+    if any(isinstance(value, Tensor) for value in own.values()):  # in a weight's place
+        return False
+    tensors = [t for held in (own["_parameters"], own["_buffers"]) for t in held.values() if t is not None]
+    return all(type(t) in (nn.Parameter, Tensor) and t.layout is torch.strided for t in tensors)

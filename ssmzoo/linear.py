@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as _module
 
+from ssmkernels.native.calls import Calls, NotPreparedError
 from ssmkernels.native.products import linear
 
 _WEIGHTS = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)  # the last two stand for plain ones while tracing
@@ -57,6 +60,22 @@ def is_plain(*modules: nn.Module | None, kinds: tuple[type[nn.Module], ...] = _M
         if type(weight) not in _WEIGHTS or not weight.is_floating_point() or "forward" in own or "bias" in own:
             return False
     return True
+
+
+def prepare_map(calls: Calls, module: nn.Module | None, x: Tensor) -> Tensor:
+    """Adds the native call of a linear map, x ``(b, in)`` → ``(b, out)``, to those of a token.
+
+    A module of a kind of its own may have a ``prepare_step(calls, x)``, as quantised maps do.
+
+    Raises:
+        NotPreparedError: somebody else has a say in the result, or no native call computes it.
+    """
+    own = getattr(type(module), "prepare_step", None)
+    if own is not None:
+        return cast(Tensor, own(module, calls, x))
+    if not is_plain(module) or not isinstance(module, nn.Linear) or isinstance(module, WideBiasLinear):
+        raise NotPreparedError(type(module).__name__)
+    return calls.linear(x, module.weight, module.bias)
 
 
 def arrives_later(weight: Tensor, module: nn.Module) -> bool:

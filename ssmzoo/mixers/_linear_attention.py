@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ssmkernels import causal_conv1d_step, linear_attention, linear_attention_step, rms_norm
 from ssmkernels.core.crossing import whole_lengths
 from ssmkernels.native.calls import Calls
-from ssmzoo.linear import Linear
+from ssmzoo.linear import Linear, prepare_map
 from ssmzoo.mixer import Mixer
 from ssmzoo.mixers._convolution import convolve_each, depthwise
 from ssmzoo.mixers._one_call import in_one_call
@@ -204,23 +204,19 @@ class LinearAttention(Mixer):
 
     def prepare_step(self, calls: Calls, x: Tensor, state: LinearAttentionState) -> Tensor | None:
         o, m = self.options, self._modules
-        names = ("q_proj", "k_proj", "v_proj", "g_proj", "o_proj", *(f"{n}_conv1d" for n in "qkv" if o.use_short_conv))
-        norm = m.get("g_norm_swish_gate")
+        norm, convs = m.get("g_norm_swish_gate"), [m[f"{name}_conv1d"] for name in "qkv" if o.use_short_conv]
         if norm is None or self.n_kv_heads != self.n_heads or state.lengths is not None:
             return None
-        maps = {name: m[name] for name in names}
-        if not in_one_call(x, *maps.values(), norm=norm):
+        if not in_one_call(x, *convs, norm=norm):
             return None
         log_decay = self.prepare_log_decay(calls, x)
         if log_decay is None:
             return None
-        weights = {name: cast(nn.Linear, each).weight for name, each in maps.items()}
-        q, k, v, gate = (calls.linear(x, weights[f"{name}_proj"]) for name in "qkvg")
+        q, k, v, gate = (prepare_map(calls, m[f"{name}_proj"], x) for name in "qkvg")
         if o.use_short_conv:
-            convs = [cast(nn.Conv1d, m[f"{name}_conv1d"]) for name in "qkv"]
             q, k, v = (
-                calls.op(causal_conv1d_step, state, t, conv.weight.squeeze(1), conv.bias, "silu")
-                for state, t, conv in zip(state.convs, (q, k, v), convs, strict=True)
+                calls.op(causal_conv1d_step, before, t, conv.weight.squeeze(1), conv.bias, "silu")
+                for before, t, conv in zip(state.convs, (q, k, v), cast(list[nn.Conv1d], convs), strict=True)
             )
         if o.feature_map is not None:
             q, k = calls.activated(q, o.feature_map), calls.activated(k, o.feature_map)
@@ -236,7 +232,7 @@ class LinearAttention(Mixer):
         gated = calls.op(
             rms_norm, y, norm.weight, eps=norm.eps, gate=gate.view_as(y), norm_before_gate=norm.norm_before_gate
         )
-        return calls.linear(gated.flatten(1), weights["o_proj"])
+        return prepare_map(calls, m["o_proj"], gated.flatten(1))
 
     def prepare_log_decay(self, calls: Calls, x: Tensor) -> Tensor | None:
         """Adds the calls of :meth:`log_decay` for one token x ``(b, d_model)``; None where it is more than those."""

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, cast
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmkernels.core.validate import precision
 from ssmkernels.native.calls import Calls
-from ssmzoo.linear import Linear, is_plain
+from ssmzoo.linear import Linear, prepare_map
 from ssmzoo.mixers._linear_attention import LinearAttention, LinearAttentionOptions, xavier
 from ssmzoo.registry import register_mixer
 
@@ -71,10 +71,11 @@ class GLA(LinearAttention):
         return self.spread(log if self.clamp_min is None else log.clamp(min=self.clamp_min))
 
     def prepare_log_decay(self, calls: Calls, x: Tensor) -> Tensor | None:
-        if type(self.gk_proj) is not nn.Sequential or not is_plain(*self.gk_proj):
+        if type(self.gk_proj) is not nn.Sequential:
             return None
-        down, up = cast(tuple[Linear, Linear], self.gk_proj)
-        logits = calls.linear(calls.linear(x, down.weight), up.weight, up.bias)
+        logits = x
+        for each in self.gk_proj:
+            logits = prepare_map(calls, each, logits)
         least = -math.inf if self.clamp_min is None else self.clamp_min * self.normalizer
         log = calls.activated(logits, "log_sigmoid", least=least, scale=1 / self.normalizer)
         return log.unflatten(-1, (self.n_heads, self.k_dim))

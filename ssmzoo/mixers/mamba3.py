@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from ssmkernels import mamba3_scan, mamba3_scan_step, rms_norm
 from ssmkernels.native.calls import Calls
 from ssmzoo.init import inverse_softplus_of_log_uniform, wide_dtype
-from ssmzoo.linear import Linear, is_plain
+from ssmzoo.linear import Linear, is_plain, prepare_map
 from ssmzoo.mixer import Mixer
 from ssmzoo.mixers._one_call import in_one_call
 from ssmzoo.norm import GatedRMSNorm, RMSNorm
@@ -246,11 +246,11 @@ class Mamba3(Mixer):
 
     def prepare_step(self, calls: Calls, x: Tensor, state: Mamba3State) -> Tensor | None:
         m = self._modules
-        if self.is_mimo or not in_one_call(x, m["in_proj"], m["out_proj"], norm=m.get("norm")):
+        if self.is_mimo or not in_one_call(x, norm=m.get("norm")):
             return None
         if not is_plain(m["B_norm"], m["C_norm"], kinds=(RMSNorm,)):
             return None
-        z, x, B, C, dt, A, trap, angles = calls.linear(x, self.in_proj.weight).split(self.splits, dim=-1)
+        z, x, B, C, dt, A, trap, angles = prepare_map(calls, self.in_proj, x).split(self.splits, dim=-1)
         dt = calls.activated(dt, "softplus", bias=self.dt_bias)
         A = calls.activated(A, self.A_activation, least=self.A_floor, scale=-1.0)
         trap, angles = calls.activated(trap, "sigmoid"), calls.activated(angles, "tanh", scale=math.pi)
@@ -289,7 +289,7 @@ class Mamba3(Mixer):
                 norm_before_gate=norm.norm_before_gate,
                 group_size=norm.group_size,
             )
-        return calls.linear(y, self.out_proj.weight)
+        return prepare_map(calls, self.out_proj, y)
 
     def _may_step(self, x: Tensor) -> bool:
         """Whether the state may be updated in place: nobody wants gradients."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ssmkernels.native.calls import Calls
-from ssmzoo.linear import Linear, is_plain
+from ssmzoo.linear import Linear, prepare_map
 from ssmzoo.mlp.base import ACTIVATIONS, ChannelMixer, check_at_least_one
 
 
@@ -51,10 +51,10 @@ class GatedMLP(ChannelMixer):
         return y if self.out_multiplier == 1 else y * self.out_multiplier
 
     def prepare_step(self, calls: Calls, x: Tensor) -> Tensor | None:
-        if not self.gate_multiplier == self.out_multiplier == 1 or not is_plain(self.fc1, self.fc2):
+        if not self.gate_multiplier == self.out_multiplier == 1:
             return None
-        a, b = calls.linear(x, self.fc1.weight, self.fc1.bias).chunk(2, dim=-1)
-        return calls.linear(calls.activated(a, self.activation, factor=b), self.fc2.weight, self.fc2.bias)
+        a, b = prepare_map(calls, self.fc1, x).chunk(2, dim=-1)
+        return prepare_map(calls, self.fc2, calls.activated(a, self.activation, factor=b))
 
 
 class SwiGLU(GatedMLP):
@@ -95,11 +95,8 @@ class PlainMLP(ChannelMixer):
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.f(self.fc1(x)))
 
-    def prepare_step(self, calls: Calls, x: Tensor) -> Tensor | None:
-        if not is_plain(self.fc1, self.fc2):
-            return None
-        inside = calls.activated(calls.linear(x, self.fc1.weight, self.fc1.bias), self.activation)
-        return calls.linear(inside, self.fc2.weight, self.fc2.bias)
+    def prepare_step(self, calls: Calls, x: Tensor) -> Tensor:
+        return prepare_map(calls, self.fc2, calls.activated(prepare_map(calls, self.fc1, x), self.activation))
 
 
 class GELU(PlainMLP):

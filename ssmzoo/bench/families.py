@@ -20,7 +20,8 @@ from ssmzoo.bench.models import DECODING
 KIND = "transformers"
 SIZES = {"hidden_size": 256, "length": 1024, "batch": 1}
 QUICK = {"hidden_size": 64, "length": 64, "batch": 1}
-CACHES = ("past_key_values", "cache_params", "state")  # under one of these names a model gives and takes its cache
+# Under one of these names a model gives and takes its cache.
+CACHES = ("cache", "past_key_values", "cache_params", "state")
 PROMPT = 64  # tokens before those that are decoded one by one
 
 ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -223,7 +224,7 @@ def _decoder(model: nn.Module, ids: Tensor) -> Callable[[], Results]:
 
 def _read(model: nn.Module, ids: Tensor, state: dict[str, Any]) -> Tensor:
     out = model(ids, use_cache=True, **state)
-    (name,) = (name for name in CACHES if getattr(out, name, None) is not None)
+    name = next(name for name in CACHES if getattr(out, name, None) is not None)  # newer ones have older names too
     state[name] = getattr(out, name)
     logits: Tensor = out.logits
     return logits

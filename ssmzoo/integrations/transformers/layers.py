@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -13,23 +13,31 @@ from ssmkernels import linear_attention, linear_recurrence, mlstm
 from ssmzoo.integrations.transformers.scope import Scope, current, entered
 
 Function = Callable[..., Any]
+CACHES = ("cache", "cache_params", "past_key_values")  # since transformers 5.24, and before
+
+
+def cache_among(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The cache of a call, by position or by any of its names, or None."""
+    named = [kwargs[name] for name in CACHES if kwargs.get(name) is not None]
+    return next((cache for cache in (*args, *named) if cache is not None), None)
 
 
 def mixer(original: Function) -> Function:
     """A layer of Mamba tells its scan the state from which it goes on, and the sequences that are packed."""
 
     @functools.wraps(original)
-    def forward(self: Any, hidden_states: Tensor, cache_params: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         seq_idx = kwargs.get("seq_idx")
         scope = Scope(seq_idx=current().seq_idx if seq_idx is None else seq_idx)
-        if cache_params is not None and hidden_states.shape[1] > 1:
-            state = cache_params.get_recurrent_state(self.layer_idx)
+        cache = cache_among(args[:1], kwargs)
+        if cache is not None and hidden_states.shape[1] > 1:
+            state = cache.get_recurrent_state(self.layer_idx)
             if state is not None:  # (b d n), or (b h d n) where each head is scanned by itself
                 scope.states = [state] if state.ndim == 3 else list(state.unbind(1))
         if scope.seq_idx is None and not scope.states:
-            return original(self, hidden_states, cache_params, *args, **kwargs)
+            return original(self, hidden_states, *args, **kwargs)
         with entered(scope):
-            return original(self, hidden_states, cache_params, *args, **kwargs)
+            return original(self, hidden_states, *args, **kwargs)
 
     return forward
 
@@ -93,14 +101,15 @@ def lightning(original: Function) -> Function:
         hidden_states: Tensor,
         position_embeddings: Any,
         attention_mask: Tensor | None,
-        past_key_values: Any = None,
+        *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
+        cache = cache_among(args[:1], kwargs)
         qkv = self.act_fn(self.qkv_proj(hidden_states))
         if attention_mask is not None:
             qkv = qkv * attention_mask[:, :, None]
         qkv = qkv.unflatten(-1, (self.num_attention_heads, -1)).to(hidden_states.dtype)
-        state = None if past_key_values is None else past_key_values.get_linear_cache(self.layer_idx)
+        state = None if cache is None else cache.get_linear_cache(self.layer_idx)
         wide = torch.promote_types(qkv.dtype, torch.float32)
         q, k, v = qkv.chunk(3, dim=-1)
         y, last = linear_attention(
@@ -113,8 +122,8 @@ def lightning(original: Function) -> Function:
             return_final_state=True,
         )
         y = torch.sigmoid(self.output_gate(hidden_states)) * self.norm(y.flatten(2))
-        if past_key_values is not None:
-            past_key_values.set_linear_cache(self.layer_idx, last)
+        if cache is not None:
+            cache.set_linear_cache(self.layer_idx, last)
         return self.out_proj(y), last
 
     return forward

@@ -17,6 +17,9 @@ from ssmzoo.integrations.transformers.state_cache import StateCache
 from ssmzoo.model import SequenceModel
 from ssmzoo.wide import KeepsFloat32
 
+# The field of outputs that holds a cache: "cache" since transformers 5.24.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
 
 class SsmzooPreTrainedModel(PreTrainedModel):
     """A :class:`ssmzoo.SequenceModel` under the name ``model``, for what transformers does with its own models."""
@@ -112,6 +115,7 @@ class SsmzooForCausalLM(SsmzooPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        cache: StateCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits of all tokens, or of the next ones after a cache.
@@ -121,7 +125,8 @@ class SsmzooForCausalLM(SsmzooPreTrainedModel, GenerationMixin):
             attention_mask: ``(b, l)``, or with a cache ``(b, all positions)``; 0 where there is padding.
             position_ids: ``(b, l)``; without padding and cache, each 0 begins a sequence of its own (packing).
                 Otherwise positions follow from the state.
-            past_key_values: of an earlier call, which hands it over.
+            cache, past_key_values: of an earlier call, which hands it over, under its name since transformers 5.24 and
+                before.
             inputs_embeds: not supported.
             labels: int64 ``(b, l)``, −100 where there is none; shifted inside.
             use_cache: whether to return a cache; if None, where not training.
@@ -132,22 +137,26 @@ class SsmzooForCausalLM(SsmzooPreTrainedModel, GenerationMixin):
                 of ours.
 
         Raises:
+            TypeError: a cache of another kind.
             ValueError: no ``input_ids``, or an output that our models do not have is asked for.
         """
         _check_inputs(self, input_ids, inputs_embeds, kwargs)
         assert input_ids is not None
+        cache = past_key_values if cache is None else cache
+        if cache is not None and not isinstance(cache, StateCache):
+            raise TypeError(f"{type(self).__name__}: `cache` must be a StateCache; got {type(cache).__name__}")
         length, mask = input_ids.shape[1], None
         if attention_mask is not None:
             mask = attention_mask[:, -length:].bool()
             mask = None if bool(mask.all()) else mask
         cu_seqlens, shape = cu_seq_lens_q, input_ids.shape
-        if mask is None and cu_seqlens is None and past_key_values is None:
+        if mask is None and cu_seqlens is None and cache is None:
             cu_seqlens = borders_of(position_ids)
         if cu_seqlens is not None:
             input_ids, cu_seqlens = input_ids.reshape(1, -1), cu_seqlens.int()
         state = None
-        if past_key_values is not None:
-            state = past_key_values.state
+        if cache is not None:
+            state = cache.state
         elif use_cache or (use_cache is None and not self.training and labels is None and self._has_state):
             state = self.model.initial_state(len(input_ids) if cu_seqlens is None else len(cu_seqlens) - 1)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -161,13 +170,13 @@ class SsmzooForCausalLM(SsmzooPreTrainedModel, GenerationMixin):
         if labels is not None:
             items = {name: kwargs[name] for name in ("num_items_in_batch",) if name in kwargs}
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **items)
-        cache = past_key_values
         if state is not None:
             cache = StateCache(state) if cache is None else cache
             cache.state, cache.length = state, cache.length + length
         if return_dict is False:
             return tuple(part for part in (loss, logits, cache) if part is not None)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        held: dict[str, Any] = {CACHE: cache}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **held)
 
 
 class SsmzooForSequenceClassification(SsmzooPreTrainedModel):

@@ -116,6 +116,8 @@ def as_original(model: SequenceModel, dtype: torch.dtype | None) -> Export:
     if refusal is not None:
         raise ValueError(f"save: `model` has no place in state-spaces' format: {refusal[1]}")
     tensors = published(named_weights(model, dtype), state_spaces.rules_for(given), "state-spaces' format")
+    if model.tied:  # which its authors' class asks for under both names
+        tensors += [t._replace(name="lm_head.weight") for t in tensors if t.name == "backbone.embedding.weight"]
     return Export("state-spaces", given, tensors, "pytorch_model.bin")
 
 

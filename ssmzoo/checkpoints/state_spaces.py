@@ -78,7 +78,8 @@ def config_json(d: Description) -> dict[str, Any]:
         "d_intermediate": d.mlp("swiglu").get("d_intermediate", 0),
         "n_layer": d.config.n_layers,
         "vocab_size": d.config.vocab_size,
-        "ssm_cfg": {"layer": next(name for name, ours in LAYERS.items() if ours == kind)} | _changed(kind, mixer),
+        "ssm_cfg": {"layer": next(name for name, ours in LAYERS.items() if ours == kind)}
+        | _changed(kind, mixer, d.config.d_model),
         "attn_layer_idx": [i for i, name in enumerate(d.kinds) if name == "attention"],
         "attn_cfg": {},
         "rms_norm": d.config.norm == "rms",
@@ -101,10 +102,12 @@ def config_json(d: Description) -> dict[str, Any]:
     return given
 
 
-def _changed(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def _changed(kind: str, options: Mapping[str, Any], d_model: int) -> dict[str, Any]:
     """Options that are not at the mixer's default: the published classes do not know all of ours."""
     defaults = {name: p.default for name, p in options_of(mixer_class(kind)).items()}
-    neutral = {"d_ssm": None, "norm_groups": None, "multipliers": None}
+    neutral = {"norm_groups", "multipliers"}
+    if options.get("d_ssm") == options["expand"] * d_model:
+        neutral.add("d_ssm")
     known = {name: value for name, value in options.items() if name not in neutral and value != defaults[name]}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in known.items()}
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ssmkernels import decode_attention
 from ssmkernels.compat._dtypes import INDICES, beside
 from ssmkernels.compat._flash import attend, check_window, from_pages
+from ssmkernels.compat._rotary import turned
 from ssmkernels.core.validate import check_dtypes, check_options, check_same_dtype, check_shapes
 
 
@@ -88,18 +89,7 @@ def _attended(a: Any, q: Tensor, table: Tensor, lengths: Tensor, heads: int) -> 
 
 def _turned(a: Any, x: Tensor, place: Tensor) -> Tensor:
     """x (b n h d) with its first channels turned by the angles of its places (b n)."""
-    half = a.rotary_cos.shape[1]
-    if 2 * half > x.shape[-1] or (place.numel() and int(place.max()) >= len(a.rotary_cos)):
-        raise ValueError(
-            f"{a.op}: `rotary_cos` must be (positions, channels), at least {int(place.max()) + 1} by at most "
-            f"{x.shape[-1] // 2}; got {tuple(a.rotary_cos.shape)}"
-        )
-    cos, sin = (t[place][:, :, None].float() for t in (a.rotary_cos, a.rotary_sin))
-    turned, rest = x[..., : 2 * half].float(), x[..., 2 * half :]
-    one, two = (turned[..., ::2], turned[..., 1::2]) if a.rotary_interleaved else turned.chunk(2, -1)
-    parts = one * cos - two * sin, one * sin + two * cos
-    turned = torch.stack(parts, -1).flatten(-2) if a.rotary_interleaved else torch.cat(parts, -1)
-    return torch.cat([turned.to(x.dtype), rest], -1)
+    return turned(a.op, x, a.rotary_cos, a.rotary_sin, place, a.rotary_interleaved)
 
 
 def _check_places(a: Any, table: Tensor, lengths: Tensor, size: int) -> None:

@@ -8,9 +8,12 @@ Written after mamba-ssm 2.3.2. Imports change like this::
     mamba_ssm.ops.triton.ssd_combined           → ssmkernels.compat.mamba_ssm.ops.triton.ssd_combined
     mamba_ssm.ops.triton.layer_norm             → ssmkernels.compat.mamba_ssm.ops.triton.layer_norm
     mamba_ssm.ops.triton.layernorm_gated        → ssmkernels.compat.mamba_ssm.ops.triton.layernorm_gated
-    mamba_ssm.modules.ssd_minimal               → ssmkernels.compat.mamba_ssm.modules.ssd_minimal
+    mamba_ssm.modules.…                         → ssmkernels.compat.mamba_ssm.modules.…
+    mamba_ssm.models.mixer_seq_simple           → ssmkernels.compat.mamba_ssm.models.mixer_seq_simple
+    mamba_ssm.utils.generation                  → ssmkernels.compat.mamba_ssm.utils.generation
 
-The package's layers (``Mamba``, ``Mamba2``, ``MambaLMHeadModel``) are not here: ``ssmzoo`` has its own.
+Its layers and its language model load its checkpoints, under the same names of weights. ``ssmzoo`` has its own, for
+training, other mixers and faster decoding.
 
 Where these do more than the package: a gradient goes through the last state, and, in ``mamba_inner_fn``, through the
 norms of B, C and Δ and to their weights; ``selective_state_update`` has a gradient; float64 works.
@@ -20,7 +23,9 @@ Sizes: b batch, l length, d channels, n state size, g groups, h heads, p channel
 
 from __future__ import annotations
 
+import importlib
 import math
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -29,9 +34,19 @@ from ssmkernels.compat._scan import inner, scan
 from ssmkernels.compat._ssd import chunk_scan
 from ssmkernels.compat._update import update
 
+if TYPE_CHECKING:
+    from ssmkernels.compat.mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+    from ssmkernels.compat.mamba_ssm.modules.mamba2 import Mamba2
+    from ssmkernels.compat.mamba_ssm.modules.mamba3 import Mamba3
+    from ssmkernels.compat.mamba_ssm.modules.mamba_simple import Mamba
+
 __version__ = "2.3.2"
 
 __all__ = [
+    "Mamba",
+    "Mamba2",
+    "Mamba3",
+    "MambaLMHeadModel",
     "mamba_chunk_scan_combined",
     "mamba_chunk_scan_combined_ref",
     "mamba_inner_fn",
@@ -41,6 +56,20 @@ __all__ = [
     "selective_state_update",
     "selective_state_update_ref",
 ]
+
+# Layers are made of the functions below, and are imported when they are asked for.
+MODULES = {
+    "Mamba": "modules.mamba_simple",
+    "Mamba2": "modules.mamba2",
+    "Mamba3": "modules.mamba3",
+    "MambaLMHeadModel": "models.mixer_seq_simple",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{MODULES[name]}"), name)
 
 
 @compatible(scan)

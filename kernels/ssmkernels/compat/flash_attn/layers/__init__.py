@@ -1,0 +1,1 @@
+"""flash_attn's layers, where the package has them."""

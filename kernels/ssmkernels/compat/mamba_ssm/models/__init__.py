@@ -1,0 +1,1 @@
+"""mamba_ssm's models, where the package has them."""

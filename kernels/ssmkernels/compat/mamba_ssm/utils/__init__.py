@@ -1,0 +1,1 @@
+"""mamba_ssm's helpers, where the package has them."""

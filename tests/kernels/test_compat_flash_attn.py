@@ -203,8 +203,10 @@ def test_padding():
 
 def test_refusals():
     q, cache = torch.randn(2, 3, 2, 4), torch.randn(2, 5, 2, 4)
-    with pytest.raises(ValueError, match="flash_attn_func: `dropout_p` must be 0, as weights are never dropped .*0.1"):
-        flash_attn.flash_attn_func(q, q, q, 0.1)
+    with pytest.raises(ValueError, match=r"flash_attn_func: `dropout_p` must be in \[0, 1\); got 1.0"):
+        flash_attn.flash_attn_func(q, q, q, 1.0)
+    with pytest.raises(ValueError, match="attention: the 3 heads of keys and values must divide the 2 heads of `q`"):
+        flash_attn.flash_attn_func(q, q.new_zeros(2, 3, 3, 4), q.new_zeros(2, 3, 3, 4), 0.1)
     with pytest.raises(ValueError, match=r"flash_attn_func: `k` must have shape \(b m h_kv d\)"):
         flash_attn.flash_attn_func(q, q[0], q)
     with pytest.raises(ValueError, match="flash_attn_qkvpacked_func: `qkv` must have shape"):
@@ -289,3 +291,62 @@ def test_windows_and_masks_of_another_kind():
             flash_attn.flash_attn_with_kvcache(q, q, q, window_size=window)
     with pytest.raises(ValueError, match=r"unpad_input: `attention_mask` must have shape \(b l\) with b=2, l=3"):
         bert_padding.unpad_input(q, torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True, "alibi": True}, {"window_size": torch.tensor([2, 1])}])
+def test_dropout(options):
+    """The output is the mean with the weights that were kept, gradients included, and half of them were dropped."""
+    torch.manual_seed(0)
+    alibi, options = options.get("alibi"), {name: value for name, value in options.items() if name != "alibi"}
+    q = torch.randn(3, 7, 4, 8, dtype=torch.float64, requires_grad=True)
+    kv = torch.randn(3, 9, 2, 2, 8, dtype=torch.float64, requires_grad=True)
+    slopes = torch.rand(3, 4) if alibi else None
+
+    def run():
+        torch.manual_seed(1)
+        return flash_attn.flash_attn_kvpacked_func(
+            q, kv, 0.5, 0.3, alibi_slopes=slopes, return_attn_probs=True, **options
+        )
+
+    out, lse, weights = run()
+    assert torch.equal(out, run()[0])
+    without, expected_lse, none = flash_attn.flash_attn_kvpacked_func(
+        q, kv, 0.0, 0.3, alibi_slopes=slopes, return_attn_probs=True, **options
+    )
+    assert none is None
+    torch.testing.assert_close(lse, expected_lse)
+    assert not torch.allclose(out, without)
+    k, v = kv.repeat_interleave(2, dim=3).unbind(2)
+    distance = torch.arange(9) - torch.arange(2, 9)[:, None]
+    seen = distance <= 0 if options.get("causal") else torch.ones_like(distance) > 0
+    seen = seen & (distance >= -2) & (distance <= 1) if "window_size" in options else seen
+    s = 0.3 * torch.einsum("blhd,bmhd->bhlm", q, k)
+    s = (s if slopes is None else s - slopes[:, :, None, None] * distance.abs()).masked_fill(~seen, -torch.inf)
+    torch.testing.assert_close(weights.abs(), torch.exp(s - s.amax(-1, keepdim=True)))
+    dropped = (weights < 0)[seen.expand_as(weights)].double().mean()
+    assert 0.4 < dropped < 0.6
+    mean = torch.einsum("bhlm,bmhd->blhd", 2 * s.softmax(-1) * (weights >= 0), v)
+    torch.testing.assert_close(out, mean)
+    w = torch.randn_like(out)
+    for a, b in zip(*(torch.autograd.grad(t, (q, kv), w) for t in (out, mean)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_dropout_of_packed_sequences():
+    q, borders, longer = torch.randn(7, 2, 4), torch.tensor([0, 2, 7]), torch.tensor([0, 3, 7])
+    torch.manual_seed(1)
+    out, lse, weights = flash_attn.flash_attn_varlen_func(
+        q, q, q, borders, longer, 5, 4, 0.3, causal=True, return_attn_probs=True
+    )
+    torch.manual_seed(1)
+    parts = [
+        flash_attn.flash_attn_func(q[None, a:b], q[None, c:d], q[None, c:d], 0.3, causal=True, return_attn_probs=True)
+        for a, b, c, d in ((0, 2, 0, 3), (2, 7, 3, 7))
+    ]
+    assert torch.equal(out, torch.cat([part[0][0] for part in parts]))
+    assert torch.equal(lse, torch.cat([part[1][0] for part in parts], 1))
+    assert weights.shape == (2, 2, 5, 4)
+    assert torch.equal(weights[:1, :, :2, :3], parts[0][2])
+    assert torch.equal(weights[1:], parts[1][2])
+    assert not weights[0, :, 2:].any()
+    assert out[2].eq(0).all()  # a query that sees no key

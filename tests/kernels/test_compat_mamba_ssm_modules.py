@@ -208,7 +208,9 @@ def test_signatures_are_those_of_the_package(kind):
 
 def test_errors(x, tmp_path):
     layer, params = made("mamba"), InferenceParams(12, 2, seqlen_offset=3)
-    with pytest.raises(ValueError, match=r"Mamba: `hidden_states` must be one token, \(b, 1, d_model\), .*; got \(2, 9, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"Mamba: `hidden_states` must be one token, \(b, 1, d_model\), .*; got \(2, 9, 8\)"
+    ):
         layer(x, inference_params=params)
     with pytest.raises(ValueError, match="must belong to 1 sequences, as the input; got 2"):
         layer(x[:1, :1], inference_params=params)

@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ssmkernels import attention
+from ssmkernels.compat._dropout import dropping
 from ssmkernels.compat._dtypes import INDICES, beside, int32_borders
 from ssmkernels.core.packing import spans
 from ssmkernels.core.validate import check_dtypes, check_options, check_shapes
 
-Pair = tuple[Tensor, Tensor]
+Found = tuple[Tensor, Tensor, Tensor | None]  # the output, the log-sum-exp, and the weights where some are dropped
 
 
 def dense(a: Any) -> Any:
@@ -41,15 +43,19 @@ def varlen(a: Any) -> Any:
     check_shapes(a.op, shapes, ("q",), b=len(cu_q) - 1)
     if paged is not None:
         k, v = (from_pages(a.op, t, paged, cu_k) for t in (k, v))
-    if slopes is None or slopes.ndim == 1:
-        out, lse = attend(a, q[None], k[None], v[None], slopes, cu_q, cu_k)
-    else:
+    parts: list[Found] = []
+    each = slopes is not None and slopes.ndim == 2
+    if each or a.dropout_p:
+        of_sequences = slopes if each else [slopes] * (len(cu_q) - 1)
         parts = [
-            attend(a, q[None, rows], k[None, columns], v[None, columns], each)
-            for (_, rows), (_, columns), each in zip(spans(cu_q), spans(cu_k), slopes, strict=True)
+            attend(a, q[None, rows], k[None, columns], v[None, columns], its)
+            for (_, rows), (_, columns), its in zip(spans(cu_q), spans(cu_k), of_sequences, strict=True)
         ]
-        out, lse = _joined(parts, (1, 2)) if parts else attend(a, q[None], k[None], v[None], None, cu_q, cu_k)
-    return _result(a, (out[0], lse[0]))
+    if parts:
+        out, lse, weights = _joined(parts, (1, 2))
+    else:
+        out, lse, weights = attend(a, q[None], k[None], v[None], None if each else slopes, cu_q, cu_k)
+    return _result(a, (out[0], lse[0], weights))
 
 
 def attend(
@@ -60,14 +66,16 @@ def attend(
     slopes: Tensor | None,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
-) -> Pair:
-    """Our attention with the options of a call: the output, and the log-sum-exp."""
+) -> Found:
+    """Our attention with the options of a call."""
+    window = window_of(a)
+    dropout_p = getattr(a, "dropout_p", 0.0)
     found = attention(
-        q,
+        q if not dropout_p else q[:, :0],  # for the checks alone
         k,
         v,
         causal=a.causal,
-        window=tuple(a.window_size),
+        window=window,
         scale=a.softmax_scale,
         softcap=max(a.softcap, 0.0),
         alibi_slopes=beside(slopes, q),
@@ -77,7 +85,10 @@ def attend(
         implementation=a.implementation,
     )
     assert isinstance(found, tuple)
-    return found
+    if not dropout_p:
+        return (*found, None)
+    window = (window[0], 0 if a.causal else window[1])
+    return dropping(q, k, v, dropout_p, a.softmax_scale, window, a.softcap, slopes)
 
 
 def from_pages(op: str, pages: Tensor, block_table: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -101,9 +112,9 @@ def _unpacked(a: Any, queries: str, keys: str) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v, however they came, and the checks of what all functions take."""
     check_options(a.op, "number", dropout_p=a.dropout_p, softcap=a.softcap)
     check_options(a.op, "bool", causal=a.causal, return_attn_probs=a.return_attn_probs)
-    check_window(a.op, a.window_size)
-    if a.dropout_p:
-        raise ValueError(f"{a.op}: `dropout_p` must be 0, as weights are never dropped here; got {a.dropout_p}")
+    window_of(a)
+    if not 0 <= a.dropout_p < 1:
+        raise ValueError(f"{a.op}: `dropout_p` must be in [0, 1); got {a.dropout_p}")
     if hasattr(a, "qkv"):
         check_shapes(a.op, {"qkv": (a.qkv, f"{queries} three h d")}, ("qkv",), three=3)
         return a.qkv.unbind(-3)
@@ -115,20 +126,28 @@ def _unpacked(a: Any, queries: str, keys: str) -> tuple[Tensor, Tensor, Tensor]:
     return a.q, a.k, a.v
 
 
-def check_window(op: str, window: Any) -> None:
-    """Checks that it is a pair; what :func:`ssmkernels.attention` finds in it is for that to say.
+def window_of(a: Any) -> tuple[int, int]:
+    """The window, a pair; what :func:`ssmkernels.attention` finds in it is for that to say.
 
     Raises:
         TypeError: it is none.
     """
-    if not isinstance(window, tuple | list) or len(window) != 2:
-        raise TypeError(f"{op}: `window_size` must be two ints (left, right), -1 for no bound; got {window!r}")
+    given = a.window_size.tolist() if isinstance(a.window_size, Tensor) else a.window_size
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        raise TypeError(
+            f"{a.op}: `window_size` must be two ints (left, right), -1 for no bound; got {a.window_size!r:.100}"
+        )
+    return given[0], given[1]
 
 
-def _joined(parts: list[Pair], dims: tuple[int, int]) -> Pair:
-    outs, lses = zip(*parts, strict=True)
-    return torch.cat(outs, dims[0]), torch.cat(lses, dims[1])
+def _joined(parts: list[Found], dims: tuple[int, int]) -> Found:
+    outs, lses, weights = zip(*parts, strict=True)
+    padded = None
+    if weights[0] is not None:
+        l, m = (max(each.shape[dim] for each in weights) for dim in (2, 3))
+        padded = torch.cat([F.pad(each, (0, m - each.shape[3], 0, l - each.shape[2])) for each in weights])
+    return torch.cat(outs, dims[0]), torch.cat(lses, dims[1]), padded
 
 
-def _result(a: Any, found: Pair) -> Any:
-    return (*found, None) if a.return_attn_probs else found[0]
+def _result(a: Any, found: Found) -> Any:
+    return found if a.return_attn_probs else found[0]

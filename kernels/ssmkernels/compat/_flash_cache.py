@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ssmkernels import decode_attention
 from ssmkernels.compat._dtypes import INDICES, beside
-from ssmkernels.compat._flash import attend, check_window, from_pages
+from ssmkernels.compat._flash import attend, from_pages, window_of
 from ssmkernels.compat._rotary import turned
 from ssmkernels.core.validate import check_dtypes, check_options, check_same_dtype, check_shapes
 
@@ -35,7 +35,7 @@ def with_cache(a: Any) -> Tensor | tuple[Tensor, Tensor]:
     _check_places(a, table, lengths, size)
     q, k = a.q, a.k
     if a.rotary_cos is not None:
-        still = not a.causal and tuple(a.window_size) == (-1, -1)
+        still = not a.causal and window_of(a) == (-1, -1)
         step = torch.arange(max(l, new), device=device)
         q = _turned(a, q, before[:, None] + (0 * step[:l] if still else step[:l]))
         k = _turned(a, k, before[:, None] + step[:new])
@@ -50,7 +50,7 @@ def with_cache(a: Any) -> Tensor | tuple[Tensor, Tensor]:
 
 def _attended(a: Any, q: Tensor, table: Tensor, lengths: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """Attention over the cache: where it can be read in place, there; else over a packed copy."""
-    (b, l), (left, right) = q.shape[:2], a.window_size
+    (b, l), (left, right) = q.shape[:2], window_of(a)
     slopes = a.alibi_slopes
     looks_back = a.causal or right == 0 or l == 1
     sees_all = not a.causal and left == right == -1 and slopes is None
@@ -81,7 +81,7 @@ def _attended(a: Any, q: Tensor, table: Tensor, lengths: Tensor, heads: int) -> 
         borders = F.pad(lengths[each], (1, 0)).int()
         start = 0 if a.cache_leftpad is None else int(a.cache_leftpad[i])
         k, v = (from_pages(a.op, t, table[each], borders)[None, start:] for t in (a.k_cache, a.v_cache))
-        outs.append(attend(a, q[each], k, v, slopes if slopes is None or slopes.ndim == 1 else slopes[i]))
+        outs.append(attend(a, q[each], k, v, slopes if slopes is None or slopes.ndim == 1 else slopes[i])[:2])
     if not outs:
         return torch.empty_like(q), q.new_empty(0, heads, l, dtype=torch.float32)
     return torch.cat([out for out, _ in outs]), torch.cat([lse for _, lse in outs])
@@ -138,7 +138,7 @@ def _check(a: Any) -> dict[str, int]:
     )
     check_dtypes(a.op, {**indices, "block_table": a.block_table}, INDICES)
     check_same_dtype(a.op, {name: getattr(a, name) for name in ("q", "k_cache", "v_cache", "k", "v")})
-    check_window(a.op, a.window_size)
+    window_of(a)
     flags = {name: getattr(a, name) for name in ("causal", "rotary_interleaved", "return_softmax_lse")}
     check_options(a.op, "bool", **flags)
     if cached is None and a.cache_seqlens is not None:

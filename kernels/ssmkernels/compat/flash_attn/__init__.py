@@ -5,10 +5,11 @@ Written after flash-attn 2.8.4. Imports change like this::
     flash_attn                        → ssmkernels.compat.flash_attn
     flash_attn.flash_attn_interface   → ssmkernels.compat.flash_attn.flash_attn_interface
     flash_attn.bert_padding           → ssmkernels.compat.flash_attn.bert_padding
+    flash_attn.layers.rotary          → ssmkernels.compat.flash_attn.layers.rotary
 
 Where these do more than the package: float32 and float64 work, every head dim and layout is taken, and values may have
-another head dim than keys. Dropout is refused: no implementation of ours drops weights. A query that sees no key has a
-log-sum-exp of -∞, where the package has +∞.
+another head dim than keys. With dropout all weights are in memory at once. A query that sees no key has a log-sum-exp
+of -∞, where the package has +∞.
 
 Sizes: b batch, l queries, m keys, h heads, h_kv heads of keys and values (h a multiple of it), d channels of a head.
 """

@@ -2,14 +2,18 @@
 
 What all of them take, beside queries, keys and values, packed into one tensor or not:
 
-- ``dropout_p``: 0.
+- ``dropout_p``: the probability with which a weight is set to 0; the others are divided by what is left. A number for
+  each weight is drawn from PyTorch's generator of the device, in the order of ``(b, h, l, m)``, in packed batches for
+  one sequence after another; ``torch.manual_seed`` repeats them. Then all weights are in memory at once.
 - ``softmax_scale``: of the products of queries and keys; 1/√d if None.
 - ``causal``: no query sees a key after its own position. Queries and keys are aligned at their ends.
 - ``window_size``: ``(left, right)``, how many keys to either side of its own position a query sees; -1 for all.
 - ``softcap``: bounds the scaled products smoothly to ± softcap; 0 for none.
 - ``alibi_slopes``: ``(h)`` or ``(b, h)``, float32: linear penalties on distance.
 - ``deterministic``: has no effect, as results always are.
-- ``return_attn_probs``: whether to return the log-sum-exp as well, and None in the place of the weights.
+- ``return_attn_probs``: whether to return the log-sum-exp, and the weights, as well. The weights are None without
+  dropout. With it they are exponentials ``(b, h, l, m)`` of logits less the largest one of their query, negative where
+  a weight was dropped; in packed batches l and m are those of the longest sequences, and 0 stands beyond shorter ones.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ def flash_attn_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-) -> Tensor | tuple[Tensor, Tensor, None]:
+) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
     """:func:`ssmkernels.attention` with the package's names; further arguments as above.
 
     Args:
@@ -45,7 +49,7 @@ def flash_attn_func(
         ``(b, l, h, d)``; the log-sum-exp is ``(b, h, l)``.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name; or dropout.
+        TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name.
     """
 
 
@@ -60,7 +64,7 @@ def flash_attn_qkvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-) -> Tensor | tuple[Tensor, Tensor, None]:
+) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
     """:func:`flash_attn_func` of ``qkv (b, l, 3, h, d)``."""
 
 
@@ -76,7 +80,7 @@ def flash_attn_kvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-) -> Tensor | tuple[Tensor, Tensor, None]:
+) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
     """:func:`flash_attn_func` of ``q (b, l, h, d)`` and ``kv (b, m, 2, h_kv, d)``."""
 
 
@@ -98,7 +102,7 @@ def flash_attn_varlen_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor, None]:
+) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
     """Attention within sequences that are packed one after another; further arguments as above.
 
     Args:
@@ -129,7 +133,7 @@ def flash_attn_varlen_qkvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-) -> Tensor | tuple[Tensor, Tensor, None]:
+) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
     """:func:`flash_attn_varlen_func` of ``qkv (total, 3, h, d)``, with borders ``cu_seqlens (b + 1)``."""
 
 
@@ -149,7 +153,7 @@ def flash_attn_varlen_kvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-) -> Tensor | tuple[Tensor, Tensor, None]:
+) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
     """:func:`flash_attn_varlen_func` of ``q (total of l, h, d)`` and ``kv (total of m, 2, h_kv, d)``."""
 
 

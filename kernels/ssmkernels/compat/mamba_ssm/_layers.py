@@ -52,7 +52,9 @@ def check_one_token(name: str, x: Tensor) -> None:
         ValueError: the input (b l d) has more.
     """
     if x.ndim != 3 or x.shape[1] != 1:
-        raise ValueError(f"{name}: `hidden_states` must be one token, (b, 1, d_model), after the start; got {tuple(x.shape)}")
+        raise ValueError(
+            f"{name}: `hidden_states` must be one token, (b, 1, d_model), after the start; got {tuple(x.shape)}"
+        )
 
 
 def wide(t: Tensor) -> Tensor:

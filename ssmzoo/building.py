@@ -42,7 +42,8 @@ def build(
     Raises:
         ValueError, TypeError: an unknown model, key, mixer or option (with what exists and the nearest), a bad value,
             or weights that the device has no memory for.
-        FileNotFoundError: a path where nothing is.
+        FileNotFoundError: a path where nothing is, or no such model on the hub.
+        PermissionError, ConnectionError: a model on the hub that is gated, or out of reach.
     """
     given = name_or_path_or_config
     if revision is not None and not isinstance(revision, str):

@@ -33,11 +33,14 @@ def fetch(name: str, revision: str | None = None) -> tuple[Path, str]:
 
     Raises:
         ImportError: ``huggingface_hub`` is not installed.
-        FileNotFoundError: there is no such model or revision; or it is not in the cache, and the hub is out of reach
-            or ``HF_HUB_OFFLINE`` is set.
+        FileNotFoundError: no such model or revision, or none in the cache while ``HF_HUB_OFFLINE`` is set.
+        PermissionError: its owners give it to those alone who have accepted its terms.
+        ConnectionError: the hub is out of reach or fails, and it is not in the cache.
+        OSError: it cannot be written into the cache, as on a full disk.
     """
     try:
         import huggingface_hub
+        from huggingface_hub import constants, errors
     except ImportError:
         raise ImportError(
             f"{name} is on the Hugging Face hub, which needs huggingface_hub: pip install 'ssmzoo[hf]'"
@@ -51,9 +54,28 @@ def fetch(name: str, revision: str | None = None) -> tuple[Path, str]:
         folder = get([*DESCRIPTIONS, *SAFETENSORS])
         if not any(folder.glob("*.safetensors")):
             folder = get([*DESCRIPTIONS, *PICKLES])
-    except Exception as error:  # of its own, of the network and of the system
+    except errors.GatedRepoError:
+        raise PermissionError(
+            f"{name} on the Hugging Face hub is gated: accept its terms at huggingface.co/{name}, and log in by "
+            "`hf auth login`"
+        ) from None
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
         at = "" if revision is None else f" at revision {revision!r:.80}"
         raise FileNotFoundError(
             f"no path {name}, and no such model from the Hugging Face hub{at}: {line(error):.300}"
+        ) from None
+    except Exception as error:
+        at_home = isinstance(error, OSError) and not isinstance(
+            error, errors.HfHubHTTPError | ConnectionError | TimeoutError
+        )
+        if at_home and not isinstance(error, errors.LocalEntryNotFoundError):
+            raise  # of the system
+        if constants.HF_HUB_OFFLINE:
+            raise FileNotFoundError(
+                f"no path {name}, and no such model in the cache of the Hugging Face hub; HF_HUB_OFFLINE keeps it from "
+                "being fetched"
+            ) from None
+        raise ConnectionError(
+            f"{name} is not in the cache, and could not be fetched from the Hugging Face hub: {line(error):.300}"
         ) from None
     return folder, f"{name}@{folder.name}"

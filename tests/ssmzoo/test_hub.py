@@ -112,4 +112,38 @@ def test_offline_the_cache_counts(tmp_path):
     assert done.returncode == 0, done.stderr
     found, refused = done.stdout.splitlines()
     assert found == f"me/tiny@{COMMIT}"
-    assert refused.startswith("no path me/absent, and no such model from the Hugging Face hub")
+    assert refused.startswith(
+        "no path me/absent, and no such model in the cache of the Hugging Face hub; HF_HUB_OFFLINE"
+    )
+
+
+def refused(kind):
+    """An error of the hub, as its answer would bring it."""
+    if issubclass(kind, hub.errors.HfHubHTTPError):
+        return kind("said\nso", response=type("Response", (), {"headers": {}, "request": None})())
+    return kind("said\nso")
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "message"),
+    [
+        ("GatedRepoError", PermissionError, "me/tiny on the Hugging Face hub is gated: accept its terms at"),
+        ("RepositoryNotFoundError", FileNotFoundError, "no path me/tiny, and no such model from the .* hub: said$"),
+        ("RevisionNotFoundError", FileNotFoundError, "no path me/tiny, and no such model from the .* hub: said$"),
+        ("LocalEntryNotFoundError", ConnectionError, "me/tiny is not in the cache, and could not be fetched .*: said$"),
+        ("HfHubHTTPError", ConnectionError, "me/tiny is not in the cache, and could not be fetched .*: said$"),
+        (TimeoutError, ConnectionError, "could not be fetched from the Hugging Face hub: said$"),
+        (RuntimeError, ConnectionError, "could not be fetched from the Hugging Face hub: said$"),
+        (OSError, OSError, "said"),
+    ],
+)
+def test_why_nothing_came(monkeypatch, raised, kind, message):
+    error = refused(getattr(hub.errors, raised) if isinstance(raised, str) else raised)
+
+    def snapshot_download(*args, **options):
+        raise error
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    with pytest.raises(kind, match=message) as found:
+        ssmzoo.build("me/tiny")
+    assert type(found.value) is kind

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ssmkernels.core.crossing import in_whole
+from ssmkernels.core.crossing import crossing, current, in_whole
 from ssmzoo.cache.kv import KVCache
 from ssmzoo.cache.logits import Logits
 from ssmzoo.cache.paged import PagedCache
@@ -37,8 +38,8 @@ def positions(x: Tensor, cache: Cache | None, cu_seqlens: Tensor | None) -> Tens
     if cu_seqlens is None:
         steps = torch.arange(l, device=x.device)
         return steps[None] if cache is None else cache.lengths[:, None] + steps
-    places = in_whole(*owners(cu_seqlens, l)) if cache is None else cache.places(cu_seqlens, l)[1]
-    return places[None]
+    row, places = owners(cu_seqlens, l) if cache is None else cache.places(cu_seqlens, l)
+    return in_whole(row, places)[None]
 
 
 def append(cache: Cache, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, queries: Tensor) -> None:
@@ -50,6 +51,9 @@ def append(cache: Cache, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, querie
         cu_seqlens: their borders, or None.
         queries: what will meet the cache: their gradients need it as it is then.
     """
+    over = current()
+    if over is not None:  # a cache holds whole sequences
+        k, v, cu_seqlens = over.whole(k), over.whole(v), over.whole_cu_seqlens
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (queries, k, v))
     if cu_seqlens is None:
         cache.append(k, v, differentiable)
@@ -77,7 +81,15 @@ def newest(cache: Cache, q: Tensor, logits: Logits, cu_seqlens: Tensor | None) -
     """
     if cu_seqlens is not None:
         keys, values, cu_seqlens_k = cache.packed(cu_seqlens.diff() > 0)
-        return logits.attention(q, keys, values, cu_seqlens, cu_seqlens_k)
+        over = current()
+        if over is not None:  # some of its tokens come after those here
+            later = torch.where(cu_seqlens.diff() > 0, over.totals - over.starts - cu_seqlens.diff(), 0)
+            borders_k = F.pad((cu_seqlens_k.diff() - later).cumsum(0), (1, 0)).int()
+            row, step = owners(borders_k, int(borders_k[-1]))
+            kept = cu_seqlens_k[row] + step
+            keys, values, cu_seqlens_k = keys[:, kept], values[:, kept], borders_k
+        with crossing(None):
+            return logits.attention(q, keys, values, cu_seqlens, cu_seqlens_k)
     if q.shape[1] <= FEW:
         return cache.decode(q, logits)
     keys, values, _ = cache.recent(q.shape[1], -1 if logits.window is None else logits.window[0])

@@ -200,8 +200,8 @@ class Attention(Mixer):
         return ConvolvedState(conv, cache)
 
     def crosses_by(self, with_state: bool) -> Literal["ops", "state", "whole"]:
-        """As every mixer's. A cache is handed on, as each process is to have all of it in the end."""
-        return "state" if with_state else super().crosses_by(with_state)
+        """As every mixer's, but that a cache of hidden states is handed on."""
+        return "state" if with_state and self.cache == "hidden" else super().crosses_by(with_state)
 
     def mixing_flops(self, context: int) -> float:
         """4 · n_heads · head_dim for each token seen (keys, then values), in the mean over the context.

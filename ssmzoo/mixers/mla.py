@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +73,7 @@ class MLA(Mixer):
         TypeError: a key of ``rope_scaling`` that does not exist, or a value of the wrong type.
     """
 
+    crosses_in_ops = True
     state_class: type[LatentCache | PagedLatentCache] = LatentCache
 
     def __init__(
@@ -151,6 +152,10 @@ class MLA(Mixer):
     def initial_state(self, batch_size: int, max_length: int | None = None) -> Cache:
         shape = (batch_size, 1, self.kv_lora_rank + self.rope, 0)
         return empty(self.state_class, self.like(), shape, max_length or 0, None, self.page_size)
+
+    def crosses_by(self, with_state: bool) -> Literal["ops", "state", "whole"]:
+        """As every mixer's, but that a cache is handed on."""
+        return "state" if with_state else super().crosses_by(with_state)
 
     def mixing_flops(self, context: int) -> float:
         """2 · n_heads · (d_h + d_r + d_v) for each token seen, in the mean over the context, (context + 1) / 2."""

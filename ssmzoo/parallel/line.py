@@ -7,6 +7,7 @@ in exactly the reverse order, on every process, whether or not a process needs t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,6 +40,13 @@ class Line:
             return _gathered(x, self.group)
         out, self.token = _Gather.apply(x, self.token, self.group)
         return out
+
+    def gather_each(self, tensors: list[Tensor]) -> list[list[Tensor]]:
+        """Several tensors ``(s, …)`` of one dtype, of every process, in one go: a list for each process."""
+        sizes = [math.prod(t.shape[1:]) for t in tensors]
+        parts = self.gather(torch.cat([t.flatten(1) for t in tensors], dim=1)).split(sizes, dim=2)
+        shaped = [part.reshape(self.ranks, *t.shape) for part, t in zip(parts, tensors, strict=True)]
+        return [list(of_rank) for of_rank in zip(*(part.unbind(0) for part in shaped), strict=True)]
 
     def exchange(self, x: Tensor, sends: list[Tensor], receives: list[int]) -> Tensor:
         """Rows of x for each process, and what each has for this one, one after another.

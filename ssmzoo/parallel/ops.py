@@ -11,16 +11,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ssmkernels.core.validate import precision
 from ssmzoo.parallel.attention import attend
 from ssmzoo.parallel.cut import Cut
 from ssmzoo.parallel.line import Line
-from ssmzoo.parallel.transitions import TRANSITIONS, Given, Transition
+from ssmzoo.parallel.transitions import TRANSITIONS, Given, Shape, Transition, turns
 from ssmzoo.state import State
 
 
@@ -47,25 +49,40 @@ class Carried(State):
 def fold(transition: Transition, side: Side, call: Op, given: Given) -> Any:
     """A recurrence that is linear in its state."""
     cut, line, rank = side.cut, side.line, side.cut.rank
+    names = [name for name in given if name.startswith("initial_")]
     given = {**given, "return_final_state": True}
-    shape, dtype = transition.state(given)
-    like = given["cu_seqlens"]
+    states, transitions, dtype = transition.like(given)
     found: Any = None
     if rank == 0:  # knows the state that enters
         found = call(**given)
-        E, M = found[-1], torch.zeros(transition.shape(given), dtype=dtype, device=like.device)
+        E, M = list(found[1:]), _zeros(transitions, given, dtype)
     elif rank < cut.ranks - 1 or side.keeps:
-        E, M = transition.found(call, {**given, "initial_state": None})
+        E, M = transition.found(call, {**given, **dict.fromkeys(transition.enters, None)})
     else:  # nobody needs what it leaves
-        E, M = (torch.zeros(s, dtype=dtype, device=like.device) for s in (shape, transition.shape(given)))
-    flat = torch.cat([E.flatten(1), M.to(dtype).flatten(1)], dim=1)
-    Es, Ms = line.gather(flat).split([E[0].numel(), M[0].numel()], dim=2)
-    states = [Es[0].reshape(shape)]  # after each part
+        E, M = _zeros(states, given, dtype), _zeros(transitions, given, dtype)
+    parts = line.gather_each([t.to(dtype) for t in (*E, *M)])
+    after = [parts[0][: len(E)]]  # each part
     for r in range(1, cut.ranks if side.keeps else rank):
-        states.append(transition.applied(Ms[r].reshape(M.shape), states[-1]) + Es[r].reshape(shape))
+        after.append(transition.joined(parts[r][: len(E)], parts[r][len(E) :], after[-1]))
     if rank > 0:
-        found = call(**{**given, "initial_state": states[rank - 1]})
-    return found[0], states[-1] if side.keeps else found[-1]
+        entering = dict(zip(names, after[rank - 1], strict=True))
+        found = call(**{**given, **{name: entering[name] for name in transition.enters}})
+    return found[0], *(after[-1] if side.keeps else found[1:])
+
+
+def turning(side: Side, call: Op, given: Given) -> Any:
+    """Mamba-3's recurrence: linear in its state once it is known how far its maps have turned."""
+    before = given["initial_angle"]
+    turned = turns(given)
+    parts = side.line.gather(turned)[: side.cut.rank]
+    wide = precision(given["x"])
+    angle = parts.sum(0) + (0 if before is None else before.double())
+    angle = angle - 2 * math.pi * torch.round(angle.detach() / (2 * math.pi))
+    return fold(TRANSITIONS["mamba3_scan"], side, call, {**given, "initial_angle": angle.to(wide)})
+
+
+def _zeros(shapes: list[Shape], given: Given, dtype: torch.dtype) -> list[Tensor]:
+    return [torch.zeros(shape, dtype=dtype, device=given["cu_seqlens"].device) for shape in shapes]
 
 
 def in_turn(side: Side, call: Op, given: Given) -> Any:
@@ -90,7 +107,7 @@ def convolve(side: Side, call: Op, given: Given) -> Any:
     return call(**{**given, "initial_state": before, "return_final_state": True})[0], after
 
 
-IN_TURN = ("mlstm", "slstm", "mamba3_scan")
+IN_TURN = ("slstm",)
 
 
 def cross(side: Side, name: str, call: Op, given: Given) -> Any:
@@ -102,7 +119,9 @@ def cross(side: Side, name: str, call: Op, given: Given) -> Any:
     wanted = given.get("return_final_state", True)
     if name == "attention":
         return attend(side.cut, side.line, call, given)
-    if name in TRANSITIONS:
+    if name == "mamba3_scan":
+        found = turning(side, call, given)
+    elif name in TRANSITIONS:
         found = fold(TRANSITIONS[name], side, call, given)
     elif name in IN_TURN:
         found = in_turn(side, call, given)

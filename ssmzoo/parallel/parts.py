@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -71,10 +72,8 @@ class Parts:
     def _see_whole(self, mix: Callable[..., Any], x: Tensor) -> Any:
         """Every process computes whole sequences, and keeps its part."""
         cut = self.cut
-        parts = self.line.gather(F.pad(x, (0, 0, 0, max(cut.lengths) - x.shape[1])))
-        whole = parts.flatten(0, 2).index_select(0, cut.gathered)[None]
         with crossing(None):
-            y, after, *rest = mix(whole, None, cut.whole_cu_seqlens)
+            y, after, *rest = mix(self.whole(x), None, cut.whole_cu_seqlens)
         return y.index_select(1, cut.own), after, *(value.index_select(1, cut.own) for value in rest)
 
     def window(self, x: Tensor, before: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
@@ -86,6 +85,15 @@ class Parts:
         row = torch.arange(cut.sequences, device=x.device)[:, None]
         entering, final = (tokens[row, cut.newest(rank, width)] for rank in (cut.rank, cut.ranks))
         return entering, final
+
+    @property
+    def whole_cu_seqlens(self) -> Tensor:
+        return self.cut.whole_cu_seqlens
+
+    def whole(self, x: Tensor) -> Tensor:
+        flat = x.reshape(x.shape[1], math.prod(x.shape[2:]))
+        parts = self.line.gather(F.pad(flat, (0, 0, 0, max(self.cut.lengths) - len(flat))))
+        return parts.flatten(0, 1).index_select(0, self.cut.gathered)[None].unflatten(-1, x.shape[2:])
 
     def total(self, x: Tensor) -> Tensor:
         return self.line.gather(x).sum(0)

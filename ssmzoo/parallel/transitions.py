@@ -19,23 +19,24 @@ from ssmkernels.core.packing import spans
 from ssmkernels.core.validate import precision
 
 Given = Mapping[str, Any]  # the public arguments of an op, with cu_seqlens
+Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Transition:
-    """How to find M and E of an op's part, and how M acts.
+    """How to find E and M of an op's part, and what they do to a state; each of these is a list of tensors ``(s, …)``.
 
     Attributes:
-        state: the arguments → the shape of the state, and its dtype.
-        shape: the arguments → the shape of M.
-        found: the op and its arguments → E and M.
-        applied: M and S → M S.
+        like: the arguments → shapes of E, which are those of the state, and of M; and the dtype of all.
+        found: the op and its arguments, without an initial state → E and M.
+        joined: E, M and S → ``M S + E``.
+        enters: the arguments that hold S; others that are part of a state are known before.
     """
 
-    state: Callable[[Given], tuple[tuple[int, ...], torch.dtype]]
-    shape: Callable[[Given], tuple[int, ...]]
-    found: Callable[[Callable[..., Any], Given], tuple[Tensor, Tensor]]
-    applied: Callable[[Tensor, Tensor], Tensor]
+    like: Callable[[Given], tuple[list[Shape], list[Shape], torch.dtype]]
+    found: Callable[[Callable[..., Any], Given], tuple[list[Tensor], list[Tensor]]]
+    joined: Callable[[list[Tensor], list[Tensor], list[Tensor]], list[Tensor]]
+    enters: tuple[str, ...] = ("initial_state",)
 
 
 def sums(x: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -48,13 +49,21 @@ def products(x: Tensor, cu_seqlens: Tensor) -> Tensor:
     return torch.stack([x[0, span].prod(0) for _, span in spans(cu_seqlens)])
 
 
-def _diagonal(decay: Callable[[Given], Tensor], state: Any, shape: Any) -> Transition:
+def _diagonal(
+    decay: Callable[[Given], Tensor],
+    state: Callable[[Given], tuple[Shape, torch.dtype]],
+    decays: Callable[[Given], Shape],
+) -> Transition:
     """A recurrence whose state is multiplied by numbers; ``decay`` gives their products over each sequence."""
 
-    def found(call: Callable[..., Any], given: Given) -> tuple[Tensor, Tensor]:
-        return call(**given)[-1], decay(given)
+    def like(given: Given) -> tuple[list[Shape], list[Shape], torch.dtype]:
+        shape, dtype = state(given)
+        return [shape], [decays(given)], dtype
 
-    return Transition(state, shape, found, lambda M, S: M * S)
+    def found(call: Callable[..., Any], given: Given) -> tuple[list[Tensor], list[Tensor]]:
+        return [call(**given)[-1]], [decay(given)]
+
+    return Transition(like, found, lambda E, M, S: [M[0] * S[0] + E[0]])
 
 
 def _rows(given: Given) -> int:
@@ -79,7 +88,7 @@ def _decay_of_channels(given: Given) -> Tensor:
     return products(wide.exp() if given["log_a"] else wide, cu_seqlens)
 
 
-def _channels(given: Given) -> tuple[tuple[int, ...], torch.dtype]:
+def _channels(given: Given) -> tuple[Shape, torch.dtype]:
     b = given["b"]
     return (_rows(given), b.shape[-1]), b.dtype if b.is_complex() else precision(b)
 
@@ -100,7 +109,7 @@ def _decay_of_scan(given: Given) -> Tensor:
     return torch.exp(sums(delta, given["cu_seqlens"])[..., None] * (A if A.is_complex() else A.to(delta.dtype)))
 
 
-def _scan(given: Given) -> tuple[tuple[int, ...], torch.dtype]:
+def _scan(given: Given) -> tuple[Shape, torch.dtype]:
     A, wide = given["A"], precision(given["u"])
     return (_rows(given), *A.shape), wide.to_complex() if A.is_complex() else wide
 
@@ -114,7 +123,7 @@ def _decay_of_ssd(given: Given) -> Tensor:
     return torch.exp(sums(dt, given["cu_seqlens"]) * given["A"].to(dt.dtype))[..., None, None]
 
 
-def _ssd(given: Given) -> tuple[tuple[int, ...], torch.dtype]:
+def _ssd(given: Given) -> tuple[Shape, torch.dtype]:
     x = given["x"]
     return (_rows(given), *x.shape[2:], given["B"].shape[-1]), precision(x)
 
@@ -132,12 +141,12 @@ def _decay_of_keys(given: Given) -> Tensor:
     return total[..., None] if log_decay.ndim == 4 else total[..., None, None]
 
 
-def _keys_values(given: Given) -> tuple[tuple[int, ...], torch.dtype]:
+def _keys_values(given: Given) -> tuple[Shape, torch.dtype]:
     q, v = given["q"], given["v"]
     return (_rows(given), v.shape[2], q.shape[3], v.shape[3]), precision(v)
 
 
-def _keys(given: Given) -> tuple[int, ...]:
+def _keys(given: Given) -> Shape:
     (rows, heads, keys, _), _ = _keys_values(given)
     log_decay = given["log_decay"]
     return (rows, heads, keys if log_decay is not None and log_decay.ndim == 4 else 1, 1)
@@ -146,22 +155,82 @@ def _keys(given: Given) -> tuple[int, ...]:
 # delta rules
 
 
-def _of_matrices(call: Callable[..., Any], given: Given) -> tuple[Tensor, Tensor]:
+def _of_matrices(call: Callable[..., Any], given: Given) -> tuple[list[Tensor], list[Tensor]]:
     """E and M in one call: with values (v, 0) the state (0, I) becomes (E, M)."""
     (rows, heads, keys, values), wide = _keys_values(given)
     v = given["v"]
     before = v.new_zeros(rows, heads, keys, values + keys, dtype=wide)
     before[..., values:] = torch.eye(keys, dtype=wide, device=v.device)
     _, after = call(**{**given, "v": F.pad(v, (0, keys)), "initial_state": before})
-    return after[..., :values], after[..., values:]
+    return [after[..., :values]], [after[..., values:]]
 
 
-def _matrices(given: Given) -> tuple[int, ...]:
-    (rows, heads, keys, _), _ = _keys_values(given)
-    return (rows, heads, keys, keys)
+def _matrices(given: Given) -> tuple[list[Shape], list[Shape], torch.dtype]:
+    shape, dtype = _keys_values(given)
+    return [shape], [(*shape[:3], shape[2])], dtype
 
 
-_DELTA = Transition(_keys_values, _matrices, _of_matrices, torch.matmul)
+_DELTA = Transition(_matrices, _of_matrices, lambda E, M, S: [M[0] @ S[0] + E[0]])
+
+
+# mlstm: C and n are exp(-m) times sums that are linear, and m is the larger of what came before and of the part's own
+
+LOWEST = -1e30  # a stabiliser below all others
+
+
+def _memory(given: Given) -> tuple[list[Shape], list[Shape], torch.dtype]:
+    (rows, heads, keys, values), wide = _keys_values(given)
+    return [(rows, heads, keys, values), (rows, heads, keys), (rows, heads)], [(rows, heads)], wide
+
+
+def _of_memory(call: Callable[..., Any], given: Given) -> tuple[list[Tensor], list[Tensor]]:
+    shapes, _, wide = _memory(given)
+    C, n, m = (given["v"].new_zeros(shape, dtype=wide) for shape in shapes)
+    _, *after = call(**{**given, "initial_C": C, "initial_n": n, "initial_m": m + LOWEST})
+    return after, [sums(F.logsigmoid(given["f"].to(wide)), given["cu_seqlens"])]
+
+
+def _remembered(E: list[Tensor], M: list[Tensor], S: list[Tensor]) -> list[Tensor]:
+    before = M[0] + S[2]
+    m = torch.maximum(before, E[2])
+    kept, new = torch.exp(before - m)[..., None], torch.exp(E[2] - m)[..., None]
+    return [kept[..., None] * S[0] + new[..., None] * E[0], kept * S[1] + new * E[1], m]
+
+
+# mamba3_scan: also the last key and value, of which the next step takes in a share
+
+
+def _rotating(given: Given) -> tuple[list[Shape], list[Shape], torch.dtype]:
+    rows, (rank, heads, width), n = _rows(given), given["x"].shape[2:], given["B"].shape[-1]
+    state = [(rows, heads, width, n), (rows, heads, given["angles"].shape[-1])]
+    state += [(rows, rank, heads, n), (rows, rank, heads, width)]
+    return state, [(rows, heads)] * 3, precision(given["x"])
+
+
+def _of_rotating(call: Callable[..., Any], given: Given) -> tuple[list[Tensor], list[Tensor]]:
+    """M: the decay, the share of the first step in what came before, and whether there is a step at all."""
+    dt, cu_seqlens = given["dt"].to(precision(given["dt"])), given["cu_seqlens"]
+    _, *after = call(**given)
+    decay = torch.exp(sums(dt * given["A"].to(dt.dtype), cu_seqlens))
+    some = (cu_seqlens.diff() > 0)[:, None].expand_as(decay)
+    shares = F.pad((1 - given["trap"].to(dt.dtype)) * dt, (0, 0, 0, 1))[0]  # one more for sequences without a step
+    return after, [decay, shares[cu_seqlens[:-1].long()] * some, some.to(dt.dtype)]
+
+
+def _turned(E: list[Tensor], M: list[Tensor], S: list[Tensor]) -> list[Tensor]:
+    state, _, key, value = S
+    decay, share, some = M
+    last = torch.einsum("srhp,srhn->shpn", value, key)
+    some = some[:, None, :, None]
+    carried = [new * some + old * (1 - some) for new, old in ((E[2], key), (E[3], value))]
+    return [decay[..., None, None] * (state + share[..., None, None] * last) + E[0], E[1], *carried]
+
+
+def turns(given: Given) -> Tensor:
+    """How far the maps of ``mamba3_scan`` turn over a part, ``(s, h, a)``; in float64, as many full turns add up."""
+    steps = given["dt"].double()[..., None] * given["angles"].double()[..., None, :]
+    return sums(steps, given["cu_seqlens"])
+
 
 # By the op's name.
 TRANSITIONS = {
@@ -171,4 +240,6 @@ TRANSITIONS = {
     "linear_attention": _diagonal(_decay_of_keys, _keys_values, _keys),
     "delta_rule": _DELTA,
     "generalized_delta_rule": _DELTA,
+    "mlstm": Transition(_memory, _of_memory, _remembered, ("initial_C", "initial_n", "initial_m")),
+    "mamba3_scan": Transition(_rotating, _of_rotating, _turned, ("initial_state", "initial_key", "initial_value")),
 }

@@ -6,8 +6,7 @@ import datetime
 import multiprocessing
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,12 @@ PRELOAD = ["torch", "ssmzoo.parallel"]  # imported once; the processes are then 
 
 
 class Ranks:
-    """Some processes, the first few of which run a function together."""
+    """Some processes, the first few of which run a function together. They start anew once one has failed."""
 
-    def __init__(self, connections: list[Connection]):
-        self.connections = connections
+    def __init__(self, most: int):
+        self.most = most
+        self.processes: list[Any] = []
+        self.connections: list[Connection] = []
 
     def run(self, ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         """``function(group, *args)`` on the first so many; what each returns. Its module must be importable.
@@ -27,33 +28,37 @@ class Ranks:
         Raises:
             AssertionError: with the traceback of each process that failed.
         """
-        for connection in self.connections:
+        if not self.processes:
+            self._start()
+        for connection in self.connections[:ranks]:
             connection.send((ranks, function, args))
         answers = [connection.recv() for connection in self.connections[:ranks]]
         failures = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(answers) if text]
+        if failures:
+            self.stop()
         assert not failures, "\n".join(failures)
         return [found for _, found in answers]
 
-
-@contextmanager
-def ranks(most: int) -> Iterator[Ranks]:
-    """So many processes, until the end."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    with tempfile.TemporaryDirectory() as folder:
-        pipes = [context.Pipe() for _ in range(most)]
-        processes = [
-            context.Process(target=_work, args=(theirs, Path(folder) / "store", rank, most), daemon=True)
-            for rank, (_, theirs) in enumerate(pipes)
-        ]
-        for process in processes:
+    def _start(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        self.folder = tempfile.TemporaryDirectory()
+        store = Path(self.folder.name) / "store"
+        for rank in range(self.most):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, store, rank, self.most), daemon=True)
             process.start()
-        try:
-            yield Ranks([ours for ours, _ in pipes])
-        finally:
-            for process in processes:
-                process.terminate()
-                process.join()
+            self.connections.append(ours)
+            self.processes.append(process)
+
+    def stop(self) -> None:
+        """Ends the processes."""
+        for process in self.processes:
+            process.terminate()
+            process.join()
+        if self.processes:
+            self.folder.cleanup()
+        self.processes, self.connections = [], []
 
 
 def _work(connection: Connection, store: Path, rank: int, most: int) -> None:
@@ -61,13 +66,12 @@ def _work(connection: Connection, store: Path, rank: int, most: int) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=60)
+    timeout = datetime.timedelta(seconds=30)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=most, timeout=timeout)
     groups = {n: dist.new_group(list(range(n)), timeout=timeout) for n in range(1, most + 1)}
     while True:
         ranks, function, args = connection.recv()
-        if rank < ranks:
-            try:
-                connection.send((None, function(groups[ranks], *args)))
-            except Exception:
-                connection.send((traceback.format_exc(), None))
+        try:
+            connection.send((None, function(groups[ranks], *args)))
+        except Exception:
+            connection.send((traceback.format_exc(), None))

@@ -2,10 +2,11 @@
 
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 from context_cases import goes_on, model_generates, model_trains, trains
-from ranks import Ranks, ranks
+from ranks import Ranks
 
 import ssmzoo
 
@@ -13,18 +14,18 @@ SMALL = runpy.run_path(str(Path(__file__).with_name("small_mixers.py")))["SMALL"
 
 CUTS = ([4, 17], [0, 9, 12], [11, 1, 0, 9])
 BORDERS = [0, 5, 5, 6, 13, 21]
+HEADS = {"head_dim": 8}
 TINY = {"d_model": 16, "n_layers": 3, "vocab_size": 11}
-ATTENTION = {"head_dim": 8}
 CLASSES = {"output": "classes", "n_classes": 3}
 MODELS = {
-    "hybrid": {"pattern": ["mamba2", "attention"], "mixers": {"mamba2": SMALL["mamba2"], "attention": ATTENTION}},
+    "hybrid": {"pattern": ["mamba2", "attention"], "mixers": {"mamba2": SMALL["mamba2"], "attention": HEADS}},
     "rwkv7": {"pattern": ["rwkv7"], "mixers": {"rwkv7": SMALL["rwkv7"]}, "mlp": {"kind": "rwkv7"}},
-    "learned positions": {"pattern": ["attention"], "mixers": {"attention": ATTENTION}, "learned_positions": 32},
+    "learned positions": {"pattern": ["attention"], "mixers": {"attention": HEADS}, "learned_positions": 32},
     "parallel": {
         "pattern": ["both"],
         "mixers": {
             "mamba": SMALL["mamba"],
-            "attention": ATTENTION,
+            "attention": HEADS,
             "both": {"kind": "parallel", "branches": ["mamba", "attention"]},
         },
     },
@@ -35,26 +36,49 @@ MODELS = {
     },
     "classes, mean": CLASSES | {"pattern": ["mamba"], "pooling": "mean"},
     "classes, first": CLASSES
-    | {"pattern": ["attention"], "mixers": {"attention": ATTENTION}, "pooling": "first", "bidirectional": True},
+    | {"pattern": ["attention"], "mixers": {"attention": HEADS}, "pooling": "first", "bidirectional": True},
 }
 
 
 @pytest.fixture(scope="module")
 def processes():
-    with ranks(4) as found:
-        yield found
+    found = Ranks(4)
+    yield found
+    found.stop()
 
 
 IN_OPS = [name for name in SMALL if ssmzoo.build_mixer(name, 16, **SMALL[name]).crosses_in_ops]
+OPTIONS = {
+    "attention of groups, with a window": ("attention", HEADS | {"n_kv_heads": 1, "window": 3, "sinks": True}),
+    "attention with distances": ("attention", HEADS | {"rope": False, "alibi": True, "d_conv": 3, "softcap": 3.0}),
+    "attention of hidden states": ("attention", HEADS | {"rope": False, "cache": "hidden"}),
+    "attention both ways": ("attention", HEADS | {"bidirectional": True, "window": 4}),
+    "attention in pages": ("attention", HEADS | {"page_size": 4}),
+    "gla, convolved": ("gla", SMALL["gla"] | {"use_short_conv": True}),
+    "hgrn, complex": ("hgrn", {"complex_state": True, "use_short_conv": True}),
+    "mamba both ways": ("mamba", SMALL["mamba"] | {"bidirectional": True}),
+    "mamba2 within limits": ("mamba2", SMALL["mamba2"] | {"dt_limit": (0.01, 0.5)}),
+    "mamba3 of rank two": ("mamba3", SMALL["mamba3"] | {"is_mimo": True, "mimo_rank": 2}),
+    "parallel": ("parallel", {"branches": {"mamba": SMALL["mamba"], "lstm": {}}}),
+}
 
 
-@pytest.mark.parametrize(("name", "reference"), [*((n, True) for n in SMALL), *((n, False) for n in IN_OPS)])
-def test_mixer(name: str, reference: bool, processes: Ranks):
+@pytest.mark.parametrize("name", SMALL)
+def test_mixer_by_reference(name: str, processes: Ranks):
+    check_mixer(processes, name, SMALL[name], True)
+
+
+@pytest.mark.parametrize(("name", "options"), [*((name, SMALL[name]) for name in IN_OPS), *OPTIONS.values()])
+def test_mixer(name: str, options: dict[str, Any], processes: Ranks):
+    check_mixer(processes, name, options, False)
+
+
+def check_mixer(processes: Ranks, name: str, options: dict[str, Any], reference: bool) -> None:
     for lengths in CUTS:
-        processes.run(len(lengths), trains, name, SMALL[name], lengths, None, reference)
-    processes.run(3, trains, name, SMALL[name], [4, 6, 11], BORDERS, reference)
-    processes.run(3, goes_on, name, SMALL[name], [9, 0, 12], None, reference)
-    processes.run(2, goes_on, name, SMALL[name], [4, 17], BORDERS, reference)
+        processes.run(len(lengths), trains, name, options, lengths, None, reference)
+    processes.run(3, trains, name, options, [4, 6, 11], BORDERS, reference)
+    processes.run(3, goes_on, name, options, [9, 0, 12], None, reference)
+    processes.run(2, goes_on, name, options, [4, 17], BORDERS, reference)
 
 
 @pytest.mark.parametrize("name", MODELS)

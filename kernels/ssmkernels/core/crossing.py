@@ -39,6 +39,13 @@ class Crossing(Protocol):
             width: how many.
         """
 
+    @property
+    def whole_cu_seqlens(self) -> Tensor:
+        """int32 ``(s + 1)``, the borders of whole sequences, one after another."""
+
+    def whole(self, x: Tensor) -> Tensor:
+        """The whole sequences ``(1, l, …)``, one after another, of x ``(1, l, …)``, this part."""
+
     def total(self, x: Tensor) -> Tensor:
         """The sum of what every process gives."""
 

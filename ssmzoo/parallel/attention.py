@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ssmzoo.parallel.cut import Cut
-from ssmzoo.parallel.line import Line
+from ssmzoo.parallel.side import Side
+from ssmzoo.parallel.steps import of_keys
 from ssmzoo.parallel.transitions import Given
 
 
@@ -42,7 +43,7 @@ def shared(cut: Cut, source: int, spans: list[tuple[int, int]]) -> list[tuple[in
     return found
 
 
-def attend(cut: Cut, line: Line, call: Callable[..., Any], given: Given) -> Any:
+def attend(side: Side, call: Callable[..., Any], given: Given) -> Any:
     """Causal attention of this part's queries.
 
     Raises:
@@ -54,7 +55,7 @@ def attend(cut: Cut, line: Line, call: Callable[..., Any], given: Given) -> Any:
     window = given["window"]
     if not given["causal"] and (window is None or window[1] != 0):
         raise ValueError("ssmzoo.parallel: attention over cuts must be `causal`")
-    k, v = given["k"], given["v"]
+    cut, line, k, v = side.cut, side.line, given["k"], given["v"]
     both = torch.cat([k.flatten(2), v.flatten(2)], dim=-1)[0]  # (l channels)
     left = -1 if window is None else window[0]
     mine = seen(cut, cut.rank, left)
@@ -64,9 +65,12 @@ def attend(cut: Cut, line: Line, call: Callable[..., Any], given: Given) -> Any:
         wanted = shared(cut, cut.rank, seen(cut, rank, left)) if rank >= cut.rank else []
         sends.append(_places((offset + a, offset + b) for offset, (a, b) in zip(offsets, wanted, strict=False)))
     receives = [shared(cut, source, mine) if source <= cut.rank else [] for source in range(cut.ranks)]
-    arrived = line.exchange(both, [p.to(k.device) for p in sends], [sum(b - a for a, b in r) for r in receives])
+    came = [sum(b - a for a, b in r) for r in receives]
+    others = [n for source, n in enumerate(came) if n and source != cut.rank]
+    side.note("attention", of_keys(sum(others), len(others)))
+    arrived = line.exchange(both, [p.to(k.device) for p in sends], came)
     # From the order of arrival, part by part, to that of sequences
-    firsts, begins = list(accumulate((sum(b - a for a, b in r) for r in receives), initial=0)), []
+    firsts, begins = list(accumulate(came, initial=0)), []
     for source, spans in enumerate(receives):
         counts = [b - a for a, b in spans]
         begins.append([(firsts[source] + at, n) for at, n in zip(accumulate(counts, initial=0), counts, strict=False)])

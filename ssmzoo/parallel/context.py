@@ -21,6 +21,7 @@ from ssmzoo.parallel.cut import Cut
 from ssmzoo.parallel.gradients import GradientSums, Once
 from ssmzoo.parallel.line import Line
 from ssmzoo.parallel.parts import Parts
+from ssmzoo.parallel.steps import Step
 from ssmzoo.state import State
 
 
@@ -92,6 +93,25 @@ class Context(nn.Module):
         Raises:
             TypeError, ValueError: as the model; parts that do not fit each other.
         """
+        return self._call(inputs, state, cu_seqlens, last_only, token_types)[0]
+
+    @torch.no_grad()
+    def explain(
+        self,
+        inputs: Tensor,
+        state: Any = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        last_only: bool = False,
+        token_types: Tensor | None = None,
+    ) -> list[Step]:
+        """How such a call crosses the cuts, step by step, on this process. Runs it, on a copy of the state."""
+        state = None if state is None else state.clone()
+        return self._call(inputs, state, cu_seqlens, last_only, token_types)[1]
+
+    def _call(
+        self, inputs: Tensor, state: Any, cu_seqlens: Tensor | None, last_only: bool, token_types: Tensor | None
+    ) -> tuple[Any, list[Step]]:
         cut, line = self._cut(inputs, cu_seqlens), Line(self.group)
         b, l = inputs.shape[:2]
         given: dict[str, Any] = {"cu_seqlens": cut.cu_seqlens}
@@ -100,7 +120,9 @@ class Context(nn.Module):
             given |= {"last_only": last_only, "token_types": types}
         elif last_only or token_types is not None:
             raise ValueError("Context: `last_only` and `token_types` must be left out for a mixer alone")
-        with crossing(Parts(cut, line, state is not None, self.reference)):
+        names = {module: name for name, module in self.model.named_modules() if isinstance(module, Mixer)}
+        parts = Parts(cut, line, state is not None, self.reference, names)
+        with crossing(parts):
             found = self.model(inputs.reshape(1, b * l, *inputs.shape[2:]), state, **given)
         out, after = found if state is not None else (found, None)
         if self._whole(last_only):
@@ -108,7 +130,7 @@ class Context(nn.Module):
         else:
             out = out.view(b, l, *out.shape[2:])
         out = line.close(out, None if self.sums is None else self.sums.begin)
-        return out if state is None else (out, after)
+        return out if state is None else (out, after), parts.steps
 
     def _whole(self, last_only: bool) -> bool:
         """Whether outputs are a row a sequence."""

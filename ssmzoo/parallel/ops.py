@@ -13,28 +13,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ssmkernels.core.validate import precision
 from ssmzoo.parallel.attention import attend
-from ssmzoo.parallel.cut import Cut
-from ssmzoo.parallel.line import Line
+from ssmzoo.parallel.side import Side
+from ssmzoo.parallel.steps import FOLDED, WAITS
 from ssmzoo.parallel.transitions import TRANSITIONS, Given, Shape, Transition, turns
 from ssmzoo.state import State
-
-
-class Side(Protocol):
-    """What ops know of the call that they are part of (:class:`ssmzoo.parallel.parts.Parts`)."""
-
-    cut: Cut
-    line: Line
-    keeps: bool
-
-    def window(self, x: Tensor, before: Tensor | None, width: int) -> tuple[Tensor, Tensor]: ...
-
 
 Op = Callable[..., Any]  # takes the public arguments by name, and sees no more than these
 
@@ -118,12 +107,15 @@ def cross(side: Side, name: str, call: Op, given: Given) -> Any:
     """
     wanted = given.get("return_final_state", True)
     if name == "attention":
-        return attend(side.cut, side.line, call, given)
+        return attend(side, call, given)
+    if name in TRANSITIONS:
+        side.note(name, FOLDED)
     if name == "mamba3_scan":
         found = turning(side, call, given)
     elif name in TRANSITIONS:
         found = fold(TRANSITIONS[name], side, call, given)
     elif name in IN_TURN:
+        side.note(name, WAITS, in_turn=True)
         found = in_turn(side, call, given)
     elif name == "causal_conv1d":
         found = convolve(side, call, given)

@@ -17,6 +17,7 @@ from ssmzoo.mixer import Mixer
 from ssmzoo.parallel.cut import Cut
 from ssmzoo.parallel.line import Line
 from ssmzoo.parallel.ops import cross
+from ssmzoo.parallel.steps import WAITS, WHOLE, Step, of_tokens
 
 
 class Parts:
@@ -26,11 +27,20 @@ class Parts:
         cut: where.
         line: to the other processes.
         keeps: whether the states after the last token are wanted; every process then gets them.
+        names: the mixers' paths in the model.
+        steps: how things have crossed so far.
         by_reference: mixers hand their state on or see whole sequences, even where they have a faster way.
     """
 
-    def __init__(self, cut: Cut, line: Line, keeps: bool, by_reference: bool):
+    def __init__(self, cut: Cut, line: Line, keeps: bool, by_reference: bool, names: Mapping[Mixer, str]):
         self.cut, self.line, self.keeps, self.by_reference = cut, line, keeps, by_reference
+        self.steps: list[Step] = []
+        self.layer = ""  # the mixer that a step is in
+        self.names = names
+
+    def note(self, what: str, how: str, in_turn: bool = False) -> None:
+        """Remembers how something crosses the cuts."""
+        self.steps.append(Step(self.layer, what, how, in_turn))
 
     @property
     def starts(self) -> Tensor:
@@ -45,11 +55,19 @@ class Parts:
             return cross(self, name, call, given) if "cu_seqlens" in given else call(**given)
 
     def mixer(self, mixer: Mixer, mix: Callable[..., Any], x: Tensor, state: Any, cu_seqlens: Tensor | None) -> Any:
+        around, self.layer = self.layer, self.names.get(mixer, self.layer)
+        try:
+            return self._mixed(mixer, mix, x, state, cu_seqlens)
+        finally:
+            self.layer = around
+
+    def _mixed(self, mixer: Mixer, mix: Callable[..., Any], x: Tensor, state: Any, cu_seqlens: Tensor | None) -> Any:
         way = mixer.crosses_by(state is not None)
         if self.by_reference and way == "ops":
             way = "state" if mixer.has_state and mixer.causal else "whole"
         if way == "ops":
             return mix(x, state, cu_seqlens)
+        self.note(type(mixer).__name__, WAITS if way == "state" else WHOLE, way == "state")
         return self._hand_on(mixer, mix, x, state, cu_seqlens) if way == "state" else self._see_whole(mix, x)
 
     def _hand_on(self, mixer: Mixer, mix: Callable[..., Any], x: Tensor, state: Any, cu_seqlens: Tensor | None) -> Any:
@@ -78,6 +96,7 @@ class Parts:
 
     def window(self, x: Tensor, before: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
         cut = self.cut
+        self.note("tokens", of_tokens(width))
         own = last_of_each(x[0], cut.cu_seqlens, width).to(precision(x))
         parts = self.line.gather(own)  # (ranks s width d)
         first = torch.zeros_like(own) if before is None else before

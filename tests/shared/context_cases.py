@@ -142,3 +142,22 @@ def model_generates(group: dist.ProcessGroup, config: dict[str, Any], lengths: l
         close("output of a further call", y[:, 0], expected[:, at + group.rank()])
         y, state = whole(ids[:, at + group.size() : at + group.size() + 1], state)
         close("output after it", y[:, 0], expected[:, at + group.size()])
+
+
+def explained(group: dist.ProcessGroup, config: dict[str, Any], lengths: list[int]) -> list[tuple[str, bool]]:
+    """What :meth:`ssmzoo.parallel.Context.explain` says on this process."""
+    torch.manual_seed(0)
+    model = parallel.context(ssmzoo.build(config), group)
+    ids = torch.randint(0, 8, (1, lengths[group.rank()]))
+    return [(str(step), step.in_turn) for step in model.explain(ids)]
+
+
+def refused(group: dist.ProcessGroup, borders: list[int], batch: int) -> str:
+    """The error of a call with these borders, of parts of as many sequences as their rank, or of a fixed batch."""
+    model = parallel.context(ssmzoo.build_mixer("mamba", 8), group)
+    x = torch.randn(batch or group.rank() + 1, 3, 8)
+    try:
+        model(x, cu_seqlens=torch.tensor(borders, dtype=torch.int32) if borders else None)
+    except ValueError as error:
+        return str(error)
+    return ""

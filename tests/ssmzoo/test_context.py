@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from context_cases import goes_on, model_generates, model_trains, trains
+from context_cases import explained, goes_on, model_generates, model_trains, refused, trains
 from ranks import Ranks
 
 import ssmzoo
@@ -74,7 +74,7 @@ def test_mixer(name: str, options: dict[str, Any], processes: Ranks):
 
 
 def check_mixer(processes: Ranks, name: str, options: dict[str, Any], reference: bool) -> None:
-    for lengths in CUTS:
+    for lengths in CUTS[2:] if reference else CUTS:
         processes.run(len(lengths), trains, name, options, lengths, None, reference)
     processes.run(3, trains, name, options, [4, 6, 11], BORDERS, reference)
     processes.run(3, goes_on, name, options, [9, 0, 12], None, reference)
@@ -90,3 +90,27 @@ def test_model(name: str, processes: Ranks):
 @pytest.mark.parametrize("name", ["hybrid", "rwkv7", "learned positions", "parallel"])
 def test_a_prefill_over_processes_goes_on(name: str, processes: Ranks):
     processes.run(3, model_generates, TINY | MODELS[name], [4, 0, 9])
+
+
+def test_explains_each_step(processes: Ranks):
+    config = TINY | {
+        "pattern": ["mamba2", "local", "slstm"],
+        "mixers": {
+            "mamba2": SMALL["mamba2"],
+            "local": {"kind": "attention", "head_dim": 8, "window": 4},
+            "slstm": SMALL["slstm"],
+        },
+    }
+    found = processes.run(3, explained, config, [5, 2, 4])
+    assert ("layers.0.mixer: tokens: the last 3 tokens of the parts before", False) in found[2]
+    assert any("layers.0.mixer: ssd: processes exchange" in text and not waits for text, waits in found[2])
+    keys = [text for text, _ in found[2] if "attention" in text]
+    assert keys == ["layers.1.mixer: attention: keys and values of 3 tokens from 2 other processes"]
+    assert any("layers.2.mixer: slstm: each process waits" in text and waits for text, waits in found[2])
+
+
+def test_parts_that_do_not_fit(processes: Ranks):
+    for text in processes.run(2, refused, [0, 4], 1):
+        assert "`cu_seqlens` must rise from 0 to 6, the tokens of all parts together (3 + 3); got [0, 4]" in text
+    for text in processes.run(2, refused, [], 0):
+        assert "`inputs` must have as many sequences on every process; got [1, 2]" in text

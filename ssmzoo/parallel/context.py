@@ -6,6 +6,7 @@ all processes: what its own part of the loss has given them, and what the losses
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ class Context(nn.Module):
         Raises:
             TypeError, ValueError: as the model; parts that do not fit each other.
         """
-        return self._call(inputs, state, cu_seqlens, last_only, token_types)[0]
+        return self._call(inputs, state, cu_seqlens, last_only, token_types, {})[0]
 
     @torch.no_grad()
     def explain(
@@ -107,11 +108,19 @@ class Context(nn.Module):
     ) -> list[Step]:
         """How such a call crosses the cuts, step by step, on this process. Runs it, on a copy of the state."""
         state = None if state is None else state.clone()
-        return self._call(inputs, state, cu_seqlens, last_only, token_types)[1]
+        names = {module: name for name, module in self.model.named_modules() if isinstance(module, Mixer)}
+        return self._call(inputs, state, cu_seqlens, last_only, token_types, names)[1]
 
     def _call(
-        self, inputs: Tensor, state: Any, cu_seqlens: Tensor | None, last_only: bool, token_types: Tensor | None
+        self,
+        inputs: Tensor,
+        state: Any,
+        cu_seqlens: Tensor | None,
+        last_only: bool,
+        token_types: Tensor | None,
+        names: Mapping[Mixer, str],
     ) -> tuple[Any, list[Step]]:
+        """The outputs, and how the call has crossed the cuts; ``names`` are the mixers' paths, to tell that by."""
         cut, line = self._cut(inputs, cu_seqlens), Line(self.group)
         b, l = inputs.shape[:2]
         given: dict[str, Any] = {"cu_seqlens": cut.cu_seqlens}
@@ -120,7 +129,6 @@ class Context(nn.Module):
             given |= {"last_only": last_only, "token_types": types}
         elif last_only or token_types is not None:
             raise ValueError("Context: `last_only` and `token_types` must be left out for a mixer alone")
-        names = {module: name for name, module in self.model.named_modules() if isinstance(module, Mixer)}
         parts = Parts(cut, line, state is not None, self.reference, names)
         with crossing(parts):
             found = self.model(inputs.reshape(1, b * l, *inputs.shape[2:]), state, **given)

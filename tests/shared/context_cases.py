@@ -161,3 +161,32 @@ def refused(group: dist.ProcessGroup, borders: list[int], batch: int) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def sums_gradients(group: dist.ProcessGroup, lengths: list[int]) -> None:
+    """Two backward passes through a model whose convolution is called as a module; gradients add up."""
+    whole = mixer("mamba", {"d_state": 3})
+    whole.conv1d.register_forward_hook(lambda *_: None)
+    cut = copy.deepcopy(whole)
+    model = parallel.context(cut, group, reduce_gradients=True)
+    for _ in range(2):
+        x = torch.randn(2, sum(lengths), whole.d_model, dtype=torch.float64)
+        whole(x).square().sum().backward()
+        model(x[:, here(group, lengths)]).square().sum().backward()
+    found = gradients(cut)
+    for name, grad in gradients(whole).items():
+        close(f"gradient of {name}", found[name], grad)
+
+
+def half_precision(group: dist.ProcessGroup, name: str, options: dict[str, Any], lengths: list[int]) -> None:
+    """bfloat16 weights and inputs: within its rounding of one process."""
+    whole = mixer(name, options).bfloat16()
+    x = torch.randn(2, sum(lengths), whole.d_model, dtype=torch.bfloat16)
+    expected = whole(x)[:, here(group, lengths)]
+    y = parallel.context(whole, group)(x[:, here(group, lengths)])
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert all(p.grad.isfinite().all() for p in whole.parameters() if p.grad is not None)
+    if y.numel():
+        error = float((y - expected).detach().float().abs().max() / expected.detach().float().abs().max())
+        assert error < 0.05, f"differs by {error:.1e} of the largest value"

@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-PRELOAD = ["torch", "ssmzoo.parallel"]  # imported once; the processes are then copies
+PRELOAD = ["torch.utils.checkpoint", "torch._dynamo", "ssmzoo.parallel"]  # imported once; the processes are then copies
 
 
 class Ranks:
@@ -66,7 +66,7 @@ def _work(connection: Connection, store: Path, rank: int, most: int) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=30)
+    timeout = datetime.timedelta(seconds=120)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=most, timeout=timeout)
     groups = {n: dist.new_group(list(range(n)), timeout=timeout) for n in range(1, most + 1)}
     while True:

@@ -5,7 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from context_cases import explained, goes_on, model_generates, model_trains, refused, trains
+from context_cases import (
+    explained,
+    goes_on,
+    half_precision,
+    model_generates,
+    model_trains,
+    refused,
+    sums_gradients,
+    trains,
+)
 from ranks import Ranks
 
 import ssmzoo
@@ -90,6 +99,15 @@ def test_model(name: str, processes: Ranks):
 @pytest.mark.parametrize("name", ["hybrid", "rwkv7", "learned positions", "parallel"])
 def test_a_prefill_over_processes_goes_on(name: str, processes: Ranks):
     processes.run(3, model_generates, TINY | MODELS[name], [4, 0, 9])
+
+
+def test_gradients_add_up_over_passes(processes: Ranks):
+    processes.run(3, sums_gradients, [4, 0, 9])
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "mamba3", "kda", "mlstm", "rwkv7", "rglru", "attention", "hyena"])
+def test_half_precision(name: str, processes: Ranks):
+    processes.run(3, half_precision, name, SMALL[name], [4, 8, 9])
 
 
 def test_explains_each_step(processes: Ranks):

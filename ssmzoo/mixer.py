@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmkernels.core.autocast import in_autocast
-from ssmkernels.core.crossing import current
+from ssmkernels.core.crossing import check_not_again, current
 from ssmkernels.core.validate import check_cu_seqlens, precision
 from ssmkernels.native.calls import Calls
 from ssmzoo.linear import arrives_later, computes_on
@@ -142,7 +142,10 @@ class Mixer(KeepsFloat32, KeepsTies):
     def across(self, mix: Callable[..., Any], x: Tensor, state: Any, cu_seqlens: Tensor | None) -> Any:
         """``mix(x, state, cu_seqlens)``; across the cuts where x is a part of sequences spread over processes."""
         over = current()
-        return mix(x, state, cu_seqlens) if over is None else over.mixer(self, mix, x, state, cu_seqlens)
+        if over is not None:
+            return over.mixer(self, mix, x, state, cu_seqlens)
+        check_not_again(type(self).__name__)
+        return mix(x, state, cu_seqlens)
 
     def crosses_by(self, with_state: bool) -> Literal["ops", "state", "whole"]:
         """How it works on sequences that are cut over processes (:mod:`ssmzoo.parallel`).

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ssmkernels.core.crossing import note_backward
 from ssmzoo.parallel.states import Like, put_together, taken_apart
 from ssmzoo.state import State
 
@@ -234,6 +235,7 @@ class _Close(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        note_backward()
         if ctx.begin is not None:
             ctx.begin()
         return grad, grad.new_zeros((), dtype=torch.float32, device="cpu"), None

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import ssmzoo
 from ssmzoo import parallel
@@ -190,3 +191,30 @@ def half_precision(group: dist.ProcessGroup, name: str, options: dict[str, Any],
     if y.numel():
         error = float((y - expected).detach().float().abs().max() / expected.detach().float().abs().max())
         assert error < 0.05, f"differs by {error:.1e} of the largest value"
+
+
+def checkpoints(group: dist.ProcessGroup) -> str:
+    """The error of a backward pass that computes a mixer again."""
+    inner = mixer("mamba", {"d_state": 3})
+    outer = ssmzoo.build_mixer("channel", 16).double()
+    outer.mlp = Checkpointed(inner)
+    x = torch.randn(1, 3, 16, dtype=torch.float64)
+    y = parallel.context(outer, group)(x)
+    try:
+        y.sum().backward()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+class Checkpointed(nn.Module):
+    """A module that is computed again in the backward pass."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(
+            lambda x: self.inner(x, cu_seqlens=torch.tensor([0, 3], dtype=torch.int32)), x, use_reentrant=False
+        )

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from context_cases import (
+    checkpoints,
     explained,
     goes_on,
     half_precision,
@@ -132,3 +133,9 @@ def test_parts_that_do_not_fit(processes: Ranks):
         assert "`cu_seqlens` must rise from 0 to 6, the tokens of all parts together (3 + 3); got [0, 4]" in text
     for text in processes.run(2, refused, [], 0):
         assert "`inputs` must have as many sequences on every process; got [1, 2]" in text
+
+
+def test_refuses_to_compute_a_mixer_again(processes: Ranks):
+    for text in processes.run(2, checkpoints):
+        assert "Mamba: activation checkpointing cannot compute a mixer again" in text
+    processes.stop()  # no backward pass has ended, so that processes wait for one another

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -69,6 +70,24 @@ def crossing(by: Crossing | None) -> Iterator[None]:
         yield
     finally:
         _open.pop()
+
+
+_backward: set[int] = set()  # backward passes through calls that were carried over cuts, by PyTorch's number
+
+
+def note_backward() -> None:
+    """Called in a backward pass through a call that was carried over cuts."""
+    _backward.clear()
+    _backward.add(torch._C._current_graph_task_id())
+
+
+def check_not_again(name: str) -> None:
+    """Raises RuntimeError where a mixer is computed again in such a pass, as checkpointing does."""
+    if _backward and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() in _backward:
+        raise RuntimeError(
+            f"{name}: activation checkpointing cannot compute a mixer again whose sequences are cut over processes; "
+            f"leave it out of the checkpointed function"
+        )
 
 
 def in_whole(row: Tensor, step: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ class Mixer(KeepsFloat32, KeepsTies):
         learning_rates: dotted names of weights with a learning rate of their own.
         crosses_in_ops: all mixing along time in :meth:`mix` is in ops, token shifts and other mixers, which know what
             to do where sequences are cut over processes: see :meth:`crosses_by`.
+        crosses_with_state: it then needs a state to begin with, as only this path of :meth:`mix` does.
         has_rate: it is a system in continuous time, whose step an attribute ``rate`` stretches.
         residual_projections: submodules that write into the residual stream; a model scales them by its depth.
     """
@@ -45,6 +46,7 @@ class Mixer(KeepsFloat32, KeepsTies):
     requires: ClassVar[tuple[str, ...]] = ()
     one_token: ClassVar[bool] = False
     crosses_in_ops: ClassVar[bool] = False
+    crosses_with_state: ClassVar[bool] = False
     least_length: int = 1
     options_class: ClassVar[type | None] = None
     state_class: type[State] = State

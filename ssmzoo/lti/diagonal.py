@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ssmkernels import fft_conv
+from ssmkernels.core.crossing import crossing
 from ssmkernels.core.packing import longest
 from ssmzoo.lti.recurrence import Diagonal, DiagonalStep, run_chunk
 
@@ -58,7 +59,8 @@ class DiagonalFilter(NamedTuple):
             y = (2 * (self.C * h).sum(-1).real + self.D * x)[:, None]
         else:
             kernel = self.kernel(longest(u.shape[1], cu_seqlens))
-            own = fft_conv(u, kernel, self.D, cu_seqlens=cu_seqlens)
+            with crossing(None):  # what comes from elsewhere is in the state
+                own = fft_conv(u, kernel, self.D, cu_seqlens=cu_seqlens)
             inherited, h = run_chunk(self.discrete(), self.C[:, None], u.to(wide), h, cu_seqlens)
             y = own + inherited[:, :, 0]
         return (y * gate).to(u.dtype), h

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmkernels import fft_conv
+from ssmkernels.core.crossing import crossing
 from ssmkernels.core.names import unknown
 from ssmkernels.core.packing import longest, spans
 from ssmzoo.init import log_uniform, starting, wide_dtype
@@ -63,6 +64,7 @@ class S4Layer(Mixer):
             see :func:`set_rate`. It is no weight: what is saved is the option that the layer was made with.
     """
 
+    crosses_in_ops = crosses_with_state = True
     state_class = S4State
     residual_projections = ()
     discretization: str
@@ -178,7 +180,8 @@ class S4Layer(Mixer):
             y = (C * h[:, None]).sum(-1).flatten(1)  # (b c·d)
             y = (2 * y.real if y.is_complex() else y) + self.D * u[:, 0].repeat(1, self.channels)
             return y[:, None].to(u.dtype), h
-        y = self._convolve(u, cu_seqlens).unflatten(-1, C.shape[:2])  # (b l c d)
+        with crossing(None):  # what comes from elsewhere is in the state
+            y = self._convolve(u, cu_seqlens).unflatten(-1, C.shape[:2])  # (b l c d)
         system = self.discrete(self._continuous())
         inherited, h = run_chunk(system, C.transpose(0, 1), u.to(wide), h, cu_seqlens)
         return (y + inherited).flatten(2).to(u.dtype), h

@@ -13,12 +13,14 @@ memory is O(l d + d n √l), and the only powers needed are the Ā^{2^k}.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssmkernels.core.crossing import crossing, current
 from ssmkernels.core.packing import pad
 
 
@@ -166,6 +168,12 @@ def run_chunk(
     """
     if cu_seqlens is None:
         return _run(system, C, u, h, u.shape[1])
+    over = current()
+    if over is not None:  # the chunk is a part of sequences that are cut over processes
+        with crossing(None):
+            _, left = run_chunk(system, C, u, torch.zeros_like(h), cu_seqlens)
+            before, after = over.carried(h, left, functools.partial(advanced, system))
+            return run_chunk(system, C, u, before, cu_seqlens)[0], after
     mask = pad(cu_seqlens)[1]  # (s longest), each row's tokens first
     lengths = cu_seqlens.diff().long()
     place = torch.arange(mask.shape[1], device=u.device) - (mask.shape[1] - lengths)[:, None]
@@ -173,6 +181,15 @@ def run_chunk(
     late = torch.where((place >= 0)[..., None], u[0, source], 0)  # each row's tokens last: zeros first change nothing
     inherited, h = _run(system, C, late, h, lengths)
     return inherited[mask][None], h
+
+
+def advanced(system: Diagonal | Dense, h: Tensor, lengths: Tensor) -> Tensor:
+    """A state (s d n) after so many tokens without inputs, int64 (s)."""
+    A, state = system.A, system.enter(h)
+    for k in range(int(lengths.max()).bit_length()):
+        state = _if_bit(lengths, k, system.forwards, A.to(state.dtype), state)
+        A = system.square(A, False)
+    return system.leave(state)
 
 
 def _run(system: Diagonal | Dense, C: Tensor, u: Tensor, h: Tensor, lengths: int | Tensor) -> tuple[Tensor, Tensor]:

@@ -103,6 +103,7 @@ class H3(Mixer):
     The names of its weights are those of the published checkpoints. All of both systems stays float32.
     """
 
+    crosses_in_ops = crosses_with_state = True
     state_class = H3State
     residual_projections = ("output_linear",)
 

@@ -95,6 +95,7 @@ class ModalHyena(Mixer):
     stay float32. Nothing keeps a pole within the unit circle, in the published code neither.
     """
 
+    crosses_in_ops = crosses_with_state = True
     state_class = ModalHyenaState
     residual_projections = ("out_filter_dense",)
     float32_parameters = ("filter.D", "filter.poles", "filter.residues")

@@ -17,7 +17,7 @@ from ssmzoo.mixer import Mixer
 from ssmzoo.parallel.cut import Cut
 from ssmzoo.parallel.line import Line
 from ssmzoo.parallel.ops import cross
-from ssmzoo.parallel.steps import WAITS, WHOLE, Step, of_tokens
+from ssmzoo.parallel.steps import FOLDED, WAITS, WHOLE, Step, of_tokens
 
 
 class Parts:
@@ -65,6 +65,9 @@ class Parts:
         way = mixer.crosses_by(state is not None)
         if self.by_reference and way == "ops":
             way = "state" if mixer.has_state and mixer.causal else "whole"
+        if way == "ops" and state is None and mixer.crosses_with_state:
+            y, _, *rest = mix(x, mixer.initial_state(self.cut.sequences), cu_seqlens)
+            return y, None, *rest
         if way == "ops":
             return mix(x, state, cu_seqlens)
         self.note(type(mixer).__name__, WAITS if way == "state" else WHOLE, way == "state")
@@ -104,6 +107,17 @@ class Parts:
         row = torch.arange(cut.sequences, device=x.device)[:, None]
         entering, final = (tokens[row, cut.newest(rank, width)] for rank in (cut.rank, cut.ranks))
         return entering, final
+
+    def carried(
+        self, before: Tensor, left: Tensor, advance: Callable[[Tensor, Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        cut = self.cut
+        self.note("linear system", FOLDED)
+        parts, states = self.line.gather(left), [before]
+        for r in range(cut.ranks if self.keeps else cut.rank):
+            counts = torch.tensor(cut.counts[r], device=cut.device)
+            states.append(advance(states[-1], counts) + parts[r])
+        return states[cut.rank], states[-1]
 
     @property
     def whole_cu_seqlens(self) -> Tensor:

@@ -40,6 +40,17 @@ class Crossing(Protocol):
             width: how many.
         """
 
+    def carried(
+        self, before: Tensor, left: Tensor, advance: Callable[[Tensor, Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The state that enters this part of a linear system, and the one after all parts, ``(s, …)``.
+
+        Args:
+            before: the state before the first part.
+            left: the state that this part leaves when it starts from zero.
+            advance: a state and int64 ``(s)``, numbers of tokens → what becomes of it without inputs.
+        """
+
     @property
     def whole_cu_seqlens(self) -> Tensor:
         """int32 ``(s + 1)``, the borders of whole sequences, one after another."""

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import ssmzoo
@@ -218,3 +220,24 @@ class Checkpointed(nn.Module):
         return checkpoint(
             lambda x: self.inner(x, cu_seqlens=torch.tensor([0, 3], dtype=torch.int32)), x, use_reentrant=False
         )
+
+
+def beside_data_parallelism(group: dist.ProcessGroup, config: dict[str, Any]) -> None:
+    """Two sequences, each cut over two of four processes, under DDP over all of them: the gradients of both."""
+    torch.manual_seed(0)
+    whole = ssmzoo.build(config).double().eval()
+    cut = copy.deepcopy(whole)
+    ids = torch.randint(0, whole.config.vocab_size, (2, 9))
+    expected = whole(ids)
+    weight = weight_of(expected)
+    (expected * weight).sum().backward()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
+    row, column = mesh.get_coordinate()
+    model = DistributedDataParallel(parallel.context(cut, mesh["context"]), process_group=group)
+    part = (slice(row, row + 1), slice(0, 4) if column == 0 else slice(4, 9))
+    y = model(ids[part])
+    close("output", y, expected[part])
+    (group.size() * (y * weight[part]).sum()).backward()  # DDP takes the mean over all processes
+    found = gradients(cut)
+    for name, grad in gradients(whole).items():
+        close(f"gradient of {name}", found[name], grad)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from context_cases import (
+    beside_data_parallelism,
     checkpoints,
     explained,
     goes_on,
@@ -100,6 +101,11 @@ def test_model(name: str, processes: Ranks):
 @pytest.mark.parametrize("name", ["hybrid", "rwkv7", "learned positions", "parallel"])
 def test_a_prefill_over_processes_goes_on(name: str, processes: Ranks):
     processes.run(3, model_generates, TINY | MODELS[name], [4, 0, 9])
+
+
+@pytest.mark.parametrize("name", ["hybrid", "rwkv7"])
+def test_beside_data_parallelism(name: str, processes: Ranks):
+    processes.run(4, beside_data_parallelism, TINY | MODELS[name])
 
 
 def test_gradients_add_up_over_passes(processes: Ranks):

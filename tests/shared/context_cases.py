@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -241,3 +242,26 @@ def beside_data_parallelism(group: dist.ProcessGroup, config: dict[str, Any]) ->
     found = gradients(cut)
     for name, grad in gradients(whole).items():
         close(f"gradient of {name}", found[name], grad)
+
+
+def beside_sharding(group: dist.ProcessGroup, config: dict[str, Any]) -> None:
+    """Likewise, with weights sharded over all four by FSDP."""
+    torch.manual_seed(0)
+    whole = ssmzoo.build(config).double().eval()
+    cut = copy.deepcopy(whole)
+    ids = torch.randint(0, whole.config.vocab_size, (2, 9))
+    expected = whole(ids)
+    weight = weight_of(expected)
+    (expected * weight).sum().backward()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
+    everyone = init_device_mesh("cpu", (4,), mesh_dim_names=("shard",))
+    row, column = mesh.get_coordinate()
+    for block in cut.blocks:
+        fully_shard(block, mesh=everyone)
+    fully_shard(cut, mesh=everyone)
+    part = (slice(row, row + 1), slice(0, 4) if column == 0 else slice(4, 9))
+    y = parallel.context(cut, mesh["context"])(ids[part])
+    close("output", y, expected[part])
+    (group.size() * (y * weight[part]).sum()).backward()  # FSDP takes the mean too
+    for (name, parameter), grad in zip(cut.named_parameters(), gradients(whole).values(), strict=True):
+        close(f"gradient of {name}", parameter.grad.full_tensor(), grad)

@@ -11,7 +11,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-PRELOAD = ["torch.utils.checkpoint", "torch._dynamo", "ssmzoo.parallel"]  # imported once; the processes are then copies
+# Imported once; the processes are then copies.
+PRELOAD = ["torch.utils.checkpoint", "torch._dynamo", "torch.distributed.fsdp", "torch.nn.parallel", "ssmzoo.parallel"]
 
 
 class Ranks:

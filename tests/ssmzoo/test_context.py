@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from context_cases import (
     beside_data_parallelism,
+    beside_sharding,
     checkpoints,
     explained,
     goes_on,
@@ -106,6 +107,11 @@ def test_a_prefill_over_processes_goes_on(name: str, processes: Ranks):
 @pytest.mark.parametrize("name", ["hybrid", "rwkv7"])
 def test_beside_data_parallelism(name: str, processes: Ranks):
     processes.run(4, beside_data_parallelism, TINY | MODELS[name])
+
+
+@pytest.mark.parametrize("name", ["hybrid", "rwkv7"])
+def test_beside_sharding(name: str, processes: Ranks):
+    processes.run(4, beside_sharding, TINY | MODELS[name])
 
 
 def test_gradients_add_up_over_passes(processes: Ranks):

@@ -13,16 +13,17 @@ from ssmkernels.core.declaration import named_tuple
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def compatible(compute: Callable[[Any], Any], implementation: str | None = None) -> Callable[[F], F]:
+def compatible(compute: Callable[[Any], Any], implementation: str | None = None, **others: Any) -> Callable[[F], F]:
     """Decorates a function that is a signature and a docstring.
 
     Args:
         compute: does the work. It takes a named tuple of the arguments, with ``op``, the function's name for messages,
             and ``implementation`` beside them.
+        others: what it takes in addition, and the function has not.
     """
 
     def decorate(function: F) -> F:
-        return _calling(compute, implementation, function, {})
+        return _calling(compute, implementation, function, others)
 
     return decorate
 

@@ -38,7 +38,7 @@ def delta(a: Any) -> Found:
     beta = v.new_ones(v.shape[:3]) if a.beta is None else a.beta
     if _of(a, "use_beta_sigmoid_in_kernel"):
         beta = torch.sigmoid(beta.to(precision(beta))) * (2 if a.allow_neg_eigval else 1)
-    return _recall(a, delta_rule, q, k, v, _decay(a, per_channel, precision(q)), beta=beta.to(dtype))
+    return recalled(a, delta_rule, q, k, v, _decay(a, per_channel, precision(q)), beta=beta.to(dtype))
 
 
 def linear(a: Any) -> Found:
@@ -61,13 +61,13 @@ def linear(a: Any) -> Found:
     if _of(a, "g_gamma") is not None:
         decay = a.g_gamma.to(wide) if decay is None else decay + a.g_gamma.to(wide)
     if not _of(a, "normalize"):
-        return _recall(a, linear_attention, q, k, v, decay)
+        return recalled(a, linear_attention, q, k, v, decay)
     state, total = a.initial_state if isinstance(a.initial_state, tuple) else (a.initial_state, None)
-    o, state = _recall(a._replace(initial_state=state), linear_attention, q, k, v, None)
+    o, state = recalled(a._replace(initial_state=state), linear_attention, q, k, v, None)
     # The sum of keys so far is the state for values that are all 1.
     total = None if total is None else total.transpose(1, 2).mT  # (s 1 h k) → (s h k 1)
     ones = v.new_ones(*v.shape[:2], k.shape[2], 1)
-    sums, total = _recall(a._replace(initial_state=total), linear_attention, q, k, ones, None)
+    sums, total = recalled(a._replace(initial_state=total), linear_attention, q, k, ones, None)
     o = o / (sums.to(o.dtype) + 1e-10).repeat_interleave(v.shape[2] // k.shape[2], dim=2)
     if state is None or total is None:
         return o, None
@@ -92,10 +92,20 @@ def _check(a: Any, others: dict[str, tuple[Any, str]]) -> None:
     numbers = {name: value for name, (value, _) in {**names, **given, **states}.items()}
     check_dtypes(a.op, {**numbers, "A_log": _of(a, "A_log"), "dt_bias": _of(a, "dt_bias")}, REAL)
     check_options(a.op, "bool", **{name: getattr(a, name) for name in FLAGS if hasattr(a, name)})
+    refuse(a)
+
+
+def refuse(a: Any) -> None:
+    """Refuses options that none of our ops has.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
     for name, why in (
         ("gv", "decays of values"),
         ("cp_context", "sequences that are cut over processes"),
         ("reverse", "sequences from their end"),
+        ("output_attentions", "weights of attention"),
     ):
         found = _of(a, name)
         if found is not None and found is not False:
@@ -149,10 +159,11 @@ def _l2_normalised(x: Tensor, implementation: str | None) -> Tensor:
 
 
 def _borders(a: Any) -> Tensor | None:
-    return None if a.cu_seqlens is None else int32_borders(a.op, a.cu_seqlens, a.q.shape[1])
+    return None if a.cu_seqlens is None else int32_borders(a.op, a.cu_seqlens, a.v.shape[1])
 
 
-def _recall(a: Any, op: Any, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, **others: Tensor) -> Found:
+def recalled(a: Any, op: Any, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, /, **others: Tensor) -> Found:
+    """A call of one of our ops, from the state that came in to the one that goes out."""
     state = a.initial_state
     swapped = _of(a, "state_v_first")
     if state is not None:

@@ -22,6 +22,14 @@ def cache_among(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return next((cache for cache in (*args, *named) if cache is not None), None)
 
 
+def recurrent_state(cache: Any, layer: int) -> Tensor | None:
+    """The state of a layer; None before the first token."""
+    if hasattr(cache, "get_recurrent_state"):
+        found: Tensor | None = cache.get_recurrent_state(layer)
+        return found
+    return cast("Tensor | None", cache.layers[layer].recurrent_states[0])  # before transformers 5.21
+
+
 def mixer(original: Function) -> Function:
     """A layer of Mamba tells its scan the state from which it goes on, and the sequences that are packed."""
 
@@ -31,7 +39,7 @@ def mixer(original: Function) -> Function:
         scope = Scope(seq_idx=current().seq_idx if seq_idx is None else seq_idx)
         cache = cache_among(args[:1], kwargs)
         if cache is not None and hidden_states.shape[1] > 1:
-            state = cache.get_recurrent_state(self.layer_idx)
+            state = recurrent_state(cache, self.layer_idx)
             if state is not None:  # (b d n), or (b h d n) where each head is scanned by itself
                 scope.states = [state] if state.ndim == 3 else list(state.unbind(1))
         if scope.seq_idx is None and not scope.states:

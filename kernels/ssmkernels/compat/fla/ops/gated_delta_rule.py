@@ -7,5 +7,9 @@ from ssmkernels.compat.fla import (
 
 __all__ = [
     "chunk_gated_delta_rule",
+    "chunk_gdn",
     "fused_recurrent_gated_delta_rule",
+    "fused_recurrent_gdn",
 ]
+
+chunk_gdn, fused_recurrent_gdn = chunk_gated_delta_rule, fused_recurrent_gated_delta_rule

@@ -64,10 +64,12 @@ def complete(folder: Path) -> None:
                     module.__path__ = [*getattr(module, "__path__", []), str(place)]
                     place = place / "__init__"
                 module.__getattr__ = lacking(module, place.with_suffix(".py"))
+    if (folder / "fla").is_dir():
+        importlib.import_module("fla.utils").device = "cpu"
 
 
 def lacking(module: ModuleType, source: Path) -> typing.Callable[[str], typing.Any]:
-    """Gives names that a module of ours lacks: a plain function, out of the package's source; another skips the test."""
+    """Gives what a module of ours lacks: plain functions, out of the package's source; others skip the test."""
     own = getattr(module, "__getattr__", None)
 
     def find(name: str) -> typing.Any:

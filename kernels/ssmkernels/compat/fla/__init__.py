@@ -4,6 +4,7 @@ Written after flash-linear-attention 0.6.0. Imports change like this::
 
     fla.ops                                          → ssmkernels.compat.fla.ops
     fla.ops.delta_rule, fla.ops.gla, fla.ops.kda, …  → ssmkernels.compat.fla.ops.delta_rule, …
+    fla.modules, fla.modules.convolution, …          → ssmkernels.compat.fla.modules, …
 
 All functions of an op, in chunks or recurrent, compute the same here. Any dtype, any strides and lengths are taken.
 Groups of heads of values may share queries and keys in all of them.
@@ -11,7 +12,8 @@ Groups of heads of values may share queries and keys in all of them.
 Sizes: b batch, l length, g heads of queries and keys, h heads of values (a multiple), k and v channels of a head, s
 sequences (b, or as many as ``cu_seqlens`` packs). Every function returns the output ``(b, l, h, v)`` in v's dtype, and
 the state after the last token, float32 (float64 for float64 input), or None without ``output_final_state``. The states
-are ``(s, h, k, v)``, or ``(s, h, v, k)`` with ``state_v_first``. Unknown keywords are refused.
+are ``(s, h, k, v)``, or ``(s, h, v, k)`` with ``state_v_first``. ``chunk_size`` has no effect; ``reverse`` and
+unknown keywords are refused.
 """
 
 from __future__ import annotations
@@ -61,6 +63,7 @@ def chunk_delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
+    chunk_size: int | None = None,
 ) -> Found:
     """:func:`ssmkernels.delta_rule` without decay.
 
@@ -96,6 +99,7 @@ def chunk_gated_delta_rule(
     use_gate_in_kernel: bool = False,
     A_log: Tensor | None = None,
     dt_bias: Tensor | None = None,
+    chunk_size: int | None = None,
 ) -> Found:
     """:func:`ssmkernels.delta_rule` with a decay for each head.
 
@@ -157,6 +161,7 @@ def chunk_kda(
     cp_context: Any = None,
     A_log: Tensor | None = None,
     dt_bias: Tensor | None = None,
+    chunk_size: int | None = None,
 ) -> Found:
     """:func:`ssmkernels.delta_rule` with a decay for each key channel.
 
@@ -207,6 +212,7 @@ def chunk_gla(
     state_v_first: bool = False,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
+    chunk_size: int | None = None,
 ) -> Found:
     """:func:`ssmkernels.linear_attention` with a decay for each key channel, ``g (b, l, h, k)`` in logarithms."""
 
@@ -241,6 +247,7 @@ def chunk_simple_gla(
     state_v_first: bool = False,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
+    chunk_size: int | None = None,
 ) -> Found:
     """:func:`ssmkernels.linear_attention` with a decay for each head: ``g (b, l, h)`` and ``g_gamma (h)``, added."""
 
@@ -271,6 +278,10 @@ def chunk_retention(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    *,
+    reverse: bool = False,
+    state_v_first: bool = False,
+    chunk_size: int | None = None,
 ) -> Found:
     """:func:`ssmkernels.linear_attention` with RetNet's decays, 1 - 2^(-5 - i) for head i."""
 
@@ -285,6 +296,9 @@ def chunk_linear_attn(
     output_final_state: bool = False,
     normalize: bool = True,
     cu_seqlens: Tensor | None = None,
+    *,
+    reverse: bool = False,
+    chunk_size: int | None = None,
 ) -> Found:
     """:func:`ssmkernels.linear_attention` without decay.
 

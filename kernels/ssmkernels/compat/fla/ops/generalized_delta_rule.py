@@ -77,6 +77,7 @@ def chunk_iplr_delta_rule(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
+    chunk_size: int | None = None,
 ) -> Found:
     """As :func:`chunk_dplr_delta_rule`, without decay."""
 

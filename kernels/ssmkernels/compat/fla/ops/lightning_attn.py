@@ -22,6 +22,7 @@ def chunk_lightning_attn(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    chunk_size: int | None = None,
 ) -> Found:
     """:func:`ssmkernels.linear_attention` with decays exp(-8/h (1 - layer_idx / num_layers) i) for head i of h."""
 

@@ -23,6 +23,7 @@ def chunk_rwkv6(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
+    chunk_size: int | None = None,
 ) -> Found:
     """RWKV-6's recurrence, :func:`ssmkernels.linear_attention` with a bonus.
 

@@ -61,21 +61,27 @@ class Chunk(NamedTuple):
 
 
 class Layout:
-    """A call's tokens as chunks of sequences of one length, and back."""
+    """A call's tokens as chunks of sequences of one length, and back.
 
-    def __init__(self, a: Any):
+    Args:
+        a: the call.
+        size: tokens of a chunk; as many as the delta rule's if None.
+    """
+
+    def __init__(self, a: Any, size: int | None = None):
         self.a, self.wide = a, precision(a.q)
         self.packing = None if a.cu_seqlens is None else pad(a.cu_seqlens)
         length = a.q.shape[1] if self.packing is None else self.packing[0].shape[1]
-        size = CHUNK_OF_CHANNELS if a.log_decay is not None and a.log_decay.ndim == 4 else CHUNK
+        if size is None:
+            size = CHUNK_OF_CHANNELS if a.log_decay is not None and a.log_decay.ndim == 4 else CHUNK
         self.length, self.size = length, min(size, max(length, 1))
 
-    def cut(self, x: Tensor) -> Tensor:
-        """x (b l h d) → (n b h c d); where there is no token, it is 0."""
+    def cut(self, x: Tensor, blank: float = 0.0) -> Tensor:
+        """x (b l h d) → (n b h c d); where there is no token, it is ``blank``."""
         if self.packing is not None:
             index, mask = self.packing
-            x = torch.where(mask[..., None, None], x[0, index], 0)
-        x = F.pad(x.to(self.wide), (0, 0, 0, 0, 0, -self.length % self.size))
+            x = torch.where(mask[..., None, None], x[0, index], blank)
+        x = F.pad(x.to(self.wide), (0, 0, 0, 0, 0, -self.length % self.size), value=blank)
         return rearrange(x, "b (n c) h d -> n b h c d", c=self.size)
 
     def chunks(self) -> list[Chunk]:

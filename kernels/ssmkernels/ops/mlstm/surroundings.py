@@ -110,15 +110,15 @@ def gradients(
         dstate = torch.cat([dC.mT, dn[..., None, :]], dim=2)
     found = of_recurrence(dy, dstate)
     del dy  # as large as an activation
-    begun = _begun(a)
-    final = -begun * (_inner(saved, "final_C", dC) + _inner(saved, "final_n", dn))
+    any_tokens = begun(a)
+    final = -any_tokens * (inner(saved.final_C, dC) + inner(saved.final_n, dn))
     if grads.final_m is not None:
         final = final + grads.final_m
     final = dm.new_zeros(saved.final_n.shape[:2]) + final
     di, df, dinitial = of_gates(found["decay"], found["weight"], dm, final)
     dC, dn = _of_initial(a, found["initial_state"])
     if a.initial_m is not None:
-        dinitial = dinitial + begun * (_inner(a, "initial_C", dC) + _inner(a, "initial_n", dn))
+        dinitial = dinitial + any_tokens * (inner(a.initial_C, dC) + inner(a.initial_n, dn))
     return {
         "q": found.pop("C").contiguous(),
         "k": found.pop("B").contiguous(),
@@ -141,19 +141,22 @@ def _of_division(a: Any, saved: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
     torch.mul(dy, (scale / below)[..., None], out=gradient[..., :-1])
     y = saved.exact if saved.exact.numel() else saved.y
     dbelow = -(dy * y).sum(-1) / below
-    share = torch.where(sums.abs() == floor, 0.5, (sums.abs() > floor).to(wide))  # as torch.maximum's
-    gradient[..., -1] = dbelow * share * sums.sign() * scale
+    gradient[..., -1] = dbelow * counted(sums, floor) * sums.sign() * scale
     return gradient, dbelow * EPSILON
 
 
-def _begun(a: Any) -> Tensor | float:
+def counted(sums: Tensor, floor: Tensor) -> Tensor:
+    """How much of the gradient of max(|sums|, floor) goes to |sums|: 1, 0, or a half where both are equal."""
+    return torch.where(sums.abs() == floor, 0.5, (sums.abs() > floor).to(sums.dtype))
+
+
+def begun(a: Any) -> Tensor | float:
     """1 for sequences that have tokens, ``(s, 1)``. Of others the final m is the initial one, without rounding."""
     return float(a.q.shape[1] > 0) if a.cu_seqlens is None else (a.cu_seqlens.diff() > 0).float()[:, None]
 
 
-def _inner(of: Any, name: str, gradient: Tensor | None) -> Tensor | float:
+def inner(state: Tensor | None, gradient: Tensor | None) -> Tensor | float:
     """The sum over a head's state of its gradient times itself, ``(s, h)``."""
-    state = getattr(of, name)
     return 0.0 if state is None or gradient is None else (state * gradient).flatten(2).sum(-1)
 
 

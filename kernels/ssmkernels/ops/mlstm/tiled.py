@@ -1,4 +1,4 @@
-"""xLSTM's matrix memory in chunks of matrix products, in PyTorch.
+"""xLSTM's matrix memory in chunks of matrix products, in PyTorch, forward and backward.
 
 Within a chunk of c tokens, with a = log σ(f), the state (C, n, m) that comes in, and the stabiliser of the recurrence::
 
@@ -6,73 +6,177 @@ Within a chunk of c tokens, with a = log σ(f), the state (C, n, m) that comes i
     e_t  = a_1 + … + a_t + m                                 how much of the state
     m_t  = max(e_t, max_j D_tj)
     P    = exp(D - m_t) ∘ scale Q Kᵀ,   Q̃ = scale exp(e - m_t) ∘ Q
-    Y    = (P V + Q̃ C) / (max(|P 1 + Q̃ n|, exp(-m_t)) + ε)
+    N    = P V + Q̃ C,   s = P 1 + Q̃ n,   b = max(|s|, exp(-m_t)) + ε,   Y = N / b
     C'   = exp(e_c - m_c) C + (F ∘ K)ᵀ V,   n' alike with 1 in the place of V,   F_j = exp(D_cj - m_c)
 
 m_t is what the recurrence has at token t, so that ε counts as much here as there. Sums of a are never differences of
 two longer sums.
+
+The backward pass goes through the chunks from the last to the first, with dC' and dn' the gradients of the state after
+one. N, s and exp(-m_t) all have the factor exp(-m_t), which cancels in Y but for ε. So m is a constant in all that
+follows, except for the gradient dm, which is what it gets by ε and as a part of the final state::
+
+    dN = dY / b,   db = -Σ dN ∘ Y,   dm = ε db,   ds = ± db where |s| counts in b, else 0
+    dP = tril(dN Vᵀ + ds 1ᵀ),   dV = Pᵀ dN + (F ∘ K) dC'
+    dQ = scale (dP ∘ exp(D - m_t)) K + scale exp(e - m_t) ∘ (dN Cᵀ + ds nᵀ)
+    dK = scale (dP ∘ exp(D - m_t))ᵀ Q + F ∘ (V dC'ᵀ + 1 dn')
+    dD = dP ∘ P
+    dC = exp(e_c - m_c) dC' + Q̃ᵀ dN,   dn alike with ds in the place of dN
+
+The gradient of a_t is the sum over all that decays at t: of pairs on both sides of it, of what later tokens take from
+the state, of what earlier ones leave in C' and n', and of the state itself. That of m_t goes to whichever of a_t +
+m_{t-1} and i_t it was. Only the states between chunks are kept, and these only during the backward pass.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from einops import rearrange
+import torch.nn.functional as F
 from torch import Tensor
 
-from ssmkernels.core.packing import pad
-from ssmkernels.core.validate import precision
-from ssmkernels.ops.mlstm.reference import denominator, log_sigmoid, scale_of
+from ssmkernels.ops.delta_rule.tiled import Layout, before, from_here
+from ssmkernels.ops.mlstm.reference import EPSILON, denominator, log_sigmoid, scale_of
+from ssmkernels.ops.mlstm.surroundings import begun, counted, inner
 from ssmkernels.ops.ssd.tiled import segment_sums
 
 CHUNK = 64  # tokens
 
-State = tuple[Tensor, Tensor, Tensor]
+
+class Chunk(NamedTuple):
+    """q, scaled, and k (b h c k), v (b h c v), i and a (b h c 1)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    i: Tensor
+    a: Tensor
 
 
-def compute(a: Any) -> tuple[Tensor, ...]:
-    wide = precision(a.q)
-    q, k, v, i, f = (t.to(wide) for t in (a.q, a.k, a.v, a.i, a.f))
-    q, decay = q * scale_of(a.scale, q), log_sigmoid(f)
+class State(NamedTuple):
+    """C (b h k v), n (b h k) and m (b h)."""
+
+    C: Tensor
+    n: Tensor
+    m: Tensor
+
+
+class Weighed:
+    """A chunk after a state: the letters of the module's docstring."""
+
+    def __init__(self, chunk: Chunk, state: State):
+        self.chunk, self.state = chunk, state
+        q, k, _, i, a = chunk
+        D = segment_sums(a[..., 0]) + i.mT  # (b h t j)
+        e = a.cumsum(-2) + state.m[..., None, None]  # (b h t 1)
+        self.m = torch.maximum(e, D.amax(-1, keepdim=True))
+        self.weights, self.carried = torch.exp(D - self.m), torch.exp(e - self.m)
+        self.P, self.from_state = self.weights * (q @ k.mT), self.carried * q
+        self.left = self.weights[..., -1, :, None]  # F_j (b h c 1)
+        self.whole = self.carried[..., -1, :]  # exp(e_c - m_c) (b h 1)
+
+    def output(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Y (b h c v), s and b (b h c 1)."""
+        sums = self.P.sum(-1, keepdim=True) + self.from_state @ self.state.n[..., None]
+        below = denominator(sums, self.m)
+        return (self.P @ self.chunk.v + self.from_state @ self.state.C) / below, sums, below
+
+    def after(self) -> State:
+        fed, (C, n, _) = self.left * self.chunk.k, self.state
+        C = self.whole[..., None] * C + fed.mT @ self.chunk.v
+        return State(C, self.whole * n + fed.sum(-2), self.m[..., -1, 0].contiguous())
+
+    def backward(self, dy: Tensor, after: State) -> tuple[Chunk, State]:
+        """The gradients of the chunk and of the state before it, from those of Y and of the state after it."""
+        (q, k, v, _, _), (C, n, _) = self.chunk, self.state
+        y, sums, below = self.output()
+        dN = dy / below
+        dbelow = -(dN * y).sum(-1, keepdim=True)
+        dsums = dbelow * counted(sums, torch.exp(-self.m)) * sums.sign()
+        dP = (dN @ v.mT + dsums).tril()
+        products = dP * self.weights
+        of_query = self.carried * (dN @ C.mT + dsums * n[..., None, :])
+        of_key = self.left * (v @ after.C.mT + after.n[..., None, :])
+        dD, of_state = dP * self.P, self.whole * ((C * after.C).sum((-2, -1)) + (n * after.n).sum(-1))[..., None]
+        kept = (k * of_key).sum(-1, keepdim=True)
+        da = from_here((q * of_query).sum(-1, keepdim=True)) + before(kept) + of_state[..., None] + _across(dD)
+        di = dD.sum(-2)[..., None] + kept
+        to_a, to_i, dm = self._of_stabilisers(EPSILON * dbelow, after.m)
+        gradients = Chunk(
+            products @ k + of_query,
+            products.mT @ q + of_key,
+            self.P.mT @ dN + (self.left * k) @ after.C,
+            di + to_i,
+            da + to_a,
+        )
+        dC = self.whole[..., None] * after.C + self.from_state.mT @ dN
+        return gradients, State(dC, self.whole * after.n + (self.from_state * dsums).sum(-2), dm)
+
+    def _of_stabilisers(self, dm: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What m's own gradients, dm (b h c 1) and that after the chunk (b h), give to a, i and the m before it."""
+        kept = self.chunk.a + torch.cat([self.state.m[..., None, None], self.m[..., :-1, :]], dim=-2)
+        share = torch.where(kept == self.chunk.i, 0.5, (kept > self.chunk.i).to(kept.dtype))
+        passed = torch.exp(segment_sums(torch.log(share[..., 0])))  # from m_t to m_j, (b h t j)
+        dm = passed.mT @ torch.cat([dm[..., :-1, :], dm[..., -1:, :] + last[..., None, None]], dim=-2)
+        return share * dm, (1 - share) * dm, (share * dm)[..., 0, 0]
+
+
+def _across(dD: Tensor) -> Tensor:
+    """Σ over pairs j < t ≤ t' of dD_t'j, (b h t 1), each sum over its own terms."""
+    sums = dD.tril(-1).cumsum(-1).flip(-2).cumsum(-2).flip(-2)
+    return F.pad(sums.diagonal(-1, -2, -1), (1, 0))[..., None]
+
+
+def forward(a: Any, _: bool) -> tuple[Tensor, ...]:
+    layout = Layout(a, CHUNK)
+    state, outputs = _initial(a), []
+    for chunk in _chunks(a, layout):
+        weighed = Weighed(chunk, state)
+        outputs.append(weighed.output()[0])
+        state = weighed.after()
+    return layout.joined(outputs, a.v).to(a.q.dtype), *state
+
+
+def backward(a: Any, _: Any, grads: Any) -> dict[str, Tensor | None]:
+    layout = Layout(a, CHUNK)
+    first, chunks, states = _initial(a), _chunks(a, layout), []
+    state = first
+    for chunk in chunks:
+        states.append(state)
+        state = Weighed(chunk, state).after()
+    given = (grads.final_C, grads.final_n, grads.final_m)
+    dC, dn, dm = (torch.zeros_like(x) if g is None else g for x, g in zip(state, given, strict=True))
+    any_tokens = begun(a)
+    gradient = State(dC, dn, dm - any_tokens * (inner(state.C, dC) + inner(state.n, dn)))
+    found = []
+    for chunk, state, dy in reversed(list(zip(chunks, states, layout.cut(grads.y), strict=True))):
+        parts, gradient = Weighed(chunk, state).backward(dy, gradient)
+        found.append(parts)
+    dq, dk, dv, di, da = [list(part) for part in zip(*reversed(found), strict=True)] or [[]] * 5
+    dC, dn, dm = gradient
+    dm = dm + any_tokens * (inner(first.C, dC) + inner(first.n, dn))
+    return {
+        "q": scale_of(a.scale, a.q) * layout.joined(dq, a.q),
+        "k": layout.joined(dk, a.k),
+        "v": layout.joined(dv, a.v),
+        "i": layout.joined(di, a.i[..., None])[..., 0],
+        "f": layout.joined(da, a.f[..., None])[..., 0] * torch.sigmoid(-a.f.to(dm.dtype)),
+        "initial_C": None if a.initial_C is None else dC,
+        "initial_n": None if a.initial_n is None else dn,
+        "initial_m": None if a.initial_m is None else dm,
+    }
+
+
+def _initial(a: Any) -> State:
     zeros = (torch.zeros_like(empty) for empty in a.declared.outputs(a)[1:])
     given = (a.initial_C, a.initial_n, a.initial_m)
-    C, n, m = (zero if start is None else start for start, zero in zip(given, zeros, strict=True))
-    if a.cu_seqlens is None:
-        y, state = chunked(q, k, v, i, decay, (C, n, m))
-        return y.to(a.q.dtype), *state
-    index, mask = pad(a.cu_seqlens)
-
-    def padded(t: Tensor, blank: float = 0.0) -> Tensor:
-        return torch.where(mask.view(*mask.shape, *[1] * (t.ndim - 2)), t[0, index], blank)
-
-    y, state = chunked(padded(q), padded(k), padded(v), padded(i, -torch.inf), padded(decay), (C, n, m))
-    return y[mask][None].to(a.q.dtype), *state
+    return State(*(zero if start is None else start.clone() for start, zero in zip(given, zeros, strict=True)))
 
 
-def chunked(q: Tensor, k: Tensor, v: Tensor, i: Tensor, a: Tensor, state: State) -> tuple[Tensor, State]:
-    """q, k (b l h k), v (b l h v), i, a (b l h) and the state before → Y (b l h v) and the state after.
-
-    Where i is -∞ and a is 0, the state stays as it is.
-    """
-    if not v.shape[1]:
-        return v, state
-    ys = []
-    for start in range(0, v.shape[1], CHUNK):
-        parts = [rearrange(t[:, start : start + CHUNK], "b c h ... -> b h c ...") for t in (q, k, v, i, a)]
-        y, state = _chunk(state, *parts)
-        ys.append(rearrange(y, "b h c v -> b c h v"))
-    return torch.cat(ys, dim=1), state
-
-
-def _chunk(state: State, q: Tensor, k: Tensor, v: Tensor, i: Tensor, a: Tensor) -> tuple[Tensor, State]:
-    C, n, m = state
-    D = segment_sums(a) + i[..., None, :]  # (b h t j)
-    e = a.cumsum(-1) + m[..., None]  # (b h t)
-    m_t = torch.maximum(e, D.amax(-1))
-    weights, carried = torch.exp(D - m_t[..., None]), torch.exp(e - m_t)[..., None]
-    P, from_state = weights * (q @ k.mT), carried * q
-    sums = P.sum(-1) + (from_state @ n[..., None])[..., 0]
-    y = (P @ v + from_state @ C) / denominator(sums, m_t)[..., None]
-    fed, left = weights[..., -1, :, None] * k, carried[..., -1, :]  # F ∘ K
-    return y, (left[..., None] * C + fed.mT @ v, left * n + fed.sum(-2), m_t[..., -1])
+def _chunks(a: Any, layout: Layout) -> list[Chunk]:
+    """Where there is no token, i is -∞ and a is 0: the state stays as it is."""
+    decay = log_sigmoid(a.f.to(layout.wide))
+    cuts = (layout.cut(a.q), layout.cut(a.k), layout.cut(a.v), layout.cut(a.i[..., None], -torch.inf))
+    parts = zip(*cuts, layout.cut(decay[..., None]), strict=True)
+    return [Chunk(scale_of(a.scale, a.q) * q, *rest) for q, *rest in parts]

@@ -6,6 +6,7 @@ of its layers; ``list_models()`` and ``list_mixers()`` say what there is.
 
 from ssmzoo.building import build
 from ssmzoo.config import ModelConfig, list_models
+from ssmzoo.linearizing import linearize
 from ssmzoo.mixer import Mixer
 from ssmzoo.model import ModelState, SequenceModel
 from ssmzoo.pretrained import save
@@ -25,6 +26,7 @@ __all__ = [
     "State",
     "build",
     "build_mixer",
+    "linearize",
     "list_mixers",
     "list_models",
     "register_mixer",

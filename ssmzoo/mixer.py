@@ -106,6 +106,21 @@ class Mixer(KeepsFloat32, KeepsTies):
         """FLOPs a token, forward, at ``context`` tokens, beyond two for each weight of its linear maps."""
         return 0.0
 
+    def matrix(self, x: Tensor) -> Tensor:
+        """The mixing as a matrix for each head, ``(b, h, l, l)``: what a token's output takes of each token's values.
+
+        For attention it is the softmax. For linear recurrences it is that of their dual form (arXiv 2405.21060, section
+        3): decays, and products of queries and keys. What comes before queries, keys and values, such as short
+        convolutions, and what comes after the heads is not in it.
+
+        Args:
+            x: ``(b, l, d_model)``, whole sequences.
+
+        Raises:
+            ValueError: by default, where a mixer does not give it.
+        """
+        raise ValueError(f"{type(self).__name__}: there is no `matrix` of this mixer")
+
     def matrices(self) -> list[Tensor]:
         """The matrices (out, in) that every token passes besides those of linear maps, for their time as a limit."""
         return []

@@ -24,6 +24,7 @@ LAYERS = (
     "checkpoints footprint",
     "parallel pretrained",
     "building swapping",
+    "linearizing",
     "ssmzoo",
     "integrations testing train",
     "bench proof",

@@ -29,22 +29,30 @@ def published_config(path: Path) -> ModelConfig:
     Raises:
         ValueError: it is damaged, or describes a model that is none of ours.
     """
-    given = _read(path)
+    return config_from(_read(path), str(path))
+
+
+def config_from(given: Mapping[str, Any], source: str) -> ModelConfig:
+    """Our config from what a published ``config.json`` holds; ``source`` is what errors call it.
+
+    Raises:
+        ValueError: as :func:`published_config`.
+    """
     kind = given.get("model_type")
     try:
         values = config_from_state_spaces(given) if kind is None else None
         if kind in list_families():
             values = used(family(kind).config(given))
     except KeyError as error:
-        raise ValueError(f"{path}: the key {error} is missing") from None
+        raise ValueError(f"{source}: the key {error} is missing") from None
     except (TypeError, ArithmeticError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path} holds values of the wrong kind ({type(error).__name__}: {line(error)})") from None
+        raise ValueError(f"{source} holds values of the wrong kind ({type(error).__name__}: {line(error)})") from None
     if values is None:
         raise ValueError(
-            f"{path} describes none of state-spaces' Mamba, Mamba-2 and Mamba-3 and {', '.join(list_families())}: "
+            f"{source} describes none of state-spaces' Mamba, Mamba-2 and Mamba-3 and {', '.join(list_families())}: "
             "other published architectures cannot be loaded"
         )
-    return ModelConfig.from_dict(values, str(path))
+    return ModelConfig.from_dict(values, source)
 
 
 def used(values: dict[str, Any]) -> dict[str, Any]:

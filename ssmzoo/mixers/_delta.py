@@ -17,6 +17,7 @@ from ssmzoo.linear import Linear
 from ssmzoo.mixer import Mixer
 from ssmzoo.mixers._convolution import convolve, depthwise
 from ssmzoo.mixers._one_call import in_one_call
+from ssmzoo.mixers._unit_values import matrix_of, unit_values
 from ssmzoo.norm import GatedRMSNorm, RMSNorm
 from ssmzoo.state import State
 
@@ -190,17 +191,29 @@ class DeltaMixer(Mixer):
         return 7 * self.steps * self.n_v_heads * self.head_k_dim * self.head_v_dim + taps
 
     def mix(self, x: Tensor, state: DeltaState | None, cu_seqlens: Tensor | None) -> tuple[Tensor, DeltaState | None]:
+        o, S, convs = self._read(x, None, state, cu_seqlens)
+        y = self.o_proj(self.finish(o, x).flatten(2))
+        return y, None if state is None else DeltaState(S, convs)
+
+    def matrix(self, x: Tensor) -> Tensor:
+        if self.steps > 1:
+            return super().matrix(x)
+        return matrix_of(self._read(x, unit_values(x, self.n_v_heads), None, None)[0])
+
+    def _read(
+        self, x: Tensor, values: Tensor | None, state: DeltaState | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Outputs of the heads (b l h v), from other values than x's own if they are given; and the state after."""
         (q, k, v), convs = self._projected(x, state, cu_seqlens)
         q, k = (self.activated(t.unflatten(-1, (-1, self.head_k_dim))) for t in (q, k))
-        v = v.unflatten(-1, (-1, self.head_v_dim))
+        v = v.unflatten(-1, (-1, self.head_v_dim)) if values is None else values
         beta = self._beta(x, v)
         S = None if state is None else state.S
         if self.steps > 1:
             o, S = self._in_steps(q, k, v, beta, self.log_decay(x), S, cu_seqlens)
         else:
             o, S = recall(q, k, v, beta, self.log_decay(x), S, cu_seqlens)
-        y = self.o_proj(self.finish(o, x).flatten(2))
-        return y, None if state is None else DeltaState(S, convs)
+        return o, S, convs
 
     def _projected(
         self, x: Tensor, state: DeltaState | None, cu_seqlens: Tensor | None

@@ -17,6 +17,7 @@ from ssmzoo.linear import Linear, prepare_map
 from ssmzoo.mixer import Mixer
 from ssmzoo.mixers._convolution import convolve_each, depthwise
 from ssmzoo.mixers._one_call import in_one_call
+from ssmzoo.mixers._unit_values import matrix_of, unit_values
 from ssmzoo.norm import GatedRMSNorm, RMSNorm
 from ssmzoo.state import State
 
@@ -179,6 +180,16 @@ class LinearAttention(Mixer):
     def mix(
         self, x: Tensor, state: LinearAttentionState | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, LinearAttentionState | None]:
+        y, after = self._read(x, None, state, cu_seqlens)
+        return self.o_proj(self._gated(y, x).flatten(2)), after
+
+    def matrix(self, x: Tensor) -> Tensor:
+        return matrix_of(self._read(x, unit_values(x, self.n_kv_heads), None, None)[0])
+
+    def _read(
+        self, x: Tensor, values: Tensor | None, state: LinearAttentionState | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, LinearAttentionState | None]:
+        """Outputs of the heads (b l h v) before norm and gate, from other values than x's own if they are given."""
         o = self.options
         projected = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
         after = None if state is None else dataclasses.replace(state)
@@ -193,6 +204,7 @@ class LinearAttention(Mixer):
         if o.feature_map is not None:
             q, k = ACTIVATIONS[o.feature_map](q), ACTIVATIONS[o.feature_map](k)
         q, k = (t.to(v.dtype) for t in self.placed(q, k, state, cu_seqlens))
+        v = v if values is None else values
         k, v, log_decay = self.spread(k), self.spread(v), self.log_decay(x)
         y, S = attend(q, k, v, log_decay, None if state is None else state.S, cu_seqlens)
         if after is not None:
@@ -200,7 +212,7 @@ class LinearAttention(Mixer):
             if after.lengths is not None:
                 new = x.shape[1] if cu_seqlens is None else whole_lengths(cu_seqlens).to(after.lengths.dtype)
                 after.lengths = after.lengths + new
-        return self.o_proj(self._gated(y, x).flatten(2)), after
+        return y, after
 
     def prepare_step(self, calls: Calls, x: Tensor, state: LinearAttentionState) -> Tensor | None:
         o, m = self.options, self._modules

@@ -18,6 +18,7 @@ from ssmzoo.mixers._alibi import alibi_slopes
 from ssmzoo.mixers._attention_options import check_hidden, heads, norms_of, rotary_dim
 from ssmzoo.mixers._convolution import convolve
 from ssmzoo.mixers._rope import rotary_angles, rotate, scaling_of
+from ssmzoo.mixers._unit_values import matrix_of, unit_values
 from ssmzoo.registry import register_mixer
 from ssmzoo.state import State
 
@@ -238,6 +239,10 @@ class Attention(Mixer):
         if isinstance(state, ConvolvedState) and conv is not None and cache is not None:
             state = ConvolvedState(conv, cache)
         return self.out_proj(out.flatten(2)), state
+
+    def matrix(self, x: Tensor) -> Tensor:
+        q, k, _, _ = self._project(x, positions(x, None, None), None, None)
+        return matrix_of(self.logits.attention(q, k, unit_values(k, self.n_kv_heads), None))
 
     def _project(
         self, x: Tensor, positions: Tensor, conv: Tensor | None, cu_seqlens: Tensor | None

@@ -39,6 +39,7 @@ from ssmzoo.mixer import Mixer
 from ssmzoo.mixers._convolution import convolve
 from ssmzoo.mixers._mamba2_weights import Direction, check_divides, checked_range, multipliers_of, new_weights
 from ssmzoo.mixers._one_call import in_one_call
+from ssmzoo.mixers._unit_values import matrix_of, unit_values
 from ssmzoo.norm import GatedRMSNorm
 from ssmzoo.registry import register_mixer
 from ssmzoo.state import State
@@ -177,8 +178,7 @@ class Mamba2(Mixer):
         one = state is not None and x.shape[1] == 1 and cu_seqlens is None
         if one and self._may_step(x):
             return self._whole_step(x, cast(Mamba2State, state)), state
-        projected = self.in_proj(x) if self.scale is None else self.scale(self.in_proj(x))
-        mlp_gate, mlp, z, xBC, dt = projected.split(self.splits, dim=-1)
+        mlp_gate, mlp, z, xBC, dt = self._projected(x)
         weights = Direction(self.conv1d, self.dt_bias, self.A_log, self.D)
         if self.bidirectional:
             y = self._both_ways(weights, xBC, dt, cu_seqlens)
@@ -215,6 +215,20 @@ class Mamba2(Mixer):
             cu_seqlens=cu_seqlens,
         )
         return rearrange(y, "b l h p -> b l (h p)"), Mamba2State(conv, ssm)
+
+    def matrix(self, x: Tensor) -> Tensor:
+        if self.bidirectional:
+            return super().matrix(x)
+        _, _, _, xBC, dt = self._projected(x)
+        _, B, C = self._split(convolve(self.conv1d, xBC, self.d_conv, "silu", None, None)[0])
+        dt_options: dict[str, Any] = {"dt_bias": self.dt_bias, "dt_softplus": True, "dt_limit": self.dt_limit}
+        unit = unit_values(B, self.n_heads)
+        return matrix_of(cast(Tensor, ssd(unit, dt.to(B.dtype), -torch.exp(self.A_log), B, C, **dt_options)))
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The MLP's gate and values, z, [x, B, C] and δ of the layer's input."""
+        projected = self.in_proj(x) if self.scale is None else self.scale(self.in_proj(x))
+        return tuple(projected.split(self.splits, dim=-1))
 
     def _split(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(… c) → x (… h p), B and C (… g n)."""

@@ -175,7 +175,7 @@ def test_a_model_of_transformers(kind):
             hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, vocab_size=30
         )
         theirs = transformers.LlamaForCausalLM(config)
-        embedding, query = theirs.model.embed_tokens.weight, theirs.model.layers[1].self_attn.q_proj.weight
+        embedding, query = theirs.model.embed_tokens.weight, theirs.model.layers[2].self_attn.q_proj.weight
     else:
         bridge = pytest.importorskip("ssmzoo.integrations.transformers")
         theirs = bridge.SsmzooForCausalLM(bridge.SsmzooConfig(CONFIG | {"n_layers": 3}))

@@ -4,6 +4,9 @@ Start with ``ssmzoo.build("mamba-hybrid", d_model=1024)`` for a model and ``ssmz
 of its layers; ``list_models()`` and ``list_mixers()`` say what there is.
 """
 
+import importlib
+from typing import Any
+
 from ssmzoo.building import build
 from ssmzoo.config import ModelConfig, list_models
 from ssmzoo.linearizing import linearize
@@ -26,6 +29,7 @@ __all__ = [
     "State",
     "build",
     "build_mixer",
+    "distill",
     "linearize",
     "list_mixers",
     "list_models",
@@ -34,3 +38,11 @@ __all__ = [
     "set_rate",
     "swap_mixers",
 ]
+
+_LATER = {"distill": "ssmzoo.train"}  # what is imported when it is asked for, as it needs more packages
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LATER[name]), name)

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from ssmzoo.commands import bench, convert, env, generate, info, train, verify
+from ssmzoo.commands import bench, convert, distill, env, generate, info, train, verify
 from ssmzoo.commands import list as list_
 from ssmzoo.screen import say
 
@@ -25,6 +25,7 @@ app = typer.Typer(
 app.command("list")(list_.command)
 app.command("info")(info.command)
 app.command("train")(train.command)
+app.command("distill")(distill.command)
 app.command("generate")(generate.command)
 app.command("convert")(convert.command)
 app.command("verify")(verify.command)

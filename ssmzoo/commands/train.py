@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ssmzoo.commands._settings import parse_settings, settings_option
-from ssmzoo.screen import say
+from ssmzoo.commands._stopping import stopping
 
 
 def command(
@@ -63,7 +60,7 @@ def command(
     keep_memory()
     fit_threads()
     changes, overrides = split_settings(parse_settings(settings or []))
-    try:
+    with stopping():
         if resume is not None:
             if out is not None:
                 raise ValueError("--resume continues in the folder of the run; leave out --out")
@@ -83,11 +80,3 @@ def command(
             training.train(model, sources, changes, out)
         else:
             training.train(load_config(model).override(overrides), sources, changes, out, name=run_name(model))
-    except training.Interrupted as interrupted:
-        try:
-            say(f"\n{interrupted}")
-        except OSError:  # nobody reads: the reader of a pipe or the terminal has gone
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            with contextlib.suppress(OSError):
-                say(interrupted, sys.stderr)
-        raise typer.Exit(130) from None

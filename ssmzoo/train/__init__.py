@@ -1,4 +1,4 @@
-"""Training language models and classifiers, on top of `accelerate`.
+"""Training language models and classifiers, and distilling transformers into hybrids, on top of `accelerate`.
 
 from ssmzoo.train import TrainConfig, train
 
@@ -6,8 +6,20 @@ result = train("mamba-hybrid-tiny", ["my-texts/"], TrainConfig(steps=500), out="
 """
 
 from ssmzoo.train.config import TrainConfig
+from ssmzoo.train.distill import DistillConfig, Distilled, distill, resume_distill
 from ssmzoo.train.interrupt import Interrupted
 from ssmzoo.train.masked import pseudo_perplexity
 from ssmzoo.train.run import Result, resume, train
 
-__all__ = ["Interrupted", "Result", "TrainConfig", "pseudo_perplexity", "resume", "train"]
+__all__ = [
+    "DistillConfig",
+    "Distilled",
+    "Interrupted",
+    "Result",
+    "TrainConfig",
+    "distill",
+    "pseudo_perplexity",
+    "resume",
+    "resume_distill",
+    "train",
+]

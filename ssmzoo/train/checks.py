@@ -47,6 +47,19 @@ def check_empty(run: Path) -> None:
         raise ValueError(f"{run} is not empty: continue its run with --resume {run}, or choose another --out")
 
 
+DISTILLATION = "distill.yaml"
+
+
+def check_alone(run: Path) -> None:
+    """A run is no stage of a distillation.
+
+    Raises:
+        ValueError: it is.
+    """
+    if (run.parent / DISTILLATION).is_file() and (run / "train.yaml").is_file():
+        raise ValueError(f"{run} is a stage of a distillation: continue it with `ssmzoo distill --resume {run.parent}`")
+
+
 def check_names(run: Path, data: list[str] | str | None) -> None:
     """The paths that a run writes down are text.
 

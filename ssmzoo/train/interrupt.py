@@ -17,8 +17,8 @@ class Interrupted(KeyboardInterrupt):
         step: the last step that was taken and saved.
     """
 
-    def __init__(self, folder: Path, step: int):
-        super().__init__(f"stopped and saved after step {step}; continue with: ssmzoo train --resume {folder}")
+    def __init__(self, folder: Path, step: int, command: str):
+        super().__init__(f"stopped and saved after step {step}; continue with: {command}")
         self.folder = folder
         self.step = step
 

@@ -82,8 +82,8 @@ class Log:
         if "loss" not in row:
             return ""
         rate = len(self._seconds_per_token) / sum(self._seconds_per_token)
-        bits = f"{row[self.columns[2]]:.3f} bits/{self._unit}"
-        return f"loss {row['loss']:.3f}   {bits}   {rate:,.0f} tokens/s"
+        bits = f"{row[self.columns[2]]:.3f} bits/{self._unit}   " if self.columns[2] in row else ""
+        return f"loss {row['loss']:.3f}   {bits}{rate:,.0f} tokens/s"
 
 
 def columns(unit: str, experts: bool = False) -> list[str]:

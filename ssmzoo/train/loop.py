@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -37,7 +37,14 @@ class Trainer:
 
     All that is random in a step follows from (seed, step, process), so a run that goes on from a checkpoint
     takes the very steps that it would have taken without the break.
+
+    A subclass may learn something else: it defines :meth:`learner`, :meth:`loss` and :meth:`validate`.
+
+    Attributes:
+        writes_text: whether a sample of what the model writes tells how well it learns.
     """
+
+    writes_text = True
 
     def __init__(
         self,
@@ -53,12 +60,21 @@ class Trainer:
         self.model = model.to(accelerator.device)
         self.balance = Balance(self.model)
         self.optimizer = build_optimizer(self.model, config)
-        self._wrapped, self._stepper = accelerator.prepare(self.model, self.optimizer)
+        self._wrapped, self._stepper = accelerator.prepare(self.learner(), self.optimizer)
         waits = accelerator.num_processes > 1 or accelerator.device.type != "cpu"
         self._report_every = REPORT if waits else 1
         self._pending: list[tuple[float, Tensor]] = []  # learning rate; loss, gradient norm and perhaps load (2 or 3)
         self._clock = time.perf_counter()
         self.on_sample: Callable[[], object] = lambda: None  # called in every process, each `sample_every` steps
+
+    @property
+    def command(self) -> str:
+        """How a run that stopped goes on."""
+        return f"ssmzoo train --resume {self.run}"
+
+    def learner(self) -> torch.nn.Module:
+        """What a step calls."""
+        return self.model
 
     def restore(self, found: checkpoint.Checkpoint) -> None:
         """Goes back to a checkpoint."""
@@ -117,7 +133,7 @@ class Trainer:
                 if saves or stop:
                     self._save(log)
                 if stop and self.step < steps:
-                    raise Interrupted(self.run, self.step)
+                    raise Interrupted(self.run, self.step, self.command)
                 self._clock = time.perf_counter()
         return validation
 
@@ -142,7 +158,7 @@ class Trainer:
             key = (config.seed, self.step, part)
             drawn = batch(self.data.train, config.batch_size, config.length, key)
             with self.accelerator.accumulate(self._wrapped):
-                loss = F.cross_entropy(*self._predict(self._wrapped, drawn))
+                loss = self.loss(self._wrapped, drawn)
                 self.accelerator.backward(self.balance.with_losses(loss))
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
@@ -153,6 +169,14 @@ class Trainer:
         if self.balance:
             values.append(self.balance.after_step(lambda counts: self.accelerator.reduce(counts, "sum")))
         self._pending.append((config.lr * factor, torch.stack(values)))
+
+    def loss(self, learner: torch.nn.Module, drawn: Any) -> Tensor:
+        """What a step makes smaller, of a batch, in nats."""
+        return F.cross_entropy(*self._predict(learner, drawn))
+
+    def bits(self, loss: float) -> Row:
+        """The column of a training loss in bits."""
+        return {f"bits_per_{self.data.unit}": self.data.bits(loss)}
 
     def _predict(self, model: torch.nn.Module, drawn: Tensor | Masked | Labelled) -> tuple[Tensor, Tensor]:
         """Logits (m c), and the m ids or labels that they should tell; ids come as (b l+1)."""
@@ -171,20 +195,26 @@ class Trainer:
             self.accelerator.num_processes,
             self.accelerator.process_index,
         )
-        scored = not isinstance(self.data, Data)
-        totals = torch.zeros(3, device=self.accelerator.device)  # nats, tokens or labels, right ones
+        totals = torch.zeros(4, device=self.accelerator.device)
         self.model.eval()
         batches = fixed_batches(self.data.validation, config.eval_batches, config.batch_size, config.length)
         for i, drawn in enumerate(batches):
             if i % processes == process:
-                logits, answers = self._predict(self.model, drawn)
-                totals[0] += F.cross_entropy(logits, answers, reduction="sum")
-                totals[1] += len(answers)
-                totals[2] += (logits.argmax(1) == answers).sum() if scored else 0
+                totals += self.validate(drawn)
         self.model.train()
-        nats, count, right = self.accelerator.reduce(totals, "sum").tolist()
-        row = {"validation_loss": nats / count, f"validation_bits_per_{self.data.unit}": self.data.bits(nats / count)}
-        return row | {"validation_accuracy": right / count} if scored else row
+        nats, count, right, distance = self.accelerator.reduce(totals, "sum").tolist()
+        return self.validated(nats / count, right / count, distance / count)
+
+    def validate(self, drawn: Any) -> Tensor:
+        """Of a batch: nats, tokens or labels, how many of them are right, and a distance for subclasses ``(4)``."""
+        logits, answers = self._predict(self.model, drawn)
+        nats, right = F.cross_entropy(logits, answers, reduction="sum"), (logits.argmax(1) == answers).sum()
+        return torch.stack([nats, nats.new_tensor(len(answers)), right.to(nats), torch.zeros_like(nats)])
+
+    def validated(self, nats: float, right: float, distance: float) -> Row:
+        """The log's columns, of means of what :meth:`validate` gives."""
+        row = {"validation_loss": nats, f"validation_bits_per_{self.data.unit}": self.data.bits(nats)}
+        return row if isinstance(self.data, Data) else row | {"validation_accuracy": right}
 
     def _collect(self, asked: bool) -> tuple[list[Row], bool]:
         """The rows of the steps since the last look, and whether any process was asked to stop."""
@@ -200,7 +230,7 @@ class Trainer:
             {
                 "step": self.step - len(rates) + 1 + i,
                 "loss": loss,
-                f"bits_per_{self.data.unit}": self.data.bits(loss),
+                **self.bits(loss),
                 "lr": rate,
                 "gradient_norm": norm,
                 "tokens_per_second": float(f"{tokens * len(rates) / seconds:.4g}"),
@@ -221,7 +251,7 @@ class Trainer:
             what, good = bad.replace("_", " "), checkpoint.checkpoints(self.run)[-1].name
             raise ValueError(
                 f"training diverged: the {what} is {row[bad]} at step {row['step']:.0f}; continue from {good} "
-                f"with --resume {self.run} and a smaller --set lr=..."
+                f"with {self.command} and a smaller --set lr=..."
             )
 
     def _write(self, log: Log | None, rows: list[Row]) -> None:
@@ -244,9 +274,7 @@ class Trainer:
             yield
         except OSError as error:
             saved = checkpoint.checkpoints(self.run)
-            way = (
-                f"continue from {saved[-1].name} with: ssmzoo train --resume {self.run}" if saved else "start it again"
-            )
+            way = f"continue from {saved[-1].name} with: {self.command}" if saved else "start it again"
             raise OSError(
                 error.errno,
                 f"{error.strerror or error}: the run {self.run} could not {what} at step {self.step}; once that is "

@@ -8,13 +8,11 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from ssmzoo.building import build
 from ssmzoo.config import ModelConfig, load_config, model_folder
@@ -25,31 +23,29 @@ from ssmzoo.screen import Screen
 from ssmzoo.train import checkpoint
 from ssmzoo.train.checkpoint import TOKENIZER
 from ssmzoo.train.checks import (
+    check_alone,
     check_empty,
     check_kind,
-    check_length,
     check_masking,
     check_names,
     check_packages,
-    check_size,
     check_trainable,
-    check_vocabulary,
 )
 from ssmzoo.train.config import TrainConfig
-from ssmzoo.train.data import Data, load_ids, load_text
-from ssmzoo.train.labelled import LabelledData, load_labelled
+from ssmzoo.train.data import Data
+from ssmzoo.train.labelled import LabelledData
 from ssmzoo.train.lock import locked
 from ssmzoo.train.log import Log
 from ssmzoo.train.loop import Trainer
-from ssmzoo.train.masked import MaskedData, masked_data, masking_of
+from ssmzoo.train.masked import MaskedData
 from ssmzoo.train.output import Output
 from ssmzoo.train.record import IDS, DataSource, Record, describe, read_record, write_record
 from ssmzoo.train.repair import clear, complete, repair
 from ssmzoo.train.sample import continued, filled
-from ssmzoo.train.vocabulary import Vocabulary, open_vocabulary
+from ssmzoo.train.setting_up import accelerator_of, load_data
+from ssmzoo.train.vocabulary import Vocabulary
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+Make = Callable[..., Trainer]  # takes what a Trainer does
 
 PROMPT, SAMPLE = 200, 300  # bytes of the sample at the end of a run
 
@@ -118,13 +114,27 @@ def train(
     model_config = start.config if isinstance(start, SequenceModel) else start
     if not isinstance(config, TrainConfig):
         config = TrainConfig.of(model_config.train, config or {})
+    return begin(start, data, config, out, name, quiet, Trainer)
+
+
+def begin(
+    start: SequenceModel | ModelConfig,
+    data: DataSource,
+    config: TrainConfig,
+    out: str | os.PathLike[str] | None,
+    name: str,
+    quiet: bool,
+    make: Make,
+) -> Result:
+    """A run from its first check to its sample; ``make`` gives its trainer."""
+    model_config = start.config if isinstance(start, SequenceModel) else start
     check_kind(model_config)
-    accelerator = _accelerator(config)
+    accelerator = accelerator_of(config)
     run = Path(out) if out is not None else _new_folder(name)
     check_names(run, describe(data))
     if accelerator.is_main_process:
         check_empty(run)
-    loaded, vocabulary = _load(data, model_config, config)
+    loaded, vocabulary = load_data(data, model_config, config)
     if isinstance(start, ModelConfig):
         torch.manual_seed(config.seed)
         start = build(start)
@@ -142,7 +152,7 @@ def train(
                 shutil.copyfile(config.tokenizer, run / TOKENIZER)
             with replacing(run / CONFIG) as path:
                 path.write_text(model_config.to_yaml())
-        trainer = Trainer(start, loaded, config, run, accelerator, name)
+        trainer = make(start, loaded, config, run, accelerator, name)
         return _finish(trainer, vocabulary, quiet)
 
 
@@ -160,16 +170,22 @@ def resume(folder: str | os.PathLike[str], data: DataSource = None, *, quiet: bo
             than before, and all that :func:`train` raises.
         Interrupted: as :func:`train`.
     """
-    check_packages("accelerate", "matplotlib")
     run = Path(folder)
+    check_alone(run)
+    return go_on(run, data, quiet, settings, Trainer)
+
+
+def go_on(run: Path, data: DataSource, quiet: bool, settings: dict[str, Any], make: Make) -> Result:
+    """A run from its newest checkpoint to its sample; ``make`` gives its trainer."""
+    check_packages("accelerate", "matplotlib")
     read_record(run)  # before a lock is made in a folder that holds no run
     # All processes of a run come here, and the first of them holds its lock.
     first = int(os.environ.get("RANK", "0")) == 0
     with locked(run) if first else contextlib.nullcontext():
-        return _resume(run, data, quiet, settings, first)
+        return _resume(run, data, quiet, settings, make, first)
 
 
-def _resume(run: Path, data: DataSource, quiet: bool, settings: dict[str, Any], first: bool) -> Result:
+def _resume(run: Path, data: DataSource, quiet: bool, settings: dict[str, Any], make: Make, first: bool) -> Result:
     record = read_record(run)
     config = TrainConfig.of(record.settings, settings)
     if (run / TOKENIZER).is_file() and "tokenizer" not in settings:
@@ -181,10 +197,10 @@ def _resume(run: Path, data: DataSource, quiet: bool, settings: dict[str, Any], 
         raise ValueError(f"{run} is complete with its {found.step} steps; for more add --set steps={2 * found.step}")
     if data is None and record.data == IDS:
         raise ValueError(f"{run} was trained on an array of ids: give the same as `data`")
-    loaded, vocabulary = _load(record.data if data is None else data, found.config, config)
+    loaded, vocabulary = load_data(record.data if data is None else data, found.config, config)
     if loaded.train.fingerprint() != record.fingerprint:
         raise ValueError(f"the data of {run} have changed since it started: give the same, or start a new run")
-    trainer = Trainer(build(found.config), loaded, config, run, _accelerator(config), record.model)
+    trainer = make(build(found.config), loaded, config, run, accelerator_of(config), record.model)
     trainer.restore(found)
     if trainer.accelerator.is_main_process:
         repair(run, found)
@@ -232,7 +248,7 @@ def _finish(trainer: Trainer, vocabulary: Vocabulary | None, quiet: bool) -> Res
         console.print(shown)
         return text
 
-    if vocabulary is not None and main:
+    if vocabulary is not None and main and trainer.writes_text:
         trainer.on_sample = show_sample
     with contextlib.ExitStack() as stack:
         # Mixed precision wraps the model's forward.
@@ -245,56 +261,9 @@ def _finish(trainer: Trainer, vocabulary: Vocabulary | None, quiet: bool) -> Res
             stack.enter_context(log)
         validation = trainer.fit(log, output)
     sample = None
-    if vocabulary is not None:
+    if vocabulary is not None and trainer.writes_text:
         sample = show_sample()
         then = "" if isinstance(data, MaskedData) else f' Try: ssmzoo generate {run} "def "'
         console.print(f"All of it is in {run}.{then}")
-    loss = validation["validation_loss"]
-    accuracy = validation.get("validation_accuracy")
-    return Result(trainer.model, run, trainer.step, loss, data.bits(loss), accuracy, sample)
-
-
-def _load(
-    data: DataSource, model_config: ModelConfig, config: TrainConfig
-) -> tuple[Data | MaskedData | LabelledData, Vocabulary | None]:
-    """The data, and the vocabulary where they are text; both checked against the model."""
-    size, masked = model_config.vocab_size or 0, config.learns_masked(model_config)
-    vocabulary = None
-    if model_config.output == "classes":
-        if isinstance(data, Tensor | np.ndarray):
-            raise ValueError(
-                "train: `data` of a classifier must be a .npz file with `inputs` and `labels`; got an array"
-            )
-        files = [data] if isinstance(data, str | os.PathLike) else data or []
-        return load_labelled(files, model_config, config.length, config.validation), None
-    check_length(model_config, config.length)
-    if isinstance(data, Tensor | np.ndarray):
-        loaded = load_ids(data, config.validation)
-    else:
-        vocabulary = open_vocabulary(config.tokenizer)
-        check_vocabulary(vocabulary, size, masked)
-        sources = [data] if isinstance(data, str | os.PathLike) else data
-        loaded = load_text(sources, vocabulary, config.validation)
-    check_size(loaded, config.length)
-    if isinstance(data, Tensor | np.ndarray) and data.max() >= size:
-        raise ValueError(f"train: `data` must hold ids below vocab_size={size}; got {int(data.max())}")
-    return masked_data(loaded, masking_of(config, vocabulary, size)) if masked else loaded, vocabulary
-
-
-def _accelerator(config: TrainConfig) -> Accelerator:
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedType
-
-    if AcceleratorState._shared_state.get("distributed_type") == DistributedType.NO:
-        # An earlier run in this process may have had another device or precision.
-        AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(
-        mixed_precision="no" if config.precision == "fp32" else config.precision,
-        gradient_accumulation_steps=config.accumulate,
-        cpu=config.cpu,
-    )
-    kind = accelerator.distributed_type
-    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise ValueError(f"train: accelerate's `distributed_type` must be NO, MULTI_CPU or MULTI_GPU; got {kind.value}")
-    return accelerator
+    loss, bits = validation["validation_loss"], validation[f"validation_bits_per_{data.unit}"]
+    return Result(trainer.model, run, trainer.step, loss, bits, validation.get("validation_accuracy"), sample)

@@ -182,27 +182,31 @@ def select_blocks(
     n_initial: int,
     n_local: int,
 ) -> Tensor:
-    """The blocks of :meth:`Nsa.selected`, for a few queries at a time."""
+    """The blocks of :meth:`Nsa.selected`, for a few queries at a time, and with the keys that these see."""
     b, l, h, d = q.shape
     wide, heads = precision(q), k_c.shape[2]
     place = torch.arange(length - l, length, device=q.device)
     end = torch.arange(k_c.shape[1], device=q.device) * stride + stretch - 1
-    block = torch.arange(-(-length // block_size), device=q.device)
-    keys = k_c.to(wide) * d**-0.5
+    keys = (k_c.to(wide) * d**-0.5).permute(0, 2, 3, 1)  # (b c d n)
     at_once = max(1, SCORES // max(1, b * h * k_c.shape[1]))
     found = []
     with torch.autocast(q.device.type, enabled=False):
         for start in range(0, l, at_once):
             some = slice(start, min(l, start + at_once))
-            own = place[some, None, None] // block_size  # (l 1 1)
-            grouped = q[:, some].to(wide).unflatten(2, (heads, -1))
-            logits = torch.einsum("blcgd,bncd->blcgn", grouped, keys)
-            logits = logits.masked_fill(end > place[some, None, None, None], -torch.inf)
-            weights = logits.softmax(-1).nan_to_num(0.0).sum(3)  # (b l c n); of a query that sees none, 0
+            first, last = length - l + some.start, length - l + some.stop - 1
+            by_all, by_some = (max(0, (p + 1 - stretch) // stride + 1) for p in (first, last))  # keys that are seen
+            grouped = q[:, some].to(wide).unflatten(2, (heads, -1)).transpose(1, 2)  # (b c l g d)
+            logits = (grouped.flatten(2, 3) @ keys[..., :by_some]).unflatten(2, grouped.shape[2:4])
+            hidden = end[by_all:by_some] > place[some, None, None]
+            logits[..., by_all:].masked_fill_(hidden, -torch.inf)
+            weights = logits.softmax(-1)
+            weights = (weights if by_all else weights.nan_to_num(0.0)).sum(3)  # (b c l n); of one that sees none, 0
+            block = torch.arange(last // block_size + 1, device=q.device)
+            own = place[some, None] // block_size
             scores = pooled(weights, len(block), stretch // stride, block_size // stride)
             forced = (block < n_initial) | (block > own - n_local)
             scores = scores.masked_fill(forced, torch.inf).masked_fill(block > own, -torch.inf)
-            found.append(best(scores, n_selected))
+            found.append(best(scores, n_selected).transpose(1, 2))
     return torch.cat(found, dim=1) if found else q.new_zeros(b, 0, heads, n_selected, dtype=torch.int32)
 
 

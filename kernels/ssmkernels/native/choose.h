@@ -18,13 +18,5 @@ SSMZOO_INLINE typename Lanes<S>::V larger(typename Lanes<S>::V a, typename Lanes
     return choose<S>(b > a, b, a);
 }
 
-// A mask of the first `count` lanes.
-template <class S>
-SSMZOO_INLINE typename Lanes<S>::I first_lanes(int64_t count) {
-    S numbers[Lanes<S>::count];
-    for (int i = 0; i < Lanes<S>::count; ++i) numbers[i] = S(i);
-    return load(numbers) < splat(S(count));
-}
-
 }  // namespace SSMZOO_ISA
 }  // namespace ssmzoo

@@ -103,7 +103,7 @@ def _lower(
         q_positions: Tensor | None, k_positions: Tensor | None, return_lse: bool
     """,
     lower=_lower,
-    implementations=("sdpa", "flash_attn", "triton", "tiled", "reference"),
+    implementations=("sdpa", "flash_attn", "triton", "cpu", "tiled", "reference"),
 )
 def attention(
     q: Tensor,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ssmkernels.core.validate import precision
 from ssmkernels.ops.attention import hidden
+from ssmkernels.ops.attention.native import SAVES, empty
 from ssmkernels.ops.selected_attention import checked_blocks
 from ssmkernels.ops.selected_attention._layout import (
     count,
@@ -31,15 +32,7 @@ from ssmkernels.ops.selected_attention._layout import (
     sums_of_queries,
 )
 
-SAVES = ("out", "exact", "logsums")
 FEW = 8  # queries up to which each gathers its own keys
-
-
-def empty(a: Any, save: bool) -> tuple[Tensor, ...]:
-    b, l, h, _ = a.q.shape
-    out, lse = a.declared.outputs(a)
-    half = save and out.dtype != lse.dtype
-    return out, lse, lse.new_empty(out.shape if half else (0,)), lse.new_empty((b, h, l) if save else (0,))
 
 
 def checked(a: Any) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ssmkernels.core.names import OPS
 from ssmkernels.core.triton_support import all_registers, kernels, missing, next_power_of_2, on_device_of, wrong_device
 from ssmkernels.core.written import gradient_wanted
+from ssmkernels.ops.attention.native import SAVES, empty
 from ssmkernels.ops.attention.triton_arguments import lacking
 from ssmkernels.ops.selected_attention import tiled
 from ssmkernels.ops.selected_attention._layout import (
@@ -30,7 +31,7 @@ __all__ = ["SAVES", "backward", "checked", "empty", "forward", "missing", "offli
 
 WIDEST_SINGLE = 64  # head dim in float32 for which the backward pass has the registers
 
-SAVES, empty, checked = tiled.SAVES, tiled.empty, tiled.checked
+checked = tiled.checked
 
 
 def unsupported(a: Any) -> str | None:

@@ -20,6 +20,7 @@ ROWS = {
     "mlstm": [{"l": 70, "h": 2}],
     "slstm": [{"l": 40, "h": 2}],
     "causal_conv1d": [{"l": 40}],
+    "attention": [{"l": 70, "causal": True}],
 }
 
 

@@ -81,6 +81,8 @@ cases_of = {
     "rms_norm": [dict(shape=(5, 37)), dict(shape=(3, 7, 12), before=False, group_size=3), dict(shape=(1, 1))],
     "diagonal_kernel": [dict(length=67, n=7), dict(length=257, complex=False), dict(discretization="dss")],
     "dplr_kernel": [dict(length=67, n=7, rank=2), dict(length=127, n=3, complex=False), dict(length=1, d=1, n=1)],
+    "attention": [dict(l=300, m=330, h=3, h_kv=1, k=5, v=9, window=(70, 3)), dict(h=1, h_kv=1, k=1, l=1)],
+    "selected_attention": [dict(l=70, k=9, v=5, n=3, block_size=16), dict(l=300, b=1, h=1, h_kv=1, g=1, k=1, n=3)],
     "decode_attention": [dict(s=3, h=6, h_kv=2, k=13, v=21), dict(s=1, h=1, h_kv=1, k=1, v=1)],
 }
 for dtype in (torch.float32, torch.bfloat16, torch.float64):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ssmkernels import attention, selected_attention
+from ssmkernels import attention, native, selected_attention
 from ssmkernels.masks import from_function
 
-IMPLEMENTATIONS = ("tiled", "reference")
+IMPLEMENTATIONS = ("tiled", "reference", *(["cpu"] if native.missing() is None else []))
 
 
 def arguments(l=21, m=None, h=4, h_kv=2, g=2, n=3, size=4, dtype=torch.float64):

@@ -65,7 +65,7 @@ def _fields(a: Any, g: int, products: int, **others: Any) -> tuple[dict[str, flo
     q, k, v = rows(a.q), rows(a.k), rows(a.v)
     (b, l, h, k_size), (m, h_kv, v_size) = q.shape, v.shape[1:]
     kept = {"q": q, "k": k, "v": v, **others}
-    fields = {name: t if isinstance(t, int) else address(t) for name, t in kept.items()}
+    fields: dict[str, float] = {name: t if isinstance(t, int) else address(t) for name, t in kept.items()}
     fields |= {"dtype": native.DTYPES[q.dtype], "batch": b, "l": l, "m": m, "h": h, "h_kv": h_kv, "g": g}
     fields |= {"k_size": k_size, "v_size": v_size, "scale": a.scale}
     fields["threads"] = native.threads(b * l * h * products * max(k_size, v_size))

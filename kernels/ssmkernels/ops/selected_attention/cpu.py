@@ -1,4 +1,4 @@
-"""Attention to selected blocks in the native CPU library: products of a block's keys with those who selected it."""
+"""Attention to selected blocks in the native CPU library: a block meets all who selected it (``cpu_lists.h``)."""
 
 from __future__ import annotations
 

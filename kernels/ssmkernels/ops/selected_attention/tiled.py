@@ -32,6 +32,8 @@ from ssmkernels.ops.selected_attention._layout import (
     sums_of_queries,
 )
 
+__all__ = ["SAVES", "backward", "checked", "empty", "forward"]
+
 FEW = 8  # queries up to which each gathers its own keys
 
 

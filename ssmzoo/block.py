@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ssmzoo.config import ModelConfig
 from ssmzoo.feed import FedState, Feed, SharedBlock
@@ -26,7 +31,15 @@ class LayerState(State):
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm2(x)); each sum may be of a normalised or multiplied part."""
+    """x + mixer(norm(x)), then x + mlp(norm2(x)); each sum may be of a normalised or multiplied part.
+
+    Attributes:
+        gradient_checkpointing: in training without a state, activations are not kept for the backward pass, which
+            computes them again. By the names that transformers has for it.
+    """
+
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable[..., Any] = staticmethod(partial(checkpoint, use_reentrant=False))
 
     def __init__(self, config: ModelConfig, layer: int, mixer: Mixer | None = None, shared: SharedBlock | None = None):
         """``mixer`` and ``shared``, the block that feeds the layer, are given where several layers share one.
@@ -83,6 +96,21 @@ class Block(nn.Module):
         ``embedded`` are the tokens' embeddings, which a layer that is fed by a shared block needs. ``values`` holds the
         first layer's values once there are some, for layers with a value residual.
         """
+        # A layer that puts its values into the list would find them there the second time.
+        begins = isinstance(self.mixer, ValueResidualMixer) and not values
+        if self.gradient_checkpointing and self.training and state is None and torch.is_grad_enabled() and not begins:
+            again = self._gradient_checkpointing_func
+            return cast("tuple[Tensor, None]", again(self._forward, x, state, cu_seqlens, embedded, values))
+        return self._forward(x, state, cu_seqlens, embedded, values)
+
+    def _forward(
+        self,
+        x: Tensor,
+        state: State | None,
+        cu_seqlens: Tensor | None,
+        embedded: Tensor | None,
+        values: list[Tensor] | None,
+    ) -> tuple[Tensor, State | None]:
         if self.feed is None:
             return self._added(x, x, state, cu_seqlens, values)
         assert embedded is not None

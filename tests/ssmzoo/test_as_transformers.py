@@ -188,6 +188,31 @@ def test_what_is_refused():
         bridge.SsmzooConfig({"d_modl": 3})
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["hybrid", "shared", "experts", "residual"])
+def test_gradient_checkpointing(name, reentrant):
+    """The same gradients, dropout included, with every layer computed twice."""
+    changes = {"pattern": ["rwkv7"], "mixers": {"rwkv7": {"head_dim": 8}}} if name == "residual" else {}
+    kept, again = (made("hybrid" if changes else name, dropout=0.2, **changes).train() for _ in range(2))
+    again.activation_checkpointing_enable({"use_reentrant": reentrant})
+    calls = []
+    for block in again.model.layers:
+        block.norm.register_forward_hook(lambda *_: calls.append(1))
+    for model in (kept, again):
+        torch.manual_seed(1)
+        model(IDS, labels=IDS).loss.backward()
+    assert len(calls) == 8 - (
+        name == "residual"
+    )  # the first layer, whose values the others take, is not computed again
+    for (place, parameter), other in zip(kept.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(parameter.grad, other.grad), place
+    again.activation_checkpointing_disable()
+    calls.clear()
+    again(IDS, labels=IDS).loss.backward()
+    again.eval()(IDS)
+    assert len(calls) == 8
+
+
 def tokenizer(folder):
     """A letter a token, made here."""
     from tokenizers import Tokenizer, models, pre_tokenizers

@@ -27,7 +27,7 @@ class SsmzooPreTrainedModel(PreTrainedModel):
     config_class = SsmzooConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012
 
     def __init__(self, config: SsmzooConfig, zoo: ModelConfig):

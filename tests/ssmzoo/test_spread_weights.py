@@ -25,6 +25,14 @@ def test_sharded_over_two_processes(on_two_processes):
     on_two_processes(PROGRAM)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch was built without torch.distributed")
+def test_wrapped_by_accelerate(on_two_processes):
+    pytest.importorskip("transformers", reason="needs transformers")
+    pytest.importorskip("accelerate", reason="needs accelerate")
+    on_two_processes(Path(__file__).with_name("wrapped_by_accelerate.py"))
+
+
 def offloaded(model, tmp_path):
     """All weights in the CPU's memory while another device would compute; here it is the CPU again."""
     return accelerate().cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)

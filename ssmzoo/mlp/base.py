@@ -26,6 +26,20 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def name_of(f: Callable[[Tensor], Tensor]) -> str | None:
+    """The name of an activation, or of a copy of one; None for another function."""
+    for name, known in ACTIVATIONS.items():
+        if f is known:
+            return name
+        if (
+            isinstance(f, partial)
+            and isinstance(known, partial)
+            and (f.func, f.keywords) == (known.func, known.keywords)
+        ):
+            return name
+    return None
+
+
 class ChannelMixer(KeepsFloat32):
     """Mixes the channels of each token: ``(b, l, d_model) → (b, l, d_model)``. It sees one token alone.
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ssmkernels.native.calls import Calls
 from ssmzoo.linear import Linear, prepare_map
-from ssmzoo.mlp.base import ACTIVATIONS, ChannelMixer, check_at_least_one
+from ssmzoo.mlp.base import ACTIVATIONS, ChannelMixer, check_at_least_one, name_of
 
 
 class GatedMLP(ChannelMixer):
@@ -51,10 +51,11 @@ class GatedMLP(ChannelMixer):
         return y if self.out_multiplier == 1 else y * self.out_multiplier
 
     def prepare_step(self, calls: Calls, x: Tensor) -> Tensor | None:
-        if not self.gate_multiplier == self.out_multiplier == 1:
+        activation = name_of(self.f)
+        if activation is None or not self.gate_multiplier == self.out_multiplier == 1:
             return None
         a, b = prepare_map(calls, self.fc1, x).chunk(2, dim=-1)
-        return prepare_map(calls, self.fc2, calls.activated(a, self.activation, factor=b))
+        return prepare_map(calls, self.fc2, calls.activated(a, activation, factor=b))
 
 
 class SwiGLU(GatedMLP):
@@ -95,8 +96,11 @@ class PlainMLP(ChannelMixer):
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.f(self.fc1(x)))
 
-    def prepare_step(self, calls: Calls, x: Tensor) -> Tensor:
-        return prepare_map(calls, self.fc2, calls.activated(prepare_map(calls, self.fc1, x), self.activation))
+    def prepare_step(self, calls: Calls, x: Tensor) -> Tensor | None:
+        activation = name_of(self.f)
+        if activation is None:
+            return None
+        return prepare_map(calls, self.fc2, calls.activated(prepare_map(calls, self.fc1, x), activation))
 
 
 class GELU(PlainMLP):

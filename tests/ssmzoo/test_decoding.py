@@ -83,7 +83,7 @@ def same(found, expected, tolerance=0.0):
     return all((a - b).abs().max() <= tolerance * b.abs().max() for a, b in pairs if b.numel())
 
 
-def decoded(model, state, count=3):
+def decoded(model, state, count=3, tolerance=0.0):
     """Some tokens' logits, each against those of the layers; also the state after them."""
     found = []
     for t in range(count):
@@ -91,7 +91,7 @@ def decoded(model, state, count=3):
         expected = by_layers(model, ids, state.clone())
         with torch.no_grad():
             logits, state = model(ids, state)
-        assert same((logits, state), expected)
+        assert same((logits, state), expected, tolerance)
         found.append(logits)
     return found, state
 
@@ -202,6 +202,62 @@ def test_changes_between_two_tokens_take_effect(change, programs):
     change(model, state)
     after = decoded(model, state)[0]
     assert not torch.equal(before[0], after[0])
+
+
+def another_activation(model, state):
+    model.layers[0].mlp.f = torch.relu
+
+
+def a_hook_on_a_map(model, state):
+    model.layers[2].mlp.fc2.register_forward_hook(lambda module, args, y: 2 * y)
+
+
+def a_multiplier_of_an_mlp(model, state):
+    model.layers[1].mlp.gate_multiplier = 3.0
+
+
+def options_in_place(model, state):
+    model.layers[0].mixer.options.feature_map = "relu"
+
+
+def a_map_of_another_kind(model, state):
+    model.layers[0].mlp.fc1 = torch.nn.Sequential(model.layers[0].mlp.fc1, torch.nn.Tanh())
+
+
+def a_map_with_calls_of_its_own(model, state):
+    class Tripled(torch.nn.Linear):
+        def forward(self, x):
+            return 3 * super().forward(x)
+
+        def prepare_step(self, calls, x):
+            return calls.activated(calls.linear(x, self.weight), "identity", scale=3.0)
+
+    mlp = model.layers[0].mlp
+    weight, mlp.fc1 = mlp.fc1.weight, Tripled(16, mlp.fc1.out_features, bias=False)
+    mlp.fc1.weight = weight
+
+
+@pytest.mark.parametrize(
+    ("change", "still"),
+    [
+        (another_activation, False),
+        (a_hook_on_a_map, False),
+        (a_multiplier_of_an_mlp, False),
+        (options_in_place, True),
+        (a_map_of_another_kind, False),
+        (a_map_with_calls_of_its_own, True),
+    ],
+    ids=lambda f: getattr(f, "__name__", ""),
+)
+def test_changes_of_layers_of_several_calls_take_effect(change, still, programs):
+    """``still``: whether the changed model's tokens are native calls again."""
+    model, close = build("gla"), 1e-5
+    state = decoded(model, model.initial_state(1), 3, close)[1]
+    before, count = decoded(copy.deepcopy(model), state.clone(), 1, close)[0], len(programs)
+    change(model, state)
+    after = decoded(model, state, 4, close)[0]
+    assert (before[0] - after[0]).abs().max() > 1e-4
+    assert (len(programs) > count) == still
 
 
 @pytest.mark.parametrize("kind", ["mamba", "mamba2"])

@@ -13,6 +13,7 @@ hook or a state has changed, or an interpreter of PyTorch wants to see the calls
 from __future__ import annotations
 
 import threading
+import types
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -30,6 +31,7 @@ from ssmzoo.norm import RMSNorm
 from ssmzoo.state import State
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_METHODS = (types.FunctionType, property, classmethod, staticmethod)
 
 
 class Decoder:
@@ -157,10 +159,10 @@ def _may_be_calls(block: Block, x: Tensor) -> bool:
         return False
     parts = block._modules
     mixer, mlp, norms = parts.get("mixer"), parts.get("mlp"), [parts.get("norm")]
-    if not isinstance(mixer, Mixer) or type(mixer).prepare_step is Mixer.prepare_step:  # or a wrapper around one
+    if not isinstance(mixer, Mixer) or not _prepares(type(mixer)):  # or a wrapper around one
         return False
     if mlp is not None:
-        if not isinstance(mlp, ChannelMixer) or type(mlp).prepare_step is ChannelMixer.prepare_step:
+        if not isinstance(mlp, ChannelMixer) or not _prepares(type(mlp)):
             return False
         norms.append(parts.get("norm2"))
     return (
@@ -170,6 +172,16 @@ def _may_be_calls(block: Block, x: Tensor) -> bool:
         and not block.norms_stream
         and not (block.training and block.dropout.p)
     )
+
+
+def _prepares(kind: type) -> bool:
+    """Whether ``prepare_step`` was written for this class: none derived from the one that defines it has a method."""
+    for each in kind.__mro__:
+        if "prepare_step" in vars(each):
+            return each not in (Mixer, ChannelMixer)
+        if any(isinstance(value, _METHODS) and not name.startswith("__") for name, value in vars(each).items()):
+            return False
+    return False
 
 
 def _is_told_by_facts(module: nn.Module) -> bool:

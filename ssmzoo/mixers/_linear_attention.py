@@ -214,15 +214,15 @@ class LinearAttention(Mixer):
                 after.lengths = after.lengths + new
         return y, after
 
-    def prepare_step(self, calls: Calls, x: Tensor, state: LinearAttentionState) -> Tensor | None:
+    def prepare_recall(
+        self, calls: Calls, x: Tensor, state: LinearAttentionState, log_decay: Callable[[], Tensor]
+    ) -> Tensor | None:
+        """What a subclass's ``prepare_step`` does, given what adds the calls of its :meth:`log_decay`."""
         o, m = self.options, self._modules
         norm, convs = m.get("g_norm_swish_gate"), [m[f"{name}_conv1d"] for name in "qkv" if o.use_short_conv]
         if norm is None or self.n_kv_heads != self.n_heads or state.lengths is not None:
             return None
         if not in_one_call(x, *convs, norm=norm):
-            return None
-        log_decay = self.prepare_log_decay(calls, x)
-        if log_decay is None:
             return None
         q, k, v, gate = (prepare_map(calls, m[f"{name}_proj"], x) for name in "qkvg")
         if o.use_short_conv:
@@ -239,16 +239,12 @@ class LinearAttention(Mixer):
             q.unflatten(-1, keys),
             k.unflatten(-1, keys),
             v.unflatten(-1, values),
-            log_decay,
+            log_decay(),
         )
         gated = calls.op(
             rms_norm, y, norm.weight, eps=norm.eps, gate=gate.view_as(y), norm_before_gate=norm.norm_before_gate
         )
         return prepare_map(calls, m["o_proj"], gated.flatten(1))
-
-    def prepare_log_decay(self, calls: Calls, x: Tensor) -> Tensor | None:
-        """Adds the calls of :meth:`log_decay` for one token x ``(b, d_model)``; None where it is more than those."""
-        return None
 
     def spread(self, t: Tensor) -> Tensor:
         """(b l n_kv_heads …) → (b l n_heads …): what several heads share."""

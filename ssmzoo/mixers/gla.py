@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ssmkernels.core.validate import precision
 from ssmkernels.native.calls import Calls
 from ssmzoo.linear import Linear, prepare_map
-from ssmzoo.mixers._linear_attention import LinearAttention, LinearAttentionOptions, xavier
+from ssmzoo.mixers._linear_attention import LinearAttention, LinearAttentionOptions, LinearAttentionState, xavier
 from ssmzoo.registry import register_mixer
 
 
@@ -70,12 +70,17 @@ class GLA(LinearAttention):
         log = F.logsigmoid(logits.to(precision(logits))) / self.normalizer
         return self.spread(log if self.clamp_min is None else log.clamp(min=self.clamp_min))
 
-    def prepare_log_decay(self, calls: Calls, x: Tensor) -> Tensor | None:
-        if type(self.gk_proj) is not nn.Sequential:
+    def prepare_step(self, calls: Calls, x: Tensor, state: LinearAttentionState) -> Tensor | None:
+        maps = self.gk_proj
+        if type(maps) is not nn.Sequential:
             return None
-        logits = x
-        for each in self.gk_proj:
-            logits = prepare_map(calls, each, logits)
-        least = -math.inf if self.clamp_min is None else self.clamp_min * self.normalizer
-        log = calls.activated(logits, "log_sigmoid", least=least, scale=1 / self.normalizer)
-        return log.unflatten(-1, (self.n_heads, self.k_dim))
+
+        def log_decay() -> Tensor:
+            logits = x
+            for each in maps:
+                logits = prepare_map(calls, each, logits)
+            least = -math.inf if self.clamp_min is None else self.clamp_min * self.normalizer
+            log = calls.activated(logits, "log_sigmoid", least=least, scale=1 / self.normalizer)
+            return log.unflatten(-1, (self.n_heads, self.k_dim))
+
+        return self.prepare_recall(calls, x, state, log_decay)

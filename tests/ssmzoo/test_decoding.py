@@ -13,6 +13,7 @@ import ssmkernels
 import ssmzoo
 from ssmkernels import native
 from ssmkernels.native.prepared import Program, prepare
+from ssmzoo.mixers.gla import GLA
 from ssmzoo.norm import RMSNorm
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason="needs the native CPU library")
@@ -28,7 +29,7 @@ MODELS = {
 }
 
 MAMBA3 = {"d_state": 4, "headdim": 8}
-GLA = {"n_heads": 2, "gate_low_rank_dim": 3}
+GLA_OPTIONS = {"n_heads": 2, "gate_low_rank_dim": 3}
 # Models in which native kernels take the place of PyTorch's
 ROUNDED = {
     "gated_deltanet_mlp": MODELS["gated_deltanet"] | {"mlp": {"kind": "swiglu", "bias": True}},
@@ -40,14 +41,14 @@ ROUNDED = {
         "mixers": {"mamba3": MAMBA3 | {"is_outproj_norm": True, "A_activation": "heavy_tail", "A_floor": 0.9}},
         "mlp": {"kind": "reglu"},
     },
-    "gla": {"pattern": ["gla"], "mixers": {"gla": GLA}, "mlp": {"kind": "swiglu"}},
+    "gla": {"pattern": ["gla"], "mixers": {"gla": GLA_OPTIONS}, "mlp": {"kind": "swiglu"}},
     "gla_conv": {
         "pattern": ["gla"],
-        "mixers": {"gla": GLA | {"use_short_conv": True, "feature_map": "silu", "clamp_min": -0.04}},
+        "mixers": {"gla": GLA_OPTIONS | {"use_short_conv": True, "feature_map": "silu", "clamp_min": -0.04}},
     },
     "hybrid": {
         "pattern": ["mamba3", "gla", "mamba2"],
-        "mixers": {"mamba3": MAMBA3, "gla": GLA, "mamba2": MAMBA2},
+        "mixers": {"mamba3": MAMBA3, "gla": GLA_OPTIONS, "mamba2": MAMBA2},
         "mlp_pattern": ["swiglu", "none"],
         "mlps": {"swiglu": {"kind": "swiglu"}, "none": {"kind": "none"}},
     },
@@ -220,6 +221,14 @@ def options_in_place(model, state):
     model.layers[0].mixer.options.feature_map = "relu"
 
 
+def a_method_of_a_subclass(model, state):
+    class Faster(GLA):
+        def log_decay(self, x):
+            return 2 * super().log_decay(x)
+
+    model.layers[0].mixer.__class__ = Faster
+
+
 def a_map_of_another_kind(model, state):
     model.layers[0].mlp.fc1 = torch.nn.Sequential(model.layers[0].mlp.fc1, torch.nn.Tanh())
 
@@ -244,6 +253,7 @@ def a_map_with_calls_of_its_own(model, state):
         (a_hook_on_a_map, False),
         (a_multiplier_of_an_mlp, False),
         (options_in_place, True),
+        (a_method_of_a_subclass, False),
         (a_map_of_another_kind, False),
         (a_map_with_calls_of_its_own, True),
     ],
@@ -317,7 +327,7 @@ def test_layers_with_more_in_them_are_called(programs):
     for kind in ("mamba", "mamba3", "gla"):
         model = build(kind).bfloat16()
         decoded(model, model.initial_state(1))
-    for kind, options in (("mamba3", MAMBA3 | {"is_mimo": True}), ("gla", GLA | {"n_kv_heads": 1})):
+    for kind, options in (("mamba3", MAMBA3 | {"is_mimo": True}), ("gla", GLA_OPTIONS | {"n_kv_heads": 1})):
         model = build(kind, mixers={kind: options})
         decoded(model, model.initial_state(1))
     model = build()

@@ -7,6 +7,7 @@ differs.
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from datetime import timedelta
@@ -17,6 +18,7 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 
 import ssmzoo.integrations.transformers as bridge
 
@@ -67,8 +69,14 @@ def main(rank: int, size: int, file: str) -> None:
     dist.init_process_group(
         "gloo", store=dist.FileStore(file, size), rank=rank, world_size=size, timeout=timedelta(seconds=120)
     )
+    # What accelerate goes by; the processes know each other already.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    copies = Accelerator(cpu=True).prepare(*made())
+    if type(copies[0]) is not DistributedDataParallel:
+        print("accelerate makes", type(copies[0]).__name__, flush=True)
     found = {
-        "DDP": trained(*Accelerator(cpu=True).prepare(*made()), IDS[rank : rank + 1]),
+        "DDP": trained(*copies, IDS[rank : rank + 1]),
         "FSDP": sharded(init_device_mesh("cpu", (size,))),
     }
     for name, logits in found.items():

@@ -127,6 +127,7 @@ class SequenceModel(KeepsTies):
         cu_seqlens: Tensor | None = None,
         last_only: bool = False,
         token_types: Tensor | None = None,
+        hidden: bool = False,
     ) -> Tensor | tuple[Tensor, ModelState]:
         """Runs whole sequences, or, with a state, the next tokens.
 
@@ -140,6 +141,7 @@ class SequenceModel(KeepsTies):
                 without the cost of a vocabulary of logits at every other. Every sequence must have a token.
             token_types: for a model with ``token_types`` in its config, the type of each token, ``(b, l)`` int64 or
                 int32; all 0 if None.
+            hidden: what the head is given, ``(…, d_model)``, in the place of its outputs.
 
         Returns:
             Token logits ``(b, l, padded vocab_size)``, features ``(b, l, d_output)``, or class logits ``(s,
@@ -156,7 +158,7 @@ class SequenceModel(KeepsTies):
             cu_seqlens = F.pad(mask.sum(1).cumsum(0), (1, 0)).int()
             inputs, token_types = inputs[mask][None], None if token_types is None else token_types[mask][None]
         x, positions = self._embed(inputs, token_types, state, cu_seqlens)
-        out, state = self._run(x, state, cu_seqlens, last_only)
+        out, state = self._run(x, state, cu_seqlens, last_only, hidden)
         if state is not None:
             state.positions = positions
         if padded and mask is not None and self.config.output != "classes" and not last_only:
@@ -184,9 +186,9 @@ class SequenceModel(KeepsTies):
         return self.embedding_dropout(x) if self.training else x, positions
 
     def _run(
-        self, x: Tensor, state: ModelState | None, cu_seqlens: Tensor | None, last_only: bool
+        self, x: Tensor, state: ModelState | None, cu_seqlens: Tensor | None, last_only: bool, hidden: bool
     ) -> tuple[Tensor, ModelState | None]:
-        """From before the first layer to the outputs."""
+        """From before the first layer to the outputs, or to what the head is given."""
         states: list[State] = []
         embedded = x if self.config.feeds else None
         values: list[Tensor] = []  # the first layer's, for value residuals
@@ -209,7 +211,7 @@ class SequenceModel(KeepsTies):
             x = last(x, cu_seqlens)[:, None]
         if self.head_transform is not None:
             x = self.head_transform(x)
-        return self._logits(self.lm_head(x)), after
+        return x if hidden else self._logits(self.lm_head(x)), after
 
     def _logits(self, x: Tensor) -> Tensor:
         """The head's outputs, multiplied and capped as the config says."""

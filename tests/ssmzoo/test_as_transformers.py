@@ -188,6 +188,46 @@ def test_what_is_refused():
         bridge.SsmzooConfig({"d_modl": 3})
 
 
+@torch.no_grad()
+def test_the_model_without_its_head():
+    """As trainers call it that compute logits in pieces; with what the config says of them."""
+    model = made(pad_vocab_size_multiple=1, logit_multiplier=0.5, logit_softcap=3.0)
+    positions = torch.cat([torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]), torch.arange(8)[None]])
+    for given in ({}, {"attention_mask": MASK}, {"position_ids": positions}):
+        hidden = model.base_model(input_ids=IDS, use_cache=False, **given).last_hidden_state
+        logits = model.get_output_embeddings()(hidden) * model.config.logit_scale
+        cap, kept = model.config.final_logit_softcapping, given.get("attention_mask", torch.ones_like(IDS)).bool()
+        expected = model(IDS, use_cache=False, **given).logits
+        torch.testing.assert_close((cap * torch.tanh(logits / cap))[kept], expected[kept])
+    assert model.base_model.embedding is model.model.embedding
+    with pytest.raises(ValueError, match="`vocab_size` must be a multiple of `pad_vocab_size_multiple`, 8"):
+        made().base_model(input_ids=IDS)
+
+
+def test_packing_in_trl(tmp_path):
+    trl = pytest.importorskip("trl", reason="needs trl")
+    datasets = pytest.importorskip("datasets", reason="needs datasets")
+    texts = ["the cat sat", "a dog", "on the mat and the log", "hello world"]
+    model = made(pad_vocab_size_multiple=1)
+    rows, settings = [], {"packing": True, "max_length": 64, "per_device_train_batch_size": 1, "max_steps": 1}
+    settings |= {"use_cpu": True, "bf16": False, "report_to": [], "disable_tqdm": True, "logging_steps": 1}
+    trainer = trl.SFTTrainer(
+        model,
+        trl.SFTConfig(str(tmp_path / "run"), save_strategy="no", **settings),
+        train_dataset=datasets.Dataset.from_dict({"text": texts}),
+        processing_class=tokenizer(tmp_path / "words"),
+    )
+    model.register_forward_pre_hook(lambda _, args, given: rows.append(given), with_kwargs=True)
+    before = made(pad_vocab_size_multiple=1).train()
+    trainer.train()
+    ids, borders = rows[0]["input_ids"], rows[0]["cu_seq_lens_q"].tolist()
+    assert len(borders) == 5
+    parts = [ids[:, a:b] for a, b in zip(borders[:-1], borders[1:], strict=True)]
+    losses = [before(part, labels=part).loss.item() * (part.numel() - 1) for part in parts]
+    expected = sum(losses) / sum(part.numel() - 1 for part in parts)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-3)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", ["hybrid", "shared", "experts", "residual"])
 def test_gradient_checkpointing(name, reentrant):

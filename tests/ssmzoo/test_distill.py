@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,10 +18,12 @@ from ssmzoo.train import run as run_module
 from ssmzoo.train.alignment import Alignment
 from ssmzoo.train.distill import DistillConfig
 from ssmzoo.train.log import read
+from ssmzoo.yaml_text import read_mapping
 
 pytest.importorskip("accelerate", reason="needs accelerate")
 pytest.importorskip("matplotlib", reason="needs matplotlib")
 
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 CONFIG = ssmzoo.ModelConfig.from_dict(
     {
         "d_model": 16,
@@ -195,6 +198,12 @@ def test_folders_and_processes(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="distill: must run in one process; got WORLD_SIZE=2"):
         distill({"teacher": "x"}, None, tmp_path / "new")
+
+
+def test_the_example():
+    config = DistillConfig.of(read_mapping(EXAMPLES / "distill.yaml"))
+    assert config.wanted == ["matrix", "hidden", "logits"]
+    assert config.pattern == ("layers.1", "layers.3")
 
 
 def test_settings_of_a_stage_come_after_those_of_all():

@@ -32,6 +32,9 @@ class SsmzooConfig(PreTrainedConfig):
         self.vocab_size = zoo.vocab_size
         self.hidden_size = zoo.d_model
         self.num_hidden_layers = zoo.n_layers
+        # What is done to logits, by the names that trainers look for which compute them on their own.
+        self.logit_scale = zoo.logit_multiplier
+        self.final_logit_softcapping = zoo.logit_softcap or None
         kwargs["tie_word_embeddings"] = True  # of every shared weight; what is shared, the architecture says
         kwargs = {name: value for name, value in kwargs.items() if name not in DERIVED}
         super().__init__(**kwargs)
@@ -42,4 +45,4 @@ class SsmzooConfig(PreTrainedConfig):
         return ModelConfig.from_dict(self.architecture)
 
 
-DERIVED = ("vocab_size", "hidden_size", "num_hidden_layers")
+DERIVED = ("vocab_size", "hidden_size", "num_hidden_layers", "logit_scale", "final_logit_softcapping")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, SequenceClassifierOutput
 
 from ssmkernels.core.validate import check_shapes
 from ssmzoo.checkpoints.weights import skeleton, stored_weights, unstored
@@ -99,6 +99,10 @@ class SsmzooForCausalLM(SsmzooPreTrainedModel, GenerationMixin):
         super().__init__(config, zoo)
         self._has_state = all(block.mixer.causal and block.mixer.has_state for block in self.model.blocks)
 
+    @property
+    def base_model(self) -> Backbone:  # type: ignore[override]
+        return Backbone(self)
+
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
@@ -145,15 +149,9 @@ class SsmzooForCausalLM(SsmzooPreTrainedModel, GenerationMixin):
         cache = past_key_values if cache is None else cache
         if cache is not None and not isinstance(cache, StateCache):
             raise TypeError(f"{type(self).__name__}: `cache` must be a StateCache; got {type(cache).__name__}")
-        length, mask = input_ids.shape[1], None
-        if attention_mask is not None:
-            mask = attention_mask[:, -length:].bool()
-            mask = None if bool(mask.all()) else mask
-        cu_seqlens, shape = cu_seq_lens_q, input_ids.shape
-        if mask is None and cu_seqlens is None and cache is None:
-            cu_seqlens = borders_of(position_ids)
-        if cu_seqlens is not None:
-            input_ids, cu_seqlens = input_ids.reshape(1, -1), cu_seqlens.int()
+        length, shape = input_ids.shape[1], input_ids.shape
+        places = None if cache is not None else position_ids
+        input_ids, mask, cu_seqlens = packed(input_ids, attention_mask, places, cu_seq_lens_q)
         state = None
         if cache is not None:
             state = cache.state
@@ -213,6 +211,59 @@ class SsmzooForSequenceClassification(SsmzooPreTrainedModel):
         if return_dict is False:
             return tuple(part for part in (loss, logits) if part is not None)
         return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+class Backbone:
+    """The model without its head, with transformers' arguments: for trainers that compute logits in pieces (TRL).
+
+    Its attributes are those of our model.
+    """
+
+    def __init__(self, owner: SsmzooForCausalLM):
+        self._owner = owner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._owner.model, name)
+
+    def __call__(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Arguments as those of :meth:`SsmzooForCausalLM.forward`; without a cache.
+
+        Raises:
+            ValueError: as there; or the head has rows that pad the vocabulary, which only the model itself leaves out.
+        """
+        owner = self._owner
+        _check_inputs(owner, input_ids, inputs_embeds, kwargs)
+        assert input_ids is not None
+        zoo = owner.model.config
+        if zoo.padded_vocab_size != zoo.vocab_size:
+            raise ValueError(
+                f"{type(owner).__name__}: `vocab_size` must be a multiple of `pad_vocab_size_multiple`, "
+                f"{zoo.pad_vocab_size_multiple}, where a trainer calls the head on its own; got {zoo.vocab_size}"
+            )
+        ids, mask, cu_seqlens = packed(input_ids, attention_mask, position_ids, cu_seq_lens_q)
+        found = owner.model(ids, mask=mask, cu_seqlens=cu_seqlens, hidden=True)
+        return BaseModelOutputWithPast(last_hidden_state=found.view(*input_ids.shape, -1))
+
+
+def packed(
+    ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Ids, the mask of padding, and borders of packed sequences as our model takes them; the last two may be None."""
+    mask = None
+    if attention_mask is not None:
+        mask = attention_mask[:, -ids.shape[1] :].bool()
+        mask = None if bool(mask.all()) else mask
+    if mask is None and cu_seqlens is None:
+        cu_seqlens = borders_of(position_ids)
+    return (ids, mask, None) if cu_seqlens is None else (ids.reshape(1, -1), mask, cu_seqlens.int())
 
 
 def borders_of(position_ids: Tensor | None) -> Tensor | None:

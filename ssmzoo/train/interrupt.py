@@ -17,7 +17,8 @@ class Interrupted(KeyboardInterrupt):
         step: the last step that was taken and saved.
     """
 
-    def __init__(self, folder: Path, step: int, command: str):
+    def __init__(self, folder: Path, step: int, command: str | None = None):
+        command = f"ssmzoo train --resume {folder}" if command is None else command
         super().__init__(f"stopped and saved after step {step}; continue with: {command}")
         self.folder = folder
         self.step = step

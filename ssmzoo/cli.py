@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from ssmzoo.commands import bench, convert, distill, env, generate, info, train, verify
+from ssmzoo.commands import bench, convert, distill, env, generate, info, tokenize, train, verify
 from ssmzoo.commands import list as list_
 from ssmzoo.screen import say
 
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 app.command("list")(list_.command)
 app.command("info")(info.command)
+app.command("tokenize")(tokenize.command)
 app.command("train")(train.command)
 app.command("distill")(distill.command)
 app.command("generate")(generate.command)

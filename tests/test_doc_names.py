@@ -41,7 +41,7 @@ OTHERS = {"mamba_ssm", "causal_conv1d", "fla", "flash_attn", "transformers", "nu
 # Names of PyTorch and accelerate whose modules are slow to import.
 OUTSIDE = {"fully_shard", "MixedPrecisionPolicy", "cast_forward_inputs", "DataLoader"}
 OUTSIDE |= {"cpu_offload", "disk_offload", "dispatch_model", "is_grads_batched"}
-WRITTEN = {"bench.csv", "config.json"}  # by a command, or by other people
+WRITTEN = {"bench.csv", "config.json", "manifest.json"}  # by a command, or by other people
 FOLDERS = ("ssmzoo", "kernels", "tests", "docs", "configs", "examples")
 
 

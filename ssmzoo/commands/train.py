@@ -25,8 +25,8 @@ def command(
         list[str] | None,
         typer.Option(
             metavar="FILES|FOLDERS",
-            help="UTF-8 text files, or folders of them; by default the source of Python's standard library. For a "
-            "classifier, a .npz file and optionally a second one for validation.",
+            help="UTF-8 text files, or folders of them; or a corpus of `ssmzoo tokenize`; by default the source of "
+            "Python's standard library. For a classifier, a .npz file and optionally a second one for validation.",
         ),
     ] = None,
     out: Annotated[
@@ -68,7 +68,9 @@ def command(
                 raise ValueError(f"--set {next(iter(overrides))} cannot change: --resume keeps the model of the run")
             if model is not None and run_name(model) != read_record(resume).model:
                 raise ValueError(f"`MODEL`: the run in {resume} trains {read_record(resume).model}, not {model}")
-            training.resume(resume, sources, **changes)
+            if "data" in changes and sources:
+                raise ValueError("--set data names a corpus, and --data does already: leave one out")
+            training.resume(resume, changes.pop("data", None) or sources, **changes)
             return
         if model is None:
             raise ValueError(

@@ -40,6 +40,7 @@ class Checkpoint(NamedTuple):
     optimizer: dict[str, Tensor]
     scaler: dict[str, Any] | None
     without: list[str]  # trainable parameters that had no gradient yet, and so no optimiser state
+    sequences: int | None  # that all processes together have learned from; None in checkpoints of earlier versions
 
 
 def write(
@@ -49,6 +50,7 @@ def write(
     optimizer: torch.optim.Optimizer,
     scaler: dict[str, Any] | None,
     keep: int,
+    sequences: int,
 ) -> None:
     """Adds a checkpoint to a run, renews the run's model files, and removes all but the newest ``keep``.
 
@@ -59,7 +61,7 @@ def write(
     if not folder.exists():  # otherwise the run was stopped again before its first step
         temporary = folder.with_name(f".{folder.name}.tmp")
         try:
-            _write_files(run, temporary, step, model, optimizer, scaler)
+            _write_files(run, temporary, step, model, optimizer, scaler, sequences)
             temporary.rename(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)  # half of it, as a full disk leaves
@@ -74,6 +76,7 @@ def _write_files(
     model: SequenceModel,
     optimizer: torch.optim.Optimizer,
     scaler: dict[str, Any] | None,
+    sequences: int,
 ) -> None:
     """All that a checkpoint holds, in a new folder."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -81,7 +84,13 @@ def _write_files(
     tensors = _optimizer_tensors(model, optimizer)
     held = {key.rpartition("/")[0] for key in tensors}
     without = [name for name, p in model.named_parameters() if p.requires_grad and name not in held]
-    state = {"step": step, "scaler": scaler, "checked": True, "without_optimizer_state": without}
+    state = {
+        "step": step,
+        "sequences": sequences,
+        "scaler": scaler,
+        "checked": True,
+        "without_optimizer_state": without,
+    }
     write_tensors(tensors, folder / OPTIMIZER)
     (folder / STATE).write_text(yaml.safe_dump(state))
     if (run / LOG).is_file():
@@ -135,6 +144,7 @@ def read(run: Path) -> Checkpoint:
             read_tensors(folder / OPTIMIZER),
             state["scaler"],
             state.get("without_optimizer_state", []),
+            state.get("sequences"),
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
         before = f"continue from the one before it, {folders[-2].name}" if len(folders) > 1 else "start the run again"

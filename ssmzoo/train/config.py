@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -32,7 +33,10 @@ class TrainConfig:
         seed: of weights, batches and dropout.
         precision: "fp32", or mixed: "bf16", "fp16".
         cpu: train on the CPU even where there is a GPU.
-        tokenizer: path of a `tokenizers` JSON file; text is read as bytes if None.
+        tokenizer: path of a `tokenizers` JSON file; text is read as bytes if None. A corpus has its own.
+        data: the folder of a corpus, where no data are given otherwise: see :mod:`ssmzoo.train.corpora`.
+        mixture: weights of a corpus's sources, by their names; sources without one are left out. If None, each sequence
+            comes once before any comes again.
         objective: what a language model learns: "causal", the next token; or "masked", tokens that are masked, as BERT
             does: see :mod:`ssmzoo.train.masked`. If None, "masked" for a model that is ``bidirectional``.
         mask_rate: the share of each sequence's tokens that a model learns to tell, with "masked".
@@ -62,6 +66,8 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     cpu: bool = False
     tokenizer: str | None = None
+    data: str | None = None
+    mixture: dict[str, float] | None = None
     objective: Literal["causal", "masked"] | None = None
     mask_rate: float = 0.15
     mask_random: float = 0.1
@@ -80,6 +86,8 @@ class TrainConfig:
             value = convert(f"training setting `{field.name}`", getattr(self, field.name), hints[field.name])
             object.__setattr__(self, field.name, value)
         betas = [convert("training setting `betas`", beta, float) for beta in self.betas]
+        if self.mixture is not None:
+            object.__setattr__(self, "mixture", _weights(self.mixture))
         rules = [
             (("steps", "batch_size", "length", "accumulate"), lambda v: v >= 1, "at least 1"),
             (("eval_every", "eval_batches", "save_every", "keep"), lambda v: v >= 1, "at least 1"),
@@ -145,6 +153,20 @@ class TrainConfig:
         return dump_yaml(self.to_dict())
 
 
+def _weights(mixture: Mapping[str, Any]) -> dict[str, float]:
+    """Weights by the names of sources, checked."""
+    found = {
+        str(name): float(convert(f"training setting `mixture.{name}`", weight, float))
+        for name, weight in mixture.items()
+    }
+    for name, weight in found.items():
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"training setting `mixture.{name}` must be finite and at least 0; got {weight}")
+    if not sum(found.values()):
+        raise ValueError(f"training setting `mixture` must have a weight above 0; got {found}")
+    return found
+
+
 FIELDS = tuple(field.name for field in dataclasses.fields(TrainConfig))
 MODEL_FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig))
 
@@ -155,10 +177,13 @@ def split_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
     Raises:
         ValueError: a key that is neither, with what exists and the nearest.
     """
-    training, model = {}, {}
+    training: dict[str, Any] = {}
+    model: dict[str, Any] = {}
     for key, value in settings.items():
         if key in FIELDS:
             training[key] = value
+        elif key.startswith("mixture."):
+            training.setdefault("mixture", {})[key.removeprefix("mixture.")] = value
         elif key.partition(".")[0] in MODEL_FIELDS:
             model[key] = value
         else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import copy
 import math
 import os
 import random
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssmzoo.train.stored import Stored
 from ssmzoo.train.vocabulary import Vocabulary, cut
 
 MAPPED = 2**26  # bytes from which a file is read piece by piece, and not kept in memory
@@ -26,48 +26,6 @@ SKIPPED = frozenset({"__pycache__", "node_modules"})
 NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests"})
 
 Source = str | os.PathLike[str]
-
-
-class DataChanged(ValueError):
-    """A data file is shorter than when the run opened it."""
-
-
-class Stored:
-    """The bytes of a file, or of a part of it, read when they are asked for.
-
-    A file that is mapped into memory and then cut would end the process by SIGBUS.
-    """
-
-    def __init__(self, path: Path):
-        self._path, self._file = path, path.open("rb", buffering=0)
-        self._start, self._length = 0, os.fstat(self._file.fileno()).st_size
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
-        return self[:] if dtype is None else self[:].astype(dtype)
-
-    def part(self, part: slice) -> Stored:
-        """A part, which is not read yet."""
-        start, stop, _ = part.indices(self._length)
-        other = copy.copy(self)
-        other._start, other._length = self._start + start, max(0, stop - start)
-        return other
-
-    def __getitem__(self, part: slice | int) -> np.ndarray:
-        if isinstance(part, int):  # one byte, as `cut` looks at
-            return self[part : part + 1][0]
-        start, stop, _ = part.indices(self._length)
-        wanted = max(0, stop - start)
-        self._file.seek(self._start + start)
-        found = b""
-        while len(found) < wanted:
-            more = self._file.read(wanted - len(found))
-            if not more:
-                raise DataChanged(f"the data file {self._path} was cut while it was in use: put it back, and resume")
-            found += more
-        return np.frombuffer(found, np.uint8)
 
 
 class Tokens:
@@ -116,14 +74,32 @@ class Tokens:
         return f"{len(self)}-{found:08x}"
 
 
+class Text(Protocol):
+    """Tokens from which sequences are taken: :class:`Tokens`, or those of a corpus."""
+
+    def __len__(self) -> int: ...
+
+    def window(self, start: int, length: int) -> np.ndarray: ...
+
+    def width(self, length: int) -> int: ...
+
+    def places(self, length: int) -> int: ...
+
+    def spread(self, most: int, length: int) -> np.ndarray: ...
+
+    def take(self, places: np.ndarray, length: int, draw: np.random.Generator) -> Any: ...
+
+    def fingerprint(self) -> str: ...
+
+
 class Data(NamedTuple):
     """What a run trains on and what it is judged by.
 
     ``tokens_per_byte`` is of the held-out text; None where the data are ids without text.
     """
 
-    train: Tokens
-    validation: Tokens
+    train: Text
+    validation: Text
     tokens_per_byte: float | None
 
     @property
@@ -225,7 +201,7 @@ def text_files(sources: Sequence[Source]) -> list[Path]:
     found: list[Path] = []
     for source in map(Path, sources):
         if source.is_dir():
-            inside = [path for path in _walk(source, SKIPPED) if is_text(path)]
+            inside = [path for path in walk(source) if is_text(path)]
             if not inside:
                 raise ValueError(f"the data folder {source} holds no text files; name a folder or files that do")
             found += inside
@@ -243,7 +219,7 @@ def text_files(sources: Sequence[Source]) -> list[Path]:
 def standard_library() -> list[Path]:
     """The source files of Python's standard library, without its tests: real text that every machine has."""
     folder = Path(sysconfig.get_paths()["stdlib"])
-    found = [path for path in _walk(folder, SKIPPED | NOT_LIBRARY) if path.suffix == ".py" and is_text(path)]
+    found = [path for path in walk(folder, SKIPPED | NOT_LIBRARY) if path.suffix == ".py" and is_text(path)]
     if not found:
         raise FileNotFoundError(f"this Python has no source of its standard library in {folder}: give text with --data")
     return found
@@ -267,13 +243,14 @@ def is_text(path: Path) -> bool:
     return bool(head) and b"\0" not in head
 
 
-def _walk(folder: Path, skipped: frozenset[str]) -> Iterator[Path]:
+def walk(folder: Path, skipped: frozenset[str] = SKIPPED) -> Iterator[Path]:
+    """The files of a folder down to the bottom, in a fixed order, without hidden ones and some names."""
     for name in sorted(os.listdir(folder)):
         path = folder / name
         if name.startswith(".") or name in skipped:
             continue
         if path.is_dir() and not path.is_symlink():
-            yield from _walk(path, skipped)
+            yield from walk(path, skipped)
         elif path.is_file():
             yield path
 

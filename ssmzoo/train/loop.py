@@ -17,7 +17,8 @@ from torch import Tensor
 from ssmzoo.model import SequenceModel
 from ssmzoo.train import checkpoint, plot
 from ssmzoo.train.config import TrainConfig
-from ssmzoo.train.data import Data, DataChanged, Labelled, batch, fixed_batches
+from ssmzoo.train.corpora.packed import NOTHING, Packed, PackedTokens, packed_loss
+from ssmzoo.train.data import Data, Labelled, batch, fixed_batches
 from ssmzoo.train.experts import Balance
 from ssmzoo.train.interrupt import Interrupt, Interrupted
 from ssmzoo.train.labelled import LabelledData
@@ -25,6 +26,7 @@ from ssmzoo.train.log import Log, Row
 from ssmzoo.train.masked import Masked, MaskedData
 from ssmzoo.train.optimizer import build_optimizer, lr_factor, set_lr
 from ssmzoo.train.output import Output
+from ssmzoo.train.stored import DataChanged
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -56,7 +58,8 @@ class Trainer:
         name: str,
     ):
         self.config, self.data, self.run, self.accelerator, self.name = config, data, run, accelerator, name
-        self.step, self._fresh = 0, True
+        self.step, self.sequences, self._fresh = 0, 0, True
+        self._a_step = config.batch_size * config.accumulate * accelerator.num_processes  # sequences
         self.model = model.to(accelerator.device)
         self.balance = Balance(self.model)
         self.optimizer = build_optimizer(self.model, config)
@@ -82,6 +85,7 @@ class Trainer:
         if found.scaler is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(found.scaler)
         self.step, self._fresh = found.step, False
+        self.sequences = found.step * self._a_step if found.sequences is None else found.sequences
 
     def fit(self, log: Log | None, output: Output | None = None) -> Row:
         """Takes all steps that are left; returns the last validation: the log's columns that it fills.
@@ -154,9 +158,8 @@ class Trainer:
         set_lr(self.optimizer, factor)
         losses = []
         for i in range(config.accumulate):
-            part = process * config.accumulate + i  # a step has the same parts however many processes share them
-            key = (config.seed, self.step, part)
-            drawn = batch(self.data.train, config.batch_size, config.length, key)
+            # A step has the same parts however many processes share them.
+            drawn = self._draw(process * config.accumulate + i)
             with self.accelerator.accumulate(self._wrapped):
                 loss = self.loss(self._wrapped, drawn)
                 self.accelerator.backward(self.balance.with_losses(loss))
@@ -165,6 +168,7 @@ class Trainer:
                 self._stepper.step()
                 self._stepper.zero_grad()
             losses.append(loss.detach())
+        self.sequences += self._a_step
         values = [torch.stack(losses).mean(), norm.detach().float()]
         if self.balance:
             values.append(self.balance.after_step(lambda counts: self.accelerator.reduce(counts, "sum")))
@@ -172,19 +176,31 @@ class Trainer:
 
     def loss(self, learner: torch.nn.Module, drawn: Any) -> Tensor:
         """What a step makes smaller, of a batch, in nats."""
-        return F.cross_entropy(*self._predict(learner, drawn))
+        loss_of = packed_loss if isinstance(drawn, Packed) else F.cross_entropy
+        return loss_of(*self._predict(learner, drawn))
 
     def bits(self, loss: float) -> Row:
         """The column of a training loss in bits."""
         return {f"bits_per_{self.data.unit}": self.data.bits(loss)}
 
-    def _predict(self, model: torch.nn.Module, drawn: Tensor | Masked | Labelled) -> tuple[Tensor, Tensor]:
-        """Logits (m c), and the m ids or labels that they should tell; ids come as (b l+1)."""
+    def _draw(self, part: int) -> Any:
+        """A part of the sequences of a step."""
+        config = self.config
+        if isinstance(self.data.train, PackedTokens):
+            first = self.sequences + part * config.batch_size
+            return self.data.train.following(first, config.batch_size, config.length, config.seed)
+        return batch(self.data.train, config.batch_size, config.length, (config.seed, self.step, part))
+
+    def _predict(self, model: torch.nn.Module, drawn: Any) -> tuple[Tensor, Tensor]:
+        """Logits (m c), and the m ids or labels that they should tell, NOTHING where they need not; ids come as
+        (b l+1)."""
         drawn = drawn.to(self.accelerator.device)
         if isinstance(drawn, Masked):
             return model(drawn.inputs)[drawn.chosen].float(), drawn.answers
         if isinstance(drawn, Labelled):
             return model(drawn.inputs, mask=drawn.mask).float(), drawn.labels
+        if isinstance(drawn, Packed):
+            return model(drawn.inputs, cu_seqlens=drawn.cu_seqlens).flatten(0, 1).float(), drawn.targets
         return model(drawn[:, :-1]).flatten(0, 1).float(), drawn[:, 1:].flatten()
 
     @torch.no_grad()
@@ -209,7 +225,7 @@ class Trainer:
         """Of a batch: nats, tokens or labels, how many of them are right, and a distance for subclasses ``(4)``."""
         logits, answers = self._predict(self.model, drawn)
         nats, right = F.cross_entropy(logits, answers, reduction="sum"), (logits.argmax(1) == answers).sum()
-        return torch.stack([nats, nats.new_tensor(len(answers)), right.to(nats), torch.zeros_like(nats)])
+        return torch.stack([nats, (answers != NOTHING).sum().to(nats), right.to(nats), torch.zeros_like(nats)])
 
     def validated(self, nats: float, right: float, distance: float) -> Row:
         """The log's columns, of means of what :meth:`validate` gives."""
@@ -224,8 +240,7 @@ class Trainer:
         seconds = time.perf_counter() - self._clock
         self._pending.clear()
         config = self.config
-        sequences = config.batch_size * config.accumulate * self.accelerator.num_processes
-        tokens = sequences * self.data.train.width(config.length)
+        tokens = self._a_step * self.data.train.width(config.length)
         rows = [
             {
                 "step": self.step - len(rates) + 1 + i,
@@ -263,7 +278,9 @@ class Trainer:
         if log is not None:
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
             with self._told("save"):
-                checkpoint.write(self.run, self.step, self.model, self.optimizer, scaler, self.config.keep)
+                checkpoint.write(
+                    self.run, self.step, self.model, self.optimizer, scaler, self.config.keep, self.sequences
+                )
                 plot.draw(self.run / checkpoint.LOG, self.run / plot.FILE, self.name)
         self.accelerator.wait_for_everyone()
 

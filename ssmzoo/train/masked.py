@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ssmzoo.model import SequenceModel
 from ssmzoo.train.config import TrainConfig
-from ssmzoo.train.data import Data, Tokens
+from ssmzoo.train.data import Data, Text
 from ssmzoo.train.vocabulary import Vocabulary
 
 
@@ -77,7 +77,7 @@ class Masked(NamedTuple):
 class MaskedTokens:
     """Windows of a text in which tokens are masked."""
 
-    def __init__(self, tokens: Tokens, masking: Masking):
+    def __init__(self, tokens: Text, masking: Masking):
         self._tokens, self._masking = tokens, masking
         self.width, self.places, self.spread = tokens.width, tokens.places, tokens.spread
         self.fingerprint = tokens.fingerprint

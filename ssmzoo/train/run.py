@@ -21,6 +21,7 @@ from ssmzoo.model import SequenceModel
 from ssmzoo.pretrained import CONFIG, load
 from ssmzoo.screen import Screen
 from ssmzoo.train import checkpoint
+from ssmzoo.train.accelerating import accelerator_of
 from ssmzoo.train.checkpoint import TOKENIZER
 from ssmzoo.train.checks import (
     check_alone,
@@ -34,6 +35,7 @@ from ssmzoo.train.checks import (
 from ssmzoo.train.config import TrainConfig
 from ssmzoo.train.data import Data
 from ssmzoo.train.labelled import LabelledData
+from ssmzoo.train.loading import chosen_data, load_data
 from ssmzoo.train.lock import locked
 from ssmzoo.train.log import Log
 from ssmzoo.train.loop import Trainer
@@ -42,7 +44,6 @@ from ssmzoo.train.output import Output
 from ssmzoo.train.record import IDS, DataSource, Record, describe, read_record, write_record
 from ssmzoo.train.repair import clear, complete, repair
 from ssmzoo.train.sample import continued, filled
-from ssmzoo.train.setting_up import accelerator_of, load_data
 from ssmzoo.train.vocabulary import Vocabulary
 
 Make = Callable[..., Trainer]  # takes what a Trainer does
@@ -90,8 +91,9 @@ def train(
     Args:
         model: a model, whose weights are trained on from where they are; or a name, path or config, as
             :func:`ssmzoo.build` takes it.
-        data: text files and folders; or token ids ``(n)``; or None for the Python standard library's source. For a
-            classifier a ``.npz`` file, or two: see :func:`ssmzoo.train.labelled.load_labelled`.
+        data: text files and folders; or the folder of a corpus; or token ids ``(n)``; or None for ``config.data``, or
+            else the Python standard library's source. For a classifier a ``.npz`` file, or two: see
+            :func:`ssmzoo.train.labelled.load_labelled`.
         config: settings, or some of them: the others come from the model config's ``train``, then from
             :class:`TrainConfig`.
         out: the run's folder, new or empty; ``runs/<name>-<time>`` if None.
@@ -127,6 +129,7 @@ def begin(
     make: Make,
 ) -> Result:
     """A run from its first check to its sample; ``make`` gives its trainer."""
+    data, config = chosen_data(data, config)
     model_config = start.config if isinstance(start, SequenceModel) else start
     check_kind(model_config)
     accelerator = accelerator_of(config)
@@ -197,7 +200,8 @@ def _resume(run: Path, data: DataSource, quiet: bool, settings: dict[str, Any], 
         raise ValueError(f"{run} is complete with its {found.step} steps; for more add --set steps={2 * found.step}")
     if data is None and record.data == IDS:
         raise ValueError(f"{run} was trained on an array of ids: give the same as `data`")
-    loaded, vocabulary = load_data(record.data if data is None else data, found.config, config)
+    data, config = chosen_data(record.data if data is None else data, dataclasses.replace(config, data=None))
+    loaded, vocabulary = load_data(data, found.config, config)
     if loaded.train.fingerprint() != record.fingerprint:
         raise ValueError(f"the data of {run} have changed since it started: give the same, or start a new run")
     trainer = make(build(found.config), loaded, config, run, accelerator_of(config), record.model)

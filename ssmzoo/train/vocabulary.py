@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -14,13 +14,20 @@ class Vocabulary(Protocol):
     """What turns text into ids and ids into text."""
 
     size: int  # the largest id and one
+    dtype: np.dtype  # the smallest unsigned one that holds all ids
     mask_id: int | None  # the id of the token that masks others, if there is one
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text."""
 
     def encode_bytes(self, data: np.ndarray) -> np.ndarray:
-        """The ids of UTF-8 text given as uint8, in the smallest unsigned dtype that holds them all."""
+        """The ids of UTF-8 text given as uint8, in ``dtype``."""
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text, in ``dtype``."""
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its name, such as ``<|endoftext|>``; None if there is none."""
 
     def decoder(self) -> Callable[[int], str]:
         """A function that takes ids one by one and gives the text that each one completes, perhaps empty."""
@@ -30,6 +37,7 @@ class Bytes:
     """UTF-8 bytes as ids 0 to 255."""
 
     size = 256
+    dtype: np.dtype = np.dtype(np.uint8)
     mask_id: int | None = None
 
     def encode(self, text: str) -> list[int]:
@@ -37,6 +45,12 @@ class Bytes:
 
     def encode_bytes(self, data: np.ndarray) -> np.ndarray:
         return data
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode(), np.uint8) for text in texts]
+
+    def token_id(self, token: str) -> int | None:
+        return None
 
     def decoder(self) -> Callable[[int], str]:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -67,23 +81,30 @@ class Tokenizer:
         except Exception as error:  # the library raises plain Exceptions
             raise ValueError(f"{path} is no tokenizer file of the tokenizers library: {error}") from None
         self._new_stream = tokenizers.decoders.DecodeStream
+        # The fast one keeps no places in the text.
+        self._encode_batch = getattr(self._tokenizer, "encode_batch_fast", self._tokenizer.encode_batch)
         # Added tokens may leave gaps, so the largest id counts and not how many ids there are.
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         self.size = max(ids.values(), default=-1) + 1
+        self.dtype = np.dtype(next(d for d in (np.uint8, np.uint16, np.uint32) if self.size <= np.iinfo(d).max + 1))
         self.mask_id: int | None = next((ids[mask] for mask in self.MASKS if mask in ids), None)
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_bytes(self, data: np.ndarray) -> np.ndarray:
-        dtype = next(d for d in (np.uint8, np.uint16, np.uint32) if self.size <= np.iinfo(d).max + 1)
-        found = [np.empty(0, dtype)]
+        found = [np.empty(0, self.dtype)]
         places = list(_pieces(data, self.PIECE))
         for first in range(0, len(places), self.PIECES):
-            texts = [bytes(data[start:end]).decode() for start, end in places[first : first + self.PIECES]]
-            encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
-            found += [np.array(encoding.ids, dtype) for encoding in encodings]
+            found += self.encode_all([bytes(data[a:b]).decode() for a, b in places[first : first + self.PIECES]])
         return np.concatenate(found)
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encodings = self._encode_batch(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, self.dtype) for encoding in encodings]
+
+    def token_id(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
 
     def decoder(self) -> Callable[[int], str]:
         stream = self._new_stream(skip_special_tokens=False)

@@ -14,9 +14,9 @@ from ssmzoo import pretrained
 from ssmzoo.train import Interrupted, loop, resume, train
 from ssmzoo.train import data as data_module
 from ssmzoo.train import run as run_module
-from ssmzoo.train.data import DataChanged
 from ssmzoo.train.lock import locked
 from ssmzoo.train.log import read
+from ssmzoo.train.stored import DataChanged
 
 pytest.importorskip("accelerate", reason="needs accelerate")
 pytest.importorskip("matplotlib", reason="needs matplotlib")

@@ -1,0 +1,182 @@
+"""A corpus out of files: what ``ssmzoo tokenize`` does, for use in Python."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from ssmkernels.native import quota
+from ssmzoo.checkpoints.checksums import checksum
+from ssmzoo.files import LEFT_OVER, replacing, sweep
+from ssmzoo.train.corpora.manifest import (
+    FILE,
+    TOKENIZER,
+    Manifest,
+    Shard,
+    digest,
+    is_corpus,
+    read_sealed,
+    write_manifest,
+    write_sealed,
+)
+from ssmzoo.train.corpora.processes import over_processes
+from ssmzoo.train.corpora.shard import RECORD, Job, finished, intact
+from ssmzoo.train.corpora.sources import FORMATS, Part, files_of, parts_of
+from ssmzoo.train.lock import FILE as LOCK
+from ssmzoo.train.lock import locked
+from ssmzoo.train.vocabulary import Bytes, open_vocabulary
+
+PLAN = "plan.json"  # what an unfinished corpus is made from
+
+Path_ = str | os.PathLike[str]
+
+
+def tokenize(
+    sources: Path_ | Sequence[Path_] | Mapping[str, Path_],
+    out: Path_,
+    tokenizer: Path_ | None = None,
+    *,
+    key: str = "text",
+    end: str | None = None,
+    workers: int | None = None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> Manifest:
+    """Turns documents into a corpus of token ids to train on.
+
+    A text file is one document; one beyond 16 MiB may become several, cut at line ends. A line of JSON and a row of
+    Parquet are one each; empty ones are left out. If the call ends early, in whatever way, the next one does the rest.
+    On a corpus that is complete, it compares all shards with their checksums and makes those again that differ.
+
+    Args:
+        sources: files and folders; by the names that a mixture calls them, or else named after the files.
+        out: the corpus's folder: new, empty, or of an earlier call with the same arguments.
+        tokenizer: a file of the `tokenizers` library; text becomes bytes if None.
+        key: the name of the text in JSON lines and in Parquet.
+        end: the token, by name, that ends each document; None for none.
+        workers: processes; as many as there are cores if None. A script that asks for several has to guard its code by
+            ``if __name__ == "__main__"``, as :mod:`multiprocessing` wants it.
+        progress: is told how many bytes of all are done.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError, OSError: sources, a tokenizer or a folder that do not serve; names
+            the file and says what to do.
+        RuntimeError: a process was killed.
+    """
+    if workers is not None and (not isinstance(workers, int) or workers < 1):
+        raise ValueError(f"tokenize: `workers` must be an int of at least 1, or None; got {workers!r}")
+    vocabulary = open_vocabulary(None if tokenizer is None else Path(tokenizer))
+    end_id = None if end is None else vocabulary.token_id(end)
+    if end is not None and end_id is None:
+        what = "bytes have none" if isinstance(vocabulary, Bytes) else f"{tokenizer} has none of this name"
+        raise ValueError(f"tokenize: `end` must be a token of the tokenizer; got {end!r}, and {what}")
+    files = {name: files_of(path) for name, path in _named(sources).items()}
+    parts = parts_of(files)
+    listed = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for paths in files.values() for p in paths]
+    sum_ = None if tokenizer is None else checksum(Path(tokenizer))
+    made_from = {"sources": digest([listed, parts]), "tokenizer": str(sum_), "key": key, "end": str(end)}
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    _check_folder(folder)
+    with locked(folder):
+        sweep(folder)
+        _check_plan(folder, made_from)
+        if tokenizer is not None:
+            with replacing(folder / TOKENIZER) as path:
+                shutil.copyfile(tokenizer, path)
+        dtype = vocabulary.dtype.name
+        done = _done(folder, parts, dtype)
+        complete = sum(parts[i].size for i in done)
+        total = sum(part.size for part in parts)
+        progress(complete, total)
+        job = Job(folder, None if tokenizer is None else folder / TOKENIZER, key, end_id)
+        rest = [(i, part) for i, part in enumerate(parts) if i not in done]
+        for i, shard in over_processes(job, rest, workers or _cores()):
+            done[i] = shard
+            complete += parts[i].size
+            progress(complete, total)
+        shards = [done[i] for i in range(len(parts))]
+        manifest = Manifest(dtype, vocabulary.size, sum_, end, made_from, shards)
+        if manifest.tokens == 0:
+            raise ValueError(f"tokenize: `sources` hold no text; got {len(listed)} files of empty documents")
+        write_manifest(folder, manifest)
+        for path in [folder / PLAN, *folder.glob(f"[0-9]*{RECORD}")]:
+            path.unlink(missing_ok=True)
+        return manifest
+
+
+def _named(sources: Path_ | Sequence[Path_] | Mapping[str, Path_]) -> dict[str, Path]:
+    """Absolute paths by names.
+
+    Raises:
+        ValueError: there is none, or two have one name.
+    """
+    if isinstance(sources, Mapping):
+        pairs = [(str(name), Path(path).absolute()) for name, path in sources.items()]
+    else:
+        paths = [sources] if isinstance(sources, str | os.PathLike) else sources
+        pairs = [(_name(Path(path).absolute()), Path(path).absolute()) for path in paths]
+    if not pairs:
+        raise ValueError("tokenize: `sources` must name at least one file or folder")
+    for i, (name, path) in enumerate(pairs):
+        if name in dict(pairs[:i]):
+            raise ValueError(
+                f"tokenize: `sources` must have a name each, and {name!r} is that of two, the second at {path}: name "
+                "them, as in web=FOLDER code=FOLDER"
+            )
+    return dict(pairs)
+
+
+def _name(path: Path) -> str:
+    """What a source is called that nobody named: its file's or folder's name, without the format."""
+    suffix = next((suffix for suffix in (*FORMATS, ".txt") if path.name.endswith(suffix)), "")
+    return path.name.removesuffix(suffix)
+
+
+def _check_folder(folder: Path) -> None:
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
+    if names & {PLAN, FILE, LOCK} or all(LEFT_OVER.fullmatch(name) for name in names):
+        return
+    raise ValueError(f"{folder} is not empty, and holds no corpus: choose another --out")
+
+
+def _check_plan(folder: Path, made_from: Mapping[str, str]) -> None:
+    """The corpus in a folder, whole or begun, is made from the same; writes down what it is made from."""
+    for name in (FILE, PLAN):
+        if not (folder / name).is_file():
+            continue
+        found = read_sealed(folder / name)["made_from"]
+        for what, value in made_from.items():
+            if found.get(what) != value:
+                raise ValueError(
+                    f"{folder} holds a corpus that was made from another `{what}`, or its files have changed since: "
+                    "choose another --out, or remove it"
+                )
+        return
+    write_sealed(folder / PLAN, {"made_from": dict(made_from)})
+
+
+def _done(folder: Path, parts: Sequence[Part], dtype: str) -> dict[int, Shard]:
+    """The shards that need not be made, by number."""
+    if is_corpus(folder):
+        known = [Shard(**shard) for shard in read_sealed(folder / FILE)["shards"]]
+        return {i: shard for i, shard in enumerate(known) if intact(folder, shard)}
+    found = ((i, finished(folder, i, dtype)) for i in range(len(parts)))
+    return {i: shard for i, shard in found if shard is not None}
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, quota.cores() or cores)
+
+
+def summary(manifest: Manifest) -> list[list[str]]:
+    """Rows of a table: sources, their documents, tokens and bytes."""
+    rows = []
+    for source in manifest.sources:
+        only = dataclasses.replace(manifest, shards=[s for s in manifest.shards if s.source == source])
+        rows.append([source, f"{only.documents:,}", f"{only.tokens:,}", f"{only.bytes:,}"])
+    return rows

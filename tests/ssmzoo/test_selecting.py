@@ -119,7 +119,8 @@ def test_selection_in_pieces(monkeypatch):
     numbers = (40, 4, 2, 4, 3, 1, 1)
     whole = select_blocks(q, k_c, *numbers)
     monkeypatch.setattr("ssmzoo.mixers.nsa.SCORES", 500)
-    assert torch.equal(select_blocks(q, k_c, *numbers), whole)
+    pieces = select_blocks(q, k_c, *numbers)
+    assert torch.equal(pieces.sort(-1).values, whole.sort(-1).values)  # blocks of equal scores come in any order
     assert (whole[..., :2].amax(-1) <= torch.arange(40)[:, None] // 4).all()
 
 

@@ -411,7 +411,7 @@ def test_a_model_names_its_families():
     model = made("bamba")
     with accelerate(model) as running:
         assert running.families == ["bamba"]
-    with pytest.raises(ValueError, match="a Linear, has no layer that we have functions for; these families do: bai"):
+    with pytest.raises(ValueError, match="a Linear, has no layer that we have functions for; these families do: ba"):
         accelerate(torch.nn.Linear(2, 2))
 
 

@@ -13,6 +13,7 @@ import ssmzoo
 from ssmzoo.checkpoints.hub import hub_id
 
 hub = pytest.importorskip("huggingface_hub", reason="needs huggingface_hub")
+errors = pytest.importorskip("huggingface_hub.errors", reason="needs huggingface_hub")
 
 TINY = {"d_model": 16, "n_layers": 2, "pattern": ["mamba"], "vocab_size": 20, "residual_in_fp32": True}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -28,7 +29,7 @@ def published(tmp_path, monkeypatch):
     def snapshot_download(name, *, revision, allow_patterns):
         asked.append((name, revision, allow_patterns))
         if name != "me/tiny":
-            raise hub.errors.HFValidationError("there is\nno such thing")
+            raise errors.HFValidationError("there is\nno such thing")
         return str(folder)
 
     monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
@@ -119,7 +120,7 @@ def test_offline_the_cache_counts(tmp_path):
 
 def refused(kind):
     """An error of the hub, as its answer would bring it."""
-    if issubclass(kind, hub.errors.HfHubHTTPError):
+    if issubclass(kind, errors.HfHubHTTPError):
         return kind("said\nso", response=type("Response", (), {"headers": {}, "request": None})())
     return kind("said\nso")
 
@@ -138,7 +139,7 @@ def refused(kind):
     ],
 )
 def test_why_nothing_came(monkeypatch, raised, kind, message):
-    error = refused(getattr(hub.errors, raised) if isinstance(raised, str) else raised)
+    error = refused(getattr(errors, raised) if isinstance(raised, str) else raised)
 
     def snapshot_download(*args, **options):
         raise error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ class PositionState(State):
 
     lengths: Tensor
     longest: int = 0
+
+    def _concatenated_field(self, name: str, values: list[Any]) -> Any:
+        return max(values) if name == "longest" else super()._concatenated_field(name, values)
 
 
 class LearnedPositions(nn.Embedding):

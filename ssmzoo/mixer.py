@@ -204,7 +204,7 @@ class Mixer(KeepsFloat32, KeepsTies):
             raise ValueError(
                 f"{name}: `state` must be None, as this mixer sees the whole sequence at once and has no state"
             )
-        if not isinstance(state, self.state_class):
+        if not isinstance(state, State) or not state.serves(self.state_class):
             raise TypeError(
                 f"{name}: `state` must come from initial_state() or an earlier call; got {type(state).__name__}"
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -56,6 +56,55 @@ class State:
 
         return self._map(move)
 
+    @classmethod
+    def concatenate(cls: type[S], states: Sequence[S]) -> S:
+        """The sequences of several states of one model or mixer, those of the first one first, as a copy.
+
+        They may have had different numbers of tokens. Where memory grows with length, the copy has room for the longest
+        in each row; pages go into the first state's pool.
+
+        Args:
+            states: at least one, all of one kind.
+
+        Raises:
+            TypeError, ValueError: none, or states that do not go together.
+        """
+        if not states:
+            raise ValueError("State.concatenate: `states` must hold at least one state; got none")
+        first = states[0]
+        for state in states:
+            if type(state) is not type(first) or not isinstance(state, State):
+                raise TypeError(
+                    f"State.concatenate: `states` must all be of one kind; got {type(first).__name__} and "
+                    f"{type(state).__name__}"
+                )
+        return first._concatenated(states)
+
+    def nested(self) -> Iterator[State]:
+        """Itself and every state within it."""
+        yield self
+        for value in vars(self).values():
+            for part in value if isinstance(value, list) else (value,):
+                if isinstance(part, State):
+                    yield from part.nested()
+
+    def stored(self: S) -> S:
+        """A copy that holds no more than its own tokens, to be put away: see :meth:`restored`."""
+        return self._map(lambda part: part.stored() if isinstance(part, State) else part.clone())
+
+    def restored(self: S, stored: S) -> S:
+        """What :meth:`stored` gave, with its pages in the pools of this state, which has no tokens yet."""
+        pairs = {f.name: (getattr(self, f.name), getattr(stored, f.name)) for f in dataclasses.fields(self)}
+        return dataclasses.replace(stored, **{name: _restored(*pair) for name, pair in pairs.items()})
+
+    def with_tensors(self: S, tensors: Iterator[Tensor]) -> S:
+        """The same with other tensors, in the order of :meth:`tensors`."""
+        return self._map(lambda part: part.with_tensors(tensors) if isinstance(part, State) else next(tensors))
+
+    def serves(self, kind: type[State]) -> bool:
+        """Whether a mixer whose states are of this kind can work on it."""
+        return isinstance(self, kind)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
@@ -83,10 +132,37 @@ class State:
         self._map(note)
         return found
 
+    def _concatenated(self: S, states: Sequence[S]) -> S:
+        """As :meth:`concatenate`, where this is the first of the states and the others are of its kind."""
+        fields = dataclasses.fields(self)
+        values = {f.name: self._concatenated_field(f.name, [getattr(s, f.name) for s in states]) for f in fields}
+        return dataclasses.replace(self, **values)
+
+    def _concatenated_field(self, name: str, values: list[Any]) -> Any:
+        """The values of a field, joined; kinds whose rows may differ in size override it."""
+        first = values[0]
+        if isinstance(first, State):
+            return State.concatenate(values)
+        if isinstance(first, list):
+            return [self._concatenated_field(name, list(each)) for each in zip(*values, strict=True)]
+        if isinstance(first, Tensor):
+            return torch.cat(values)
+        if any(value != first for value in values):
+            raise ValueError(f"State.concatenate: `{name}` must be the same in all `states`; got {values!r:.80}")
+        return first
+
     def _map(self: S, function: Callable[[Any], Any]) -> S:
         """The function's value of each tensor and of each state within it, in a state of the same kind."""
         values = {f.name: _map(getattr(self, f.name), function) for f in dataclasses.fields(self)}
         return dataclasses.replace(self, **values)
+
+
+def _restored(empty: Any, stored: Any) -> Any:
+    if isinstance(stored, State):
+        return empty.restored(stored)
+    if isinstance(stored, list):
+        return [_restored(*pair) for pair in zip(empty, stored, strict=True)]
+    return stored
 
 
 def row_indices(indices: object, n_sequences: Callable[[], int]) -> Tensor:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmkernels.core.crossing import crossing, current, in_whole
+from ssmzoo.cache.elastic import asked_page_size
 from ssmzoo.cache.kv import KVCache
 from ssmzoo.cache.logits import Logits
 from ssmzoo.cache.paged import PagedCache
@@ -25,11 +26,27 @@ def empty(
     keep: int | None,
     page_size: int | None,
 ) -> Cache:
-    """A cache of this kind without tokens: its own ``empty``, where ``page_size`` goes with kinds that have pages."""
+    """A cache of this kind without tokens: its own ``empty``, where ``page_size`` goes with kinds that have pages.
+
+    Within :func:`~ssmzoo.cache.elastic.elastic` it is in pages in any case.
+    """
+    asked = asked_page_size()
+    if page_size is None and asked is not None:
+        kind, page_size = _paged(kind), asked
     if issubclass(kind, PagedCache):
         assert page_size is not None
         return kind.empty(like, shape, capacity, keep, page_size)
     return kind.empty(like, shape, capacity, keep)
+
+
+def _paged(dense: type[Cache]) -> type[PagedCache]:
+    """The kind in pages of a kind in one stretch of memory."""
+    kinds = [PagedCache]
+    for kind in kinds:  # which grows
+        if kind.dense_class is dense:
+            return kind
+        kinds += kind.__subclasses__()
+    raise TypeError(f"elastic: {dense.__name__} has no kind in pages")
 
 
 def positions(x: Tensor, cache: Cache | None, cu_seqlens: Tensor | None) -> Tensor:

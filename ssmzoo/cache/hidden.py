@@ -27,6 +27,8 @@ class HiddenCache(SharedCache):
 class PagedHiddenCache(PagedSharedCache):
     """The same in pages."""
 
+    dense_class = HiddenCache
+
 
 def fold(q: Tensor, k_proj: nn.Linear, n_kv_heads: int) -> Tensor:
     """Queries that meet hidden states: (b l h k) → W_kᵀ q (b l h d_model)."""

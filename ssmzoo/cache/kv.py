@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ssmzoo.cache.tokens import TokenCache, owners
+from ssmzoo.state import State
 
 C = TypeVar("C", bound="KVCache")
 
@@ -82,6 +85,23 @@ class KVCache(TokenCache):
         start = max(0, self.longest - count - before) if before >= 0 and self.even else 0
         here = slice(start, self.longest)
         return self.keys[:, here], self.values[:, here], self.held - start
+
+    def stored(self: C) -> C:
+        keys, values = self.keys[:, : self.longest], self.values[:, : self.longest]
+        return State.stored(dataclasses.replace(self, keys=keys, values=values))
+
+    def _concatenated(self: C, states: Sequence[C]) -> C:
+        joined = super()._concatenated([dataclasses.replace(s, even=self.even, longest=self.longest) for s in states])
+        joined.longest = max(state.longest for state in states)
+        joined.even = all(state.even and state.longest == joined.longest for state in states)
+        return joined
+
+    def _concatenated_field(self, name: str, values: list[Any]) -> Any:
+        """As every state's; what lies past a row's tokens has no meaning, and a shorter one is filled up."""
+        if isinstance(values[0], Tensor) and values[0].ndim > 1:
+            room = max(x.shape[1] for x in values)
+            values = [F.pad(x, (0, 0) * (x.ndim - 2) + (0, room - x.shape[1])) for x in values]
+        return super()._concatenated_field(name, values)
 
     def trim(self) -> None:
         """As :meth:`TokenCache.trim`, once that is as much as what is kept: each token is moved about once."""

@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssmzoo.cache.elastic import new_pool
+from ssmzoo.cache.kv import KVCache
 from ssmzoo.cache.logits import Logits
-from ssmzoo.cache.pages import Holding, Pages, on_device
+from ssmzoo.cache.pages import Holding, on_device
 from ssmzoo.cache.tokens import TokenCache
-from ssmzoo.state import row_indices
+from ssmzoo.state import State, row_indices
 
 C = TypeVar("C", bound="PagedCache")
 P = ParamSpec("P")
@@ -54,6 +56,8 @@ class PagedCache(TokenCache):
         longest: the largest of ``counts``.
     """
 
+    dense_class: ClassVar[type[KVCache]] = KVCache  # the same in one stretch of memory
+
     lengths: Tensor
     block_table: Tensor
     pages: Holding
@@ -80,7 +84,7 @@ class PagedCache(TokenCache):
         blocks = -(-capacity // page_size)
         blocks = blocks if keep is None else min(blocks, _blocks(keep, page_size))
         keys, values = (like.new_zeros(0, page_size, h_kv, head_dim) for head_dim in head_dims)
-        pool = Pages(keys, values, fixed=False)
+        pool = new_pool(keys, values)
         pool.grow(s * blocks)
         pages = Holding(pool, [[] for _ in range(s)])
         lengths = torch.zeros(s, dtype=torch.int32, device=like.device)
@@ -98,6 +102,36 @@ class PagedCache(TokenCache):
         selected.pages = self.pages.select(chosen)
         selected._count([self.counts[i] for i in chosen])
         return selected
+
+    def stored(self) -> State:  # type: ignore[override]
+        """What it holds, in one stretch of memory."""
+        keys, values, _ = self.recent(self.longest, -1)
+        rest = (None if self.starts is None else self.starts.clone(), self.keep, self.longest, self.even)
+        return self.dense_class(keys, values, self.lengths.clone(), *rest)
+
+    def restored(self: C, stored: State) -> C:
+        """What :meth:`stored` gave of a cache of one sequence, in this one's pool."""
+        assert isinstance(stored, KVCache)
+        cache = self.clone()
+        cache.append(stored.keys, stored.values, False)
+        cache.lengths, cache.starts = stored.lengths, stored.starts
+        return cache
+
+    def serves(self, kind: type[State]) -> bool:
+        """Also in the place of the same cache without pages."""
+        return super().serves(kind) or self.dense_class is kind
+
+    def _concatenated(self: C, states: Sequence[C]) -> C:
+        if self.pages.pool.fixed:
+            self._move(lambda x: x, fixed=False)
+        pages = Holding.concatenate([state.pages for state in states])
+        lengths = torch.cat([state.lengths for state in states])
+        starts = None if self.starts is None else torch.cat([s.starts for s in states if s.starts is not None])
+        joined = dataclasses.replace(
+            self, lengths=lengths, starts=starts, pages=pages, block_table=pages.table(), counts=[]
+        )
+        joined._count([count for state in states for count in state.counts])
+        return joined
 
     def to(self: C, *args: Any, **kwargs: Any) -> C:
         """As :meth:`State.to`, in a pool of its own."""
@@ -163,7 +197,7 @@ class PagedCache(TokenCache):
         self.starts = self.starts + on_device(dropped, self.starts.device)
         self._count([count - n for count, n in zip(self.counts, dropped, strict=True)])
         needed = len(rows) * _blocks(self.keep, pool.page_size)
-        if len(pool.owners) > 2 * needed and not pool.fixed and not self.pages.shared:
+        if len(pool.owners) > 2 * needed and not pool.fixed and not pool.lasting and not self.pages.shared:
             self._move(lambda x: x, fixed=False)
             self.pages.pool.grow(max(0, needed - self.pages.pool.in_use))
         self.block_table = self.pages.table()

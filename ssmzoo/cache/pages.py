@@ -23,7 +23,10 @@ class Pages:
         fixed: a backward pass may still need what stands here, so that nothing more is written.
         owners: of each page, how many sequences hold it. Only one with a single owner may be written to.
         free: pages that nobody holds.
+        lasting: caches come and go in it, so that none moves to a pool of its own because much is free.
     """
+
+    lasting = False
 
     def __init__(self, keys: Tensor, values: Tensor, fixed: bool):
         self.keys, self.values, self.fixed = keys, values, fixed
@@ -69,6 +72,10 @@ class Pages:
             self.owners[page] -= 1
             if not self.owners[page]:
                 self.free.append(page)
+                self.emptied(page)
+
+    def emptied(self, page: int) -> None:
+        """Told of each page that nobody holds any more."""
 
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """What stands in some pages, into others."""
@@ -102,6 +109,26 @@ class Holding:
         """Whether another cache holds any of them too."""
         mine = Counter(itertools.chain.from_iterable(self.rows))
         return any(self.pool.owners[page] > count for page, count in mine.items())
+
+    @classmethod
+    def concatenate(cls, holdings: Sequence[Holding]) -> Holding:
+        """The pages of all their sequences, in the first one's pool; pages of other pools are copied there."""
+        pool, rows = holdings[0].pool, []
+        fresh: list[int] = []  # held by us until the rows hold them
+        for holding in holdings:
+            if holding.pool is pool:
+                rows += [list(row) for row in holding.rows]
+                continue
+            old = holding.distinct
+            new = dict(zip(old, pool.take(len(old)), strict=True))
+            index, place = (on_device(numbers, pool.keys.device) for numbers in (old, list(new.values())))
+            for x, y in ((pool.keys, holding.pool.keys), (pool.values, holding.pool.values)):
+                x[place] = y[index].to(x.dtype)
+            fresh += new.values()
+            rows += [[new[page] for page in row] for row in holding.rows]
+        joined = cls(pool, rows)
+        pool.release(fresh)
+        return joined
 
     def select(self, rows: Iterable[int]) -> Holding:
         """The pages of these sequences, held once more."""

@@ -33,3 +33,5 @@ class SharedCache(SharedKeys, KVCache):
 @dataclasses.dataclass
 class PagedSharedCache(SharedKeys, PagedCache):
     """In pages."""
+
+    dense_class = SharedCache

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ssmkernels import fft_conv
@@ -58,6 +60,14 @@ class History(State):
         row = torch.arange(size, device=u.device) - size + self.count + lengths[:, None]
         rows = inputs.gather(1, row.clamp(min=0)[..., None].expand(-1, -1, u.shape[2]))
         return inputs, self._of(torch.where((row >= 0)[..., None], rows, 0))
+
+    def stored(self) -> History:
+        return History(self.rows[:, : self.count].clone(), self.count, self.most)
+
+    def _concatenated(self, states: Sequence[History]) -> History:
+        count = max(state.count for state in states)
+        rows = [F.pad(state.rows[:, : state.count], (0, 0, count - state.count, 0)) for state in states]
+        return History(torch.cat(rows), count, self.most)
 
     def _kept(self, count: int) -> int:
         return count if self.most is None else min(count, self.most)

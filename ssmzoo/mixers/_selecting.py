@@ -149,6 +149,7 @@ class SelectingAttention(Mixer):
 
     def _extend(self, state: SummaryCache, before: int) -> None:
         """Summaries of the stretches that are complete since there were ``before`` tokens, in all sequences alike."""
+        state.summaries = state.summaries[:, : self.complete(before)]  # there are more if a longer sequence was dropped
         if self.complete(state.longest) > self.complete(before):
             new = self._new(state, slice(None), before, state.longest)
             state.summaries = torch.cat([state.summaries.to(new.dtype), new], dim=1)

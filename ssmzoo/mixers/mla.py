@@ -29,6 +29,8 @@ class LatentCache(SharedCache):
 class PagedLatentCache(PagedSharedCache):
     """The same in pages."""
 
+    dense_class = LatentCache
+
 
 @register_mixer("mla")
 class MLA(Mixer):

@@ -125,6 +125,18 @@ def test_selection_in_pieces(monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "options"), [("moba", MOBA), ("nsa", NSA)])
+@torch.no_grad()
+def test_a_shorter_sequence_goes_on_after_a_longer_one_has_left(name, options):
+    mixer, x = make(name, options), inputs(30)
+    state = mixer.initial_state(2)
+    _, state = mixer(torch.cat([x[:, :20], x[:, :10]], dim=1), state, cu_seqlens=torch.tensor([0, 20, 30]).int())
+    state = state.select([1])
+    for t in range(10, 30):
+        y, state = mixer(x[:, t : t + 1], state)
+        torch.testing.assert_close(y, mixer(x[:, : t + 1])[:, -1:], rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(("name", "options"), [("moba", MOBA), ("nsa", NSA)])
 def test_summaries_are_made_once_for_each_stretch(name, options):
     """In chunks of any size, for sequences of any lengths, the state holds what the whole sequence gives."""
     mixer, x = make(name, options), inputs(23, batch=3)

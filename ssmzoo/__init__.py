@@ -9,6 +9,7 @@ from typing import Any
 
 from ssmzoo.building import build
 from ssmzoo.config import ModelConfig, list_models
+from ssmzoo.engine import Engine
 from ssmzoo.linearizing import linearize
 from ssmzoo.mixer import Mixer
 from ssmzoo.model import ModelState, SequenceModel
@@ -21,6 +22,7 @@ from ssmzoo.swapping import swap_mixers
 __version__ = "0.1.0"
 
 __all__ = [
+    "Engine",
     "Mixer",
     "MixerInfo",
     "ModelConfig",

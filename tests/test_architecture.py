@@ -21,7 +21,7 @@ LAYERS = (
     "block ends generate pooling",
     "decoding",
     "model",
-    "checkpoints footprint",
+    "checkpoints engine footprint",
     "parallel pretrained",
     "building swapping",
     "linearizing",

@@ -1,0 +1,176 @@
+"""Which requests have a state in memory: who begins, who is put away, and who comes back."""
+
+from __future__ import annotations
+
+import heapq
+import threading
+
+from ssmzoo.engine.memory import Memory
+from ssmzoo.engine.prefixes import Prefixes
+from ssmzoo.engine.request import Job
+from ssmzoo.engine.swap import Store
+from ssmzoo.state import State
+
+
+class Active:
+    """The requests of an engine by where they stand.
+
+    The oldest that waits is the next to begin, and the youngest the first to be put away; so the oldest of all always
+    goes on.
+
+    Args:
+        memory: the budget.
+        prefixes: snapshots, which are within it too and give way first.
+        max_batch: most requests with a state.
+        store: where states are put away.
+
+    Attributes:
+        reading: requests whose prompts are being read, each with a state of its own.
+        writing: those that have read theirs, the rows of ``batch``.
+        batch: their states.
+        swaps: how often a state was put away.
+    """
+
+    def __init__(self, memory: Memory, prefixes: Prefixes, max_batch: int, store: Store):
+        self.memory, self.prefixes, self.max_batch, self.store = memory, prefixes, max_batch, store
+        self.reading: list[Job] = []
+        self.writing: list[Job] = []
+        self.batch: State | None = None
+        self.swaps = 0
+        self._queue: list[tuple[int, Job]] = []  # without a state, or with one that is put away: a heap
+        self._lock = threading.Lock()  # of the queue
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have no state in memory."""
+        return len(self._queue)
+
+    def __len__(self) -> int:
+        return len(self.reading) + len(self.writing)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the budget in use."""
+        return self.memory.pages + self.memory.rows(self.lengths())
+
+    def lengths(self) -> list[int]:
+        """Tokens of each state and snapshot."""
+        jobs = [job.position for job in (*self.writing, *self.reading)]
+        return jobs + self.prefixes.lengths
+
+    def enqueue(self, job: Job) -> None:
+        """A request that waits."""
+        with self._lock:
+            heapq.heappush(self._queue, (job.order, job))
+
+    def leave(self) -> None:
+        """Lets go of the states of requests that are done."""
+        with self._lock:
+            for _, job in self._queue:
+                if job.request.done and job.swapped is not None:
+                    job.swapped.drop()
+            self._queue = [entry for entry in self._queue if not entry[1].request.done]
+            heapq.heapify(self._queue)
+        self.reading = [job for job in self.reading if not job.request.done]
+        staying = [i for i, job in enumerate(self.writing) if not job.request.done]
+        if len(staying) < len(self.writing):
+            self._keep(staying)
+
+    def _keep(self, rows: list[int]) -> None:
+        """Of those that are writing these alone."""
+        self.writing = [self.writing[i] for i in rows]
+        self.batch = self.batch.select(rows) if rows and self.batch is not None else None
+
+    def join(self, jobs: list[Job]) -> None:
+        """Requests with states of their own, to those that are writing."""
+        states = [job.state for job in jobs if job.state is not None]
+        for job in jobs:
+            job.state = None
+        self.writing += jobs
+        self.batch = State.concatenate(states if self.batch is None else [self.batch, *states])
+
+    def make_room(self) -> None:
+        """Drops snapshots, and puts away the states of the youngest requests, until the next tokens have room."""
+        while self._next_need() > self.memory.limit:
+            if self.prefixes.drop_oldest():
+                continue
+            jobs = [*self.reading, *self.writing]
+            if len(jobs) <= 1:
+                return  # one alone has room: submit has seen to it
+            self._put_away(max(jobs, key=lambda job: job.order))
+
+    def admit(self) -> None:
+        """Begins, or takes up again, the oldest requests that wait, as long as there is room."""
+        while len(self) < self.max_batch:
+            with self._lock:
+                if not self._queue:
+                    break
+                job = self._queue[0][1]
+            if not self._has_room(job):
+                break
+            with self._lock:
+                heapq.heappop(self._queue)
+            if job.swapped is not None:
+                job.state, job.swapped = job.swapped.bring_back(self.memory.template), None
+            else:
+                job.state = self.memory.template.clone()
+            if job.next is None:
+                self.reading.append(job)
+            else:
+                self.join([job])
+
+    def _put_away(self, job: Job) -> None:
+        if job in self.writing:
+            row = self.writing.index(job)
+            assert self.batch is not None
+            state = self.batch.select([row])
+            self._keep([i for i in range(len(self.writing)) if i != row])
+        else:
+            assert job.state is not None
+            state, job.state = job.state, None
+            self.reading.remove(job)
+        self.swaps += 1
+        if job.position:
+            job.swapped = self.store.put_away(state, job.order)
+        self.enqueue(job)
+
+    def _has_room(self, job: Job) -> bool:
+        """Whether a request can have a state beside the others, dropping snapshots where that helps.
+
+        There has to be room for some further tokens of all: else a state would come and go at every other token.
+        """
+        ahead = 2 * self.memory.page_size
+        new = self._new(job, ahead)
+        while True:
+            others = self.memory.rows(self.lengths())
+            rows = self.memory.rows([*self.lengths(), job.position + new]) - others
+            needed = self._next_need(ahead) + self.memory.all_pages(job.position, new) + rows
+            if needed <= self.memory.limit:
+                return True
+            if not self.prefixes.drop_oldest():
+                return not len(self)
+
+    def _next_need(self, ahead: int = 1) -> int:
+        """Bytes in use once each request that has a state has had its next tokens."""
+        new = [(job.position, self._new(job, ahead)) for job in (*self.writing, *self.reading)]
+        pages = sum(self.memory.new_pages(*each) for each in new)
+        rows = self.memory.rows([length + more for length, more in new] + self.prefixes.lengths)
+        return self.memory.pages + pages + rows
+
+    def _new(self, job: Job, ahead: int) -> int:
+        """Tokens that a request takes next: of its prompt, or at most ``ahead`` new ones."""
+        left = len(job.request.prompt) - job.position
+        if left > 0:
+            return min(self.memory.chunk, left)
+        return min(ahead, len(job.request.prompt) + job.request.max_tokens - job.position)
+
+    def snapshot(self, job: Job, digest: bytes) -> None:
+        """Keeps a copy of a state for prompts that begin in the same way, if that takes nobody's room."""
+        while True:
+            rows = self.memory.rows([*self.lengths(), job.position])
+            if self.memory.pages + rows <= self.memory.limit:
+                break
+            if not self.prefixes.drop_oldest():
+                return
+        if job.state is not None:
+            self.prefixes.add(digest, job.position, job.state)

@@ -1,0 +1,236 @@
+"""The engine: requests join and leave a batch at any token."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ssmzoo.engine.active import Active
+from ssmzoo.engine.memory import Memory
+from ssmzoo.engine.picking import pick
+from ssmzoo.engine.prefixes import Prefixes
+from ssmzoo.engine.prompts import Prompts
+from ssmzoo.engine.request import Job, Request, prompt_of, stops_of
+from ssmzoo.engine.swap import Store
+from ssmzoo.generate import Sampling, check_model
+from ssmzoo.generate.arguments import TokenModel, is_int
+from ssmzoo.generate.loop import evaluating
+from ssmzoo.generate.sampling import seen_in
+from ssmzoo.state import State
+
+
+class Engine:
+    """Answers many requests at once, with the tokens that :func:`ssmzoo.generate.generate` gives for each alone.
+
+    Each step gives a token to every request whose prompt was read, all in one call of the model, and reads at most
+    ``chunk`` tokens of the prompts of others, packed into one call. Requests begin in the order in which they came.
+
+    States are held within a budget: those of a fixed size as one batch, caches of attention in pages, which all
+    requests share and which take memory only where tokens are. Where tokens to come need more, snapshots of prompts go
+    first, and then the youngest request's state is put away, and comes back when there is room.
+
+    Args:
+        model: a causal model with token ids in and token logits out. It runs in evaluation mode during a step.
+        memory: bytes for states and snapshots; the weights, and what a call computes with, come on top.
+        max_batch: most requests that have a state at once.
+        chunk: tokens of prompts that are read in a step, a multiple of ``page_size``.
+        page_size: tokens of a page, where the model's config has no ``page_size``; and the grid of shared prefixes.
+        share_prefixes: keep snapshots of states while prompts are read: every ``chunk`` tokens, and at the last border
+            of pages. A prompt that begins in the same way goes on from there. They stand for the model's weights as
+            they are: call :meth:`forget` when you change those.
+        swap: a folder for states that are put away; if None, the system's for temporary files, or, where the model is
+            not on a CPU, the host's memory.
+
+    Raises:
+        TypeError, ValueError: a model that cannot do this, or an argument out of range.
+    """
+
+    def __init__(
+        self,
+        model: TokenModel,
+        *,
+        memory: int = 2**30,
+        max_batch: int = 64,
+        chunk: int = 512,
+        page_size: int = 64,
+        share_prefixes: bool = True,
+        swap: str | Path | None = None,
+    ):
+        check_model(model)
+        for name, value, low in (("memory", memory, 1), ("max_batch", max_batch, 1), ("page_size", page_size, 1)):
+            if not is_int(value, low):
+                raise ValueError(f"Engine: `{name}` must be an int of at least {low}; got {value!r:.80}")
+        if not is_int(chunk, page_size) or chunk % page_size:
+            raise ValueError(f"Engine: `chunk` must be a multiple of `page_size`={page_size}; got {chunk!r:.80}")
+        self.model, self.vocab = model, model.config.vocab_size or 0
+        self._memory = Memory(model, memory, page_size, chunk)
+        self._prefixes = Prefixes(page_size)
+        self._active = Active(self._memory, self._prefixes, max_batch, Store(swap, model.device))
+        self._prompts = Prompts(self._prefixes, chunk, share_prefixes)
+        self._lock = threading.RLock()
+        self._numbers = itertools.count()
+
+    def submit(
+        self,
+        prompt_ids: Tensor | Sequence[int],
+        *,
+        max_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: int | Sequence[int | Sequence[int]] | None = None,
+    ) -> Request:
+        """A new request, which begins with one of the next steps. Any thread may call this.
+
+        Args:
+            prompt_ids: ids ``(l)``, at least one.
+            max_tokens: most new tokens, at least 1.
+            temperature, top_k, top_p, min_p, repetition_penalty, seed: as those of
+                :func:`ssmzoo.generate.generate`.
+            stop: an id, or a list of ids and of sequences of ids, any of which ends it. They stand in its tokens.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong kind or out of range; or a request that needs more than the
+                whole budget, or more positions than the model has.
+        """
+        prompt = prompt_of(prompt_ids, self.vocab)
+        if not is_int(max_tokens, 1, 2**31 - 1):
+            raise ValueError(f"Engine.submit: `max_tokens` must be an int from 1 to 2**31 - 1; got {max_tokens!r:.80}")
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        stops = stops_of(stop, self.vocab)
+        total = len(prompt) + max_tokens
+        positions = self.model.config.learned_positions
+        if positions is not None and total > positions:
+            raise ValueError(
+                f"Engine.submit: `prompt_ids` and `max_tokens` must be at most {positions} tokens together, as the "
+                f"model has `learned_positions`={positions}; got {len(prompt)} and {max_tokens}"
+            )
+        needed = self._memory.full(total)
+        if needed > self._memory.limit:
+            raise ValueError(
+                f"Engine.submit: a prompt of {len(prompt)} tokens and `max_tokens`={max_tokens} take {needed:,} bytes, "
+                f"more than the engine's `memory`={self._memory.limit:,}; this request can never run"
+            )
+        if seed is None:
+            seed = int(torch.randint(2**32, (), device="cpu"))
+        request = Request(prompt, max_tokens, self.step)
+        job = Job(request, next(self._numbers), sampling, stops, seed, self._prefixes.page_size)
+        if repetition_penalty != 1:
+            job.seen = seen_in(torch.tensor([prompt], device=self.model.device), None, self.vocab)
+        self._active.enqueue(job)
+        return request
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have no state in memory: they have not begun, or were put away."""
+        return self._active.waiting
+
+    @property
+    def active(self) -> int:
+        """Requests that have one."""
+        return len(self._active)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the budget in use, snapshots included."""
+        return self._active.nbytes
+
+    @property
+    def swaps(self) -> int:
+        """How often a state was put away."""
+        return self._active.swaps
+
+    def forget(self) -> None:
+        """Drops all snapshots of prompts."""
+        with self._lock:
+            self._prefixes.kept.clear()
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """A token more for each request that has read its prompt, and a part of the prompts of others.
+
+        Returns:
+            Whether any request is still under way.
+        """
+        with self._lock, evaluating(self.model):
+            self._active.leave()
+            self._active.make_room()
+            self._active.admit()
+            self._write()
+            self._read()
+            self._active.leave()
+            return bool(self.active or self.waiting)
+
+    def run(self) -> None:
+        """Steps until all requests are done."""
+        while self.step():
+            pass
+
+    def _write(self) -> None:
+        """The next token of each request that has read its prompt."""
+        jobs = self._active.writing
+        if jobs and self._active.batch is not None:
+            ids = torch.tensor([[job.next] for job in jobs], device=self.model.device)
+            done = self._call(jobs, ids, self._active.batch, {})
+            if done is None:
+                self._active.writing, self._active.batch = [], None
+                return
+            logits, self._active.batch = done
+            self._advance(jobs, [1] * len(jobs))
+            pick(jobs, logits[:, 0, : self.vocab].float())
+
+    def _read(self) -> None:
+        """A part of the prompts of those that have not read theirs, the earliest first."""
+        self._prompts.take_shared(self._active.reading)
+        parts = self._prompts.parts(self._active.reading)
+        if not parts:
+            return
+        jobs, counts = map(list, zip(*parts, strict=True))
+        ids = [job.request.prompt[job.position : job.position + count] for job, count in parts]
+        packed = torch.tensor([[id for part in ids for id in part]], device=self.model.device)
+        options: dict[str, Tensor | bool] = {"last_only": True}
+        if len(jobs) > 1:
+            options["cu_seqlens"] = torch.tensor([0, *counts]).cumsum(0).to(packed.device, torch.int32)
+        states = [job.state for job in jobs if job.state is not None]
+        done = self._call(jobs, packed, states[0] if len(states) == 1 else State.concatenate(states), options)
+        if done is None:
+            self._active.reading = [job for job in self._active.reading if job not in jobs]
+            return
+        logits, state = done
+        self._advance(jobs, counts)
+        for i, job in enumerate(jobs):
+            job.state = state if len(jobs) == 1 else state.select([i])
+            border = self._prompts.border(job)
+            if border is not None:
+                self._active.snapshot(job, border)
+        finished = [i for i, job in enumerate(jobs) if job.position == len(job.request.prompt)]
+        if finished:
+            through = [jobs[i] for i in finished]
+            self._active.reading = [job for job in self._active.reading if job not in through]
+            pick(through, logits[finished, 0, : self.vocab].float())
+            through = [job for job in through if not job.request.done]
+            if through:
+                self._active.join(through)
+
+    def _advance(self, jobs: list[Job], counts: list[int]) -> None:
+        for job, count in zip(jobs, counts, strict=True):
+            job.position += count
+
+    def _call(
+        self, jobs: list[Job], ids: Tensor, state: State, options: dict[str, Tensor | bool]
+    ) -> tuple[Tensor, State] | None:
+        """The model's outputs and the state after; None where it raised an error, with which the requests end."""
+        try:
+            return self.model(ids, state, **options)
+        except Exception as error:
+            for job in jobs:
+                job.fail(error)
+            return None

@@ -1,0 +1,68 @@
+"""States that are put away to make room, and brought back as they were."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from pathlib import Path
+
+import torch
+
+from ssmzoo.state import State
+
+
+class Swapped:
+    """A state of one sequence in a file, or, from a device that is no CPU, in the host's memory.
+
+    Args:
+        state: what is put away.
+        folder: for its file; None for the host's memory.
+        number: of the file.
+    """
+
+    def __init__(self, state: State, folder: Path | None, number: int):
+        stored = state.stored()
+        self.kept = stored.to("meta" if folder is not None else "cpu")
+        self.path = None if folder is None else folder / f"{number}.pt"
+        if self.path is not None:
+            torch.save([t.contiguous() for t in stored.tensors()], self.path)
+
+    def bring_back(self, template: State) -> State:
+        """The state as it was, with its pages in the template's pools; the file goes."""
+        stored, device = self.kept, template.tensors()[0].device
+        if self.path is not None:
+            stored = stored.with_tensors(iter(torch.load(self.path, weights_only=True, map_location=device)))
+        self.drop()
+        return template.restored(stored.to(device))
+
+    def drop(self) -> None:
+        """Removes the file."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+class Store:
+    """Where states are put away; its folder is made when the first one comes, and goes with it.
+
+    Args:
+        folder: in which to make it; None for that of the system's temporary files, or, where states are on another
+            device than a CPU, for the host's memory.
+        device: of the states.
+
+    Raises:
+        ValueError: ``folder`` is none.
+    """
+
+    def __init__(self, folder: str | Path | None, device: torch.device):
+        if folder is not None and not Path(folder).is_dir():
+            raise ValueError(f"Engine: `swap` must be a folder that exists, or None; got {str(folder)!r:.200}")
+        self.within, self.on_disk = folder, folder is not None or device.type == "cpu"
+        self.folder: Path | None = None
+
+    def put_away(self, state: State, number: int) -> Swapped:
+        """Takes a state of one sequence, under a number of its own."""
+        if self.on_disk and self.folder is None:
+            self.folder = Path(tempfile.mkdtemp(prefix="ssmzoo-states-", dir=self.within))
+            weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        return Swapped(state, self.folder, number)

@@ -14,6 +14,7 @@ from ssmzoo.linearizing import linearize
 from ssmzoo.mixer import Mixer
 from ssmzoo.model import ModelState, SequenceModel
 from ssmzoo.pretrained import save
+from ssmzoo.quantizing import quantize
 from ssmzoo.rate import set_rate
 from ssmzoo.registry import MixerInfo, build_mixer, list_mixers, register_mixer
 from ssmzoo.state import State
@@ -35,6 +36,7 @@ __all__ = [
     "linearize",
     "list_mixers",
     "list_models",
+    "quantize",
     "register_mixer",
     "save",
     "set_rate",

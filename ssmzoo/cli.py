@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from ssmzoo.commands import bench, convert, distill, env, generate, info, tokenize, train, verify
+from ssmzoo.commands import bench, convert, distill, env, generate, info, quantize, tokenize, train, verify
 from ssmzoo.commands import list as list_
 from ssmzoo.screen import say
 
@@ -29,6 +29,7 @@ app.command("train")(train.command)
 app.command("distill")(distill.command)
 app.command("generate")(generate.command)
 app.command("convert")(convert.command)
+app.command("quantize")(quantize.command)
 app.command("verify")(verify.command)
 app.command("bench")(bench.command)
 app.command("env")(env.command)

@@ -13,6 +13,7 @@ from ssmkernels.core.crossing import check_not_again, current
 from ssmkernels.core.validate import check_cu_seqlens, precision
 from ssmkernels.native.calls import Calls
 from ssmzoo.linear import arrives_later, computes_on
+from ssmzoo.quantized import QuantizedMap
 from ssmzoo.state import State
 from ssmzoo.ties import KeepsTies
 from ssmzoo.wide import KeepsFloat32, stored
@@ -242,11 +243,14 @@ class Mixer(KeepsFloat32, KeepsTies):
             wide: float32 for half precision.
         """
         weight = self._a_weight()
-        if weight is None:
-            weight = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
-            device = weight.device
-        else:
+        if weight is not None:
             device = computes_on(self._weight_owner(), weight)
+        else:
+            quantized = (m.like() for m in self.modules() if isinstance(m, QuantizedMap))
+            others = (p for p in self.parameters() if p.is_floating_point())
+            weight = next(quantized, None)
+            weight = next(others, torch.empty(0)) if weight is None else weight
+            device = weight.device
         return torch.empty(0, dtype=precision(weight) if wide else weight.dtype, device=device)
 
 

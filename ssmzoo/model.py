@@ -20,6 +20,7 @@ from ssmzoo.linear import arrives_later, computes_on
 from ssmzoo.lower_bounds import share_lower_bounds
 from ssmzoo.mixer import Mixer
 from ssmzoo.pooling import first, last, total
+from ssmzoo.quantized import QuantizedMap, quantize_maps, weights_of
 from ssmzoo.state import State
 from ssmzoo.ties import KeepsTies
 
@@ -66,6 +67,7 @@ class SequenceModel(KeepsTies):
         self.tie_weights()
         if isinstance(self.embedding, nn.Embedding):
             nn.init.normal_(self.embedding.weight, std=START)
+        quantize_maps(self, config.quantization)
 
     @property
     def blocks(self) -> list[Block]:
@@ -74,9 +76,9 @@ class SequenceModel(KeepsTies):
 
     @property
     def tied(self) -> bool:
-        """Whether the token logits use the embedding's weights: whether both are one parameter."""
-        weight = self.lm_head._parameters.get("weight")
-        return weight is not None and weight is self.embedding._parameters.get("weight")
+        """Whether the token logits use the embedding's weights: whether both are one parameter, or one buffer."""
+        tables = [module._parameters.get("weight", module._buffers.get("weight_q")) for module in self._ends()]
+        return tables[0] is not None and tables[0] is tables[1]
 
     @property
     def device(self) -> torch.device:
@@ -85,6 +87,9 @@ class SequenceModel(KeepsTies):
         if isinstance(weight, Tensor):
             return computes_on(self.embedding, weight)
         return self.blocks[0].mixer.like().device
+
+    def _ends(self) -> tuple[nn.Module, nn.Module]:
+        return self.lm_head, self.embedding
 
     @property
     def wants_tied(self) -> bool:
@@ -97,9 +102,9 @@ class SequenceModel(KeepsTies):
 
         Moves, ``to_empty`` and ``load_state_dict`` do so by themselves; assigning a weight by hand does not.
         """
-        places = (self.lm_head, self.embedding)
-        if self.wants_tied and all("weight" in place._parameters for place in places):
-            self.lm_head._parameters["weight"] = self.embedding._parameters["weight"]
+        head, embedding = self._ends()
+        if self.wants_tied and all("weight" in place._parameters for place in (head, embedding)):
+            head._parameters["weight"] = embedding._parameters["weight"]
 
     def initial_state(self, batch_size: int, max_length: int | None = None) -> ModelState:
         """The state before the first token.
@@ -289,17 +294,16 @@ class SequenceModel(KeepsTies):
 
     def num_parameters(self) -> int:
         """Number of weights; those used at several places count once."""
-        return sum(p.numel() for p in self.parameters())
+        quantized = {m.weight_q: m.inputs * m.outputs for m in self.modules() if isinstance(m, QuantizedMap)}
+        return sum(p.numel() for p in self.parameters()) + sum(quantized.values())
 
     def flops_per_token(self, context: int) -> float:
         """FLOPs of a forward pass a token at ``context`` tokens: two a weight of each linear map, and the mixing."""
-        flops = 2.0 * self.lm_head.weight.numel()
-        if self.head_transform is not None:
-            flops += 2.0 * self.head_transform.linear.weight.numel()
-        if isinstance(self.embedding, nn.Linear):
-            flops += 2.0 * self.embedding.weight.numel()
+        ends = [self.lm_head, self.embedding]
+        ends += [] if self.head_transform is None else [self.head_transform.linear]
+        flops = 2.0 * sum(map(weights_of, ends))
         for block in self.blocks:
-            flops += 2.0 * sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
+            flops += 2.0 * sum(map(weights_of, block.modules()))
             flops += block.mixer.mixing_flops(context) + (0 if block.mlp is None else block.mlp.flops())
             flops += 0 if block.feed is None else block.feed.attention.mixing_flops(context)
         return flops

@@ -1,4 +1,4 @@
-"""Parameters that stand at several places of a module stay one parameter."""
+"""Parameters and buffers that stand at several places of a module stay one."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-Places = list[tuple[nn.Module, str]]  # modules, and the parameter's name in each
+Places = list[tuple[dict[str, Any], str]]  # parameters or buffers of modules, and the name among them
 
 
 class KeepsTies(nn.Module):
-    """A module whose shared parameters stay shared where PyTorch would make a new parameter at each place.
+    """A module whose shared parameters and buffers stay shared where PyTorch would make a new one at each place.
 
     That is in ``to_empty`` and other moves from the meta device, and in ``load_state_dict`` with ``assign``.
     """
@@ -35,17 +35,18 @@ class KeepsTies(nn.Module):
 
 
 def shared_parameters(module: nn.Module) -> list[Places]:
-    """The places of each parameter that has more than one in a module and its submodules."""
-    places: dict[nn.Parameter, Places] = {}
+    """The places of each parameter and buffer that has more than one in a module and its submodules."""
+    places: dict[Tensor, Places] = {}
     for owner in module.modules():
-        for name, parameter in owner._parameters.items():
-            if parameter is not None:
-                places.setdefault(parameter, []).append((owner, name))
+        for held in (owner._parameters, owner._buffers):
+            for name, tensor in held.items():
+                if tensor is not None:
+                    places.setdefault(tensor, []).append((held, name))
     return [found for found in places.values() if len(found) > 1]
 
 
 def share_again(shared: list[Places]) -> None:
-    """Puts the parameter at the first of its places at the others."""
+    """Puts what is at the first of its places at the others."""
     for (first, name), *others in shared:
         for owner, other in others:
-            owner._parameters[other] = first._parameters[name]
+            owner[other] = first[name]

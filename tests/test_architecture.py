@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     "bidirectional devices files linear plain screen state ties token_shift wide",  # serve everything
     "norm options yaml_text",
+    "quantized",  # maps with weights in few bits, which mixers and configs know of
     "mixer mlp",  # the interfaces of what mixes tokens and of what mixes channels
     "cache init lower_bounds rate registry value_residual",
     "lti",  # what S4 and S4D share
@@ -23,7 +24,7 @@ LAYERS = (
     "model",
     "checkpoints engine footprint",
     "parallel pretrained",
-    "building swapping",
+    "building quantizing swapping",
     "linearizing",
     "ssmzoo",
     "integrations testing train",

@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # for type checkers and editors alone
     from ssmkernels.ops.mamba3_scan import mamba3_scan, mamba3_scan_step
     from ssmkernels.ops.mamba_step import mamba_step
     from ssmkernels.ops.mlstm import mlstm, mlstm_step
+    from ssmkernels.ops.quantized_linear import quantized_linear
     from ssmkernels.ops.rglru_gates import rglru_gates
     from ssmkernels.ops.rms_norm import rms_norm
     from ssmkernels.ops.selected_attention import selected_attention

@@ -23,6 +23,7 @@ from ssmzoo.checkpoints.renaming import Written, published
 from ssmzoo.checkpoints.weights import stored_weights
 from ssmzoo.config import ModelConfig
 from ssmzoo.model import SequenceModel
+from ssmzoo.quantized import QuantizedMap
 from ssmzoo.wide import KeepsFloat32
 
 Format = Literal["ssmzoo", "transformers", "original"]
@@ -171,13 +172,14 @@ def _kinds(config: ModelConfig) -> list[str]:
 
 
 def named_weights(model: SequenceModel, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Each weight once, under the first of its names; in ``dtype``, but for those that stay float32."""
+    """Each weight once, under the first of its names; in ``dtype``, but for those that stay float32, and scales."""
     wide = {
         f"{place}.{name}"
         for place, module in model.named_modules()
         if isinstance(module, KeepsFloat32)
         for name in module.float32_parameters
     }
+    wide |= {f"{place}.scales" for place, module in model.named_modules() if isinstance(module, QuantizedMap)}
     found = {}
     for names, tensor in stored_weights(model):
         tensor = tensor.detach()

@@ -187,9 +187,16 @@ def check_storable(model: SequenceModel) -> None:
 
 
 def main_dtype(weights: Mapping[str, Tensor]) -> torch.dtype | None:
-    """That of the largest floating-point tensor: some small ones are float32 whatever the others are."""
-    floating = [tensor for tensor in weights.values() if tensor.is_floating_point()]
-    return max(floating, key=Tensor.numel).dtype if floating else None
+    """That of the largest floating-point tensor: some small ones are float32 whatever the others are.
+
+    Of quantised weights, whose scales have dtypes of their own, and beside which the small ones may be the largest,
+    that of the first norm's weight.
+    """
+    floating = {name: tensor for name, tensor in weights.items() if tensor.is_floating_point()}
+    if any(name.endswith(".weight_q") for name in weights):
+        norms = (tensor.dtype for name, tensor in floating.items() if "norm" in name)
+        return next(norms, None)
+    return max(floating.values(), key=Tensor.numel).dtype if floating else None
 
 
 def some(names: list[str]) -> str:

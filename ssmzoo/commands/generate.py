@@ -45,10 +45,11 @@ def command(
 
     from ssmkernels import keep_memory
     from ssmzoo import build
+    from ssmzoo.commands._vocabulary import vocabulary_of
     from ssmzoo.config import model_folder
     from ssmzoo.devices import fit_threads, usable
     from ssmzoo.generate import check_model
-    from ssmzoo.train.vocabulary import Bytes, decode, open_vocabulary
+    from ssmzoo.train.vocabulary import decode
 
     if not prompt:
         raise ValueError("`prompt` is empty: give the model at least one character")
@@ -62,16 +63,9 @@ def command(
     usable(device, "--device")
     built = build(model, device=device)
     check_model(built)
-    folder = model_folder(model)
-    if folder is None:
+    if model_folder(model) is None:
         say(f"{model} holds no trained weights: the output is noise", sys.stderr)
-    elif tokenizer is None and (folder / "tokenizer.json").is_file():
-        tokenizer = folder / "tokenizer.json"
-    if tokenizer is None and built.config.vocab_size != Bytes.size:
-        raise ValueError(
-            f"{model} has {built.config.vocab_size} token ids and does not read bytes; give its --tokenizer"
-        )
-    vocabulary = open_vocabulary(tokenizer)
+    vocabulary = vocabulary_of(model, built.config, tokenizer)
     if num_beams == 1 and temperature is None:
         temperature = 0.8
     step, show = vocabulary.decoder(), Shown(prompt, stop or [])

@@ -16,6 +16,7 @@ from ssmzoo.config.entries import merge, named_options, names, reachable
 from ssmzoo.mixer import Mixer
 from ssmzoo.options import check_range, convert, options_of
 from ssmzoo.plain import check_plain
+from ssmzoo.quantized import schemes_of
 from ssmzoo.registry import mixer_class
 
 Placement = Literal["pre", "post", "sum", "sandwich", "stream"]
@@ -74,6 +75,8 @@ class ModelConfig:
         bidirectional: every mixer looks both ways; each must be able to.
         description: one line for lists.
         train: defaults of ``ssmzoo train`` for this model.
+        quantization: which maps' weights are kept in 8 or 4 bits: patterns of their names → ``bits`` and
+            ``group_size``; the first that fits counts (:func:`ssmzoo.quantize`).
         source: where the weights came from, ``name@commit`` of the Hugging Face hub; "" for others.
     """
 
@@ -113,6 +116,7 @@ class ModelConfig:
     bidirectional: bool = False
     description: str = ""
     train: dict[str, Any] = dataclasses.field(default_factory=dict)
+    quantization: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -124,6 +128,7 @@ class ModelConfig:
         self.pattern, self.mixers = names("pattern", self.pattern), named_options("mixers", self.mixers)
         self.feeds = named_options("feeds", self.feeds)
         self.mlp_pattern, self.mlps = names("mlp_pattern", self.mlp_pattern), named_options("mlps", self.mlps)
+        self.quantization = schemes_of(self.quantization) if self.quantization else {}
         if self.output is None:
             self.output = "classes" if self.n_classes else "tokens" if self.vocab_size else "features"
         if self.output == "features" and self.d_output is None:

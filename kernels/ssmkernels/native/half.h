@@ -109,7 +109,14 @@ SSMZOO_INLINE void write(T* p, typename Lanes<typename Sum<T>::type>::V v) {
     for (int i = 0; i < Lanes<S>::count; ++i) narrow(x[i], p + i);
 }
 
+// Compilers would gather bfloat16's halves of a vector in memory, and wait for them there.
 #if SSMZOO_VECTOR_BYTES == 64
+template <>
+SSMZOO_INLINE VF read(const bfloat16* p) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
 template <>
 SSMZOO_INLINE VF read(const float16* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -120,6 +127,12 @@ SSMZOO_INLINE void write(float16* p, VF v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 #elif SSMZOO_VECTOR_BYTES == 32
+template <>
+SSMZOO_INLINE VF read(const bfloat16* p) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+
 template <>
 SSMZOO_INLINE VF read(const float16* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

@@ -1,0 +1,123 @@
+"""Matrices of weights rounded to few bits: each weight to the nearest, or with regard to what the map is given.
+
+Data-aware rounding is GPTQ's (Frantar et al. 2022, arXiv 2210.17323, algorithm 1): input after input is rounded, and
+the inputs after it take over its error as far as the inputs' second moments H = X Xᵀ allow.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ssmzoo.quantized.scheme import BLOCK, Scheme
+
+DAMPING = 0.01  # of H's mean diagonal, added to it
+COLUMNS = 128  # of H that are worked on at once where a scale serves all of them
+SHRINKING = tuple(1 - i / 32 for i in range(12))  # parts of the range of a group's weights that are tried
+
+
+class Rounded(NamedTuple):
+    """Weights as :func:`ssmkernels.quantized_linear` takes them."""
+
+    weight: Tensor  # int8 (o, k), or uint8 (o, 16 ⌈k / 32⌉)
+    scales: Tensor  # (o, g), float32; bfloat16 beside 4 bits, where they count
+    zeros: Tensor | None  # uint8 (o, g), beside 4 bits
+
+
+class _Grid(NamedTuple):
+    """The numbers to which one group of every output is rounded: (q - zero) · scale for q from low to high."""
+
+    scale: Tensor  # (o 1) float32
+    zero: Tensor  # (o 1) float32
+    low: int
+    high: int
+
+    def whole(self, w: Tensor) -> Tensor:
+        """q."""
+        return (torch.round(w / self.scale) + self.zero).clamp(self.low, self.high)
+
+    def value(self, q: Tensor) -> Tensor:
+        return (q - self.zero) * self.scale
+
+
+def to_nearest(weight: Tensor, scheme: Scheme) -> Rounded:
+    """A weight ``(o, k)`` with each number rounded to the nearest that its group has."""
+    w = weight.detach().float()
+    groups = [(part, _grid(part, scheme)) for part in w.split(scheme.group_size or max(w.shape[1], 1), dim=1)]
+    return _rounded([grid.whole(part) for part, grid in groups], [grid for _, grid in groups], scheme)
+
+
+def by_hessian(weight: Tensor, hessian: Tensor, scheme: Scheme) -> Rounded:
+    """A weight ``(o, k)``, rounded so that its products with the inputs behind the Hessian change least.
+
+    Args:
+        weight: of any floating-point dtype.
+        hessian: H, the inputs' second moments ``(k, k)``, float32.
+        scheme: of the result.
+    """
+    w, h = weight.detach().float().clone(), hessian.float().clone()
+    k = w.shape[1]
+    never = h.diagonal() == 0  # inputs that were always 0
+    h.diagonal()[never] = 1
+    w[:, never] = 0
+    h.diagonal().add_(DAMPING * h.diagonal().mean())
+    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    grids: list[_Grid] = []
+    whole = []
+    for first in range(0, k, scheme.group_size or COLUMNS):
+        last = min(k, first + (scheme.group_size or COLUMNS))
+        if scheme.group_size or not grids:
+            grids.append(_grid(w[:, first:last] if scheme.group_size else w, scheme))
+        grid, part, errors = grids[-1], w[:, first:last], []
+        own = inverse[first:last, first:last]
+        for j in range(last - first):
+            q = grid.whole(part[:, j : j + 1])
+            error = (part[:, j : j + 1] - grid.value(q)) / own[j, j]
+            part[:, j + 1 :] -= error * own[j, j + 1 :]
+            whole.append(q)
+            errors.append(error)
+        w[:, last:] -= torch.cat(errors, dim=1) @ inverse[first:last, last:]
+    return _rounded(whole, grids, scheme)
+
+
+def _grid(w: Tensor, scheme: Scheme) -> _Grid:
+    """The grid of one group ``(o, n)``; in 4 bits that of the least squared error among a few ranges."""
+    if scheme.bits == 8:
+        scale = w.abs().amax(1, keepdim=True) / 127
+        return _Grid(torch.where(scale > 0, scale, 1.0), torch.zeros_like(scale), -127, 127)
+    low, high = (bound(w, dim=1, keepdim=True).clamp(**{side: 0}) for bound, side in _BOUNDS)
+    best: _Grid | None = None
+    least = torch.zeros(())
+    for part in SHRINKING:
+        scale = ((high - low) * (part / 15)).bfloat16().float()
+        scale = torch.where(scale > 0, scale, 1.0)
+        grid = _Grid(scale, torch.round(-low * part / scale).clamp(0, 15), 0, 15)
+        error = (grid.value(grid.whole(w)) - w).square().sum(1, keepdim=True)
+        if best is None:
+            best, least = grid, error
+        else:
+            better = error < least
+            scale = torch.where(better, grid.scale, best.scale)
+            best = _Grid(scale, torch.where(better, grid.zero, best.zero), 0, 15)
+            least = torch.minimum(error, least)
+    assert best is not None
+    return best
+
+
+_BOUNDS = ((torch.amin, "max"), (torch.amax, "min"))  # a group's range holds 0
+
+
+def _rounded(whole: list[Tensor], grids: list[_Grid], scheme: Scheme) -> Rounded:
+    q, scales = torch.cat(whole, dim=1), torch.cat([grid.scale for grid in grids], dim=1)
+    if scheme.bits == 8:
+        return Rounded(q.to(torch.int8), scales, None)
+    zeros = torch.cat([grid.zero for grid in grids], dim=1).to(torch.uint8)
+    return Rounded(_packed(q.to(torch.uint8)), scales.bfloat16(), zeros)
+
+
+def _packed(q: Tensor) -> Tensor:
+    """``(o, k)`` uint8 from 0 to 15 → ``(o, 16 ⌈k / 32⌉)``, two in a byte."""
+    blocks = torch.nn.functional.pad(q, (0, -q.shape[1] % BLOCK)).unflatten(1, (-1, 2, BLOCK // 2))
+    return (blocks[:, :, 0] | blocks[:, :, 1] << 4).flatten(1)

@@ -10,14 +10,33 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as _module
 
+from ssmkernels import quantized_linear
+from ssmkernels.core.validate import HALF
+from ssmkernels.native import eager, products
 from ssmkernels.native.calls import Calls, NotPreparedError
-from ssmkernels.native.products import linear
 
 _WEIGHTS = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)  # the last two stand for plain ones while tracing
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """PyTorch's, except for large products on a CPU.
+
+    Those of float32 are :mod:`ssmkernels.native.products`'. Weights in half precision are converted as they are read,
+    where nobody wants gradients: most CPUs have no products of theirs, and PyTorch's libraries are slow then.
+    """
+    if (
+        x.dtype in HALF
+        and weight.numel() >= products.LARGE
+        and not eager.wants_gradient(x, weight, bias)
+        and eager.ordinary(x.dtype, x, weight, *(() if bias is None else (bias,)))
+        and eager.reachable(x=x, weight=weight, bias=bias)
+    ):
+        return quantized_linear(x, weight, bias=bias)
+    return products.linear(x, weight, bias)
+
+
 class Linear(nn.Linear):
-    """PyTorch's, except for large float32 products on a CPU (:mod:`ssmkernels.native.products`)."""
+    """PyTorch's, except for large products on a CPU (:func:`linear`)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)

@@ -28,13 +28,20 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ssmkernels import mamba_step, rms_norm, selective_scan
+from ssmkernels import (
+    causal_conv1d_step,
+    mamba_step,
+    quantized_linear,
+    rms_norm,
+    selective_scan,
+    selective_scan_step,
+)
 from ssmkernels.core.autocast import widened
 from ssmkernels.native.calls import Calls
 from ssmkernels.native.eager import exp
 from ssmzoo.bidirectional import bidirectional as both_ways
 from ssmzoo.init import inverse_softplus_of_log_uniform, starting, wide_dtype
-from ssmzoo.linear import Linear, WideBiasLinear, is_plain, linear
+from ssmzoo.linear import Linear, WideBiasLinear, is_plain, linear, prepare_map
 from ssmzoo.mixer import Mixer
 from ssmzoo.mixers._convolution import convolve
 from ssmzoo.mixers._one_call import in_one_call
@@ -182,12 +189,15 @@ class Mamba(Mixer):
         return self.d_inner * (6 * self.d_state + 2 * self.d_conv) * (2 if self.bidirectional else 1)
 
     def mix(self, x: Tensor, state: MambaState | None, cu_seqlens: Tensor | None) -> tuple[Tensor, MambaState | None]:
-        if state is not None and x.shape[1] == 1 and cu_seqlens is None and self._may_step(x):
-            return self._step(x, state), state
+        one = state is not None and x.shape[1] == 1 and cu_seqlens is None
+        if one and self._may_step(x):
+            return self._step(x, cast(MambaState, state)), state
         xz = self.in_proj(x)  # (b l 2d)
         weights = Selective(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
         if self.bidirectional:
             return self.out_proj(self._both_ways(weights, xz, cu_seqlens)), None
+        if one and in_one_call(x, self._modules["conv1d"]):
+            return self.out_proj(self._ssm_step(weights, xz[:, 0], cast(MambaState, state))[:, None]), state
         y, after = self._selective_ssm(weights, xz, state, cu_seqlens)  # (b l d)
         return self.out_proj(y), None if state is None else after
 
@@ -198,15 +208,7 @@ class Mamba(Mixer):
         conv, ssm = (None, None) if state is None else (state.conv, state.ssm)
         x, z = xz.chunk(2, dim=-1)  # (b l d) each
         x, conv = convolve(w.conv1d, x, self.d_conv, "silu", conv, cu_seqlens)  # (b l d)
-        dt, B, C = w.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)  # (b l r), (b l n), (b l n)
-        if self.bcdt_norm:
-            norms = (self.dt_layernorm, self.b_layernorm, self.c_layernorm)
-            dt, B, C = (self._normed(t, norm) for t, norm in zip((dt, B, C), norms, strict=True))
-        if is_plain(w.dt_proj):  # the scan adds the bias, in float32
-            assert isinstance(w.dt_proj, nn.Linear)
-            delta, delta_bias = linear(dt, w.dt_proj.weight), w.dt_proj.bias
-        else:
-            delta, delta_bias = w.dt_proj(dt).to(x.dtype), None  # (b l d)
+        delta, delta_bias, B, C = self._selected(w, x)
         A = -exp(w.A_log)  # (d n)
         y, ssm = selective_scan(
             x,
@@ -223,6 +225,25 @@ class Mamba(Mixer):
             cu_seqlens=cu_seqlens,
         )
         return y, MambaState(conv, ssm)
+
+    def _selected(self, w: Selective, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """What is made of the tokens (… d): Δ (… d) without its bias, the bias (d), B and C (… n)."""
+        dt, B, C = w.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)  # (… r), (… n), (… n)
+        if self.bcdt_norm:
+            norms = (self.dt_layernorm, self.b_layernorm, self.c_layernorm)
+            dt, B, C = (self._normed(t, norm) for t, norm in zip((dt, B, C), norms, strict=True))
+        if is_plain(w.dt_proj):  # the scan adds the bias, in float32
+            assert isinstance(w.dt_proj, nn.Linear)
+            return linear(dt, w.dt_proj.weight), w.dt_proj.bias, B, C
+        return w.dt_proj(dt).to(x.dtype), None, B, C
+
+    def _ssm_step(self, w: Selective, xz: Tensor, state: MambaState) -> Tensor:
+        """One token of :meth:`_selective_ssm`, where a map is called: (b 2d) → (b d); updates the state in place."""
+        x, z = xz.chunk(2, dim=-1)
+        conv1d = cast(nn.Conv1d, w.conv1d)
+        x = causal_conv1d_step(state.conv, x, conv1d.weight.squeeze(1), conv1d.bias, "silu")
+        delta, bias, B, C = self._selected(w, x)
+        return selective_scan_step(state.ssm, x, delta, -exp(w.A_log), B, C, w.D, z, bias, True)
 
     def _normed(self, x: Tensor, norm: nn.Module | None) -> Tensor:
         if norm is not None:
@@ -254,10 +275,26 @@ class Mamba(Mixer):
         return mamba_step(*arguments, **options)[:, None]
 
     def prepare_step(self, calls: Calls, x: Tensor, state: MambaState) -> Tensor | None:
-        if not self._may_step(x):
+        if self._may_step(x):
+            arguments, options = self._of_step(x, state)
+            return calls.op(mamba_step, *arguments, **options)
+        return self._prepare_parts(calls, x, state)
+
+    def _prepare_parts(self, calls: Calls, x: Tensor, state: MambaState) -> Tensor | None:
+        """A call for each part of the layer, where other modules have taken the places of its maps."""
+        conv1d, dt_proj = self.conv1d, self.dt_proj
+        if self.bcdt_norm or not in_one_call(x, conv1d):
             return None
-        arguments, options = self._of_step(x, state)
-        return calls.op(mamba_step, *arguments, **options)
+        x, z = prepare_map(calls, self.in_proj, x).chunk(2, dim=-1)
+        x = calls.op(causal_conv1d_step, state.conv, x, conv1d.weight.squeeze(1), conv1d.bias, "silu")
+        dt, B, C = prepare_map(calls, self.x_proj, x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        if is_plain(dt_proj):
+            delta, bias = calls.op(quantized_linear, dt, dt_proj.weight), dt_proj.bias
+        else:
+            delta, bias = prepare_map(calls, dt_proj, dt), None
+        A = calls.activated(self.A_log, "exp", scale=-1.0)
+        y = calls.op(selective_scan_step, state.ssm, x, delta, A, B, C, self.D, z, bias, True)
+        return prepare_map(calls, self.out_proj, y)
 
     def _of_step(self, x: Tensor, state: MambaState) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of :func:`ssmkernels.mamba_step`, and its options."""

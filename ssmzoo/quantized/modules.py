@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmkernels import quantized_linear
+from ssmkernels.native.calls import Calls
 from ssmkernels.ops.quantized_linear.reference import dequantized
 from ssmzoo.quantized.rounding import Rounded
 from ssmzoo.quantized.scheme import Scheme
@@ -85,7 +86,18 @@ class QuantizedLinear(QuantizedMap):
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return quantized_linear(x, self.weight_q, self.scales, self.zeros, self.bias, group_size=self.scheme.group_size)
+        return quantized_linear(x, *self._weights(), group_size=self.scheme.group_size)
+
+    def prepare_step(self, calls: Calls, x: Tensor) -> Tensor:
+        """Adds the map's native call for x ``(b, inputs)`` to those of a token.
+
+        Raises:
+            NotPreparedError: x is float64, or another implementation than the native one would run.
+        """
+        return calls.op(quantized_linear, x, *self._weights(), group_size=self.scheme.group_size)
+
+    def _weights(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        return self.weight_q, self.scales, self.zeros, self.bias
 
 
 class QuantizedEmbedding(QuantizedMap):

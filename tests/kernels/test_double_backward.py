@@ -62,6 +62,10 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"b": 1, "l": 21, "h": 1, "g": 1, "p": 2, "n": 2, "a": 1, "packed": True},
     ],
     "mlstm": [{"l": 3, "h": 1, "k": 2, "v": 3}, {"b": 1, "l": 21, "h": 1, "k": 2, "v": 2, "packed": True}],
+    "quantized_linear": [
+        {"k": 40, "o": 3},
+        {"bits": "same", "zeros": False, "group_size": None, "k": 5, "o": 3},
+    ],
     "rglru_gates": [{"l": 3, "h": 1, "p": 2}],
     "rms_norm": [
         {"shape": (2, 3, 4)},

@@ -35,6 +35,7 @@ recurrences = [dict(d=37), dict(log=True, d=261), dict(fixed=True), dict(complex
 deltas = [dict(b=1, l=67, h=2, g=1, k=7, v=5), dict(k=17, v=33, decay="k"), dict(packed=True, b=1, l=21, decay="")]
 attentions = [dict(b=1, l=67, h=2, g=1, k=7, v=5), dict(k=17, v=33, bonus=True), dict(packed=True, b=1, l=21)]
 attentions += [dict(decay="token", off=0.3), dict(decay="head")]
+same = dict(bits="same", zeros=False, group_size=None, k=37)
 rules = [dict(b=1, l=70, h=2, k=7, v=5), dict(k=33, v=37), dict(packed=True, b=1, l=21)]
 for op, dtypes, cases in (
     ("delta_rule", halves, deltas),
@@ -58,6 +59,7 @@ for op, dtypes, cases in (
     ("fft_conv", both, [dict(l=70, l_k=70, l_r=9, d=17), dict(b=1, l=180, l_k=180, d=1), dict(b=1, l=400, l_k=5, d=3)]),
     ("attention", halves, [dict(l=70, m=80, k=33, v=17, window=(40, 3)), dict(l=9, h=1, h_kv=1, k=1)]),
     ("selected_attention", halves, [dict(l=70, k=33, v=17, n=3, block_size=16), dict(h=1, h_kv=1, g=1, k=1)]),
+    ("quantized_linear", both, [dict(k=300, o=9), dict(l=9, k=33), dict(bits=8, zeros=False), same]),
     ("rglru_gates", halves, [dict(p=7), dict(p=33, h=1, first=False, decay=200.0)]),
     ("causal_conv1d", halves, convolutions),
     ("causal_conv1d_step", halves, [dict(w=1), dict(w=4, d=37), dict(w=6)]),

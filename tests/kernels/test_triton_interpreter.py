@@ -51,6 +51,14 @@ ATTENTION = [
     {"l": 5, "layout": "strided", **FEW},
     {"l": 3, "layout": "far", "k": 4, **FEW},
 ]
+QUANTIZED = [
+    {"o": 40, "l": 9, "b": 2},
+    {"zeros": False, "bias": False, "group_size": None, "layout": "strided"},
+    {"bits": 8, "zeros": False, "k": 33},
+    {"bits": "same", "zeros": False, "group_size": None, "k": 5},
+    {"layout": "far", "o": 2},
+    {"l": 0},
+]
 CONVOLUTION = [
     {"l": 17},
     {"l": 0},
@@ -264,6 +272,8 @@ CASES = [
         [{"p": 33, "b": 1, "h": 2}, {"first": False, "decay": 1e-3}, {"l": 0}, {"layout": "far"}],
     ),
     ("rglru_gates", "bfloat16,float64", [{"l": 70, "b": 1, "h": 1, "decay": 0.5}]),
+    ("quantized_linear", "float32", QUANTIZED),
+    ("quantized_linear", "bfloat16", [QUANTIZED[0], QUANTIZED[2] | {"weights": "float32"}, QUANTIZED[3]]),
     ("mlstm", "float32", MLSTM),
     ("mlstm", "bfloat16,float16", [{"l": 18, "h": 2, "b": 1}]),
     ("mlstm_step", "float32", [{"k": 64, "v": 128, "b": 1, "h": 2}, {"layout": "far"}]),

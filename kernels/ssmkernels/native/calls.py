@@ -29,6 +29,7 @@ FUNCTIONS = {
     "log_sigmoid": 7,
     "gelu_tanh": 8,
     "heavy_tail": 9,
+    "exp": 10,
 }
 
 

@@ -35,6 +35,7 @@ SSMZOO_INLINE typename Lanes<S>::V apply(int64_t function, typename Lanes<S>::V 
             return splat<S>(S(0.5)) * x * (one + tanh<S>(inner));
         }
         case 9: return positive + one / (one - negative);  // heavy tail: 1 + x, or 1 / (1 - x) below 0
+        case 10: return exp<S>(x);
         default: return x;
     }
 }

@@ -10,13 +10,18 @@ from ssmkernels.core.plain import why_not_plain
 
 
 def float32(*tensors: Tensor) -> bool:
-    """Whether all are ordinary float32 tensors on the CPU, in eager mode, with nobody watching PyTorch's operators.
+    """Whether all are float32 and :func:`ordinary`."""
+    return ordinary(torch.float32, *tensors)
+
+
+def ordinary(dtype: torch.dtype, *tensors: Tensor) -> bool:
+    """Whether all are ordinary tensors of a dtype on the CPU, in eager mode, with nobody watching PyTorch's operators.
 
     Quantised and distributed tensors have operators of their own, autocast chooses the dtype, and modes such as one
     that counts FLOPs know PyTorch's operators alone.
     """
     return (
-        all(x.dtype == torch.float32 and type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" for x in tensors)
+        all(x.dtype == dtype and type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" for x in tensors)
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._len_torch_dispatch_stack()

@@ -70,7 +70,7 @@ void tile(const WeightArguments& w, const float* x, int64_t rows, int64_t row, i
                 const int64_t output = minimum(o + i, last - 1);
                 scales[i] = splat(scale_of(w, output * groups + group));
                 zeros[i] = zero_of(w, output * groups + group);
-                from[i] = static_cast<const char*>(w.values) + output * bytes;
+                from[i] = static_cast<const char*>(w.weight) + output * bytes;
             }
             for (int64_t k = begin, count; k < end; k += count) {
                 count = minimum(kChunk, end - k);
@@ -131,7 +131,7 @@ int few_rows(const QuantizedLinearArguments& a) {
 
 template <class W>
 void dequantize_row(const WeightArguments& w, int64_t o, float* to) {
-    const char* row = static_cast<const char*>(w.values) + o * bytes_of<W>(w.size);
+    const char* row = static_cast<const char*>(w.weight) + o * bytes_of<W>(w.size);
     const int64_t groups = ceil_div(w.size, w.group);
     integer8 decoded[kChunk];
     for (int64_t begin = 0, group = o * groups; begin < w.size; begin += w.group, ++group) {

@@ -8,7 +8,7 @@ namespace ssmzoo {
 
 // The same for all kernels of the op: y = x Wᵀ + bias, with W[o, k] = scales[o, k / group] (q[o, k] - zeros[…]).
 struct WeightArguments {
-    const void* values;  // float kinds and int8: (outputs, size); 4 bits: (outputs, ceil(size / 32), 16) bytes
+    const void* weight;  // float kinds and int8: (outputs, size); 4 bits: (outputs, ceil(size / 32), 16) bytes
     const void *scales, *zeros;  // (outputs, ceil(size / group)) of `scales_dtype`, or null: 1; uint8, or null
     int64_t kind, scales_dtype, outputs, size, group;
 };

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ssmkernels import native
 from ssmkernels.native import address, missing, plain, rows, wrong_device
+from ssmkernels.native.calls import NotPreparedError
 from ssmkernels.native.prepared import Prepared
 from ssmkernels.native.products import linear
 from ssmkernels.ops.quantized_linear.tiled import as_rows, by_tiles, gradients, plain_weights
@@ -45,7 +46,13 @@ def _double(a: Any) -> bool:
 
 
 def prepared(a: Any) -> Prepared:
-    """The kernel's call."""
+    """The kernel's call, for any number of rows.
+
+    Raises:
+        NotPreparedError: there is float64 in it.
+    """
+    if _double(a):
+        raise NotPreparedError("quantized_linear")
     x = rows(a.x)
     x = x if x.ndim == 2 else as_rows(x)
     bias = None if a.bias is None else plain(a.bias, torch.float32)
@@ -84,7 +91,7 @@ def _weight(a: Any) -> tuple[dict[str, float], list[Tensor | None]]:
     size = a.x.shape[-1]
     weight, scales, zeros = (None if t is None else t.contiguous() for t in (a.weight, a.scales, a.zeros))
     fields: dict[str, float] = {
-        "values": address(weight),
+        "weight": address(weight),
         "scales": address(scales),
         "zeros": address(zeros),
         "kind": KINDS[a.weight.dtype],

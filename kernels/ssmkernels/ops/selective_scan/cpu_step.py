@@ -7,26 +7,35 @@ from typing import Any
 from torch import Tensor
 
 from ssmkernels import native
-from ssmkernels.native import address, missing, rows
+from ssmkernels.native import address, missing, plain, rows
+from ssmkernels.native.prepared import Prepared
 from ssmkernels.ops.selective_scan.cpu import unsupported
 from ssmkernels.ops.selective_scan.cpu_arguments import kernel, maps, reals
 
-__all__ = ["forward", "missing", "unsupported"]
+__all__ = ["forward", "missing", "prepared", "unsupported"]
 
 
 def forward(a: Any, _: bool) -> Tensor:
+    own = a.state.resolve_conj().contiguous()
+    y = prepared(a._replace(state=own)).run()
+    if own is not a.state:
+        a.state.copy_(own)
+    return y
+
+
+def prepared(a: Any) -> Prepared:
+    """The kernel's call; a state that is not contiguous is copied."""
     own = a.state.resolve_conj().contiguous()
     wide = own.real.dtype if own.is_complex() else own.dtype
     u, delta = rows(a.u), rows(a.delta)
     A = reals(a.A.to(own.dtype)).contiguous()
     B, C = (_map(t) for t in maps(a.B, a.C, own.dtype))
     z = None if a.z is None else rows(a.z)
-    D = None if a.D is None else a.D.to(wide).contiguous()
-    delta_bias = None if a.delta_bias is None else a.delta_bias.to(wide).contiguous()
+    D, delta_bias = (None if t is None else plain(t, wide) for t in (a.D, a.delta_bias))
     y = u.new_empty(u.shape)
     batch, d = u.shape
     n = A.shape[1]
-    native.run(
+    return Prepared(
         kernel(a.A, "_step"),
         {
             "state": own.data_ptr(),
@@ -53,10 +62,9 @@ def forward(a: Any, _: bool) -> Tensor:
             "B_batch": B.stride(0),
             "C_batch": C.stride(0),
         },
+        (own, u, delta, z, A, B, C, D, delta_bias),
+        y,
     )
-    if own is not a.state:
-        a.state.copy_(own)
-    return y
 
 
 def _map(x: Tensor) -> Tensor:

@@ -8,13 +8,19 @@ from torch import Tensor
 
 from ssmkernels import native
 from ssmkernels.native import address, missing, plain, rows
+from ssmkernels.native.prepared import Prepared, update
 from ssmkernels.ops.ssd.cpu import unsupported
 from ssmkernels.ops.ssd.cpu_arguments import side_by_side
 
-__all__ = ["forward", "missing", "unsupported"]
+__all__ = ["forward", "missing", "prepared", "unsupported"]
 
 
 def forward(a: Any, _: bool) -> Tensor:
+    return update(prepared, a, ("state",))
+
+
+def prepared(a: Any) -> Prepared:
+    """The kernel's call; a state that is not contiguous is copied."""
     own = a.state.contiguous()
     wide = own.dtype
     x, dt = side_by_side(a.x), rows(a.dt)
@@ -24,7 +30,7 @@ def forward(a: Any, _: bool) -> Tensor:
     D, dt_bias = (None if t is None else plain(t, wide) for t in (a.D, a.dt_bias))
     y = x.new_empty(x.shape)
     batch, heads, p, n = own.shape
-    native.run(
+    return Prepared(
         "ssd_step",
         {
             "state": own.data_ptr(),
@@ -54,7 +60,6 @@ def forward(a: Any, _: bool) -> Tensor:
             "dt_least": a.dt_limit[0],
             "dt_most": a.dt_limit[1],
         },
+        (own, x, z, dt, A, B, C, D, dt_bias),
+        y,
     )
-    if own is not a.state:
-        a.state.copy_(own)
-    return y

@@ -1,0 +1,98 @@
+"""Linear maps with quantised weights: the packing spelled out, bits that no other row changes, and errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ssmkernels import explain, quantized_linear
+from ssmkernels.check.spec import spec_of
+
+
+def arguments(dtype=torch.float32, **row):
+    spec = spec_of("quantized_linear")
+    return spec.inputs(spec.case(row), dtype, "cpu", 0)
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "tiled", "reference"])
+@pytest.mark.parametrize(("k", "group_size"), [(70, 32), (33, None)])
+def test_four_bits_as_they_are_packed(implementation, k, group_size):
+    """Number by number, in Python's integers: input i of a block of 32 is in byte i % 16, its upper half from 16 on."""
+    given = arguments(k=k, group_size=group_size, o=3, b=1, l=1, bias=False)
+    expected = []
+    for o in range(3):
+        total = 0.0
+        for i in range(k):
+            byte = int(given["weight"][o, i // 32 * 16 + i % 16])
+            q = byte >> 4 if i % 32 >= 16 else byte & 15
+            group = i // (group_size or k)
+            total += float(given["x"][0, 0, i]) * float(given["scales"][o, group]) * (q - int(given["zeros"][o, group]))
+        expected.append(total)
+    y = quantized_linear(**given, implementation=implementation)
+    torch.testing.assert_close(y[0, 0], torch.tensor(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_without_zeros_four_bits_count_from_eight():
+    given = arguments(zeros=False)
+    zeros = torch.full(given["scales"].shape, 8, dtype=torch.uint8)
+    assert torch.equal(quantized_linear(**given), quantized_linear(**given | {"zeros": zeros}))
+
+
+@pytest.mark.parametrize("bits", [4, 8, "same"])
+def test_few_rows_do_not_depend_on_each_other(bits):
+    groups = {} if bits == 4 else {"zeros": False, "group_size": None}
+    given = arguments(bits=bits, b=1, l=16, k=300, o=70, **groups)
+    together = quantized_linear(**given, implementation="cpu")
+    for t in (0, 7, 15):
+        alone = quantized_linear(**given | {"x": given["x"][:, t : t + 1]}, implementation="cpu")
+        assert torch.equal(alone, together[:, t : t + 1])
+
+
+def test_half_precision_weights_beside_float32_inputs():
+    """Weights keep their dtype, the products are float32's."""
+    given = arguments(bits="same", zeros=False, group_size=None)
+    weight = given["weight"].bfloat16()
+    expected = torch.nn.functional.linear(given["x"].double(), weight.double(), given["bias"].double())
+    for implementation in ("cpu", "tiled", "reference"):
+        y = quantized_linear(**given | {"weight": weight}, implementation=implementation)
+        torch.testing.assert_close(y, expected.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("x", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scales", [torch.float32, torch.bfloat16, torch.float16])
+def test_scales_have_a_dtype_of_their_own(x, scales):
+    given = arguments(x, k=300, group_size=64)
+    given["scales"] = given["scales"].to(scales)
+    wide = {name: t.double() if t is not None and name in ("x", "scales", "bias") else t for name, t in given.items()}
+    expected = quantized_linear(**wide, implementation="reference").to(x)
+    torch.testing.assert_close(quantized_linear(**given, implementation="cpu"), expected, rtol=2e-2, atol=2e-2)
+    assert explain(quantized_linear, **given).chosen == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x": torch.ones(2, 2, 64)}, ValueError, "`weight` must have 32 columns"),
+        ({"group_size": 64}, ValueError, "`scales` must have 2 columns"),
+        ({"x": torch.ones(2, 2, 71).long()}, TypeError, "`x` must"),
+        ({"weight": torch.ones(6, 70, dtype=torch.uint8)}, ValueError, "`weight` must have 48 columns, packed"),
+        ({"weight": torch.ones(6, 48, dtype=torch.int8)}, ValueError, "`weight` must have 70 columns, weights"),
+        ({"weight": torch.ones(6, 48, dtype=torch.int32)}, TypeError, "`weight` must be int8 or uint8"),
+        ({"weight": torch.ones(48, dtype=torch.uint8)}, ValueError, r"`weight` must have shape \(o c\)"),
+        ({"weight": torch.ones(6, 70)}, ValueError, "`scales` must be None beside"),
+        ({"weight": torch.ones(6, 70, dtype=torch.int8)}, ValueError, "`zeros` must be None beside an int8"),
+        ({"scales": None}, ValueError, "`scales` must be given beside"),
+        ({"scales": torch.ones(6, 2)}, ValueError, r"`zeros` must have shape"),
+        ({"scales": torch.ones(6, 3).int()}, TypeError, "`scales` must be float32"),
+        ({"scales": torch.ones(6, 3).double()}, TypeError, "`scales` must be float32"),
+        ({"zeros": torch.ones(6, 3)}, TypeError, "`zeros` must be uint8"),
+        ({"group_size": 16}, ValueError, "`group_size` must be at least 32"),
+        ({"group_size": 48}, ValueError, "`group_size` must be a multiple of 32"),
+        ({"group_size": None}, ValueError, "`scales` must have 1 columns"),
+        ({"bias": torch.ones(5)}, ValueError, r"`bias` must have shape \(o\)"),
+        ({"bias": torch.ones(6).double()}, TypeError, "`bias` must be float32"),
+    ],
+)
+def test_errors(changes, error, message):
+    with pytest.raises(error, match="quantized_linear: " + message):
+        quantized_linear(**arguments() | changes)

@@ -9,13 +9,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ssmzoo.quantized.scheme import BLOCK, Scheme
 
 DAMPING = 0.01  # of H's mean diagonal, added to it
 COLUMNS = 128  # of H that are worked on at once where a scale serves all of them
-SHRINKING = tuple(1 - i / 32 for i in range(12))  # parts of the range of a group's weights that are tried
+SHRINKING = tuple(1 - i / 16 for i in range(6))  # parts of the range of a group's weights that are tried
 
 
 class Rounded(NamedTuple):
@@ -27,10 +28,10 @@ class Rounded(NamedTuple):
 
 
 class _Grid(NamedTuple):
-    """The numbers to which one group of every output is rounded: (q - zero) · scale for q from low to high."""
+    """The numbers to which groups are rounded: (q - zero) · scale for q from low to high."""
 
-    scale: Tensor  # (o 1) float32
-    zero: Tensor  # (o 1) float32
+    scale: Tensor  # (… 1) float32
+    zero: Tensor  # (… 1) float32
     low: int
     high: int
 
@@ -45,8 +46,10 @@ class _Grid(NamedTuple):
 def to_nearest(weight: Tensor, scheme: Scheme) -> Rounded:
     """A weight ``(o, k)`` with each number rounded to the nearest that its group has."""
     w = weight.detach().float()
-    groups = [(part, _grid(part, scheme)) for part in w.split(scheme.group_size or max(w.shape[1], 1), dim=1)]
-    return _rounded([grid.whole(part) for part, grid in groups], [grid for _, grid in groups], scheme)
+    size = scheme.group_size or max(w.shape[1], 1)
+    groups = F.pad(w, (0, -w.shape[1] % size)).unflatten(1, (-1, size))  # (o g n); a 0 more changes no group's numbers
+    grid = _grid(groups, scheme)
+    return _rounded(grid.whole(groups).flatten(1)[:, : w.shape[1]], grid.scale[..., 0], grid.zero[..., 0], scheme)
 
 
 def by_hessian(weight: Tensor, hessian: Tensor, scheme: Scheme) -> Rounded:
@@ -79,45 +82,37 @@ def by_hessian(weight: Tensor, hessian: Tensor, scheme: Scheme) -> Rounded:
             whole.append(q)
             errors.append(error)
         w[:, last:] -= torch.cat(errors, dim=1) @ inverse[first:last, last:]
-    return _rounded(whole, grids, scheme)
+    scales, zeros = (torch.cat(parts, dim=1) for parts in zip(*(grid[:2] for grid in grids), strict=True))
+    return _rounded(torch.cat(whole, dim=1), scales, zeros, scheme)
 
 
 def _grid(w: Tensor, scheme: Scheme) -> _Grid:
-    """The grid of one group ``(o, n)``; in 4 bits that of the least squared error among a few ranges."""
+    """The grids of groups ``(… n)``; in 4 bits those of the least squared errors among a few ranges."""
     if scheme.bits == 8:
-        scale = w.abs().amax(1, keepdim=True) / 127
+        scale = w.abs().amax(-1, keepdim=True) / 127
         return _Grid(torch.where(scale > 0, scale, 1.0), torch.zeros_like(scale), -127, 127)
-    low, high = (bound(w, dim=1, keepdim=True).clamp(**{side: 0}) for bound, side in _BOUNDS)
-    best: _Grid | None = None
-    least = torch.zeros(())
-    for part in SHRINKING:
-        scale = ((high - low) * (part / 15)).bfloat16().float()
-        scale = torch.where(scale > 0, scale, 1.0)
-        grid = _Grid(scale, torch.round(-low * part / scale).clamp(0, 15), 0, 15)
-        error = (grid.value(grid.whole(w)) - w).square().sum(1, keepdim=True)
-        if best is None:
-            best, least = grid, error
-        else:
-            better = error < least
-            scale = torch.where(better, grid.scale, best.scale)
-            best = _Grid(scale, torch.where(better, grid.zero, best.zero), 0, 15)
-            least = torch.minimum(error, least)
-    assert best is not None
-    return best
+    low, high = w.amin(-1, keepdim=True).clamp(max=0), w.amax(-1, keepdim=True).clamp(min=0)  # the range holds 0
+    grids = [_shrunk(low * part, high * part) for part in SHRINKING]
+    errors = [(grid.value(grid.whole(w)) - w).square().sum(-1, keepdim=True) for grid in grids]
+    best = torch.stack(errors).argmin(0, keepdim=True)
+    scale, zero = (torch.stack(parts).gather(0, best)[0] for parts in zip(*(grid[:2] for grid in grids), strict=True))
+    return _Grid(scale, zero, 0, 15)
 
 
-_BOUNDS = ((torch.amin, "max"), (torch.amax, "min"))  # a group's range holds 0
+def _shrunk(low: Tensor, high: Tensor) -> _Grid:
+    scale = ((high - low) / 15).bfloat16().float()
+    scale = torch.where(scale > 0, scale, 1.0)
+    return _Grid(scale, torch.round(-low / scale).clamp(0, 15), 0, 15)
 
 
-def _rounded(whole: list[Tensor], grids: list[_Grid], scheme: Scheme) -> Rounded:
-    q, scales = torch.cat(whole, dim=1), torch.cat([grid.scale for grid in grids], dim=1)
+def _rounded(q: Tensor, scales: Tensor, zeros: Tensor, scheme: Scheme) -> Rounded:
+    """From q ``(o, k)`` and its groups' scales and zeros ``(o, g)``."""
     if scheme.bits == 8:
         return Rounded(q.to(torch.int8), scales, None)
-    zeros = torch.cat([grid.zero for grid in grids], dim=1).to(torch.uint8)
-    return Rounded(_packed(q.to(torch.uint8)), scales.bfloat16(), zeros)
+    return Rounded(_packed(q.to(torch.uint8)), scales.bfloat16(), zeros.to(torch.uint8))
 
 
 def _packed(q: Tensor) -> Tensor:
     """``(o, k)`` uint8 from 0 to 15 → ``(o, 16 ⌈k / 32⌉)``, two in a byte."""
-    blocks = torch.nn.functional.pad(q, (0, -q.shape[1] % BLOCK)).unflatten(1, (-1, 2, BLOCK // 2))
+    blocks = F.pad(q, (0, -q.shape[1] % BLOCK)).unflatten(1, (-1, 2, BLOCK // 2))
     return (blocks[:, :, 0] | blocks[:, :, 1] << 4).flatten(1)

@@ -57,7 +57,6 @@ QUANTIZED = [
     {"bits": 8, "zeros": False, "k": 33},
     {"bits": "same", "zeros": False, "group_size": None, "k": 5},
     {"layout": "far", "o": 2},
-    {"l": 0},
 ]
 CONVOLUTION = [
     {"l": 17},

@@ -57,7 +57,7 @@ def forward(
         else:
             place = weight + output[:, None] * K + first + within[None, :]
             q = tl.load(place, mask=of_output[:, None] & inside[None, :], other=0)
-        product = tl.dot(values, tl.trans(q.to(half)), input_precision="ieee")
+        product = tl.dot(values, tl.trans(q.to(tl.float32).to(half)), input_precision="ieee")
         if scales is not None:
             scale = tl.load(scales + output * groups + first // GROUP, mask=of_output, other=0.0).to(tl.float32)
             product *= scale[None, :]

@@ -143,5 +143,5 @@ def _attention(model: SequenceModel, layer: int) -> Attention:
     mixer = model.blocks[layer].mixer
     assert isinstance(mixer, Attention)
     if not mixer.causal:
-        raise ValueError(f"linearize: layers.{layer} must be causal attention; it looks both ways")
+        raise ValueError(f"linearize: `pattern` must name causal attention; layers.{layer} looks both ways")
     return mixer

@@ -92,8 +92,8 @@ def _fill_mamba2(a: Attention, mixer: Mixer, weights: Weights) -> None:
     channels = a.n_heads * a.head_dim
     if (m.d_inner, m.d_ssm, m.ngroups * m.d_state) != (channels, channels, channels):
         raise ValueError(
-            f"linearize: mamba2 must have {a.n_heads} heads and groups of {a.head_dim} channels and states, as "
-            f"attention has; got d_inner={m.d_inner}, d_ssm={m.d_ssm}, ngroups={m.ngroups} and d_state={m.d_state}"
+            f"linearize: `options` must leave mamba2 {a.n_heads} heads and groups of {a.head_dim} channels and states, "
+            f"as attention has; got d_inner={m.d_inner}, d_ssm={m.d_ssm}, ngroups={m.ngroups} and d_state={m.d_state}"
         )
     rows = dict(zip("zxBC", torch.arange(4 * channels).split(channels), strict=True))
     for part, name in (("x", "v_proj"), ("B", "k_proj"), ("C", "q_proj")):
@@ -151,7 +151,9 @@ def _expand(a: Attention) -> float:
     for expand in (about, math.nextafter(about, 0), math.nextafter(about, math.inf)):
         if expand * a.d_model == channels:
             return expand
-    raise ValueError(f"linearize: {channels} channels of heads must be a multiple of d_model={a.d_model}")
+    raise ValueError(
+        f"linearize: `model` must have heads of a whole part of d_model={a.d_model}; got {channels} channels"
+    )
 
 
 def _put(

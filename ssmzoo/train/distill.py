@@ -182,7 +182,7 @@ def distill(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not empty: continue with `ssmzoo distill --resume {folder}`, or choose another")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(f"distill: must run in one process; got WORLD_SIZE={os.environ['WORLD_SIZE']}")
+        raise ValueError(f"distill: `WORLD_SIZE` must be 1, as it runs in one process; got {os.environ['WORLD_SIZE']}")
     model = zoo_model(config.teacher if teacher is None else teacher)
     if model.config.output != "tokens" or model.config.d_input is not None:
         raise ValueError("distill: `teacher` must be a language model, from tokens to tokens")

@@ -203,7 +203,7 @@ def test_a_folder(tmp_path, teacher):
             ValueError,
             "'layers.1' in `pattern` matches no layer of attention; there are",
         ),
-        ({"mixer": "mamba2", "d_state": 7}, ValueError, "mamba2 must have 4 heads and groups of 6 channels and states"),
+        ({"mixer": "mamba2", "d_state": 7}, ValueError, "`options` must leave mamba2 4 heads and groups of 6 chan"),
         ({"mixer": "gla", "expand_v": 2.0}, ValueError, "`v_proj.weight` must have shape .* as v_proj of att"),
         ({"mixer": "gla", "expand_w": 2.0}, TypeError, "unknown option of mixer 'gla': 'expand_w'"),
         (
@@ -220,5 +220,5 @@ def test_what_is_refused(teacher, arguments, error, match):
 
 
 def test_what_looks_both_ways_is_refused():
-    with pytest.raises(ValueError, match="layers.0 must be causal attention; it looks both ways"):
+    with pytest.raises(ValueError, match="`pattern` must name causal attention; layers.0 looks both ways"):
         ssmzoo.linearize(ssmzoo.build("bert-tiny"))

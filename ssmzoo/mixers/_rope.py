@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssmkernels.core.crossing import current
 from ssmkernels.core.names import unknown
 from ssmzoo.cache.tokens import owners
 from ssmzoo.mixers._rope_by_length import DynamicScaling, LongRopeScaling
@@ -105,5 +106,8 @@ def _lengths(positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """How long the sequence of each token is after these tokens: ``(b, 1)``, or ``(1, l)`` packed."""
     if cu_seqlens is None:
         return positions[:, -1:] + 1
-    ends = (cu_seqlens[1:] - 1)[owners(cu_seqlens, positions.shape[1])[0]]
-    return positions[:, ends] + 1
+    row = owners(cu_seqlens, positions.shape[1])[0]
+    lengths, over = positions[:, (cu_seqlens[1:] - 1)[row]] + 1, current()
+    if over is None:
+        return lengths
+    return lengths + (over.totals - over.starts - cu_seqlens.diff())[row]  # tokens in later parts of it

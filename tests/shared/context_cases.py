@@ -22,7 +22,7 @@ TOLERANCE = 1e-9  # of the largest value, in float64
 def close(what: str, actual: Tensor, expected: Tensor) -> None:
     assert actual.shape == expected.shape, f"{what}: {tuple(actual.shape)} for {tuple(expected.shape)}"
     if actual.numel():
-        error = float((actual - expected).abs().max() / expected.abs().max().clamp(min=1))
+        error = float((actual - expected).detach().abs().max() / expected.detach().abs().max().clamp(min=1))
         assert error <= TOLERANCE, f"{what}: differs by {error:.1e} of the largest value"
 
 

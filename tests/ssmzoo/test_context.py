@@ -60,9 +60,11 @@ def processes():
 
 
 IN_OPS = [name for name in SMALL if ssmzoo.build_mixer(name, 16, **SMALL[name]).crosses_in_ops]
+BY_LENGTH = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 8}
 OPTIONS = {
     "attention of groups, with a window": ("attention", HEADS | {"n_kv_heads": 1, "window": 3, "sinks": True}),
     "attention with distances": ("attention", HEADS | {"rope": False, "alibi": True, "d_conv": 3, "softcap": 3.0}),
+    "attention with frequencies by length": ("attention", HEADS | {"rope_scaling": BY_LENGTH}),
     "attention of hidden states": ("attention", HEADS | {"rope": False, "cache": "hidden"}),
     "attention both ways": ("attention", HEADS | {"bidirectional": True, "window": 4}),
     "attention in pages": ("attention", HEADS | {"page_size": 4}),

@@ -26,6 +26,7 @@ MEANT = {
     "log_sigmoid": F.logsigmoid,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "heavy_tail": lambda x: x.clamp(min=0) + 1 / (1 - x.clamp(max=0)),
+    "exp": torch.exp,
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from ssmkernels.core.autocast import in_autocast
+from ssmkernels.core.autocast import autocasts, in_autocast
 from ssmkernels.core.crossing import check_not_again, current
 from ssmkernels.core.validate import check_cu_seqlens, precision
 from ssmkernels.native.calls import Calls
@@ -196,7 +196,7 @@ class Mixer(KeepsFloat32, KeepsTies):
         if weight is not None:
             if x.device != weight.device and not arrives_later(weight, self._weight_owner()):
                 raise ValueError(f"{name}: `x` must be on {weight.device}, where the weights are; got {x.device}")
-            if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            if x.dtype != weight.dtype and not autocasts(x.device.type):
                 raise TypeError(f"{name}: `x` must be {weight.dtype}, as the weights are; got {x.dtype}")
         sequences = check_cu_seqlens(name, cu_seqlens, x)
         if state is None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmkernels.core.autocast import autocasts
 from ssmkernels.core.validate import check_cu_seqlens
 from ssmzoo.block import Block, entry_mixer
 from ssmzoo.config import ModelConfig
@@ -250,11 +251,7 @@ class SequenceModel(KeepsTies):
             if inputs.dtype not in (torch.int64, torch.int32):
                 raise TypeError(f"{name}: `inputs` must be token ids, int64 or int32; got {inputs.dtype}")
             self._check_ids(inputs)
-        elif (
-            isinstance(weight, Tensor)
-            and inputs.dtype != weight.dtype
-            and not torch.is_autocast_enabled(inputs.device.type)
-        ):
+        elif isinstance(weight, Tensor) and inputs.dtype != weight.dtype and not autocasts(inputs.device.type):
             raise TypeError(f"{name}: `inputs` must be {weight.dtype}, as the weights are; got {inputs.dtype}")
         if mask is not None:
             if cu_seqlens is not None:

@@ -46,7 +46,7 @@ def _paged(dense: type[Cache]) -> type[PagedCache]:
         if kind.dense_class is dense:
             return kind
         kinds += kind.__subclasses__()
-    raise TypeError(f"elastic: {dense.__name__} has no kind in pages")
+    raise TypeError(f"elastic: `kind` must be a cache that has a kind in pages; got {dense.__name__}")
 
 
 def positions(x: Tensor, cache: Cache | None, cu_seqlens: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ssmkernels import fft_conv
+from ssmkernels.core.autocast import autocasts
 from ssmkernels.core.crossing import crossing
 from ssmkernels.core.packing import longest
 from ssmzoo.lti.recurrence import Diagonal, DiagonalStep, run_chunk
@@ -46,7 +47,7 @@ class DiagonalFilter(NamedTuple):
             kernel = self.kernel(longest(u.shape[1], cu_seqlens))
             return fft_conv(u, kernel, self.D, gate=gate, cu_seqlens=cu_seqlens), None
         kind = u.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        if autocasts(kind):
             with torch.autocast(kind, enabled=False):  # states keep their precision
                 return self._go_on(u, gate, h, cu_seqlens)
         return self._go_on(u, gate, h, cu_seqlens)

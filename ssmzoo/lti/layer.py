@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmkernels import fft_conv
+from ssmkernels.core.autocast import autocasts
 from ssmkernels.core.crossing import crossing
 from ssmkernels.core.names import unknown
 from ssmkernels.core.packing import longest, spans
@@ -165,7 +166,7 @@ class S4Layer(Mixer):
         if state is None:
             return self._output(self._convolve(u, cu_seqlens), x), None
         kind = u.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        if autocasts(kind):
             with torch.autocast(kind, enabled=False):  # states keep their precision
                 y, h = self._recur(u, state.ssm, cu_seqlens)
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ssmkernels.core.autocast import autocasts
 from ssmzoo.linear import is_plain
 from ssmzoo.norm import GatedRMSNorm
 
@@ -19,7 +20,7 @@ def in_one_call(x: Tensor, *modules: nn.Module | None, norm: nn.Module | None = 
     """
     return (
         not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled(x.device.type)
+        and not autocasts(x.device.type)
         and is_plain(*modules)
         and (norm is None or is_plain(norm, kinds=(GatedRMSNorm,)))
     )

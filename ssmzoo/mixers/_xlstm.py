@@ -8,6 +8,8 @@ import torch
 from einops import einsum
 from torch import Tensor, nn
 
+from ssmkernels.core.autocast import autocasts
+
 
 class HeadwiseLinear(nn.Module):
     """A block-diagonal map: of d channels each of h heads maps its own d/h. The weight is ``(h, out, in)``.
@@ -41,7 +43,7 @@ class CausalConv(nn.Module):
 
 def may_step(x: Tensor) -> bool:
     """Whether a state may be updated in place: nobody wants gradients."""
-    return not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
+    return not torch.is_grad_enabled() and not autocasts(x.device.type)
 
 
 @torch.no_grad()

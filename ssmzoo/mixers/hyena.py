@@ -19,6 +19,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from ssmkernels.core.autocast import autocasts
 from ssmzoo.linear import Linear
 from ssmzoo.lti.kept import Kept
 from ssmzoo.mixer import Mixer
@@ -165,7 +166,7 @@ class Hyena(Mixer):
     def _made(self, length: int) -> tuple[Tensor, Tensor]:
         """The long filters, and the skips around them: (order - 1, d, length) and (order - 1, d)."""
         kind = self.filter_fn.bias.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        if autocasts(kind):
             with torch.autocast(kind, enabled=False):
                 kernels, skips = self.filter_fn(length, self.rate)
         else:

@@ -35,6 +35,7 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from ssmkernels import mamba3_scan, mamba3_scan_step, rms_norm
+from ssmkernels.core.autocast import autocasts
 from ssmkernels.native.calls import Calls
 from ssmzoo.init import inverse_softplus_of_log_uniform, wide_dtype
 from ssmzoo.linear import Linear, is_plain, prepare_map
@@ -293,4 +294,4 @@ class Mamba3(Mixer):
 
     def _may_step(self, x: Tensor) -> bool:
         """Whether the state may be updated in place: nobody wants gradients."""
-        return not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
+        return not torch.is_grad_enabled() and not autocasts(x.device.type)

@@ -69,9 +69,9 @@ def schemes_of(given: str | Mapping[str, Any], group_size: int | None = None) ->
             for pattern, options in given.items()
         }
     else:
-        raise TypeError(f"quantisation must be a scheme's name or a mapping; got {type(given).__name__}")
+        raise TypeError(f"quantisation: `scheme` must be a scheme's name or a mapping; got {type(given).__name__}")
     if not found:
-        raise ValueError("quantisation: the mapping must name at least one pattern of maps; got {}")
+        raise ValueError("quantisation: `scheme` must name at least one pattern of maps; got {}")
     if group_size is not None:
         if not any(options["bits"] == 4 for options in found.values()):
             raise ValueError(f"quantisation: `group_size` is of maps in 4 bits, and none is; got {group_size}")

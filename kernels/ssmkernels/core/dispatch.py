@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ssmkernels.core.autocast import autocasts
 from ssmkernels.core.declaration import Declaration
 from ssmkernels.core.explanation import Choice, Explained, Explanation
 from ssmkernels.core.forcing import constant, disabled, environment
@@ -150,7 +151,7 @@ class Op:
             # PyTorch puts off the sign of such views as x.conj().imag; kernels read memory
             a = self.declared.Arguments(*(x.resolve_neg() if isinstance(x, torch.Tensor) else x for x in a))
         kind = tensors[0].device.type if tensors else "cpu"
-        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        if not autocasts(kind):
             return function(a)
         with torch.autocast(kind, enabled=False):
             return function(a)

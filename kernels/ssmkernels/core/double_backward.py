@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from ssmkernels.core.autocast import autocasts
 from ssmkernels.core.plain import ZERO, filled, why_not_plain
 
 Gradients = tuple[Tensor | None, ...]
@@ -44,7 +45,7 @@ def twice_differentiable(again: Again) -> Callable[[Backward], Backward]:
                 if torch.is_grad_enabled() or not plain:
                     run = functools.partial(_differentiable, again)
             kind = next((g.device.type for g in gradients if g is not None), "cpu")
-            if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+            if not autocasts(kind):
                 return run(ctx, *gradients)
             with torch.autocast(kind, enabled=False):  # the forward pass ran without it too
                 return run(ctx, *gradients)

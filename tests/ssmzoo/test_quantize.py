@@ -237,7 +237,7 @@ def test_half_precision_maps_on_a_cpu(dtype):
     ("scheme", "options", "error", "message"),
     [
         ("int5", {}, ValueError, "'int5'"),
-        (8, {}, TypeError, "quantisation must be a scheme's name or a mapping; got int"),
+        (8, {}, TypeError, "quantisation: `scheme` must be a scheme's name or a mapping; got int"),
         ({}, {}, ValueError, "at least one pattern"),
         ({"*": {"bits": 3}}, {}, ValueError, "`bits` must be 4 or 8; got 3"),
         ({"*": {"group_size": 64}}, {}, ValueError, "each scheme must have `bits`"),

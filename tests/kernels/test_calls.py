@@ -63,7 +63,7 @@ def test_activations_of_the_largest_numbers(function):
         assert same.all()
 
 
-@pytest.mark.parametrize("function", set(FUNCTIONS) - {"softplus", "log_sigmoid"})
+@pytest.mark.parametrize("function", sorted(set(FUNCTIONS) - {"softplus", "log_sigmoid"}))
 def test_not_a_number_stays_so(function):
     calls = Calls()
     calls.activated(torch.full((1, 3), math.nan), function, least=0.0)

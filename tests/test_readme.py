@@ -12,6 +12,7 @@ import torch
 import yaml
 from typer.main import get_command
 
+from ssmkernels.core.names import OPS
 from ssmzoo import registry
 from ssmzoo.cli import app
 
@@ -67,6 +68,10 @@ def test_figures_are_drawn_by_their_scripts(script, tmp_path):
     assert drawn
     for name in drawn:
         assert (ROOT / "docs" / "figures" / name).stat().st_size > 1000
+
+
+def test_every_op_has_its_table():
+    assert set(re.findall(r"^<!-- op (\w+) -->$", read("docs/ops.md"), re.MULTILINE)) == set(OPS)
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -86,7 +86,7 @@ def _why_not(name: str, a: Any, leader: str, mesh: Any, placements: tuple[Any, .
     if not isinstance(a, DTensor):
         if row or a.is_floating_point() or a.is_complex():
             return f"`{name}` must be a DTensor, as `{leader}` is; got a {type(a).__name__}"
-        return ""  # a mask's integers, which every process holds
+        return ""  # integers of a mask or of quantised weights, which every process holds
     if a.device_mesh != mesh:
         return f"`{name}` must be on the mesh of `{leader}`, {mesh}; got {a.device_mesh}"
     if name == leader and row and not all(p.is_replicate() or p.is_shard(0) for p in placements):

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from ssmkernels import (
     causal_conv1d_step,
     mamba_step,
-    quantized_linear,
     rms_norm,
     selective_scan,
     selective_scan_step,
@@ -41,9 +40,10 @@ from ssmkernels.native.calls import Calls
 from ssmkernels.native.eager import exp
 from ssmzoo.bidirectional import bidirectional as both_ways
 from ssmzoo.init import inverse_softplus_of_log_uniform, starting, wide_dtype
-from ssmzoo.linear import Linear, WideBiasLinear, is_plain, linear, prepare_map
+from ssmzoo.linear import Linear, WideBiasLinear, is_plain, linear
 from ssmzoo.mixer import Mixer
 from ssmzoo.mixers._convolution import convolve
+from ssmzoo.mixers._mamba_token import prepare_parts, step_arguments
 from ssmzoo.mixers._one_call import in_one_call
 from ssmzoo.norm import RMSNorm
 from ssmzoo.registry import register_mixer
@@ -271,48 +271,11 @@ class Mamba(Mixer):
         return self.bcdt_norm != "weighted" and in_one_call(x, *maps) and self.x_proj.bias is None
 
     def _step(self, x: Tensor, state: MambaState) -> Tensor:
-        arguments, options = self._of_step(x[:, 0], state)
+        arguments, options = step_arguments(self, x[:, 0], state)
         return mamba_step(*arguments, **options)[:, None]
 
     def prepare_step(self, calls: Calls, x: Tensor, state: MambaState) -> Tensor | None:
         if self._may_step(x):
-            arguments, options = self._of_step(x, state)
+            arguments, options = step_arguments(self, x, state)
             return calls.op(mamba_step, *arguments, **options)
-        return self._prepare_parts(calls, x, state)
-
-    def _prepare_parts(self, calls: Calls, x: Tensor, state: MambaState) -> Tensor | None:
-        """A call for each part of the layer, where other modules have taken the places of its maps."""
-        conv1d, dt_proj = self.conv1d, self.dt_proj
-        if self.bcdt_norm or not in_one_call(x, conv1d):
-            return None
-        x, z = prepare_map(calls, self.in_proj, x).chunk(2, dim=-1)
-        x = calls.op(causal_conv1d_step, state.conv, x, conv1d.weight.squeeze(1), conv1d.bias, "silu")
-        dt, B, C = prepare_map(calls, self.x_proj, x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        if is_plain(dt_proj):
-            delta, bias = calls.op(quantized_linear, dt, dt_proj.weight), dt_proj.bias
-        else:
-            delta, bias = prepare_map(calls, dt_proj, dt), None
-        A = calls.activated(self.A_log, "exp", scale=-1.0)
-        y = calls.op(selective_scan_step, state.ssm, x, delta, A, B, C, self.D, z, bias, True)
-        return prepare_map(calls, self.out_proj, y)
-
-    def _of_step(self, x: Tensor, state: MambaState) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of :func:`ssmkernels.mamba_step`, and its options."""
-        in_proj, conv1d, dt_proj, out_proj = self.in_proj, self.conv1d, self.dt_proj, self.out_proj
-        arguments = (
-            state.conv,
-            state.ssm,
-            x,
-            in_proj.weight,
-            in_proj.bias,
-            conv1d.weight.squeeze(1),
-            conv1d.bias,
-            self.x_proj.weight,
-            dt_proj.weight,
-            dt_proj.bias,
-            self.A_log,
-            self.D,
-            out_proj.weight,
-            out_proj.bias,
-        )
-        return arguments, {"norm_eps": self.bcdt_norm_eps if self.bcdt_norm else None}
+        return prepare_parts(self, calls, x, state)

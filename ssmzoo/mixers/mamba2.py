@@ -31,12 +31,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ssmkernels import causal_conv1d_step, mamba2_step, rms_norm, ssd, ssd_step
+from ssmkernels import causal_conv1d_step, mamba2_step, ssd, ssd_step
 from ssmkernels.native.calls import Calls
 from ssmzoo.bidirectional import bidirectional as both_ways
-from ssmzoo.linear import Linear, prepare_map
+from ssmzoo.linear import Linear
 from ssmzoo.mixer import Mixer
 from ssmzoo.mixers._convolution import convolve
+from ssmzoo.mixers._mamba2_token import prepare_parts, step_arguments
 from ssmzoo.mixers._mamba2_weights import Direction, check_divides, checked_range, multipliers_of, new_weights
 from ssmzoo.mixers._one_call import in_one_call
 from ssmzoo.mixers._unit_values import matrix_of, unit_values
@@ -256,59 +257,19 @@ class Mamba2(Mixer):
 
     def _whole_step(self, x: Tensor, state: Mamba2State) -> Tensor:
         """One token of the layer in one call, which gives the same: (b 1 d_model) → (b 1 d_model)."""
-        arguments, options = self._of_step(x[:, 0], state)
+        arguments, options = step_arguments(self, x[:, 0], state)
         return mamba2_step(*arguments, **options)[:, None]
 
     def prepare_step(self, calls: Calls, x: Tensor, state: Mamba2State) -> Tensor | None:
         if self._may_step(x):
-            arguments, options = self._of_step(x, state)
+            arguments, options = step_arguments(self, x, state)
             return calls.op(mamba2_step, *arguments, **options)
-        return self._prepare_parts(calls, x, state)
-
-    def _prepare_parts(self, calls: Calls, x: Tensor, state: Mamba2State) -> Tensor | None:
-        """A call for each part of the layer, where other modules have taken the places of its maps."""
-        conv1d, norm = self.conv1d, self.norm
-        if self.scale is not None or norm is None or self.splits[1] or not in_one_call(x, conv1d, norm=norm):
-            return None
-        _, _, z, xBC, dt = prepare_map(calls, self.in_proj, x).split(self.splits, dim=-1)
-        xBC = calls.op(causal_conv1d_step, state.conv, xBC, conv1d.weight.squeeze(1), conv1d.bias, "silu")
-        x, B, C = self._split(xBC)
-        A, D = calls.activated(self.A_log[None], "exp", scale=-1.0)[0], self._skip(self.D)
-        bias, limit = self.dt_bias, self.dt_limit
-        y = calls.op(ssd_step, state.ssm, x, dt, A, B, C, D, dt_bias=bias, dt_softplus=True, dt_limit=limit).flatten(1)
-        gate = {"gate": z, "norm_before_gate": norm.norm_before_gate}
-        y = calls.op(rms_norm, y, norm.weight, eps=norm.eps, group_size=norm.group_size, **gate)
-        return prepare_map(calls, self.out_proj, y)
+        return prepare_parts(self, calls, x, state)
 
     def _may_step(self, x: Tensor) -> bool:
         """Whether :func:`ssmkernels.mamba2_step` may compute the whole layer."""
         m = self._modules
         return self.scale is None and in_one_call(x, m["in_proj"], m["conv1d"], m["out_proj"], norm=m.get("norm"))
-
-    def _of_step(self, x: Tensor, state: Mamba2State) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of :func:`ssmkernels.mamba2_step`, and its options."""
-        in_proj, conv1d, out_proj, norm = self.in_proj, self.conv1d, self.out_proj, self.norm
-        arguments = (
-            state.conv,
-            state.ssm,
-            x,
-            in_proj.weight,
-            in_proj.bias,
-            conv1d.weight.squeeze(1),
-            conv1d.bias,
-            self.dt_bias,
-            self.A_log,
-            self._skip(self.D),
-            None if norm is None else norm.weight,
-            out_proj.weight,
-            out_proj.bias,
-        )
-        return arguments, {
-            "dt_limit": self.dt_limit,
-            "norm_groups": self.norm_groups,
-            "norm_before_gate": norm is not None and norm.norm_before_gate,
-            "norm_eps": 1.0 if norm is None else norm.eps,
-        }
 
     def _step(self, w: Direction, xBC: Tensor, dt: Tensor, state: Mamba2State) -> Tensor:
         """One token of :meth:`_ssm`, where a projection or the norm is called: (b c), (b h) → (b d)."""

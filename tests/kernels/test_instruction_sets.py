@@ -59,7 +59,7 @@ for op, dtypes, cases in (
     ("fft_conv", both, [dict(l=70, l_k=70, l_r=9, d=17), dict(b=1, l=180, l_k=180, d=1), dict(b=1, l=400, l_k=5, d=3)]),
     ("attention", halves, [dict(l=70, m=80, k=33, v=17, window=(40, 3)), dict(l=9, h=1, h_kv=1, k=1)]),
     ("selected_attention", halves, [dict(l=70, k=33, v=17, n=3, block_size=16), dict(h=1, h_kv=1, g=1, k=1)]),
-    ("quantized_linear", both, [dict(k=300, o=9), dict(l=9, k=33), dict(bits=8, zeros=False), same]),
+    ("quantized_linear", both, [dict(k=300, o=9), dict(l=9, k=33), dict(bits="8", zeros=False), same]),
     ("rglru_gates", halves, [dict(p=7), dict(p=33, h=1, first=False, decay=200.0)]),
     ("causal_conv1d", halves, convolutions),
     ("causal_conv1d_step", halves, [dict(w=1), dict(w=4, d=37), dict(w=6)]),

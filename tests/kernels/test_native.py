@@ -77,7 +77,7 @@ cases_of = {
     "mamba2_step": [dict(m=37, p=17, n=9, mlp=5), dict(b=1, m=1, h=1, p=1, n=1, g=1, w=1, norm=False, biases=False)],
     "mamba_step": [dict(b=3, m=37, d=67, n=17, r=5), dict(b=1, d=1, m=1, n=1, w=1, r=1, norm_eps=1e-5, biases=False)],
     "fft_conv": [dict(l=180, l_k=180, d=9, gate=True), dict(b=1, l=400, l_k=5, l_r=3, d=1), dict(b=1, packed=True)],
-    "quantized_linear": [dict(o=67), dict(l=9, k=33, o=5), dict(bits=8, zeros=False, group_size=None, k=131)],
+    "quantized_linear": [dict(o=67), dict(l=9, k=33, o=5), dict(bits="8", zeros=False, group_size=None, k=131)],
     "rglru_gates": [dict(l=20, h=2, p=37), dict(b=1, p=1, first=False), dict(l=0)],
     "rms_norm": [dict(shape=(5, 37)), dict(shape=(3, 7, 12), before=False, group_size=3), dict(shape=(1, 1))],
     "diagonal_kernel": [dict(length=67, n=7), dict(length=257, complex=False), dict(discretization="dss")],

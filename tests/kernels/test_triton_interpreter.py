@@ -54,7 +54,7 @@ ATTENTION = [
 QUANTIZED = [
     {"o": 40, "l": 9, "b": 2},
     {"zeros": False, "bias": False, "group_size": None, "layout": "strided"},
-    {"bits": 8, "zeros": False, "k": 33},
+    {"bits": "8", "zeros": False, "k": 33},
     {"bits": "same", "zeros": False, "group_size": None, "k": 5},
     {"layout": "far", "o": 2},
 ]

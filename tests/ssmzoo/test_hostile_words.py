@@ -79,6 +79,16 @@ ERRORS = {
         ["convert", YAML, "new", "--to", "ssmzoo", "--dtype", HOSTILE],
         ["convert", YAML, "new", "--to", "ssmzoo", "--max-shard-size", HOSTILE],
     ],
+    "quantize": [
+        ["quantize", HOSTILE, "--out", "new"],
+        ["quantize", YAML, "--out", "new", "--bits", "4", "--calibrate", HOSTILE],
+    ],
+    "tokenize": [
+        ["tokenize", HOSTILE, "--out", "new"],
+        ["tokenize", TEXT, "--out", "new", "--tokenizer", HOSTILE],
+        ["tokenize", TEXT, "--out", "new", "--end", HOSTILE],
+    ],
+    "distill": [["distill", HOSTILE], ["distill", "--resume", HOSTILE]],
     "env": [["env", HOSTILE]],
 }
 

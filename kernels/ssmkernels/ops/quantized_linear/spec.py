@@ -13,7 +13,7 @@ BASE = {
     "l": 2,
     "k": 70,  # inputs
     "o": 6,  # outputs
-    "bits": 4,  # 8, or "same": floating-point weights in x's dtype
+    "bits": "4",  # or "8", or "same": floating-point weights in x's dtype
     "group_size": 32,
     "zeros": True,
     "bias": True,
@@ -21,8 +21,8 @@ BASE = {
 }
 
 ROWS = (
-    {"bits": 8, "zeros": False},
-    {"bits": 8, "zeros": False, "group_size": None, "o": 67},
+    {"bits": "8", "zeros": False},
+    {"bits": "8", "zeros": False, "group_size": None, "o": 67},
     {"bits": "same", "zeros": False, "group_size": None},
     {"bits": "same", "zeros": False, "group_size": None, "l": 9, "k": 5},
     {"zeros": False},
@@ -32,7 +32,7 @@ ROWS = (
     {"group_size": 96, "k": 192, "o": 70},
     {"group_size": 128, "k": 300, "o": 9, "b": 1, "l": 1},
     {"weights": "float32"},
-    {"weights": "float32", "bits": 8, "zeros": False, "group_size": None, "k": 33},
+    {"weights": "float32", "bits": "8", "zeros": False, "group_size": None, "k": 33},
     {"k": 1},
     {"k": 31},
     {"k": 256},
@@ -43,7 +43,7 @@ ROWS = (
     {"l": 1},
     {"l": 8},
     {"l": 9},
-    {"b": 1, "l": 40, "o": 67, "bits": 8, "zeros": False},
+    {"b": 1, "l": 40, "o": 67, "bits": "8", "zeros": False},
     {"layout": "strided"},
     {"layout": "far", "o": 2},
 )
@@ -52,13 +52,13 @@ ROWS = (
 def make(case: Case, draw: Draw) -> dict[str, Any]:
     k, o, group, bits = (case[key] for key in ("k", "o", "group_size", "bits"))
     groups = 1 if group is None else -(-k // group)
-    columns = {8: k, 4: -(-k // 32) * 16, "same": k}[bits]
+    columns = {"8": k, "4": -(-k // 32) * 16, "same": k}[bits]
     if bits == "same":
-        weight = draw.normal(o, k, scale=k**-0.5)
+        weight = draw.normal(o, k, scale=max(k, 1) ** -0.5)
     else:
-        low, high = (-127, 128) if bits == 8 else (0, 256)
-        weight = draw.uniform(low, high, o, columns).floor().to(torch.int8 if bits == 8 else torch.uint8)
-    steps = {8: 127.0, 4: 8.0, "same": 1.0}[bits]
+        low, high = (-127, 128) if bits == "8" else (0, 256)
+        weight = draw.uniform(low, high, o, columns).floor().to(torch.int8 if bits == "8" else torch.uint8)
+    steps = {"8": 127.0, "4": 8.0, "same": 1.0}[bits]
     return {
         "x": draw.normal(case["b"], case["l"], k),
         "weight": weight,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import re
@@ -40,6 +41,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = chosen
     if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
         items[:] = _dealt(items, workers)
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests and modules that stay until the end are not looked through at every collection of garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 def _check(kind: str, names: Iterable[str], known: Collection[str]) -> None:

@@ -73,6 +73,6 @@ def named(sources: list[str]) -> list[str] | dict[str, str]:
         return sources
     names = [name for name, _, _ in pairs]
     for i, source in enumerate(sources):
-        if not with_name[i] or names[i] in names[:i] or not names[i]:
+        if not with_name[i] or names[i] in names[:i] or not all(pairs[i]):
             raise ValueError(f"`SOURCES`: each must have a name of its own, NAME=PATH, if one has; got {source!r}")
     return {name: path for name, _, path in pairs}

@@ -18,6 +18,7 @@ from ssmzoo.checkpoints.weights import assign, main_dtype, skeleton
 from ssmzoo.linearizing.targets import TARGETS, Weights, fill
 from ssmzoo.mixers.attention import Attention
 from ssmzoo.model import SequenceModel
+from ssmzoo.quantized.modules import QuantizedMap
 from ssmzoo.swapping import swap_mixers
 
 
@@ -66,8 +67,13 @@ def linearize(
     """
     if mixer not in TARGETS:
         raise ValueError(unknown("`mixer` of linearize", str(mixer), TARGETS))
+    if "kind" in options:
+        raise ValueError(f"linearize: `options` must leave the kind to `mixer`; got kind={options['kind']!r}")
+    patterns = [pattern] if isinstance(pattern, str) else pattern
+    if not isinstance(patterns, Sequence) or not patterns or not all(isinstance(each, str) for each in patterns):
+        raise TypeError(f"linearize: `pattern` must be a string such as 'layers.3', or several; got {pattern!r}")
     teacher = zoo_model(model)
-    layers = _matching(teacher, [pattern] if isinstance(pattern, str) else list(pattern))
+    layers = _matching(teacher, patterns)
     attention = {i: _attention(teacher, i) for i in layers}
     student = copy.deepcopy(teacher) if teacher is model else teacher
     swaps = {}
@@ -118,7 +124,7 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
     return dict(found.values())
 
 
-def _matching(model: SequenceModel, patterns: list[str]) -> list[int]:
+def _matching(model: SequenceModel, patterns: Sequence[str]) -> list[int]:
     """The layers of attention that patterns name.
 
     Raises:
@@ -144,4 +150,6 @@ def _attention(model: SequenceModel, layer: int) -> Attention:
     assert isinstance(mixer, Attention)
     if not mixer.causal:
         raise ValueError(f"linearize: `pattern` must name causal attention; layers.{layer} looks both ways")
+    if any(isinstance(module, QuantizedMap) for module in mixer.modules()):
+        raise ValueError(f"linearize: `model` must have weights that can learn; those of layers.{layer} are quantised")
     return mixer

@@ -240,6 +240,15 @@ def test_another_corpus_is_not_touched(tmp_path):
         tokenize(path, tmp_path)
 
 
+def test_a_corpus_within_its_source_is_none_of_it(tmp_path):
+    write(tmp_path / "x.txt", "text")
+    wanted = tokenize(tmp_path, tmp_path / "corpus", workers=1)
+    assert wanted.tokens == 4
+    (tmp_path / "corpus" / "00000.ids").write_bytes(b"damaged")
+    assert tokenize(tmp_path, tmp_path / "corpus", workers=1) == wanted
+    assert documents(tmp_path / "corpus") == [b"text"]
+
+
 @pytest.mark.parametrize(
     ("name", "found", "message"),
     [
@@ -274,6 +283,8 @@ def test_sources_that_do_not_serve(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="`workers` must be an int of at least 1, or None; got 0"):
         tokenize(tmp_path, tmp_path / "corpus", workers=0)
     path = write(tmp_path / "x.jsonl", json_lines())
+    with pytest.raises(ValueError, match=r"x.jsonl is a file, and a corpus is a folder: choose another --out"):
+        tokenize(path, path)
     with pytest.raises(
         ValueError, match="'x' is that of two, the second at .*: name them, as in web=FOLDER code=FOLDER"
     ):
@@ -296,6 +307,6 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert "ssmzoo train MODEL --data corpus" in shown
     assert "tokens in 2 shards" in shown
     assert read_manifest(tmp_path / "corpus").sources == ["a", "b"]
-    for words in (["a=x.jsonl", "y.txt"], ["a=x.jsonl", "a=y.txt"], ["=x.jsonl"]):
+    for words in (["a=x.jsonl", "y.txt"], ["a=x.jsonl", "a=y.txt"], ["=x.jsonl"], ["a="]):
         with pytest.raises(ValueError, match="`SOURCES`: each must have a name of its own, NAME=PATH"):
             app([*words, "--out", "other"], standalone_mode=False)

@@ -203,6 +203,10 @@ def test_a_folder(tmp_path, teacher):
             ValueError,
             "'layers.1' in `pattern` matches no layer of attention; there are",
         ),
+        ({"pattern": 3}, TypeError, "`pattern` must be a string such as 'layers.3', or several; got 3"),
+        ({"pattern": [0]}, TypeError, r"`pattern` must be a string such as 'layers.3', or several; got \[0\]"),
+        ({"pattern": []}, TypeError, r"`pattern` must be a string such as 'layers.3', or several; got \[\]"),
+        ({"kind": "gla"}, ValueError, "`options` must leave the kind to `mixer`; got kind='gla'"),
         ({"mixer": "mamba2", "d_state": 7}, ValueError, "`options` must leave mamba2 4 heads and groups of 6 chan"),
         ({"mixer": "gla", "expand_v": 2.0}, ValueError, "`v_proj.weight` must have shape .* as v_proj of att"),
         ({"mixer": "gla", "expand_w": 2.0}, TypeError, "unknown option of mixer 'gla': 'expand_w'"),
@@ -217,6 +221,11 @@ def test_a_folder(tmp_path, teacher):
 def test_what_is_refused(teacher, arguments, error, match):
     with pytest.raises(error, match=match):
         ssmzoo.linearize(**{"model": teacher, **arguments})
+
+
+def test_quantised_weights_are_refused(teacher):
+    with pytest.raises(ValueError, match="`model` must have weights that can learn; those of layers.0 are quantised"):
+        ssmzoo.linearize(ssmzoo.quantize(teacher, "int8"))
 
 
 def test_what_looks_both_ways_is_refused():

@@ -43,14 +43,20 @@ class Part(NamedTuple):
     pieces: tuple[Piece, ...]
 
 
-def files_of(source: Path) -> list[Path]:
+def files_of(source: Path, corpus: Path | None = None) -> list[Path]:
     """The files that a source stands for, in a fixed order: itself, or those in a folder that hold documents.
+
+    Args:
+        source: a file or folder.
+        corpus: a folder within the source that is none of it: what is being made.
 
     Raises:
         FileNotFoundError, ValueError: there is none, or a file that was named is no text.
     """
     if source.is_dir():
-        found = [path for path in walk(source) if path.name.endswith(FORMATS) or is_text(path)]
+        made = None if corpus is None else corpus.resolve()
+        paths = (path for path in walk(source) if made is None or made not in path.resolve().parents)
+        found = [path for path in paths if path.name.endswith(FORMATS) or is_text(path)]
         if not found:
             raise ValueError(
                 f"the folder {source} holds no text, JSON lines or Parquet; name files, or a folder of them"

@@ -72,12 +72,14 @@ def tokenize(
     if end is not None and end_id is None:
         what = "bytes have none" if isinstance(vocabulary, Bytes) else f"{tokenizer} has none of this name"
         raise ValueError(f"tokenize: `end` must be a token of the tokenizer; got {end!r}, and {what}")
-    files = {name: files_of(path) for name, path in _named(sources).items()}
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, and a corpus is a folder: choose another --out")
+    files = {name: files_of(path, folder) for name, path in _named(sources).items()}
     parts = parts_of(files)
     listed = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for paths in files.values() for p in paths]
     sum_ = None if tokenizer is None else checksum(Path(tokenizer))
     made_from = {"sources": digest([listed, parts]), "tokenizer": str(sum_), "key": key, "end": str(end)}
-    folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     _check_folder(folder)
     with locked(folder):

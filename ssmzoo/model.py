@@ -157,7 +157,7 @@ class SequenceModel(KeepsTies):
             TypeError, ValueError: an argument of the wrong kind, shape, dtype or device, by name; or sequences that
                 reach beyond the learned positions.
         """
-        self._check(inputs, state, mask, cu_seqlens)
+        self.check_call(inputs, state, mask, cu_seqlens)
         check_token_types(token_types, inputs, self.config.token_types)
         padded = mask is not None and not mask.all()
         if padded and mask is not None:
@@ -236,7 +236,14 @@ class SequenceModel(KeepsTies):
             lengths = state.count = state.count + lengths
         return (summed / lengths.clamp(min=1)[:, None]).to(x.dtype)
 
-    def _check(self, inputs: Tensor, state: ModelState | None, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    def check_call(
+        self,
+        inputs: Tensor,
+        state: ModelState | None = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> None:
+        """Raises what a call with these arguments would raise for them."""
         name = "SequenceModel"
         features = self.config.d_input
         shape = "(b, l)" if features is None else f"(b, l, d_input={features})"

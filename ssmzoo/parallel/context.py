@@ -18,6 +18,7 @@ from ssmkernels.core.crossing import crossing
 from ssmkernels.core.validate import check_cu_seqlens
 from ssmzoo.mixer import Mixer
 from ssmzoo.model import SequenceModel
+from ssmzoo.parallel.agreement import agree
 from ssmzoo.parallel.cut import Cut
 from ssmzoo.parallel.gradients import GradientSums, Once
 from ssmzoo.parallel.line import Line
@@ -121,7 +122,8 @@ class Context(nn.Module):
         names: Mapping[Mixer, str],
     ) -> tuple[Any, list[Step]]:
         """The outputs, and how the call has crossed the cuts; ``names`` are the mixers' paths, to tell that by."""
-        cut, line = self._cut(inputs, cu_seqlens), Line(self.group)
+        modes = {"state is None": state is None, "token_types is None": token_types is None}
+        cut, line = self._cut(inputs, cu_seqlens, {"last_only": bool(last_only), **modes}), Line(self.group)
         b, l = inputs.shape[:2]
         given: dict[str, Any] = {"cu_seqlens": cut.cu_seqlens}
         if isinstance(self.model, SequenceModel):
@@ -144,26 +146,44 @@ class Context(nn.Module):
         """Whether outputs are a row a sequence."""
         return isinstance(self.model, SequenceModel) and (last_only or self.model.config.output == "classes")
 
-    def _cut(self, inputs: Tensor, cu_seqlens: Tensor | None) -> Cut:
-        """What the parts on all processes make together."""
-        least = 2 if isinstance(self.model, SequenceModel) else 3
-        if not isinstance(inputs, Tensor) or inputs.ndim < least:
-            got = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
-            raise TypeError(f"Context: `inputs` must be a tensor (b, l, …) of at least {least} dimensions; got {got}")
-        shape = torch.tensor(inputs.shape[:2], device=inputs.device)
-        shapes = [torch.empty_like(shape) for _ in range(self.group.size())]
-        dist.all_gather(shapes, shape, group=self.group)
-        batches, lengths = ([int(x) for x in column] for column in torch.stack(shapes).T.tolist())
-        rank = self.group.rank()
+    def _cut(self, inputs: Tensor, cu_seqlens: Tensor | None, modes: Mapping[str, object]) -> Cut:
+        """What the parts on all processes make together; ``modes`` must be the same on all, by their names."""
+        rank, weight = self.group.rank(), next(self.model.parameters(), torch.empty(0))
+        borders, error = None, None
+        try:
+            self._check(inputs)
+            if cu_seqlens is not None:
+                check_cu_seqlens("Context", cu_seqlens, inputs, values=False)
+                borders = cu_seqlens.tolist()
+        except (TypeError, ValueError) as found:
+            error = found
+        alike = {
+            "cu_seqlens": borders,
+            **modes,
+            "reference": self.reference,
+            "torch.is_grad_enabled()": torch.is_grad_enabled(),
+            "model.dtype": weight.dtype,
+            "inputs.dtype": getattr(inputs, "dtype", None) if isinstance(self.model, Mixer) else None,
+        }
+        shape = (0, 0) if error is not None else (inputs.shape[0], inputs.shape[1])
+        device = inputs.device if isinstance(inputs, Tensor) else weight.device
+        batches, lengths = map(list, zip(*agree(self.group, shape, alike, error, device), strict=True))
         if len(set(batches)) > 1:
             raise ValueError(f"Context: `inputs` must have as many sequences on every process; got {batches}")
-        if cu_seqlens is None:
+        if borders is None:
             return Cut.of_batch(rank, lengths, batches[0], inputs.device)
-        check_cu_seqlens("Context", cu_seqlens, inputs, values=False)
-        borders = cu_seqlens.tolist()
         if borders[0] != 0 or borders != sorted(borders) or borders[-1] != sum(lengths):
             raise ValueError(
                 f"Context: `cu_seqlens` must rise from 0 to {sum(lengths)}, the tokens of all parts together "
                 f"({' + '.join(map(str, lengths))}); got {borders}"
             )
         return Cut.of_packed(rank, lengths, borders, inputs.device)
+
+    def _check(self, inputs: object) -> None:
+        """Inputs have the dimensions that are cut, and are such as the model takes."""
+        least = 2 if isinstance(self.model, SequenceModel) else 3
+        if not isinstance(inputs, Tensor) or inputs.ndim < least:
+            got = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
+            raise TypeError(f"Context: `inputs` must be a tensor (b, l, …) of at least {least} dimensions; got {got}")
+        if isinstance(self.model, SequenceModel):
+            self.model.check_call(inputs)

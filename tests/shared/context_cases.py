@@ -167,6 +167,28 @@ def refused(group: dist.ProcessGroup, borders: list[int], batch: int) -> str:
     return ""
 
 
+def disagrees(group: dist.ProcessGroup, case: str) -> str:
+    """The error where the first process makes another call than the second."""
+    cut = parallel.context(ssmzoo.build({"d_model": 8, "n_layers": 1, "pattern": ["mamba"], "vocab_size": 9}), group)
+    first, ids = group.rank() == 0, torch.zeros(1, 4, dtype=torch.int64)
+    call: dict[str, Any] = {"inputs": ids, "cu_seqlens": torch.tensor([0, 3, 8], dtype=torch.int32)}
+    changes: dict[str, dict[str, Any]] = {
+        "dims": {"inputs": ids[0]},
+        "ids": {"inputs": ids + 99},
+        "borders": {"cu_seqlens": torch.tensor([0, 1, 8], dtype=torch.int32)},
+        "no borders": {"cu_seqlens": None},
+        "last_only": {"last_only": True},
+        "state": {"state": cut.initial_state(2)},
+        "gradients": {},
+    }
+    try:
+        with torch.set_grad_enabled(not first or case != "gradients"):
+            cut(**(call | changes[case] if first else call))
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return ""
+
+
 def sums_gradients(group: dist.ProcessGroup, lengths: list[int]) -> None:
     """Two backward passes through a model whose convolution is called as a module; gradients add up."""
     whole = mixer("mamba", {"d_state": 3})

@@ -9,6 +9,7 @@ from context_cases import (
     beside_data_parallelism,
     beside_sharding,
     checkpoints,
+    disagrees,
     explained,
     goes_on,
     half_precision,
@@ -151,6 +152,28 @@ def test_parts_that_do_not_fit(processes: Ranks):
         assert "`cu_seqlens` must rise from 0 to 6, the tokens of all parts together (3 + 3); got [0, 4]" in text
     for text in processes.run(2, refused, [], 0):
         assert "`inputs` must have as many sequences on every process; got [1, 2]" in text
+
+
+@pytest.mark.parametrize(
+    ("case", "first", "second"),
+    [
+        (
+            "dims",
+            "must be a tensor (b, l, …) of at least 2 dimensions; got (4,)",
+            "of process 0 were refused",
+        ),
+        ("ids", "must hold ids from 0 to", "of process 0 were refused"),
+        ("borders", "`cu_seqlens` must be the same on every process; on 1", None),
+        ("no borders", "`cu_seqlens` must be the same on every process; on 1", None),
+        ("last_only", "`last_only` must be the same", None),
+        ("gradients", "`torch.is_grad_enabled()` must be the same", None),
+        ("state", "`state is None` must be the same", None),
+    ],
+)
+def test_calls_that_differ_end_on_every_process(case: str, first: str, second: str | None, processes: Ranks):
+    found = processes.run(2, disagrees, case)
+    assert first in found[0]
+    assert (second or first) in found[1]
 
 
 def test_refuses_to_compute_a_mixer_again(processes: Ranks):

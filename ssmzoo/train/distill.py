@@ -24,6 +24,7 @@ from ssmzoo.train import checkpoint
 from ssmzoo.train.alignment import STAGES, Alignment, Stage
 from ssmzoo.train.checks import DISTILLATION, check_packages
 from ssmzoo.train.config import TrainConfig
+from ssmzoo.train.loading import chosen_data, corpus_of
 from ssmzoo.train.log import Row
 from ssmzoo.train.loop import Trainer
 from ssmzoo.train.record import IDS, DataSource, describe
@@ -183,6 +184,7 @@ def distill(
         raise ValueError(f"{folder} is not empty: continue with `ssmzoo distill --resume {folder}`, or choose another")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"distill: `WORLD_SIZE` must be 1, as it runs in one process; got {os.environ['WORLD_SIZE']}")
+    _check_data(config, data)
     model = zoo_model(config.teacher if teacher is None else teacher)
     if model.config.output != "tokens" or model.config.d_input is not None:
         raise ValueError("distill: `teacher` must be a language model, from tokens to tokens")
@@ -216,8 +218,17 @@ def resume_distill(folder: str | os.PathLike[str], data: DataSource = None, *, q
     if data is None and found == IDS:
         raise ValueError(f"{folder} was trained on an array of ids: give the same as `data`")
     config = DistillConfig.of(given)
+    _check_data(config, data)
     teacher = folder / TEACHER if config.teacher == TEACHER else config.teacher
     return _stages(folder, config, found if data is None else data, zoo_model(teacher), quiet)
+
+
+def _check_data(config: DistillConfig, data: DataSource) -> None:
+    """No stage is to learn from a corpus: layers are compared on sequences that are not packed."""
+    for stage in config.wanted:
+        folder = corpus_of(chosen_data(data, config.settings(stage))[0])
+        if folder is not None:
+            raise ValueError(f"distill: `data` must be text or ids; got the corpus {folder}, which only training takes")
 
 
 def _stages(folder: Path, config: DistillConfig, data: DataSource, teacher: SequenceModel, quiet: bool) -> Distilled:

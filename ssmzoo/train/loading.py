@@ -31,7 +31,7 @@ def chosen_data(data: DataSource, config: TrainConfig) -> tuple[DataSource, Trai
     if data is not None and config.data is not None:
         raise ValueError(f"train: `data` is given twice, and the setting is {config.data!r}: leave one out")
     data = config.data if data is None else data
-    folder = _corpus(data)
+    folder = corpus_of(data)
     if folder is None:
         if config.mixture is not None:
             raise ValueError(
@@ -67,7 +67,7 @@ def load_data(
         files = [data] if isinstance(data, str | os.PathLike) else data or []
         return load_labelled(files, model_config, config.length, config.validation), None
     check_length(model_config, config.length)
-    folder = _corpus(data)
+    folder = corpus_of(data)
     if folder is not None and masked:
         raise ValueError(
             f"train: `data` must be text for a model that learns masked tokens; got the corpus {folder}, which serves "
@@ -90,7 +90,7 @@ def load_data(
     return masked_data(loaded, masking_of(config, vocabulary, size)) if masked else loaded, vocabulary
 
 
-def _corpus(data: DataSource) -> Path | None:
+def corpus_of(data: DataSource) -> Path | None:
     """The folder, if the data are a corpus.
 
     Raises:

@@ -16,6 +16,7 @@ import ssmzoo
 from ssmzoo.train import Interrupted, TrainConfig, distill, loop, resume, resume_distill, train
 from ssmzoo.train import run as run_module
 from ssmzoo.train.alignment import Alignment
+from ssmzoo.train.corpora import tokenize
 from ssmzoo.train.distill import DistillConfig
 from ssmzoo.train.log import read
 from ssmzoo.yaml_text import read_mapping
@@ -198,6 +199,14 @@ def test_folders_and_processes(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="distill: `WORLD_SIZE` must be 1, as it runs in one process; got 2"):
         distill({"teacher": "x"}, None, tmp_path / "new")
+
+
+def test_a_corpus_is_refused(tmp_path):
+    (tmp_path / "text.txt").write_text("some text")
+    tokenize(tmp_path / "text.txt", tmp_path / "corpus", workers=1)
+    with pytest.raises(ValueError, match="`data` must be text or ids; got the corpus .*corpus, which only training"):
+        distill({"teacher": "transformer++-tiny"}, tmp_path / "corpus", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_example():

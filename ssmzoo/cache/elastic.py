@@ -8,6 +8,7 @@ So growing copies nothing, and several pools share what memory there is without 
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -36,6 +37,12 @@ class ElasticPages(Pages):
         super().__init__(keys, values, fixed=False)
         self.reserved = [_reserve(x, most) for x in (keys, values)] if _gives_back(keys.device) else None
 
+    @property
+    def ahead(self) -> int:
+        """As the base's, but no further than there is room for."""
+        room = None if self.reserved is None else len(self.reserved[0][0]) - len(self.owners)
+        return super().ahead if room is None else min(super().ahead, room)
+
     def grow(self, count: int) -> None:
         if self.reserved is None or len(self.owners) + count > len(self.reserved[0][0]):
             self.reserved = None  # the tensors that stand keep the memory
@@ -62,10 +69,16 @@ def _gives_back(device: torch.device) -> bool:
 def _reserve(x: Tensor, most: int) -> tuple[Tensor, mmap.mmap | None]:
     """Addresses for ``most`` pages like those of x, and what maps them."""
     shape = (most, *x.shape[1:])
-    size = torch.Size(shape).numel() * x.dtype.itemsize
+    size = math.prod(shape) * x.dtype.itemsize
     if size == 0:
         return x.new_empty(shape), None
-    memory = mmap.mmap(-1, size, flags=_PRIVATE)  # type: ignore[call-arg,unused-ignore]
+    try:
+        memory = mmap.mmap(-1, size, flags=_PRIVATE)  # type: ignore[call-arg,unused-ignore]
+    except (OSError, OverflowError) as error:
+        raise ValueError(
+            f"Engine: `memory` must be so little that the system gives every layer addresses for it; {size:,} bytes, "
+            f"for {most:,} pages of a layer, were refused: {error}"
+        ) from None
     return torch.frombuffer(memory, dtype=x.dtype).view(shape), memory
 
 

@@ -47,11 +47,16 @@ class Pages:
         """Free pages, for one owner each; the pool grows where they are too few."""
         missing = count - len(self.free)
         if missing > 0:
-            self.grow(missing if self.fixed else max(missing, len(self.owners)))
+            self.grow(missing if self.fixed else max(missing, self.ahead))
         taken = [self.free.pop() for _ in range(count)]
         for page in taken:
             self.owners[page] = 1
         return taken
+
+    @property
+    def ahead(self) -> int:
+        """By how many pages it grows where fewer would do."""
+        return len(self.owners)
 
     def grow(self, count: int) -> None:
         """So many free pages more."""

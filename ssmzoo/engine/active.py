@@ -108,31 +108,48 @@ class Active:
                 job = self._queue[0][1]
             if not self._has_room(job):
                 break
-            with self._lock:
-                heapq.heappop(self._queue)
-            if job.swapped is not None:
-                job.state, job.swapped = job.swapped.bring_back(self.memory.template), None
-            else:
+            if job.swapped is None:
                 job.state = self.memory.template.clone()
-            if job.next is None:
+            else:
+                try:
+                    job.state, job.swapped = job.swapped.bring_back(self.memory.template), None
+                except OSError as error:
+                    job.fail(error)
+            if job.request.done:
+                pass
+            elif job.next is None:
                 self.reading.append(job)
             else:
                 self.join([job])
+            with self._lock:  # an earlier one may have come meanwhile
+                if self._queue[0][1] is job:
+                    heapq.heappop(self._queue)
+                else:
+                    self._queue.remove((job.order, job))
+                    heapq.heapify(self._queue)
 
     def _put_away(self, job: Job) -> None:
-        if job in self.writing:
-            row = self.writing.index(job)
-            assert self.batch is not None
-            state = self.batch.select([row])
-            self._keep([i for i in range(len(self.writing)) if i != row])
+        state = job.state
+        if job in self.writing and self.batch is not None:
+            state = self.batch.select([self.writing.index(job)])
+        assert state is not None
+        try:
+            job.swapped = self.store.put_away(state, job.order) if job.position else None
+        except OSError as error:
+            job.fail(error)
         else:
-            assert job.state is not None
-            state, job.state = job.state, None
+            self.swaps += 1
+            self.enqueue(job)
+        job.state = None
+        if job in self.reading:
             self.reading.remove(job)
-        self.swaps += 1
-        if job.position:
-            job.swapped = self.store.put_away(state, job.order)
-        self.enqueue(job)
+        else:
+            self._keep([i for i, other in enumerate(self.writing) if other is not job])
+
+    def fail(self, error: Exception) -> None:
+        """Ends all that have a state."""
+        for job in (*self.reading, *self.writing):
+            job.fail(error)
 
     def _has_room(self, job: Job) -> bool:
         """Whether a request can have a state beside the others, dropping snapshots where that helps.

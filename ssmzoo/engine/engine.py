@@ -153,20 +153,26 @@ class Engine:
         with self._lock:
             self._prefixes.kept.clear()
 
-    @torch.no_grad()
     def step(self) -> bool:
         """A token more for each request that has read its prompt, and a part of the prompts of others.
 
         Returns:
             Whether any request is still under way.
+
+        Raises:
+            KeyboardInterrupt, …: whatever cuts a step short. The requests that have a state end with an error.
         """
-        with self._lock, evaluating(self.model):
-            self._active.leave()
-            self._active.make_room()
-            self._active.admit()
-            self._write()
-            self._read()
-            self._active.leave()
+        with self._lock, evaluating(self.model), torch.inference_mode(False), torch.no_grad():
+            try:
+                self._active.leave()
+                self._active.make_room()
+                self._active.admit()
+                self._write()
+                self._read()
+                self._active.leave()
+            except BaseException as error:  # an interrupt, say: nobody knows how far the states have come
+                self._active.fail(RuntimeError(f"Engine: a step of this request was cut short by {error!r:.200}"))
+                raise
             return bool(self.active or self.waiting)
 
     def run(self) -> None:

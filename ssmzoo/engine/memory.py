@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
+
 from ssmzoo.cache import PagedCache
 from ssmzoo.cache.elastic import elastic
 from ssmzoo.generate.arguments import TokenModel
@@ -30,7 +32,7 @@ class Memory:
 
     def __init__(self, model: TokenModel, limit: int, page_size: int, chunk: int):
         self.model, self.limit, self.page_size, self.chunk = model, limit, page_size, chunk
-        with elastic(page_size, limit):
+        with elastic(page_size, limit), torch.inference_mode(False), torch.no_grad():
             self.template = model.initial_state(1)
         self.caches = [part for part in self.template.nested() if isinstance(part, PagedCache)]
         self.row = self._flat(self.template)
@@ -63,7 +65,12 @@ class Memory:
         return total
 
     def full(self, length: int) -> int:
-        """Most bytes of one sequence alone, over all of its tokens."""
+        """Most bytes of one sequence alone, over all of its tokens; or fewer, but more than the limit."""
+        tokens = STEP  # what does not grow in pages is only found out by making it
+        while self.grows and tokens < length and self.rows([tokens]) <= self.limit:
+            tokens *= 2
+        if self.grows and tokens < length:
+            return self.rows([tokens])
         read = max(0, length - self.chunk)
         return self.rows([length]) + self.all_pages(read, length - read)
 

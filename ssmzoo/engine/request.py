@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -134,7 +134,7 @@ def prompt_of(ids: Tensor | Sequence[int], vocab: int) -> list[int]:
 
 def stops_of(stop: int | Sequence[int | Sequence[int]] | None, vocab: int) -> list[tuple[int, ...]]:
     """The sequences of ids that end a request."""
-    given = [] if stop is None else [stop] if isinstance(stop, int) else stop
+    given = [] if stop is None else stop if isinstance(stop, Iterable) else [stop]
     stops = [(s,) if isinstance(s, int) else tuple(s) if isinstance(s, list | tuple) else () for s in given]
     if not all(s and all(is_int(id, 0, vocab - 1) for id in s) for s in stops):
         raise ValueError(

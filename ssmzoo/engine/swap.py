@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 import weakref
@@ -19,6 +20,9 @@ class Swapped:
         state: what is put away.
         folder: for its file; None for the host's memory.
         number: of the file.
+
+    Raises:
+        OSError: the file cannot be written.
     """
 
     def __init__(self, state: State, folder: Path | None, number: int):
@@ -26,13 +30,26 @@ class Swapped:
         self.kept = stored.to("meta" if folder is not None else "cpu")
         self.path = None if folder is None else folder / f"{number}.pt"
         if self.path is not None:
-            torch.save([t.contiguous() for t in stored.tensors()], self.path)
+            try:
+                torch.save([t.contiguous() for t in stored.tensors()], self.path)
+            except Exception as error:  # PyTorch has one of its own for a full disk
+                with contextlib.suppress(OSError):
+                    self.drop()
+                raise OSError(f"Engine: the state of a request cannot be put away at {self.path}: {error}") from error
 
     def bring_back(self, template: State) -> State:
-        """The state as it was, with its pages in the template's pools; the file goes."""
+        """The state as it was, with its pages in the template's pools; the file goes.
+
+        Raises:
+            OSError: the file is gone or damaged.
+        """
         stored, device = self.kept, template.tensors()[0].device
         if self.path is not None:
-            stored = stored.with_tensors(iter(torch.load(self.path, weights_only=True, map_location=device)))
+            try:
+                tensors = torch.load(self.path, weights_only=True, map_location=device)
+            except Exception as error:
+                raise OSError(f"Engine: the state put away at {self.path} cannot be read back: {error}") from error
+            stored = stored.with_tensors(iter(tensors))
         self.drop()
         return template.restored(stored.to(device))
 
@@ -55,7 +72,7 @@ class Store:
     """
 
     def __init__(self, folder: str | Path | None, device: torch.device):
-        if folder is not None and not Path(folder).is_dir():
+        if folder is not None and not (isinstance(folder, str | Path) and Path(folder).is_dir()):
             raise ValueError(f"Engine: `swap` must be a folder that exists, or None; got {str(folder)!r:.200}")
         self.within, self.on_disk = folder, folder is not None or device.type == "cpu"
         self.folder: Path | None = None

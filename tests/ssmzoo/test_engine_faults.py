@@ -1,0 +1,133 @@
+"""The engine when something goes wrong: only those whom it concerns end, with an error, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import ssmzoo
+from ssmzoo import Engine
+from ssmzoo.engine import swap
+
+HEADS = {"head_dim": 8}
+
+
+def build(kind="attention", **options):
+    torch.manual_seed(0)
+    config = {"d_model": 16, "n_layers": 2, "vocab_size": 31, "pattern": [kind], **options}
+    return ssmzoo.build(config).double().eval()
+
+
+def engine(model, memory):
+    return Engine(model, memory=memory, page_size=4, chunk=8)
+
+
+def three(mixers=HEADS):
+    """An engine that has no room for three requests at a time, and those."""
+    model = build(mixers={"attention": mixers})
+    worker = engine(model, 36_000)
+    return model, worker, [worker.submit([i], max_tokens=24, temperature=0) for i in range(1, 4)]
+
+
+def finishes(model, worker, requests):
+    """Why each request is over; what came of those that went through is as alone."""
+    worker.run()
+    for request in requests:
+        if request.finish == "length":
+            expected = model.generate([request.prompt], request.max_tokens, temperature=0)[0]
+            assert request.result() == expected[len(request.prompt) :]
+    assert (worker.active, worker.waiting) == (0, 0)
+    return [request.finish for request in requests]
+
+
+def test_a_state_that_cannot_be_put_away(monkeypatch):
+    def full(*_):
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr(swap.torch, "save", full)
+    model, worker, requests = three()
+    found = finishes(model, worker, requests)
+    assert (found[0], found[-1]) == ("length", "error")
+    with pytest.raises(OSError, match=r"cannot be put away at .*: PytorchStreamWriter failed writing file"):
+        requests[2].result()
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"PK")])
+def test_a_state_that_cannot_be_read_back(damage):
+    model, worker, requests = three()
+    while not worker.swaps:
+        worker.step()
+    for path in worker._active.store.folder.iterdir():
+        damage(path)
+    found = finishes(model, worker, requests)
+    assert (found[0], found[-1]) == ("length", "error")
+    with pytest.raises(OSError, match="cannot be read back"):
+        requests[2].result()
+
+
+def test_an_interrupted_step(monkeypatch):
+    """Some layers' states have had the token and others not: no answer goes on from those."""
+    model = build("mamba", n_layers=3)
+    worker = engine(model, 10**6)
+    first = worker.submit([1, 2, 3], max_tokens=8, temperature=0)
+    worker.step()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = model.layers[2].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        worker.run()
+    handle.remove()
+    later = worker.submit([1, 2, 3], max_tokens=8, temperature=0)
+    assert finishes(model, worker, [first, later]) == ["error", "length"]
+    with pytest.raises(RuntimeError, match=r"a step of this request was cut short by KeyboardInterrupt"):
+        first.result()
+
+
+def test_an_earlier_request_comes_while_one_is_taken_up(monkeypatch):
+    """Two threads may number their requests in one order and hand them in in the other."""
+    model = build("mamba")
+    worker = engine(model, 10**6)
+    active, has_room = worker._active, worker._active._has_room
+    held = []
+    monkeypatch.setattr(active, "enqueue", lambda job: held.append(job))
+    earlier = worker.submit([1, 2], max_tokens=4, temperature=0)
+    monkeypatch.undo()
+    monkeypatch.setattr(active, "_has_room", lambda job: (active.enqueue(held.pop()) if held else None, has_room(job)))
+    later = worker.submit([3, 4], max_tokens=4, temperature=0)
+    assert finishes(model, worker, [earlier, later]) == ["length", "length"]
+
+
+def test_inference_mode_may_begin_and_end():
+    model = build("moba", mixers={"moba": {**HEADS, "block_size": 4, "top_k": 2}})
+    worker = engine(model, 10**6)
+    request = worker.submit([1, 2, 3], max_tokens=6, temperature=0)
+    for step in range(4):
+        with torch.inference_mode(step % 2 == 0):
+            worker.step()
+    assert finishes(model, worker, [request]) == ["length"]
+
+
+def test_a_pool_that_uses_all_its_pages_still_gives_them_back():
+    model = build(n_layers=1, mixers={"attention": HEADS})
+    worker = engine(model, 60_000)
+    pool = worker._memory.caches[0].pages.pool
+    room = len(pool.reserved[0][0])
+    for _ in range(12):
+        worker.submit([1] * 20, max_tokens=30)
+    worker.run()
+    assert room // 2 < len(pool.owners) <= room
+    assert pool.reserved is not None
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match=r"`memory` must be so little that the system gives every layer addresses"):
+        engine(build(mixers={"attention": HEADS}), 2**70)
+    with pytest.raises(ValueError, match=r"`swap` must be a folder that exists, or None; got '3'"):
+        Engine(build("mamba"), swap=3)
+    unpaged = engine(build("moba", mixers={"moba": {**HEADS, "block_size": 4, "top_k": 2}}), 10**6)
+    with pytest.raises(ValueError, match=r"`max_tokens`=2147483647 take .* can never run"):
+        unpaged.submit([1], max_tokens=2**31 - 1)
+    with pytest.raises(ValueError, match=r"`stop` must be an id from 0 to 30, or a list .*; got 3.5"):
+        unpaged.submit([1], max_tokens=1, stop=3.5)

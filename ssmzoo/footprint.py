@@ -78,13 +78,16 @@ def footprint(config: ModelConfig) -> Footprint:
     return total
 
 
-def check_memory(config: ModelConfig, device: torch.device, dtype: torch.dtype | None = None) -> None:
+def check_memory(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype | None = None, taken: int | None = None
+) -> None:
     """Refuses a model whose weights the device cannot hold.
 
     Args:
         config: of the model.
         device: where it is to be.
         dtype: of its weights; PyTorch's default dtype, in which they are first made, if None.
+        taken: bytes of weights that are kept in few bits and not made anew; None for those of the config in ``dtype``.
 
     Raises:
         ValueError: naming the bytes that they take and those that there are.
@@ -96,7 +99,9 @@ def check_memory(config: ModelConfig, device: torch.device, dtype: torch.dtype |
         return
     made = torch.get_default_dtype()
     dtype = made if dtype is None else dtype
-    needed, name = footprint(config).bytes * dtype.itemsize // made.itemsize, str(dtype).removeprefix("torch.")
+    needed, name = taken, "few bits"
+    if needed is None:
+        needed, name = footprint(config).bytes * dtype.itemsize // made.itemsize, str(dtype).removeprefix("torch.")
     if needed > room:
         raise ValueError(
             f"config: the weights of this model take {needed / 2**30:,.1f} GiB in {name}, and {device} has "

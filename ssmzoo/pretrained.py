@@ -159,7 +159,8 @@ def load(
         raise TypeError(f"load: `dtype` must be a floating-point torch.dtype such as torch.bfloat16; got {dtype!r}")
     where = torch.device(device if device is not None else torch.get_default_device())
     if where.type not in ("cpu", "meta"):  # on a CPU the weights are there already
-        check_memory(config, where, dtype)
+        taken = sum(weight.nbytes for weight in weights.values()) if config.quantization else None
+        check_memory(config, where, dtype, taken)
     if config.n_layers > len(weights):  # each layer has a weight of its own; no time goes into thousands of others
         raise ValueError(
             f"the weights in {source} do not fit the config: it has n_layers={config.n_layers}, and they are "

@@ -55,7 +55,8 @@ def quantize(
     Raises:
         TypeError: ``model`` is no SequenceModel, or ``calibrate`` no tensor of ids.
         ValueError: an unknown scheme, a pattern that fits no map, a model that is quantised already or whose weights
-            are on the meta device, or a head that shares its embedding's weights under another scheme.
+            are on the meta device or not finite, or a head that shares its embedding's weights under another scheme;
+            or ``calibrate`` gives a map inputs that are not finite. The model then stays as it was.
     """
     if not isinstance(model, SequenceModel):
         raise TypeError(f"quantize: `model` must be a SequenceModel; got {type(model).__name__}")
@@ -70,10 +71,19 @@ def quantize(
         raise ValueError("quantize: `scheme` must be the same for embedding and lm_head, which share their weights")
     if any(place.map.weight.is_meta for place in places):
         raise ValueError("quantize: `model` must have weights; they are on the meta device")
-    if calibrate is None:
-        quantize_maps(model, schemes)
-    else:
-        _calibrated(model, schemes, _checked(model, calibrate))
+    for place in places:
+        if not place.map.weight.isfinite().all():
+            raise ValueError(f"quantize: the weights of {place.name} must be finite; some are not")
+    tokens = None if calibrate is None else _checked(model, calibrate)
+    try:
+        if tokens is None:
+            quantize_maps(model, schemes)
+        else:
+            _calibrated(model, schemes, tokens)
+    except BaseException:  # the model is again what it was
+        for place in places:
+            setattr(place.parent, place.name.rpartition(".")[2], place.map)
+        raise
     model.config.quantization = schemes
     return model
 
@@ -109,7 +119,11 @@ def _calibrated(model: SequenceModel, schemes: Mapping[str, Mapping[str, Any]], 
 
 def _rounded(seen: Hessians, name: str, module: nn.Linear | nn.Embedding, scheme: Scheme) -> Rounded:
     """A map's weights with regard to what it has seen; to the nearest where that is nothing."""
-    return by_hessian(module.weight, seen[name], scheme) if name in seen else to_nearest(module.weight, scheme)
+    if name not in seen:
+        return to_nearest(module.weight, scheme)
+    if not seen[name].isfinite().all():
+        raise ValueError(f"quantize: `calibrate` must give {name} inputs whose squares are finite; some are not")
+    return by_hessian(module.weight, seen[name], scheme)
 
 
 class _ReachedError(Exception):

@@ -60,9 +60,13 @@ def _sizes(config: ModelConfig, model: SequenceModel) -> str:
         "classes": f"{config.n_classes} class logits a sequence",
         "features": f"{_counted(config.d_output or 0, 'feature')} a token",
     }[config.output or "tokens"]
-    in_float32 = size(4 * model.num_parameters())
+    if config.quantization:
+        kept = {id(t): t.nbytes for t in model.state_dict(keep_vars=True).values()}
+        taken = f"{size(sum(kept.values()))}, quantised"
+    else:
+        taken = f"{size(4 * model.num_parameters())} in float32"
     return (
-        f"{count(model.num_parameters())} parameters ({in_float32} in float32), {config.n_layers} layers, "
+        f"{count(model.num_parameters())} parameters ({taken}), {config.n_layers} layers, "
         f"d_model {config.d_model}; {comes_in} in, {goes_out} out"
     )
 
@@ -115,10 +119,17 @@ def _parts(model: SequenceModel) -> list[list[str]]:
 
 
 def _weights(modules: Iterable, seen: set[int]) -> int:
-    """Parameters of the modules without those in ``seen``; adds them to it."""
-    fresh = {id(p): p for module in modules for p in module.parameters() if id(p) not in seen}
+    """Parameters of the modules, quantised or not, without those in ``seen``; adds them to it."""
+    from ssmzoo.quantized import QuantizedMap
+
+    sizes: dict[int, int] = {}
+    for part in (part for module in modules for part in module.modules()):
+        sizes |= {id(p): p.numel() for p in part.parameters(recurse=False)}
+        if isinstance(part, QuantizedMap):
+            sizes[id(part.weight_q)] = part.inputs * part.outputs
+    fresh = {key: number for key, number in sizes.items() if key not in seen}
     seen.update(fresh)
-    return sum(p.numel() for p in fresh.values())
+    return sum(fresh.values())
 
 
 def _ranges(layers: Sequence[int]) -> str:

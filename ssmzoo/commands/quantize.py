@@ -11,6 +11,7 @@ import typer
 from ssmzoo.commands._output import console, size
 
 SEQUENCES, LENGTH = 32, 512  # of the text that calibration reads
+CHARACTERS = 64 * SEQUENCES * LENGTH  # in which there will be as many tokens
 
 
 def command(
@@ -52,7 +53,12 @@ def command(
     model = build(source, device="cpu")
     tokens = None
     if calibrate is not None:
-        ids = vocabulary_of(source, model.config, tokenizer).encode(calibrate.read_text(encoding="utf-8"))
+        try:
+            with calibrate.open(encoding="utf-8") as text:
+                beginning = text.read(CHARACTERS)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--calibrate: {calibrate} must be a text in UTF-8: {error}") from None
+        ids = vocabulary_of(source, model.config, tokenizer).encode(beginning)
         length = min(LENGTH, len(ids))
         if not length:
             raise ValueError(f"--calibrate: {calibrate} is empty")

@@ -46,7 +46,7 @@ class _Grid(NamedTuple):
 def to_nearest(weight: Tensor, scheme: Scheme) -> Rounded:
     """A weight ``(o, k)`` with each number rounded to the nearest that its group has."""
     w = weight.detach().float()
-    size = scheme.group_size or max(w.shape[1], 1)
+    size = min(scheme.group_size or w.shape[1], w.shape[1]) or 1
     groups = F.pad(w, (0, -w.shape[1] % size)).unflatten(1, (-1, size))  # (o g n); a 0 more changes no group's numbers
     grid = _grid(groups, scheme)
     return _rounded(grid.whole(groups).flatten(1)[:, : w.shape[1]], grid.scale[..., 0], grid.zero[..., 0], scheme)
@@ -62,9 +62,7 @@ def by_hessian(weight: Tensor, hessian: Tensor, scheme: Scheme) -> Rounded:
     """
     w, h = weight.detach().float().clone(), hessian.float().clone()
     k = w.shape[1]
-    never = h.diagonal() == 0  # inputs that were always 0
-    h.diagonal()[never] = 1
-    w[:, never] = 0
+    h.diagonal()[h.diagonal() == 0] = 1  # inputs that were always 0 so far: their weights are rounded to the nearest
     h.diagonal().add_(DAMPING * h.diagonal().mean())
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
     grids: list[_Grid] = []

@@ -32,6 +32,8 @@ class Scheme:
         size = self.group_size
         if size is not None and (size < BLOCK or size % BLOCK):
             raise ValueError(f"quantisation: `group_size` must be a multiple of {BLOCK}; got {short(size)}")
+        if size is not None and size >= 2**31:
+            raise ValueError(f"quantisation: `group_size` must be less than 2**31; got {short(size)}")
 
     def groups(self, inputs: int) -> int:
         """How many there are for so many inputs."""

@@ -73,7 +73,7 @@ def quantize(
         raise ValueError("quantize: `model` must have weights; they are on the meta device")
     for place in places:
         if not place.map.weight.isfinite().all():
-            raise ValueError(f"quantize: the weights of {place.name} must be finite; some are not")
+            raise ValueError(f"quantize: `model` must have finite weights; some of {place.name} are not")
     tokens = None if calibrate is None else _checked(model, calibrate)
     try:
         if tokens is None:

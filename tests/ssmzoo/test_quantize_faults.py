@@ -29,7 +29,7 @@ def test_weights_that_are_not_finite(bad, calibrate):
     model = build()
     with torch.no_grad():
         model.layers[1].mixer.x_proj.weight[2, 3] = bad
-    with pytest.raises(ValueError, match=r"the weights of layers\.1\.mixer\.x_proj must be finite"):
+    with pytest.raises(ValueError, match=r"`model` must have finite weights; some of layers\.1\.mixer\.x_proj are not"):
         ssmzoo.quantize(model, "int4", calibrate=calibrate)
 
 

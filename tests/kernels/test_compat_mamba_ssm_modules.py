@@ -82,12 +82,12 @@ def test_half_precision(name, x):
     torch.testing.assert_close(torch.cat(parts, 1).float(), expected(x), atol=0.05 * size, rtol=0.05)
 
 
-@pytest.mark.parametrize("name", ["mamba2", "mamba3"])
-def test_packed_sequences(name, x):
+@pytest.mark.parametrize(("name", "numbered"), [("mamba2", False), ("mamba2", True), ("mamba3", False)])
+def test_packed_sequences(name, numbered, x):
     layer, x = made(name), x[:1]
     borders = torch.tensor([0, 4, 9])
     how = {"cu_seqlens": borders}
-    if name == "mamba2":
+    if numbered:
         how["seq_idx"] = torch.tensor([[0] * 4 + [1] * 5])
     apart, params = [layer(x[:, :4]), layer(x[:, 4:])], InferenceParams(12, 2)
     torch.testing.assert_close(layer(x, **how), torch.cat(apart, 1))
@@ -98,6 +98,8 @@ def test_packed_sequences(name, x):
         for several, each in zip(params.key_value_memory_dict[4], one.key_value_memory_dict[4], strict=True):
             torch.testing.assert_close(several[i : i + 1], each)
     if name == "mamba2":
+        with pytest.raises(ValueError, match="`u` must be a batch of one with `cu_seqlens`; got 2"):
+            layer(x.expand(2, -1, -1), cu_seqlens=borders)
         flat = layer(x[0], seqlen=9)
         torch.testing.assert_close(flat, layer(x)[0])
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmkernels import ssd_step
+from ssmkernels.compat._dtypes import int32_borders
 from ssmkernels.compat.causal_conv1d import causal_conv1d_fn, causal_conv1d_update, causal_conv1d_varlen_states
 from ssmkernels.compat.mamba_ssm import mamba_chunk_scan_combined
 from ssmkernels.compat.mamba_ssm._layers import (
@@ -129,8 +130,8 @@ class Mamba2(Recurrent):
         Args:
             u: ``(b, l, d_model)``, or ``(b l, d_model)`` with ``seqlen``, which is l.
             seq_idx: integers ``(b, l)``, the number of each token's sequence.
-            cu_seqlens: borders ``(s + 1)`` of the sequences that ``seq_idx`` counts in a batch of one, which the states
-                in ``inference_params`` are of.
+            cu_seqlens: ``(s + 1)``, borders of the sequences in a batch of one, which the states in
+                ``inference_params`` are of; ``seq_idx`` follows from them.
 
         Raises:
             ValueError: several tokens after the start; no ``layer_idx``; states of another number of sequences.
@@ -142,6 +143,12 @@ class Mamba2(Recurrent):
             states = self.states_in(inference_params, len(u) if cu_seqlens is None else len(cu_seqlens) - 1)
             if inference_params.seqlen_offset > 0:
                 return self.step(u, *states)[0]
+        if cu_seqlens is not None and seq_idx is None:
+            if len(u) != 1:
+                raise ValueError(f"Mamba2: `u` must be a batch of one with `cu_seqlens`; got {len(u)}")
+            cu_seqlens = int32_borders("Mamba2", cu_seqlens, u.shape[1])
+            places = torch.arange(u.shape[1], dtype=torch.int32, device=u.device)
+            seq_idx = torch.searchsorted(cu_seqlens[1:], places, right=True, out_int32=True)[None]
         return self._whole(u, seq_idx, cu_seqlens, states)
 
     def _whole(

@@ -250,3 +250,10 @@ def test_errors(x, tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json is no valid JSON"):
         MambaLMHeadModel.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("layer", [Mamba, Mamba2, Mamba3])
+@pytest.mark.parametrize("wrong", [{"d_model": 0}, {"d_state": 0}, {"expand": 0}])
+def test_a_size_below_1_is_refused_by_its_name(layer, wrong):
+    with pytest.raises(ValueError, match=rf"^{layer.__name__}: `{next(iter(wrong))}`"):
+        layer(**{"d_model": 64} | wrong)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssmkernels.core.validate import precision
+from ssmkernels.core.validate import check_range, precision
 
 Device = torch.device | str | None
 
@@ -43,6 +43,17 @@ class Recurrent(nn.Module):
                 f"sequences, as the input; got {len(states[0])}"
             )
         return states
+
+
+def check_sizes(name: str, d_model: int, expand: float, **sizes: int) -> None:
+    """Every size is at least 1.
+
+    Raises:
+        ValueError: by its name.
+    """
+    check_range(name, 1, d_model=d_model, **sizes)
+    if not expand * d_model >= 1:
+        raise ValueError(f"{name}: `expand` must give at least one channel for d_model={d_model}; got {expand}")
 
 
 def check_one_token(name: str, x: Tensor) -> None:

@@ -17,6 +17,7 @@ from ssmkernels.compat.mamba_ssm._layers import (
     Device,
     Recurrent,
     check_one_token,
+    check_sizes,
     last_inputs,
     new_conv1d,
     new_dt_bias,
@@ -84,6 +85,7 @@ class Mamba2(Recurrent):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        check_sizes("Mamba2", d_model, expand, d_state=d_state, d_conv=d_conv, headdim=headdim, ngroups=ngroups)
         if process_group is not None:
             raise ValueError("Mamba2: `process_group` must be None: layers split over processes are not supported")
         made: dict[str, Any] = {"device": device, "dtype": dtype}

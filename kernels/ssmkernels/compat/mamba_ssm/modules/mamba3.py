@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ssmkernels import mamba3_scan
 from ssmkernels.compat._dtypes import int32_borders
-from ssmkernels.compat.mamba_ssm._layers import Device, Recurrent, new_dt_bias, parameter, wide
+from ssmkernels.compat.mamba_ssm._layers import Device, Recurrent, check_sizes, new_dt_bias, parameter, wide
 from ssmkernels.compat.mamba_ssm.ops.triton.layernorm_gated import RMSNorm
 from ssmkernels.core.validate import check_options
 
@@ -74,6 +74,7 @@ class Mamba3(Recurrent):
         A_activation: str = "softplus",
     ):
         super().__init__()
+        check_sizes("Mamba3", d_model, expand, d_state=d_state, headdim=headdim, ngroups=ngroups)
         check_options("Mamba3", "number", rope_fraction=rope_fraction, A_floor=A_floor)
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.d_model, self.d_state, self.headdim, self.expand = d_model, d_state, headdim, expand

@@ -15,6 +15,7 @@ from ssmkernels.compat.mamba_ssm._layers import (
     Device,
     Recurrent,
     check_one_token,
+    check_sizes,
     last_inputs,
     new_conv1d,
     new_dt_bias,
@@ -66,6 +67,7 @@ class Mamba(Recurrent):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        check_sizes("Mamba", d_model, expand, d_state=d_state, d_conv=d_conv)
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
         self.d_inner = int(expand * d_model)

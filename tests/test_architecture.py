@@ -44,6 +44,13 @@ SOURCES = sorted((ROOT / "ssmzoo").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels" / "ssmkernels").rglob("*.py"))
 
 
+def test_the_drawing_names_every_room():
+    """But for the helpers below all others, which it calls smaller."""
+    drawing = (ROOT / "docs" / "architecture.md").read_text().split("```")[1]
+    rooms = {room for line in LAYERS[1:] for room in line.split()} - {"yaml_text", "ssmzoo", "__main__"}
+    assert {room for room in rooms if f" {room}.py" not in drawing and f" {room}/" not in drawing} == set()
+
+
 def module_of(path: Path) -> str:
     """The dotted name of a source file."""
     parts = path.relative_to(ROOT / "kernels" if path in KERNELS else ROOT).with_suffix("").parts

@@ -43,3 +43,15 @@ def test_torch_func(name):
         each = vmap(grad(loss), in_dims=(None, 0))(weights, x)
         for found, *expected in zip(each.values(), *exact, strict=True):
             torch.testing.assert_close(found, torch.stack(expected))
+
+
+@pytest.mark.parametrize("name", ["hash", "qk_sparse"])
+def test_compiled_vmap_of_mixers_that_sort_by_group(name):
+    """Eager code asks whether vmap is active, compiled code does not; each call has groups of its own either way."""
+    torch.manual_seed(0)
+    mixer = ssmzoo.build_mixer(name, D_MODEL, **OPTIONS[name]).double().eval()
+    x = torch.randn(3, 2, 17, D_MODEL, dtype=torch.float64)
+    exact = torch.stack([mixer(each) for each in x])
+    torch.testing.assert_close(vmap(mixer)(x), exact)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(vmap(mixer), backend="aot_eager")(x), exact)

@@ -13,6 +13,8 @@ from typing import TypeVar
 
 import torch
 
+from ssmkernels.core.memory import blocks_apart
+
 T = TypeVar("T")
 
 LEAST, MOST = 3, 50  # samples of one contestant
@@ -131,7 +133,7 @@ def peak_memory(call: Callable[[], T], device: torch.device | str = "cpu") -> tu
         torch.cuda.synchronize(device)
         return result, torch.cuda.max_memory_allocated(device) - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler writes to standard error each time it starts
-    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+    with blocks_apart(), torch.autograd.profiler.profile(profile_memory=True) as profile:
         result = call()
     events = [(e.start_ns(), e.nbytes()) for e in profile.kineto_results.events() if e.name() == "[memory]"]
     alive = peak = 0

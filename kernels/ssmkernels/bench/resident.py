@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import ctypes
 import functools
 import gc
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -89,11 +89,11 @@ def resident_memory(op: str, case: Case, dtype: torch.dtype, implementation: str
         "backward": backward,
         "threads": torch.get_num_threads(),
     }
-    command = [sys.executable, "-c", f"from {__name__} import main; main()", repr(order)]
+    command = [sys.executable, "-c", f"from {__name__} import main; main()"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, input=pickle.dumps(order), capture_output=True, env=environment)
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"]
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"it ended with status {done.returncode}"]
         raise (OSError if lines[-1].startswith("OSError") else RuntimeError)(lines[-1])
     above, results = done.stdout.split()[-2:]
     return int(above), int(results)
@@ -120,5 +120,5 @@ def measure(op: str, case: Case, dtype: str, implementation: str, backward: bool
 
 
 def main() -> None:
-    """The process itself: reads what to do from its command line and prints both numbers."""
-    print(*measure(**ast.literal_eval(sys.argv[1])))
+    """The process itself: reads what to do from its input and prints both numbers."""
+    print(*measure(**pickle.load(sys.stdin.buffer)))

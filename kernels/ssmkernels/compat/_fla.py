@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssmkernels import delta_rule, linear_attention, rms_norm
+from ssmkernels import delta_rule, delta_rule_step, linear_attention, linear_attention_step, rms_norm
 from ssmkernels.compat._dtypes import int32_borders, together
 from ssmkernels.core.validate import REAL, check_dtypes, check_options, check_shapes, precision
+from ssmkernels.core.written import gradient_wanted
 
 FLAGS = (
     "output_final_state",
@@ -23,6 +24,7 @@ FLAGS = (
     "normalize",
 )
 Found = tuple[Tensor, Any]
+STEPS: dict[Any, Any] = {delta_rule: delta_rule_step, linear_attention: linear_attention_step}
 
 
 def delta(a: Any) -> Found:
@@ -158,6 +160,12 @@ def _l2_normalised(x: Tensor, implementation: str | None) -> Tensor:
     return found
 
 
+def _is_step(a: Any, op: Any, q: Tensor, *others: Tensor | None) -> bool:
+    """Whether a call is one token after a state, which an op's step reads and writes once."""
+    plain = a.initial_state is not None and a.cu_seqlens is None and a.implementation is None
+    return plain and op in STEPS and q.shape[1] == 1 and gradient_wanted((a.initial_state, q, *others)) is None
+
+
 def _borders(a: Any) -> Tensor | None:
     return None if a.cu_seqlens is None else int32_borders(a.op, a.cu_seqlens, a.v.shape[1])
 
@@ -166,18 +174,25 @@ def recalled(a: Any, op: Any, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | N
     """A call of one of our ops, from the state that came in to the one that goes out."""
     state = a.initial_state
     swapped = _of(a, "state_v_first")
-    if state is not None:
-        state = (state.mT if swapped else state).to(precision(q))
-    o, last = op(
-        q,
-        k,
-        v,
-        **others,
-        log_decay=decay,
-        scale=a.scale,
-        initial_state=state,
-        return_final_state=True,
-        cu_seqlens=_borders(a),
-        implementation=a.implementation,
-    )
+    if state is not None and swapped:
+        state = state.mT
+    if _is_step(a, op, q, k, v, decay, *others.values()):
+        last = state.to(precision(q), copy=True, memory_format=torch.contiguous_format)
+        of_time = {"q": q, "k": k, "v": v, **{name: t for name, t in others.items() if name != "bonus"}}
+        given = others | {name: t[:, 0] for name, t in of_time.items()}
+        decay = decay if decay is None or decay.ndim == 1 else decay[:, 0]
+        o = STEPS[op](last, **given, log_decay=decay, scale=a.scale)[:, None]
+    else:
+        o, last = op(
+            q,
+            k,
+            v,
+            **others,
+            log_decay=decay,
+            scale=a.scale,
+            initial_state=None if state is None else state.to(precision(q)),
+            return_final_state=True,
+            cu_seqlens=_borders(a),
+            implementation=a.implementation,
+        )
     return o.to(a.v.dtype), (last.mT.contiguous() if swapped else last) if a.output_final_state else None

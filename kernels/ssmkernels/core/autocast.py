@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -13,6 +14,13 @@ from ssmkernels.core.validate import HALF
 def autocasts(kind: str) -> bool:
     """Whether autocast is on for a type of device; never where PyTorch has none for it, as for meta."""
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def without_autocast(kind: str) -> contextlib.AbstractContextManager[Any]:
+    """Within, autocast is off; nothing to switch off where PyTorch has none for a type of device, as for meta."""
+    if not torch.amp.is_autocast_available(kind):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def widened(weight: Any, x: Any) -> Any:

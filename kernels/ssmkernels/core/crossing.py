@@ -61,6 +61,18 @@ class Crossing(Protocol):
     def total(self, x: Tensor) -> Tensor:
         """The sum of what every process gives."""
 
+    def share(self, count: int) -> slice:
+        """Which of so many channels, or taps of a filter, are this process's."""
+
+    def channels(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Whole sequences of this process's channels, ``(1, L, d_r)``, of each tensor ``(1, l, d)``, this part."""
+
+    def taps(self, filters: list[Tensor], count: int) -> list[Tensor]:
+        """All taps of this process's channels, ``(d_r, count)``, of each filter's own taps ``(d, share)``."""
+
+    def tokens(self, y: Tensor, channels: int) -> Tensor:
+        """All channels of this part, ``(1, l, channels)``, of whole sequences of this process's, ``(1, L, d_r)``."""
+
     def picked(self, x: Tensor, last: bool) -> Tensor:
         """The first or last token of each sequence in all parts, ``(s, d)``, of x ``(1, l, d)``, this part."""
 
@@ -96,8 +108,8 @@ def check_not_again(name: str) -> None:
     """Raises RuntimeError where a mixer is computed again in such a pass, as checkpointing does."""
     if _backward and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() in _backward:
         raise RuntimeError(
-            f"{name}: activation checkpointing cannot compute a mixer again whose sequences are cut over processes; "
-            f"leave it out of the checkpointed function"
+            f"{name}: activation checkpointing cannot compute a mixer again whose sequences are cut over processes, "
+            f"unless it is told to by `context_fn=ssmzoo.parallel.checkpoint_contexts` with `use_reentrant=False`"
         )
 
 

@@ -25,6 +25,7 @@ from ssmkernels.core.forcing import constant, disabled, environment
 from ssmkernels.core.forcing import forced as _forced
 from ssmkernels.core.implementation import EXTERNAL, Implementation, load
 from ssmkernels.core.names import OPS, unknown
+from ssmkernels.core.on_paper import KERNELS_OF, record, stands_for
 from ssmkernels.core.plain import ZERO, filled, forward_differentiated, recorded, subclass, why_not_plain
 from ssmkernels.core.sharded import call_on_shards, is_distributed
 from ssmkernels.core.warn import warn
@@ -82,6 +83,8 @@ class Op:
                 return self._call_transformed(reason, implementation, arguments)
             return self(implementation, filled(arguments))
         a = self.declared.Arguments(**arguments)
+        if (kind := stands_for(a)) is not None:
+            return record(self.implementation(self._on_paper(kind, a)), a)
         forced, origin = self._forced(implementation)
         if _explaining and threading.get_ident() in _explaining:
             raise Explained(self._explain(forced, origin, a), a)
@@ -130,6 +133,19 @@ class Op:
                 raise
             told = " ".join(str(error).split())
             raise RuntimeError(f'{unable}: {reason}; use("reference") can. PyTorch says: {told[:300]}') from error
+
+    def _on_paper(self, kind: str, a: Any) -> str:
+        """The implementation that a device of this kind, which need not be there, would run.
+
+        PyTorch's own attention stands aside for the kernel: both keep the same for the backward pass.
+        """
+        for name in self.names:
+            if (name in KERNELS and name != KERNELS_OF[kind]) or name == "sdpa":
+                continue
+            implementation = self.implementation(name)
+            if implementation.unsupported(a) is None and implementation.slow(a) is None:
+                return name
+        return "reference"
 
     def _fastest(self, a: Any) -> str | None:
         """The first that can run the call and is not slow at it; a slow one rather than the reference."""

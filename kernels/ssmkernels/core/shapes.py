@@ -7,15 +7,21 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 _TERM = re.compile(r"([+-]?)(\d*)([A-Za-z_]*)")
 
 
-@functools.cache
 def expanded(shape: str, axes: int) -> tuple[list[str], ...]:
     """The alternatives as lists of letters, which nobody may change.
 
     In an input of so many axes, ``...`` stands for all but those beside it.
     """
+    # Dynamo looks into what it traces, and warns of a cache that it passes over
+    return _expand(shape, axes) if torch.compiler.is_compiling() else _expanded(shape, axes)
+
+
+def _expand(shape: str, axes: int) -> tuple[list[str], ...]:
     found = []
     for alternative in shape.split("|"):
         letters = alternative.split()
@@ -23,6 +29,9 @@ def expanded(shape: str, axes: int) -> tuple[list[str], ...]:
             letters = [*(f"n{i}" for i in range(1, axes - len(letters) + 2)), *letters[1:]]
         found.append(letters)
     return tuple(found)
+
+
+_expanded = functools.cache(_expand)
 
 
 def size_of(expression: str, sizes: Mapping[str, Any]) -> Any:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssmkernels.core.on_paper import kind_of
+
 
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors. Triton reads the variable when it is imported."""
@@ -41,7 +43,7 @@ def wrong_device(a: Any) -> str | None:
     wanted, where = ("cpu", "the CPU, for Triton's interpreter") if interpreting() else ("cuda", "a GPU")
     name = a.declared.leader
     device = getattr(a, name).device
-    return None if device.type == wanted else f"its tensors must be on {where}; `{name}` is on {device}"
+    return None if kind_of(device) == wanted else f"its tensors must be on {where}; `{name}` is on {device}"
 
 
 # A compiler need not look into them

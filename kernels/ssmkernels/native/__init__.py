@@ -19,6 +19,7 @@ import torch  # first: its OpenMP runtime, and with it its threads, then serve t
 from torch import Tensor
 
 from ssmkernels.core.memory import large_pages
+from ssmkernels.core.on_paper import kind_of
 from ssmkernels.core.warn import warn
 from ssmkernels.native import quota, sources
 
@@ -89,7 +90,7 @@ def wrong_device(a: Any) -> str | None:
     """Why kernels cannot reach the tensors of a call; None where they can."""
     name = a.declared.leader
     device = getattr(a, name).device
-    return None if device.type == "cpu" else f"its tensors must be on the CPU; `{name}` is on {device}"
+    return None if kind_of(device) == "cpu" else f"its tensors must be on the CPU; `{name}` is on {device}"
 
 
 def info() -> dict[str, Any]:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ssmkernels import native
-from ssmkernels.native.prepared import Prepared, prepare
+from ssmkernels.core.validate import HALF, REAL, precision
+from ssmkernels.native.prepared import Prepared, prepare_with
 
 ROWS = 8  # sequences; from there on a matrix product of a library does better by the weights than row by row
 
@@ -31,6 +32,8 @@ FUNCTIONS = {
     "heavy_tail": 9,
     "exp": 10,
 }
+
+SUMS = (torch.float32, torch.float64)
 
 
 class NotPreparedError(Exception):
@@ -56,16 +59,28 @@ class Calls:
         self.made[-1] = self.made[-1].into(result)
 
     def op(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
-        """An op with one result, or its first.
+        """An op with one result, or its first; half-precision parameters become float32 if its kernel reads that.
 
         Raises:
             NotPreparedError: another implementation than the native one would run it, or one that copies an argument.
             TypeError, ValueError: what the op itself would raise.
         """
-        call = prepare(op, *args, **kwargs)
+        call = prepare_with(self.widened, op, *args, **kwargs)
         if call is None:
             raise NotPreparedError(getattr(op, "__name__", str(op)))
         return self.add(call)
+
+    def widened(self, x: Tensor) -> Tensor:
+        """x in float32.
+
+        Raises:
+            NotPreparedError: x is not in half precision, or not contiguous.
+        """
+        if x.dtype not in HALF or not x.is_contiguous():
+            raise NotPreparedError("widened")
+        y = x.new_empty(x.shape, dtype=torch.float32)
+        values = {"x": x.data_ptr(), "y": y.data_ptr(), "dtype": native.DTYPES[x.dtype], "count": x.numel()}
+        return self.add(Prepared("widen", values, (x,), y))
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x ``(b, in)``, weight ``(out, in)``, bias ``(out)`` → ``(b, out)``, all float32 or all float64.
@@ -75,7 +90,7 @@ class Calls:
         """
         given = [t for t in (x, weight, bias) if t is not None]
         (batch, size), (outputs, _) = x.shape, weight.shape
-        if not _all_wide(given) or not all(t.is_contiguous() for t in given) or not 0 < batch <= ROWS or not size:
+        if not _alike(given, SUMS) or not all(t.is_contiguous() for t in given) or not 0 < batch <= ROWS or not size:
             raise NotPreparedError("linear")
         y = x.new_empty(batch, outputs)
         values = {
@@ -94,43 +109,134 @@ class Calls:
     def activated(
         self,
         x: Tensor,
-        function: str,
+        function: str = "identity",
         *,
         bias: Tensor | None = None,
+        slope: float = 1.0,
         least: float = -math.inf,
         scale: float = 1.0,
         factor: Tensor | None = None,
+        addend: Tensor | None = None,
     ) -> Tensor:
-        """scale · max(f(x + bias), least) · factor, for x and factor ``(b, c)`` and bias ``(c)``.
+        """scale · max(f(slope (x + bias)), least) · factor + addend, for x and addend ``(b, c)``.
+
+        bias is ``(c)`` or ``(r, c)``, and factor ``(r, c)`` or ``(r, 1)``, where r divides b: row i of x meets their
+        row i mod r.
 
         Raises:
-            NotPreparedError: a function that is not in ``FUNCTIONS``, other dtypes than float32 and float64, or rows
-                that are not contiguous.
+            NotPreparedError: a function that is not in ``FUNCTIONS``, several dtypes, or rows that are not contiguous.
         """
-        given = [t for t in (x, bias, factor) if t is not None]
-        if function not in FUNCTIONS or not _all_wide(given) or any(t.stride(-1) != 1 < t.shape[-1] for t in given):
+        given = [t for t in (x, bias, factor, addend) if t is not None]
+        if function not in FUNCTIONS or not _alike(given, REAL) or any(t.stride(-1) != 1 < t.shape[-1] for t in given):
             raise NotPreparedError(f"activated {function}")
+        y = x.new_empty(x.shape)
         rows, count = x.shape
-        y = x.new_empty(rows, count)
+        if bias is None and all(t.is_contiguous() and t.shape == x.shape for t in given):
+            rows, count = 1, x.numel()  # short rows would be tasks that take as long to claim as to do
         values = {
             "x": x.data_ptr(),
             "bias": native.address(bias),
             "factor": native.address(factor),
+            "addend": native.address(addend),
             "y": y.data_ptr(),
             "dtype": native.DTYPES[x.dtype],
             "function": FUNCTIONS[function],
             "rows": rows,
             "count": count,
             "x_row": x.stride(0),
-            "factor_row": 0 if factor is None else factor.stride(0),
+            "addend_row": 0 if addend is None else addend.stride(0),
+            "factor_step": 0 if factor is None or factor.shape[1] == 1 < x.shape[1] else 1,
             "threads": native.threads(8 * x.numel()),
+            "slope": slope,
             "least": least,
             "scale": scale,
         }
-        return self.add(Prepared("activate", values, (x, bias, factor), y))
+        for name, t in (("bias", bias if bias is None or bias.ndim == 2 else bias[None]), ("factor", factor)):
+            values |= {f"{name}_rows": 1 if t is None else t.shape[0], f"{name}_row": 0 if t is None else t.stride(0)}
+        return self.add(Prepared("activate", values, (x, bias, factor, addend), y))
+
+    def head_norm(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None = None, *, eps: float, centred: bool = False
+    ) -> Tensor:
+        """(x - mean) / √(variance + eps) · weight + bias within each head: x ``(b, h, p)`` → ``(b, h p)``.
+
+        weight and bias are ``(h p)``; with ``centred`` the factor is 1 + weight.
+
+        Raises:
+            NotPreparedError: several dtypes, or tensors that are not contiguous.
+        """
+        self._check_heads("head_norm", x, weight, bias)
+        (rows, heads, p), y = x.shape, x.new_empty(x.shape[0], x.shape[1] * x.shape[2])
+        values = {
+            "x": x.data_ptr(),
+            "weight": native.address(weight),
+            "bias": native.address(bias),
+            "y": y.data_ptr(),
+            "dtype": native.DTYPES[x.dtype],
+            "rows": rows,
+            "heads": heads,
+            "p": p,
+            "centred": centred,
+            "threads": native.threads(8 * x.numel()),
+            "eps": eps,
+        }
+        return self.add(Prepared("head_norm", values, (x, weight, bias), y))
+
+    def head_sum(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Σ x · weight over each head's channels: x ``(b, h, p)``, weight ``(h, p)`` → ``(b, h)``.
+
+        Raises:
+            NotPreparedError: several dtypes, or tensors that are not contiguous.
+        """
+        self._check_heads("head_sum", x, weight)
+        (rows, heads, p), y = x.shape, x.new_empty(x.shape[:2])
+        values = {"x": x.data_ptr(), "weight": weight.data_ptr(), "y": y.data_ptr(), "dtype": native.DTYPES[x.dtype]}
+        return self.add(Prepared("head_sum", values | {"rows": rows, "heads": heads, "p": p}, (x, weight), y))
+
+    def rotary(self, x: Tensor, positions: Tensor, frequency: Tensor) -> Tensor:
+        """Turns channels i and i + k/2 of each head of x ``(b, h, k)`` by the angle positions · frequency_i.
+
+        positions is int32 ``(b)``, at least 0, and frequency ``(k/2)`` in the precision of sums.
+
+        Raises:
+            NotPreparedError: other dtypes, or tensors that are not contiguous.
+        """
+        given = (x.flatten(1), positions, frequency)
+        dtypes = positions.dtype == torch.int32 and frequency.dtype == precision(x) and _alike([x], REAL)
+        if not dtypes or any(t.stride(-1) != 1 < t.shape[-1] for t in given) or given[0].data_ptr() != x.data_ptr():
+            raise NotPreparedError("rotary")
+        y = x.new_empty(x.shape)
+        values = {
+            "x": x.data_ptr(),
+            "positions": positions.data_ptr(),
+            "frequency": frequency.data_ptr(),
+            "y": y.data_ptr(),
+            "dtype": native.DTYPES[x.dtype],
+            "rows": x.shape[0],
+            "heads": x.shape[1],
+            "half": x.shape[2] // 2,
+            "x_row": x.stride(0),
+        }
+        return self.add(Prepared("rotary", values, (x, positions, frequency), y))
+
+    def count(self, counts: Tensor) -> Tensor:
+        """Adds 1 to contiguous int32 ``(b)`` in place.
+
+        Raises:
+            NotPreparedError: another dtype, or not contiguous.
+        """
+        if counts.dtype != torch.int32 or counts.device.type != "cpu" or not counts.is_contiguous():
+            raise NotPreparedError("count")
+        values = {"counts": counts.data_ptr(), "rows": counts.shape[0]}
+        return self.add(Prepared("count", values, (counts,), counts, output="counts"))
+
+    def _check_heads(self, name: str, *tensors: Tensor | None) -> None:
+        given = [t for t in tensors if t is not None]
+        if not _alike(given, REAL) or not all(t.is_contiguous() for t in given):
+            raise NotPreparedError(name)
 
 
-def _all_wide(tensors: list[Tensor]) -> bool:
-    """Whether all have the same dtype, that of sums, on the CPU."""
+def _alike(tensors: list[Tensor], dtypes: tuple[torch.dtype, ...]) -> bool:
+    """Whether all have the same dtype, one of these, on the CPU."""
     dtype = tensors[0].dtype
-    return dtype in (torch.float32, torch.float64) and all(t.dtype == dtype and t.device.type == "cpu" for t in tensors)
+    return dtype in dtypes and all(t.dtype == dtype and t.device.type == "cpu" for t in tensors)

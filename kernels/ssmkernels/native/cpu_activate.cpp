@@ -1,4 +1,5 @@
-// y = scale max(f(x + bias), least) factor for each number of a few rows, as between the products of one token.
+// y = scale max(f(slope (x + bias)), least) factor + addend for each number of a few rows, as between the products of
+// one token. The rows of bias and factor serve those of x in turn, over and over.
 #include "exports.h"
 #include "parallel.h"
 #include "tanh.h"
@@ -7,10 +8,18 @@
 namespace ssmzoo {
 
 struct ActivateArguments {
-    const void *x, *bias, *factor;  // (rows, count), (count) or null, (rows, count) or null; rows are contiguous
-    void* y;                        // (rows, count), contiguous
-    int64_t dtype, function, rows, count, x_row, factor_row, threads;
-    double least, scale;
+    const void *x, *addend;       // (rows, count), the addend or null; all rows are contiguous
+    const void *bias, *factor;    // (bias_rows, count) or null; (factor_rows, count), (factor_rows, 1) or null
+    void* y;                      // (rows, count), contiguous
+    int64_t dtype, function, rows, count, x_row, addend_row, bias_rows, bias_row, factor_rows, factor_row;
+    int64_t factor_step, threads;  // 0 where a row of the factor is one number, 1 otherwise
+    double slope, least, scale;
+};
+
+struct WidenArguments {
+    const void* x;  // (count), of a half-precision dtype
+    void* y;        // float: (count)
+    int64_t dtype, count;
 };
 
 namespace SSMZOO_ISA {
@@ -40,26 +49,41 @@ SSMZOO_INLINE typename Lanes<S>::V apply(int64_t function, typename Lanes<S>::V 
     }
 }
 
-template <class S>
+template <class T>
 int activate(const ActivateArguments& a) {
+    typedef typename Sum<T>::type S;
     using V = typename Lanes<S>::V;
     constexpr int64_t part = 1024, lanes = Lanes<S>::count;
     const int64_t parts = ceil_div(a.count, part);
     parallel_stage(a.rows * parts, a.threads, [&](int64_t i, int) {
         const int64_t row = i / parts, end = minimum(a.count, (i % parts + 1) * part);
-        const S *x = at<S>(a.x, row * a.x_row), *factor = a.factor ? at<S>(a.factor, row * a.factor_row) : nullptr;
-        S* y = static_cast<S*>(a.y) + row * a.count;
+        const T* x = at<T>(a.x, row * a.x_row);
+        const T* addend = a.addend ? at<T>(a.addend, row * a.addend_row) : nullptr;
+        const T* bias = a.bias ? at<T>(a.bias, row % a.bias_rows * a.bias_row) : nullptr;
+        const T* factor = a.factor ? at<T>(a.factor, row % a.factor_rows * a.factor_row) : nullptr;
+        const bool one_factor = factor && a.factor_step == 0;
+        const V scale = splat<S>(S(a.scale)), slope = splat<S>(S(a.slope)), least = splat<S>(S(a.least));
+        const V whole = one_factor ? scale * splat<S>(read_some(factor, 1)[0]) : scale;
+        T* y = static_cast<T*>(a.y) + row * a.count;
         for (int64_t c = i % parts * part; c < end; c += lanes) {
             V v = read_some(x + c, end - c);
-            if (a.bias) v = v + read_some(at<S>(a.bias, c), end - c);
-            v = apply<S>(a.function, v);
-            const V least = splat<S>(S(a.least));
+            if (bias) v = v + read_some(bias + c, end - c);
+            v = apply<S>(a.function, slope * v);
             v = from_bits<S>((bits_of<S>(v) & ~(v < least)) | (bits_of<S>(least) & (v < least)));
-            v = v * splat<S>(S(a.scale));
-            if (factor) v = v * read_some(factor + c, end - c);
+            v = v * whole;
+            if (factor && !one_factor) v = v * read_some(factor + c, end - c);
+            if (addend) v = v + read_some(addend + c, end - c);
             write_some(y + c, v, end - c);
         }
     });
+    return 0;
+}
+
+template <class T>
+int widen_all(const WidenArguments& a) {
+    constexpr int64_t lanes = Lanes<float>::count;
+    float* y = static_cast<float*>(a.y);
+    for (int64_t i = 0; i < a.count; i += lanes) write_some(y + i, read_some(at<T>(a.x, i), a.count - i), a.count - i);
     return 0;
 }
 
@@ -67,4 +91,9 @@ int activate(const ActivateArguments& a) {
 }  // namespace SSMZOO_ISA
 }  // namespace ssmzoo
 
-SSMZOO_EXPORT_SUMS(activate, ActivateArguments, dtype, activate)
+SSMZOO_EXPORT_DTYPES(activate, ActivateArguments, dtype, activate)
+
+SSMZOO_EXPORT(widen)(const ssmzoo::WidenArguments* a) {
+    using namespace ssmzoo::SSMZOO_ISA;
+    return a->dtype == 2 ? widen_all<bfloat16>(*a) : widen_all<float16>(*a);
+}

@@ -1,7 +1,7 @@
 // C = A B, plus a bias: products of matrices of any size and layout.
 //
-// PyTorch's own libraries start a team of threads for each product and wait for all of them. Here the parts of a product
-// are claimed one by one (threads.h), so that no busy core holds it up.
+// PyTorch's own libraries start a team of threads for each product and wait for all of them. Here the parts of a
+// product are claimed one by one (threads.h), so that no busy core holds it up.
 //
 // A task is a block of C. Its part of B is copied into panels, `kDepth` rows at a time; a panel stays in the fastest
 // cache while rows of A pass by. (This is the order of loops of Goto and van de Geijn, "Anatomy of high-performance
@@ -81,7 +81,8 @@ struct Task {
     int64_t rows, columns, inner;
 };
 
-// `rows` of A in strips of kRows, each k by k. Walks through A as it lies: by k, in the product for a weight's gradient.
+// `rows` of A in strips of kRows, each k by k. Walks through A as it lies: by k, in the product for a weight's
+// gradient.
 void copy_strips(S* to, Left<S> from, int64_t inner, int64_t rows) {
     const int64_t whole = from.row == 1 ? rows / kRows * kRows : 0;
     for (int64_t k = 0; k < inner && whole; ++k) {

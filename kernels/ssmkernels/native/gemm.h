@@ -5,6 +5,7 @@
 #pragma once
 
 #include "tiles.h"
+#include "turn.h"
 
 namespace ssmzoo {
 namespace SSMZOO_ISA {
@@ -31,11 +32,16 @@ struct Left {
 // those at k < e + i in `lower`, and those at k >= e + i in `upper`.
 enum class Shape { full, lower, upper };
 
-// How a product begins: with 0, or with `scale` times what is in C.
+// How a product begins: with 0, or with what is in C times `scale`, or times each row's own factor where there are such;
+// in place of C, with what lies `offset` numbers from it.
 template <class S>
 struct Onto {
     bool added;
     S scale;
+    const S* factors = nullptr;
+    int64_t offset = 0;
+
+    SSMZOO_INLINE Onto from(int64_t row) const { return {added, scale, factors ? factors + row : nullptr, offset}; }
 };
 
 template <class S, int R, int N, Shape shape>
@@ -45,9 +51,12 @@ SSMZOO_INLINE void multiply(Left<S> A, const S* B, int64_t ldb, S* C, int64_t ld
     constexpr int count = Lanes<S>::count;
     V sum[R][N];
     if (onto.added) {
-        const V scale = splat<S>(onto.scale);
-        for (int i = 0; i < R; ++i)
-            for (int j = 0; j < N; ++j) sum[i][j] = scale * load(C + i * ldc + j * count);
+        S all = onto.scale;
+        asm volatile("" : "+m"(all));  // read for each tile: kept in a register, it would drive B's out of theirs
+        for (int i = 0; i < R; ++i) {
+            const V scale = splat<S>(onto.factors ? onto.factors[i] : all);
+            for (int j = 0; j < N; ++j) sum[i][j] = scale * load(C + onto.offset + i * ldc + j * count);
+        }
     } else {
         for (int i = 0; i < R; ++i)
             for (int j = 0; j < N; ++j) sum[i][j] = V{};
@@ -77,11 +86,12 @@ __attribute__((noinline)) void multiply_rows(Left<S> A, const S* B, int64_t ldb,
                                              int64_t inner, int64_t edge, Onto<S> onto) {
     int64_t i = 0;
     for (; i + R <= rows; i += R)
-        multiply<S, R, N, shape>(A.from(i), B, ldb, C + i * ldc, ldc, inner, edge + i, onto);
+        multiply<S, R, N, shape>(A.from(i), B, ldb, C + i * ldc, ldc, inner, edge + i, onto.from(i));
     constexpr int fewer = R > 4 ? 4 : R / 2;  // of the 64 rows of a chunk ten times six, then four
     if constexpr (R > 1)
         if (i < rows)
-            multiply_rows<S, fewer, N, shape>(A.from(i), B, ldb, C + i * ldc, ldc, rows - i, inner, edge + i, onto);
+            multiply_rows<S, fewer, N, shape>(A.from(i), B, ldb, C + i * ldc, ldc, rows - i, inner, edge + i,
+                                              onto.from(i));
 }
 
 // Numbers that product's `panel` must have room for.
@@ -90,19 +100,36 @@ constexpr int64_t panel_size(int64_t inner) {
     return inner * kVectors * Lanes<S>::count;
 }
 
+// A panel of columns of B, (inner, columns), where it is contiguous, each row times its factor if there are factors.
+template <class S, int N>
+SSMZOO_INLINE void copy_panel(S* panel, const S* B, int64_t ldb, int64_t inner, const S* factors) {
+    constexpr int64_t lanes = Lanes<S>::count;
+    for (int64_t k = 0; k < inner; ++k) {
+        if (!factors) {
+            memcpy(panel + k * N * lanes, B + k * ldb, sizeof(S) * N * lanes);
+            continue;
+        }
+        const auto factor = splat<S>(factors[k]);
+        for (int j = 0; j < N; ++j) store(panel + (k * N + j) * lanes, factor * load(B + k * ldb + j * lanes));
+    }
+}
+
 // C (rows, columns) = A (rows, inner) B (inner, columns), onto what is there if so told. A panel of B's columns is
-// copied to where it is contiguous.
+// copied to where it is contiguous; `factors` are those of B's rows, if any.
 template <class S, Shape shape = Shape::full>
 void product(Left<S> A, const S* B, int64_t ldb, S* C, int64_t ldc, int64_t rows, int64_t columns, int64_t inner,
-             S* panel, int64_t edge = 0, Onto<S> onto = {false, S(0)}) {
+             S* panel, int64_t edge = 0, Onto<S> onto = {false, S(0)}, const S* factors = nullptr) {
     constexpr int64_t wide = kVectors * Lanes<S>::count;
     int64_t j = 0;
     for (; j + wide <= columns; j += wide) {
-        for (int64_t k = 0; k < inner; ++k) memcpy(panel + k * wide, B + k * ldb + j, sizeof(S) * wide);
+        copy_panel<S, kVectors>(panel, B + j, ldb, inner, factors);
         multiply_rows<S, kRows, kVectors, shape>(A, panel, wide, C + j, ldc, rows, inner, edge, onto);
     }
-    for (; j < columns; j += Lanes<S>::count)
-        multiply_rows<S, kRows, 1, shape>(A, B + j, ldb, C + j, ldc, rows, inner, edge, onto);
+    for (; j < columns; j += Lanes<S>::count) {
+        if (factors) copy_panel<S, 1>(panel, B + j, ldb, inner, factors);
+        const S* from = factors ? panel : B + j;
+        multiply_rows<S, kRows, 1, shape>(A, from, factors ? Lanes<S>::count : ldb, C + j, ldc, rows, inner, edge, onto);
+    }
 }
 
 // y = x M, for a single row x: M is read in place.
@@ -126,6 +153,26 @@ void transpose(To* to, int64_t ldt, const From* from, int64_t ldf, int64_t rows,
             for (int64_t j = j0; j < minimum(j0 + block, columns); ++j)
                 for (int64_t i = i0; i < minimum(i0 + block, rows); ++i)
                     to[j * ldt + i] = static_cast<To>(from[i * ldf + j]);
+}
+
+// Within one precision, square by square of whole vectors.
+template <class S>
+void transpose(S* to, int64_t ldt, const S* from, int64_t ldf, int64_t rows, int64_t columns) {
+    constexpr int64_t lanes = Lanes<S>::count;
+    const int64_t whole = columns - columns % lanes;
+    int64_t i = 0;
+    for (; i + lanes <= rows; i += lanes) {
+        for (int64_t j = 0; j < whole; j += lanes) {
+            typename Lanes<S>::V square[lanes];
+            for (int64_t r = 0; r < lanes; ++r) square[r] = load(from + (i + r) * ldf + j);
+            turn<S>(square);
+            for (int64_t r = 0; r < lanes; ++r) store(to + (j + r) * ldt + i, square[r]);
+        }
+        for (int64_t j = whole; j < columns; ++j)
+            for (int64_t r = i; r < i + lanes; ++r) to[j * ldt + r] = from[r * ldf + j];
+    }
+    for (int64_t j = 0; j < columns; ++j)
+        for (int64_t r = i; r < rows; ++r) to[j * ldt + r] = from[r * ldf + j];
 }
 
 template <class To, class From>

@@ -17,6 +17,7 @@ from ssmkernels.core.dispatch import looked_at
 from ssmkernels.core.forcing import unforced
 from ssmkernels.core.names import OPS
 from ssmkernels.core.plain import why_not_plain
+from ssmkernels.core.validate import HALF
 
 
 class Prepared(NamedTuple):
@@ -76,15 +77,33 @@ def prepare(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Prepared | Non
     Raises:
         TypeError, ValueError: what the op itself would raise.
     """
+    return prepare_with(Tensor.float, op, *args, **kwargs)
+
+
+def prepare_with(
+    widened: Callable[[Tensor], Tensor], op: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Prepared | None:
+    """The same, where ``widened`` gives parameters in half precision as float32, which some kernels read alone."""
     found = looked_at(op, *args, **kwargs)
     if found.explanation.chosen != "cpu":
         return None
     prepared = OPS[found.explanation.op].implementation("cpu").prepared
     if prepared is None:
         return None
-    call: Prepared = prepared(found.arguments)
-    places = {name: x.data_ptr() for name, x in found.arguments._asdict().items() if isinstance(x, Tensor)}
-    return call if all(call.values[name] == place for name, place in places.items()) else None
+    a = found.arguments
+    call: Prepared = prepared(a)
+    copied = {name: x for name, x in a._asdict().items() if _copied(call, x)}
+    if not copied:
+        return call
+    if not all(name in a.declared.wide and x.dtype in HALF for name, x in copied.items()):
+        return None
+    wide = {name: widened(x) for name, x in copied.items()}
+    call = prepared(a._replace(**wide))
+    return None if any(_copied(call, x) for x in wide.values()) else call
+
+
+def _copied(call: Prepared, x: Any) -> bool:
+    return isinstance(x, Tensor) and all(t is None or t.data_ptr() != x.data_ptr() for t in call.kept)
 
 
 class Program:
@@ -96,7 +115,7 @@ class Program:
         handle, self.count = native.library().handle, len(calls)
         assert handle is not None  # or no call could have been prepared
         kernels = [native.kernel(call.kernel) for call in calls]
-        packed = []
+        packed: list[ctypes.Array[ctypes.c_char]] = []
         for call, (_, _, ordered, pack) in zip(calls, kernels, strict=True):
             shared = {} if call.scratch is None or self.scratch is None else {"scratch": self.scratch.data_ptr()}
             packed.append(ctypes.create_string_buffer(pack(*ordered({**call.values, **shared}))))
@@ -104,9 +123,17 @@ class Program:
             *(ctypes.cast(kernel.function, ctypes.c_void_p).value for kernel in kernels)  # type: ignore[arg-type]
         )
         self._arguments = (ctypes.c_void_p * self.count)(*map(ctypes.addressof, packed))
-        self._kept = packed, calls
+        self._packed, self._calls = packed, calls  # kept alive, too
         self._run = handle.ssmzoo_program
         self._run.argtypes, self._run.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64], ctypes.c_int
+
+    def result_at(self, number: int) -> ctypes.c_int64:
+        """Where the address of a call's result stands: whoever sets it gets the result elsewhere from then on."""
+        call = self._calls[number]
+        fields = native.kernel(call.kernel).fields
+        return ctypes.c_int64.from_buffer(
+            self._packed[number], ctypes.sizeof(ctypes.c_int64) * fields.index(call.output)
+        )
 
     def run(self) -> None:
         """Runs all of them.

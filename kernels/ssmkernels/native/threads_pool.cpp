@@ -104,9 +104,8 @@ uint32_t await(Worker& self, uint32_t last) {
     return get(job.number, __ATOMIC_ACQUIRE);
 }
 
-// Waits for the tasks that others have begun.
-void await_end(int64_t begun) {
-    const int64_t from = now();
+// Waits for the tasks that others have begun; `from` is when the caller had done its own.
+void await_end(int64_t begun, int64_t from) {
     uint32_t done;
     const auto ended = [&] { return (done = get(job.done, __ATOMIC_ACQUIRE)) == job.tasks; };
     if (look(kEnd, ended)) return;
@@ -210,8 +209,10 @@ void ssmzoo_share(int64_t threads, int64_t tasks, SsmzooBody body, void* context
         }
     SsmzooClaims claims = {&job, number, 0, -1, 0, 0, 0};
     body(context, 0, &claims);
+    const int64_t worked = now();
     worth.helped(claims.given < tasks, begun);
+    worth.saved(worked - begun, claims.given, tasks);
     const uint32_t done = __atomic_add_fetch(&job.done, static_cast<uint32_t>(claims.given), __ATOMIC_ACQ_REL);
-    if (done != job.tasks) await_end(begun);
+    if (done != job.tasks) await_end(begun, worked);
     __atomic_store_n(&taken, 0, __ATOMIC_RELEASE);
 }

@@ -7,15 +7,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "intrinsics.h"
 #include "isa.h"
-
-#if defined(__x86_64__) && SSMZOO_VECTOR_BYTES == 16
-#include <emmintrin.h>  // the compiler reads it in a tenth of the second that it takes for immintrin.h
-#elif defined(__x86_64__)
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#endif
 
 namespace ssmzoo {
 namespace SSMZOO_ISA {

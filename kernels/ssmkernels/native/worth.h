@@ -1,8 +1,8 @@
 // Whether it is worth it to share a call with other threads.
 //
 // On a busy machine workers come late or not at all, yet waking them costs; and a worker that has begun a task may lose
-// its core to another program. When that has cost more than sharing has given, calls are done alone for a while, and
-// for twice as long after each further loss: what sharing then costs is a small part of the time.
+// its core to another program. When that has cost more than sharing has saved of late, calls are done alone for a
+// while, and for twice as long after each further loss: what sharing then costs is a small part of the time.
 #pragma once
 
 #include <stdint.h>
@@ -18,6 +18,7 @@ namespace {
 
 constexpr int64_t kHeldUp = 200000;         // nanoseconds of waiting for the end of others' tasks that may be a loss
 constexpr int kHelpful = 16;                // so many more jobs without help than with it are a loss
+constexpr int64_t kSavings = 10000000;      // nanoseconds that count of what sharing has saved since the last loss
 constexpr int64_t kShortest = 10000000;     // nanoseconds alone after the first loss
 constexpr int64_t kLongest = 1000000000;    // after many
 constexpr int64_t kForgotten = 4000000000;  // nanoseconds after which a loss no longer counts
@@ -31,12 +32,14 @@ inline int64_t now() {
 
 class Worth {
     int64_t alone_until_ = 0, alone_for_ = kShortest;
+    int64_t savings_ = 0;
     int helpful_ = 0;  // jobs in which a worker did something, less those in which none came
 
     void lose(int64_t time) {
         if (time - alone_until_ > kForgotten) alone_for_ = kShortest;
         set(alone_until_, time + alone_for_);
         if (2 * alone_for_ <= kLongest) alone_for_ *= 2;
+        savings_ = 0;
         helpful_ = 0;
     }
 
@@ -52,9 +55,20 @@ class Worth {
             lose(time);
     }
 
+    // The caller did `own` of so many tasks, for so long: alone it would have worked longer.
+    void saved(int64_t worked, int64_t own, int64_t tasks) {
+        if (own <= 0 || own >= tasks) return;
+        savings_ += worked / own * (tasks - own);
+        if (savings_ < kSavings) return;
+        savings_ = kSavings;
+        alone_for_ = kShortest;
+    }
+
     // The caller worked for so long, and waited then.
     void waited(int64_t worked, int64_t waiting, int64_t time) {
-        if (waiting > kHeldUp && waiting > worked) lose(time);
+        if (waiting <= kHeldUp || waiting <= worked) return;
+        savings_ -= waiting;
+        if (savings_ < 0) lose(time);
     }
 
     void forget() { *this = Worth(); }

@@ -1,13 +1,16 @@
-"""Attention in the native CPU library, in which each query sees one run of the keys (``cpu_runs.h``)."""
+"""Attention in the native CPU library, in which each query sees one run of the keys (``cpu_runs.h``).
+
+By positions, a query sees one run of the keys in their order. So tokens in any other order are sorted first, and the
+results go back to where they came from.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ssmkernels.core.plain import readable
 from ssmkernels.native import missing
 from ssmkernels.ops.attention import native
 from ssmkernels.ops.attention.native import SAVES, empty
@@ -26,23 +29,60 @@ def unsupported(a: Any) -> str | None:
     for option, asked in options.items():
         if asked:
             return f"the native kernel has no {option}"
-    if a.q_positions is not None and not (_rising(a.q_positions) and _rising(a.k_positions)):
-        return "the native kernel takes rising positions alone"
     return native.unsupported(a)
 
 
 def forward(a: Any, save: bool) -> tuple[Tensor, ...]:
-    return native.forward("attention", a, save, a.k.shape[2], _keys(a), **_runs(a))
+    a, queries, _ = _in_order(a)
+    out, lse, exact, sums = native.forward("attention", a, save, a.k.shape[2], _keys(a), **_runs(a))
+    return queries.back(out), queries.back(lse, 2) if lse.numel() else lse, exact, sums  # the last two as sorted
 
 
 def backward(a: Any, saved: Any, grads: Any) -> dict[str, Tensor | None]:
+    a, queries, keys = _in_order(a)
+    if not saved.exact.numel():
+        saved = saved._replace(out=queries.sorted(saved.out))
+    lse = None if grads.lse is None else queries.sorted(grads.lse, 2)
+    grads = grads._replace(out=queries.sorted(grads.out), lse=lse)
     found = native.backward("attention_backward", a, saved, grads, a.k.shape[2], _keys(a), **_runs(a))
+    found = {name: (queries if name == "q" else keys).back(gradient) for name, gradient in found.items()}
     return {**found, "alibi_slopes": None, "sinks": None}
 
 
-def _rising(positions: Tensor) -> bool:
-    """Whether they are known never to fall; under a compiler nobody can read them."""
-    return readable(positions) and bool((positions[:, 1:] >= positions[:, :-1]).all())
+class _Order(NamedTuple):
+    """The order of tokens by their positions: where each comes from, int64 ``(b, n)``; None where it is theirs."""
+
+    places: Tensor | None
+
+    @classmethod
+    def of(cls, positions: Tensor) -> _Order:
+        if (positions[:, 1:] >= positions[:, :-1]).all():
+            return cls(None)
+        return cls(positions.argsort(dim=1, stable=True))
+
+    def sorted(self, x: Tensor, axis: int = 1) -> Tensor:
+        """x, whose tokens lie on ``axis``, in this order."""
+        return x if self.places is None else x.gather(axis, _over(self.places, x, axis))
+
+    def back(self, x: Tensor, axis: int = 1) -> Tensor:
+        """x in this order, as it was before."""
+        return x if self.places is None else torch.empty_like(x).scatter_(axis, _over(self.places, x, axis), x)
+
+
+def _over(places: Tensor, x: Tensor, axis: int) -> Tensor:
+    shape = [places.shape[0], *[1] * (x.ndim - 1)]
+    shape[axis] = places.shape[1]
+    return places.view(shape).expand(x.shape)
+
+
+def _in_order(a: Any) -> tuple[Any, _Order, _Order]:
+    """The arguments with queries and keys by rising positions, and the orders of both."""
+    if a.q_positions is None:
+        return a, _Order(None), _Order(None)
+    queries, keys = _Order.of(a.q_positions), _Order.of(a.k_positions)
+    inputs = {"q": queries.sorted(a.q), "k": keys.sorted(a.k), "v": keys.sorted(a.v)}
+    places = {"q_positions": queries.sorted(a.q_positions), "k_positions": keys.sorted(a.k_positions)}
+    return a._replace(**inputs, **places), queries, keys
 
 
 def _keys(a: Any) -> int:

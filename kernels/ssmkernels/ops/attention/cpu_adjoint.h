@@ -1,7 +1,7 @@
 // Attention's backward pass: each weight is computed again from the log-sum-exp of its query.
 //
-// The queries are cut into parts by their number alone. A part has gradients of keys and values of its own, which are added
-// up in their order: no thread waits for another, and there are the same bits on any number of threads.
+// The queries are cut into parts by their number alone. A part has gradients of keys and values of its own, which are
+// added up in their order: no thread waits for another, and there are the same bits on any number of threads.
 #pragma once
 
 #include "attention/cpu_pieces.h"
@@ -13,7 +13,7 @@ template <class S>
 struct Backward {
     Piece<S> keys, values;
     S *dk, *dv;                         // (kKeys k_row), (kKeys v_row)
-    S *dq, *lse, *delta;                // (range groups k_row), (range groups), likewise
+    S *dq, *lse, *delta;                // (range groups k_row), (range groups) · log2(e), (range groups)
     S *q, *d_out, *weights, *slopes;    // (rows k_row), (rows v_row), (rows kKeys), likewise: gradients of logits
     S *added, *panel;                   // (rows k_row)
 
@@ -52,16 +52,16 @@ struct Backward {
                 const S d_lse = all.d_lse ? static_cast<const S*>(all.d_lse)[of_sums] : S(0);
                 delta[place] = sum_lanes<S, 1>(&sum)[0] - d_lse;
                 const S sums = static_cast<const S*>(a.sums)[of_sums];
-                lse[place] = sums == kNothing<S> ? S(0) : sums;  // nothing has a weight in such a row
+                lse[place] = sums == kNothing<S> ? S(0) : S(double(sums) * kLog2e);  // nothing has a weight in such a row
             }
     }
 
-    // A row's products with `count` keys, and of its d_out with their values → weights, and gradients of the logits; 0 for
-    // keys that are not in the span.
-    static void weigh(S* weights, S* slopes, int64_t count, Span span, S scale, S lse, S delta) {
+    // A row's logits of `count` keys, and products of its d_out with their values → weights, and gradients of the
+    // logits; 0 for keys that are not in the span.
+    static void weigh(S* weights, S* slopes, int64_t count, Span span, S lse, S delta) {
         using V = typename Lanes<S>::V;
         for (int64_t j = 0; j < count; j += Lanes<S>::count) {
-            const V weight = exp<S>(load(weights + j) * splat(scale) - splat(lse));
+            const V weight = exp2<S>(load(weights + j) - splat(lse));
             const V slope = weight * (load(slopes + j) - splat(delta));
             store(weights + j, within<S>(span, j, weight, S(0)));
             store(slopes + j, within<S>(span, j, slope, S(0)));
@@ -74,15 +74,16 @@ struct Backward {
         const int64_t rows = tile.count * sizes.groups, seen = tile.end - tile.first, columns = round_up(seen, lanes);
         const int64_t k_first = tile.first * sizes.k_row, v_first = tile.first * sizes.v_row;
         const Onto<S> onto = {true, S(1)};
-        gather(q, sizes.k_row, range, tile, sizes.groups, a.q, a.dtype, a.q_batch, a.q_time, a.q_head, a.k_size);
-        gather(d_out, sizes.v_row, range, tile, sizes.groups, all.d_out, a.dtype, a.l * a.h * a.v_size, a.h * a.v_size,
-               a.v_size, a.v_size);
+        gather(q, sizes.k_row, S(a.scale * kLog2e), range, tile, sizes.groups, a.q, a.dtype, a.q_batch, a.q_time, a.q_head,
+               a.k_size);
+        gather(d_out, sizes.v_row, S(1), range, tile, sizes.groups, all.d_out, a.dtype, a.l * a.h * a.v_size,
+               a.h * a.v_size, a.v_size, a.v_size);
         multiply_some<S>({q, sizes.k_row, 1}, keys.turned + tile.first, kKeys, weights, kKeys, rows, columns, a.k_size,
                          panel);
         multiply_some<S>({d_out, sizes.v_row, 1}, values.turned + tile.first, kKeys, slopes, kKeys, rows, columns,
                          a.v_size, panel);
         each_row(tile, sizes.groups, [&](int64_t row, int64_t place, Span span) {
-            weigh(weights + row * kKeys, slopes + row * kKeys, seen, span, S(a.scale), lse[place], delta[place]);
+            weigh(weights + row * kKeys, slopes + row * kKeys, seen, span, lse[place], delta[place]);
         });
         multiply_some<S>({weights, 1, kKeys}, d_out, sizes.v_row, dv + v_first, sizes.v_row, seen, sizes.v_row, rows,
                          panel, onto);
@@ -125,7 +126,7 @@ struct Backward {
             },
             [&](const Tile& tile) { meet(all, range, sizes, tile); },
             [&](int64_t key, int64_t count) {
-                add(static_cast<S*>(all.dk) + (own + key) * a.k_size, dk, count, a.k_size, sizes.k_row, S(a.scale));
+                add(static_cast<S*>(all.dk) + (own + key) * a.k_size, dk, count, a.k_size, sizes.k_row, S(1 / kLog2e));
                 add(static_cast<S*>(all.dv) + (own + key) * a.v_size, dv, count, a.v_size, sizes.v_row, S(1));
             });
         for (int64_t i = range.first; i < range.end; ++i)
@@ -150,7 +151,7 @@ int backward(const AttentionBackwardArguments& all, int64_t bytes, const Make& m
         own.take(reinterpret_cast<S*>(scratch), a, sizes);
         const int64_t part = task % all.parts, end = (part + 1) * sizes.ranges / all.parts;
         for (int64_t i = part * sizes.ranges / all.parts; i < end; ++i) {
-            const Range range(a, task / all.parts, i);
+            const Range range(a, sizes, task / all.parts, i);
             own.run(all, part, range, sizes, make(range, scratch + numbers));
         }
     });

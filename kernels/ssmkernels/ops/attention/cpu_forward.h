@@ -1,4 +1,5 @@
-// Attention's forward pass for a range of queries: the online softmax of FlashAttention (arXiv 2205.14135, algorithm 1).
+// Attention's forward pass for a range of queries: the online softmax of FlashAttention (arXiv 2205.14135, algorithm
+// 1).
 #pragma once
 
 #include "attention/cpu_pieces.h"
@@ -6,23 +7,24 @@
 namespace ssmzoo {
 namespace SSMZOO_ISA {
 
-// The greatest logit of a row so far, and the sum of e^(logit - greatest).
+// The greatest logit of a row so far, and the sum of 2^(logit - greatest).
 template <class S>
 struct Softmax {
     S top, total;
 };
 
-// A row's products with `count` keys → weights e^(logit - greatest), in place, 0 for keys that are not in the span; returns
+// A row's logits of `count` keys → weights 2^(logit - greatest), in place, 0 for keys that are not in the span; returns
 // what earlier sums are to be multiplied by.
 template <class S>
-S weigh(S* scores, int64_t count, Span span, S scale, Softmax<S>& softmax) {
+S weigh(S* scores, int64_t count, Span span, Softmax<S>& softmax) {
     using V = typename Lanes<S>::V;
     constexpr int lanes = Lanes<S>::count;
     V tops = splat(kNothing<S>);
+    const bool whole = span.first <= 0 && round_up(count, lanes) <= span.end;
     for (int64_t j = 0; j < count; j += lanes) {
-        const V s = within<S>(span, j, load(scores + j) * splat(scale), kNothing<S>);
+        V s = load(scores + j);
+        if (!whole) store(scores + j, s = within<S>(span, j, s, kNothing<S>));
         tops = larger<S>(tops, s);
-        store(scores + j, s);
     }
     S each[lanes];
     store(each, tops);
@@ -32,11 +34,11 @@ S weigh(S* scores, int64_t count, Span span, S scale, Softmax<S>& softmax) {
     const S base = top == kNothing<S> ? S(0) : top;
     V sums = {};
     for (int64_t j = 0; j < count; j += lanes) {
-        const V weight = exp<S>(load(scores + j) - splat(base));
+        const V weight = exp2<S>(load(scores + j) - splat(base));
         sums = sums + weight;
         store(scores + j, weight);
     }
-    const S factor = top == before ? S(1) : exp<S>(splat(before - base))[0];
+    const S factor = top == before ? S(1) : exp2<S>(splat(before - base))[0];
     softmax = {top, softmax.total * factor + sum_lanes<S, 1>(&sums)[0]};
     return factor;
 }
@@ -67,11 +69,12 @@ struct Forward {
         using V = typename Lanes<S>::V;
         constexpr int64_t lanes = Lanes<S>::count;
         const int64_t rows = tile.count * sizes.groups, seen = tile.end - tile.first;
-        gather(q, sizes.k_row, range, tile, sizes.groups, a.q, a.dtype, a.q_batch, a.q_time, a.q_head, a.k_size);
+        gather(q, sizes.k_row, S(a.scale * kLog2e), range, tile, sizes.groups, a.q, a.dtype, a.q_batch, a.q_time, a.q_head,
+               a.k_size);
         multiply_some<S>({q, sizes.k_row, 1}, keys.turned + tile.first, kKeys, scores, kKeys, rows,
                          round_up(seen, lanes), a.k_size, panel);
         each_row(tile, sizes.groups, [&](int64_t row, int64_t place, Span span) {
-            factors[row] = weigh(scores + row * kKeys, seen, span, S(a.scale), softmaxes[place]);
+            factors[row] = weigh(scores + row * kKeys, seen, span, softmaxes[place]);
         });
         multiply_some<S>({scores, kKeys, 1}, values.rows + tile.first * sizes.v_row, sizes.v_row, added, sizes.v_row,
                          rows, sizes.v_row, seen, panel);
@@ -96,7 +99,7 @@ struct Forward {
                 if (a.exact) narrow_row<S, S>(a.exact, at, own, a.v_size);
                 const S lse = softmax.total == S(0)
                                   ? kNothing<S>
-                                  : S(double(softmax.top) + __builtin_log(double(softmax.total)));
+                                  : S(double(softmax.top) / kLog2e + __builtin_log(double(softmax.total)));
                 const int64_t of_sums = (range.batch * a.h + head) * a.l + i;
                 if (a.lse) static_cast<S*>(a.lse)[of_sums] = lse;
                 if (a.sums) static_cast<S*>(a.sums)[of_sums] = lse;
@@ -130,7 +133,7 @@ int forward(const AttentionArguments& a, int64_t bytes, const Make& make) {
     return parallel_for(a.batch * a.g * sizes.ranges, a.threads, numbers + bytes, [&](int64_t task, char* scratch) {
         Forward<S> own;
         own.take(reinterpret_cast<S*>(scratch), a, sizes);
-        const Range range(a, task / sizes.ranges, task % sizes.ranges);
+        const Range range(a, sizes, task / sizes.ranges, task % sizes.ranges);
         own.run(a, range, sizes, make(range, scratch + numbers));
     });
 }

@@ -1,8 +1,8 @@
 // What native attention shares: arguments, ranges of queries, and pieces of the keys in a core's own cache.
 //
-// A range of queries that share a head of keys is one task. It takes one piece of the keys after another, and all heads of
-// the queries that see some of it meet it in small matrix products, so many rows at once as make these efficient. Which
-// queries see what of a piece, a template's `Keys` says.
+// A range of queries that share a head of keys is one task. It takes one piece of the keys after another, and all heads
+// of the queries that see some of it meet it in small matrix products, so many rows at once as make these efficient.
+// Which queries see what of a piece, a template's `Keys` says.
 #pragma once
 
 #include "native/choose.h"
@@ -33,9 +33,15 @@ struct AttentionBackwardArguments {
 
 namespace SSMZOO_ISA {
 
-constexpr int64_t kRange = 256;    // queries of a range
+constexpr int64_t kRange = 512;    // queries of a range, at most
+constexpr int64_t kLong = 4096;    // queries from which ranges have as many; fewer take half, to be enough tasks
 constexpr int64_t kKeys = 64;      // of a piece
+constexpr int64_t kAligned = 16;   // keys, a multiple of which a tile's first one is: whole vectors
 constexpr int64_t kTogether = 96;  // rows of a product, heads of several queries, unless a single query has more
+
+// Logits are powers of two, of which exponentials are the cheapest: queries are multiplied by scale · log2(e)
+// beforehand.
+constexpr double kLog2e = 1.4426950408889634;
 
 template <class S>
 constexpr S kNothing = -S(__builtin_inf());
@@ -44,19 +50,21 @@ inline int64_t maximum(int64_t a, int64_t b) { return a < b ? b : a; }
 
 // Sizes that follow from others.
 struct Sizes {
-    int64_t groups, ranges, queries, rows, k_row, v_row;  // heads of a group; queries and rows of a tile
+    int64_t groups, range, ranges, queries, rows;  // heads of a group; queries of a range; queries and rows of a tile
+    int64_t k_row, v_row;
 
     Sizes(const AttentionArguments& a, int64_t lanes)
-        : groups(a.h / a.g), ranges(ceil_div(a.l, kRange)), queries(groups < kTogether ? kTogether / groups : 1),
-          rows(queries * groups), k_row(round_up(a.k_size, lanes)), v_row(round_up(a.v_size, lanes)) {}
+        : groups(a.h / a.g), range(a.l < kLong ? kRange / 2 : kRange), ranges(ceil_div(a.l, range)),
+          queries(groups < kTogether ? kTogether / groups : 1), rows(queries * groups),
+          k_row(round_up(a.k_size, lanes)), v_row(round_up(a.v_size, lanes)) {}
 };
 
 // Some queries of one group of heads of one sequence.
 struct Range {
     int64_t batch, group, first, end, key_head;
 
-    Range(const AttentionArguments& a, int64_t row, int64_t number)
-        : batch(row / a.g), group(row % a.g), first(number * kRange), end(minimum(a.l, first + kRange)),
+    Range(const AttentionArguments& a, const Sizes& sizes, int64_t row, int64_t number)
+        : batch(row / a.g), group(row % a.g), first(number * sizes.range), end(minimum(a.l, first + sizes.range)),
           key_head(group / (a.g / a.h_kv)) {}
 };
 
@@ -81,13 +89,13 @@ SSMZOO_INLINE void each_row(const Tile& tile, int64_t groups, const Call& call) 
                  Span{tile.spans[i].first - tile.first, tile.spans[i].end - tile.first});
 }
 
-// Rows of a tile (rows, width) out of (b l h size), whose strides these are.
+// Rows of a tile (rows, width), times a factor, out of (b l h size), whose strides these are.
 template <class S>
-void gather(S* to, int64_t width, const Range& range, const Tile& tile, int64_t groups, const void* from, int64_t dtype,
-            int64_t batch, int64_t time, int64_t head, int64_t size) {
+void gather(S* to, int64_t width, S factor, const Range& range, const Tile& tile, int64_t groups, const void* from,
+            int64_t dtype, int64_t batch, int64_t time, int64_t head, int64_t size) {
     each_row(tile, groups, [&](int64_t row, int64_t place, Span) {
         const int64_t i = range.first + place / groups, r = range.group * groups + place % groups;
-        read_row(to + row * width, from, dtype, range.batch * batch + i * time + r * head, size);
+        read_row(to + row * width, from, dtype, range.batch * batch + i * time + r * head, size, factor);
     });
 }
 
@@ -138,6 +146,18 @@ struct Piece {
     }
 };
 
+// 2^x for every x, as exp2_product has it, but of a number that is there: nothing is rounded before.
+template <class S>
+SSMZOO_INLINE typename Lanes<S>::V exp2(typename Lanes<S>::V x) {
+    using C = Constants<S>;
+    using V = typename Lanes<S>::V;
+    const V bounded = clamp(x, splat<S>(S(-C::bias)), splat<S>(S(C::bias + 1)));
+    const V shifted = bounded + splat<S>(C::magic);  // its low bits are the nearest integer
+    const V f = bounded - (shifted - splat<S>(C::magic));
+    const V p = fma(polynomial<S>(C::exp2, f), f, splat<S>(S(1)));
+    return p * from_bits<S>((bits_of<S>(shifted) << C::mantissa) + bits_of<S>(splat<S>(S(1))));
+}
+
 // Where the range's head of keys, and that of values, has the key of this number.
 inline int64_t key_place(const AttentionArguments& a, const Range& range, int64_t key) {
     return range.batch * a.k_batch + key * a.k_time + range.key_head * a.k_head;
@@ -147,13 +167,15 @@ inline int64_t value_place(const AttentionArguments& a, const Range& range, int6
     return range.batch * a.v_batch + key * a.v_time + range.key_head * a.v_head;
 }
 
-// C (rows, columns) = A (rows, inner) B (inner, columns), onto what is there if so told, as product of gemm.h has it; a few
-// rows read B where it is.
+// C (rows, columns) = A (rows, inner) B (inner, columns), onto what is there if so told, as product of gemm.h has it,
+// to the bit. B is read where it is if its rows are short, so that they lie together in the first cache, or A's are
+// few.
 template <class S>
 void multiply_some(Left<S> A, const S* B, int64_t ldb, S* C, int64_t ldc, int64_t rows, int64_t columns, int64_t inner,
                    S* panel, Onto<S> onto = {false, S(0)}) {
     constexpr int64_t wide = kVectors * Lanes<S>::count;
-    if (rows > 2 * kRows) return product(A, B, ldb, C, ldc, rows, columns, inner, panel, 0, onto);
+    constexpr int64_t near = 256 / int64_t(sizeof(S));
+    if (rows > 2 * kRows && ldb > near) return product(A, B, ldb, C, ldc, rows, columns, inner, panel, 0, onto);
     int64_t j = 0;
     for (; j + wide <= columns; j += wide)
         multiply_rows<S, kRows, kVectors, Shape::full>(A, B + j, ldb, C + j, ldc, rows, inner, 0, onto);
@@ -161,8 +183,8 @@ void multiply_some(Left<S> A, const S* B, int64_t ldb, S* C, int64_t ldc, int64_
         multiply_rows<S, kRows, 1, Shape::full>(A, B + j, ldb, C + j, ldc, rows, inner, 0, onto);
 }
 
-// Goes through the pieces of the keys that queries of a range see: read(first key, count), which returns whether a weight of
-// 0 hides whatever a key of the piece holds; meet(tile) for all that see some of it; done(first key, count).
+// Goes through the pieces of the keys that queries of a range see: read(first key, count), which returns whether a
+// weight of 0 hides whatever a key of the piece holds; meet(tile) for all that see some of it; done(first key, count).
 template <class Keys, class Read, class Meet, class Done>
 void walk(const Keys& keys, const Range& range, const Sizes& sizes, const Read& read, const Meet& meet,
           const Done& done) {
@@ -178,9 +200,12 @@ void walk(const Keys& keys, const Range& range, const Sizes& sizes, const Read& 
                 whole = whole && spans[i].first == 0 && spans[i].end == count;
             }
             if (whole || finite) {
-                int64_t last = 0;
-                for (int64_t i = 0; i < together; ++i) last = maximum(last, spans[i].end);
-                meet(Tile{query, spans, together, 0, last});
+                int64_t first = count, last = 0;
+                for (int64_t i = 0; i < together; ++i) {
+                    first = minimum(first, spans[i].first);
+                    last = maximum(last, spans[i].end);
+                }
+                meet(Tile{query, spans, together, first / kAligned * kAligned, last});
             } else {
                 for (int64_t i = 0; i < together; ++i)
                     if (spans[i].first < spans[i].end)

@@ -22,14 +22,7 @@ from ssmkernels.ops.attention._tiles import Lists, Tile
 
 
 def compute(a: Any) -> tuple[Tensor, Tensor]:
-    lists = None
-    if a.block_offsets is not None:
-        lists = Lists(a.block_offsets, a.block_columns, a.block_patterns, a.block_bits, dtype=precision(a.q))
-    sequences = [(slice(0, a.q.shape[1]), slice(0, a.k.shape[1]))]
-    if a.cu_seqlens is not None:
-        both = zip(spans(a.cu_seqlens), spans(a.cu_seqlens_k), strict=True)
-        sequences = [(queries, keys) for (_, queries), (_, keys) in both if queries.stop > queries.start]
-    call = Call(sequences, lists, a.left, a.right, a.scale, a.softcap, a.q_positions, a.k_positions)
+    call = call_of(a)
     constants = a._replace(q=None, k=None, v=None, alibi_slopes=None, sinks=None, return_lse=True)
 
     def again(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -38,6 +31,18 @@ def compute(a: Any) -> tuple[Tensor, Tensor]:
 
     out, lse = _Attention.apply(call, again, a.q, a.k, a.v, a.alibi_slopes, a.sinks)
     return out, lse if a.return_lse else lse.new_empty(0)
+
+
+def call_of(a: Any) -> Call:
+    """What all parts of a call have in common."""
+    lists = None
+    if a.block_offsets is not None:
+        lists = Lists(a.block_offsets, a.block_columns, a.block_patterns, a.block_bits, dtype=precision(a.q))
+    sequences = [(slice(0, a.q.shape[1]), slice(0, a.k.shape[1]))]
+    if a.cu_seqlens is not None:
+        both = zip(spans(a.cu_seqlens), spans(a.cu_seqlens_k), strict=True)
+        sequences = [(queries, keys) for (_, queries), (_, keys) in both if queries.stop > queries.start]
+    return Call(sequences, lists, a.left, a.right, a.scale, a.softcap, a.q_positions, a.k_positions)
 
 
 class _Attention(torch.autograd.Function):
@@ -74,33 +79,49 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @twice_differentiable(lambda ctx: (ctx.again, (None, None, *ctx.saved_tensors[:5])))
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, alibi_slopes, sinks, out, lse = ctx.saved_tensors
-        dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-        dslopes, dsinks = (
-            None if x is None else torch.zeros_like(x, dtype=precision(q)) for x in (alibi_slopes, sinks)
+        q, k, v, slopes, sinks, out, lse = ctx.saved_tensors
+        return None, None, *gradients(ctx.call, q, k, v, slopes, sinks, out, lse, dout, dlse)
+
+
+def gradients(
+    call: Call,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Those of q, k, v, slopes and sinks. ``out`` and ``lse`` may be over more keys than these."""
+    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dslopes, dsinks = (None if x is None else torch.zeros_like(x, dtype=precision(q)) for x in (alibi_slopes, sinks))
+    for part in parts(call, q, k, alibi_slopes is not None):
+        part_lse = part.row_sums(lse)
+        part_lse = part_lse.masked_fill(part_lse == -torch.inf, 0)  # all of such a row is hidden
+        do = part.rows(out) * 0 if dout is None else part.rows(dout)
+        delta = (do * part.rows(out)).sum(-1)  # Σ_j p_ij (do_i · v_j), what the softmax takes off every logit
+        if dlse is not None:
+            delta -= part.row_sums(dlse)
+        slopes = None if alibi_slopes is None else part.per_head(alibi_slopes)
+        part_dq, part_dk, part_dv, part_dslopes = _backward(
+            part, part.rows(q), part.columns(k), part.columns(v), slopes, do, part_lse, delta
         )
-        for part in parts(ctx.call, q, k, alibi_slopes is not None):
-            part_lse = part.row_sums(lse)
-            part_lse = part_lse.masked_fill(part_lse == -torch.inf, 0)  # all of such a row is hidden
-            do = part.rows(out) * 0 if dout is None else part.rows(dout)
-            delta = (do * part.rows(out)).sum(-1)  # Σ_j p_ij (do_i · v_j), what the softmax takes off every logit
-            if dlse is not None:
-                delta -= part.row_sums(dlse)
-            slopes = None if alibi_slopes is None else part.per_head(alibi_slopes)
-            part_dq, part_dk, part_dv, part_dslopes = _backward(
-                part, part.rows(q), part.columns(k), part.columns(v), slopes, do, part_lse, delta
-            )
-            part.put_rows(dq, part_dq)
-            part.put_columns(dk, part_dk)
-            part.put_columns(dv, part_dv)
-            if dslopes is not None and part_dslopes is not None:
-                dslopes[part.heads] += part_dslopes
-            if dsinks is not None:
-                weight = torch.exp(part.per_row(part.per_head(sinks), slice(0, delta.shape[1])) - part_lse)
-                dsinks[part.heads] -= part.sum_by_head(weight * delta)
-        dslopes = None if dslopes is None else dslopes.to(alibi_slopes.dtype)
-        dsinks = None if dsinks is None else dsinks.to(sinks.dtype)
-        return None, None, dq, dk, dv, dslopes, dsinks
+        part.put_rows(dq, part_dq)
+        part.put_columns(dk, part_dk)
+        part.put_columns(dv, part_dv)
+        if dslopes is not None and part_dslopes is not None:
+            dslopes[part.heads] += part_dslopes
+        if dsinks is not None and sinks is not None:
+            weight = torch.exp(part.per_row(part.per_head(sinks), slice(0, delta.shape[1])) - part_lse)
+            dsinks[part.heads] -= part.sum_by_head(weight * delta)
+    return dq, dk, dv, _like(dslopes, alibi_slopes), _like(dsinks, sinks)
+
+
+def _like(grad: Tensor | None, x: Tensor | None) -> Tensor | None:
+    return None if grad is None or x is None else grad.to(x.dtype)
 
 
 def _forward(

@@ -39,8 +39,8 @@ void conv_block(const ConvArguments& a, const Block& b, int64_t first, int64_t c
         memcpy(state + k * a.d, rows + (b.steps + k) * kTile, sizeof(S) * static_cast<size_t>(channels));
 }
 
-// A whole tile at a time, as in conv_block bit for bit, but straight from the input: the w-1 rows before the present one
-// stay in registers, and only those before the block go through scratch memory.
+// A whole tile at a time, as in conv_block bit for bit, but straight from the input: the w-1 rows before the present
+// one stay in registers, and only those before the block go through scratch memory.
 template <class T, int w>
 void conv_stream(const ConvArguments& a, const Block& b, int64_t first, char* scratch) {
     typedef typename Sum<T>::type S;

@@ -45,14 +45,7 @@ struct Forward {
 
 template <class S>
 int forward(const DeltaArguments& a) {
-    const int64_t parts = ceil_div(a.values, kPart);
-    Forward<S> w;
-    const size_t bytes = sizeof(S) * static_cast<size_t>(w.take(nullptr, a));
-    return parallel_for(a.sequences * a.heads * parts, a.threads, bytes, [&](int64_t i, char* scratch) {
-        Forward<S> own;
-        own.take(reinterpret_cast<S*>(scratch), a);
-        own.run(a, sequence(a, i / (a.heads * parts)), i / parts % a.heads, i % parts * kPart);
-    });
+    return by_columns<Forward<S>, S>(a);
 }
 
 }  // namespace

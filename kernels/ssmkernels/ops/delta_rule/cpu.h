@@ -94,8 +94,8 @@ struct Tile {
     }
 };
 
-// Through the tokens of a tile with N vectors of the state's columns; `rows` (c, stride) has v and takes the outputs, or
-// the errors v - S'ᵀ k.
+// Through the tokens of a tile with N vectors of the state's columns; `rows` (c, stride) has v and takes the outputs,
+// or the errors v - S'ᵀ k.
 template <class S, int N, Decay kind, bool outputs>
 __attribute__((noinline)) void walk_block(S* state, int64_t ld, int64_t keys, const Tile<S>& t, S scale, S* rows,
                                           int64_t stride) {
@@ -186,6 +186,19 @@ template <class S>
 void out_of_blocks(S* to, int64_t ld, const S* from, int64_t keys, int64_t values) {
     each_vector<S>(keys, values, [&](int64_t place, int64_t j, int64_t c, int64_t count) {
         write_some(to + j * ld + c, load(from + place), count);
+    });
+}
+
+// Runs a Task, with memory of its own, for each sequence, head and part of at most kPart of the values' columns.
+template <class Task, class S>
+int by_columns(const DeltaArguments& a) {
+    const int64_t parts = ceil_div(a.values, kPart);
+    Task w;
+    const size_t bytes = sizeof(S) * static_cast<size_t>(w.take(nullptr, a));
+    return parallel_for(a.sequences * a.heads * parts, a.threads, bytes, [&](int64_t i, char* scratch) {
+        Task own;
+        own.take(reinterpret_cast<S*>(scratch), a);
+        own.run(a, sequence(a, i / (a.heads * parts)), i / parts % a.heads, i % parts * kPart);
     });
 }
 

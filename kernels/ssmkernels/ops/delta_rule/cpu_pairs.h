@@ -3,8 +3,8 @@
 // The chunk is cut into blocks of 16 tokens, padded with tokens that are 0 and do not decay. From a token in block J to
 // one in a later block I the decay is a product of three parts, each at most 1: to the end of J, through the blocks in
 // between, and from the start of I. So pairs of different blocks are matrix products of keys and queries that have been
-// brought to the border before I. Pairs within a block take one vector of decays each, multiplied on from token to token.
-// No decay is ever a quotient of two others.
+// brought to the border before I. Pairs within a block take one vector of decays each, multiplied on from token to
+// token. No decay is ever a quotient of two others.
 #pragma once
 
 #include "delta_rule/cpu.h"

@@ -23,8 +23,8 @@ struct Step {
         return memory.used;
     }
 
-    // Columns [first, first + kStepPart) of a state (keys, values), by the token in the tile; `row` has their values and
-    // takes their outputs. Through a copy where columns are no whole vectors.
+    // Columns [first, first + kStepPart) of a state (keys, values), by the token in the tile; `row` has their values
+    // and takes their outputs. Through a copy where columns are no whole vectors.
     void advance(Decay kind, S* whole, int64_t keys, int64_t values, int64_t first, S scale) {
         const int64_t count = minimum(kStepPart, values - first), columns = round_up(count, Lanes<S>::count);
         if (columns == count) return walk<S, true>(kind, whole + first, values, keys, tile, scale, row, kStepPart, columns);

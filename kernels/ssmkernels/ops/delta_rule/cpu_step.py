@@ -6,19 +6,20 @@ from typing import Any
 
 from torch import Tensor
 
-from ssmkernels import native
 from ssmkernels.native import missing
+from ssmkernels.native.prepared import Prepared, update
 from ssmkernels.ops.delta_rule.cpu import unsupported
 from ssmkernels.ops.delta_rule.cpu_arguments import values
 
-__all__ = ["forward", "missing", "unsupported"]
+__all__ = ["forward", "missing", "prepared", "unsupported"]
 
 
 def forward(a: Any, _: bool) -> Tensor:
-    own = a.state.contiguous()
+    return update(prepared, a, ("state",))
+
+
+def prepared(a: Any) -> Prepared:
+    """The kernel's call; a state that is not contiguous is copied."""
     o = a.v.new_empty(a.v.shape)
-    fields, _kept = values(a, {"o": o, "final_state": own})
-    native.run("delta_rule_step", fields)
-    if own is not a.state:
-        a.state.copy_(own)
-    return o
+    fields, kept = values(a, {"o": o, "final_state": a.state.contiguous()})
+    return Prepared("delta_rule_step", fields, tuple(kept), o, output="o")

@@ -68,7 +68,7 @@ def offline_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         (torch.float16, 128, 128, "channels", ""),
         (torch.float32, 128, 128, "channels", "packed"),
         (torch.bfloat16, 256, 256, "heads", "packed"),
-        (torch.float32, 192, 64, "none", ""),
+        (torch.float32, 192, 64, "channels", ""),
     ):
         name = f"{str(dtype).removeprefix('torch.')}, k {k}, v {v}, decay {decay}{', ' * bool(option)}{option}"
         yield name, functools.partial(launches, dtype, k, v, decay, option)

@@ -24,18 +24,9 @@ from ssmkernels.ops.delta_rule.triton_state_kernels import (
     write,
 )
 from ssmkernels.ops.delta_rule.triton_step_kernels import step
-from ssmkernels.ops.ssd.triton_pieces import load_tile
+from ssmkernels.ops.ssd.triton_pieces import load_tile, span
 
 __all__ = ["keys_backward", "prepare", "step", "walk", "walk_backward", "weights_backward"]
-
-
-@triton.jit
-def span(sequence, cu_seqlens, length, per_sequence, Q: tl.constexpr):
-    """A sequence's batch, where it begins and ends there, and the number of its first chunk."""
-    if cu_seqlens is not None:
-        begin = tl.load(cu_seqlens + sequence).to(tl.int64)
-        return sequence * 0, begin, tl.load(cu_seqlens + sequence + 1).to(tl.int64), begin // Q + sequence
-    return sequence, sequence * 0, sequence * 0 + length, sequence * per_sequence
 
 
 @triton.jit
@@ -92,7 +83,7 @@ def walk(
     tiles: tl.constexpr = (V + BLOCK - 1) // BLOCK
     task = tl.program_id(0).to(tl.int64)
     column, head, sequence = task % tiles * BLOCK, task // tiles % H, task // tiles // H
-    batch, begin, end, chunk = span(sequence, cu_seqlens, length, per_sequence, Q)
+    batch, begin, end, chunk = span(cu_seqlens, sequence, length, per_sequence, Q)
     slot, values = tl.arange(0, Q), column + tl.arange(0, BLOCK)
     at = (sequence * H + head) * K * V
     if REGISTERS:
@@ -219,7 +210,7 @@ def walk_backward(
     tiles: tl.constexpr = (V + BLOCK - 1) // BLOCK
     task = tl.program_id(0).to(tl.int64)
     column, head, sequence = task % tiles * BLOCK, task // tiles % H, task // tiles // H
-    batch, begin, end, chunk = span(sequence, cu_seqlens, length, per_sequence, Q)
+    batch, begin, end, chunk = span(cu_seqlens, sequence, length, per_sequence, Q)
     slot, values = tl.arange(0, Q), column + tl.arange(0, BLOCK)
     at = (sequence * H + head) * K * V
     count = (end - begin + Q - 1) // Q

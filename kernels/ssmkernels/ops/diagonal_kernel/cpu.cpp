@@ -6,8 +6,8 @@ namespace SSMZOO_ISA {
 namespace {
 
 // start ratio^i for i in [0, count), for N states side by side, which hides the latency of their products. The real
-// parts of the j-th go to row j of the table, the imaginary ones times `sign` to row n + j; both times `factor`. Writes up
-// to a whole vector; returns in `start` what comes after the last that was written.
+// parts of the j-th go to row j of the table, the imaginary ones times `sign` to row n + j; both times `factor`. Writes
+// up to a whole vector; returns in `start` what comes after the last that was written.
 template <class S, bool complex, int N>
 void fill(S* table, int64_t stride, int64_t n, int64_t count, Scalar<complex>* start, const Scalar<complex>* ratio,
           double factor, double sign) {

@@ -1,8 +1,9 @@
 // The kernel of a diagonal state-space model, K_t = Σ_n weight_n ratio_n^t, as one small matrix product per channel.
 //
-// With blocks of r taps and t = q r + i, K_{q i} = Σ_n (weight_n ratio_n^{q r}) ratio_n^i is a product of two tables: what
-// each block starts from, and the powers within a block. With r near √length both stay in cache, and nothing grows with
-// n length. The tables come in double, whatever they are rounded to: there a high power loses no digits that count.
+// With blocks of r taps and t = q r + i, K_{q i} = Σ_n (weight_n ratio_n^{q r}) ratio_n^i is a product of two tables:
+// what each block starts from, and the powers within a block. With r near √length both stay in cache, and nothing grows
+// with n length. The tables come in double, whatever they are rounded to: there a high power loses no digits that
+// count.
 //
 // A task takes one channel and a span of its blocks. Spans depend on the length alone, never on the number of threads.
 #pragma once

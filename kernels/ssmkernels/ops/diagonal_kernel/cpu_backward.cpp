@@ -2,8 +2,9 @@
 //
 //     dweight = Σ_t g_t conj(ratio^t)     dratio = conj(weight) Σ_t g_t conj(t ratio^{t-1}),   twice these where complex
 //
-// With t = q r + i, t ratio^{t-1} = ratio^{qr} (i ratio^{i-1}) + (q r ratio^{qr-1}) ratio^i: what a block's taps sum to with
-// the powers within a block and with their derivatives, which is a matrix product, gives all, and no power is ever divided.
+// With t = q r + i, t ratio^{t-1} = ratio^{qr} (i ratio^{i-1}) + (q r ratio^{qr-1}) ratio^i: what a block's taps sum to
+// with the powers within a block and with their derivatives, which is a matrix product, gives all, and no power is ever
+// divided.
 #include "diagonal_kernel/cpu.h"
 
 namespace ssmzoo {
@@ -114,8 +115,8 @@ SSMZOO_INLINE VD read_doubles(const float* p) {
     return __builtin_convertvector(half, VD);
 }
 
-// Adds one block's part to both gradients, and moves kStart and kStartBefore to the next block. `before` counts the taps
-// before the block.
+// Adds one block's part to both gradients, and moves kStart and kStartBefore to the next block. `before` counts the
+// taps before the block.
 template <class S, bool complex>
 void add_block(const Memory<S, complex>& m, const S* sums, int64_t before) {
     const int64_t parts = Memory<S, complex>::kParts;

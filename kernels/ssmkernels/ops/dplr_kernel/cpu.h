@@ -6,8 +6,8 @@
 //     v Ā = v D - Σ_r (v · left_r) right_r                        one row at a time, in O(N r)
 //     Ā^m = D^m - Σ_{k<m} Σ_r (D^{m-1-k} left_r) (right_r Ā^k)     a product of two tables: no squaring
 //
-// With t = q m + i, K_t = (C Ā^i) (Ā^{mq} B̄) is then one product of the rows C Ā^i, m of them, and the columns, as many
-// as there are blocks of m taps. All tables are in double precision; that last product is in the result's.
+// With t = q m + i, K_t = (C Ā^i) (Ā^{mq} B̄) is then one product of the rows C Ā^i, m of them, and the columns, as
+// many as there are blocks of m taps. All tables are in double precision; that last product is in the result's.
 //
 // A state is real: [h] or, of conjugate pairs, [Re h, Im h]; each half is padded with zeros to whole vectors.
 #pragma once

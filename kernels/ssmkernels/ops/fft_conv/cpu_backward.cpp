@@ -1,5 +1,6 @@
 // The long convolution's gradients by the taps and the skip: sums over all sequences and blocks of products of the
-// spectra of outputs' gradients and conjugate inputs. A gradient that a block's outputs have meets its window of inputs.
+// spectra of outputs' gradients and conjugate inputs. A gradient that a block's outputs have meets its window of
+// inputs.
 #include "fft_conv/cpu.h"
 #include "native/exports.h"
 

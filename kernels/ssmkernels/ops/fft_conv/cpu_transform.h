@@ -1,17 +1,17 @@
 // The transform of the long convolution, of as many channels at a time as a vector has lanes.
 //
-// Two sequences of 2 M real numbers are multiplied as polynomials modulo z^2M + 1: as on a circle of 2 M points, but what
-// comes round has its sign turned. That ring is two copies, conjugate to one another, of the complex polynomials modulo
-// z^M - i, where a real sequence x has the coefficients x_j + i x_{j+M}. So M complex points do for 2 M real ones, and
-// zeros beyond the first M cost nothing.
+// Two sequences of 2 M real numbers are multiplied as polynomials modulo z^2M + 1: as on a circle of 2 M points, but
+// what comes round has its sign turned. That ring is two copies, conjugate to one another, of the complex polynomials
+// modulo z^M - i, where a real sequence x has the coefficients x_j + i x_{j+M}. So M complex points do for 2 M real
+// ones, and zeros beyond the first M cost nothing.
 //
 // A node with modulus z^m - c falls into four with z^(m/4) - r i^k, r^4 = c, k = 0 to 3:
 //
 //     x_k = a_0 + (r i^k) a_1 + (r i^k)^2 a_2 + (r i^k)^3 a_3,      a_0 to a_3 the quarters of its coefficients
 //
-// until 1, 2 or 3 points are left, which fall apart into single ones. The roots are the same for all points of a node, and
-// belong to the tree alone: node h has the children 4 h + 1 + k, and node 0 is z^M - i. The order in which values come
-// out is that of the leaves; products do not ask for it, and the way back takes it as it is.
+// until 1, 2 or 3 points are left, which fall apart into single ones. The roots are the same for all points of a node,
+// and belong to the tree alone: node h has the children 4 h + 1 + k, and node 0 is z^M - i. The order in which values
+// come out is that of the leaves; products do not ask for it, and the way back takes it as it is.
 #pragma once
 
 #include "native/parallel.h"

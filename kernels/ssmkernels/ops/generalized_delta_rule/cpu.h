@@ -1,8 +1,8 @@
 // What the general delta rule's forward and backward passes share: arguments, rows of tokens, and one token's update.
 //
-// A task is one head of one sequence, and goes from token to token. The state lies as (k v): lanes run over v, where all
-// columns are alike. Rows and columns are padded by zeros to whole vectors. Products of matrices over chunks of tokens
-// would take as many operations at a head dim of 64, and more memory.
+// A task is one head of one sequence, and goes from token to token. The state lies as (k v): lanes run over v, where
+// all columns are alike. Rows and columns are padded by zeros to whole vectors. Products of matrices over chunks of
+// tokens would take as many operations at a head dim of 64, and more memory.
 #pragma once
 
 #include "native/math.h"
@@ -115,8 +115,8 @@ SSMZOO_INLINE void read_along(const S* x, const S* state, int64_t rows, int64_t 
     for (int j = 0; j < N; ++j) sum[j] = even[j] + odd[j];
 }
 
-// One token's update of N vectors of columns: `from` → `to`, which may be one. Returns what was read along a in `read`, and
-// the products with q in `o` where it is wanted.
+// One token's update of N vectors of columns: `from` → `to`, which may be one. Returns what was read along a in `read`,
+// and the products with q in `o` where it is wanted.
 template <class S, int N, bool output>
 SSMZOO_INLINE void advance(const Tokens<S>& w, int64_t token, const S* from, S* to, int64_t first,
                            typename Lanes<S>::V* read, typename Lanes<S>::V* o) {

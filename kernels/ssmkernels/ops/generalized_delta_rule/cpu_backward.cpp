@@ -1,8 +1,8 @@
 // The general delta rule's backward pass.
 //
 // A task goes through its segments from the last to the first: forward from the saved state, keeping the state before
-// each token, then through the tokens from the last to the first. With P the state before a token, N the one after it, u
-// what it read, and D the gradient of N:
+// each token, then through the tokens from the last to the first. With P the state before a token, N the one after it,
+// u what it read, and D the gradient of N:
 //
 //     D += scale q doᵀ       dv = Dᵀ k          du = Dᵀ b
 //     dq = scale N do        dk = D v           db = D u      da = P du      d log_decay_i = decay_i Σ_j D_ij P_ij
@@ -86,7 +86,8 @@ struct Backward {
         });
     }
 
-    // Two rows of all: sums over columns for dq, dk, db, da and d_log_decay in `sums`, (5, 2), and D of the token before.
+    // Two rows of all: sums over columns for dq, dk, db, da and d_log_decay in `sums`, (5, 2), and D of the token
+    // before.
     void two_rows(int64_t token, int64_t row, typename Lanes<S>::V (&sums)[5][Lanes<S>::count], int64_t place) {
         using V = typename Lanes<S>::V;
         constexpr int64_t lanes = Lanes<S>::count;

@@ -7,11 +7,17 @@ from typing import Any
 
 from torch import Tensor
 
-from ssmkernels.core.triton_support import missing
+from ssmkernels.core.triton_support import missing, wrong_device
 from ssmkernels.ops.generalized_delta_rule.cpu_arguments import ACTIVATIONS
-from ssmkernels.ops.generalized_delta_rule.triton import launch, unsupported
+from ssmkernels.ops.generalized_delta_rule.triton_sequential import NUMBERS, launch
 
 __all__ = ["forward", "missing", "unsupported"]
+
+
+def unsupported(a: Any) -> str | None:
+    if a.q.shape[-1] > NUMBERS:
+        return f"heads of more than {NUMBERS} key channels"
+    return "no heads or channels" if 0 in (*a.q.shape[-2:], a.v.shape[-1]) else wrong_device(a)
 
 
 def forward(a: Any, _: bool) -> Tensor:

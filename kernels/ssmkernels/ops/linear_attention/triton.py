@@ -1,4 +1,4 @@
-"""Linear attention in Triton: what it can run, and its two passes."""
+"""Linear attention in Triton: what it can run, and which kernels serve a call."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from torch import Tensor
 from ssmkernels.core.names import OPS
 from ssmkernels.core.triton_support import missing, on_device_of, wrong_device
 from ssmkernels.core.validate import precision
-from ssmkernels.ops.linear_attention import triton_step
-from ssmkernels.ops.linear_attention.gradients import added
-from ssmkernels.ops.linear_attention.triton_launch import CHUNK, blocks, chunks, launch, plain
+from ssmkernels.ops.linear_attention import triton_channels, triton_scalar, triton_sequential, triton_step
 
 __all__ = ["SAVES", "backward", "empty", "forward", "missing", "offline_cases", "unsupported"]
 
-SAVES = ("starts",)  # the states before every 64 tokens, (chunks h k v)
+SAVES = ("starts",)  # states between tokens, (chunks h k v); none where they are computed again
 
 
 def unsupported(a: Any) -> str | None:
@@ -28,76 +26,37 @@ def unsupported(a: Any) -> str | None:
     return wrong_device(a)
 
 
+def sequential(a: Any) -> bool:
+    """Whether the call goes token after token: chunks of matrix products are there for all but float64."""
+    return a.q.dtype == torch.float64
+
+
+def by_channel(a: Any) -> bool:
+    """Whether its chunks need kernels of their own, and not just those of the state-space dual."""
+    return a.bonus is not None or (a.log_decay is not None and a.log_decay.ndim == 4)
+
+
 def empty(a: Any, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     o, final_state = a.declared.outputs(a)
-    shape = (chunks(a) if save else 0, *final_state.shape[1:])
+    shape = (triton_sequential.chunks(a) if save and sequential(a) else 0, *final_state.shape[1:])
     return o, final_state, a.q.new_empty(shape, dtype=precision(a.q))
 
 
 def forward(a: Any, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     o, final_state, starts = empty(a, save)
     with on_device_of(a.q):
-        launch(
-            "forward",
-            a,
-            2,
-            final_state.shape[0],
-            initial=plain(a.initial_state),
-            o=o,
-            final=final_state,
-            starts=starts if save else None,
-            cu_seqlens=plain(a.cu_seqlens),
-        )
+        if sequential(a):
+            triton_sequential.forward(a, o, final_state, starts if save else None)
+        else:
+            (triton_channels if by_channel(a) else triton_scalar).forward(a, o, final_state)
     return o, final_state, starts
 
 
 def backward(a: Any, saved: Any, grads: Any) -> dict[str, Tensor | None]:
-    wide = precision(a.q)
-    (batch, length, _, k), heads = a.k.shape, a.v.shape[2]
-    s = batch if a.cu_seqlens is None else a.cu_seqlens.shape[0] - 1
-    block_k, block_v, tiles = blocks(a)
-
-    def parts(*shape: int) -> Tensor:
-        return a.q.new_empty((tiles, *shape), dtype=wide)
-
-    dq, dk, dv = parts(batch, length, heads, k), parts(batch, length, heads, k), a.v.new_empty(a.v.shape)
-    d_decay = d_bonus = d_initial = None
-    if a.log_decay is not None:
-        d_decay = parts(s, heads) if a.log_decay.ndim == 1 else parts(*a.log_decay.shape)
-    if a.bonus is not None:
-        d_bonus = parts(s, heads, k)
-    if a.initial_state is not None:
-        d_initial = a.v.new_empty(a.initial_state.shape, dtype=wide)
     with on_device_of(a.q):
-        launch(
-            "backward",
-            a,
-            2,
-            s,
-            starts=saved.starts,
-            kept=a.q.new_empty(s * heads * tiles, CHUNK, block_k, block_v, dtype=wide),
-            d_o=grads.o.contiguous(),
-            d_final=plain(grads.final_state),
-            dq=dq,
-            dk=dk,
-            dv=dv,
-            d_decay=d_decay,
-            d_bonus=d_bonus,
-            d_initial=d_initial,
-            cu_seqlens=plain(a.cu_seqlens),
-            part_key=batch * length * heads * k,
-            part_token=batch * length * heads,
-            part_sequence=s * heads,
-        )
-    d_decay, d_bonus = (None if t is None else added(t, 0) for t in (d_decay, d_bonus))
-    return {
-        "q": added(added(dq, 0).unflatten(2, (a.k.shape[2], -1)), 3),
-        "k": added(added(dk, 0).unflatten(2, (a.k.shape[2], -1)), 3),
-        "v": dv,
-        "log_decay": added(d_decay, 0) if d_decay is not None and a.log_decay.ndim == 1 else d_decay,
-        "bonus": None if d_bonus is None else added(d_bonus, 0),
-        "initial_state": d_initial,
-    }
+        if sequential(a):
+            return triton_sequential.backward(a, saved.starts, grads)
+        return (triton_channels if by_channel(a) else triton_scalar).backward(a, grads)
 
 
 def offline_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -124,9 +83,10 @@ def offline_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
 
     for dtype, k, v, decay, option in (
         (torch.bfloat16, 128, 128, "key", "packed"),
-        (torch.float32, 96, 192, "token", ""),
         (torch.float16, 64, 64, "key", "bonus"),
-        (torch.float32, 256, 256, "head", ""),
+        (torch.float32, 256, 256, "key", ""),
+        (torch.bfloat16, 33, 17, "token", "bonus"),
+        (torch.float32, 96, 192, "head", ""),
         (torch.float64, 33, 17, "", "bonus"),
     ):
         name = (

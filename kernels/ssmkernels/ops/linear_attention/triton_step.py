@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ssmkernels.core.triton_support import missing, on_device_of, wrong_device
-from ssmkernels.ops.linear_attention.triton_launch import launch
+from ssmkernels.ops.linear_attention.triton_sequential import launch
 
 __all__ = ["forward", "missing", "unsupported"]
 

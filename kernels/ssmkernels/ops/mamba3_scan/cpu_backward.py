@@ -26,7 +26,7 @@ def backward(a: Any, saved: Any, grads: Any) -> dict[str, Tensor | None]:
     maps = rotate(a, c.dt, save=True)
     tokens, fields, _kept = core(a, c, maps, saved.starts)
     incoming = Incoming(grads.y.flatten(1, 2), grads.final_state)
-    of_core: dict[str, Any] = dual.gradients(tokens, fields, incoming, scaled=True)
+    of_core: dict[str, Any] = dual.gradients(tokens, fields, incoming, ("scale", "direct"), by_head=True)
     rank = a.x.shape[2]
     dx = of_core["x"].unflatten(1, (-1, rank))  # (b l r h p)
     dk, dq = (of_core[name].transpose(1, 2).unflatten(2, (-1, rank)) for name in ("B", "C"))  # (b h l r n)

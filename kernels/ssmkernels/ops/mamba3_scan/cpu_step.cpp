@@ -17,8 +17,8 @@ struct Mamba3StepArguments {
 namespace SSMZOO_ISA {
 namespace {
 
-// A task's memory. `maps` are the last keys and the new ones, (2 r width); q (r width); factors are what each of the maps
-// adds to the rows of the state, (2 r lanes).
+// A task's memory. `maps` are the last keys and the new ones, (2 r width); q (r width); factors are what each of the
+// maps adds to the rows of the state, (2 r lanes).
 template <class S>
 struct Step {
     S *turns, *sine, *cosine, *maps, *q, *factors, *row;
@@ -39,7 +39,8 @@ struct Step {
     }
 };
 
-// `count` rows of the state: h = alpha h + Σ factors maps. Leaves Σ_n h q of each in `sums`, one a vector, for one query.
+// `count` rows of the state: h = alpha h + Σ factors maps. Leaves Σ_n h q of each in `sums`, one a vector, for one
+// query.
 template <class S, int count>
 SSMZOO_INLINE void advance(S* h, int64_t n, S alpha, const Step<S>& w, int64_t maps, int64_t first,
                            typename Lanes<S>::V* sums) {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ssmkernels import native
@@ -12,13 +11,12 @@ from ssmkernels.core.memory import large_pages
 from ssmkernels.core.validate import precision
 from ssmkernels.native import missing, wrong_device
 from ssmkernels.ops.mlstm import surroundings
-from ssmkernels.ops.mlstm.cpu_arguments import core, gates
+from ssmkernels.ops.mlstm.cpu_arguments import chunk_length, core, gates, segment
 from ssmkernels.ops.mlstm.cpu_backward import backward
-from ssmkernels.ops.ssd.cpu_arguments import CHUNK, SEGMENT
 
 __all__ = ["SAVES", "backward", "empty", "forward", "missing", "unsupported"]
 
-SAVES = (*surroundings.SAVES, "starts")  # the states before every fourth chunk, (segments h k v+1)
+SAVES = (*surroundings.SAVES, "starts")  # the states before every segment of chunks, (segments h k v+1)
 
 
 def unsupported(a: Any) -> str | None:
@@ -26,14 +24,15 @@ def unsupported(a: Any) -> str | None:
 
 
 def forward(a: Any, save: bool) -> tuple[Tensor, ...]:
-    starts = _starts(a, save)
+    y, final_C, final_n, _, sums, exact, kept, starts = empty(a, save)
     g = gates(a)
-    call, fields, _kept = core(a, g, starts if save else None)
-    together = torch.empty_like(call.x)
-    state = together.new_empty((*g.final_m.shape, a.v.shape[3] + 1, a.q.shape[3]))
-    large_pages(together, starts)
-    native.run("ssd", fields | {"y": together.data_ptr(), "final_state": state.data_ptr()})
-    return *surroundings.finish(a, save, together, state, g.m, g.final_m), starts
+    _call, fields, _kept = core(a, g, starts if save else None, y, sums, exact)
+    state = g.m.new_empty((*g.final_m.shape, a.v.shape[3] + 1, a.q.shape[3]))
+    large_pages(y, exact, starts)
+    native.run("ssd", fields | {"final_state": state.data_ptr()})
+    final_C.copy_(state[:, :, :-1].mT)
+    final_n.copy_(state[:, :, -1])
+    return y, final_C, final_n, g.final_m, sums, exact, g.m if save else kept, starts
 
 
 def empty(a: Any, save: bool) -> tuple[Tensor, ...]:
@@ -41,7 +40,7 @@ def empty(a: Any, save: bool) -> tuple[Tensor, ...]:
 
 
 def _starts(a: Any, save: bool) -> Tensor:
-    tokens, (batch, length, heads, keys) = CHUNK * SEGMENT, a.q.shape
+    tokens, (batch, length, heads, keys) = chunk_length(a) * segment(a), a.q.shape
     if a.cu_seqlens is None:
         segments = batch * -(-length // tokens)
     else:

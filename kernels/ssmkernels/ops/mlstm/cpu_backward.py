@@ -14,17 +14,17 @@ from ssmkernels.ops.ssd import cpu_backward as dual
 
 
 class Incoming(NamedTuple):
-    y: Tensor
+    y: Tensor  # the gradient of outputs that have been divided
     final_state: Tensor | None
 
 
 def backward(a: Any, saved: Any, grads: Any) -> dict[str, Tensor | None]:
     g = gates(a)
 
-    def of_recurrence(dy: Tensor, dstate: Tensor | None) -> dict[str, Any]:
-        call, fields, _kept = core(a, g, saved.starts)
-        found: dict[str, Any] = dual.gradients(call, fields, Incoming(dy, dstate), scaled=True, reuse=True)
-        return found | {"decay": found["dt"], "weight": found["scale"] + found["direct"]}
+    def of_recurrence(dstate: Tensor | None) -> dict[str, Any]:
+        call, fields, _kept = core(a, g, saved.starts, saved.y, saved.sums, saved.exact)
+        found: dict[str, Any] = dual.gradients(call, fields, Incoming(grads.y, dstate), ("scale", "m"))
+        return found | {"decay": found["dt"], "weight": found["scale"]}
 
     def of_gates(ddecay: Tensor, dweight: Tensor, dm: Tensor, dfinal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         own, _kept = gate_fields(a)
@@ -33,7 +33,7 @@ def backward(a: Any, saved: Any, grads: Any) -> dict[str, Tensor | None]:
             "m": g.m,
             "ddecay": ddecay,
             "dweight": dweight,
-            "dm": dm.contiguous(),
+            "dm": dm,
             "dfinal": dfinal,
             "di": di,
             "df": df,

@@ -3,9 +3,13 @@
 // m_t = max(log σ(f_t) + m_{t-1}, i_t); the state keeps exp(decay), decay = log σ(f_t) + m_{t-1} - m_t, and a token adds
 // weight = exp(i_t - m_t). Lanes run over heads.
 //
-// Backward, the gradients of decay and weight come as if m were a constant, which it all but is: it cancels in what the
-// state stands for. What depends on m besides, through ε and the final state, is the gradient that comes in for m; it
-// goes to whichever of its two arguments m was.
+// Backward, with D the gradient of decay and W that of weight times weight, as if m were a constant, and M that of m
+// through all but these two, the larger of m's two arguments also gets what m does to both, M - D - W:
+//
+//     where it was the old m     dm_old = M - W     di = W
+//     where it was i             dm_old = D         di = M - D
+//
+// With dm_old for the gradient of log σ(f_t) + m_{t-1}. Either way, what would cancel is never added.
 #include "mlstm/cpu.h"
 #include "native/exports.h"
 
@@ -21,7 +25,7 @@ struct MlstmGatesArguments {
 
 struct MlstmGatesBackwardArguments {
     const void *i, *f, *initial, *m;        // as forward
-    const void *ddecay, *dweight, *dm;      // S: (b l h) each
+    const void *ddecay, *dweight, *dm;      // S: (b l h) each; of m as a part of the output of its own token
     const void* dfinal;                     // S: (s h)
     const int32_t* cu_seqlens;
     void *di, *df, *dinitial;               // S: (b l h), likewise, (s h)
@@ -79,10 +83,10 @@ int backward(const MlstmGatesBackwardArguments& a) {
             const V before = t ? read_some(at<S>(a.m, at_token - a.heads), count) : initial<S>(a.initial, place, count);
             const V kept = log_sigmoid<S>(f) + before;
             g = g + get(a.dm);
-            const V half = splat(S(0.5)), share = choose<S>(kept > i, splat(S(1)), choose<S>(kept < i, V{}, half));
-            const V of_kept = share * g;
-            write_some(static_cast<S*>(a.di) + at_token, fma(exp<S>(i - m), get(a.dweight), g - of_kept), count);
-            write_some(static_cast<S*>(a.df) + at_token, (get(a.ddecay) + of_kept) * sigmoid<S>(-f), count);
+            const V D = get(a.ddecay), W = exp<S>(i - m) * get(a.dweight), half = splat(S(0.5)) * (g - D - W);
+            const V of_kept = choose<S>(kept > i, g - W, choose<S>(kept < i, D, D + half));
+            write_some(static_cast<S*>(a.di) + at_token, choose<S>(kept > i, W, choose<S>(kept < i, g - D, W + half)), count);
+            write_some(static_cast<S*>(a.df) + at_token, of_kept * sigmoid<S>(-f), count);
             g = of_kept;
         }
         write_some(static_cast<S*>(a.dinitial) + place, g, count);

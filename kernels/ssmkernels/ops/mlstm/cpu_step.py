@@ -8,9 +8,10 @@ from torch import Tensor
 
 from ssmkernels import native
 from ssmkernels.native import missing, plain, wrong_device
+from ssmkernels.native.prepared import Prepared, update
 from ssmkernels.ops.mlstm.reference import scale_of
 
-__all__ = ["forward", "missing", "unsupported"]
+__all__ = ["forward", "missing", "prepared", "unsupported"]
 
 STATES = ("C", "n", "m")
 
@@ -20,10 +21,14 @@ def unsupported(a: Any) -> str | None:
 
 
 def forward(a: Any, _: bool) -> Tensor:
+    return update(prepared, a, STATES)
+
+
+def prepared(a: Any) -> Prepared:
+    """The kernel's call; states that are not contiguous are copied."""
     (y,) = a.declared.outputs(a)
-    own = {name: getattr(a, name).contiguous() for name in STATES}
-    tensors = {name: getattr(a, name).contiguous() for name in ("q", "k", "v")}
-    tensors |= {name: plain(getattr(a, name), a.C.dtype) for name in ("i", "f")} | own | {"y": y}
+    tensors = {name: getattr(a, name).contiguous() for name in (*STATES, "q", "k", "v")}
+    tensors |= {name: plain(getattr(a, name), a.C.dtype) for name in ("i", "f")} | {"y": y}
     batch, heads, keys, values = a.C.shape
     fields: dict[str, float] = {name: t.data_ptr() for name, t in tensors.items()}
     fields |= {
@@ -34,8 +39,4 @@ def forward(a: Any, _: bool) -> Tensor:
         "threads": native.threads(a.C.numel()),
         "scale": scale_of(a.scale, a.q),
     }
-    native.run("mlstm_step", fields)
-    for name, state in own.items():
-        if state is not getattr(a, name):
-            getattr(a, name).copy_(state)
-    return y
+    return Prepared("mlstm_step", fields, tuple(tensors.values()), y)

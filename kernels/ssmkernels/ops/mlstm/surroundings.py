@@ -3,15 +3,15 @@
 With m of the recurrence known, C and n are one linear recurrence, the state-space dual's: the values and one more
 column of ones are its inputs, keys and queries its maps; a token counts exp(i - m), and the state keeps exp(decay).
 
-The gradients of what the state stands for, C exp(m) and n exp(m), do not depend on m. So all that m itself gets is its
-share in ε and in the final state, and decays and weights are differentiated as if it were a constant.
+Decays and weights are differentiated as if m were a constant. What m gets through them, through exp(-m) in the division
+and through the final state is added up token by token, as in the recurrence (``cpu_gates.cpp`` says how).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,20 +19,15 @@ from torch import Tensor
 from ssmkernels.core.memory import large_pages
 from ssmkernels.core.validate import precision
 from ssmkernels.ops.mamba3_scan.cpu_arguments import Core
-from ssmkernels.ops.mlstm.reference import EPSILON, scale_of
+from ssmkernels.ops.mlstm.reference import EPSILON, denominator, scale_of
 
-SAVES = ("y", "final_C", "final_n", "sums", "exact", "m")
+SAVES = ("y", "sums", "exact", "m")
 
 
-def recurrence(a: Any, keys: Tensor, queries: Tensor, decay: Tensor, chunk_size: int | None) -> Core:
+def recurrence(a: Any, values: Tensor, keys: Tensor, queries: Tensor, decay: Tensor, chunk_size: int | None) -> Core:
     """The call of the state-space dual."""
-    wide = precision(a.q)
-    x = a.v.new_empty((*a.v.shape[:-1], a.v.shape[-1] + 1), dtype=wide)
-    large_pages(x)
-    x[..., :-1] = a.v
-    x[..., -1] = 1
     return Core(
-        x=x,
+        x=values,
         dt=decay,
         A=decay.new_ones(decay.shape[2]),
         B=keys,
@@ -48,13 +43,25 @@ def recurrence(a: Any, keys: Tensor, queries: Tensor, decay: Tensor, chunk_size:
     )
 
 
+def beside_ones(a: Any) -> Tensor:
+    """The values and a column of ones, ``(b, l, h, v + 1)``."""
+    x = a.v.new_empty((*a.v.shape[:-1], a.v.shape[-1] + 1), dtype=precision(a.q))
+    large_pages(x)
+    x[..., :-1] = a.v
+    x[..., -1] = 1
+    return x
+
+
 def _initial_state(a: Any) -> Tensor | None:
     """C and n, transposed and one below the other, ``(s, h, v + 1, k)``; None where both are 0."""
     if a.initial_C is None and a.initial_n is None:
         return None
-    C, n = a.initial_C, a.initial_n
-    like = C[..., 0] if n is None else n
-    C = like.new_zeros((*like.shape, a.v.shape[-1])) if C is None else C
+    return _together(a.initial_C, a.initial_n, a.v.shape[-1])
+
+
+def _together(C: Tensor | None, n: Tensor | None, values: int) -> Tensor:
+    like = n if n is not None else cast(Tensor, C)[..., 0]
+    C = like.new_zeros((*like.shape, values)) if C is None else C
     n = torch.zeros_like(like) if n is None else n
     return torch.cat([C.mT, n[..., None, :]], dim=2)
 
@@ -73,7 +80,7 @@ def finish(a: Any, save: bool, together: Tensor, state: Tensor, m: Tensor, final
     large_pages(y, exact)
     scale = scale_of(a.scale, a.q)
     scaled = together[..., -1] * scale  # (b l h)
-    below = torch.maximum(scaled.abs(), torch.exp(-m)) + EPSILON
+    below = denominator(scaled, m)
     to = exact if exact.numel() else y
     torch.mul(together[..., :-1], (scale / below)[..., None], out=to)
     if to is not y:
@@ -90,59 +97,51 @@ def gradients(
     a: Any,
     saved: Any,
     grads: Any,
-    of_recurrence: Callable[[Tensor, Tensor | None], dict[str, Any]],
+    of_recurrence: Callable[[Tensor | None], dict[str, Any]],
     of_gates: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
 ) -> dict[str, Tensor | None]:
     """Of all arguments.
 
     Args:
-        of_recurrence: takes the gradients of its outputs and of its final state; returns those of B, C, x, decay,
-            weight and initial_state.
+        of_recurrence: takes the gradient of the recurrence's final state; returns those of B, C, x, decay, weight and
+            initial_state, and that of m through what outputs are divided by.
         of_gates: takes the gradients of decay and weight as if m were a constant, and of m at each token and at the
             end; returns those of i, f and the initial m.
     """
-    dy, dm = _of_division(a, saved, grads.y)
     dC, dn = grads.final_C, grads.final_n
     dstate = None
     if dC is not None or dn is not None:
-        dC = torch.zeros_like(saved.final_C) if dC is None else dC
-        dn = torch.zeros_like(saved.final_n) if dn is None else dn
-        dstate = torch.cat([dC.mT, dn[..., None, :]], dim=2)
-    found = of_recurrence(dy, dstate)
-    del dy  # as large as an activation
-    any_tokens = begun(a)
-    final = -any_tokens * (inner(saved.final_C, dC) + inner(saved.final_n, dn))
-    if grads.final_m is not None:
-        final = final + grads.final_m
-    final = dm.new_zeros(saved.final_n.shape[:2]) + final
-    di, df, dinitial = of_gates(found["decay"], found["weight"], dm, final)
+        dstate = _together(dC, dn, a.v.shape[-1])
+    found = of_recurrence(dstate)
+    dfinal = grads.final_m
+    if dfinal is None:
+        sequences = a.i.shape[0] if a.cu_seqlens is None else a.cu_seqlens.shape[0] - 1
+        dfinal = found["m"].new_zeros(sequences, a.i.shape[2])
+    di, df, dinitial = of_gates(found["decay"], found["weight"], found["m"], dfinal.contiguous())
     dC, dn = _of_initial(a, found["initial_state"])
-    if a.initial_m is not None:
-        dinitial = dinitial + any_tokens * (inner(a.initial_C, dC) + inner(a.initial_n, dn))
     return {
         "q": found.pop("C").contiguous(),
         "k": found.pop("B").contiguous(),
-        "v": found.pop("x")[..., :-1].contiguous(),
+        "v": found.pop("x").contiguous(),
         "i": di,
         "f": df,
         "initial_C": dC,
         "initial_n": dn,
-        "initial_m": dinitial,
+        "initial_m": None if a.initial_m is None else dinitial,
     }
 
 
-def _of_division(a: Any, saved: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+def of_division(a: Any, saved: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the sums before scaling, ``(b, l, h, v + 1)``, and of m, ``(b, l, h)``."""
     wide = precision(a.q)
-    scale, sums, floor = scale_of(a.scale, a.q), saved.sums, torch.exp(-saved.m)
-    below = torch.maximum(sums.abs(), floor) + EPSILON
+    scale, sums, below = scale_of(a.scale, a.q), saved.sums, denominator(saved.sums, saved.m)
     gradient = dy.new_empty((*dy.shape[:-1], dy.shape[-1] + 1), dtype=wide)
     large_pages(gradient)
     torch.mul(dy, (scale / below)[..., None], out=gradient[..., :-1])
     y = saved.exact if saved.exact.numel() else saved.y
-    dbelow = -(dy * y).sum(-1) / below
-    gradient[..., -1] = dbelow * counted(sums, floor) * sums.sign() * scale
-    return gradient, dbelow * EPSILON
+    product, of_sums = (dy * y).sum(-1), counted(sums, torch.exp(-saved.m))
+    gradient[..., -1] = -product / below * of_sums * sums.sign() * scale
+    return gradient, product * (1 - of_sums) * of_floor(saved.m)
 
 
 def counted(sums: Tensor, floor: Tensor) -> Tensor:
@@ -150,14 +149,9 @@ def counted(sums: Tensor, floor: Tensor) -> Tensor:
     return torch.where(sums.abs() == floor, 0.5, (sums.abs() > floor).to(sums.dtype))
 
 
-def begun(a: Any) -> Tensor | float:
-    """1 for sequences that have tokens, ``(s, 1)``. Of others the final m is the initial one, without rounding."""
-    return float(a.q.shape[1] > 0) if a.cu_seqlens is None else (a.cu_seqlens.diff() > 0).float()[:, None]
-
-
-def inner(state: Tensor | None, gradient: Tensor | None) -> Tensor | float:
-    """The sum over a head's state of its gradient times itself, ``(s, h)``."""
-    return 0.0 if state is None or gradient is None else (state * gradient).flatten(2).sum(-1)
+def of_floor(m: Tensor) -> Tensor:
+    """exp(-m) / (exp(-m) + ε), whatever overflows."""
+    return 1 / (1 + EPSILON * torch.exp(m))
 
 
 def _of_initial(a: Any, dstate: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -13,19 +13,26 @@ m_t is what the recurrence has at token t, so that ε counts as much here as the
 two longer sums.
 
 The backward pass goes through the chunks from the last to the first, with dC' and dn' the gradients of the state after
-one. N, s and exp(-m_t) all have the factor exp(-m_t), which cancels in Y but for ε. So m is a constant in all that
-follows, except for the gradient dm, which is what it gets by ε and as a part of the final state::
+one. m is a constant in what follows, except for dm, which is what it gets in b and as a part of the state::
 
-    dN = dY / b,   db = -Σ dN ∘ Y,   dm = ε db,   ds = ± db where |s| counts in b, else 0
+    dN = dY / b,   db = -Σ dN ∘ Y,   ds = ± db where |s| counts in b, else 0;   dm = -exp(-m) db where that counts
     dP = tril(dN Vᵀ + ds 1ᵀ),   dV = Pᵀ dN + (F ∘ K) dC'
     dQ = scale (dP ∘ exp(D - m_t)) K + scale exp(e - m_t) ∘ (dN Cᵀ + ds nᵀ)
     dK = scale (dP ∘ exp(D - m_t))ᵀ Q + F ∘ (V dC'ᵀ + 1 dn')
     dD = dP ∘ P
     dC = exp(e_c - m_c) dC' + Q̃ᵀ dN,   dn alike with ds in the place of dN
 
-The gradient of a_t is the sum over all that decays at t: of pairs on both sides of it, of what later tokens take from
-the state, of what earlier ones leave in C' and n', and of the state itself. That of m_t goes to whichever of a_t +
-m_{t-1} and i_t it was. Only the states between chunks are kept, and these only during the backward pass.
+The gradient of a_t as if m were a constant, D_t, is the sum over all that decays at t: of pairs on both sides of it, of
+what later tokens take from the state, of what earlier ones leave in C' and n', and of the state itself. That of i_t is
+W_t, the sum of dD over its column and F_t k_t · (dC' v_t + dn'). As m_t is the larger of a_t + m_{t-1} and i_t, that
+one also gets what m does, M_t - D_t - W_t, where M_t is dm_t and what m_t gets as a part of a_{t+1} + m_t::
+
+    d(a_t + m_{t-1}) = M_t - W_t,   di_t = W_t         where a_t + m_{t-1} is the larger
+    d(a_t + m_{t-1}) = D_t,         di_t = M_t - D_t   where i_t is
+
+Many of these sums cancel but for rounding, as y does not depend on gates that are far above all others; so none of the
+three is added where it does not have to be. Only the states between chunks are kept, and these only during the backward
+pass.
 """
 
 from __future__ import annotations
@@ -37,8 +44,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmkernels.ops.delta_rule.tiled import Layout, before, from_here
-from ssmkernels.ops.mlstm.reference import EPSILON, denominator, log_sigmoid, scale_of
-from ssmkernels.ops.mlstm.surroundings import begun, counted, inner
+from ssmkernels.ops.mlstm.reference import denominator, log_sigmoid, scale_of
+from ssmkernels.ops.mlstm.surroundings import counted, of_floor
 from ssmkernels.ops.ssd.tiled import segment_sums
 
 CHUNK = 64  # tokens
@@ -92,8 +99,9 @@ class Weighed:
         (q, k, v, _, _), (C, n, _) = self.chunk, self.state
         y, sums, below = self.output()
         dN = dy / below
-        dbelow = -(dN * y).sum(-1, keepdim=True)
-        dsums = dbelow * counted(sums, torch.exp(-self.m)) * sums.sign()
+        of_sums = counted(sums, torch.exp(-self.m))
+        dsums = -(dN * y).sum(-1, keepdim=True) * of_sums * sums.sign()
+        dm = (dy * y).sum(-1, keepdim=True) * (1 - of_sums) * of_floor(self.m)
         dP = (dN @ v.mT + dsums).tril()
         products = dP * self.weights
         of_query = self.carried * (dN @ C.mT + dsums * n[..., None, :])
@@ -102,24 +110,26 @@ class Weighed:
         kept = (k * of_key).sum(-1, keepdim=True)
         da = from_here((q * of_query).sum(-1, keepdim=True)) + before(kept) + of_state[..., None] + _across(dD)
         di = dD.sum(-2)[..., None] + kept
-        to_a, to_i, dm = self._of_stabilisers(EPSILON * dbelow, after.m)
+        da, di, dm = self._of_gates(da, di, dm, after.m)
         gradients = Chunk(
             products @ k + of_query,
             products.mT @ q + of_key,
             self.P.mT @ dN + (self.left * k) @ after.C,
-            di + to_i,
-            da + to_a,
+            di,
+            da,
         )
         dC = self.whole[..., None] * after.C + self.from_state.mT @ dN
         return gradients, State(dC, self.whole * after.n + (self.from_state * dsums).sum(-2), dm)
 
-    def _of_stabilisers(self, dm: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What m's own gradients, dm (b h c 1) and that after the chunk (b h), give to a, i and the m before it."""
+    def _of_gates(self, D: Tensor, W: Tensor, dm: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of a, i and the m before the chunk, from D, W, dm (b h c 1) and what m gets after it (b h)."""
         kept = self.chunk.a + torch.cat([self.state.m[..., None, None], self.m[..., :-1, :]], dim=-2)
         share = torch.where(kept == self.chunk.i, 0.5, (kept > self.chunk.i).to(kept.dtype))
         passed = torch.exp(segment_sums(torch.log(share[..., 0])))  # from m_t to m_j, (b h t j)
-        dm = passed.mT @ torch.cat([dm[..., :-1, :], dm[..., -1:, :] + last[..., None, None]], dim=-2)
-        return share * dm, (1 - share) * dm, (share * dm)[..., 0, 0]
+        own = (1 - share) * D - share * W  # of a_t + m_{t-1} beside a share of M_t
+        M = passed.mT @ (dm + torch.cat([own[..., 1:, :], last[..., None, None]], dim=-2))
+        dkept = own + share * M
+        return dkept, share * W + (1 - share) * (M - D), dkept[..., 0, 0].contiguous()
 
 
 def _across(dD: Tensor) -> Tensor:
@@ -140,22 +150,18 @@ def forward(a: Any, _: bool) -> tuple[Tensor, ...]:
 
 def backward(a: Any, _: Any, grads: Any) -> dict[str, Tensor | None]:
     layout = Layout(a, CHUNK)
-    first, chunks, states = _initial(a), _chunks(a, layout), []
-    state = first
+    state, chunks, states = _initial(a), _chunks(a, layout), []
     for chunk in chunks:
         states.append(state)
         state = Weighed(chunk, state).after()
     given = (grads.final_C, grads.final_n, grads.final_m)
     dC, dn, dm = (torch.zeros_like(x) if g is None else g for x, g in zip(state, given, strict=True))
-    any_tokens = begun(a)
-    gradient = State(dC, dn, dm - any_tokens * (inner(state.C, dC) + inner(state.n, dn)))
-    found = []
+    gradient, found = State(dC, dn, dm), []
     for chunk, state, dy in reversed(list(zip(chunks, states, layout.cut(grads.y), strict=True))):
         parts, gradient = Weighed(chunk, state).backward(dy, gradient)
         found.append(parts)
     dq, dk, dv, di, da = [list(part) for part in zip(*reversed(found), strict=True)] or [[]] * 5
     dC, dn, dm = gradient
-    dm = dm + any_tokens * (inner(first.C, dC) + inner(first.n, dn))
     return {
         "q": scale_of(a.scale, a.q) * layout.joined(dq, a.q),
         "k": layout.joined(dk, a.k),

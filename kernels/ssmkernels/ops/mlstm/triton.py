@@ -47,7 +47,9 @@ class MemoryChunks(Chunks):
         self.m = call.q.new_empty(call.i.shape, dtype=torch.float32)
         self.final_m = self.m.new_empty((sequences, call.i.shape[2]))
         keys, queries = call.k.float(), call.q.float()
-        super().__init__(surroundings.recurrence(call, keys, queries, self.m, None), final)
+        super().__init__(
+            surroundings.recurrence(call, surroundings.beside_ones(call), keys, queries, self.m, None), final
+        )
 
     def precisions(self) -> dict[str, Any]:
         factor = importlib.import_module("triton.language").float32
@@ -111,13 +113,15 @@ def backward(a: Any, saved: Any, grads: Any) -> dict[str, Tensor | None]:
     with on_device_of(a.q):
         chunks = MemoryChunks(a, None)
 
-        def of_recurrence(dy: Tensor, dstate: Tensor | None) -> dict[str, Any]:
+        def of_recurrence(dstate: Tensor | None) -> dict[str, Any]:
+            dy, dm = surroundings.of_division(a, saved, grads.y)
             incoming = SimpleNamespace(y=dy, final_state=dstate)
-            return MemoryBackward(chunks.a, incoming, chunks).gradients()
+            found: dict[str, Any] = MemoryBackward(chunks.a, incoming, chunks).gradients()
+            return found | {"x": found["x"][..., :-1], "m": dm}
 
         def of_gates(ddecay: Tensor, dweight: Tensor, dm: Tensor, dfinal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             di, df, dinitial = (t.new_empty(t.shape) for t in (a.i, a.f, chunks.final_m))
-            incoming = {"ddecay": ddecay, "dweight": dweight, "dm": dm.contiguous(), "dfinal": dfinal.contiguous()}
+            incoming = {"ddecay": ddecay, "dweight": dweight, "dm": dm.contiguous(), "dfinal": dfinal}
             if dinitial.numel():
                 kernels(__package__).gates_backward[(dinitial.numel(),)](
                     **chunks.gate_fields(), **incoming, di=di, df=df, dinitial=dinitial

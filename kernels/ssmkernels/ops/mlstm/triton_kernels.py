@@ -142,7 +142,7 @@ def gates_backward(
     H: tl.constexpr,
     Q: tl.constexpr,
 ):
-    """Gradients of i and f (b l h) and of the initial m (s h); what m gets goes to whichever argument it was."""
+    """Gradients of i and f (b l h) and of the initial m (s h), as in ``tiled.py``."""
     line = tl.program_id(0).to(tl.int64)
     sequence, head = line // H, line % H
     batch, begin, end, _, count = where_chunks_lie(sequence, cu_seqlens, length, per_sequence, Q)
@@ -156,25 +156,30 @@ def gates_backward(
         at = (batch * length + time) * H + head
         gate = tl.load(i + time * i_time, mask=there, other=0.0).to(tl.float32)
         raw = tl.load(f + time * f_time, mask=there, other=0.0).to(tl.float32)
-        before = tl.load(m + at - H, mask=there & (time > begin), other=0.0)
+        last = tl.load(m + at - H, mask=there & (time > begin), other=0.0)
         if initial is not None:
-            before += tl.where(time == begin, tl.load(initial + line), 0.0)
-        kept = before - softplus(-raw)
+            last += tl.where(time == begin, tl.load(initial + line), 0.0)
+        kept = last - softplus(-raw)
         share = tl.where(kept > gate, 1.0, tl.where(kept < gate, 0.0, 0.5))
         share = tl.where(there, share, 1.0)
-        # Of what token j gets, the part that reaches token t: the product of the shares from t + 1 to j, halves or 0
-        power = tl.cumsum(tl.where(share == 1.0, 0.0, tl.where(share == 0.5, -1.0, -1000.0)), axis=0)
-        reach = tl.exp2(tl.where(slot[None, :] >= slot[:, None], power[None, :] - power[:, None], -float("inf")))
-        own = tl.load(dm + at, mask=there, other=0.0)
-        own = tl.where(slot == Q - 1, own + later, own)
-        total = tl.sum(reach * own[None, :], axis=1)
-        of_kept = share * total
         weight = tl.exp(gate - tl.load(m + at, mask=there, other=0.0))
-        dgate = weight * tl.load(dweight + at, mask=there, other=0.0) + (total - of_kept)
-        dkept = tl.load(ddecay + at, mask=there, other=0.0) + of_kept
-        tl.store(di + at, dgate.to(di.dtype.element_ty), mask=there)
+        W = weight * tl.load(dweight + at, mask=there, other=0.0)
+        D = tl.load(ddecay + at, mask=there, other=0.0)
+        own = (1.0 - share) * D - share * W
+        # Of what m_j gets, the part that m_t gets: the product of the shares from t + 1 to j, halves or 0. That of what
+        # token j's larger argument gets does without j's share.
+        factor = tl.where(share == 1.0, 0.0, tl.where(share == 0.5, -1.0, -1000.0))
+        power = tl.cumsum(factor, axis=0)
+        before = power - factor
+        reach = tl.exp2(tl.where(slot[None, :] >= slot[:, None], power[None, :] - power[:, None], -float("inf")))
+        of_own = tl.exp2(tl.where(slot[None, :] > slot[:, None], before[None, :] - power[:, None], -float("inf")))
+        direct = tl.load(dm + at, mask=there, other=0.0)
+        direct = tl.where(slot == Q - 1, direct + later, direct)
+        M = tl.sum(reach * direct[None, :] + of_own * own[None, :], axis=1)
+        dkept = own + share * M
+        tl.store(di + at, (share * W + (1.0 - share) * (M - D)).to(di.dtype.element_ty), mask=there)
         tl.store(df + at, (dkept * sigmoid(-raw)).to(df.dtype.element_ty), mask=there)
-        later = tl.sum(tl.where(slot == 0, of_kept, 0.0), axis=0)
+        later = tl.sum(tl.where(slot == 0, dkept, 0.0), axis=0)
     tl.store(dinitial + line, later)
 
 
@@ -240,7 +245,7 @@ def step(
         norm = decay * tl.load(n + at * n_k, mask=here, other=0.0) + added
         tl.store(n + at * n_k, norm, mask=here)
         sums += tl.sum(norm * tl.load(q + at * q_k, mask=here, other=0.0).to(WIDE), axis=0)
-    below = tl.maximum(tl.abs(sums * scale), tl.exp(-now)) + 1e-6
+    below = tl.maximum(tl.abs(sums * scale), tl.exp(tl.minimum(-now, 88.0))) + 1e-6
     for first_v in range(0, V, BLOCK_V):
         column = first_v + values
         value = tl.load(v + column * v_v, mask=column < V, other=0.0).to(WIDE)

@@ -17,6 +17,7 @@ namespace SSMZOO_ISA {
 
 constexpr int64_t kBlock = 32;   // 4-bit weights: 16 bytes, whose low halves are the first 16 of them
 constexpr int64_t kChunk = 128;  // weights of an output that are unpacked at once, all of one group
+constexpr int64_t kNibbles = 5;  // the number that Python gives to weights of 4 bits
 constexpr int kMiddle = 8;       // what 4-bit weights without zeros count from
 
 struct Nibbles {
@@ -29,17 +30,32 @@ struct integer8 {
     int8_t value;
 };
 
+struct natural8 {
+    uint8_t value;
+};
+
 SSMZOO_INLINE float widen(integer8 x) { return static_cast<float>(x.value); }
+SSMZOO_INLINE float widen(natural8 x) { return static_cast<float>(x.value); }
 
 #if SSMZOO_VECTOR_BYTES == 64
 template <>
 SSMZOO_INLINE VF read(const integer8* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
+
+template <>
+SSMZOO_INLINE VF read(const natural8* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 #elif SSMZOO_VECTOR_BYTES == 32
 template <>
 SSMZOO_INLINE VF read(const integer8* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+
+template <>
+SSMZOO_INLINE VF read(const natural8* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 #endif
 

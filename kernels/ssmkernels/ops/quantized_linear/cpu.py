@@ -16,6 +16,7 @@ from ssmkernels.native import address, missing, plain, rows, wrong_device
 from ssmkernels.native.calls import NotPreparedError
 from ssmkernels.native.prepared import Prepared
 from ssmkernels.native.products import linear
+from ssmkernels.ops.quantized_linear.reference import inputs
 from ssmkernels.ops.quantized_linear.tiled import as_rows, by_tiles, gradients, plain_weights
 
 __all__ = ["backward", "forward", "missing", "prepared", "unsupported"]
@@ -30,10 +31,10 @@ def unsupported(a: Any) -> str | None:
 
 def forward(a: Any, _: bool) -> Tensor:
     if _double(a):
-        return by_tiles(a, plain_weights, torch.matmul)
+        return by_tiles(a, inputs(a), plain_weights, torch.matmul)
     if a.x.numel() <= FEW * a.x.shape[-1]:
         return prepared(a).run()
-    return by_tiles(a, _dequantized, _product)
+    return by_tiles(a, _inputs(a), _dequantized, _product)
 
 
 def backward(a: Any, _: Any, grads: Any) -> dict[str, Any]:
@@ -69,6 +70,7 @@ def prepared(a: Any) -> Prepared:
             "rows": x.shape[0],
             "x_row": x.stride(0),
             "threads": native.threads(a.weight.shape[0] * x.shape[1]),
+            "rounded": a.activations is not None,
         },
         (x, bias, *kept),
         y,
@@ -79,6 +81,28 @@ def _dequantized(a: Any) -> Tensor:
     fields, _kept = _weight(a)
     to = a.x.new_empty(a.weight.shape[0], a.x.shape[-1], dtype=torch.float32)
     native.run("dequantize", fields | {"to": to.data_ptr(), "threads": native.threads(to.numel())})
+    return to
+
+
+def _inputs(a: Any) -> Tensor:
+    """x in float32, rounded if it shall be."""
+    if a.activations is None:
+        return inputs(a)
+    x = as_rows(rows(a.x))
+    to = x.new_empty(x.shape, dtype=torch.float32)
+    native.run(
+        "round_inputs",
+        {
+            "x": x.data_ptr(),
+            "to": to.data_ptr(),
+            "dtype": native.DTYPES[x.dtype],
+            "rows": x.shape[0],
+            "x_row": x.stride(0),
+            "size": x.shape[1],
+            "group": a.group_size or x.shape[1],
+            "threads": native.threads(x.numel()),
+        },
+    )
     return to
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ssmkernels.core.validate import precision
+from ssmkernels.ops.quantized_linear import SPAN
 
+LEAST = 2.0**-100  # scale of rounded inputs
 MIDDLE = 8  # what 4-bit weights without zeros count from
 
 
@@ -16,8 +19,20 @@ def compute(a: Any) -> Tensor:
     """y."""
     wide = precision(a.x)
     weight = dequantized(a.weight, a.scales, a.zeros, a.group_size, a.x.shape[-1], wide)
-    y = a.x.to(wide) @ weight.T
+    y = inputs(a) @ weight.T
     return (y if a.bias is None else y + a.bias).to(a.x.dtype)
+
+
+def inputs(a: Any) -> Tensor:
+    """x in the dtype of sums, rounded if it shall be; then its gradient is that of x as it came."""
+    x = a.x.to(precision(a.x))
+    if a.activations is None:
+        return x
+    size, span = x.shape[-1], min(a.group_size or SPAN, SPAN)
+    parts = F.pad(x.detach().float(), (0, -size % span)).unflatten(-1, (-1, span))
+    scale = (parts.abs().amax(-1, keepdim=True) / 127).clamp(min=LEAST)
+    rounded = (parts / scale).round().to(x.dtype) * scale.to(x.dtype)
+    return rounded.flatten(-2)[..., :size] + (x - x.detach())
 
 
 def dequantized(

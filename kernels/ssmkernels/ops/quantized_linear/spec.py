@@ -17,6 +17,7 @@ BASE = {
     "group_size": 32,
     "zeros": True,
     "bias": True,
+    "activations": None,  # or "int8"
     "weights": "same",  # or "float32" beside half precision: scales and bias
 }
 
@@ -31,6 +32,10 @@ ROWS = (
     {"group_size": 64, "k": 130},
     {"group_size": 96, "k": 192, "o": 70},
     {"group_size": 128, "k": 300, "o": 9, "b": 1, "l": 1},
+    {"activations": "int8"},
+    {"activations": "int8", "group_size": 64, "k": 130, "bias": False},
+    {"activations": "int8", "group_size": None, "k": 300, "o": 9, "zeros": False, "layout": "strided"},
+    {"activations": "int8", "group_size": 128, "k": 300, "l": 9},
     {"weights": "float32"},
     {"weights": "float32", "bits": "8", "zeros": False, "group_size": None, "k": 33},
     {"k": 1},
@@ -66,6 +71,7 @@ def make(case: Case, draw: Draw) -> dict[str, Any]:
         "zeros": draw.uniform(0, 16, o, groups).to(torch.uint8) if case["zeros"] else None,
         "bias": draw.normal(o) if case["bias"] else None,
         "group_size": group,
+        "activations": case["activations"],
     }
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ssmkernels.core.validate import precision
-from ssmkernels.ops.quantized_linear.reference import dequantized, spread, whole_numbers
+from ssmkernels.ops.quantized_linear.reference import dequantized, inputs, spread, whole_numbers
 
 WEIGHTS = 2**22  # that are dequantised at once
 
@@ -19,7 +19,7 @@ Product = Callable[[Tensor, Tensor], Tensor]
 
 
 def forward(a: Any, _: bool) -> Tensor:
-    return by_tiles(a, plain_weights, torch.matmul)
+    return by_tiles(a, inputs(a), plain_weights, torch.matmul)
 
 
 def backward(a: Any, _: Any, grads: Any) -> dict[str, Any]:
@@ -35,10 +35,10 @@ def as_rows(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def by_tiles(a: Any, weights: Dequantize, product: Product) -> Tensor:
-    """y, by ``product`` of matrices."""
+def by_tiles(a: Any, x: Tensor, weights: Dequantize, product: Product) -> Tensor:
+    """y by ``product`` of matrices, from x as it is multiplied."""
     (y,) = a.declared.outputs(a)
-    x, out = as_rows(a.x).to(precision(a.x)), as_rows(y)
+    x, out = as_rows(x), as_rows(y)
     for outputs, tile in _tiles(a):
         part = product(x, weights(tile).T)
         out[:, outputs] = part if tile.bias is None else part + tile.bias
@@ -47,14 +47,14 @@ def by_tiles(a: Any, weights: Dequantize, product: Product) -> Tensor:
 
 def gradients(a: Any, grads: Any, weights: Dequantize, product: Product) -> dict[str, Any]:
     """Those that are wanted; of weights only where they are floating-point numbers."""
-    wide = precision(a.x)
-    x, dy = as_rows(a.x).to(wide), as_rows(grads.y).to(wide)
-    dx, dscales, dweight = torch.zeros_like(x), [], []
+    dy = as_rows(grads.y).to(precision(a.x))
+    x = as_rows(inputs(a)) if {"scales", "weight"} & {*grads.wanted} else None
+    dx, dscales, dweight = dy.new_zeros(dy.shape[0], a.x.shape[-1]), [], []
     for outputs, tile in _tiles(a):
         part = dy[:, outputs]
         if "x" in grads.wanted:
             dx += product(part, weights(tile))
-        if "scales" in grads.wanted or "weight" in grads.wanted:
+        if x is not None:
             dw = product(part.T, x)
             dweight.append(dw)
             if a.scales is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ssmkernels.core.names import OPS
 from ssmkernels.core.triton_support import kernels, missing, on_device_of, wrong_device
 from ssmkernels.native import rows
+from ssmkernels.ops.quantized_linear import SPAN
 from ssmkernels.ops.quantized_linear.tiled import as_rows, backward
 
 __all__ = ["backward", "forward", "missing", "offline_cases", "unsupported"]
@@ -46,6 +47,7 @@ def forward(a: Any, _: bool) -> Tensor:
             O=outputs,
             GROUP=a.group_size or size,
             PACKED=a.weight.dtype == torch.uint8,
+            SPAN=0 if a.activations is None else min(a.group_size or SPAN, SPAN),
             ROWS=ROWS,
             OUTPUTS=OUTPUTS,
             num_warps=4,
@@ -56,7 +58,7 @@ def forward(a: Any, _: bool) -> Tensor:
 def offline_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     """Launches on meta tensors, by name, for compiling without a GPU."""
 
-    def launch(dtype: torch.dtype, weight: torch.dtype, scaled: bool) -> None:
+    def launch(dtype: torch.dtype, weight: torch.dtype, scaled: bool, activations: str | None) -> None:
         packed, k, o = weight == torch.uint8, 768, 96
         values = torch.empty(o, k // 2 if packed else k, dtype=weight, device="meta")
         groups = torch.empty(o, k // 64, device="meta")
@@ -64,12 +66,14 @@ def offline_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         zeros = torch.empty_like(groups, dtype=torch.uint8) if packed else None
         bias = torch.empty(o, dtype=dtype, device="meta")
         scales = groups if scaled else None
-        forward(OPS["quantized_linear"].declared.Arguments(x, values, scales, zeros, bias, 64), True)
+        forward(OPS["quantized_linear"].declared.Arguments(x, values, scales, zeros, bias, 64, activations), True)
 
-    for dtype, weight, scaled in (
-        (torch.bfloat16, torch.uint8, True),
-        (torch.float32, torch.int8, True),
-        (torch.float16, torch.float16, False),
+    for dtype, weight, scaled, activations in (
+        (torch.bfloat16, torch.uint8, True, None),
+        (torch.float32, torch.uint8, True, "int8"),
+        (torch.float32, torch.int8, True, None),
+        (torch.float16, torch.float16, False, None),
     ):
         name, of = (str(x).removeprefix("torch.") for x in (dtype, weight))
-        yield f"{name}, weights {of}", functools.partial(launch, dtype, weight, scaled)
+        launched = functools.partial(launch, dtype, weight, scaled, activations)
+        yield f"{name}, weights {of}" + (f", activations {activations}" if activations else ""), launched

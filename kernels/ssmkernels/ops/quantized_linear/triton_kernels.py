@@ -27,10 +27,11 @@ def forward(
     O: tl.constexpr,
     GROUP: tl.constexpr,
     PACKED: tl.constexpr,
+    SPAN: tl.constexpr,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
 ):
-    """y (rows, O); offsets are 64-bit."""
+    """y (rows, O), of x as it is or, where SPAN is not 0, rounded in spans of so many inputs; offsets are 64-bit."""
     BLOCK: tl.constexpr = 32
     groups: tl.constexpr = (K + GROUP - 1) // GROUP
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -44,7 +45,15 @@ def forward(
     for first in range(0, K, BLOCK):
         inside = first + within < K
         from_x = x + row[:, None] * x_row + first + within[None, :]
-        values = tl.load(from_x, mask=of_row[:, None] & inside[None, :], other=0.0).to(half)
+        values = tl.load(from_x, mask=of_row[:, None] & inside[None, :], other=0.0)
+        if SPAN:
+            near = first // SPAN * SPAN + tl.arange(0, 128)
+            span = of_row[:, None] & ((tl.arange(0, 128) < SPAN) & (near < K))[None, :]
+            all_of_it = tl.load(x + row[:, None] * x_row + near[None, :], mask=span, other=0.0).to(tl.float32)
+            scale_of_x = tl.maximum(tl.div_rn(tl.max(tl.abs(all_of_it), axis=1), 127.0), 2.0**-100)
+            values = tl.div_rn(values.to(tl.float32), scale_of_x[:, None] + tl.zeros_like(values).to(tl.float32))
+            values = values + 12582912.0 - 12582912.0  # 1.5 · 2²³: rounds to a whole number
+        values = values.to(half)
         if PACKED:
             width: tl.constexpr = (K + BLOCK - 1) // BLOCK * (BLOCK // 2)
             place = weight + output[:, None] * width + first // 2 + within[None, :] % 16
@@ -61,6 +70,8 @@ def forward(
         if scales is not None:
             scale = tl.load(scales + output * groups + first // GROUP, mask=of_output, other=0.0).to(tl.float32)
             product *= scale[None, :]
+        if SPAN:
+            product *= scale_of_x[:, None]
         total += product
     if bias is not None:
         total += tl.load(bias + output, mask=of_output, other=0.0).to(tl.float32)[None, :]

@@ -120,7 +120,7 @@ def _options(a: Any, of_keys: bool = False) -> dict[str, Any]:
     options = {"KEYS": keys, "num_warps": warps, "num_stages": 1 if single else 2, **all_registers(32 * warps)}
     if not of_keys:
         return options | {"ROWS": max(16, groups)}
-    return options | {"LANES": groups, "QUERIES": max(1, (16 if single else 32) // groups)}
+    return options | {"LANES": groups, "QUERIES": max(1, (16 if single or widest > 128 else 32) // groups)}
 
 
 def offline_cases() -> Iterator[tuple[str, Callable[[], Any]]]:

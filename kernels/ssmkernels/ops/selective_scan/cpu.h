@@ -7,6 +7,7 @@
 
 #include "native/math.h"
 #include "native/parallel.h"
+#include "native/rows.h"
 #include "selective_scan/cpu_numbers.h"
 
 namespace ssmzoo {
@@ -37,9 +38,8 @@ inline Sequence sequence(const ScanArguments& a, int64_t i) {
 }
 
 // Whether one activation is more than a cache holds.
-template <class T>
-bool is_large(const ScanArguments& a) {
-    return (a.cu_seqlens ? 1 : a.sequences) * a.length * a.d * static_cast<int64_t>(sizeof(T)) >= kLarge;
+inline bool is_large(const ScanArguments& a) {
+    return (a.cu_seqlens ? 1 : a.sequences) * a.length * a.d * bytes_of(a.dtype) >= kLarge;
 }
 
 // One tile: its first channel, how many there are, and their group.
@@ -63,16 +63,16 @@ struct Ahead {
     int64_t steps[kArrays];   // in bytes
     int64_t size;             // of an element
 
-    // The first row of each array, a null one left out, and elements from one to the next.
-    template <class T>
-    static Ahead of(const T* const (&first)[kArrays], const int64_t (&steps)[kArrays]) {
+    // Where each array begins, a null one left out, its first row in elements from there, and elements between rows.
+    static Ahead of(int64_t dtype, const void* const (&arrays)[kArrays], const int64_t (&first)[kArrays],
+                    const int64_t (&steps)[kArrays]) {
         Ahead ahead;
+        ahead.size = bytes_of(dtype);
         for (int i = 0; i < kArrays; ++i) {
-            const int k = first[i] ? i : 0;
-            ahead.rows[i] = reinterpret_cast<uintptr_t>(first[k]);
-            ahead.steps[i] = steps[k] * static_cast<int64_t>(sizeof(T));
+            const int k = arrays[i] ? i : 0;
+            ahead.rows[i] = reinterpret_cast<uintptr_t>(arrays[k]) + static_cast<uintptr_t>(first[k] * ahead.size);
+            ahead.steps[i] = steps[k] * ahead.size;
         }
-        ahead.size = sizeof(T);
         return ahead;
     }
 
@@ -114,11 +114,11 @@ struct Map {
     }
 };
 
-// f(B, C) for the maps as what they are; where they are fixed and that is not `often` so, as ones of which any may be.
+// f(B, C) for the maps as what they are if that is worth code of its own (`often`), else as ones of which any may be.
 template <bool often, class K, class F>
 SSMZOO_INLINE void with_maps(const Map<K>& B, const Map<K>& C, const F& f) {
-    if (!B.is_fixed && !C.is_fixed) return f(B.template as<Over::time>(), C.template as<Over::time>());
     if constexpr (often) {
+        if (!B.is_fixed && !C.is_fixed) return f(B.template as<Over::time>(), C.template as<Over::time>());
         if (!C.is_fixed) return f(B.template as<Over::channels>(), C.template as<Over::time>());
         if (!B.is_fixed) return f(B.template as<Over::time>(), C.template as<Over::channels>());
         return f(B.template as<Over::channels>(), C.template as<Over::channels>());
@@ -192,19 +192,16 @@ struct Walk {
     }
 
     // u, delta → dt, dtu. Returns whether decays may go unguarded: |dt A| is small throughout, and nothing is NaN.
-    template <class T>
-    bool read_steps(const ScanArguments& a, Tile tile, const Sequence& s, int64_t t0, int64_t steps) {
-        const T* u = at<T>(a.u, s.batch * a.u_batch + (s.start + t0) * a.u_time + tile.first);
-        const T* delta = at<T>(a.delta, s.batch * a.delta_batch + (s.start + t0) * a.delta_time + tile.first);
+    bool read_steps(bool softplus_, int64_t channels, Rows<S> u, Rows<S> delta, int64_t steps) {
         const V bound = splat<S>(limit);
         auto safe = bound == bound;
         for (int64_t t = 0; t < steps; ++t)
-            for (int64_t c = 0; c < tile.channels; c += Lanes<S>::count) {
-                const int64_t i = t * kTile + c, count = tile.channels - c;
-                V step = read_some(delta + t * a.delta_time + c, count) + load(bias + c);
-                if (a.softplus) step = softplus<S>(step);
+            for (int64_t c = 0; c < channels; c += Lanes<S>::count) {
+                const int64_t i = t * kTile + c, count = channels - c;
+                V step = delta(t, c, count) + load(bias + c);
+                if (softplus_) step = softplus<S>(step);
                 store(dt + i, step);
-                store(dtu + i, step * read_some(u + t * a.u_time + c, count));
+                store(dtu + i, step * u(t, c, count));
                 safe &= absolute<S>(step) <= bound;
             }
         bool all = true;

@@ -29,7 +29,7 @@ struct Adjoint {
 
     static int64_t size(int64_t n, int64_t chunk) { return (4 * n + 2 + 4 * chunk) * kTile + 2 * chunk * kGroup; }
 
-    void take(S* p, int64_t n, int64_t chunk) {
+    S* take(S* p, int64_t n, int64_t chunk) {
         g = p;
         dA = g + n * kTile;
         dB = dA + n * kTile;
@@ -42,6 +42,7 @@ struct Adjoint {
         ddt = q + chunk * kTile;
         decays = ddt + chunk * kTile;
         states = decays + chunk * kGroup;
+        return states + chunk * kGroup;
     }
 };
 
@@ -162,7 +163,7 @@ void all_states(const Walk<K>& w, const Adjoint<K>& r, const AheadBoth& next, Ma
                 int64_t steps) {
     in_groups<K::backward_states>(n / K::parts, [&](auto count, int64_t j) {
         constexpr int N = decltype(count)::value;
-        with_maps<N == K::backward_states && M == 2>(B, C, [&](auto b, auto c_) {
+        with_maps<N == K::backward_states && M == 2 && K::often>(B, C, [&](auto b, auto c_) {
             chunk_adjoint<K, N, M>(w, r, next, b, c_, n, j, c, steps);
         });
     });

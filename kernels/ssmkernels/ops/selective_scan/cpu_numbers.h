@@ -83,6 +83,7 @@ struct Real {
     typedef V Rate;  // what decay takes of A
     static constexpr int parts = 1, rate_parts = 1;
     static constexpr int forward_states = 8, backward_states = 4;  // in registers at a time
+    static constexpr bool often = sizeof(S) == sizeof(float);      // run where speed counts
 
     // A vector's reals lie `stride` apart.
     static SSMZOO_INLINE Number load(const S* p, int64_t) { return SSMZOO_ISA::load(p); }
@@ -115,6 +116,7 @@ struct Complex {
     typedef ComplexLanes<S> Number;
     static constexpr int parts = 2, rate_parts = 3;
     static constexpr int forward_states = 4, backward_states = 2;
+    static constexpr bool often = sizeof(S) == sizeof(float);
     static constexpr int lanes = Lanes<S>::count;
 
     struct Rate {
@@ -201,7 +203,8 @@ struct Complex {
     }
 };
 
-// f(count, first) for groups of states one after another: as many at once as `most`, a power of two, then fewer.
+// f(count, first) for groups of states one after another: as many at once as `most`, a power of two, then a quarter of
+// them, and one at last.
 template <int states>
 struct Together {
     static constexpr int value = states;
@@ -210,7 +213,7 @@ struct Together {
 template <int most, class F>
 SSMZOO_INLINE void in_groups(int64_t states, const F& f, int64_t first = 0) {
     for (; first + most <= states; first += most) f(Together<most>(), first);
-    if constexpr (most > 1) in_groups<most / 2>(states, f, first);
+    if constexpr (most > 1) in_groups<(most < 4 ? 1 : most / 4)>(states, f, first);
 }
 
 }  // namespace SSMZOO_ISA

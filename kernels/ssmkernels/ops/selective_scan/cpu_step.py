@@ -14,6 +14,8 @@ from ssmkernels.ops.selective_scan.cpu_arguments import kernel, maps, reals
 
 __all__ = ["forward", "missing", "prepared", "unsupported"]
 
+UPDATE = 4  # multiply-adds in the time that one number of a state takes, with its exponential
+
 
 def forward(a: Any, _: bool) -> Tensor:
     own = a.state.resolve_conj().contiguous()
@@ -55,7 +57,7 @@ def prepared(a: Any) -> Prepared:
             "groups_B": 1 if B.ndim == 2 else B.shape[1],
             "groups_C": 1 if C.ndim == 2 else C.shape[1],
             "softplus": a.delta_softplus,
-            "threads": native.threads(batch * d * n),
+            "threads": native.threads(UPDATE * batch * d * n),
             "u_batch": u.stride(0),
             "delta_batch": delta.stride(0),
             "z_batch": 0 if z is None else z.stride(0),

@@ -1,8 +1,13 @@
 // The scalar memory's backward pass, from gates and states that the forward pass has kept.
 //
-// What c and n stand for, c exp(m) and n exp(m), does not depend on m. So decays and weights are differentiated as if m
-// were a constant; only the gradient that the final state brings for m goes back through it, to whichever of its two
-// arguments it was. Gradients of the recurrent weights are products over a few tokens at a time.
+// With D the gradient of decay times decay and W that of weight times weight, as if m were a constant, and M that of m
+// through all but these two, the larger of m's two arguments also gets what m does to both, M - D - W:
+//
+//     where it was the old m     dm_old = M - W     di = W
+//     where it was i             dm_old = D         di = M - D
+//
+// With dm_old for the gradient of log σ(f_t) + m_{t-1}. Either way, what would cancel is never added. Gradients of the
+// recurrent weights are products over a few tokens at a time.
 #include "native/exports.h"
 #include "slstm/cpu.h"
 
@@ -82,18 +87,19 @@ struct Backward {
             const V gradient = load(dh_row + j) + load(dy + j), inverse = one / cell.n;
             const V gc = fma(gradient * cell.o, inverse, load(dc_row + j));
             const V gn = load(dn_row + j) - gradient * cell.h * inverse;
-            const V gm = load(dm_row + j);
-            const V share = choose<S>(cell.kept > i, one, choose<S>(cell.kept < i, V{}, half)), of_kept = share * gm;
-            const V dkept = fma(cell.decay, fma(gc, c_before, gn * n_before), of_kept);
+            const V M = load(dm_row + j);
+            const V D = cell.decay * fma(gc, c_before, gn * n_before), W = cell.weight * fma(gc, cell.z, gn);
+            const V both = half * (M - D - W);
+            const V dkept = choose<S>(cell.kept > i, M - W, choose<S>(cell.kept < i, D, D + both));
             const V gates_now[] = {
-                fma(cell.weight, fma(gc, cell.z, gn), gm - of_kept),
+                choose<S>(cell.kept > i, W, choose<S>(cell.kept < i, M - D, W + both)),
                 dkept * sigmoid<S>(-f),
                 gc * cell.weight * (one - cell.z * cell.z),
                 gradient * cell.h * (one - cell.o),
             };
             store(dc_row + j, gc * cell.decay);
             store(dn_row + j, gn * cell.decay);
-            store(dm_row + j, of_kept);
+            store(dm_row + j, dkept);
             for (int64_t gate = 0; gate < 4; ++gate) {
                 S* sum = dbias + gate * width + j;
                 store(to + gate * width + j, gates_now[gate]);
@@ -143,32 +149,26 @@ struct Backward {
         memcpy(static_cast<S*>(to) + offset, from, sizeof(S) * static_cast<size_t>(count));
     }
 
-    // The gradients of a row's final state; m's also through c and n, if the row has tokens at all.
+    // The gradients of a row's final state.
     void begin(const SlstmBackwardArguments& b, const Group& g, int64_t row, int64_t head) {
         const SlstmArguments& a = b.forward;
-        const int64_t offset = (g.index[row] * a.heads + head) * a.p, length = g.length[row];
-        const S *c = state(a, g, row, length, head, 0), *n = state(a, g, row, length, head, 1);
+        const int64_t offset = (g.index[row] * a.heads + head) * a.p;
         const auto given = [&](const void* from, int64_t j) { return from && j < a.p ? *at<S>(from, offset + j) : S(0); };
         for (int64_t j = 0; j < width; ++j) {
-            const S of_c = given(b.dfinal_c, j), of_n = given(b.dfinal_n, j);
-            dc[row * width + j] = of_c;
-            dn[row * width + j] = of_n;
+            dc[row * width + j] = given(b.dfinal_c, j);
+            dn[row * width + j] = given(b.dfinal_n, j);
             dh[row * R.columns + j] = given(b.dfinal_h, j);
-            dm[row * width + j] = given(b.dfinal_m, j) - (length && j < a.p ? of_c * c[j] + of_n * n[j] : S(0));
+            dm[row * width + j] = given(b.dfinal_m, j);
         }
     }
 
     void end(const SlstmBackwardArguments& b, const Group& g, int64_t row, int64_t head) {
         const SlstmArguments& a = b.forward;
-        const S *c = state(a, g, row, 0, head, 0), *n = state(a, g, row, 0, head, 1);
-        S *dc_row = dc + row * width, *dn_row = dn + row * width, *dm_row = dm + row * width;
-        if (g.length[row])
-            for (int64_t j = 0; j < a.p; ++j) dm_row[j] = dm_row[j] + (dc_row[j] * c[j] + dn_row[j] * n[j]);
         const int64_t offset = (g.index[row] * a.heads + head) * a.p;
-        write(b.dc, offset, dc_row, a.p);
-        write(b.dn, offset, dn_row, a.p);
+        write(b.dc, offset, dc + row * width, a.p);
+        write(b.dn, offset, dn + row * width, a.p);
         write(b.dh, offset, dh + row * R.columns, a.p);
-        write(b.dm, offset, dm_row, a.p);
+        write(b.dm, offset, dm + row * width, a.p);
     }
 };
 

@@ -39,6 +39,7 @@ ROWS = (
     {"weights": "same"},
     {"x": 0.0},
     {"x": 10.0, "l": 9},
+    {"x": 1e3},  # gates far apart: what cancels between i, f and m is exactly 0
     {"f": -5.0},
     {"f": 8.0},
     {"layout": "strided"},

@@ -19,7 +19,7 @@ from ssmkernels.core.triton_support import (
     on_device_of,
     wrong_device,
 )
-from ssmkernels.ops.slstm.saved import PARTS, SAVES, before_first, empty
+from ssmkernels.ops.slstm.saved import PARTS, SAVES, empty
 from ssmkernels.ops.ssd.triton_arguments import strides, wide
 
 __all__ = ["SAVES", "backward", "empty", "forward", "missing", "offline_cases", "unsupported"]
@@ -72,28 +72,26 @@ def backward(a: Any, saved: Any, grads: Any) -> dict[str, Tensor | None]:
         incoming = getattr(grads, f"final_{part}")
         new = cells.new_zeros((s, *a.x.shape[3:]))
         carried[f"d{part}"] = new if incoming is None else new + incoming
-    first, last = before_first(a, cells)
-    carried["dm"] -= carried["dc"] * last["c"] + carried["dn"] * last["n"]
     with on_device_of(a.x):
         _launch("backward", a, gates=gates, cells=cells, dy=grads.y.contiguous(), dgates=dgates, **carried)
-        dR = _of_weights(a, cells, first["h"], dgates)
-    carried["dm"] += carried["dc"] * first["c"] + carried["dn"] * first["n"]
+        dR = _of_weights(a, cells, dgates)
     dx = dgates.transpose(2, 3).to(a.x.dtype).contiguous()
     found: dict[str, Tensor | None] = {"x": dx, "R": dR, "bias": dgates.sum((0, 1))}
     return found | {f"initial_{part}": carried[f"d{part}"] for part in PARTS}
 
 
-def _of_weights(a: Any, cells: Tensor, first: Tensor, dgates: Tensor) -> Tensor:
-    """The gradient of R, from the states at each token, the outputs before each sequence, and the gates' gradients."""
+def _of_weights(a: Any, cells: Tensor, dgates: Tensor) -> Tensor:
+    """The gradient of R, from the states at each token and the gates' gradients."""
     before = cells[:, :, :, 2].roll(1, 1)  # (b l h p)
     batch, length, heads, p = before.shape
     if length and a.cu_seqlens is None:
-        before[:, 0] = first
+        before[:, 0] = 0 if a.initial_h is None else a.initial_h
     elif length:
         place = torch.arange(length, device=before.device, dtype=torch.int32)
         sequence = torch.searchsorted(a.cu_seqlens[1:].contiguous(), place, right=True)
         begins = place == a.cu_seqlens[sequence]
-        before = torch.where(begins[:, None, None], first[sequence], before)
+        first = 0 if a.initial_h is None else a.initial_h[sequence]
+        before = torch.where(begins[:, None, None], first, before)
     dR = before.new_empty((heads, p, 4, p))
     block = 16 if interpreting() or p <= 16 else 32
     kernels(__package__).weights_backward[(heads * 4 * (-(-p // block)) ** 2,)](

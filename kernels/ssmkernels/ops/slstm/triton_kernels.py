@@ -194,8 +194,8 @@ def backward(
 ):
     """Gradients of the gates before activation, float32 (b l h 4 p), and of the state before the first token.
 
-    ``dc``, ``dn``, ``dh`` and ``dm`` (s h p) come in as the gradients of the final state; m's is of m alone, with what
-    it is through c and n taken off.
+    ``dc``, ``dn``, ``dh`` and ``dm`` (s h p) come in as the gradients of the final state. The larger of m's arguments
+    gets what m does to decay and weight as well, written so that nothing that cancels is added: ``cpu_backward.cpp``.
     """
     pid = tl.program_id(0).to(tl.int64)
     head = pid % H
@@ -233,16 +233,19 @@ def backward(
             gc = tl.load(dc + own, mask=there, other=0.0) + gradient * o / n_now
             gn = tl.load(dn + own, mask=there, other=0.0) - gradient * out / n_now
             gm = tl.load(dm + own, mask=there, other=0.0)
-            of_kept = tl.where(kept > gate_i, 1.0, tl.where(kept < gate_i, 0.0, 0.5)) * gm
-            dkept = decay * (gc * c_before + gn * n_before) + of_kept
+            of_decay, of_weight = decay * (gc * c_before + gn * n_before), weight * (gc * z + gn)
+            both = 0.5 * (gm - of_decay - of_weight)
+            dkept = tl.where(kept < gate_i, of_decay, of_decay + both)
+            dkept = tl.where(kept > gate_i, gm - of_weight, dkept)
+            di = tl.where(kept < gate_i, gm - of_decay, of_weight + both)
             to = dgates + place[:, None] * 4 * P + p[None, :]
-            tl.store(to, weight * (gc * z + gn) + (gm - of_kept), mask=there)
+            tl.store(to, tl.where(kept > gate_i, of_weight, di), mask=there)
             tl.store(to + P, dkept * sigmoid(-gate_f), mask=there)
             tl.store(to + 2 * P, gc * weight * (1 - z * z), mask=there)
             tl.store(to + 3 * P, gradient * out * (1 - o), mask=there)
             tl.store(dc + own, gc * decay, mask=there)
             tl.store(dn + own, gn * decay, mask=there)
-            tl.store(dm + own, of_kept, mask=there)
+            tl.store(dm + own, dkept, mask=there)
         tl.debug_barrier()
     begun = here & (steps > 0)
     for first in range(0, P, BLOCK_P):

@@ -18,30 +18,16 @@
 #include "native/math.h"
 #include "native/packed.h"
 #include "native/parallel.h"
-#include "ssd/cpu_rows.h"
+#include "ssd/cpu_division.h"
 
 namespace ssmzoo {
 
-// S is float, or double where activations are. The last axis is contiguous; so are the last two of x and z.
-struct SsdArguments {
-    const void *x, *z, *dt;                     // (b l h p), any floating dtype; z may be null; (b l h)
-    const void *A, *B, *C, *D, *dt_bias;        // S: (h), (b l g n), likewise, (h skip) or null, (h) or null
-    const void* initial;                        // S: (s h p n) or null
-    const void *scale, *direct;                 // S: (b l h), contiguous, or both null; with them dt is S too
-    const int32_t* cu_seqlens;                  // (s + 1) or null
-    void *y, *final_state, *starts;             // (b l h p); S: (s h p n); (segments h n p) or null
-    int64_t dtype, sequences, length, heads, p, n, groups, skip, softplus, chunk, rank, threads;
-    int64_t x_batch, x_time, z_batch, z_time, dt_batch, dt_time, B_batch, B_time, B_group, C_batch, C_time, C_group;
-    double dt_least, dt_most;
-};
-
 namespace SSMZOO_ISA {
 
-constexpr int64_t kSegment = 4;  // chunks between saved states
 constexpr int64_t kBlock = 4;    // heads of a task, at most
 
 inline Sequence sequence(const SsdArguments& a, int64_t i) {
-    return sequence(a.cu_seqlens, a.length, a.chunk * kSegment, i);
+    return sequence(a.cu_seqlens, a.length, a.chunk * a.segment, i);
 }
 
 // Where a head's state before a segment of its sequence is kept.
@@ -73,26 +59,58 @@ Span span(const SsdArguments& a, const Sequence& s, int64_t chunk) {
     return {start, tokens, round_up(tokens, Lanes<S>::count)};
 }
 
+// Of a matrix over two tokens, (j, i), only the part with i >= j is anybody's, and pairs within a step. Such a matrix is
+// worked out in strips of columns, as wide as a panel of a product, which have rows up to their last step's last token.
+template <class S>
+constexpr int64_t kStrip = kVectors * Lanes<S>::count;
+
+template <class S>
+int64_t last_row(const SsdArguments& a, Span t, int64_t strip) {
+    return minimum(t.tokens, strip + kStrip<S> + a.rank - 1);
+}
+
+// (c, c) = A (c, inner) B (inner, c)
+template <class S>
+void product_of_pairs(const SsdArguments& a, Left<S> A, const S* B, S* C, Span t, int64_t inner, S* panel) {
+    for (int64_t i = 0; i < t.padded; i += kStrip<S>)
+        product(A, B + i, a.chunk, C + i, a.chunk, last_row<S>(a, t, i), minimum(kStrip<S>, t.padded - i), inner, panel);
+}
+
 // What all heads of a group share in a chunk.
 template <class S>
 struct Shared {
-    Left<S> B, C;      // as they lie: (c n)
-    S *C_turned, *G;   // (n c), (c c): element (j, i) of G is C_i · B_j
+    Left<S> B;              // (c n)
+    S *own, *C_turned, *G;  // (c n), (n c), (c c): element (j, i) of G is C_i · B_j
 
     void take(Memory<S>& memory, const SsdArguments& a) {
+        own = memory.take(a.chunk * row(a));
         C_turned = memory.take(a.n * a.chunk);
         G = memory.take(a.chunk * a.chunk);
     }
 
-    void read(const SsdArguments& a, const Sequence& s, Span t, int64_t group, S* panel) {
-        const int64_t time = s.start + t.start;
-        B = {at<S>(a.B, s.batch * a.B_batch + time * a.B_time + group * a.B_group), a.B_time, 1};
-        C = {at<S>(a.C, s.batch * a.C_batch + time * a.C_time + group * a.C_group), a.C_time, 1};
-        transpose(C_turned, a.chunk, C.p, a.C_time, t.tokens, a.n);
+    // `ahead`: how many chunks further the rows lie that are read next. They need not exist.
+    void read(const SsdArguments& a, const Sequence& s, Span t, int64_t group, int64_t ahead, S* panel) {
+        read_B(a, s, t, group, ahead);
+        const S* C = at<S>(a.C, s.batch * a.C_batch + (s.start + t.start) * a.C_time + group * a.C_group);
+        transpose(C_turned, a.chunk, C, a.C_time, t.tokens, a.n);
+        for (int64_t i = 0; i < t.tokens; ++i) fetch_row(C, (ahead * a.chunk + i) * a.C_time, a.n);
         for (int64_t j = 0; j < a.n; ++j)
             for (int64_t i = t.tokens; i < t.padded; ++i) C_turned[j * a.chunk + i] = S(0);
-        product(B, C_turned, a.chunk, G, a.chunk, t.tokens, t.padded, a.n, panel);
+        product_of_pairs<S>(a, B, C_turned, G, t, a.n, panel);
     }
+
+    // B's rows often lie a power of two apart, where a cache has room for few of them: they are copied to where they are
+    // a little more than n apart.
+    void read_B(const SsdArguments& a, const Sequence& s, Span t, int64_t group, int64_t ahead) {
+        const S* from = at<S>(a.B, s.batch * a.B_batch + (s.start + t.start) * a.B_time + group * a.B_group);
+        for (int64_t i = 0; i < t.tokens; ++i) {
+            memcpy(own + i * row(a), from + i * a.B_time, sizeof(S) * static_cast<size_t>(a.n));
+            fetch_row(from, (ahead * a.chunk + i) * a.B_time, a.n);
+        }
+        B = {own, row(a), 1};
+    }
+
+    static int64_t row(const SsdArguments& a) { return round_up(a.n, kLine<S>) + kLine<S>; }
 
     Left<S> B_turned() const { return {B.p, 1, B.row}; }
 };
@@ -101,7 +119,7 @@ struct Shared {
 template <class S>
 struct Steps {
     S *raw, *delta, *decay, *E, *F;  // raw: before softplus and limits
-    S *scale, *direct;               // scale is delta where the call has no other
+    S *scale, *direct, *fed;         // scale is delta where the call has no other; fed is F ∘ scale
     S whole;                         // the decay over all of the chunk
 
     void take(Memory<S>& memory, const SsdArguments& a) {
@@ -110,8 +128,9 @@ struct Steps {
         decay = memory.take(a.chunk);
         E = memory.take(a.chunk);
         F = memory.take(a.chunk);
+        fed = memory.take(a.chunk);
         scale = a.scale ? memory.take(a.chunk) : delta;
-        direct = a.scale ? memory.take(a.chunk) : nullptr;
+        direct = a.direct ? memory.take(a.chunk) : nullptr;
     }
 
     void read(const SsdArguments& a, const Sequence& s, Span t, int64_t head) {
@@ -135,6 +154,7 @@ struct Steps {
         product = S(1);
         for (int64_t i = t.padded - 1; i >= 0; --i) {
             F[i] = product;
+            fed[i] = product * scale[i];
             product = product * decay[i];
         }
     }
@@ -144,7 +164,7 @@ struct Steps {
         const int64_t offset = (s.batch * a.length + s.start + t.start) * a.heads + head;
         for (int64_t i = 0; i < t.padded; ++i) {
             scale[i] = i < t.tokens ? *at<S>(a.scale, offset + i * a.heads) : S(0);
-            direct[i] = i < t.tokens ? *at<S>(a.direct, offset + i * a.heads) : S(0);
+            if (a.direct) direct[i] = i < t.tokens ? *at<S>(a.direct, offset + i * a.heads) : S(0);
         }
     }
 
@@ -188,41 +208,35 @@ void clear_steps(const SsdArguments& a, Span t, S* matrix) {
     for (int64_t j = 0; j < t.tokens; ++j) of_step(a, j, [&](int64_t i) { matrix[j * a.chunk + i] = S(0); });
 }
 
-// The factors of a head's outputs, Y = E ∘ (C S) + M X = [E ∘ C, M] [S; X], and what they give.
+// A head's outputs, Y = E ∘ (C S) + M X.
 template <class S>
 struct Outputs {
-    S *left, *row;  // the first factor, (n + c, c), transposed; (c)
+    S *M, *row;     // (c, c), (c)
     int64_t width;  // p in whole vectors
 
     void take(Memory<S>& memory, const SsdArguments& a) {
         width = round_up(a.p, Lanes<S>::count);
-        left = memory.take((a.n + a.chunk) * a.chunk);
+        M = memory.take(a.chunk * a.chunk);
         row = memory.take(a.chunk);
     }
 
-    S* M(const SsdArguments& a) const { return left + a.n * a.chunk; }
-
-    // Y, (c, width), of the head whose S and X, (n + c, width), are in `factor`; x in place of X where there is a scale.
-    void compute(const SsdArguments& a, Span t, const Shared<S>& shared, const Steps<S>& steps, const S* factor, S* Y,
-                 S* panel) const {
-        for (int64_t j = 0; j < a.n; ++j)
-            vectors<S>(t.padded, [&](int64_t i) {
-                store(left + j * a.chunk + i, load(steps.E + i) * load(shared.C_turned + j * a.chunk + i));
-            });
-        S* m = M(a);
+    // Y, (c, width), from the state before the chunk, (n, width), and x, (c, width).
+    void compute(const SsdArguments& a, Span t, const Shared<S>& shared, const Steps<S>& steps, const S* state,
+                 const S* x, S* Y, S* panel) const {
         using V = typename Lanes<S>::V;
         decays(t, steps.decay, shared.G, a.chunk, row,
-               [&](int64_t j, int64_t i, V L, V G) { store(m + j * a.chunk + i, L * G); });
-        if (a.scale) {
+               [&](int64_t j, int64_t i, V L, V G) { store(M + j * a.chunk + i, L * G); });
+        if (a.direct) {
             for (int64_t j = 0; j < t.tokens; ++j) {
                 const V scale = splat(steps.scale[j]);
                 for (int64_t i = j / Lanes<S>::count * Lanes<S>::count; i < t.padded; i += Lanes<S>::count)
-                    store(m + j * a.chunk + i, scale * load(m + j * a.chunk + i));
+                    store(M + j * a.chunk + i, scale * load(M + j * a.chunk + i));
             }
-            clear_steps(a, t, m);
+            clear_steps(a, t, M);
         }
-        product<S, Shape::lower>(Left<S>{left, 1, a.chunk}, factor, width, Y, width, t.tokens, width, a.n + t.tokens,
-                              panel, a.n + 1);
+        product(Left<S>{shared.C_turned, 1, a.chunk}, state, width, Y, width, t.tokens, width, a.n, panel);
+        product<S, Shape::lower>(Left<S>{M, 1, a.chunk}, x, width, Y, width, t.tokens, width, t.tokens, panel, 1,
+                              {true, S(1), steps.E}, a.direct ? nullptr : steps.scale);
     }
 
     // Adds what the tokens of each token's own step give, from x (c, width).
@@ -246,7 +260,7 @@ struct Next {
         return {1 - block.heads, chunks};
     }
 
-    int64_t ahead(const SsdArguments& a, int64_t time) const { return heads * a.p + chunks * a.chunk * time; }
+    int64_t ahead(const SsdArguments& a, int64_t time) const { return heads * stored(a) + chunks * a.chunk * time; }
 };
 
 // One head's rows of x, z or y in a chunk: where the first token's lies, and from token to token.
@@ -257,17 +271,14 @@ struct Rows {
     // `ahead` is how far the rows lie that are read next.
     Rows(const SsdArguments& a, const Sequence& s, Span t, int64_t head, const void* of, int64_t batch, int64_t time,
          int64_t next = 0)
-        : from(of), offset(s.batch * batch + (s.start + t.start) * time + head * a.p), stride(time), ahead(next) {}
+        : from(of), offset(s.batch * batch + (s.start + t.start) * time + head * stored(a)), stride(time), ahead(next) {}
 
     int64_t operator()(int64_t token) const { return offset + token * stride; }
 
     // Each row lies in a page of its own, so that the machine does not see the next one coming. It need not exist.
     void fetch(const SsdArguments& a, int64_t token) const {
         const int64_t size = a.dtype == 1 ? 8 : a.dtype == 0 ? 4 : 2;
-        const int64_t distance = ((*this)(token) + ahead) * size;
-        const uintptr_t first = reinterpret_cast<uintptr_t>(from) + static_cast<uintptr_t>(distance);
-        for (int64_t byte = 0; byte < a.p * size; byte += 64)
-            __builtin_prefetch(reinterpret_cast<const void*>(first + static_cast<uintptr_t>(byte)), 0, 2);
+        fetch_bytes(from, ((*this)(token) + ahead) * size, stored(a) * size);
     }
 };
 

@@ -19,10 +19,10 @@
 namespace ssmzoo {
 
 struct SsdBackwardArguments {
-    SsdArguments forward;             // whose outputs are not looked at
+    SsdArguments forward;             // whose outputs are not looked at, but for those that are divided
     const void *dy, *dfinal;          // (b l h p), contiguous; S: (s h p n) or null
     void *dx, *dz;                    // (b l h p); dz where there is a z
-    void *ddt, *dscale, *ddirect;     // S: (b l h); the last two where there is a scale
+    void *ddt, *dscale, *ddirect, *dm;  // S: (b l h); the last three where there are scale, direct and m
     void *dB, *dC;                    // S: (parts b l g n), of which the first takes the sum of all
     void *dA, *dD, *dbias;            // S: (s h), (s h p), (s h), likewise
     void *dinitial;                   // S: (s h p n) or null
@@ -35,66 +35,55 @@ template <class S>
 struct Backward : BackwardMemory<S> {
     using V = typename Lanes<S>::V;
     using Held = BackwardMemory<S>;
-    using Held::shared, Held::steps, Held::outputs, Held::dstates, Held::states, Held::factor, Held::x, Held::dY,
-          Held::scaled, Held::dX, Held::X_turned, Held::dY_turned, Held::L, Held::dM, Held::map, Held::sums, Held::da,
-          Held::e, Held::f, Held::gate, Held::dB, Held::dC, Held::dG, Held::dG_turned, Held::D, Held::dD, Held::dA,
-          Held::dbias, Held::panel, Held::width, Held::size, Held::room, Held::state, Held::swap_rows, Held::turn,
-          Held::sum, Held::dot;
+    using Held::shared, Held::steps, Held::outputs, Held::dstates, Held::states, Held::x, Held::dY, Held::dX,
+          Held::x_turned, Held::dY_turned, Held::strip, Held::W, Held::sums, Held::da, Held::e, Held::f, Held::gate,
+          Held::dB, Held::dC, Held::dG, Held::D, Held::dD, Held::dA, Held::dbias, Held::panel, Held::width, Held::size,
+          Held::state, Held::turn, Held::sum, Held::dot;
 
-    // x and X of a chunk, and F ∘ X.
-    void read_inputs(const SsdArguments& a, const Sequence& s, Span t, int64_t head, S* X, int64_t ahead) {
+    void read_inputs(const SsdArguments& a, const Sequence& s, Span t, int64_t head, int64_t ahead) {
         const Rows from(a, s, t, head, a.x, a.x_batch, a.x_time, ahead);
         for (int64_t i = 0; i < t.tokens; ++i) {
-            const int64_t row = i * width;
-            read_row(x + row, from.from, a.dtype, from(i), a.p);
+            read_channels(a, x + i * width, from.from, a.dtype, from(i), width, S(1));
             from.fetch(a, i);
-            const V delta = splat(steps.scale[i]), F = splat(steps.F[i]);
-            vectors<S>(width, [&](int64_t c) {
-                const V fed = delta * load(x + row + c);
-                store(X + row + c, fed);
-                store(scaled + row + c, F * fed);
-            });
         }
     }
 
     // The states before each chunk of a segment, from the first's.
-    void run_ahead(const SsdArguments& a, const Sequence& s, int64_t first, int64_t chunks, int64_t head, int64_t h) {
+    void run_ahead(const SsdArguments& a, const Sequence& s, int64_t first, int64_t chunks, const Block& heads) {
         for (int64_t k = 0; k + 1 < chunks; ++k) {
             const Span t = span<S>(a, s, first + k);
-            const Left<S> B_turned = {shared_B(a, s, t, head), 1, a.B_time};
-            steps.read(a, s, t, head);
-            read_inputs(a, s, t, head, factor, a.chunk * a.x_time);
-            memcpy(state(h, k + 1), state(h, k), sizeof(S) * static_cast<size_t>(a.n * width));
-            product(B_turned, scaled, width, state(h, k + 1), width, a.n, width, t.tokens, panel, 0,
-                    {true, steps.whole});
+            shared.read_B(a, s, t, heads.group, 1);
+            for (int64_t h = 0; h < heads.heads; ++h) {
+                const int64_t head = heads.first + h;
+                steps.read(a, s, t, head);
+                read_inputs(a, s, t, head, Next::of(heads, h, 1).ahead(a, a.x_time));
+                product(shared.B_turned(), x, width, state(h, k + 1), width, a.n, width, t.tokens, panel, 0,
+                        {true, steps.whole, nullptr, -size}, steps.fed);
+            }
         }
-    }
-
-    static const S* shared_B(const SsdArguments& a, const Sequence& s, Span t, int64_t head) {
-        const int64_t group = head / (a.heads / a.groups);
-        return at<S>(a.B, s.batch * a.B_batch + (s.start + t.start) * a.B_time + group * a.B_group);
     }
 
     // dY, where there is a gate after the gate's gradient, and what it adds to the skip's.
-    void read_gradients(const SsdBackwardArguments& b, const Sequence& s, Span t, int64_t head, const S* D, S* dD,
-                        Next next) {
+    void read_gradients(const SsdBackwardArguments& b, const Sequence& s, Span t, int64_t head, const S* before,
+                        const S* D, S* dD, Next next) {
         const SsdArguments& a = b.forward;
-        const int64_t time = a.heads * a.p, batch = a.length * time;
+        const int64_t time = a.heads * stored(a), batch = a.length * time;
         const Rows dy(a, s, t, head, b.dy, batch, time, next.ahead(a, time)), dz(a, s, t, head, b.dz, batch, time);
+        const Rows y(a, s, t, head, a.y, batch, time, next.ahead(a, time));
         const Rows z(a, s, t, head, a.z, a.z_batch, a.z_time, next.ahead(a, a.z_time));
-        if (a.z && a.scale) {
-            S* X = factor + a.n * width;
-            swap_rows(X, x, t.tokens * width);
-            outputs.compute(a, t, shared, steps, factor, dX, panel);
-            swap_rows(X, x, t.tokens * width);
-            outputs.add_direct(a, t, shared, steps, x, dX);
-        } else if (a.z) {
-            outputs.compute(a, t, shared, steps, factor, dX, panel);
+        if (a.z) {
+            outputs.compute(a, t, shared, steps, before, x, dX, panel);
+            if (a.direct) outputs.add_direct(a, t, shared, steps, x, dX);
         }
         for (int64_t i = 0; i < t.tokens; ++i) {
             const int64_t row = i * width;
-            read_row(dY + row, dy.from, a.dtype, dy(i), a.p);
+            read_channels(a, dY + row, dy.from, a.dtype, dy(i), width, S(0));
             dy.fetch(a, i);
+            if (a.m) {
+                if (!a.exact) y.fetch(a, i);
+                const int64_t place = (s.batch * a.length + s.start + t.start + i) * a.heads + head;
+                static_cast<S*>(b.dm)[place] = divide_gradient(a, place, dY + row, gate, width);
+            }
             if (a.z) {
                 read_row(gate, z.from, a.dtype, z(i), a.p);
                 z.fetch(a, i);
@@ -114,21 +103,24 @@ struct Backward : BackwardMemory<S> {
         }
     }
 
-    // Σ_{j < k ≤ i} W_ij for each k into da, and L ∘ (dY Xᵀ) to dG.
-    void pair_gradients(const SsdArguments& a, Span t, const S* X) {
+    // M, L ∘ (dY Xᵀ) to dG, and Σ_{j < k ≤ i} W_ij for each k into da.
+    void pair_gradients(const SsdArguments& a, Span t) {
         const int64_t stride = a.chunk;
-        const S* M = outputs.M(a);
-        product(Left<S>{X, width, 1}, dY_turned, stride, dM, stride, t.tokens, t.padded, a.p, panel);
+        product_of_pairs<S>(a, {x, width, 1}, dY_turned, W, t, a.p, panel);
+        if (a.direct) clear_steps(a, t, W);
+        decays(t, steps.decay, shared.G, stride, outputs.row, [&](int64_t j, int64_t i, V L, V G) {
+            const int64_t place = j * stride + i;
+            const V M = L * G, gradient = splat(steps.scale[j]) * load(W + place);
+            store(outputs.M + place, M);
+            store(W + place, M * gradient);
+            store(dG + place, fma(L, gradient, load(dG + place)));
+        });
+        if (a.direct) clear_steps(a, t, outputs.M);
         vectors<S>(t.padded, [&](int64_t i) { store(sums + i, V{}); });
         for (int64_t j = 0; j < t.tokens; ++j) {
             da[j] = j ? sum(sums, t.padded) : S(0);  // sums over rows j' < j of W, at i >= j
-            const int64_t first = j / Lanes<S>::count * Lanes<S>::count;
-            for (int64_t i = first; i < t.padded; i += Lanes<S>::count) {
-                const int64_t place = j * stride + i;
-                const V gradient = load(dM + place);
-                store(sums + i, fma(load(M + place), gradient, load(sums + i)));
-                store(dG + place, fma(load(L + place), gradient, load(dG + place)));
-            }
+            for (int64_t i = j / Lanes<S>::count * Lanes<S>::count; i < t.padded; i += Lanes<S>::count)
+                store(sums + i, load(sums + i) + load(W + j * stride + i));
             sums[j] = S(0);
         }
     }
@@ -153,58 +145,60 @@ struct Backward : BackwardMemory<S> {
                Next next) {
         const SsdArguments& a = b.forward;
         const int64_t stride = a.chunk, n = a.n;
-        S *dstate = dstates + h * size, *X = factor + n * width;
+        S* dstate = dstates + h * size;
         steps.read(a, s, t, head);
-        memcpy(factor, before, sizeof(S) * static_cast<size_t>(n * width));
-        read_inputs(a, s, t, head, X, next.ahead(a, a.x_time));
-        read_gradients(b, s, t, head, D + h * width, dD + h * width, next);
-        turn(a, t, X_turned, X);
+        read_inputs(a, s, t, head, next.ahead(a, a.x_time));
+        read_gradients(b, s, t, head, before, D + h * width, dD + h * width, next);
+        turn(a, t, x_turned, x);
         turn(a, t, dY_turned, dY);
-        S* M = outputs.M(a);
-        decays(t, steps.decay, shared.G, stride, outputs.row, [&](int64_t j, int64_t i, V decay, V G) {
-            store(L + j * stride + i, decay);
-            store(M + j * stride + i, decay * G);
-        });
-        if (a.scale) {
-            clear_steps(a, t, L);
-            clear_steps(a, t, M);
-        }
-        pair_gradients(a, t, X);
-        if (a.scale) direct_gradients(b, s, t, head);
+        pair_gradients(a, t);
+        if (a.direct) direct_gradients(b, s, t, head);
 
         product(shared.B, dstate, width, dX, width, t.tokens, width, n, panel);
-        for (int64_t i = 0; i < t.tokens; ++i) {
-            const V F = splat(steps.F[i]);
-            vectors<S>(width, [&](int64_t c) { store(dX + i * width + c, F * load(dX + i * width + c)); });
-            f[i] = dot(dX + i * width, X + i * width, width);
+        for (int64_t i = 0; i < t.tokens; ++i) f[i] = steps.fed[i] * dot(dX + i * width, x + i * width, width);
+        product<S, Shape::upper>({outputs.M, stride, 1}, dY, width, dX, width, t.tokens, width, t.tokens, panel, 0,
+                                 {true, S(1), steps.F});
+
+        // Sums over heads: E ∘ (S dYᵀ) to dC, F ∘ (dS' Xᵀ) to dB, with X = scale ∘ x
+        for (int64_t i = 0; i < t.padded; i += kStrip<S>) {
+            const int64_t columns = minimum(kStrip<S>, t.padded - i);
+            product({before, width, 1}, dY_turned + i, stride, strip, kStrip<S>, n, columns, a.p, panel);
+            add_strip(i, columns, stride, n);
         }
-        product<S, Shape::upper>({M, stride, 1}, dY, width, dX, width, t.tokens, width, t.tokens, panel, 0,
-                                 {true, S(1)});
+        for (int64_t c = 0; c < a.p; ++c)
+            vectors<S>(t.padded, [&](int64_t i) {
+                store(x_turned + c * stride + i, load(steps.fed + i) * load(x_turned + c * stride + i));
+            });
+        product({dstate, width, 1}, x_turned, stride, dB, stride, n, t.padded, a.p, panel, 0, {true, S(1)});
 
-        // Sums over heads: E ∘ (S dYᵀ) to dC, F ∘ (dS' Xᵀ) to dB
-        product({before, width, 1}, dY_turned, stride, map, stride, n, t.padded, a.p, panel);
-        vectors<S>(t.padded, [&](int64_t i) { store(e + i, V{}); });
-        add_maps(t, steps.E, dC, stride, n, [&](int64_t place, int64_t i, V gradient) {
-            store(e + i, fma(load(shared.C_turned + place), gradient, load(e + i)));
-        });
-        product({dstate, width, 1}, X_turned, stride, map, stride, n, t.padded, a.p, panel);
-        add_maps(t, steps.F, dB, stride, n, [](int64_t, int64_t, V) {});
-
-        write_steps(b, s, t, head, h, steps.whole * dot(before, dstate, n * width));
+        const S of_state = steps.whole * dot(before, dstate, n * width);
+        product({shared.C_turned, stride, 1}, dY, width, dstate, width, n, width, t.tokens, panel, 0,
+                {true, steps.whole}, steps.E);
+        write_steps(b, s, t, head, h, of_state);
         write_inputs(b, s, t, head, D + h * width);
-        product({shared.C_turned, stride, 1}, scaled, width, dstate, width, n, width, t.tokens, panel, 0,
-                {true, steps.whole});
     }
 
-    template <class Also>
-    void add_maps(Span t, const S* decay, S* to, int64_t stride, int64_t n, const Also& also) const {
+    // E ∘ (S dYᵀ) in columns from i on: to dC, and times C to e.
+    void add_strip(int64_t i, int64_t columns, int64_t stride, int64_t n) const {
+        constexpr int64_t lanes = Lanes<S>::count;
+        int64_t c = 0;
+        for (; c + 2 * lanes <= columns; c += 2 * lanes) add_columns<2>(i + c, strip + c, stride, n);
+        for (; c < columns; c += lanes) add_columns<1>(i + c, strip + c, stride, n);
+    }
+
+    template <int N>
+    void add_columns(int64_t i, const S* from, int64_t stride, int64_t n) const {
+        constexpr int64_t lanes = Lanes<S>::count;
+        V E[N], sum[N] = {};
+        for (int v = 0; v < N; ++v) E[v] = load(steps.E + i + v * lanes);
         for (int64_t j = 0; j < n; ++j)
-            vectors<S>(t.padded, [&](int64_t i) {
-                const int64_t place = j * stride + i;
-                const V gradient = load(decay + i) * load(map + place);
-                store(to + place, load(to + place) + gradient);
-                also(place, i, gradient);
-            });
+            for (int v = 0; v < N; ++v) {
+                const int64_t place = j * stride + i + v * lanes;
+                const V gradient = E[v] * load(from + j * kStrip<S> + v * lanes);
+                store(dC + place, load(dC + place) + gradient);
+                sum[v] = fma(load(shared.C_turned + place), gradient, sum[v]);
+            }
+        for (int v = 0; v < N; ++v) store(e + i + v * lanes, sum[v]);
     }
 
     // The gradients of dt, A and the bias, from dX, W, e, f and the state's share.
@@ -245,33 +239,33 @@ struct Backward : BackwardMemory<S> {
         }
     }
 
-    // The gradient of x; and E ∘ dY into `scaled`.
+    // The gradient of x.
     void write_inputs(const SsdBackwardArguments& b, const Sequence& s, Span t, int64_t head, const S* D) {
         const SsdArguments& a = b.forward;
-        const Rows dx(a, s, t, head, b.dx, a.length * a.heads * a.p, a.heads * a.p);
+        const int64_t time = a.heads * stored(a);
+        const Rows dx(a, s, t, head, b.dx, a.length * time, time);
         for (int64_t i = 0; i < t.tokens; ++i) {
             const int64_t row = i * width;
-            const V delta = splat(steps.scale[i]), E = splat(steps.E[i]);
+            const V scale = splat(steps.scale[i]);
             vectors<S>(width, [&](int64_t c) {
-                const V gradient = load(dY + row + c);
-                store(scaled + row + c, E * gradient);
-                store(gate + c, fma(delta, load(dX + row + c), load(D + c) * gradient));
+                store(gate + c, fma(scale, load(dX + row + c), load(D + c) * load(dY + row + c)));
             });
-            if (a.scale)
+            if (a.direct)
                 of_step(a, i, [&](int64_t later) {
                     const V factor = splat(steps.direct[i] * shared.G[i * a.chunk + later]);
                     vectors<S>(width, [&](int64_t c) {
                         store(gate + c, fma(factor, load(dY + later * width + c), load(gate + c)));
                     });
                 });
-            write_row(b.dx, a.dtype, dx(i), gate, a.p);
+            write_row(b.dx, a.dtype, dx(i), gate, stored(a));
         }
     }
 
-    // The gradients of B and C, once all heads have added theirs.
+    // The gradients of B and C, once all heads have added theirs. dG lies turned where W was.
     void write_maps(const SsdBackwardArguments& b, const Sequence& s, Span t, const Block& heads) {
         const SsdArguments& a = b.forward;
         const int64_t stride = a.chunk, n = a.n;
+        S* dG_turned = W;
         for (int64_t j = 0; j < t.tokens; ++j)
             for (int64_t i = t.tokens; i < t.padded; ++i) dG[j * stride + i] = S(0);
         for (int64_t i = 0; i < t.tokens; ++i) {
@@ -279,8 +273,12 @@ struct Backward : BackwardMemory<S> {
         }
         transpose(dG_turned, stride, dG, stride, t.tokens, t.tokens);
         const Onto<S> sum = {true, S(1)};
-        product(shared.B_turned(), dG, stride, dC, stride, n, t.padded, t.tokens, panel, 0, sum);
-        product({shared.C_turned, stride, 1}, dG_turned, stride, dB, stride, n, t.padded, t.tokens, panel, 0, sum);
+        for (int64_t i = 0; i < t.padded; i += kStrip<S>) {
+            const int64_t columns = minimum(kStrip<S>, t.padded - i), first = i < a.rank ? 0 : i - a.rank + 1;
+            product(shared.B_turned(), dG + i, stride, dC + i, stride, n, columns, last_row<S>(a, t, i), panel, 0, sum);
+            product({shared.C_turned + first, stride, 1}, dG_turned + first * stride + i, stride, dB + i, stride, n,
+                    columns, t.tokens - first, panel, 0, sum);
+        }
         const int64_t offset = heads.part * b.map_part + s.batch * b.map_batch + (s.start + t.start) * b.map_time +
                                heads.group * b.map_group;
         transpose(static_cast<S*>(b.dB) + offset, b.map_time, dB, stride, n, t.tokens);

@@ -14,15 +14,15 @@ struct BackwardMemory {
     Shared<S> shared;
     Steps<S> steps;
     Outputs<S> outputs;
-    // Of all heads: the state's gradient (n, width), and states before each chunk of a segment, each with room for X
+    // Of all heads: the state's gradient (n, width), and states before each chunk of a segment
     S *dstates, *states;
-    // Of one: states ahead (n, width); X, x, dY, and two of them to scale, (c, width); turned, (width, c)
-    S *factor, *x, *dY, *scaled, *dX, *X_turned, *dY_turned;
-    S *L, *dM, *map, *sums;         // (c, c), (c, c), (n, c), (c)
+    // Of one: x, dY and dX, (c, width); turned, (width, c); a strip of dC, (n, kStrip)
+    S *x, *dY, *dX, *x_turned, *dY_turned, *strip;
+    S *W, *sums;                    // (c, c), which is dY Xᵀ first and then W; (c)
     S *da, *e, *f, *gate;            // (c), (c), (c), (width)
-    S *dB, *dC, *dG, *dG_turned;     // of all: (n, c), (n, c), (c, c): element (j, i), and turned
+    S *dB, *dC, *dG;                 // of all: (n, c), (n, c), (c, c)
     S *D, *dD, *dA, *dbias, *panel;  // (heads, width), likewise, (heads), likewise
-    int64_t width, size, room;       // p in whole vectors; numbers of a state, and of one with its room
+    int64_t width, size, segment;    // p in whole vectors; numbers of a state; chunks of a segment
 
     int64_t take(S* p, const SsdArguments& a) {
         Memory<S> memory = {p, 0};
@@ -32,16 +32,16 @@ struct BackwardMemory {
         width = outputs.width;
         const int64_t c = a.chunk, rows = c * width;
         size = round_up(a.n * width, kLine<S>);
-        room = round_up((a.n + c) * width, kLine<S>);
+        segment = a.segment;
         dstates = memory.take(kBlock * size);
-        states = memory.take(kBlock * kSegment * size);
-        factor = memory.take(room);
-        S** const of_rows[] = {&x, &dY, &scaled, &dX, &X_turned, &dY_turned};
+        states = memory.take(kBlock * a.segment * size);
+        S** const of_rows[] = {&x, &dY, &dX, &x_turned, &dY_turned};
         for (S** array : of_rows) *array = memory.take(rows);
-        S** const of_pairs[] = {&L, &dM, &dG, &dG_turned};
-        for (S** array : of_pairs) *array = memory.take(c * c);
-        S** const of_maps[] = {&map, &dB, &dC};
-        for (S** array : of_maps) *array = memory.take(a.n * c);
+        strip = memory.take(a.n * kStrip<S>);
+        W = memory.take(c * c);
+        dG = memory.take(c * c);
+        dB = memory.take(a.n * c);
+        dC = memory.take(a.n * c);
         S** const of_tokens[] = {&sums, &da, &e, &f};
         for (S** array : of_tokens) *array = memory.take(c);
         gate = memory.take(width);
@@ -49,19 +49,12 @@ struct BackwardMemory {
         dD = memory.take(kBlock * width);
         dA = memory.take(kBlock);
         dbias = memory.take(kBlock);
-        panel = memory.take(panel_size<S>(a.n + c > width ? a.n + c : width));
+        const int64_t inner = a.n > c ? a.n : c;
+        panel = memory.take(panel_size<S>(inner > width ? inner : width));
         return memory.used;
     }
 
-    S* state(int64_t head, int64_t chunk) const { return states + (head * kSegment + chunk) * size; }
-
-    static void swap_rows(S* a, S* b, int64_t count) {
-        vectors<S>(count, [&](int64_t i) {
-            const V kept = load(a + i);
-            store(a + i, load(b + i));
-            store(b + i, kept);
-        });
-    }
+    S* state(int64_t head, int64_t chunk) const { return states + (head * segment + chunk) * size; }
 
     // (c, width) → (width, c), zeros beyond the chunk's tokens.
     void turn(const SsdArguments& a, Span t, S* to, const S* from) const {
@@ -76,9 +69,16 @@ struct BackwardMemory {
         return sum_lanes<S, 1>(&total)[0];
     }
 
+    // Four sums take turns, since each multiply-add waits for the one before it.
     static S dot(const S* left, const S* right, int64_t count) {
-        V total = V{};
-        vectors<S>(count, [&](int64_t i) { total = fma(load(left + i), load(right + i), total); });
+        constexpr int64_t lanes = Lanes<S>::count, turns = 4;
+        V totals[turns] = {};
+        int64_t i = 0;
+        for (; i + turns * lanes <= count; i += turns * lanes)
+            for (int64_t k = 0; k < turns; ++k)
+                totals[k] = fma(load(left + i + k * lanes), load(right + i + k * lanes), totals[k]);
+        for (; i < count; i += lanes) totals[0] = fma(load(left + i), load(right + i), totals[0]);
+        V total = (totals[0] + totals[1]) + (totals[2] + totals[3]);
         return sum_lanes<S, 1>(&total)[0];
     }
 };

@@ -12,7 +12,7 @@ from ssmkernels.native import fields_of, plain, rows
 
 CHUNK = 64  # tokens: a head's matrices then stay in a core's own cache
 LONGEST = 256
-SEGMENT = 4  # chunks between saved states: kSegment in cpu.h
+SEGMENT = 4  # chunks between saved states
 
 
 def chunk_length(a: Any) -> int:
@@ -58,6 +58,9 @@ def values(a: Any, starts: Tensor | None) -> tuple[dict[str, float], list[Any]]:
         "direct": None,
         "cu_seqlens": cu_seqlens,
         "starts": starts,
+        "m": None,
+        "sums": None,
+        "exact": None,
     }
     found = fields_of(pointers, x, cu_seqlens) | {
         "heads": heads,
@@ -67,10 +70,12 @@ def values(a: Any, starts: Tensor | None) -> tuple[dict[str, float], list[Any]]:
         "skip": p if D is not None and D.ndim == 2 else 1,
         "softplus": a.dt_softplus,
         "chunk": chunk_length(a),
+        "segment": SEGMENT,
         "rank": 1,
         "threads": native.threads(batch * length * heads * p * B.shape[3]),
         "dt_least": a.dt_limit[0],
         "dt_most": a.dt_limit[1],
+        "query_scale": 1.0,
     }
     for name, t in (("x", x), ("z", z), ("dt", dt), ("B", B), ("C", C)):
         found[name + "_batch"], found[name + "_time"] = (0, 0) if t is None else t.stride()[:2]

@@ -17,7 +17,7 @@ void block_backward(const SsdBackwardArguments& b, const Sequence& s, const Bloc
     const int64_t width = w.width, pairs = a.chunk * a.chunk, maps = a.n * a.chunk;
     const auto clear = [](S* p, int64_t count) { memset(p, 0, sizeof(S) * static_cast<size_t>(count)); };
     clear(w.dstates, kBlock * w.size);
-    clear(w.states, kBlock * kSegment * w.size);
+    clear(w.states, kBlock * a.segment * w.size);
     clear(w.dD, kBlock * width);
     for (int64_t h = 0; h < heads.heads; ++h) {
         const int64_t head = heads.first + h;
@@ -28,18 +28,18 @@ void block_backward(const SsdBackwardArguments& b, const Sequence& s, const Bloc
         w.dA[h] = w.dbias[h] = S(0);
     }
     const int64_t chunks = ceil_div(s.length, a.chunk);
-    for (int64_t segment = ceil_div(chunks, kSegment) - 1; segment >= 0; --segment) {
-        const int64_t first = segment * kSegment, count = minimum(kSegment, chunks - first);
+    for (int64_t segment = ceil_div(chunks, a.segment) - 1; segment >= 0; --segment) {
+        const int64_t first = segment * a.segment, count = minimum(a.segment, chunks - first);
         for (int64_t h = 0; h < heads.heads; ++h) {
             const int64_t head = heads.first + h;
             const S* kept = at<S>(a.starts, start_of(a, s, segment, head));
             for (int64_t j = 0; j < a.n; ++j)
                 memcpy(w.state(h, 0) + j * width, kept + j * a.p, sizeof(S) * static_cast<size_t>(a.p));
-            w.run_ahead(a, s, first, count, head, h);
         }
+        w.run_ahead(a, s, first, count, heads);
         for (int64_t k = count - 1; k >= 0; --k) {
             const Span t = span<S>(a, s, first + k);
-            w.shared.read(a, s, t, heads.group, w.panel);
+            w.shared.read(a, s, t, heads.group, -1, w.panel);
             clear(w.dG, pairs);
             clear(w.dB, maps);
             clear(w.dC, maps);

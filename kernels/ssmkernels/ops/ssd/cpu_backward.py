@@ -22,15 +22,16 @@ def backward(a: Any, saved: Any, grads: Any) -> dict[str, Tensor | None]:
 
 
 def gradients(
-    a: Any, fields: dict[str, float], grads: Any, scaled: bool = False, reuse: bool = False
+    a: Any, fields: dict[str, float], grads: Any, also: tuple[str, ...] = (), by_head: bool = False
 ) -> dict[str, Tensor | None]:
     """Of all arguments of a call whose forward pass takes ``fields``.
 
-    Where x is ``scaled`` by other numbers than Δ, those of the scale and of direct outputs too, each ``(b, l, h)``.
-    With ``reuse`` that of x takes the memory of y's, if that is contiguous: the kernel has read a row before.
+    Args:
+        also: which of scale, direct and m the fields have, whose gradients ``(b, l, h)`` are returned too.
+        by_head: whether the gradients of B and C lie head by head, (b g l n).
     """
     wide = precision(a.x)
-    batch, length, heads, p = a.x.shape
+    batch, length, heads, _ = a.x.shape
     s, (groups, n) = int(fields["sequences"]), a.B.shape[2:]
     parts = -(-(heads // groups) // BLOCK)
     dy = grads.y.contiguous()
@@ -38,25 +39,25 @@ def gradients(
 
     empty = functools.partial(a.x.new_empty, dtype=wide)
 
-    dx = dy if reuse else a.x.new_empty(a.x.shape)
+    dx = a.x.new_empty(a.x.shape)
     dz = None if a.z is None else a.x.new_empty(a.x.shape)
     ddt = empty((batch, length, heads))
     dB, dC = (empty((parts, batch, length, groups, n)) for _ in range(2))
-    if scaled:  # every head has its own, and their gradients are read head by head
+    if by_head:
         dB, dC = (empty((parts, batch, groups, length, n)).transpose(2, 3) for _ in range(2))
     strides = dict(zip(("map_part", "map_batch", "map_time", "map_group"), dB.stride(), strict=False))
-    dscale, ddirect = (empty(ddt.shape) if scaled else None for _ in range(2))
+    dscale, ddirect, dm = (empty(ddt.shape) if name in also else None for name in ("scale", "direct", "m"))
     # Of no sequence at all the sums are 0
     per_sequence = a.x.new_empty if s else a.x.new_zeros
     dA, dbias = (per_sequence((max(s, 1), heads), dtype=wide) for _ in range(2))
-    dD = per_sequence((max(s, 1), heads, p), dtype=wide)
+    dD = per_sequence((max(s, 1), heads, int(fields["p"])), dtype=wide)
     dinitial = None if a.initial_state is None else empty(a.initial_state.shape)
     large_pages(dx, dz, dB, dC)
     outputs = {"dx": dx, "dz": dz, "ddt": ddt, "dB": dB, "dC": dC, "dA": dA, "dD": dD, "dbias": dbias}
     outputs |= {"dinitial": dinitial, "dy": dy, "dfinal": dfinal}
-    outputs |= {"dscale": dscale, "ddirect": ddirect}
-    found = {"y": 0, "final_state": 0} | strides | {name: address(t) for name, t in outputs.items()}
-    native.run("ssd_backward", fields | found)
+    outputs |= {"dscale": dscale, "ddirect": ddirect, "dm": dm}
+    found = strides | {name: address(t) for name, t in outputs.items()}
+    native.run("ssd_backward", {"y": 0, "final_state": 0} | fields | found)
     if parts > 1:  # the first one as it is would keep all others alive
         dB, dC = dB[:1].clone(), dC[:1].clone()
     return {
@@ -71,4 +72,5 @@ def gradients(
         "initial_state": dinitial,
         "scale": dscale,
         "direct": ddirect,
+        "m": dm,
     }

@@ -29,6 +29,15 @@ def place(chunk, owners, cu_seqlens, length, per_sequence, Q: tl.constexpr):
 
 
 @triton.jit
+def span(cu_seqlens, sequence, length, per_sequence, Q: tl.constexpr):
+    """A sequence's batch, where it begins and ends there, and the number of its first chunk."""
+    if cu_seqlens is not None:
+        begin = tl.load(cu_seqlens + sequence).to(tl.int64)
+        return sequence * 0, begin, tl.load(cu_seqlens + sequence + 1).to(tl.int64), begin // Q + sequence
+    return sequence, sequence * 0, sequence * 0 + length, sequence * per_sequence
+
+
+@triton.jit
 def load_tile(x, rows, row_stride, last, first, across_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """(rows, BLOCK) of x from column ``first`` on; 0 from row ``last`` and from column ``SIZE`` on."""
     column = first + tl.arange(0, BLOCK)

@@ -1,4 +1,7 @@
-"""The launches of linear attention's Triton kernels."""
+"""Linear attention in Triton, token after token: its step, and float64, of which GPUs have no matrix products to gain.
+
+The backward pass is given the states before every ``CHUNK`` tokens.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from torch import Tensor
 
 from ssmkernels.core.triton_support import all_registers, kernels, next_power_of_2
 from ssmkernels.core.validate import precision
+from ssmkernels.ops.linear_attention.gradients import added
 from ssmkernels.ops.linear_attention.reference import scale_of
 
 CHUNK = 64  # tokens between saved states
@@ -77,3 +81,65 @@ def launch(kernel: str, a: Any, batch_axes: int, sequences: int, **fields: Any) 
 
 def plain(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
+
+
+def forward(a: Any, o: Tensor, final_state: Tensor, starts: Tensor | None) -> None:
+    launch(
+        "forward",
+        a,
+        2,
+        final_state.shape[0],
+        initial=plain(a.initial_state),
+        o=o,
+        final=final_state,
+        starts=starts,
+        cu_seqlens=plain(a.cu_seqlens),
+    )
+
+
+def backward(a: Any, starts: Tensor, grads: Any) -> dict[str, Tensor | None]:
+    wide = precision(a.q)
+    (batch, length, _, k), heads = a.k.shape, a.v.shape[2]
+    s = batch if a.cu_seqlens is None else a.cu_seqlens.shape[0] - 1
+    block_k, block_v, tiles = blocks(a)
+
+    def parts(*shape: int) -> Tensor:
+        return a.q.new_empty((tiles, *shape), dtype=wide)
+
+    dq, dk, dv = parts(batch, length, heads, k), parts(batch, length, heads, k), a.v.new_empty(a.v.shape)
+    d_decay = d_bonus = d_initial = None
+    if a.log_decay is not None:
+        d_decay = parts(s, heads) if a.log_decay.ndim == 1 else parts(*a.log_decay.shape)
+    if a.bonus is not None:
+        d_bonus = parts(s, heads, k)
+    if a.initial_state is not None:
+        d_initial = a.v.new_empty(a.initial_state.shape, dtype=wide)
+    launch(
+        "backward",
+        a,
+        2,
+        s,
+        starts=starts,
+        kept=a.q.new_empty(s * heads * tiles, CHUNK, block_k, block_v, dtype=wide),
+        d_o=grads.o.contiguous(),
+        d_final=plain(grads.final_state),
+        dq=dq,
+        dk=dk,
+        dv=dv,
+        d_decay=d_decay,
+        d_bonus=d_bonus,
+        d_initial=d_initial,
+        cu_seqlens=plain(a.cu_seqlens),
+        part_key=batch * length * heads * k,
+        part_token=batch * length * heads,
+        part_sequence=s * heads,
+    )
+    d_decay, d_bonus = (None if t is None else added(t, 0) for t in (d_decay, d_bonus))
+    return {
+        "q": added(added(dq, 0).unflatten(2, (a.k.shape[2], -1)), 3),
+        "k": added(added(dk, 0).unflatten(2, (a.k.shape[2], -1)), 3),
+        "v": dv,
+        "log_decay": added(d_decay, 0) if d_decay is not None and a.log_decay.ndim == 1 else d_decay,
+        "bonus": None if d_bonus is None else added(d_bonus, 0),
+        "initial_state": d_initial,
+    }

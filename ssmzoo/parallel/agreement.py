@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 
+from ssmzoo.parallel.steps import Traffic, gathered
+
 REFUSED = -1
 
 
@@ -17,8 +19,10 @@ def agree(
     alike: Mapping[str, object],
     error: Exception | None,
     device: torch.device,
-) -> list[list[int]]:
-    """The shapes of all processes. A process that disagreed would leave the others waiting, or computing nonsense.
+) -> tuple[list[list[int]], Traffic]:
+    """The shapes of all processes, and what it took to find out.
+
+    A process that disagreed would leave the others waiting, or computing nonsense.
 
     Args:
         group: the processes.
@@ -40,12 +44,12 @@ def agree(
     of_rank = torch.stack(received).tolist()
     for rank, (state, *_) in enumerate(of_rank):
         if state == REFUSED:
-            raise ValueError(f"Context: `inputs` or `cu_seqlens` of process {rank} were refused; its error says why")
+            raise ValueError(f"Context: the arguments of process {rank} were refused; its error says why")
     for place, name in enumerate(alike, start=3):
         for rank, numbers in enumerate(of_rank):
             if numbers[place] != of_rank[0][place]:
                 raise ValueError(f"Context: `{name}` must be the same on every process; on {rank} it is not that of 0")
-    return [numbers[1:3] for numbers in of_rank]
+    return [numbers[1:3] for numbers in of_rank], gathered(sent, group.size())._replace(returned=0)
 
 
 def _number(value: object) -> int:

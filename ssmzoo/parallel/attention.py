@@ -1,87 +1,97 @@
-"""Attention over cuts: each process gets the keys and values that its queries see, and no others.
+"""Attention over cuts, in one of three ways. None of them holds more keys than a process's own and as many again.
 
-A process sends its tokens to the processes after it whose windows reach them. Those of processes that no window reaches
-are not sent. What arrives stays until the backward pass, so that the last process holds the keys and values of all
-tokens that it sees, but no scores: the op computes these in blocks.
+- ``"window"``: keys and values are sent to whoever's windows reach them, before anything is computed.
+- ``"heads"``: each process gets whole sequences of its share of the heads (:mod:`ssmzoo.parallel.channels`).
+- ``"ring"``: keys and values go round (:mod:`ssmzoo.parallel.ring`). Later parts see more keys than earlier ones, so
+  where that is uneven tokens are first dealt out anew, an early and a late piece to each process
+  (:meth:`ssmzoo.parallel.layout.Layout.folded`), and outputs go back.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ssmzoo.parallel.cut import Cut
+from ssmzoo.parallel.channels import to_channels, to_tokens
+from ssmzoo.parallel.layout import Layout, moves
+from ssmzoo.parallel.plan import Plan
+from ssmzoo.parallel.ring import Ring
+from ssmzoo.parallel.share import share
 from ssmzoo.parallel.side import Side
-from ssmzoo.parallel.steps import of_keys
-from ssmzoo.parallel.transitions import Given
 
-
-def seen(cut: Cut, rank: int, left: int) -> list[tuple[int, int]]:
-    """From where to where the queries of a part see, in each sequence; ``left`` tokens before their own, -1 for all."""
-    spans = []
-    for s in range(cut.sequences):
-        start = sum(part[s] for part in cut.counts[:rank])
-        count = cut.counts[rank][s]
-        first = 0 if left < 0 else max(0, start - left)
-        spans.append((first, start + count) if count else (start, start))
-    return spans
-
-
-def shared(cut: Cut, source: int, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """What of these spans is in a part: from where to where in each sequence's part."""
-    found = []
-    for s, (first, end) in enumerate(spans):
-        start = sum(part[s] for part in cut.counts[:source])
-        count = cut.counts[source][s]
-        low, high = min(max(first - start, 0), count), min(max(end - start, 0), count)
-        found.append((low, max(low, high)))
-    return found
+Given = Mapping[str, Any]
 
 
 def attend(side: Side, call: Callable[..., Any], given: Given) -> Any:
-    """Causal attention of this part's queries.
+    """Attention of this part's queries.
 
     Raises:
-        ValueError: a call whose queries do not stand at the ends of the keys that they see.
+        ValueError: a call whose queries do not stand at the ends of the keys that they see; a forced way that it
+            cannot go.
     """
     for name in ("block_mask", "cu_seqlens_k", "q_positions", "k_positions"):
         if given[name] is not None:
             raise ValueError(f"ssmzoo.parallel: attention over cuts needs `{name}` to be None")
-    window = given["window"]
-    if not given["causal"] and (window is None or window[1] != 0):
-        raise ValueError("ssmzoo.parallel: attention over cuts must be `causal`")
-    cut, line, k, v = side.cut, side.line, given["k"], given["v"]
-    both = torch.cat([k.flatten(2), v.flatten(2)], dim=-1)[0]  # (l channels)
-    left = -1 if window is None else window[0]
-    mine = seen(cut, cut.rank, left)
-    offsets = list(accumulate(cut.counts[cut.rank], initial=0))
-    sends = []
-    for rank in range(cut.ranks):
-        wanted = shared(cut, cut.rank, seen(cut, rank, left)) if rank >= cut.rank else []
-        sends.append(_places((offset + a, offset + b) for offset, (a, b) in zip(offsets, wanted, strict=False)))
-    receives = [shared(cut, source, mine) if source <= cut.rank else [] for source in range(cut.ranks)]
-    came = [sum(b - a for a, b in r) for r in receives]
-    others = [n for source, n in enumerate(came) if n and source != cut.rank]
-    side.note("attention", of_keys(sum(others), len(others)))
-    arrived = line.exchange(both, [p.to(k.device) for p in sends], came)
-    # From the order of arrival, part by part, to that of sequences
-    firsts, begins = list(accumulate(came, initial=0)), []
-    for source, spans in enumerate(receives):
-        counts = [b - a for a, b in spans]
-        begins.append([(firsts[source] + at, n) for at, n in zip(accumulate(counts, initial=0), counts, strict=False)])
-    order = _places((at, at + n) for s in range(cut.sequences) for part in begins if part for at, n in (part[s],))
-    keys, values = arrived[order.to(k.device)][None].split([math.prod(k.shape[2:]), math.prod(v.shape[2:])], dim=-1)
-    lengths = accumulate((b - a for a, b in mine), initial=0)
+    plan = Plan.of(side.layout, side.how, given)
+    side.note("attention", plan.told(side.line.rank), plan.traffic(plan.how, side.line.rank))
+    if plan.how == "heads":
+        out, lse = _heads(side, call, given)
+    else:
+        out, lse = (_windows if plan.how == "window" else _round)(side, call, given, plan)
+    return (out, lse) if given["return_lse"] else out
+
+
+def _windows(side: Side, call: Callable[..., Any], given: Given, plan: Plan) -> tuple[Tensor, Tensor | None]:
+    line, layout, k, v = side.line, side.layout, given["k"], given["v"]
+    have, seen = zip(*((layout.spans(r), plan.spans(r)) for r in range(line.ranks)), strict=True)
+    way = moves(list(have), [[(a, b) for a, b in spans if a < b] for spans in seen], line.rank)
+    keys, values = line.move(torch.cat([k.flatten(2), v.flatten(2)], dim=-1)[0], way)[None].split(
+        [k.shape[2:].numel(), v.shape[2:].numel()], dim=-1
+    )
+    lengths = accumulate((b - a for a, b in seen[line.rank]), initial=0)
     borders = torch.tensor(list(lengths), dtype=torch.int32, device=k.device)
     keys, values = keys.unflatten(-1, k.shape[2:]), values.unflatten(-1, v.shape[2:])
-    return call(**{**given, "k": keys, "v": values, "cu_seqlens_k": borders})
+    found = call(**{**given, "k": keys, "v": values, "cu_seqlens_k": borders})
+    return found if given["return_lse"] else (found, None)
 
 
-def _places(spans: Any) -> Tensor:
-    """int64: all places of these spans, one after another."""
-    return torch.cat([torch.arange(0), *(torch.arange(a, b) for a, b in spans)])
+def _heads(side: Side, call: Callable[..., Any], given: Given) -> tuple[Tensor, Tensor | None]:
+    line, layout, q = side.line, side.layout, given["q"]
+    h, mine = q.shape[2], share(q.shape[2], line.rank, line.ranks)
+    parts = to_channels(line, layout, [given[name][0].flatten(1) for name in ("q", "k", "v")])
+    whole = {
+        name: part.unflatten(1, (given[name].shape[2] // line.ranks, -1))[None]
+        for name, part in zip(("q", "k", "v"), parts, strict=True)
+    }
+    of_head = {name: None if given[name] is None else given[name][mine] for name in ("alibi_slopes", "sinks")}
+    found = call(**{**given, **whole, **of_head, "cu_seqlens": side.cut.whole_cu_seqlens})
+    out, lse = found if given["return_lse"] else (found, None)
+    back = to_tokens(line, layout, out[0].flatten(1), h * out.shape[3]).unflatten(1, (h, -1))[None]
+    return back, None if lse is None else to_tokens(line, layout, lse[0].T, h).T[None]
+
+
+def _round(side: Side, call: Callable[..., Any], given: Given, plan: Plan) -> tuple[Tensor, Tensor]:
+    line, layout, ring = side.line, side.layout, Ring(plan.layout, side.line, plan.options)
+    q, k, v = (given[name][0] for name in ("q", "k", "v"))
+    there, back = _dealt_out(layout, plan.layout, line.rank)
+    if there is not None:
+        sizes = [t.shape[1:].numel() for t in (q, k, v)]
+        dealt = line.move(torch.cat([t.flatten(1) for t in (q, k, v)], dim=1), there).split(sizes, dim=1)
+        q, k, v = (part.reshape(-1, *t.shape[1:]) for part, t in zip(dealt, (q, k, v), strict=True))
+    out, lse = ring.attend(q, k, v, given["alibi_slopes"], given["sinks"])
+    if back is not None:
+        out = line.move(out.flatten(1), back).reshape(-1, *out.shape[1:])
+        lse = line.move(lse.T, back).T if given["return_lse"] else lse
+    return out[None], lse[None]
+
+
+def _dealt_out(layout: Layout, other: Layout, rank: int) -> tuple[Any, Any]:
+    """From one layout to the other, and back; None where they are the same."""
+    if other is layout:
+        return None, None
+    have, want = ([each.spans(r) for r in range(len(each.runs))] for each in (layout, other))
+    return moves(have, want, rank), moves(want, have, rank)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+BUCKET = 25 * 2**20  # bytes of gradients that are added up at once, as in DDP
+
 
 class GradientSums:
-    """Adds up what a backward pass adds to the weights' gradients, once it has ended."""
+    """Adds up what a backward pass adds to the weights' gradients, once it has ended; many small ones at once."""
 
     def __init__(self, model: nn.Module, group: dist.ProcessGroup):
         self.parameters, self.group = list(model.parameters()), group
@@ -30,13 +33,42 @@ class GradientSums:
         given = torch.tensor([parameter.grad is not None for parameter in self.parameters], dtype=torch.int32)
         given = given.to(self.parameters[0].device)
         dist.all_reduce(given, group=self.group)
-        for parameter, some, before in zip(self.parameters, given.tolist(), earlier or [], strict=True):
-            if some:
-                grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.contiguous()
-                dist.all_reduce(torch.view_as_real(grad) if grad.is_complex() else grad, group=self.group)
-                parameter.grad = grad
+        summed = [parameter for parameter, some in zip(self.parameters, given.tolist(), strict=True) if some]
+        for parameter in summed:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.contiguous()
+        for bucket in _buckets([_numbers(parameter.grad) for parameter in summed]):
+            _add_up(bucket, self.group)
+        for parameter, before in zip(self.parameters, earlier or [], strict=True):
             if before is not None:
                 parameter.grad = before if parameter.grad is None else before.add_(parameter.grad)
+
+
+def _numbers(grad: Tensor | None) -> Tensor:
+    """A gradient's real numbers, one after another, in its own memory."""
+    assert grad is not None
+    return (torch.view_as_real(grad) if grad.is_complex() else grad).view(-1)
+
+
+def _buckets(grads: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours of one dtype that have at most :data:`BUCKET` bytes together; larger ones are alone."""
+    bucket: list[Tensor] = []
+    for grad in grads:
+        size = sum(each.nbytes for each in (*bucket, grad))
+        if bucket and (grad.dtype != bucket[0].dtype or size > BUCKET):
+            yield bucket
+            bucket = []
+        bucket.append(grad)
+    if bucket:
+        yield bucket
+
+
+def _add_up(bucket: list[Tensor], group: dist.ProcessGroup) -> None:
+    """The sums over the processes, in the place of these."""
+    flat = bucket[0] if len(bucket) == 1 else torch.cat(bucket)
+    dist.all_reduce(flat, group=group)
+    if len(bucket) > 1:
+        for grad, summed in zip(bucket, flat.split([len(each) for each in bucket]), strict=True):
+            grad.copy_(summed)
 
 
 class Once(torch.autograd.Function):

@@ -8,7 +8,7 @@ in exactly the reverse order, on every process, whether or not a process needs t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssmkernels.core.crossing import note_backward
-from ssmzoo.parallel.states import Like, put_together, taken_apart
+from ssmzoo.parallel.layout import Moves, take
+from ssmzoo.parallel.states import Frame, Like, put_together, taken_apart
 from ssmzoo.state import State
 
 
@@ -31,6 +32,8 @@ class Line:
         self.group = group
         self.rank, self.ranks = group.rank(), group.size()
         self.token = torch.zeros((), requires_grad=torch.is_grad_enabled())
+        self.tape: list[Any] | None = None  # what has come, where it may be asked for once more
+        self.again: Iterator[Any] | None = None
 
     def gather(self, x: Tensor) -> Tensor:
         """x of every process, ``(ranks, …)``; all alike in shape. The gradient is summed over what each one made of it.
@@ -38,8 +41,9 @@ class Line:
         Tensors that are neither floating nor complex have none.
         """
         if not (x.is_floating_point() or x.is_complex()):
-            return _gathered(x, self.group)
-        out, self.token = _Gather.apply(x, self.token, self.group)
+            found: Tensor = self.once(lambda: all_gathered(x, self.group))
+            return found
+        out, self.token = _Gather.apply(x, self.token, self)
         return out
 
     def gather_each(self, tensors: list[Tensor]) -> list[list[Tensor]]:
@@ -49,41 +53,75 @@ class Line:
         shaped = [part.reshape(self.ranks, *t.shape) for part, t in zip(parts, tensors, strict=True)]
         return [list(of_rank) for of_rank in zip(*(part.unbind(0) for part in shaped), strict=True)]
 
-    def exchange(self, x: Tensor, sends: list[Tensor], receives: list[int]) -> Tensor:
-        """Rows of x for each process, and what each has for this one, one after another.
+    def exchange(self, x: Tensor, sends: list[int], receives: list[int]) -> Tensor:
+        """Rows of x for each process, so many and one after another; and so many from each, likewise.
 
         Args:
-            x: ``(l, d)``.
-            sends: int64, which rows each process gets.
+            x: ``(l, …)``.
+            sends: how many each process gets.
             receives: how many come from each.
         """
-        out, self.token = _Exchange.apply(x, self.token, self.group, sends, receives)
+        out, self.token = _Exchange.apply(x, self.token, self, sends, receives)
         return out
+
+    def move(self, x: Tensor, way: Moves) -> Tensor:
+        """The rows of x ``(l, d)`` in another layout."""
+        sent = torch.cat([take(x, spans) for spans in way.sends])
+        return take(self.exchange(sent, [sum(b - a for a, b in spans) for spans in way.sends], way.receives), way.order)
+
+    def once(self, communicate: Callable[[], Any]) -> Any:
+        """What this gives; where the call is computed again, what it has given before, without communication."""
+        if self.again is not None:
+            return next(self.again)
+        found = communicate()
+        if self.tape is not None:
+            self.tape.append(found)
+        return found
+
+    def peer(self, rank: int) -> int:
+        """A process of the group, as torch.distributed numbers all."""
+        return dist.get_global_rank(self.group, rank)
 
     def send_state(self, to: int, state: State) -> None:
         """Gives a state to a process, which receives it; the gradient of its tensors comes back from there."""
         frame, tensors = taken_apart(state)
-        dist.send_object_list([frame], dist.get_global_rank(self.group, to), group=self.group)
-        self.token = _Send.apply(self.token, to, self.group, *tensors)
+        self.once(lambda: dist.send_object_list([frame], self.peer(to), group=self.group))
+        self.token = _Send.apply(self.token, to, self, *tensors)
 
     def receive_state(self, source: int, device: torch.device) -> State:
         """What a process sends."""
-        box: list[Any] = [None]
-        dist.recv_object_list(box, dist.get_global_rank(self.group, source), group=self.group)
-        self.token, *tensors = _Receive.apply(self.token, source, self.group, box[0].like, device)
-        return put_together(box[0], tensors)
+
+        def frame() -> Frame:
+            box: list[Any] = [None]
+            dist.recv_object_list(box, self.peer(source), group=self.group)
+            found: Frame = box[0]
+            return found
+
+        received: Frame = self.once(frame)
+        self.token, *tensors = _Receive.apply(self.token, source, self, received.like, device)
+        return put_together(received, tensors)
 
     def broadcast_state(self, source: int, state: State | None, device: torch.device) -> State:
         """The state of one process, on every one; the others give None. Its gradient is the sum of theirs."""
         frame, tensors = (None, []) if state is None else taken_apart(state)
-        box: list[Any] = [frame]
-        dist.broadcast_object_list(box, dist.get_global_rank(self.group, source), group=self.group)
-        self.token, *tensors = _Broadcast.apply(self.token, source, self.group, box[0].like, device, *tensors)
-        return put_together(box[0], tensors)
+
+        def everywhere() -> Frame:
+            box: list[Any] = [frame]
+            dist.broadcast_object_list(box, self.peer(source), group=self.group)
+            found: Frame = box[0]
+            return found
+
+        shared: Frame = self.once(everywhere)
+        self.token, *tensors = _Broadcast.apply(self.token, source, self, shared.like, device, *tensors)
+        return put_together(shared, tensors)
 
     def close(self, x: Tensor, begin: Callable[[], None] | None) -> Tensor:
-        """x, whose backward pass runs that of all communication so far; ``begin`` is called before it."""
-        return _Close.apply(x, self.token, begin)
+        """x, whose backward pass runs that of all communication so far; ``begin`` is called before it.
+
+        The line lets go of that graph, parts of which know the line: neither would ever be freed.
+        """
+        token, self.token = self.token, torch.zeros(())
+        return _Close.apply(x, token, begin)
 
 
 def _real(x: Tensor) -> Tensor:
@@ -92,7 +130,8 @@ def _real(x: Tensor) -> Tensor:
     return torch.view_as_real(x) if x.is_complex() else x.view(torch.uint8) if x.dtype == torch.bool else x
 
 
-def _gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def all_gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """x of every process, ``(ranks, …)``, without a gradient."""
     out = x.new_empty(group.size(), *x.shape)
     dist.all_gather(list(_real_view(out).unbind(0)), _real(x), group=group)
     return out
@@ -123,9 +162,9 @@ def _empty(like: Like, device: torch.device) -> list[Tensor]:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, token: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-        ctx.group = group
-        return _gathered(x, group), token.clone()
+    def forward(ctx: Any, x: Tensor, token: Tensor, line: Line) -> tuple[Tensor, Tensor]:
+        ctx.group = line.group
+        return line.once(lambda: all_gathered(x, line.group)).detach(), token.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, token: Tensor) -> tuple[Tensor | None, ...]:
@@ -138,39 +177,30 @@ class _Gather(torch.autograd.Function):
 class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, token: Tensor, group: dist.ProcessGroup, sends: list[Tensor], receives: list[int]
+        ctx: Any, x: Tensor, token: Tensor, line: Line, sends: list[int], receives: list[int]
     ) -> tuple[Tensor, Tensor]:
-        ctx.group, ctx.sends, ctx.receives, ctx.rows = group, sends, receives, x.shape[0]
-        counts = [len(rows) for rows in sends]
-        return _exchanged(x[torch.cat(sends)], counts, receives, group), token.clone()
+        ctx.group, ctx.sends, ctx.receives = line.group, sends, receives
+        return line.once(lambda: _exchanged(x, sends, receives, line.group)).detach(), token.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, token: Tensor) -> tuple[Tensor | None, ...]:
-        counts = [len(rows) for rows in ctx.sends]
-        back = _exchanged(grad, ctx.receives, counts, ctx.group)
-        return (
-            grad.new_zeros(ctx.rows, grad.shape[1]).index_add_(0, torch.cat(ctx.sends), back),
-            token,
-            None,
-            None,
-            None,
-        )
+        return _exchanged(grad, ctx.receives, ctx.sends, ctx.group), token, None, None, None
 
 
 def _exchanged(x: Tensor, sends: list[int], receives: list[int], group: dist.ProcessGroup) -> Tensor:
     """The rows of x, so many to each process; and those that come, so many from each."""
-    out = x.new_empty(sum(receives), x.shape[1])
-    dist.all_to_all_single(out, x.contiguous(), receives, sends, group=group)
+    out = x.new_empty(sum(receives), *x.shape[1:])
+    dist.all_to_all_single(_real_view(out), _real(x), receives, sends, group=group)
     return out
 
 
 class _Send(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, token: Tensor, to: int, group: dist.ProcessGroup, *tensors: Tensor) -> Tensor:
-        ctx.to, ctx.group = to, group
+    def forward(ctx: Any, token: Tensor, to: int, line: Line, *tensors: Tensor) -> Tensor:
+        ctx.to, ctx.group = to, line.group
         ctx.like = [(tuple(x.shape), x.dtype) if _differentiable(x) else None for x in tensors]
         ctx.device = tensors[0].device if tensors else None
-        _transfer(tensors, to, group, sends=True)
+        line.once(lambda: _transfer(tensors, to, line.group, sends=True))
         return token.clone()
 
     @staticmethod
@@ -183,10 +213,15 @@ class _Send(torch.autograd.Function):
 
 class _Receive(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, token: Tensor, source: int, group: dist.ProcessGroup, like: Any, device: Any) -> Any:
-        ctx.source, ctx.group = source, group
-        tensors = _empty(like, device)
-        _transfer(tensors, source, group, sends=False)
+    def forward(ctx: Any, token: Tensor, source: int, line: Line, like: Any, device: Any) -> Any:
+        ctx.source, ctx.group = source, line.group
+
+        def received() -> list[Tensor]:
+            tensors = _empty(like, device)
+            _transfer(tensors, source, line.group, sends=False)
+            return tensors
+
+        tensors = [t.detach() for t in line.once(received)]
         ctx.mark_non_differentiable(*(x for x in tensors if not _differentiable(x)))
         ctx.differentiable = [_differentiable(x) for x in tensors]
         return token.clone(), *tensors
@@ -200,18 +235,20 @@ class _Receive(torch.autograd.Function):
 
 class _Broadcast(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, token: Tensor, source: int, group: dist.ProcessGroup, like: Any, device: Any, *given: Tensor
-    ) -> Any:
-        ctx.source, ctx.group, ctx.given = source, group, len(given)
-        there = dist.get_global_rank(group, source)
-        tensors = [x.detach().clone() for x in given] if given else _empty(like, device)
-        for x in tensors:
-            if x.numel():
-                flat = _real(x)
-                dist.broadcast(flat, there, group=group)
-                if not given:
-                    _real_view(x).copy_(flat)
+    def forward(ctx: Any, token: Tensor, source: int, line: Line, like: Any, device: Any, *given: Tensor) -> Any:
+        ctx.group, ctx.given = line.group, len(given)
+
+        def received() -> list[Tensor]:
+            tensors = [x.detach().clone() for x in given] if given else _empty(like, device)
+            for x in tensors:
+                if x.numel():
+                    flat = _real(x)
+                    dist.broadcast(flat, line.peer(source), group=line.group)
+                    if not given:
+                        _real_view(x).copy_(flat)
+            return tensors
+
+        tensors = [t.detach() for t in line.once(received)]
         ctx.mark_non_differentiable(*(x for x in tensors if not _differentiable(x)))
         ctx.differentiable = [_differentiable(x) for x in tensors]
         return token.clone(), *tensors
@@ -235,6 +272,8 @@ class _Close(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise ValueError("Context: `create_graph` must be False; gradients of gradients do not cross cuts")
         note_backward()
         if ctx.begin is not None:
             ctx.begin()

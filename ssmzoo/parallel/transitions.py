@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ssmkernels.core.packing import spans
 from ssmkernels.core.validate import precision
+from ssmzoo.parallel.left import of_mamba3, of_mlstm
 
 Given = Mapping[str, Any]  # the public arguments of an op, with cu_seqlens
 Shape = tuple[int, ...]
@@ -31,12 +32,14 @@ class Transition:
         found: the op and its arguments, without an initial state → E and M.
         joined: E, M and S → ``M S + E``.
         enters: the arguments that hold S; others that are part of a state are known before.
+        summed: whether E is a sum over the part (:mod:`ssmzoo.parallel.left`), which takes no run of the op.
     """
 
     like: Callable[[Given], tuple[list[Shape], list[Shape], torch.dtype]]
     found: Callable[[Callable[..., Any], Given], tuple[list[Tensor], list[Tensor]]]
     joined: Callable[[list[Tensor], list[Tensor], list[Tensor]], list[Tensor]]
     enters: tuple[str, ...] = ("initial_state",)
+    summed: bool = False
 
 
 def sums(x: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -155,7 +158,7 @@ def _keys(given: Given) -> Shape:
 # delta rules
 
 
-def _of_matrices(call: Callable[..., Any], given: Given) -> tuple[list[Tensor], list[Tensor]]:
+def of_matrices(call: Callable[..., Any], given: Given) -> tuple[list[Tensor], list[Tensor]]:
     """E and M in one call: with values (v, 0) the state (0, I) becomes (E, M)."""
     (rows, heads, keys, values), wide = _keys_values(given)
     v = given["v"]
@@ -170,12 +173,10 @@ def _matrices(given: Given) -> tuple[list[Shape], list[Shape], torch.dtype]:
     return [shape], [(*shape[:3], shape[2])], dtype
 
 
-_DELTA = Transition(_matrices, _of_matrices, lambda E, M, S: [M[0] @ S[0] + E[0]])
+_DELTA = Transition(_matrices, of_matrices, lambda E, M, S: [M[0] @ S[0] + E[0]])
 
 
 # mlstm: C and n are exp(-m) times sums that are linear, and m is the larger of what came before and of the part's own
-
-LOWEST = -1e30  # a stabiliser below all others
 
 
 def _memory(given: Given) -> tuple[list[Shape], list[Shape], torch.dtype]:
@@ -183,11 +184,9 @@ def _memory(given: Given) -> tuple[list[Shape], list[Shape], torch.dtype]:
     return [(rows, heads, keys, values), (rows, heads, keys), (rows, heads)], [(rows, heads)], wide
 
 
-def _of_memory(call: Callable[..., Any], given: Given) -> tuple[list[Tensor], list[Tensor]]:
-    shapes, _, wide = _memory(given)
-    C, n, m = (given["v"].new_zeros(shape, dtype=wide) for shape in shapes)
-    _, *after = call(**{**given, "initial_C": C, "initial_n": n, "initial_m": m + LOWEST})
-    return after, [sums(F.logsigmoid(given["f"].to(wide)), given["cu_seqlens"])]
+def _of_memory(_: Callable[..., Any], given: Given) -> tuple[list[Tensor], list[Tensor]]:
+    gates = F.logsigmoid(given["f"].to(precision(given["v"])))
+    return of_mlstm(given), [sums(gates, given["cu_seqlens"])]
 
 
 def _remembered(E: list[Tensor], M: list[Tensor], S: list[Tensor]) -> list[Tensor]:
@@ -207,14 +206,13 @@ def _rotating(given: Given) -> tuple[list[Shape], list[Shape], torch.dtype]:
     return state, [(rows, heads)] * 3, precision(given["x"])
 
 
-def _of_rotating(call: Callable[..., Any], given: Given) -> tuple[list[Tensor], list[Tensor]]:
+def _of_rotating(_: Callable[..., Any], given: Given) -> tuple[list[Tensor], list[Tensor]]:
     """M: the decay, the share of the first step in what came before, and whether there is a step at all."""
     dt, cu_seqlens = given["dt"].to(precision(given["dt"])), given["cu_seqlens"]
-    _, *after = call(**given)
     decay = torch.exp(sums(dt * given["A"].to(dt.dtype), cu_seqlens))
     some = (cu_seqlens.diff() > 0)[:, None].expand_as(decay)
     shares = F.pad((1 - given["trap"].to(dt.dtype)) * dt, (0, 0, 0, 1))[0]  # one more for sequences without a step
-    return after, [decay, shares[cu_seqlens[:-1].long()] * some, some.to(dt.dtype)]
+    return of_mamba3(given), [decay, shares[cu_seqlens[:-1].long()] * some, some.to(dt.dtype)]
 
 
 def _turned(E: list[Tensor], M: list[Tensor], S: list[Tensor]) -> list[Tensor]:
@@ -240,6 +238,8 @@ TRANSITIONS = {
     "linear_attention": _diagonal(_decay_of_keys, _keys_values, _keys),
     "delta_rule": _DELTA,
     "generalized_delta_rule": _DELTA,
-    "mlstm": Transition(_memory, _of_memory, _remembered, ("initial_C", "initial_n", "initial_m")),
-    "mamba3_scan": Transition(_rotating, _of_rotating, _turned, ("initial_state", "initial_key", "initial_value")),
+    "mlstm": Transition(_memory, _of_memory, _remembered, ("initial_C", "initial_n", "initial_m"), True),
+    "mamba3_scan": Transition(
+        _rotating, _of_rotating, _turned, ("initial_state", "initial_key", "initial_value"), summed=True
+    ),
 }

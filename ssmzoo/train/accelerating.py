@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ssmzoo.train.config import TrainConfig
+from ssmzoo.train.job import is_spread
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def accelerator_of(config: TrainConfig) -> Accelerator:
-    """What runs the steps, on the devices and in the precision of a run.
+def accelerator_of(config: TrainConfig) -> Any:
+    """What runs the steps, on the devices and in the precision of a run: accelerate, or a mesh of processes.
 
     Raises:
-        ValueError: the processes are started in a way that training does not know.
+        ValueError: the processes are started in a way that training does not know, or are not as many as the mesh has.
     """
+    if is_spread(config):
+        from ssmzoo.train.mesh import Engine
+
+        return Engine(config)
+    return _accelerator(config)
+
+
+def _accelerator(config: TrainConfig) -> Accelerator:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType

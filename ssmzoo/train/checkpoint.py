@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ import yaml
 from torch import Tensor, nn
 
 from ssmzoo import files, pretrained
-from ssmzoo.checkpoints import checksums
+from ssmzoo.checkpoints import checksums, sharded
 from ssmzoo.checkpoints.checksums import checkpoints
 from ssmzoo.checkpoints.weights import fill, read_tensors, write_tensors
 from ssmzoo.config import ModelConfig
@@ -84,6 +85,15 @@ def _write_files(
     tensors = _optimizer_tensors(model, optimizer)
     held = {key.rpartition("/")[0] for key in tensors}
     without = [name for name, p in model.named_parameters() if p.requires_grad and name not in held]
+    write_tensors(tensors, folder / OPTIMIZER)
+    write_state(run, folder, step, scaler, sequences, without)
+    checksums.seal(folder)
+
+
+def write_state(
+    run: Path, folder: Path, step: int, scaler: dict[str, Any] | None, sequences: int, without: list[str]
+) -> None:
+    """What a checkpoint holds beside model and tensors: ``state.yaml`` and a copy of the log."""
     state = {
         "step": step,
         "sequences": sequences,
@@ -91,22 +101,28 @@ def _write_files(
         "checked": True,
         "without_optimizer_state": without,
     }
-    write_tensors(tensors, folder / OPTIMIZER)
     (folder / STATE).write_text(yaml.safe_dump(state))
     if (run / LOG).is_file():
         shutil.copyfile(run / LOG, folder / LOG)
-    checksums.seal(folder)
 
 
 def settle(run: Path, folder: Path, keep: int) -> None:
     """Renews a run's model files from its newest checkpoint, and removes all but the newest ``keep``."""
     renew(run, folder)
+    prune(run, keep)
+
+
+def prune(run: Path, keep: int) -> None:
+    """Removes all checkpoints of a run but the newest ``keep``."""
     for old in checkpoints(run)[:-keep]:
         files.remove(old)
 
 
 def renew(run: Path, folder: Path) -> None:
     """Gives a run the model files of a checkpoint, unless it has them."""
+    if sharded.is_sharded(folder):
+        sharded.consolidate(folder, run)
+        return
     sources = {CONFIG: folder / CONFIG, WEIGHTS: folder / WEIGHTS}
     if (run / TOKENIZER).is_file():
         sources[TOKENIZER] = run / TOKENIZER
@@ -116,8 +132,13 @@ def renew(run: Path, folder: Path) -> None:
     checksums.install(run, {name: partial(files.link, path) for name, path in sources.items()})
 
 
-def read(run: Path) -> Checkpoint:
+def read(run: Path, *, tensors: bool = True, check: bool = True) -> Checkpoint:
     """A run's newest checkpoint.
+
+    Args:
+        run: the run's folder.
+        tensors: read these too where many processes wrote them, who also read them by themselves.
+        check: compare its files with their checksums, which reads all of them.
 
     Raises:
         FileNotFoundError: there is none.
@@ -130,9 +151,9 @@ def read(run: Path) -> Checkpoint:
         )
     folder = folders[-1]
     try:
-        version = checksums.check(folder)
+        sums = checksums.check(folder) if check else {}
         state = yaml.safe_load((folder / STATE).read_text())
-        if version is None and state.get("checked"):
+        if sums is None and state.get("checked"):
             raise ValueError(f"{checksums.SUMS} is missing")
         if int(state["step"]) != int(folder.name.removeprefix("step-")):
             raise ValueError(f"{STATE} is of step {state['step']}")
@@ -140,8 +161,7 @@ def read(run: Path) -> Checkpoint:
             folder,
             int(state["step"]),
             ModelConfig.from_yaml(folder / CONFIG),
-            read_tensors(folder / WEIGHTS),
-            read_tensors(folder / OPTIMIZER),
+            *_tensors(folder, tensors),
             state["scaler"],
             state.get("without_optimizer_state", []),
             state.get("sequences"),
@@ -150,6 +170,44 @@ def read(run: Path) -> Checkpoint:
         before = f"continue from the one before it, {folders[-2].name}" if len(folders) > 1 else "start the run again"
         reason = " ".join(str(error).split())
         raise ValueError(f"the checkpoint {folder} is damaged: delete it to {before}. ({reason})") from None
+
+
+@contextlib.contextmanager
+def telling(run: Path, what: str, step: int, command: str) -> Iterator[None]:
+    """Errors of the file system, such as a full disk, say what is lost and how to go on.
+
+    Args:
+        run: the run's folder.
+        what: what could not be done.
+        step: at which it was to be done.
+        command: goes on with the run.
+    """
+    try:
+        yield
+    except OSError as error:
+        saved = checkpoints(run)
+        way = f"continue from {saved[-1].name} with: {command}" if saved else "start it again"
+        raise OSError(
+            error.errno,
+            f"{error.strerror or error}: the run {run} could not {what} at step {step}; once that is mended {way}",
+        ) from None
+
+
+def _tensors(folder: Path, wanted: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights, and the optimiser's state."""
+    if not sharded.is_sharded(folder):
+        return read_tensors(folder / WEIGHTS), read_tensors(folder / OPTIMIZER)
+    if not wanted:
+        return {}, {}
+    return sharded.read_whole(folder, sharded.WEIGHTS_KIND), sharded.read_whole(folder, sharded.OPTIMIZER_KIND)
+
+
+def dtype_of(checkpoint: Checkpoint) -> torch.dtype:
+    """That of the weights, float32 or float64."""
+    dtypes = [tensor.dtype for tensor in checkpoint.weights.values()]
+    if not dtypes:
+        dtypes = [meta.properties.dtype for meta in sharded.stored_keys(checkpoint.folder).values()]
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def restore(checkpoint: Checkpoint, model: SequenceModel, optimizer: torch.optim.Optimizer) -> None:

@@ -18,7 +18,7 @@ from ssmzoo.train.config import TrainConfig
 from ssmzoo.train.data import Data
 from ssmzoo.train.vocabulary import Bytes, Vocabulary
 
-BEGUN = {lock.FILE, CHECKPOINTS, "config.yaml", "train.yaml", "tokenizer.json", "log.csv"}
+BEGUN = {lock.FILE, CHECKPOINTS, "config.yaml", "train.yaml", "tokenizer.json", "log.csv", "tensorboard", "wandb"}
 
 
 def check_packages(*packages: str) -> None:
@@ -30,6 +30,18 @@ def check_packages(*packages: str) -> None:
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         raise ImportError(f"training needs {' and '.join(missing)}: pip install 'ssmzoo[train]'")
+
+
+def check_boards(config: TrainConfig) -> None:
+    """The packages of the boards that a run's numbers go to are installed.
+
+    Raises:
+        ImportError: naming the first that is not.
+    """
+    for package in ("tensorboard", "wandb"):
+        if getattr(config.log, package) and importlib.util.find_spec(package) is None:
+            where = "'ssmzoo[logging]'" if package == "tensorboard" else package
+            raise ImportError(f"training setting `log.{package}` needs the package {package}: pip install {where}")
 
 
 def check_empty(run: Path) -> None:

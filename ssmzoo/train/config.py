@@ -11,6 +11,7 @@ from typing import Any, Literal
 from ssmkernels.core.names import unknown
 from ssmzoo.config import ModelConfig
 from ssmzoo.options import convert
+from ssmzoo.train.settings import GROUPS, LogConfig, ParallelConfig, group_of, merged
 from ssmzoo.yaml_text import dump_yaml
 
 
@@ -50,6 +51,11 @@ class TrainConfig:
         save_every: steps between checkpoints; one more stands at the end.
         keep: newest checkpoints to keep.
         sample_every: steps between samples of what a language model writes, printed as it learns; 0 for one at the end.
+        checkpointing: activations inside of blocks are not kept for the backward pass, which computes them again.
+        compile: each block is compiled by ``torch.compile``.
+        parallel: how the run is spread over processes, a :class:`~ssmzoo.train.settings.ParallelConfig` or a mapping.
+            If None, over those that it is started in, each with a copy of the model.
+        log: where its numbers go, a :class:`~ssmzoo.train.settings.LogConfig` or a mapping.
     """
 
     steps: int = 1000
@@ -79,10 +85,17 @@ class TrainConfig:
     save_every: int = 250
     keep: int = 2
     sample_every: int = 0
+    checkpointing: bool = False
+    compile: bool = False
+    parallel: ParallelConfig | None = None
+    log: LogConfig = LogConfig()  # noqa: RUF009  (frozen)
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
+            if field.name in GROUPS:
+                object.__setattr__(self, field.name, group_of(field.name, getattr(self, field.name)))
+                continue
             value = convert(f"training setting `{field.name}`", getattr(self, field.name), hints[field.name])
             object.__setattr__(self, field.name, value)
         betas = [convert("training setting `betas`", beta, float) for beta in self.betas]
@@ -138,11 +151,11 @@ class TrainConfig:
         Raises:
             ValueError, TypeError: an unknown setting, with what exists and the nearest, or a bad value.
         """
-        merged = {key: value for mapping in settings for key, value in mapping.items()}
-        for key in merged:
+        found = merged(*settings)
+        for key in found:
             if key not in FIELDS:
                 raise ValueError(unknown("training setting", key, FIELDS))
-        return cls(**merged)
+        return cls(**found)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as YAML takes it."""
@@ -182,8 +195,9 @@ def split_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
     for key, value in settings.items():
         if key in FIELDS:
             training[key] = value
-        elif key.startswith("mixture."):
-            training.setdefault("mixture", {})[key.removeprefix("mixture.")] = value
+        elif key.partition(".")[0] in ("mixture", *GROUPS):
+            group, _, name = key.partition(".")
+            training.setdefault(group, {})[name] = value
         elif key.partition(".")[0] in MODEL_FIELDS:
             model[key] = value
         else:

@@ -24,7 +24,7 @@ from ssmzoo.train import checkpoint
 from ssmzoo.train.alignment import STAGES, Alignment, Stage
 from ssmzoo.train.checks import DISTILLATION, check_packages
 from ssmzoo.train.config import TrainConfig
-from ssmzoo.train.loading import chosen_data, corpus_of
+from ssmzoo.train.loading import chosen_data, corpus_of, load_data
 from ssmzoo.train.log import Row
 from ssmzoo.train.loop import Trainer
 from ssmzoo.train.record import IDS, DataSource, describe
@@ -189,6 +189,9 @@ def distill(
     if model.config.output != "tokens" or model.config.d_input is not None:
         raise ValueError("distill: `teacher` must be a language model, from tokens to tokens")
     linearize(model, config.pattern, config.mixer, **config.options)  # refuses what cannot be, before anything is made
+    lengths = {config.settings(stage).length: stage for stage in config.wanted}
+    chosen, settings = chosen_data(data, config.settings(lengths[max(lengths)]))
+    load_data(chosen, model.config, settings)  # likewise
     folder.mkdir(parents=True, exist_ok=True)
     if teacher is not None:
         pretrained.save(model, folder / TEACHER)

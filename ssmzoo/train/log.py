@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ssmzoo.files import replacing
+from ssmzoo.train.boards import Board, Meter
 
 Row = dict[str, float]
 
@@ -26,10 +27,23 @@ class Log:
         step, steps: how many are done, and how many there are.
         console: where the bar and the lines go.
         experts: the model has mixtures of experts.
+        boards: where the numbers go as well.
+        meter: adds columns of how much of the machine is used.
     """
 
-    def __init__(self, path: Path, unit: str, step: int, steps: int, console: Console, experts: bool = False):
-        self.columns = columns(unit, experts)
+    def __init__(
+        self,
+        path: Path,
+        unit: str,
+        step: int,
+        steps: int,
+        console: Console,
+        experts: bool = False,
+        boards: Sequence[Board] = (),
+        meter: Meter | None = None,
+    ):
+        self.columns = columns(unit, experts, meter is not None)
+        self._boards, self._meter = boards, meter
         self._unit = unit.replace("_", " ")
         self._console = console
         _rewind(path, step, self.columns)
@@ -60,11 +74,17 @@ class Log:
         # Rows that a full disk did not take have been told already.
         with contextlib.suppress(OSError) if kind is not None else contextlib.nullcontext():
             self._file.close()
+        for board in self._boards:
+            board.close()
 
     def write(self, rows: list[Row]) -> None:
         """Rows of :func:`columns`, in the order of their steps; a column may be missing."""
         for row in rows:
+            if self._meter is not None and "tokens_per_second" in row:
+                row |= self._meter.of(row["tokens_per_second"])
             self._writer.writerow(row)
+            for board in self._boards:
+                board.write(int(row["step"]), {name: value for name, value in row.items() if name != "step"})
             if "tokens_per_second" in row:
                 self._seconds_per_token.append(1 / row["tokens_per_second"])
             if "loss" in row:
@@ -86,10 +106,11 @@ class Log:
         return f"loss {row['loss']:.3f}   {bits}{rate:,.0f} tokens/s"
 
 
-def columns(unit: str, experts: bool = False) -> list[str]:
+def columns(unit: str, experts: bool = False, metered: bool = False) -> list[str]:
     """The log's columns: losses in nats a token or label, and in bits a ``unit``; tokens of all processes.
 
-    With ``experts`` also the load of the busiest expert over an even one, in the mean over the layers.
+    With ``experts`` also the load of the busiest expert over an even one, in the mean over the layers. With ``metered``
+    also those of :class:`~ssmzoo.train.boards.Meter`.
     """
     accuracy = ["validation_accuracy"] if unit in ("label", "masked_token") else []
     return [
@@ -103,6 +124,7 @@ def columns(unit: str, experts: bool = False) -> list[str]:
         "tokens_per_second",
         *accuracy,
         *(["expert_load"] if experts else []),
+        *(["utilisation", "memory_gb"] if metered else []),
     ]
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +25,8 @@ from ssmzoo.train.log import Log, Row
 from ssmzoo.train.masked import Masked, MaskedData
 from ssmzoo.train.optimizer import build_optimizer, lr_factor, set_lr
 from ssmzoo.train.output import Output
+from ssmzoo.train.placing import as_built, wide, with_blocks
+from ssmzoo.train.rows import not_finite, rows_of
 from ssmzoo.train.stored import DataChanged
 
 if TYPE_CHECKING:
@@ -44,9 +45,11 @@ class Trainer:
 
     Attributes:
         writes_text: whether a sample of what the model writes tells how well it learns.
+        main_alone: the main process alone has the model in the end.
     """
 
     writes_text = True
+    main_alone = False
 
     def __init__(
         self,
@@ -59,8 +62,10 @@ class Trainer:
     ):
         self.config, self.data, self.run, self.accelerator, self.name = config, data, run, accelerator, name
         self.step, self.sequences, self._fresh = 0, 0, True
-        self._a_step = config.batch_size * config.accumulate * accelerator.num_processes  # sequences
-        self.model = model.to(accelerator.device)
+        self.share, self.shares = self.shares_of(accelerator)
+        self._a_step = config.batch_size * config.accumulate * self.shares  # sequences
+        self.parameters = model.num_parameters()  # of which this process may have a share
+        self.model = self.placed(model)
         self.balance = Balance(self.model)
         self.optimizer = build_optimizer(self.model, config)
         self._wrapped, self._stepper = accelerator.prepare(self.learner(), self.optimizer)
@@ -74,6 +79,17 @@ class Trainer:
     def command(self) -> str:
         """How a run that stopped goes on."""
         return f"ssmzoo train --resume {self.run}"
+
+    def shares_of(self, accelerator: Accelerator) -> tuple[int, int]:
+        """Which share of a step's sequences this process learns from, and how many there are."""
+        return accelerator.process_index, accelerator.num_processes
+
+    def placed(self, model: SequenceModel) -> SequenceModel:
+        """The model on its device."""
+        return with_blocks(model, self.config).to(self.accelerator.device)
+
+    def begin_step(self, parts: list[Any]) -> None:
+        """Told all that a step learns from here, before it begins."""
 
     def learner(self) -> torch.nn.Module:
         """What a step calls."""
@@ -139,7 +155,12 @@ class Trainer:
                 if stop and self.step < steps:
                     raise Interrupted(self.run, self.step, self.command)
                 self._clock = time.perf_counter()
-        return validation
+        return validation or self._evaluate()  # nothing was left to do
+
+    def finished(self) -> SequenceModel:
+        """The model, once all steps are taken."""
+        as_built(self.model, self.config)
+        return self.model
 
     def _save_whole_steps(self, log: Log | None) -> None:
         """Saves what the steps before a broken one have made; other processes wait in theirs, so only if alone."""
@@ -151,15 +172,16 @@ class Trainer:
         self._save(log)
 
     def _take_step(self) -> None:
-        config, process = self.config, self.accelerator.process_index
+        config = self.config
         self.step += 1
-        torch.manual_seed(int(np.random.SeedSequence((config.seed, self.step, process)).generate_state(1)[0]))
+        torch.manual_seed(int(np.random.SeedSequence((config.seed, self.step, self.share)).generate_state(1)[0]))
         factor = lr_factor(self.step, config)
         set_lr(self.optimizer, factor)
         losses = []
-        for i in range(config.accumulate):
-            # A step has the same parts however many processes share them.
-            drawn = self._draw(process * config.accumulate + i)
+        # A step has the same parts however many processes share them.
+        parts = [self._draw(self.share * config.accumulate + i) for i in range(config.accumulate)]
+        self.begin_step(parts)
+        for drawn in parts:
             with self.accelerator.accumulate(self._wrapped):
                 loss = self.loss(self._wrapped, drawn)
                 self.accelerator.backward(self.balance.with_losses(loss))
@@ -169,7 +191,7 @@ class Trainer:
                 self._stepper.zero_grad()
             losses.append(loss.detach())
         self.sequences += self._a_step
-        values = [torch.stack(losses).mean(), norm.detach().float()]
+        values = [torch.stack(losses).mean(), wide(norm.detach())]
         if self.balance:
             values.append(self.balance.after_step(lambda counts: self.accelerator.reduce(counts, "sum")))
         self._pending.append((config.lr * factor, torch.stack(values)))
@@ -196,12 +218,12 @@ class Trainer:
         (b l+1)."""
         drawn = drawn.to(self.accelerator.device)
         if isinstance(drawn, Masked):
-            return model(drawn.inputs)[drawn.chosen].float(), drawn.answers
+            return wide(model(drawn.inputs)[drawn.chosen]), drawn.answers
         if isinstance(drawn, Labelled):
-            return model(drawn.inputs, mask=drawn.mask).float(), drawn.labels
+            return wide(model(drawn.inputs, mask=drawn.mask)), drawn.labels
         if isinstance(drawn, Packed):
-            return model(drawn.inputs, cu_seqlens=drawn.cu_seqlens).flatten(0, 1).float(), drawn.targets
-        return model(drawn[:, :-1]).flatten(0, 1).float(), drawn[:, 1:].flatten()
+            return wide(model(drawn.inputs, cu_seqlens=drawn.cu_seqlens).flatten(0, 1)), drawn.targets
+        return wide(model(drawn[:, :-1]).flatten(0, 1)), drawn[:, 1:].flatten()
 
     @torch.no_grad()
     def _evaluate(self) -> Row:
@@ -239,61 +261,34 @@ class Trainer:
         values = self.accelerator.reduce(torch.cat([torch.stack(values), flag]), "mean").tolist()
         seconds = time.perf_counter() - self._clock
         self._pending.clear()
-        config = self.config
-        tokens = self._a_step * self.data.train.width(config.length)
-        rows = [
-            {
-                "step": self.step - len(rates) + 1 + i,
-                "loss": loss,
-                **self.bits(loss),
-                "lr": rate,
-                "gradient_norm": norm,
-                "tokens_per_second": float(f"{tokens * len(rates) / seconds:.4g}"),
-                **({"expert_load": load[0]} if load else {}),
-            }
-            for i, (rate, (loss, norm, *load)) in enumerate(zip(rates, values[:-1], strict=True))
-        ]
-        return rows, values[-1][0] > 0
+        tokens = self._a_step * self.data.train.width(self.config.length) * len(rates) / seconds
+        first = self.step - len(rates) + 1
+        return rows_of(first, rates, values[:-1], tokens, self.bits), values[-1][0] > 0
 
     def _check_finite(self, rows: list[Row], log: Log | None) -> None:
-        for i, row in enumerate(rows):
-            # In fp16 the loss scaler steps over infinite gradients by itself.
-            loss_only = self.accelerator.scaler is not None
-            bad = "loss" if not math.isfinite(row["loss"]) else "gradient_norm"
-            if math.isfinite(row[bad]) or (loss_only and bad != "loss"):
-                continue
-            self._write(log, rows[:i])
-            what, good = bad.replace("_", " "), checkpoint.checkpoints(self.run)[-1].name
-            raise ValueError(
-                f"training diverged: the {what} is {row[bad]} at step {row['step']:.0f}; continue from {good} "
-                f"with {self.command} and a smaller --set lr=..."
-            )
+        # In fp16 the loss scaler steps over infinite gradients by itself.
+        found = not_finite(rows, ("loss",) if self.accelerator.scaler is not None else ("loss", "gradient_norm"))
+        if found is None:
+            return
+        place, bad = found
+        self._write(log, rows[:place])
+        good = checkpoint.checkpoints(self.run)[-1].name
+        raise ValueError(
+            f"training diverged: the {bad.replace('_', ' ')} is {rows[place][bad]} at step {rows[place]['step']:.0f}; "
+            f"continue from {good} with {self.command} and a smaller --set lr=..."
+        )
 
     def _write(self, log: Log | None, rows: list[Row]) -> None:
         if log is not None:
-            with self._told("write the log"):
+            with checkpoint.telling(self.run, "write the log", self.step, self.command):
                 log.write(rows)
 
     def _save(self, log: Log | None) -> None:
         if log is not None:
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
-            with self._told("save"):
+            with checkpoint.telling(self.run, "save", self.step, self.command):
                 checkpoint.write(
                     self.run, self.step, self.model, self.optimizer, scaler, self.config.keep, self.sequences
                 )
                 plot.draw(self.run / checkpoint.LOG, self.run / plot.FILE, self.name)
         self.accelerator.wait_for_everyone()
-
-    @contextlib.contextmanager
-    def _told(self, what: str) -> Iterator[None]:
-        """Errors of the file system, such as a full disk, say what is lost and how to go on."""
-        try:
-            yield
-        except OSError as error:
-            saved = checkpoint.checkpoints(self.run)
-            way = f"continue from {saved[-1].name} with: {self.command}" if saved else "start it again"
-            raise OSError(
-                error.errno,
-                f"{error.strerror or error}: the run {self.run} could not {what} at step {self.step}; once that is "
-                f"mended {way}",
-            ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -23,7 +24,11 @@ def clear(run: Path) -> None:
     """Removes what a run left that died before its first checkpoint: a log, or a tokenizer, of another start."""
     sweep(run)
     for name in BEGUN - {lock.FILE, FOLDER}:
-        (run / name).unlink(missing_ok=True)
+        path = run / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def repair(run: Path, found: Checkpoint) -> None:

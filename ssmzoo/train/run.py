@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,16 +14,17 @@ from typing import Any
 import torch
 
 from ssmzoo.building import build
+from ssmzoo.checkpoints.checksums import checkpoints
 from ssmzoo.config import ModelConfig, load_config, model_folder
 from ssmzoo.files import replacing
 from ssmzoo.model import SequenceModel
 from ssmzoo.pretrained import CONFIG, load
-from ssmzoo.screen import Screen
 from ssmzoo.train import checkpoint
 from ssmzoo.train.accelerating import accelerator_of
 from ssmzoo.train.checkpoint import TOKENIZER
 from ssmzoo.train.checks import (
     check_alone,
+    check_boards,
     check_empty,
     check_kind,
     check_masking,
@@ -33,47 +33,16 @@ from ssmzoo.train.checks import (
     check_trainable,
 )
 from ssmzoo.train.config import TrainConfig
-from ssmzoo.train.data import Data
-from ssmzoo.train.labelled import LabelledData
+from ssmzoo.train.finish import Result, finish
+from ssmzoo.train.job import first_here, is_spread, may_restart, process, restarted, together
 from ssmzoo.train.loading import chosen_data, load_data
 from ssmzoo.train.lock import locked
-from ssmzoo.train.log import Log
 from ssmzoo.train.loop import Trainer
-from ssmzoo.train.masked import MaskedData
-from ssmzoo.train.output import Output
 from ssmzoo.train.record import IDS, DataSource, Record, describe, read_record, write_record
 from ssmzoo.train.repair import clear, complete, repair
-from ssmzoo.train.sample import continued, filled
-from ssmzoo.train.vocabulary import Vocabulary
+from ssmzoo.train.settings import merged
 
 Make = Callable[..., Trainer]  # takes what a Trainer does
-
-PROMPT, SAMPLE = 200, 300  # bytes of the sample at the end of a run
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What a finished run leaves.
-
-    Attributes:
-        model: the trained model, on the device that it was trained on.
-        folder: config, weights, settings, log, curve and checkpoints.
-        steps: steps taken in all.
-        validation_loss: nats a token, a masked token, or a label, at the end.
-        validation_bits: the same in bits a byte (a token where the data were ids; a masked token; a label).
-        validation_accuracy: the fraction of labels that a classifier got right, or of masked tokens; None for a model
-            of the next token.
-        sample: a piece of held-out text and how the model goes on from it, or with masked tokens filled in by it; None
-            where there was no text.
-    """
-
-    model: SequenceModel
-    folder: Path
-    steps: int
-    validation_loss: float
-    validation_bits: float
-    validation_accuracy: float | None
-    sample: str | None
 
 
 def train(
@@ -106,6 +75,10 @@ def train(
         Interrupted: Ctrl-C or SIGTERM; the run has been saved. It is a KeyboardInterrupt.
     """
     check_packages("accelerate", "matplotlib")
+    if may_restart() and out is None:
+        raise ValueError("train: `out` must be given with torchrun's --max-restarts, which goes on with the run there")
+    if restarted() and out is not None and checkpoints(Path(out)):
+        return go_on(Path(out), data, quiet, {}, Trainer)
     if name is None:
         name = run_name(model) if isinstance(model, str | os.PathLike) else "model"
     start: SequenceModel | ModelConfig
@@ -129,11 +102,13 @@ def begin(
     make: Make,
 ) -> Result:
     """A run from its first check to its sample; ``make`` gives its trainer."""
+    make = trainer_of(config, make)
+    check_boards(config)
     data, config = chosen_data(data, config)
     model_config = start.config if isinstance(start, SequenceModel) else start
     check_kind(model_config)
     accelerator = accelerator_of(config)
-    run = Path(out) if out is not None else _new_folder(name)
+    run = Path(out) if out is not None else _new_folder(name, accelerator)
     check_names(run, describe(data))
     if accelerator.is_main_process:
         check_empty(run)
@@ -156,7 +131,7 @@ def begin(
             with replacing(run / CONFIG) as path:
                 path.write_text(model_config.to_yaml())
         trainer = make(start, loaded, config, run, accelerator, name)
-        return _finish(trainer, vocabulary, quiet)
+        return finish(trainer, vocabulary, quiet)
 
 
 def resume(folder: str | os.PathLike[str], data: DataSource = None, *, quiet: bool = False, **settings: Any) -> Result:
@@ -183,7 +158,7 @@ def go_on(run: Path, data: DataSource, quiet: bool, settings: dict[str, Any], ma
     check_packages("accelerate", "matplotlib")
     read_record(run)  # before a lock is made in a folder that holds no run
     # All processes of a run come here, and the first of them holds its lock.
-    first = int(os.environ.get("RANK", "0")) == 0
+    first = process() == 0
     with locked(run) if first else contextlib.nullcontext():
         return _resume(run, data, quiet, settings, make, first)
 
@@ -191,12 +166,16 @@ def go_on(run: Path, data: DataSource, quiet: bool, settings: dict[str, Any], ma
 def _resume(run: Path, data: DataSource, quiet: bool, settings: dict[str, Any], make: Make, first: bool) -> Result:
     record = read_record(run)
     config = TrainConfig.of(record.settings, settings)
+    alone, make = make, trainer_of(config, make)
+    check_boards(config)
     if (run / TOKENIZER).is_file() and "tokenizer" not in settings:
         config = dataclasses.replace(config, tokenizer=str(run / TOKENIZER))
-    found = checkpoint.read(run)
-    if found.step >= config.steps:
-        if first:
-            complete(run, found, config.keep, record.model)
+    accelerator = accelerator_of(config)
+    # One process on each machine is enough to look for damage, and all are told of it
+    found = together(lambda: checkpoint.read(run, tensors=make is alone, check=first_here()))
+    if found.step >= config.steps and first:
+        complete(run, found, config.keep, record.model)
+    if found.step >= config.steps and not restarted():
         raise ValueError(f"{run} is complete with its {found.step} steps; for more add --set steps={2 * found.step}")
     if data is None and record.data == IDS:
         raise ValueError(f"{run} was trained on an array of ids: give the same as `data`")
@@ -204,70 +183,42 @@ def _resume(run: Path, data: DataSource, quiet: bool, settings: dict[str, Any], 
     loaded, vocabulary = load_data(data, found.config, config)
     if loaded.train.fingerprint() != record.fingerprint:
         raise ValueError(f"the data of {run} have changed since it started: give the same, or start a new run")
-    trainer = make(build(found.config), loaded, config, run, accelerator_of(config), record.model)
+    model = build(found.config).to(checkpoint.dtype_of(found))
+    trainer = make(model, loaded, config, run, accelerator, record.model)
     trainer.restore(found)
     if trainer.accelerator.is_main_process:
         repair(run, found)
     if settings and trainer.accelerator.is_main_process:
-        write_record(run, dataclasses.replace(record, settings={**record.settings, **settings}))
-    return _finish(trainer, vocabulary, quiet)
+        write_record(run, dataclasses.replace(record, settings=merged(record.settings, settings)))
+    return finish(trainer, vocabulary, quiet)
 
 
-def _new_folder(name: str) -> Path:
+def _new_folder(name: str, accelerator: Any) -> Path:
     """A folder by name and time, the same in all processes."""
     from accelerate.utils import broadcast_object_list
 
-    return Path(*broadcast_object_list(["runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"]))
+    folder = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if hasattr(accelerator, "agreed"):
+        return Path("runs", accelerator.agreed(folder))
+    return Path(*broadcast_object_list(["runs", folder]))
+
+
+def trainer_of(config: TrainConfig, make: Make) -> Make:
+    """What takes the steps: ``make``, or over a mesh of processes what stands in for a plain trainer there.
+
+    Raises:
+        ValueError: the mesh is not for such a run.
+    """
+    if not is_spread(config):
+        return make
+    from ssmzoo.train.mesh import MeshTrainer
+
+    if make is not Trainer:
+        raise ValueError("training setting `parallel` must be left out of a distillation, which has a teacher as well")
+    return MeshTrainer
 
 
 def run_name(model: str | os.PathLike[str]) -> str:
     """What a run of a named model, a YAML file or a folder is called."""
     name = Path(model).name
     return name.removesuffix(".yaml").removesuffix(".yml")
-
-
-def _finish(trainer: Trainer, vocabulary: Vocabulary | None, quiet: bool) -> Result:
-    """All the steps that are left, and the sample."""
-    run, data, main = trainer.run, trainer.data, trainer.accelerator.is_main_process
-    output = Output(sys.stdout)
-    console = Screen(file=output, quiet=quiet or not main, soft_wrap=True)  # type: ignore[arg-type]
-    what = "sequences" if isinstance(data, LabelledData) else "tokens"
-    console.print(
-        f"{trainer.name}: {trainer.model.num_parameters():,} parameters on {trainer.accelerator.device}, "
-        f"{len(data.train):,} {what} to train on, {len(data.validation):,} held out; "
-        f"writes to {run}"
-    )
-    if (run / checkpoint.FOLDER).is_dir():
-        console.print(f"continues from step {trainer.step} of {trainer.config.steps}")
-
-    def show_sample() -> str:
-        assert vocabulary is not None
-        model, seed = trainer.model, trainer.config.seed
-        if isinstance(data, MaskedData):
-            what, shown, text = filled(model, data, vocabulary, SAMPLE, seed)
-        else:
-            assert isinstance(data, Data)
-            what, shown, text = continued(model, data, vocabulary, PROMPT, SAMPLE, seed)
-        console.print(f"\n{what}\n")
-        console.print(shown)
-        return text
-
-    if vocabulary is not None and main and trainer.writes_text:
-        trainer.on_sample = show_sample
-    with contextlib.ExitStack() as stack:
-        # Mixed precision wraps the model's forward.
-        stack.callback(trainer.accelerator.unwrap_model, trainer.model, keep_fp32_wrapper=False)
-        log = None
-        if main:
-            log = Log(
-                run / checkpoint.LOG, data.unit, trainer.step, trainer.config.steps, console, bool(trainer.balance)
-            )
-            stack.enter_context(log)
-        validation = trainer.fit(log, output)
-    sample = None
-    if vocabulary is not None and trainer.writes_text:
-        sample = show_sample()
-        then = "" if isinstance(data, MaskedData) else f' Try: ssmzoo generate {run} "def "'
-        console.print(f"All of it is in {run}.{then}")
-    loss, bits = validation["validation_loss"], validation[f"validation_bits_per_{data.unit}"]
-    return Result(trainer.model, run, trainer.step, loss, bits, validation.get("validation_accuracy"), sample)

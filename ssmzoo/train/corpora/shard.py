@@ -29,7 +29,7 @@ class Job:
     Attributes:
         folder: of the corpus.
         tokenizer: a file of the `tokenizers` library; None for bytes.
-        key: the name of the text in JSON and Parquet.
+        key: the name of the text in JSON and tables.
         end: the id after each document; None for none.
     """
 

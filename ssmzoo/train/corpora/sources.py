@@ -1,4 +1,4 @@
-"""Documents in files of text, JSON lines (plain, gzip or zstd) and Parquet, cut into parts to be read by themselves."""
+"""Documents in files of text, JSON lines (plain, gzip or zstd) and tables, cut into parts to be read by themselves."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from ssmzoo.train.corpora import tables
 from ssmzoo.train.data import is_text, walk
 from ssmzoo.train.stored import Stored
 from ssmzoo.train.vocabulary import cut
@@ -23,12 +24,12 @@ FRAGMENT, REACH = 2**18, 2**12  # characters of a document that are encoded at o
 LINES = (".jsonl", ".ndjson")
 GZIP = tuple(f"{suffix}.gz" for suffix in LINES)
 ZSTD = tuple(f"{suffix}.zst" for suffix in LINES)
-PARQUET = (".parquet",)
-FORMATS = (*GZIP, *ZSTD, *LINES, *PARQUET)  # by their names' ends; others are text
+TABLES = (*tables.PARQUET, *tables.ARROW)
+FORMATS = (*GZIP, *ZSTD, *LINES, *TABLES)  # by their names' ends; others are text
 
 
 class Piece(NamedTuple):
-    """A stretch of a file: bytes of text or JSON lines, row groups of Parquet, all of a compressed file."""
+    """A stretch of a file: bytes of text or JSON lines, stretches of a table, all of a compressed file."""
 
     path: str
     start: int
@@ -57,9 +58,12 @@ def files_of(source: Path, corpus: Path | None = None) -> list[Path]:
         made = None if corpus is None else corpus.resolve()
         paths = (path for path in walk(source) if made is None or made not in path.resolve().parents)
         found = [path for path in paths if path.name.endswith(FORMATS) or is_text(path)]
+        of_tables = {path.parent for path in found if path.name.endswith(tables.ARROW)}
+        of_tables |= {folder.parent for folder in of_tables}
+        found = [path for path in found if path.name not in tables.DESCRIPTIONS or path.parent not in of_tables]
         if not found:
             raise ValueError(
-                f"the folder {source} holds no text, JSON lines or Parquet; name files, or a folder of them"
+                f"the folder {source} holds no text, JSON lines or tables; name files, or a folder of them"
             )
         return found
     if not source.exists():
@@ -108,7 +112,8 @@ def check_readers(paths: Iterable[Path]) -> None:
     """
     names = [path.name for path in paths]
     for suffixes, modules, package in (
-        (PARQUET, ("pyarrow",), "pyarrow"),
+        (tables.PARQUET, ("pyarrow",), "pyarrow"),
+        (tables.ARROW, ("pyarrow",), "pyarrow"),
         (ZSTD, ("compression.zstd", "zstandard"), "zstandard"),
     ):
         if any(name.endswith(suffixes) for name in names) and not any(map(_installed, modules)):
@@ -120,7 +125,7 @@ def documents(piece: Piece, key: str) -> Iterator[tuple[str, bool]]:
 
     Args:
         piece: of a file.
-        key: of JSON and Parquet, the name of the text.
+        key: of JSON and tables, the name of the text.
 
     Raises:
         ValueError: something else is there; names the file and the place.
@@ -140,10 +145,9 @@ def _pieces(path: Path, size: int) -> Iterator[tuple[Piece, int]]:
     name, length = path.name, path.stat().st_size
     if name.endswith((*GZIP, *ZSTD)):
         yield Piece(str(path), 0, length), length
-    elif name.endswith(PARQUET):
-        metadata = _parquet(path).metadata
-        for i in range(metadata.num_row_groups):
-            yield Piece(str(path), i, i + 1), metadata.row_group(i).total_byte_size
+    elif name.endswith(TABLES):
+        for i, weight in enumerate(tables.sizes(path)):
+            yield Piece(str(path), i, i + 1), weight
     else:
         text, start = Stored(path), 0
         while start < length:
@@ -161,8 +165,8 @@ def _texts(piece: Piece, key: str) -> Iterator[str]:
         yield from _json_texts(piece.path, _undamaged(piece.path, _open_zstd(piece.path)), key)
     elif name.endswith(LINES):
         yield from _json_texts(piece.path, _lines(piece), key)
-    elif name.endswith(PARQUET):
-        yield from _parquet_texts(piece, key)
+    elif name.endswith(TABLES):
+        yield from tables.texts(Path(piece.path), piece.start, piece.stop, key)
     else:
         path = piece.path
         with open(path, "rb") as file:
@@ -237,30 +241,6 @@ def _whole(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
-
-
-def _parquet(path: str | Path) -> Any:
-    from pyarrow import parquet
-
-    try:
-        return parquet.ParquetFile(path)
-    except Exception as error:  # whatever its parsers raise
-        raise ValueError(f"the file {path} is no Parquet, or damaged: {' '.join(str(error).split())}") from None
-
-
-def _parquet_texts(piece: Piece, key: str) -> Iterator[str]:
-    file = _parquet(piece.path)
-    names = file.schema_arrow.names
-    where = f"the file {piece.path}"
-    if key not in names:
-        raise ValueError(f"{where} has no column {key!r}, only {', '.join(map(repr, names))}: name one by --key")
-    kind = str(file.schema_arrow.field(key).type)
-    if kind not in ("string", "large_string", "string_view"):
-        raise ValueError(f"{where} must have text in the column {key!r}; got {kind}")
-    for batch in file.iter_batches(256, row_groups=list(range(piece.start, piece.stop)), columns=[key]):
-        for text in batch.column(0).to_pylist():
-            if text is not None:
-                yield text
 
 
 def _open_zstd(path: str) -> BinaryIO:

@@ -47,14 +47,15 @@ def tokenize(
     """Turns documents into a corpus of token ids to train on.
 
     A text file is one document; one beyond 16 MiB may become several, cut at line ends. A line of JSON and a row of
-    Parquet are one each; empty ones are left out. If the call ends early, in whatever way, the next one does the rest.
-    On a corpus that is complete, it compares all shards with their checksums and makes those again that differ.
+    Parquet or Arrow are one each; empty ones are left out. If the call ends early, in whatever way, the next one does
+    the rest. On a corpus that is complete, it compares all shards with their checksums and makes those again that
+    differ.
 
     Args:
         sources: files and folders; by the names that a mixture calls them, or else named after the files.
         out: the corpus's folder: new, empty, or of an earlier call with the same arguments.
         tokenizer: a file of the `tokenizers` library; text becomes bytes if None.
-        key: the name of the text in JSON lines and in Parquet.
+        key: the name of the text in JSON lines and in tables.
         end: the token, by name, that ends each document; None for none.
         workers: processes; as many as there are cores if None. A script that asks for several has to guard its code by
             ``if __name__ == "__main__"``, as :mod:`multiprocessing` wants it.
@@ -95,7 +96,7 @@ def tokenize(
         progress(complete, total)
         job = Job(folder, None if tokenizer is None else folder / TOKENIZER, key, end_id)
         rest = [(i, part) for i, part in enumerate(parts) if i not in done]
-        for i, shard in over_processes(job, rest, workers or _cores()):
+        for i, shard in over_processes(job, rest, workers or cores()):
             done[i] = shard
             complete += parts[i].size
             progress(complete, total)
@@ -169,10 +170,10 @@ def _done(folder: Path, parts: Sequence[Part], dtype: str) -> dict[int, Shard]:
     return {i: shard for i, shard in found if shard is not None}
 
 
-def _cores() -> int:
+def cores() -> int:
     """The cores that this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, quota.cores() or cores)
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(here, quota.cores() or here)
 
 
 def summary(manifest: Manifest) -> list[list[str]]:

@@ -1,0 +1,210 @@
+"""Attention of one process's queries over one block of keys, for :mod:`ssmzoo.parallel.ring`."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ssmkernels import attention
+from ssmkernels.ops.attention.partial import partial_gradients
+from ssmzoo.parallel.layout import Layout, Run, Span, joined, take
+
+
+class Options(NamedTuple):
+    """Of attention: tokens seen to the left and the right of a query's own, -1 for no bound, and the logits'."""
+
+    left: int
+    right: int
+    scale: float | None
+    softcap: float
+
+    def sees(self, q: Run, k: Run) -> bool:
+        """Whether any of these queries sees any of these keys."""
+        same = q.sequence == k.sequence
+        return (
+            same and (self.right < 0 or k.first < q.end + self.right) and (self.left < 0 or k.end > q.first - self.left)
+        )
+
+    def of(self, q: Run, k: Run) -> Run:
+        """The keys that any of these queries sees, where it sees any."""
+        first = k.first if self.left < 0 else max(k.first, q.first - self.left)
+        end = k.end if self.right < 0 else min(k.end, q.end + self.right)
+        return Run(k.sequence, first, end - first)
+
+
+class Pair(NamedTuple):
+    """Rows of queries and of the keys that they meet, and how much later the first query stands than the first key."""
+
+    q: Span
+    k: Span
+    apart: int
+
+    @property
+    def like(self) -> tuple[int, int, int]:
+        """What is alike for pairs that one call can compute."""
+        return self.q[1] - self.q[0], self.k[1] - self.k[0], self.apart
+
+
+class Pairs(NamedTuple):
+    """What of the keys of one process the queries of another see.
+
+    Attributes:
+        rows: of the keys, there.
+        pairs: with rows of keys as they stand among these.
+    """
+
+    rows: list[Span]
+    pairs: list[Pair]
+
+    @classmethod
+    def of(cls, layout: Layout, asking: int, giving: int, options: Options) -> Pairs:
+        queries, keys = layout.runs[asking], layout.runs[giving]
+        rows, pairs, at = [], [], 0
+        of_sequence: dict[int, list[tuple[int, Run]]] = {}
+        for row, q in zip(layout.rows(asking), queries, strict=False):
+            of_sequence.setdefault(q.sequence, []).append((row, q))
+        for row, k in zip(layout.rows(giving), keys, strict=False):
+            seeing = [(a, q) for a, q in of_sequence.get(k.sequence, []) if options.sees(q, k)]
+            if not seeing:
+                continue
+            seen = [options.of(q, k) for _, q in seeing]
+            first, end = min(run.first for run in seen), max(run.end for run in seen)
+            rows.append((row + first - k.first, row + end - k.first))
+            for (a, q), run in zip(seeing, seen, strict=True):
+                here = at + run.first - first
+                pairs.append(Pair((a, a + q.length), (here, here + run.length), q.first - run.first))
+            at += end - first
+        return cls(rows, pairs)
+
+    def groups(self) -> Iterator[list[Pair]]:
+        """Pairs that one call can compute; those of runs with themselves can be packed, whatever their lengths."""
+
+        def key(pair: Pair) -> tuple[int, int, int]:
+            q, k, apart = pair.like
+            return (-1, -1, 0) if q == k and apart == 0 else pair.like
+
+        for _, group in itertools.groupby(sorted(self.pairs, key=key), key):
+            yield list(group)
+
+
+class Blocks:
+    """The queries of a call, and what attention over a block of keys needs beside."""
+
+    def __init__(self, q: Tensor, k: torch.Size, v: torch.Size, slopes: Tensor | None, options: Options):
+        self.q, self.slopes, self.options = q, slopes, options
+        self.shapes, self.sizes = (k, v), [math.prod(k), math.prod(v)]
+
+    @property
+    def width(self) -> int:
+        """Channels of keys and values together."""
+        return sum(self.sizes)
+
+    def queries(self, x: Tensor, group: list[Pair]) -> Tensor:
+        """The rows of these pairs ``(b n …)``: packed one after another, or one batch a pair."""
+        return self._batched([(pair.q, pair) for pair in group], x)
+
+    def keys(self, both: Tensor, group: list[Pair]) -> tuple[Tensor, Tensor]:
+        """Likewise keys and values ``(b m h_kv …)``."""
+        rows = self._batched([(pair.k, pair) for pair in group], both)
+        k, v = rows.split(self.sizes, dim=-1)
+        return k.unflatten(-1, self.shapes[0]), v.unflatten(-1, self.shapes[1])
+
+    def call(self, group: list[Pair]) -> dict[str, Any]:
+        """Further arguments of attention."""
+        options, (n, m, apart) = self.options, group[0].like
+        given: dict[str, Any] = {"alibi_slopes": self.slopes, "scale": options.scale, "softcap": options.softcap}
+        if self.packed(group):
+            borders = list(itertools.accumulate((pair.like[0] for pair in group), initial=0))
+            given["cu_seqlens"] = torch.tensor(borders, dtype=torch.int32, device=self.q.device)
+            return {**given, "window": (options.left, options.right)}
+        left = options.left if 0 <= options.left < apart + n else -1
+        right = options.right if 0 <= options.right < m - apart else -1
+        given["window"] = (left, right)
+        if n != m or apart:
+            if max(left, right) < 0 and self.slopes is None:
+                return given
+            batch, device = len(group), self.q.device
+            given["q_positions"] = torch.arange(apart, apart + n, dtype=torch.int32, device=device).expand(batch, n)
+            given["k_positions"] = torch.arange(m, dtype=torch.int32, device=device).expand(batch, m)
+        return given
+
+    @staticmethod
+    def packed(group: list[Pair]) -> bool:
+        """Whether the pairs differ in length, and are packed."""
+        return len({pair.like for pair in group}) > 1
+
+    def _batched(self, spans: list[tuple[Span, Pair]], x: Tensor) -> Tensor:
+        rows = take(x, joined([span for span, _ in spans]))
+        return rows[None] if self.packed([pair for _, pair in spans]) else rows.unflatten(0, (len(spans), -1))
+
+
+def merged(out: Tensor, lse: Tensor, blocks: Blocks, pairs: Pairs, both: Tensor) -> None:
+    """Merges attention over these keys ``(m, channels)`` into out ``(l h v)`` and lse ``(h l)``, in place."""
+    for group in pairs.groups():
+        q, (k, v) = blocks.queries(blocks.q, group), blocks.keys(both, group)
+        part, sums = attention(q, k, v, return_lse=True, **blocks.call(group))
+        part, sums = part.flatten(0, 1), sums.transpose(0, 1).flatten(1)
+        at = 0
+        for (a, b), *_ in group:
+            rows = slice(at, at + b - a)
+            new = torch.logaddexp(lse[:, a:b], sums[:, rows])
+            finite = new.masked_fill(new == -torch.inf, 0)
+            before, here = ((x - finite).exp_().T[..., None] for x in (lse[:, a:b], sums[:, rows]))
+            out[a:b].mul_(before).add_(part[rows] * here)
+            lse[:, a:b] = new
+            at += b - a
+
+
+def gradients_of(
+    blocks: Blocks,
+    pairs: Pairs,
+    both: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    dq: Tensor,
+    d_slopes: Tensor | None,
+) -> Tensor:
+    """Gradients of these keys and values ``(m, channels)``; those of queries and slopes are added in place."""
+    found = dq.new_zeros(both.shape)
+    for group in pairs.groups():
+        k, v = blocks.keys(both, group)
+        q, o, do = (blocks.queries(x, group) for x in (blocks.q, out, d_out))
+        sums, d_sums = (
+            None if x is None else blocks.queries(x.T, group).transpose(1, 2).contiguous() for x in (lse, d_lse)
+        )
+        assert sums is not None
+        grads = partial_gradients(q, k, v, o, sums, do, d_sums, **blocks.call(group))
+        rows = torch.cat([grads[name].flatten(2) for name in ("k", "v")], dim=-1).flatten(0, 1)  # type: ignore[union-attr]
+        of_q = grads["q"].flatten(0, 1)  # type: ignore[union-attr]
+        at = to = 0
+        for (a, b), (first, end), _ in group:
+            dq[a:b] += of_q[to : to + b - a]
+            found[first:end] += rows[at : at + end - first]
+            at, to = at + end - first, to + b - a
+        if d_slopes is not None:
+            d_slopes += grads["alibi_slopes"]  # type: ignore[arg-type]
+    return found
+
+
+def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """With one more logit for each head that has no value."""
+    if sinks is None:
+        return out, lse
+    total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+    return out * (lse - total).exp().T[..., None], total
+
+
+def of_sinks(sinks: Tensor | None, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None) -> Tensor | None:
+    """The gradient of ``sinks``."""
+    if sinks is None:
+        return None
+    delta = (out * d_out).sum(-1).T  # (h l)
+    delta = delta if d_lse is None else delta - d_lse
+    return -(torch.exp(sinks.to(lse.dtype)[:, None] - lse) * delta).sum(1).to(sinks.dtype)

@@ -1,0 +1,50 @@
+"""Models that stay as they are for a while, so that nobody has to look at each token whether they do."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Iterator
+
+from torch import nn
+
+
+class Period:
+    """A time during which a model stays as it is.
+
+    Attributes:
+        kept: what stays alive until it ends, such as the memory of weights that prepared calls read.
+    """
+
+    def __init__(self) -> None:
+        self.kept: list[object] = []
+        self.users = 0
+
+
+_periods: weakref.WeakKeyDictionary[nn.Module, Period] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def steady(model: nn.Module) -> Iterator[None]:
+    """Says that a model's weights, options, parts and hooks stay as they are, until the last thread has left.
+
+    States, too: those that one call returns and the next is given. What is changed nevertheless need not take effect.
+    """
+    with _lock:
+        period = _periods.setdefault(model, Period())
+        period.users += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            period.users -= 1
+            if period.users == 0:
+                _periods.pop(model, None)  # at a program's end it may be gone
+                period.kept.clear()
+
+
+def period_of(model: nn.Module) -> Period | None:
+    """The one that a model is in, if any."""
+    return _periods.get(model)

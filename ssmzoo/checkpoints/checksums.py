@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ssmzoo.files import replacing, sync
+from ssmzoo.files import replacing, sync, unfinished
 
 SUMS = "checksums.json"
 CHECKPOINTS = "checkpoints"  # the folder of a run's checkpoints
@@ -48,7 +48,7 @@ def install(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> No
     with contextlib.ExitStack() as stack:
         temporaries: dict[str, Path] = {}
         for name, write in writers.items():
-            temporaries[name] = folder / f".{name}.{os.getpid()}.tmp"
+            temporaries[name] = unfinished(folder / name)
             stack.callback(temporaries[name].unlink, missing_ok=True)
             temporaries[name].unlink(missing_ok=True)
             write(temporaries[name])

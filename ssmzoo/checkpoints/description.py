@@ -147,8 +147,11 @@ def _derive(kind: str, options: dict[str, Any], module: Any) -> None:
     if "expand" in options and hasattr(module, "d_inner"):
         options["expand"] = module.d_inner / module.d_model
     if options.get("d_intermediate", 0) is None:
-        inner = module.experts.fc2.weight if kind == "moe" else getattr(module, "fc2", module).weight
+        last = {"moe": "experts.fc2", "rwkv7": "value"}.get(kind, "fc2")
+        inner = module.get_submodule(last).weight
         options["d_intermediate"] = inner.shape[-1]
+    if options.get("expand_v") is not None and isinstance(options.get("head_v_dim"), int):
+        options["expand_v"] = options["head_v_dim"] / options["head_dim"]
     if kind == "attention" and options["scale"] is None:
         options["scale"] = options["head_dim"] ** -0.5
     if kind == "mamba2" and options["multipliers"] is None:

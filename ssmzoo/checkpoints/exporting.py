@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -16,20 +15,17 @@ from torch import Tensor
 
 from ssmkernels.core.names import unknown
 from ssmzoo.checkpoints import rwkv7, state_spaces
-from ssmzoo.checkpoints.description import Description, differences
-from ssmzoo.checkpoints.families import Family, family, rules_to_write, writable_families
-from ssmzoo.checkpoints.published import used
+from ssmzoo.checkpoints.families import family, rules_to_write, writable_families
+from ssmzoo.checkpoints.fitting import MANY, SOME, described, family_reader, nearest, refusal_of
 from ssmzoo.checkpoints.renaming import Written, published
 from ssmzoo.checkpoints.weights import stored_weights
-from ssmzoo.config import ModelConfig
 from ssmzoo.model import SequenceModel
 from ssmzoo.quantized import QuantizedMap
 from ssmzoo.wide import KeepsFloat32
 
 Format = Literal["ssmzoo", "transformers", "original"]
 FORMATS = typing.get_args(Format)
-
-Reader = Callable[[Mapping[str, Any]], dict[str, Any] | None]
+OURS = "ssmzoo"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +67,7 @@ def as_transformers(model: SequenceModel, dtype: torch.dtype | None, model_type:
     """
     if model_type is not None and model_type not in writable_families():
         raise ValueError(unknown("model_type", model_type, writable_families()))
-    description = _described(model, "transformers' models of language")
+    description = described(model, "transformers' models of language", outputs=("tokens", "classes"))
     refusals: list[tuple[int, str]] = []
     for kind in [model_type] if model_type else [name for name in writable_families() if name != OURS]:
         found = family(kind)
@@ -80,17 +76,17 @@ def as_transformers(model: SequenceModel, dtype: torch.dtype | None, model_type:
         except (ValueError, TypeError, ArithmeticError, IndexError) as error:
             refusals.append((SOME, f"{found.NAME}: {error}"))
             continue
-        refusal = _refusal(description, _reader(found), given)
+        refusal = refusal_of(description, family_reader(found), given)
         if refusal is None:
             tensors = published(named_weights(model, dtype), rules_to_write(found, given), found.NAME)
             main = max((t.tensor for t in tensors if t.tensor.is_floating_point()), key=Tensor.numel).dtype
             words = {"architectures": [found.ARCHITECTURE], "dtype": str(main).removeprefix("torch.")}
             tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
             return Export(found.NAME, words | given | tokens, tensors, "model.safetensors")
-        refusals.append((refusal[0], f"{found.NAME}: {refusal[1]}"))
-    nearest = min(refusals, key=lambda pair: (pair[0], len(pair[1])))
+        where = found.NAME if model_type or refusal[0] < MANY else "architectures"  # none begins with this mixer
+        refusals.append((refusal[0], f"{where}: {refusal[1]}"))
     ours = "" if model_type else f"; `model_type` {OURS!r} holds any model"
-    raise ValueError(f"save: `model` has no place in transformers' {nearest[1]}{ours}")
+    raise ValueError(f"save: `model` has no place in transformers' {nearest(refusals)}{ours}")
 
 
 def as_original(model: SequenceModel, dtype: torch.dtype | None) -> Export:
@@ -99,11 +95,11 @@ def as_original(model: SequenceModel, dtype: torch.dtype | None) -> Export:
     Raises:
         ValueError: neither can hold it; names the first option or weight that has no place.
     """
-    description = _described(model, "the original formats")
+    description = described(model, "the original formats")
     if set(description.kinds) == {"rwkv7"}:
         tensors = published(named_weights(model, dtype), rwkv7.RULES, "RWKV-7")
         given = rwkv7.config_of({written.name: written.tensor for written in tensors})
-        refusal = _refusal(description, lambda read: dict(read), given)
+        refusal = refusal_of(description, lambda read: dict(read), given)
         if refusal is None:
             return Export("RWKV-7", None, tensors, "model.pth")
         raise ValueError(f"save: `model` has no place in the original RWKV-7: {refusal[1]}")
@@ -113,62 +109,13 @@ def as_original(model: SequenceModel, dtype: torch.dtype | None) -> Export:
             f"`layers.0.mixer.kind` is {description.kinds[0]!r}"
         )
     given = state_spaces.config_json(description)
-    refusal = _refusal(description, state_spaces.config_from_state_spaces, given)
+    refusal = refusal_of(description, state_spaces.config_from_state_spaces, given)
     if refusal is not None:
         raise ValueError(f"save: `model` has no place in state-spaces' format: {refusal[1]}")
     tensors = published(named_weights(model, dtype), state_spaces.rules_for(given), "state-spaces' format")
     if model.tied:  # which its authors' class asks for under both names
         tensors += [t._replace(name="lm_head.weight") for t in tensors if t.name == "backbone.embedding.weight"]
     return Export("state-spaces", given, tensors, "pytorch_model.bin")
-
-
-# How far a model is from a format, beyond the number of options that differ.
-SOME = 10**6  # an option has a value that the format has no words for
-OURS = "ssmzoo"
-MANY = 10**9  # not even the kinds of mixers are the same
-
-
-def _described(model: SequenceModel, where: str) -> Description:
-    """What its config says.
-
-    Raises:
-        ValueError: it is no model from tokens to tokens.
-    """
-    for name, wanted in (("d_input", None), ("output", "tokens")):
-        value = getattr(model.config, name)
-        if value != wanted:
-            raise ValueError(f"save: `model` has no place in {where}: `{name}` is {value!r}")
-    return Description(model.config)
-
-
-def _reader(found: Family) -> Reader:
-    return lambda given: used(found.config(given))
-
-
-def _refusal(description: Description, read: Reader, given: Mapping[str, Any]) -> tuple[int, str] | None:
-    """How many options a config would not bring back, and the first of them; None where it brings back the model."""
-    try:
-        values = read(given)
-        config = None if values is None else ModelConfig.from_dict(values)
-    except (ValueError, TypeError, KeyError) as error:
-        return MANY, str(error)
-    kinds = [] if config is None else _kinds(config)
-    if config is None or kinds != description.kinds:
-        i = next((i for i, pair in enumerate(zip(kinds, description.kinds, strict=False)) if pair[0] != pair[1]), 0)
-        return MANY, f"`layers.{i}.mixer.kind` is {description.kinds[i]!r}"
-    try:
-        found = differences(description, Description(config))
-    except (ValueError, TypeError, RuntimeError) as error:
-        return MANY, str(error)
-    if not found:
-        return None
-    key, ours, theirs = found[0]
-    return len(found), f"`{key}` is {ours!r:.80}, and would come back as {theirs!r:.80}"
-
-
-def _kinds(config: ModelConfig) -> list[str]:
-    """The mixer of each layer by its registered name, without building any."""
-    return [config.mixer_options(config.entry_of_layer(i))["kind"] for i in range(config.n_layers)]
 
 
 def named_weights(model: SequenceModel, dtype: torch.dtype | None) -> dict[str, Tensor]:

@@ -17,21 +17,21 @@ from torch import Tensor
 from ssmzoo.checkpoints.exporting import Export
 from ssmzoo.checkpoints.renaming import Written
 from ssmzoo.checkpoints.weights import write_tensors
-from ssmzoo.files import naming, sync
+from ssmzoo.files import naming, sync, unfinished
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def size_of(given: int | str) -> int:
+def size_of(given: int | str, argument: str = "save: `max_shard_size`") -> int:
     """Bytes: a number, or text such as "5GB" or "200MiB".
 
     Raises:
-        ValueError: neither, or less than 1.
+        ValueError: neither, or less than 1; calls it ``argument``.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B)?\s*", str(given), re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([KMG]?I?B)?\s*", str(given), re.IGNORECASE)
     unit = UNITS.get((match[2] or "").upper()) if match else None
     if match is None or unit is None or isinstance(given, bool) or float(match[1]) * unit < 1:
-        raise ValueError(f"save: `max_shard_size` must be bytes, or a text such as '5GB'; got {given!r:.80}")
+        raise ValueError(f"{argument} must be bytes, or a text such as '5GB'; got {given!r:.80}")
     return math.floor(float(match[1]) * unit)
 
 
@@ -60,7 +60,7 @@ def write_folder(export: Export, folder: Path, max_shard_size: int) -> None:
     """
     check_new(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary = unfinished(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with naming(folder):

@@ -9,14 +9,15 @@ from typing import Any
 from ssmzoo.checkpoints.weights import line
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-DESCRIPTIONS = ["config.json", "config.yaml", "tokenizer.json"]
+TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"]
+DESCRIPTIONS = ["config.json", "config.yaml", *TOKENIZER]
 SAFETENSORS = ["model*.safetensors", "model.safetensors.index.json"]
 PICKLES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]  # read as weights alone
 
 
 def hub_id(given: object) -> str | None:
     """The text, if it can be the name of a model on the hub and is no path of something that is there."""
-    if not isinstance(given, str) or not ID.fullmatch(given) or given.endswith((".yaml", ".yml", ".pth")):
+    if not isinstance(given, str) or not ID.fullmatch(given) or given.endswith((".yaml", ".yml", ".pth", ".gguf")):
         return None
     return None if Path(given).exists() else given
 

@@ -28,6 +28,7 @@ class Active:
         reading: requests whose prompts are being read, each with a state of its own.
         writing: those that have read theirs, the rows of ``batch``.
         batch: their states.
+        drafting: those whose drafted tokens are to be read, or that have more than one unread; each with its own state.
         swaps: how often a state was put away.
     """
 
@@ -36,6 +37,7 @@ class Active:
         self.reading: list[Job] = []
         self.writing: list[Job] = []
         self.batch: State | None = None
+        self.drafting: list[Job] = []
         self.swaps = 0
         self._queue: list[tuple[int, Job]] = []  # without a state, or with one that is put away: a heap
         self._lock = threading.Lock()  # of the queue
@@ -46,7 +48,12 @@ class Active:
         return len(self._queue)
 
     def __len__(self) -> int:
-        return len(self.reading) + len(self.writing)
+        return len(self.jobs)
+
+    @property
+    def jobs(self) -> list[Job]:
+        """All that have a state."""
+        return [*self.writing, *self.drafting, *self.reading]
 
     @property
     def nbytes(self) -> int:
@@ -55,8 +62,7 @@ class Active:
 
     def lengths(self) -> list[int]:
         """Tokens of each state and snapshot."""
-        jobs = [job.position for job in (*self.writing, *self.reading)]
-        return jobs + self.prefixes.lengths
+        return [job.position for job in self.jobs] + self.prefixes.lengths
 
     def enqueue(self, job: Job) -> None:
         """A request that waits."""
@@ -71,7 +77,11 @@ class Active:
                     job.swapped.drop()
             self._queue = [entry for entry in self._queue if not entry[1].request.done]
             heapq.heapify(self._queue)
+        for job in self.jobs:
+            if job.request.done:
+                job.let_go()
         self.reading = [job for job in self.reading if not job.request.done]
+        self.drafting = [job for job in self.drafting if not job.request.done]
         staying = [i for i, job in enumerate(self.writing) if not job.request.done]
         if len(staying) < len(self.writing):
             self._keep(staying)
@@ -91,10 +101,10 @@ class Active:
 
     def make_room(self) -> None:
         """Drops snapshots, and puts away the states of the youngest requests, until the next tokens have room."""
-        while self._next_need() > self.memory.limit:
+        while self.next_need() > self.memory.limit:
             if self.prefixes.drop_oldest():
                 continue
-            jobs = [*self.reading, *self.writing]
+            jobs = self.jobs
             if len(jobs) <= 1:
                 return  # one alone has room: submit has seen to it
             self._put_away(max(jobs, key=lambda job: job.order))
@@ -117,8 +127,10 @@ class Active:
                     job.fail(error)
             if job.request.done:
                 pass
-            elif job.next is None:
+            elif not job.unread:
                 self.reading.append(job)
+            elif len(job.unread) > 1:
+                self.drafting.append(job)
             else:
                 self.join([job])
             with self._lock:  # an earlier one may have come meanwhile
@@ -128,10 +140,16 @@ class Active:
                     self._queue.remove((job.order, job))
                     heapq.heapify(self._queue)
 
+    def take_out(self, job: Job) -> None:
+        """Gives a request that is writing a state of its own, out of the batch."""
+        if self.batch is not None:
+            job.state = self.batch.select([self.writing.index(job)])
+        self._keep([i for i, other in enumerate(self.writing) if other is not job])
+
     def _put_away(self, job: Job) -> None:
-        state = job.state
-        if job in self.writing and self.batch is not None:
-            state = self.batch.select([self.writing.index(job)])
+        if job in self.writing:
+            self.take_out(job)
+        state, job.state, job.proposal, job.draft = job.state, None, [], None
         assert state is not None
         try:
             job.swapped = self.store.put_away(state, job.order) if job.position else None
@@ -140,15 +158,12 @@ class Active:
         else:
             self.swaps += 1
             self.enqueue(job)
-        job.state = None
-        if job in self.reading:
-            self.reading.remove(job)
-        else:
-            self._keep([i for i, other in enumerate(self.writing) if other is not job])
+        self.reading = [other for other in self.reading if other is not job]
+        self.drafting = [other for other in self.drafting if other is not job]
 
     def fail(self, error: Exception) -> None:
         """Ends all that have a state."""
-        for job in (*self.reading, *self.writing):
+        for job in self.jobs:
             job.fail(error)
 
     def _has_room(self, job: Job) -> bool:
@@ -161,24 +176,26 @@ class Active:
         while True:
             others = self.memory.rows(self.lengths())
             rows = self.memory.rows([*self.lengths(), job.position + new]) - others
-            needed = self._next_need(ahead) + self.memory.all_pages(job.position, new) + rows
+            needed = self.next_need(ahead) + self.memory.all_pages(job.position, new) + rows
             if needed <= self.memory.limit:
                 return True
             if not self.prefixes.drop_oldest():
                 return not len(self)
 
-    def _next_need(self, ahead: int = 1) -> int:
+    def next_need(self, ahead: int = 1) -> int:
         """Bytes in use once each request that has a state has had its next tokens."""
-        new = [(job.position, self._new(job, ahead)) for job in (*self.writing, *self.reading)]
+        new = [(job.position, self._new(job, ahead)) for job in self.jobs]
         pages = sum(self.memory.new_pages(*each) for each in new)
+        pages += len(self.drafting) * self.memory.one_page  # of a copy of the state, in place of one that both share
         rows = self.memory.rows([length + more for length, more in new] + self.prefixes.lengths)
         return self.memory.pages + pages + rows
 
     def _new(self, job: Job, ahead: int) -> int:
-        """Tokens that a request takes next: of its prompt, or at most ``ahead`` new ones."""
+        """Tokens that a request takes next: of its prompt, or at most ``ahead`` new ones, or those of a draft."""
         left = len(job.request.prompt) - job.position
         if left > 0:
             return min(self.memory.chunk, left)
+        ahead = max(ahead, len(job.unread) + len(job.proposal))
         return min(ahead, len(job.request.prompt) + job.request.max_tokens - job.position)
 
     def snapshot(self, job: Job, digest: bytes) -> None:

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ssmzoo.engine.active import Active
+from ssmzoo.engine.drafting import Drafting
 from ssmzoo.engine.memory import Memory
-from ssmzoo.engine.picking import pick
 from ssmzoo.engine.prefixes import Prefixes
 from ssmzoo.engine.prompts import Prompts
 from ssmzoo.engine.request import Job, Request, prompt_of, stops_of
 from ssmzoo.engine.swap import Store
+from ssmzoo.engine.turns import Turns
 from ssmzoo.generate import Sampling, check_model
-from ssmzoo.generate.arguments import TokenModel, is_int
+from ssmzoo.generate.arguments import TokenModel, check_draft, is_int
 from ssmzoo.generate.loop import evaluating
-from ssmzoo.generate.sampling import seen_in
-from ssmzoo.state import State
+from ssmzoo.plain import short
 
 
 class Engine:
@@ -43,6 +45,11 @@ class Engine:
         share_prefixes: keep snapshots of states while prompts are read: every ``chunk`` tokens, and at the last border
             of pages. A prompt that begins in the same way goes on from there. They stand for the model's weights as
             they are: call :meth:`forget` when you change those.
+        draft: proposes tokens while few requests are under way, which are then read together with the next one
+            (speculative decoding): a smaller model of the same vocabulary, or ``"lookup"``, what followed the last
+            tokens where they stood before. Requests get the same tokens, but for rounding. The states of a draft model
+            are no part of ``memory``.
+        draft_tokens: most tokens that are proposed at once.
         swap: a folder for states that are put away; if None, the system's for temporary files, or, where the model is
             not on a CPU, the host's memory.
 
@@ -59,20 +66,24 @@ class Engine:
         chunk: int = 512,
         page_size: int = 64,
         share_prefixes: bool = True,
+        draft: TokenModel | Literal["lookup"] | None = None,
+        draft_tokens: int = 8,
         swap: str | Path | None = None,
     ):
         check_model(model)
         for name, value, low in (("memory", memory, 1), ("max_batch", max_batch, 1), ("page_size", page_size, 1)):
             if not is_int(value, low):
-                raise ValueError(f"Engine: `{name}` must be an int of at least {low}; got {value!r:.80}")
+                raise ValueError(f"Engine: `{name}` must be an int of at least {low}; got {short(value)}")
         if not is_int(chunk, page_size) or chunk % page_size:
-            raise ValueError(f"Engine: `chunk` must be a multiple of `page_size`={page_size}; got {chunk!r:.80}")
+            raise ValueError(f"Engine: `chunk` must be a multiple of `page_size`={page_size}; got {short(chunk)}")
         self.model, self.vocab = model, model.config.vocab_size or 0
         self._memory = Memory(model, memory, page_size, chunk)
         self._prefixes = Prefixes(page_size)
         self._active = Active(self._memory, self._prefixes, max_batch, Store(swap, model.device))
-        self._prompts = Prompts(self._prefixes, chunk, share_prefixes)
-        self._lock = threading.RLock()
+        check_draft(draft, draft_tokens, model)
+        self._drafting = Drafting(draft, draft_tokens, self._active)
+        self._turns = Turns(model, self._active, Prompts(self._prefixes, chunk, share_prefixes), self._drafting)
+        self._lock, self._stepping = threading.RLock(), False
         self._numbers = itertools.count()
 
     def submit(
@@ -85,17 +96,24 @@ class Engine:
         top_p: float | None = None,
         min_p: float | None = None,
         repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
         seed: int | None = None,
         stop: int | Sequence[int | Sequence[int]] | None = None,
+        logprobs: int | None = None,
     ) -> Request:
         """A new request, which begins with one of the next steps. Any thread may call this.
 
         Args:
             prompt_ids: ids ``(l)``, at least one.
             max_tokens: most new tokens, at least 1.
-            temperature, top_k, top_p, min_p, repetition_penalty, seed: as those of
-                :func:`ssmzoo.generate.generate`.
+            temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias, seed:
+                as those of :func:`ssmzoo.generate.generate`.
             stop: an id, or a list of ids and of sequences of ids, any of which ends it. They stand in its tokens.
+            logprobs: note the log-probability of each token under the model, before bias, penalties, temperature and
+                filters, and those of this many most likely ids, in the request's
+                :attr:`~ssmzoo.engine.Request.logprobs`.
 
         Raises:
             TypeError, ValueError: an argument of the wrong kind or out of range; or a request that needs more than the
@@ -103,8 +121,15 @@ class Engine:
         """
         prompt = prompt_of(prompt_ids, self.vocab)
         if not is_int(max_tokens, 1, 2**31 - 1):
-            raise ValueError(f"Engine.submit: `max_tokens` must be an int from 1 to 2**31 - 1; got {max_tokens!r:.80}")
-        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+            raise ValueError(f"Engine.submit: `max_tokens` must be an int from 1 to 2**31 - 1; got {short(max_tokens)}")
+        if logprobs is not None and not is_int(logprobs, 0, self.vocab):
+            raise ValueError(
+                f"Engine.submit: `logprobs` must be an int from 0 to {self.vocab}, the vocabulary, or None; "
+                f"got {short(logprobs)}"
+            )
+        penalties = (repetition_penalty, presence_penalty, frequency_penalty)
+        sampling = Sampling(temperature, top_k, top_p, min_p, *penalties, logit_bias, seed)
+        sampling.check_ids(self.vocab)
         stops = stops_of(stop, self.vocab)
         total = len(prompt) + max_tokens
         positions = self.model.config.learned_positions
@@ -122,9 +147,8 @@ class Engine:
         if seed is None:
             seed = int(torch.randint(2**32, (), device="cpu"))
         request = Request(prompt, max_tokens, self.step)
-        job = Job(request, next(self._numbers), sampling, stops, seed, self._prefixes.page_size)
-        if repetition_penalty != 1:
-            job.seen = seen_in(torch.tensor([prompt], device=self.model.device), None, self.vocab)
+        job = Job(request, next(self._numbers), sampling, stops, seed, self._prefixes.page_size, logprobs)
+        job.history = sampling.history(torch.tensor([prompt], device=self.model.device), None, self.vocab)
         self._active.enqueue(job)
         return request
 
@@ -144,9 +168,29 @@ class Engine:
         return self._active.nbytes
 
     @property
+    def memory(self) -> int:
+        """The budget in bytes."""
+        return self._memory.limit
+
+    @property
+    def max_batch(self) -> int:
+        """Most requests that have a state at once."""
+        return self._active.max_batch
+
+    @property
     def swaps(self) -> int:
         """How often a state was put away."""
         return self._active.swaps
+
+    @property
+    def proposed(self) -> int:
+        """Tokens that a draft has proposed."""
+        return self._drafting.proposed
+
+    @property
+    def kept(self) -> int:
+        """Those of them that were the next tokens."""
+        return self._drafting.kept
 
     def forget(self) -> None:
         """Drops all snapshots of prompts."""
@@ -161,82 +205,42 @@ class Engine:
 
         Raises:
             KeyboardInterrupt, …: whatever cuts a step short. The requests that have a state end with an error.
+            RuntimeError: a step calls this, as by a hook of the model's.
         """
-        with self._lock, evaluating(self.model), torch.inference_mode(False), torch.no_grad():
+        with (
+            self._lock,
+            self._alone(),
+            evaluating(self.model),
+            self._drafting.ready(),
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):
             try:
                 self._active.leave()
+                self._drafting.propose()
                 self._active.make_room()
                 self._active.admit()
-                self._write()
-                self._read()
+                self._turns.write()
+                self._turns.check()
+                self._turns.read()
                 self._active.leave()
             except BaseException as error:  # an interrupt, say: nobody knows how far the states have come
                 self._active.fail(RuntimeError(f"Engine: a step of this request was cut short by {error!r:.200}"))
                 raise
             return bool(self.active or self.waiting)
 
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Refuses a step within a step."""
+        if self._stepping:
+            raise RuntimeError("Engine.step: called within a step, as by a hook of the model, which would break it")
+        self._stepping = True
+        try:
+            yield
+        finally:
+            self._stepping = False
+
     def run(self) -> None:
         """Steps until all requests are done."""
         while self.step():
             pass
-
-    def _write(self) -> None:
-        """The next token of each request that has read its prompt."""
-        jobs = self._active.writing
-        if jobs and self._active.batch is not None:
-            ids = torch.tensor([[job.next] for job in jobs], device=self.model.device)
-            done = self._call(jobs, ids, self._active.batch, {})
-            if done is None:
-                self._active.writing, self._active.batch = [], None
-                return
-            logits, self._active.batch = done
-            self._advance(jobs, [1] * len(jobs))
-            pick(jobs, logits[:, 0, : self.vocab].float())
-
-    def _read(self) -> None:
-        """A part of the prompts of those that have not read theirs, the earliest first."""
-        self._prompts.take_shared(self._active.reading)
-        parts = self._prompts.parts(self._active.reading)
-        if not parts:
-            return
-        jobs, counts = map(list, zip(*parts, strict=True))
-        ids = [job.request.prompt[job.position : job.position + count] for job, count in parts]
-        packed = torch.tensor([[id for part in ids for id in part]], device=self.model.device)
-        options: dict[str, Tensor | bool] = {"last_only": True}
-        if len(jobs) > 1:
-            options["cu_seqlens"] = torch.tensor([0, *counts]).cumsum(0).to(packed.device, torch.int32)
-        states = [job.state for job in jobs if job.state is not None]
-        done = self._call(jobs, packed, states[0] if len(states) == 1 else State.concatenate(states), options)
-        if done is None:
-            self._active.reading = [job for job in self._active.reading if job not in jobs]
-            return
-        logits, state = done
-        self._advance(jobs, counts)
-        for i, job in enumerate(jobs):
-            job.state = state if len(jobs) == 1 else state.select([i])
-            border = self._prompts.border(job)
-            if border is not None:
-                self._active.snapshot(job, border)
-        finished = [i for i, job in enumerate(jobs) if job.position == len(job.request.prompt)]
-        if finished:
-            through = [jobs[i] for i in finished]
-            self._active.reading = [job for job in self._active.reading if job not in through]
-            pick(through, logits[finished, 0, : self.vocab].float())
-            through = [job for job in through if not job.request.done]
-            if through:
-                self._active.join(through)
-
-    def _advance(self, jobs: list[Job], counts: list[int]) -> None:
-        for job, count in zip(jobs, counts, strict=True):
-            job.position += count
-
-    def _call(
-        self, jobs: list[Job], ids: Tensor, state: State, options: dict[str, Tensor | bool]
-    ) -> tuple[Tensor, State] | None:
-        """The model's outputs and the state after; None where it raised an error, with which the requests end."""
-        try:
-            return self.model(ids, state, **options)
-        except Exception as error:
-            for job in jobs:
-                job.fail(error)
-            return None

@@ -26,6 +26,9 @@ class Memory:
         page_size: tokens of a page, where the model's config says nothing else.
         chunk: most tokens that a prompt is read by at once.
 
+    Raises:
+        ValueError: no request could ever run within the limit.
+
     Attributes:
         template: the state of one sequence before its first token, whose pools all others share.
     """
@@ -38,11 +41,21 @@ class Memory:
         self.row = self._flat(self.template)
         self._known: dict[int, int] = {}
         self.grows = self._growth(STEP) > 0
+        if (least := self.full(2)) > limit:
+            raise ValueError(
+                f"Engine: `memory` must be at least {least:,} bytes, for a prompt of one token and one new token; "
+                f"got {limit:,}"
+            )
 
     @property
     def pages(self) -> int:
         """Bytes of the pages in use."""
         return sum(cache.pages.pool.in_use * _page(cache) for cache in self.caches)
+
+    @property
+    def one_page(self) -> int:
+        """Bytes of one page of each cache."""
+        return sum(map(_page, self.caches))
 
     def rows(self, lengths: Iterable[int]) -> int:
         """Bytes of what is not in pages, of sequences of so many tokens in one batch."""

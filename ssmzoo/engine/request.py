@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,9 +13,18 @@ from torch import Tensor
 from ssmzoo.engine.swap import Swapped
 from ssmzoo.generate import Sampling
 from ssmzoo.generate.arguments import is_int
+from ssmzoo.generate.drafts import Draft
+from ssmzoo.generate.penalties import History
 from ssmzoo.generate.sampling import draws_of
 from ssmzoo.plain import short
 from ssmzoo.state import State
+
+
+class TokenLogprob(NamedTuple):
+    """The natural logarithm of a token's probability under the model, and the most likely ids with theirs."""
+
+    logprob: float
+    top: list[tuple[int, float]]
 
 
 class Request:
@@ -30,11 +40,13 @@ class Request:
         finish: why it is over: ``"stop"``, ``"length"``, ``"cancelled"`` or ``"error"``; None while it is not.
         error: what went wrong.
         shared: tokens of the prompt whose state came from an earlier request.
+        logprobs: of each token, where :meth:`ssmzoo.Engine.submit` was asked for them; else empty.
     """
 
     def __init__(self, prompt: list[int], max_tokens: int, step: Callable[[], object]):
         self.prompt, self.max_tokens = prompt, max_tokens
         self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
         self.finish: Literal["stop", "length", "cancelled", "error"] | None = None
         self.error: Exception | None = None
         self.shared = 0
@@ -48,6 +60,11 @@ class Request:
     def cancel(self) -> None:
         """Ends it as it is. Its memory is free with the engine's next step."""
         self.finish = self.finish or "cancelled"
+
+    def fail(self, error: Exception) -> None:
+        """Ends it with an error, unless it is over."""
+        if not self.done:
+            self.error, self.finish = error, "error"
 
     def result(self) -> list[int]:
         """The new ids, once all are there.
@@ -78,41 +95,70 @@ class Job:
         position: how many tokens the state has read.
         state: of one sequence; None before the first token, within a batch, or swapped out.
         swapped: the state while it is put away.
-        seen: bool ``(1, vocab)``, the ids that stand in the prompt and its answer, where a penalty asks for them.
-        next: the newest token, which the state has not read; None until the whole prompt was read.
+        history: what penalties have to know of the prompt and its answer; None without penalties.
+        unread: new tokens that the state has not read: the newest, and where a draft failed those before it; none until
+            the whole prompt was read.
+        draft: what proposes its tokens, once somebody has asked for them.
+        proposal: tokens that are read together with the unread ones, to see whether they are the next.
+        logprobs: how many of the most likely ids are noted with each token; None to note nothing.
         borders: digest of the prompt's first ``page_size``, ``2 · page_size``, … tokens.
     """
 
     def __init__(
-        self, request: Request, order: int, sampling: Sampling, stops: list[tuple[int, ...]], seed: int, page_size: int
+        self,
+        request: Request,
+        order: int,
+        sampling: Sampling,
+        stops: list[tuple[int, ...]],
+        seed: int,
+        page_size: int,
+        logprobs: int | None = None,
     ):
-        self.request, self.order, self.sampling, self.stops = request, order, sampling, stops
+        self.request, self.order, self.sampling, self.stops, self.logprobs = request, order, sampling, stops, logprobs
         self.position = 0
         self.state: State | None = None
         self.swapped: Swapped | None = None
-        self.next: int | None = None
+        self.unread: list[int] = []
+        self.draft: Draft | None = None
+        self.proposal: list[int] = []
         self.draws = draws_of(1, request.max_tokens, seed, torch.device("cpu"))
-        self.seen: Tensor | None = None
+        self.history: History | None = None
         self.borders = _digests(request.prompt, page_size)
 
-    def take(self, token: int) -> None:
+    def take(self, token: int, logprob: TokenLogprob | None = None) -> None:
         """A new token."""
         request = self.request
         if request.done:
             return
+        if logprob is not None:
+            request.logprobs.append(logprob)  # before the token: whoever sees that may look for this
         request.tokens.append(token)
-        self.next = token
-        if self.seen is not None:
-            self.seen[0, token] = True
+        self.unread.append(token)
+        if self.history is not None:
+            self.history.add(torch.tensor([token]))
         if any(tuple(request.tokens[-len(stop) :]) == stop for stop in self.stops):
             request.finish = "stop"
         elif len(request.tokens) == request.max_tokens:
             request.finish = "length"
 
     def fail(self, error: Exception) -> None:
-        """Ends the request with an error."""
-        if not self.request.done:
-            self.request.error, self.request.finish = error, "error"
+        """Ends the request with an error.
+
+        The error's traceback becomes a note: its frames would hold states for as long as somebody keeps the request.
+        """
+        if error.__traceback__ is not None:
+            told: BaseException | None = error
+            note = "".join(traceback.format_exception(error))
+            while told is not None and told.__traceback__ is not None:
+                told.__traceback__ = None
+                told = told.__context__
+            if hasattr(error, "add_note"):  # from Python 3.11 on
+                error.add_note(note)
+        self.request.fail(error)
+
+    def let_go(self) -> None:
+        """Forgets its states."""
+        self.state = self.draft = None
 
 
 def prompt_of(ids: Tensor | Sequence[int], vocab: int) -> list[int]:
@@ -128,7 +174,9 @@ def prompt_of(ids: Tensor | Sequence[int], vocab: int) -> list[int]:
         raise ValueError("Engine.submit: `prompt_ids` must hold at least one id; got none")
     outside = [v for v in values if not 0 <= v < vocab]
     if outside:
-        raise ValueError(f"Engine.submit: `prompt_ids` must be from 0 to {vocab - 1}, the vocabulary; got {outside[0]}")
+        raise ValueError(
+            f"Engine.submit: `prompt_ids` must be from 0 to {vocab - 1}, the vocabulary; got {short(outside[0])}"
+        )
     return list(values)
 
 

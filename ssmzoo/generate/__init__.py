@@ -2,6 +2,8 @@
 
 from ssmzoo.generate.arguments import check_model
 from ssmzoo.generate.loop import generate
-from ssmzoo.generate.sampling import Sampling, filtered, penalise, sample
+from ssmzoo.generate.penalties import penalise
+from ssmzoo.generate.sampling import Sampling, filtered, sample
+from ssmzoo.generate.stops import StopStrings
 
-__all__ = ["Sampling", "check_model", "filtered", "generate", "penalise", "sample"]
+__all__ = ["Sampling", "StopStrings", "check_model", "filtered", "generate", "penalise", "sample"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ssmzoo.config import ModelConfig
 from ssmzoo.mixer import Mixer
-from ssmzoo.plain import short
+from ssmzoo.plain import is_finite, short
 from ssmzoo.state import State
 
 
@@ -28,20 +28,44 @@ class TokenModel(Protocol):
     def __call__(self, inputs: Tensor, state: Any = None, **options: Any) -> Any: ...
 
 
-def check_model(model: TokenModel) -> None:
-    """Refuses a model that cannot continue token ids, saying why."""
+def check_model(model: TokenModel, argument: str = "model") -> None:
+    """Refuses a model that cannot continue token ids, saying why; calls it ``argument``."""
     if not isinstance(model, nn.Module) or not isinstance(getattr(model, "config", None), ModelConfig):
-        raise TypeError(f"generate: `model` must be a SequenceModel; got {type(model).__name__}")
+        raise TypeError(f"generate: `{argument}` must be a SequenceModel; got {type(model).__name__}")
     config = model.config
     if config.output != "tokens" or config.d_input is not None:
         into = "features" if config.d_input is not None else "tokens"
         raise ValueError(
-            f"generate: `model` must go from tokens to tokens; this one goes from {into} to {config.output}"
+            f"generate: `{argument}` must go from tokens to tokens; this one goes from {into} to {config.output}"
         )
     for name, module in model.named_modules():
         if isinstance(module, Mixer) and not (module.causal and module.has_state):
             why = "has no state" if module.causal else "is bidirectional"
-            raise ValueError(f"generate: every mixer of `model` must be causal and have a state; {name} {why}")
+            raise ValueError(f"generate: every mixer of `{argument}` must be causal and have a state; {name} {why}")
+
+
+def check_draft(draft: Any, count: object, model: TokenModel) -> None:
+    """Refuses what cannot propose tokens to the model, saying why; None proposes none."""
+    require(is_int(count, 1, 64), "draft_tokens", count, "an int from 1 to 64")
+    if draft is None or (isinstance(draft, str) and draft == "lookup"):
+        return
+    if not isinstance(draft, nn.Module):
+        raise TypeError(f"generate: `draft` must be a SequenceModel or 'lookup'; got {short(draft)}")
+    check_model(draft, "draft")  # type: ignore[arg-type]
+    sizes = [each.config.vocab_size for each in (draft, model)]  # type: ignore[union-attr]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"generate: `draft` must have the model's vocabulary of {sizes[1]} ids; got {sizes[0]}")
+    if draft.device != model.device:
+        raise ValueError(f"generate: `draft` must be on {model.device}, as the model; got {draft.device}")
+
+
+def check_alone(prompts: Tensor, mask: Tensor | None, num_beams: int) -> None:
+    """Refuses what goes with no draft."""
+    for name, given in (("num_beams", num_beams > 1), ("mask", mask is not None)):
+        if given:
+            raise ValueError(f"generate: `draft` goes without `{name}`; leave one of them out")
+    if len(prompts) != 1:
+        raise ValueError(f"generate: `draft` goes with one prompt at a time; got {len(prompts)} in `ids`")
 
 
 def require(fits: bool, name: str, value: object, expected: str) -> None:
@@ -55,7 +79,8 @@ def is_int(value: object, low: int, high: float = math.inf) -> bool:
 
 
 def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is a number that float64 holds; an int may be larger."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and is_finite(value)
 
 
 def ends_of(eos_id: int | Sequence[int] | None, vocab: int) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ssmzoo.generate.arguments import TokenModel
+from ssmzoo.state import State
 
 
 @torch.no_grad()
@@ -68,10 +69,36 @@ def beam_search(
             break
         scores = torch.tensor(kept, device=logits.device)
         ids = torch.tensor(tokens, device=prompts.device)[:, None]
-        logits, state = model(ids, state.select(rows))
+        logits, state = model(ids, reordered(state, rows))
     found = [max(candidates, key=lambda pair: pair[0])[1] for candidates in ended]
     longest = max(map(len, found))
     return torch.tensor([[*row, *ends[:1] * (longest - len(row))] for row in found], device=prompts.device)
+
+
+def reordered(state: State, rows: list[int]) -> State:
+    """The state with these rows in place of its own; in its own memory where it consists of tensors alone.
+
+    A model that makes a token's calls together (:mod:`ssmzoo.decoding`) does so as long as tensors stay where they are.
+    """
+    if rows == list(range(len(rows))):
+        return state
+    chosen = state.select(rows)
+    if not all(map(_plain, state.nested())):
+        return chosen
+    for mine, new in zip(state.tensors(), chosen.tensors(), strict=True):
+        mine.copy_(new)
+    return state
+
+
+def _plain(state: State) -> bool:
+    """Whether its rows are those of its tensors, and it holds nothing else."""
+    kind = type(state)
+    fields = [part for held in vars(state).values() for part in (held if isinstance(held, list) else (held,))]
+    return (
+        kind.select is State.select
+        and kind.tensors is State.tensors
+        and all(part is None or isinstance(part, Tensor | State) for part in fields)
+    )
 
 
 ROOM = 4096  # tokens of a cache that are set aside at once; it grows where more come

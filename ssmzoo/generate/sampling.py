@@ -1,14 +1,16 @@
-"""From logits to a token: penalty, temperature, filters and a draw."""
+"""From logits to a token: bias, penalties, temperature, filters and a draw."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from ssmzoo.generate.arguments import is_int, is_number, require
+from ssmzoo.generate.penalties import History, discourage, penalise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +22,9 @@ class Sampling:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -29,10 +34,14 @@ class Sampling:
             ("top_k", self.top_k is None or is_int(self.top_k, 1), "an int of at least 1, or None"),
             ("top_p", top_p is None or (is_number(top_p) and 0 < top_p <= 1), "above 0 and at most 1, or None"),
             ("min_p", min_p is None or (is_number(min_p) and 0 <= min_p <= 1), "from 0 to 1, or None"),
-            ("repetition_penalty", is_number(penalty) and penalty > 0, "above 0"),
+            ("repetition_penalty", is_number(penalty) and 1e-6 <= penalty <= 1e6, "a number from 1e-6 to 1e6"),
+            ("presence_penalty", _within(self.presence_penalty, 2), "a number from -2 to 2"),
+            ("frequency_penalty", _within(self.frequency_penalty, 2), "a number from -2 to 2"),
+            ("logit_bias", _biases(self.logit_bias), "a dict of ids with a number from -100 to 100 each, or None"),
             ("seed", self.seed is None or is_int(self.seed, 0, 2**63), "an int from 0 to 2**63, or None"),
         ):
             require(fits, name, getattr(self, name), expected)
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias or ()) or None)  # the caller may change its own
 
     @property
     def given(self) -> list[str]:
@@ -40,13 +49,70 @@ class Sampling:
         changed = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
         return [name for name in changed if name != "temperature" or self.temperature != 0]
 
-    def pick(self, scores: Tensor, seen: Tensor | None, draws: Iterator[Tensor] | None) -> Tensor:
+    def check_ids(self, vocab: int) -> None:
+        """Refuses a bias of ids outside the vocabulary."""
+        for id in self.logit_bias or ():
+            require(id < vocab, "logit_bias", id, f"of ids from 0 to {vocab - 1}, the vocabulary")
+
+    @functools.cached_property
+    def key(self) -> tuple:
+        """Equal where tokens of two requests, each with its own random numbers, may be drawn together."""
+        biases = tuple(sorted((self.logit_bias or {}).items()))
+        options = dataclasses.astuple(dataclasses.replace(self, logit_bias=None, seed=None))
+        return (*options, biases)
+
+    def history(self, prompts: Tensor, mask: Tensor | None, vocab: int) -> History | None:
+        """What the penalties have to know of prompts (b l); None without penalties."""
+        seen, counts = self.repetition_penalty != 1, self.presence_penalty != 0 or self.frequency_penalty != 0
+        return History.of(prompts, mask, vocab, seen=seen, counts=counts) if seen or counts else None
+
+    def pick(self, scores: Tensor, history: History | None, draws: Iterator[Tensor] | None) -> Tensor:
         """The next ids (b) from scores (b v); ``draws`` is None where the most likely id is taken."""
-        if seen is not None:
-            scores = penalise(scores, seen, self.repetition_penalty)
         if draws is None:
-            return scores.argmax(-1)
-        return sample(filtered(warmed(scores, self.temperature), self.top_k, self.top_p, self.min_p), next(draws))
+            return self._changed(scores, history).argmax(-1)
+        return sample(self._filtered(scores, history), next(draws))
+
+    def probabilities(self, scores: Tensor, history: History | None) -> Tensor:
+        """What ids are drawn by, (b v), at a temperature above 0."""
+        return self._filtered(scores, history).softmax(-1, dtype=precise(scores.device))
+
+    def draw(self, scores: Tensor, history: History | None, draws: Iterator[Tensor]) -> tuple[int, Tensor | None]:
+        """An id from scores (1 v), with the probabilities (v) that it was drawn by; None at temperature 0."""
+        if self.temperature == 0:
+            return int(self.pick(scores, history, None)), None
+        probabilities = self.probabilities(scores, history)
+        return int(sample(probabilities.log(), next(draws).to(scores.device))), probabilities[0]
+
+    def _filtered(self, scores: Tensor, history: History | None) -> Tensor:
+        warm = warmed(self._changed(scores, history), self.temperature)
+        return filtered(warm, self.top_k, self.top_p, self.min_p)
+
+    def _changed(self, scores: Tensor, history: History | None) -> Tensor:
+        """With the bias, and then the penalties."""
+        if self.logit_bias:
+            ids, values = (each.to(scores.device) for each in self._bias)
+            scores = scores.index_add(1, ids, values.to(scores.dtype).expand(len(scores), -1))
+        if history is not None and history.seen is not None:
+            scores = penalise(scores, history.seen, self.repetition_penalty)
+        if history is not None and history.counts is not None:
+            scores = discourage(scores, history.counts, self.presence_penalty, self.frequency_penalty)
+        return scores
+
+    @functools.cached_property
+    def _bias(self) -> tuple[Tensor, Tensor]:
+        """Ids and what is added to their logits."""
+        biases = self.logit_bias or {}
+        return torch.tensor(list(biases)), torch.tensor(list(biases.values()), dtype=torch.float64)
+
+
+def _within(value: object, most: float) -> bool:
+    return is_number(value) and -most <= value <= most  # type: ignore[operator]
+
+
+def _biases(value: object) -> bool:
+    return value is None or (
+        isinstance(value, Mapping) and all(is_int(id, 0) and _within(bias, 100) for id, bias in value.items())
+    )
 
 
 def warmed(scores: Tensor, temperature: float) -> Tensor:
@@ -54,11 +120,6 @@ def warmed(scores: Tensor, temperature: float) -> Tensor:
     if temperature >= 1e-3:
         return scores / temperature
     return (scores - scores.amax(-1, keepdim=True)) / max(temperature, 1e-30)
-
-
-def penalise(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Makes seen ids less likely (CTRL, arXiv 1909.05858). scores (b v), seen (b v) bool → (b v)."""
-    return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
 def filtered(scores: Tensor, top_k: int | None, top_p: float | None, min_p: float | None) -> Tensor:
@@ -82,9 +143,19 @@ def sample(scores: Tensor, draw: Tensor) -> Tensor:
     """Scores (b v) and numbers uniform in [0, 1) (b) → ids (b), by the inverse of the distribution."""
     probabilities = scores.softmax(-1, dtype=draw.dtype)
     cumulative = probabilities.cumsum(-1)
+    reach = draw[:, None] * cumulative[:, -1:]
+    if scores.device.type == "cpu":  # where sums never fall along a row
+        first = torch.searchsorted(cumulative, reach, right=True)[:, 0]
+        if bool((first < scores.shape[-1]).all()):
+            return first
     # A parallel sum may waver where it should be flat: hence both conditions.
-    reached = (cumulative > draw[:, None] * cumulative[:, -1:]) & (probabilities > 0)
+    reached = (cumulative > reach) & (probabilities > 0)
     return torch.where(reached.any(-1), reached.int().argmax(-1), probabilities.argmax(-1))
+
+
+def precise(device: torch.device) -> torch.dtype:
+    """float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def draws_of(b: int, n: int, seed: int | None, device: torch.device) -> Iterator[Tensor]:
@@ -92,15 +163,7 @@ def draws_of(b: int, n: int, seed: int | None, device: torch.device) -> Iterator
     if seed is None:
         seed = int(torch.randint(2**32, (), device="cpu"))
     generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(b)]
-    dtype = torch.float32 if device.type == "mps" else torch.float64
     for start in range(0, n, 256):
         size = min(256, n - start)
         rows = [torch.rand(size, generator=g, dtype=torch.float64, device="cpu") for g in generators]
-        yield from torch.stack(rows).to(device, dtype).unbind(1)
-
-
-def seen_in(prompts: Tensor, mask: Tensor | None, vocab: int) -> Tensor:
-    """(b vocab): the ids that stand in each prompt."""
-    seen = torch.zeros(len(prompts), vocab + 1, dtype=torch.bool, device=prompts.device)
-    seen.scatter_(1, prompts if mask is None else prompts.masked_fill(~mask, vocab), True)
-    return seen[:, :vocab].contiguous()
+        yield from torch.stack(rows).to(device, precise(device)).unbind(1)

@@ -28,12 +28,15 @@ class QuantizedMap(nn.Module):
         scales: ``(outputs, groups)``; float32 beside 8 bits, bfloat16 beside 4, also when the module moves to another
             dtype.
         zeros: uint8 ``(outputs, groups)`` beside 4 bits, else None.
+        input_scale: ``(inputs)``, powers of two that inputs are multiplied by, ones before :meth:`scale_inputs`; None
+            where the scheme has none.
         dtype: of what it gives; ``to()`` changes it as it would a weight's.
     """
 
     weight_q: Tensor
     scales: Tensor
     zeros: Tensor | None
+    input_scale: Tensor | None
 
     def __init__(self, inputs: int, outputs: int, scheme: Scheme, like: Tensor):
         super().__init__()
@@ -44,16 +47,23 @@ class QuantizedMap(nn.Module):
         self.register_buffer("weight_q", new(outputs, scheme.columns(inputs), dtype=integers))
         self.register_buffer("scales", new(outputs, groups, dtype=scales))
         self.register_buffer("zeros", new(outputs, groups, dtype=torch.uint8) if four else None)
+        self.register_buffer("input_scale", like.new_ones(inputs) if scheme.input_scale else None)
 
     def take(self, rounded: Rounded) -> None:
         """Makes these weights its own."""
         self.weight_q, self.scales, self.zeros = rounded
 
+    def scale_inputs(self, scale: Tensor) -> None:
+        """Multiplies inputs by powers of two ``(inputs)`` from now on."""
+        assert self.input_scale is not None
+        self.input_scale = scale.to(self.input_scale)
+
     @torch.no_grad()
     def dequantized(self) -> Tensor:
         """The weights ``(outputs, inputs)``, float32."""
         size = self.scheme.group_size
-        return dequantized(self.weight_q, self.scales, self.zeros, size, self.inputs, torch.float32)
+        weight = dequantized(self.weight_q, self.scales, self.zeros, size, self.inputs, torch.float32)
+        return weight if self.input_scale is None else weight * self.input_scale
 
     def like(self) -> Tensor:
         """An empty tensor of the dtype of what it gives, on the device of the weights."""
@@ -86,7 +96,9 @@ class QuantizedLinear(QuantizedMap):
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return quantized_linear(x, *self._weights(), group_size=self.scheme.group_size)
+        if self.input_scale is not None:
+            x = x * self.input_scale.to(x.dtype)
+        return quantized_linear(x, *self._weights(), **self._options())
 
     def prepare_step(self, calls: Calls, x: Tensor) -> Tensor:
         """Adds the map's native call for x ``(b, inputs)`` to those of a token.
@@ -94,10 +106,15 @@ class QuantizedLinear(QuantizedMap):
         Raises:
             NotPreparedError: x is float64, or another implementation than the native one would run.
         """
-        return calls.op(quantized_linear, x, *self._weights(), group_size=self.scheme.group_size)
+        if self.input_scale is not None:
+            x = calls.activated(x, "identity", factor=self.input_scale.expand(len(x), -1))
+        return calls.op(quantized_linear, x, *self._weights(), **self._options())
 
     def _weights(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         return self.weight_q, self.scales, self.zeros, self.bias
+
+    def _options(self) -> dict[str, Any]:
+        return {"group_size": self.scheme.group_size, "activations": self.scheme.activations}
 
 
 class QuantizedEmbedding(QuantizedMap):

@@ -10,6 +10,9 @@ from ssmzoo.checkpoints.description import Description
 from ssmzoo.checkpoints.families._rope import scaling_json, scaling_options
 from ssmzoo.checkpoints.renaming import Rule
 
+# transformers' names of GELUs → ours
+GELUS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+
 LAYER = r"(?:model\.)?layers\.(\d+)\."
 
 
@@ -207,13 +210,18 @@ def gelu_of(given: Mapping[str, Any], name: str, default: str) -> str:
     Raises:
         ValueError: another activation.
     """
-    kinds = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
     found = given.get(name, default)
-    if found not in kinds:
+    if found not in GELUS:
         raise ValueError(
-            f"config.json: `{name}` must be one of {', '.join(kinds)}; got {found!r}, which cannot be loaded"
+            f"config.json: `{name}` must be one of {', '.join(GELUS)}; got {found!r}, which cannot be loaded"
         )
-    return kinds[found]
+    return GELUS[found]
+
+
+def gelu_json(d: Description) -> str:
+    """What :func:`gelu_of` reads; the exact GELU where the MLPs have another activation."""
+    kind = d.layers[0].mlp["kind"]
+    return next((name for name, ours in GELUS.items() if ours == kind), "gelu")
 
 
 def learned_position_attention(d_model: int, heads: int) -> dict[str, Any]:

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ssmzoo.checkpoints.families._common import gelu_of, learned_position_attention, require
+from ssmzoo.checkpoints.description import Description
+from ssmzoo.checkpoints.families._common import ends_json, gelu_json, gelu_of, learned_position_attention, require
 from ssmzoo.checkpoints.renaming import Rule
 
 NAME = "BERT"
+ARCHITECTURE = "BertForMaskedLM"
 
 MASKED = ("BertForMaskedLM", "BertForPreTraining")
 CLASSES = ("BertForSequenceClassification", "BertForNextSentencePrediction")
@@ -65,16 +67,36 @@ def _architecture(given: Mapping[str, Any]) -> str:
     return found
 
 
+def config_json(d: Description) -> dict[str, Any]:
+    classes = d.config.output == "classes"
+    labels = {"num_labels": d.config.n_classes} if classes else {}
+    return ends_json(d) | {
+        "architectures": [CLASSES[0] if classes else MASKED[0]],
+        "num_attention_heads": d.mixer("attention").get("n_heads", 1),
+        "intermediate_size": d.layers[0].mlp.get("d_intermediate"),
+        "hidden_act": gelu_json(d),
+        "max_position_embeddings": d.config.learned_positions or 512,
+        "type_vocab_size": d.config.token_types or 2,
+        "layer_norm_eps": d.config.norm_eps,
+        "hidden_dropout_prob": d.config.embedding_dropout,
+        "attention_probs_dropout_prob": 0.0,
+        **labels,
+    }
+
+
 def rules_for(given: Mapping[str, Any]) -> list[Rule]:
     """The names of weights; what becomes of the heads depends on the one that is wanted."""
-    classes = _architecture(given) in CLASSES
+    classes, tied = _architecture(given) in CLASSES, given.get("tie_word_embeddings", True)
     return [
         (r"(?:bert\.)?embeddings\.word_embeddings\.weight", "embedding.weight"),
         (r"(?:bert\.)?embeddings\.position_embeddings\.weight", "position_embedding.weight"),
         (r"(?:bert\.)?embeddings\.token_type_embeddings\.weight", "token_type_embedding.weight"),
         (r"(?:bert\.)?embeddings\.(?:position|token_type)_ids", ""),
         *_norm(r"(?:bert\.)?embeddings\.LayerNorm", "embedding_norm"),
-        (rf"{LAYER}attention\.self\.(q|k|v)(?:uery|ey|alue)\.(weight|bias)", r"layers.\1.mixer.\2_proj.\3"),
+        *(
+            (rf"{LAYER}attention\.self\.{name}\.(weight|bias)", rf"layers.\1.mixer.{name[0]}_proj.\2")
+            for name in ("query", "key", "value")
+        ),
         (rf"{LAYER}attention\.output\.dense\.(weight|bias)", r"layers.\1.mixer.out_proj.\2"),
         *_norm(rf"{LAYER}attention\.output\.LayerNorm", r"layers.\1.norm_after"),
         (rf"{LAYER}intermediate\.dense\.(weight|bias)", r"layers.\1.mlp.fc1.\2"),
@@ -82,12 +104,19 @@ def rules_for(given: Mapping[str, Any]) -> list[Rule]:
         *_norm(rf"{LAYER}output\.LayerNorm", r"layers.\1.norm2_after"),
         (r"cls\.predictions\.transform\.dense\.(weight|bias)", r"head_transform.linear.\1"),
         *_norm(r"cls\.predictions\.transform\.LayerNorm", "head_transform.norm"),
+        (r"cls\.predictions\.bias" if tied else r"cls\.predictions\.decoder\.bias", "lm_head.bias"),
         (r"cls\.predictions\.(?:decoder\.)?bias", "lm_head.bias"),
         (r"cls\.predictions\.decoder\.weight", "lm_head.weight"),
         (r"(?:bert\.)?pooler\.dense\.(weight|bias)", r"head_transform.linear.\1" if classes else ""),
         (r"cls\.seq_relationship\.(weight|bias)", r"lm_head.\1" if classes else ""),
         (r"classifier\.(weight|bias)", r"lm_head.\1"),
     ]
+
+
+def rules_for_writing(given: Mapping[str, Any]) -> list[Rule]:
+    """Our head has one name for either kind of output, and theirs another for each."""
+    others = r"cls\." if _architecture(given) in CLASSES else "classifier"
+    return [rule for rule in rules_for(given) if not rule[0].startswith(others)]
 
 
 def _norm(theirs: str, ours: str) -> list[Rule]:

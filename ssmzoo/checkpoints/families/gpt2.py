@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssmzoo.checkpoints.families._common import gelu_of, learned_position_attention, require
+from ssmzoo.checkpoints.description import Description
+from ssmzoo.checkpoints.families._common import gelu_json, gelu_of, learned_position_attention, require
 from ssmzoo.checkpoints.renaming import Parts, Rule
 
 NAME = "GPT-2"
+ARCHITECTURE = "GPT2LMHeadModel"
 
 LAYER = r"(?:transformer\.)?h\.(\d+)\."
 
@@ -70,4 +72,23 @@ def config(given: Mapping[str, Any]) -> dict[str, Any]:
         "dropout": float(given.get("resid_pdrop", 0.1)),
         "embedding_dropout": float(given.get("embd_pdrop", 0.1)),
         "tie_embeddings": given.get("tie_word_embeddings", True),
+    }
+
+
+def config_json(d: Description) -> dict[str, Any]:
+    attention = d.mixer("attention")
+    return {
+        "n_embd": d.config.d_model,
+        "n_layer": d.config.n_layers,
+        "n_head": attention.get("n_heads", 1),
+        "n_inner": d.layers[0].mlp.get("d_intermediate"),
+        "n_positions": d.config.learned_positions or 1024,
+        "scale_attn_weights": attention.get("scale") != 1.0,
+        "activation_function": gelu_json(d),
+        "vocab_size": d.config.padded_vocab_size,
+        "layer_norm_epsilon": d.config.norm_eps,
+        "resid_pdrop": d.config.dropout,
+        "embd_pdrop": d.config.embedding_dropout,
+        "attn_pdrop": 0.0,
+        "tie_word_embeddings": d.tied,
     }

@@ -1,0 +1,99 @@
+"""Nemotron-H, where a layer is one operator; those that mix channels are all MLPs, or all experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ssmzoo.checkpoints.gguf.keys import (
+    ENDS,
+    EPS,
+    UNBOUNDED,
+    Table,
+    attention_layers,
+    heads_read,
+    heads_written,
+    places,
+    read,
+    tied,
+    written,
+)
+from ssmzoo.checkpoints.gguf.rules import OURS, attention_rules, block, ends_rules, mamba2_rules, norm_rules
+from ssmzoo.checkpoints.renaming import Rule
+
+SIZES: Table = {
+    "ssm.conv_kernel": "conv_kernel",
+    "ssm.state_size": "ssm_state_size",
+    "ssm.group_count": "n_groups",
+    "ssm.time_step_rank": "mamba_num_heads",
+    EPS: "layer_norm_epsilon",
+}
+
+
+EXPERTS: Table = {
+    "expert_count": "n_routed_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "moe_shared_expert_intermediate_size",
+    "expert_weights_norm": "norm_topk_prob",
+    "expert_weights_scale": "routed_scaling_factor",
+}
+LATENT = "moe_latent_size"
+
+
+def keys_of(given: Mapping[str, Any], channel: str) -> dict[str, Any]:
+    """Keys of a model whose channel mixers are "mlp" or "moe"."""
+    at = places(given)
+    layers = range(given["num_hidden_layers"])
+    inside = given["intermediate_size" if channel == "mlp" else "moe_intermediate_size"]
+    return (
+        written(given, ENDS, SIZES)
+        | heads_written(given, at.get("attention", []))
+        | {
+            "context_length": UNBOUNDED,
+            "ssm.inner_size": given["mamba_num_heads"] * given["mamba_head_dim"],
+            "feed_forward_length": [inside if i in at.get(channel, []) else 0 for i in layers],
+            "attention.layer_norm_epsilon": given["layer_norm_epsilon"],
+        }
+    )
+
+
+def given_of(keys: Mapping[str, Any], names: set[str], channel: str) -> dict[str, Any]:
+    """The other way."""
+    wide, at = keys["feed_forward_length"], attention_layers(keys)
+    layers = range(keys["block_count"])
+    every = wide if isinstance(wide, list) else [wide] * len(layers)
+    kinds = ["full_attention" if i in at else channel if every[i] else "linear_attention" for i in layers]
+    return (
+        read(keys, ENDS, SIZES)
+        | heads_read(keys)
+        | tied(names)
+        | {
+            "model_type": "nemotron_h",
+            "layers_block_type": kinds,
+            "mamba_head_dim": keys["ssm.inner_size"] // keys["ssm.time_step_rank"],
+            "intermediate_size": max(every) or 1,
+            "mlp_bias": any(name.endswith("ffn_up.bias") for name in names),
+        }
+    )
+
+
+def rules(given: Mapping[str, Any]) -> list[Rule]:
+    at = places(given)
+    mlp, moe, inside = block(at.get("mlp", [])), block(at.get("moe", [])), f"{OURS}mixer.mlp."
+    return [
+        *ends_rules(),
+        *norm_rules(),
+        *attention_rules(at.get("attention", [])),
+        *mamba2_rules(given["n_groups"], at.get("mamba2", [])),
+        (rf"{mlp}ffn_up\.(weight|bias)", rf"{inside}fc1.\2"),
+        (rf"{mlp}ffn_down\.(weight|bias)", rf"{inside}fc2.\2"),
+        (rf"{moe}ffn_gate_inp\.weight", f"{inside}router.proj.weight"),
+        (rf"{moe}exp_probs_b\.bias", f"{inside}router.correction"),
+        (rf"{moe}ffn_up_exps\.weight", f"{inside}experts.fc1.weight"),
+        (rf"{moe}ffn_down_exps\.weight", f"{inside}experts.fc2.weight"),
+        (rf"{moe}ffn_up_shexp\.weight", f"{inside}shared.fc1.weight"),
+        (rf"{moe}ffn_down_shexp\.weight", f"{inside}shared.fc2.weight"),
+        (rf"{moe}ffn_latent_down\.weight", f"{inside}latent_in.weight"),
+        (rf"{moe}ffn_latent_up\.weight", f"{inside}latent_out.weight"),
+    ]

@@ -1,0 +1,80 @@
+"""Tokenizer files of the `tokenizers` library, read and checked without it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import operator
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerFile:
+    """A BPE tokenizer.
+
+    Attributes:
+        model: what the file says of it.
+        tokens: the token of each id; no two are the same, and each can be written in UTF-8.
+        added: the ids of tokens that were added to the vocabulary → whether they are special.
+        merges: two tokens each, the first of them first.
+        normalizers: the steps that prepare a text.
+        pre_tokenizers: the steps that cut it.
+    """
+
+    model: Mapping[str, Any]
+    tokens: dict[int, str]
+    added: dict[int, bool]
+    merges: list[tuple[str, str]]
+    normalizers: list[dict[str, Any]]
+    pre_tokenizers: list[dict[str, Any]]
+
+
+def read_tokenizer(path: Path) -> TokenizerFile:
+    """The tokenizer of a JSON file.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or it is no BPE tokenizer.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no tokenizer file {path}")
+    try:
+        return _read(json.loads(path.read_text(encoding="utf-8")))
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} must be a BPE tokenizer of the tokenizers library for a GGUF file; it is none "
+            f"({type(error).__name__}: {(str(error).splitlines() or [''])[0]:.80})"
+        ) from None
+
+
+def _read(given: Any) -> TokenizerFile:
+    model, listed = given["model"], given.get("added_tokens") or []
+    added = {operator.index(a["id"]): a for a in listed}
+    tokens = {operator.index(i): token for token, i in model["vocab"].items()}
+    shared = len(tokens) < len(model["vocab"])
+    tokens |= {i: a["content"] for i, a in added.items()}
+    merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
+    for token in [*tokens.values(), *(part for pair in merges for part in pair)]:
+        token.encode()
+    wrong = {
+        "an id is negative": min(tokens, default=0) < 0,
+        "two tokens have the same id": shared,
+        "two ids have the same token": len(set(tokens.values())) < len(tokens),
+        "a merge is not of two tokens": any(len(pair) != 2 or " " in pair[0] + pair[1] for pair in merges),
+    }
+    if (said := next((reason for reason, yes in wrong.items() if yes), None)) is not None:
+        raise ValueError(f"in `model`, {said}")
+    special = {i: bool(a.get("special")) for i, a in added.items()}
+    return TokenizerFile(
+        model, tokens, special, merges, *(_steps(given.get(k)) for k in ("normalizer", "pre_tokenizer"))
+    )
+
+
+def _steps(given: Any) -> list[dict[str, Any]]:
+    """Steps that follow one another: none, one, or a sequence."""
+    if given is None:
+        return []
+    kind = given["type"]
+    found = given["normalizers" if "normalizers" in given else "pretokenizers"] if kind == "Sequence" else [given]
+    return [{"type": step["type"], **step} for step in found]

@@ -1,0 +1,137 @@
+"""One token through a model in one native call.
+
+A token of a small model spends a good part of its time in Python: each layer's norm, its mixer's step and the sum with
+the residual stream are calls that check their arguments and choose an implementation, every time with the same result.
+Where a model's mixers and MLPs are native calls alone (``Mixer.prepare_step``, ``ChannelMixer.prepare_step``), all of
+them are prepared once and then made together, on the same memory, with the last norm and the head where these would
+be the same kernels. Where a layer is one op and no MLP, every bit stays as it was; elsewhere native kernels
+take the place of PyTorch's, and results are the same to rounding.
+
+Whether that is still what calling the layers would do is asked at each token: whether a module, a weight, an option, a
+hook or a state has changed, or an interpreter of PyTorch wants to see the calls. The former is asked once for as long
+as somebody says that the model stays as it is (:mod:`ssmzoo.steady`).
+"""
+
+from __future__ import annotations
+
+import types
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssmkernels.core.validate import HALF
+from ssmkernels.native.prepared import undisturbed
+from ssmzoo.block import Block, LayerState
+from ssmzoo.decoding.decoder import Decoder, dtypes_of
+from ssmzoo.decoding.ends import Ends
+from ssmzoo.decoding.parts import HOOKS, Parts, is_told_by_facts
+from ssmzoo.mixer import Mixer
+from ssmzoo.mlp import ChannelMixer
+from ssmzoo.norm import LayerNorm, RMSNorm
+from ssmzoo.state import State
+from ssmzoo.steady import period_of
+
+__all__ = ["through_layers", "through_model"]
+
+_METHODS = (types.FunctionType, property, classmethod, staticmethod)
+
+Decoders = weakref.WeakKeyDictionary[nn.Module, Decoder]
+
+_of_layers: Decoders = weakref.WeakKeyDictionary()
+_of_models: Decoders = weakref.WeakKeyDictionary()
+
+
+def through_model(model: nn.Module, blocks: Sequence[Block], states: Sequence[State], x: Tensor) -> Tensor | None:
+    """One token x ``(b 1 d_model)`` through the layers, the last norm and the head: ``(b 1 outputs)``.
+
+    Updates the layers' states; None where they must be called, or what comes after them.
+    """
+    return _decode(_of_models, model, blocks, states, x)
+
+
+def through_layers(model: nn.Module, blocks: Sequence[Block], states: Sequence[State], x: Tensor) -> Tensor | None:
+    """One token x ``(b 1 d_model)`` through the layers, whose states are updated; None where they must be called."""
+    return _decode(_of_layers, model, blocks, states, x)
+
+
+def _decode(
+    decoders: Decoders, model: nn.Module, blocks: Sequence[Block], states: Sequence[State], x: Tensor
+) -> Tensor | None:
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu" or not undisturbed():
+        return None
+    if any(getattr(nn.modules.module, f"_global{hooks}") for hooks in HOOKS):
+        return None
+    decoder, period = decoders.get(model), period_of(model)
+    if decoder is not None:
+        if decoder.refused == x.shape:
+            return None
+        if decoder.trusts(period, states, x):
+            return decoder.run(x)
+        if decoder.parts.unchanged() and _facts(blocks, states, x) == decoder.facts:
+            if decoder.program is None:
+                decoder.prepare(blocks, states, x)
+            if decoder.program is not None:
+                decoder.trust(period, states)
+            return decoder.run(x)
+    ends = Ends.of(model) if decoders is _of_models else None
+    if ends is None and decoders is _of_models:
+        return None
+    if all(_may_be_calls(block) for block in blocks) and _narrows(x.dtype, dtypes_of(blocks)):
+        modules = [*(() if ends is None else ends), *(module for block in blocks for module in block.modules())]
+        facts = _facts(blocks, states, x) if all(map(is_told_by_facts, modules)) else None
+        if facts is not None and not any((parts := Parts(modules, model)).hooks):
+            decoders[model] = Decoder(parts, facts, ends)
+    return None
+
+
+def _facts(blocks: Sequence[Block], states: Sequence[State], x: Tensor) -> list[Any] | None:
+    """What a program depends on beside the layers' parts; None where a state holds anything but tensors."""
+    facts: list[Any] = [x.shape, x.dtype, torch.get_num_threads(), torch.is_inference_mode_enabled(), *map(id, blocks)]
+    parts = [part for s in states for part in ((s.mixer, s.mlp) if isinstance(s, LayerState) else (s,))]
+    for state in parts:
+        for held in vars(state).values():
+            for tensor in held if type(held) is list else (held,):
+                if type(tensor) is Tensor:
+                    facts += (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+                elif tensor is not None:
+                    return None
+    return facts
+
+
+def _narrows(stream: torch.dtype, inside: set[torch.dtype]) -> bool:
+    """Whether norms of these dtypes take a stream of this one: all alike, or all in half precision beside float32."""
+    return inside == {stream} or (stream == torch.float32 and len(inside) == 1 and inside <= {*HALF})
+
+
+def _may_be_calls(block: Block) -> bool:
+    """Whether a layer has no other parts than those that may be native calls."""
+    if type(block) is not Block:
+        return False
+    parts = block._modules
+    mixer, mlp, norms = parts.get("mixer"), parts.get("mlp"), [parts.get("norm")]
+    if not isinstance(mixer, Mixer) or not _prepares(type(mixer)):  # or a wrapper around one
+        return False
+    if mlp is not None:
+        if not isinstance(mlp, ChannelMixer) or not _prepares(type(mlp)):
+            return False
+        norms.append(parts.get("norm2"))
+    return (
+        all(type(norm) in (RMSNorm, LayerNorm) for norm in norms)
+        and not any(parts.get(name) is not None for name in ("norm_after", "norm2_after", "feed"))
+        and block.multiplier == block.skip_multiplier == 1
+        and not block.norms_stream
+        and not (block.training and block.dropout.p)
+    )
+
+
+def _prepares(kind: type) -> bool:
+    """Whether ``prepare_step`` was written for this class: none derived from the one that defines it has a method."""
+    for each in kind.__mro__:
+        if "prepare_step" in vars(each):
+            return each not in (Mixer, ChannelMixer)
+        if any(isinstance(value, _METHODS) and not name.startswith("__") for name, value in vars(each).items()):
+            return False
+    return False

@@ -1,0 +1,146 @@
+"""The prepared calls of one model for one state."""
+
+from __future__ import annotations
+
+import operator
+import threading
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ssmkernels import rms_norm
+from ssmkernels.native.calls import Calls, NotPreparedError
+from ssmkernels.native.prepared import Program
+from ssmzoo.block import Block, LayerState
+from ssmzoo.decoding.ends import Ends
+from ssmzoo.decoding.parts import Parts
+from ssmzoo.mixer import Mixer
+from ssmzoo.mlp import ShiftingChannelMixer
+from ssmzoo.norm import LayerNorm, RMSNorm
+from ssmzoo.state import State
+from ssmzoo.steady import Period
+from ssmzoo.value_residual import ValueResidualMixer
+
+
+class Decoder:
+    """The prepared calls, or that there are none.
+
+    A program is worth its making from the second token on, when everything is met again as it was.
+
+    Args:
+        parts: the layers and all their parts, as they were.
+        facts: what else must not have changed.
+        ends: what the program computes after the layers, too; None for the layers alone.
+
+    Attributes:
+        program: the calls, once they are prepared.
+        refused: the shape of tokens for which there are none; other shapes may fare better.
+    """
+
+    def __init__(self, parts: Parts, facts: list[Any], ends: Ends | None):
+        self.parts, self.facts, self.ends = parts, facts, ends
+        self.program: Program | None = None
+        self.refused: torch.Size | None = None
+        self.lock = threading.Lock()  # of the memory between the layers
+        self._period: Period | None = None  # for which the parts and the states were looked at
+        self._states: Sequence[State] = ()
+
+    def trusts(self, period: Period | None, states: Sequence[State], x: Tensor) -> bool:
+        """Whether the program may run without a look, as nothing has changed since :meth:`trust`."""
+        return (
+            period is not None
+            and period is self._period
+            and self.program is not None
+            and x.shape[0] == self.stream.shape[0]
+            and x.dtype == self.stream.dtype
+            and torch.is_inference_mode_enabled() == self.stream.is_inference()
+            and len(states) == len(self._states)
+            and all(map(operator.is_, states, self._states))
+        )
+
+    def trust(self, period: Period | None, states: Sequence[State]) -> None:
+        """Takes the parts and these states to stay as they are, as long as the period lasts."""
+        if period is not None and period is not self._period:
+            period.kept.append(self.parts.storages())
+        self._period, self._states = period, [*states] if period is not None else ()
+
+    def prepare(self, blocks: Sequence[Block], states: Sequence[State], x: Tensor) -> None:
+        """Makes the program for x ``(b 1 d_model)``, unless a layer is more than native calls."""
+        (inside,) = dtypes_of(blocks)  # of what the layers get and give; the stream may be wider
+        self.stream = x.new_empty(x.shape[0], x.shape[2])
+        self.normed, self.mixed = (torch.empty_like(self.stream, dtype=inside) for _ in range(2))
+        calls, values = Calls(), list[Tensor]()  # the first layer's values, for value residuals
+        try:
+            done = all(self._prepare_block(calls, *each, values) for each in zip(blocks, states, strict=True))
+            if done and self.ends is not None:
+                self.outputs = self.ends.prepare(calls, self.mixed, self.stream)
+        except NotPreparedError:
+            done = False
+        if not done:
+            self.refused = x.shape
+            return
+        self.program = Program(calls.made)
+        if self.ends is not None:
+            self._outputs_at = self.program.result_at(len(calls.made) - 1)
+
+    def _prepare_block(self, calls: Calls, block: Block, state: State, values: list[Tensor]) -> bool:
+        """Adds a layer's calls; False where it is more than those."""
+        before, shift = (state.mixer, state.mlp) if isinstance(state, LayerState) else (state, None)
+        for norm, part in ((block.norm, block.mixer), (block.norm2, block.mlp)):
+            if part is None:
+                continue
+            self._prepare_norm(calls, norm)
+            arguments: tuple[Any, ...] = ()
+            if isinstance(part, ValueResidualMixer):
+                arguments = before, values
+            elif isinstance(part, Mixer):
+                arguments = (before,)
+            elif isinstance(part, ShiftingChannelMixer):
+                arguments = (shift,)
+            if part.prepare_step(calls, self.normed, *arguments) is None:
+                return False
+            calls.into(self.mixed)
+        return True
+
+    def _prepare_norm(self, calls: Calls, norm: nn.Module | None) -> None:
+        """Adds what the part before has made to the stream, if there is one, and normalises it."""
+        if isinstance(norm, LayerNorm):
+            if calls.made:
+                calls.activated(self.mixed, addend=self.stream)
+                calls.into(self.stream)
+            calls.head_norm(self.stream[:, None], norm.weight, norm.bias, eps=norm.eps)
+        else:
+            assert isinstance(norm, RMSNorm)
+            if not calls.made and self.stream.dtype == self.normed.dtype:
+                calls.op(rms_norm, self.stream, norm.weight, eps=norm.eps)
+            else:  # what is added is zeros at first
+                calls.op(rms_norm, self.mixed, norm.weight, eps=norm.eps, residual=self.stream)
+        calls.into(self.normed)
+
+    def run(self, x: Tensor) -> Tensor | None:
+        """x ``(b 1 d_model)`` → the same after the layers, or the head's ``(b 1 outputs)`` if that is in the program.
+
+        None while another thread's token is under way.
+        """
+        if self.program is None or not self.lock.acquire(blocking=False):
+            return None
+        try:
+            self.stream.copy_(x[:, 0])
+            if self.mixed.dtype != self.stream.dtype:
+                self.mixed.zero_()
+            if self.ends is None:
+                self.program.run()
+                return (self.stream + self.mixed)[:, None]
+            outputs = torch.empty_like(self.outputs)  # which the caller may keep
+            self._outputs_at.value = outputs.data_ptr()
+            self.program.run()
+            return outputs[:, None]
+        finally:
+            self.lock.release()
+
+
+def dtypes_of(blocks: Sequence[Block]) -> set[torch.dtype]:
+    """Those of the norms' weights, and so of what they give."""
+    return {cast(Tensor, norm.weight).dtype for block in blocks for norm in block.norms}

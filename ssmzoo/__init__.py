@@ -36,6 +36,7 @@ __all__ = [
     "linearize",
     "list_mixers",
     "list_models",
+    "plan",
     "quantize",
     "register_mixer",
     "save",
@@ -43,7 +44,10 @@ __all__ = [
     "swap_mixers",
 ]
 
-_LATER = {"distill": "ssmzoo.train"}  # what is imported when it is asked for, as it needs more packages
+_LATER = {
+    "distill": "ssmzoo.train",
+    "plan": "ssmzoo.planning",
+}  # what is imported when it is asked for, as it needs more packages
 
 
 def __getattr__(name: str) -> Any:

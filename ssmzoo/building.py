@@ -28,9 +28,10 @@ def build(
 
     Args:
         name_or_path_or_config: one of :func:`list_models`; a path of a YAML file; a :class:`ModelConfig` or its dict;
-            or the path of a saved model's folder, which brings its weights (and takes no overrides), or of a published
-            one: see :func:`ssmzoo.pretrained.load`. A model's name wins over a folder of that name: ``"./lstm-tiny"``
-            is the folder. Where there is no such path, ``"state-spaces/mamba-130m-hf"`` is the name of a model on the
+            or the path of a saved model's folder, which brings its weights (and takes no overrides), of a published
+            one, or of a GGUF file: see :func:`ssmzoo.pretrained.load`. A model's name wins over a folder of that name:
+            ``"./lstm-tiny"`` is the folder. Where there is no such path, ``"state-spaces/mamba-130m-hf"`` is the name
+            of a model on the
             Hugging Face hub, which ``huggingface_hub`` fetches into its cache; ``HF_HUB_OFFLINE=1`` keeps to that.
             Weights and configs are read; code of the hub is never run.
         device: where the weights are made; ``"meta"`` makes none.

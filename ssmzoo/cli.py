@@ -11,7 +11,21 @@ from typing import Annotated
 
 import typer
 
-from ssmzoo.commands import bench, convert, distill, env, generate, info, quantize, tokenize, train, verify
+from ssmzoo.commands import (
+    bench,
+    convert,
+    distill,
+    env,
+    export,
+    generate,
+    info,
+    plan,
+    quantize,
+    serve,
+    tokenize,
+    train,
+    verify,
+)
 from ssmzoo.commands import list as list_
 from ssmzoo.screen import say
 
@@ -24,11 +38,14 @@ app = typer.Typer(
 )
 app.command("list")(list_.command)
 app.command("info")(info.command)
+app.command("plan")(plan.command)
 app.command("tokenize")(tokenize.command)
 app.command("train")(train.command)
 app.command("distill")(distill.command)
 app.command("generate")(generate.command)
+app.command("serve")(serve.command)
 app.command("convert")(convert.command)
+app.command("export")(export.command)
 app.command("quantize")(quantize.command)
 app.command("verify")(verify.command)
 app.command("bench")(bench.command)

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,22 +35,31 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
+def unfinished(path: Path) -> Path:
+    """A hidden name beside a path that no other thread or process writes to."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path``, which takes its place on disk once the block has succeeded.
 
     Raises:
-        OSError: the file cannot be written; it names ``path``, whose content is as it was.
+        OSError: the file cannot be written; it names ``path``, whose content is as it was. Devices and pipes, which a
+            file would take the place of, are refused.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(f"{path} is no regular file, and is not replaced by one")
+    temporary = unfinished(path)
     try:
         yield temporary
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
     except OSError as error:
-        if error.errno is not None:
-            error.filename = str(path)
+        if error.errno is None:  # NumPy's, on a full disk
+            raise OSError(f"cannot write {path}: {error}") from error
+        error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -15,6 +15,8 @@ from ssmkernels.core.validate import HALF
 from ssmkernels.native import eager, products
 from ssmkernels.native.calls import Calls, NotPreparedError
 
+WORK_IN_HALF = 2**18  # multiply-adds in half precision from which PyTorch takes longer than the way to our own product
+
 _WEIGHTS = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)  # the last two stand for plain ones while tracing
 
 
@@ -26,9 +28,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if (
         x.dtype in HALF
-        and weight.numel() >= products.LARGE
         and not eager.wants_gradient(x, weight, bias)
         and eager.ordinary(x.dtype, x, weight, *(() if bias is None else (bias,)))
+        and (weight.numel() >= products.LARGE or x.numel() * weight.shape[0] >= WORK_IN_HALF)
         and eager.reachable(x=x, weight=weight, bias=bias)
     ):
         return quantized_linear(x, weight, bias=bias)
@@ -49,6 +51,8 @@ class WideBiasLinear(nn.Linear):
         y = linear(x, self.weight)
         return y if self.bias is None else (y + self.bias).to(y.dtype)
 
+
+_BETWEEN: dict[type[nn.Module], str] = {nn.Identity: "identity", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
 
 _MODULES = (Linear, nn.Conv1d, WideBiasLinear, nn.Linear)
 
@@ -92,9 +96,29 @@ def prepare_map(calls: Calls, module: nn.Module | None, x: Tensor) -> Tensor:
     own = getattr(type(module), "prepare_step", None)
     if own is not None:
         return cast(Tensor, own(module, calls, x))
-    if not is_plain(module) or not isinstance(module, nn.Linear) or isinstance(module, WideBiasLinear):
+    wide_bias = isinstance(module, WideBiasLinear) and x.dtype in HALF
+    if not is_plain(module) or not isinstance(module, nn.Linear) or wide_bias:
         raise NotPreparedError(type(module).__name__)
+    if x.dtype in HALF:
+        return calls.op(quantized_linear, x, module.weight, bias=module.bias)
     return calls.linear(x, module.weight, module.bias)
+
+
+def prepare_maps(calls: Calls, modules: nn.Module | None, x: Tensor) -> Tensor:
+    """The same of a sequence of linear maps, with tanh or a sigmoid between or after them.
+
+    Raises:
+        NotPreparedError: it is something else, or one of its maps cannot be prepared.
+    """
+    if type(modules) is not nn.Sequential or modules._forward_hooks or modules._forward_pre_hooks:
+        raise NotPreparedError(type(modules).__name__)
+    for module in modules:
+        function = _BETWEEN.get(type(module))
+        if function is None:
+            x = prepare_map(calls, module, x)
+        elif function != "identity":
+            x = calls.activated(x, function)
+    return x
 
 
 def arrives_later(weight: Tensor, module: nn.Module) -> bool:

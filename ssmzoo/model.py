@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssmkernels.core.autocast import autocasts
 from ssmkernels.core.validate import check_cu_seqlens
 from ssmzoo.block import Block, entry_mixer
 from ssmzoo.config import ModelConfig
-from ssmzoo.decoding import through_layers
+from ssmzoo.decoding import through_layers, through_model
 from ssmzoo.ends import START, PositionState, check_token_types, input_modules, output_modules
 from ssmzoo.feed import SharedBlock
 from ssmzoo.generate import generate
-from ssmzoo.linear import arrives_later, computes_on
+from ssmzoo.inputs import check_inputs, check_mask
+from ssmzoo.linear import computes_on
 from ssmzoo.lower_bounds import share_lower_bounds
 from ssmzoo.mixer import Mixer
 from ssmzoo.pooling import first, last, total
@@ -200,6 +200,10 @@ class SequenceModel(KeepsTies):
         values: list[Tensor] = []  # the first layer's, for value residuals
         blocks, done = self.blocks, None
         if state is not None and x.shape[1] == 1 and cu_seqlens is None:
+            if self.config.output != "classes" and not hidden:
+                outputs = through_model(self, blocks, state.layers, x)
+                if outputs is not None:
+                    return self._logits(outputs), ModelState(list(state.layers))
             done = through_layers(self, blocks, state.layers, x)
         if done is not None and state is not None:
             x, states = done, list(state.layers)
@@ -245,31 +249,8 @@ class SequenceModel(KeepsTies):
     ) -> None:
         """Raises what a call with these arguments would raise for them."""
         name = "SequenceModel"
-        features = self.config.d_input
-        shape = "(b, l)" if features is None else f"(b, l, d_input={features})"
-        if not isinstance(inputs, Tensor):
-            raise TypeError(f"{name}: `inputs` must be a tensor {shape}; got {type(inputs).__name__}")
-        if inputs.ndim != (2 if features is None else 3) or (features is not None and inputs.shape[-1] != features):
-            raise ValueError(f"{name}: `inputs` must have shape {shape}; got {tuple(inputs.shape)}")
-        weight = getattr(self.embedding, "weight", None)  # an adapter in its place need not have one
-        if isinstance(weight, Tensor) and inputs.device != weight.device and not arrives_later(weight, self.embedding):
-            raise ValueError(f"{name}: `inputs` must be on {weight.device}, where the weights are; got {inputs.device}")
-        if features is None:
-            if inputs.dtype not in (torch.int64, torch.int32):
-                raise TypeError(f"{name}: `inputs` must be token ids, int64 or int32; got {inputs.dtype}")
-            self._check_ids(inputs)
-        elif isinstance(weight, Tensor) and inputs.dtype != weight.dtype and not autocasts(inputs.device.type):
-            raise TypeError(f"{name}: `inputs` must be {weight.dtype}, as the weights are; got {inputs.dtype}")
-        if mask is not None:
-            if cu_seqlens is not None:
-                raise ValueError(f"{name}: give `mask` for padded or `cu_seqlens` for packed sequences; got both")
-            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-                raise TypeError(f"{name}: `mask` must be a bool tensor, True where there is a token; got {mask!r:.80}")
-            if mask.shape != inputs.shape[:2] or mask.device != inputs.device:
-                raise ValueError(
-                    f"{name}: `mask` must have shape {tuple(inputs.shape[:2])} on {inputs.device}, as `inputs`; "
-                    f"got {tuple(mask.shape)} on {mask.device}"
-                )
+        check_inputs(name, inputs, self.config, self.embedding)
+        check_mask(name, mask, cu_seqlens, inputs)
         sequences = check_cu_seqlens(name, cu_seqlens, inputs)
         if state is not None:
             if not isinstance(state, ModelState):
@@ -282,15 +263,6 @@ class SequenceModel(KeepsTies):
                 raise ValueError(
                     f"{name}: `state` must have {sequences} sequences, as `inputs`; got {state.n_sequences}"
                 )
-
-    def _check_ids(self, ids: Tensor) -> None:
-        """Ids within the vocabulary; read where that costs nothing."""
-        size = self.config.padded_vocab_size
-        if ids.device.type != "cpu" or torch.compiler.is_compiling() or ids.numel() == 0:
-            return
-        low, high = (int(v) for v in ids.aminmax())
-        if low < 0 or high >= size:
-            raise ValueError(f"SequenceModel: `inputs` must hold ids from 0 to {size - 1}; got {low} to {high}")
 
     def generate(self, ids: Any, max_new_tokens: int, **options: Any) -> Any:
         """Continues prompts token by token: see :func:`ssmzoo.generate.generate`, whose options it takes."""

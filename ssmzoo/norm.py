@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmkernels import rms_norm
+from ssmkernels.native.calls import Calls, NotPreparedError
+from ssmzoo.linear import is_plain
 
 
 class RMSNorm(nn.Module):
@@ -87,6 +89,8 @@ class HeadLayerNorm(nn.Module):
         weight: whether there are weights.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         d: int,
@@ -100,7 +104,7 @@ class HeadLayerNorm(nn.Module):
         super().__init__()
         self.n_heads, self.eps, self.centred = n_heads, eps, centred
         self.weight = nn.Parameter(torch.zeros(d) if centred else torch.ones(d)) if weight else None
-        self.bias = nn.Parameter(torch.zeros(d)) if bias else None
+        self.register_parameter("bias", nn.Parameter(torch.zeros(d)) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., h, p)`` → ``(..., h p)``, in x's dtype."""
@@ -108,6 +112,18 @@ class HeadLayerNorm(nn.Module):
         if self.weight is not None:
             y = y * (1 + self.weight if self.centred else self.weight).to(x.dtype)
         return y if self.bias is None else y + self.bias.to(x.dtype)
+
+
+def prepare_head_norm(calls: Calls, norm: nn.Module, x: Tensor) -> Tensor:
+    """Adds the native call of a :class:`HeadLayerNorm`, x ``(b, h, p)`` → ``(b, h p)``, to those of a token.
+
+    Raises:
+        NotPreparedError: somebody else has a say in the result, or no native call computes it.
+    """
+    if not is_plain(norm, kinds=(HeadLayerNorm,)):
+        raise NotPreparedError(type(norm).__name__)
+    norm = cast(HeadLayerNorm, norm)
+    return calls.head_norm(x, norm.weight, norm.bias, eps=norm.eps, centred=norm.centred)
 
 
 class LayerNorm(nn.LayerNorm):

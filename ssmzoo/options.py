@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import math
 import types
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ssmkernels.core.names import unknown
-from ssmzoo.plain import short
+from ssmzoo.plain import is_finite, short
 
 
 def options_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
@@ -68,11 +67,11 @@ def check_range(where: str, name: str, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
     if name == "rope_base":
-        fits, expected = value > 0 and math.isfinite(value), "a finite number above 0"
+        fits, expected = value > 0 and is_finite(value), "a finite number above 0"
     elif name.endswith("multiplier"):
-        fits, expected = math.isfinite(value), "a finite number"
+        fits, expected = is_finite(value), "a finite number"
     elif name.endswith(("softcap", "norm_eps")):
-        fits, expected = value >= 0 and math.isfinite(value), "a finite number of at least 0"
+        fits, expected = value >= 0 and is_finite(value), "a finite number of at least 0"
     else:
         fits, expected = value == value, "a number"
     if not fits:

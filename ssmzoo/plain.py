@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 
 MAX_DEPTH = 32  # of lists and mappings inside each other
@@ -26,6 +27,11 @@ def short(value: object, most: int = SHOWN) -> str:
     except ValueError:  # an int inside with more digits than Python prints
         return f"a {type(value).__name__}"
     return text if len(text) <= most else f"{text[:most]}..."
+
+
+def is_finite(value: float) -> bool:
+    """Whether float64 holds a number; an int may be larger."""
+    return abs(value) <= sys.float_info.max
 
 
 def check_plain(value: object, where: str) -> None:

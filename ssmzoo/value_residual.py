@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ssmkernels.native.calls import Calls
 from ssmzoo.mixer import Mixer
 from ssmzoo.state import State
 
@@ -48,6 +49,10 @@ class ValueResidualMixer(Mixer):
     ) -> tuple[Tensor, Any, Tensor]:
         """As ``mix``, with the first layer's values, None where there are none; returns its own as well."""
         raise NotImplementedError
+
+    def prepare_step(self, calls: Calls, x: Tensor, state: Any, values: list[Tensor] | None = None) -> Tensor | None:
+        """As :meth:`ssmzoo.Mixer.prepare_step`, with ``values`` as in :meth:`forward`, of one token."""
+        return None
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         y, state, _ = self.mix_values(x, state, cu_seqlens, None)

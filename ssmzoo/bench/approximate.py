@@ -9,6 +9,7 @@ keys and values are the tokens themselves. The share visited is that of dense at
 from __future__ import annotations
 
 import argparse
+import csv
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from ssmzoo.bench.record import Machine
 from ssmzoo.registry import build_mixer
 
 D = 64  # head dim
@@ -31,7 +33,7 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "hash-8": ("hash", {"n_buckets": 8}),
     **{
         f"hyper-{n}": ("hyper", {"block_size": n, "sample_size": n, "min_seq_len": 2048, "lsh_num_projs": 12})
-        for n in (64, 128, 256, 512)
+        for n in (64, 128, 256, 512, 768)
     },
 }
 
@@ -99,6 +101,16 @@ def draw(rows: Sequence[Row], path: str) -> None:
     figure.savefig(path)
 
 
+def write(rows: Sequence[Row], options: argparse.Namespace) -> None:
+    """A line for each way, with what was asked and the machine."""
+    asked = {name: getattr(options, name) for name in ("length", "bidirectional", "backward", "samples")}
+    machine = vars(Machine.here())
+    with open(options.csv, "w", newline="") as file:
+        lines = csv.writer(file)
+        lines.writerow([*Row._fields, *asked, *machine])
+        lines.writerows([*row, *asked.values(), *machine.values()] for row in rows)
+
+
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """Prints a line for each way."""
     parser = argparse.ArgumentParser(prog="python -m ssmzoo.bench.approximate", description=str(__doc__).split("\n")[0])
@@ -109,6 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
         "--only", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="WAY", help=", ".join(WAYS)
     )
     parser.add_argument("--samples", type=int, default=3, help="calls of each that are timed (3)")
+    parser.add_argument("--csv", help="write the lines, the options and the machine into this file")
     parser.add_argument("--figure", help="draw the errors into this file")
     options = parser.parse_args(arguments)
     rows = []
@@ -118,6 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
             f"{way:9} {row.share:6.1%} visited, {row.error:5.1%} off, {row.faster:5.1f} × as fast as dense", flush=True
         )
         rows.append(row)
+    if options.csv:
+        write(rows, options)
     if options.figure:
         draw(rows, options.figure)
     return rows

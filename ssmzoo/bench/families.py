@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from ssmkernels.bench import BOTH, FORWARD, Contest, Contestant, Measurement, Plan, hold, refusal
 from ssmkernels.bench.contest import Results
 from ssmkernels.bench.peers import ABSENT
+from ssmzoo.bench.family_ops import WORKS, recorded
 from ssmzoo.bench.models import DECODING
 
 KIND = "transformers"
@@ -36,6 +38,18 @@ DELTA: dict[str, Any] = {
     **ATTENTION,
 }
 GROWING = {"intermediate_size": 2, "head_dim": 0.25, "linear_key_head_dim": 0.25, "linear_value_head_dim": 0.25}
+# Delta attention, and attention with latent keys and values
+LATENT: dict[str, Any] = {
+    "num_hidden_layers": 3,
+    "layer_types": DELTA["layer_types"],
+    "mlp_layer_types": ["dense"] * 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "linear_num_heads": 4,
+    **NO_TOKENS,
+}
+GROWING_LATENT = {"intermediate_size": 2, "linear_head_dim": 0.25, "kv_lora_rank": 0.5}
+GROWING_LATENT |= {"qk_nope_head_dim": 0.25, "qk_rope_head_dim": 0.125, "v_head_dim": 0.25}
 
 # family → transformers' class, options, and options that are multiples of the hidden size. Two layers of the family's
 # own kind, and attention where the family always has some.
@@ -95,13 +109,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, float]]] = {
     "qwen3_next": ("Qwen3Next", {**DELTA, "num_experts": 0, "mlp_only_layers": [0, 1, 2]}, GROWING),
     "qwen3_5": ("Qwen3_5", DELTA, GROWING),
     "olmo_hybrid": ("OlmoHybrid", {**DELTA, "linear_num_key_heads": 4, **NO_TOKENS}, GROWING),
-    "kimi_linear": (
-        "KimiLinear",
-        {"num_hidden_layers": 3, "layer_types": DELTA["layer_types"], "mlp_layer_types": ["dense"] * 3}
-        | {"num_attention_heads": 4, "num_key_value_heads": 4, "linear_num_heads": 4, **NO_TOKENS},
-        {"intermediate_size": 2, "linear_head_dim": 0.25, "qk_nope_head_dim": 0.25, "v_head_dim": 0.25}
-        | {"qk_rope_head_dim": 0.125, "kv_lora_rank": 0.5},
-    ),
+    "kimi_linear": ("KimiLinear", LATENT, GROWING_LATENT),
+    "bailing_hybrid": ("BailingHybrid", LATENT, GROWING_LATENT | {"head_dim": 0.125}),
     "minimax": (
         "MiniMax",
         {"num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"]}
@@ -118,7 +127,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, float]]] = {
 
 
 def bench_family(name: str, plan: Plan) -> Iterator[list[Measurement]]:
-    """Times a small model of a family: prefill, forward and backward, and one token after others.
+    """Times a small model of a family: prefill, forward and backward, one token after others, and its op alone.
 
     ``plan.changes`` may hold hidden_size, length and batch.
     """
@@ -139,6 +148,10 @@ def bench_family(name: str, plan: Plan) -> Iterator[list[Measurement]]:
             works.pop()
         for work, make in works:
             yield hold(_contest(name, work, sizes, [make(model, ids) for model in models], plan), plan)
+        fast, slow = module_of(name, False), module_of(name, True)
+        for op in recorded(name, fast, slow, models[1], ids) if plan.peers else ():
+            for work, told in WORKS.items():
+                yield hold(_contest(name, told, sizes, op.calls(work), plan, op.name), plan)
 
 
 def sizes_of(plan: Plan) -> dict[str, int]:
@@ -156,12 +169,16 @@ def model_of(name: str, plan: Plan, plain: bool) -> nn.Module:
     made_of = text or getattr(transformers, f"{kind}Config")
     config = made_of(vocab_size=256, hidden_size=hidden, **options, **grown)
     config._experts_implementation = "eager"  # works for every width
-    module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
-    if plain:
-        module = _copy(module)
     torch.manual_seed(0)
-    made: nn.Module = getattr(module, f"{kind}ForCausalLM")(config).to(plan.device, plan.dtype)
+    made: nn.Module = getattr(module_of(name, plain), f"{kind}ForCausalLM")(config).to(plan.device, plan.dtype)
     return made.eval()
+
+
+@functools.cache
+def module_of(family: str, plain: bool) -> ModuleType:
+    """A family's module; ``plain``: a copy of it that no acceleration reaches."""
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    return _copy(module) if plain else module
 
 
 def _copy(module: ModuleType) -> ModuleType:
@@ -179,10 +196,13 @@ def _copy(module: ModuleType) -> ModuleType:
     return made
 
 
-def _contest(name: str, work: str, sizes: dict[str, int], calls: list[Callable[[], Results]], plan: Plan) -> Contest:
+def _contest(
+    name: str, work: str, sizes: dict[str, int], calls: Sequence[Callable[[], Results]], plan: Plan, note: str = ""
+) -> Contest:
     contestants = [Contestant("accelerated", "ours", calls[0])]
     if plan.peers:
-        contestants.append(Contestant("transformers", "peer", calls[1], "its plain PyTorch"))
+        note = f"its plain PyTorch: {note}" if note else "its plain PyTorch"
+        contestants.append(Contestant("transformers", "peer", calls[1], note))
     told = {key: value for key, value in sizes.items() if key != "length" or work != DECODING}
     shape = ", ".join(f"{key} {value}" for key, value in told.items())
     tokens = sizes["batch"] * (1 if work == DECODING else sizes["length"])

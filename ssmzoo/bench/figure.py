@@ -24,10 +24,13 @@ TITLES = {
     "ops": "Ops: time relative to the limit of memory bandwidth and matrix rate",
     "mixers": "Mixers: time relative to their matrix products alone",
     "models": "Models: time relative to their matrix products alone",
+    "context": "Over two processes: time relative to one process's time, shared",
     "busy": "Beside a busy process on each core: time relative to the same on one thread",
+    "quantization": "Weights of fewer bytes: time relative to reading the bytes, and to the same in float32",
 }
 BAR, HEADING, GAP, WIDTH = 0.27, 0.3, 0.16, 11.0  # inches: a bar's line, a group's heading, the space after it
 TOP, BOTTOM, LEFT = 1.12, 0.62, 1.75
+LETTER, COLUMN = 0.075, 2.3  # inches: of an implementation's name, and the least for a kind of work
 LINE = 0.165  # of the caption
 MARGIN = 14 / 72
 
@@ -58,11 +61,11 @@ def _drawable(row: Measurement) -> Measurement:
     return dataclasses.replace(row, **changes)
 
 
-def _new(height: float) -> Figure:
+def _new(height: float, width: float = WIDTH) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, height))
+    figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     return figure
 
@@ -104,9 +107,11 @@ def _bars(kind: str, bars: Sequence[Measurement], failed: str, machine: Machine)
     caption = _wrapped([read, *drawable(str(machine)).splitlines(), " ".join(notes), *missing])
     bottom = BOTTOM + LINE * len(caption)
     height = TOP + y + bottom
-    figure = _new(height)
+    left = max(LEFT, 0.3 + LETTER * max(len(name) for _, name in places))
+    width = max(WIDTH, left + COLUMN * len(works))
+    figure = _new(height, width)
     columns = figure.subplots(1, len(works), sharey=True, squeeze=False)[0]
-    figure.subplots_adjust(left=LEFT / WIDTH, right=0.985, top=1 - TOP / height, bottom=bottom / height, wspace=0.06)
+    figure.subplots_adjust(left=left / width, right=0.985, top=1 - TOP / height, bottom=bottom / height, wspace=0.06)
     for axes, work in zip(columns, works, strict=True):
         _column(axes, work, [row for row in bars if row.work == work], places, {1: 0.82, 2: 0.68}.get(len(works), 0.55))
     first = columns[0]
@@ -222,7 +227,7 @@ def _wrapped(paragraphs: Sequence[str]) -> list[str]:
 
 def _frame(figure: Figure, title: str, told: str, caption: Sequence[str]) -> None:
     """Title, what to know, and at the foot where it was measured."""
-    height, x = figure.get_figheight(), MARGIN / WIDTH
+    height, x = figure.get_figheight(), MARGIN / figure.get_figwidth()
     figure.text(x, 1 - 0.36 / height, title, fontsize=14, fontweight="bold", color=INK)
     figure.text(x, 1 - 0.61 / height, told, fontsize=9.5, color=FAINT)
     figure.text(x, 0.1 / height, "\n".join(caption), fontsize=7.5, color=FAINT, va="bottom", linespacing=1.4)

@@ -14,18 +14,13 @@ from ssmkernels.bench.contest import Results, first_line
 from ssmkernels.bench.peers import ABSENT
 from ssmzoo.bench.peers import MIXERS, Twin, rivals
 from ssmzoo.bench.products import limit_of
+from ssmzoo.bench.yardsticks import another_kind, dense_attention
 from ssmzoo.mixer import Mixer
 from ssmzoo.registry import build_mixer, list_mixers
 from ssmzoo.testing import check_mixer
 
 SIZES = {"d_model": 768, "length": 512, "batch": 1}
 QUICK = {"d_model": 256, "length": 64, "batch": 1}
-YARDSTICKS = {  # mixer → the kind that it is to be compared with
-    "mamba3": "mamba2",
-    "slstm": "lstm",
-    **dict.fromkeys(("hash", "hyper", "moba", "nsa"), "attention"),
-}
-UNSHARED = ("window",)  # options that are no sizes, which a yardstick does not take over
 GROWTH = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the length
 
 
@@ -97,8 +92,9 @@ def contest_of(
         contestants += [limit] if limit is not None else []
         contestants += [
             Contestant(other, "yardstick", _work(twin, x, gradient, work), "another kind of layer, of the same size")
-            for other, twin in _yardsticks(name, mixer, plan)
+            for other, twin in another_kind(name, mixer, plan)
         ]
+        contestants += dense_attention(name, mixer, shape[0], shape[1], work, plan)
     return Contest(
         kind="mixers",
         what=name,
@@ -109,18 +105,6 @@ def contest_of(
         tokens=shape[0] * shape[1],
         length=shape[1] if twins is None else 0,
     )
-
-
-def _yardsticks(name: str, mixer: Mixer, plan: Plan) -> Iterator[tuple[str, Twin]]:
-    """Another kind of mixer of the same size, where people will ask how this one compares with it."""
-    other = YARDSTICKS.get(name)
-    if other is None or not plan.peers:
-        return
-    names = (option for option in list_mixers()[other].options if isinstance(getattr(mixer, option, None), int))
-    options = {option: getattr(mixer, option) for option in names if option not in UNSHARED}
-    with torch.device(plan.device):
-        made = build_mixer(other, mixer.d_model, **options).to(plan.dtype).eval()
-    yield f"ssmzoo's {other}", Twin(made, dict(made.named_parameters()))
 
 
 def _work(twin: Twin, x: Tensor, gradient: Tensor, work: str) -> Callable[[], Results]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from ssmzoo.bench.peers import MODELS, rivals
 from ssmzoo.bench.products import NAME, products
 from ssmzoo.building import build
 from ssmzoo.model import SequenceModel
+from ssmzoo.steady import steady
 
 DEFAULT = ("mamba-130m",)
 SIZES = {"length": 512, "batch": 1}
@@ -80,7 +82,7 @@ def contests(
     shape = f"prompt of {sizes['length']}, {model.config.n_layers} layers, batch {sizes['batch']}"
     for work in works:
         plan.say(f"{name}, {work}: reading the prompt")
-        contestants = [Contestant("ssmzoo", "ours", _ours(model, ids, work)) for _ in range(copies)]
+        contestants = [Contestant("ssmzoo", "ours", ours(model, ids, work)) for _ in range(copies)]
         contestants += [
             Contestant(n, "peer", _theirs(rival, ids, work), note) for n, note, rival in others for _ in range(copies)
         ]
@@ -90,7 +92,9 @@ def contests(
         yield [], Contest(kind, name, work, shape, contestants, limited_by=NAME, tokens=tokens)
 
 
-def _ours(model: SequenceModel, ids: Tensor, work: str) -> Callable[[], Results]:
+def ours(model: SequenceModel, ids: Tensor, work: str) -> Callable[[], Results]:
+    """A function that does a kind of work, with results by name."""
+
     @torch.no_grad()
     def read() -> Results:
         logits, _ = model(ids, model.initial_state(len(ids)), last_only=work == PREFILL)
@@ -98,17 +102,19 @@ def _ours(model: SequenceModel, ids: Tensor, work: str) -> Callable[[], Results]
 
     if work != DECODING:
         return read
-    room = ids.shape[1] + ROOM
+
     with torch.no_grad():
-        state: Any = model(ids, model.initial_state(len(ids), max_length=room))[1]
+        prompt: Any = model(ids, model.initial_state(len(ids), max_length=ids.shape[1] + ROOM))[1]
+    return functools.partial(next, _tokens(model, ids[:, -1:], prompt))
 
-    @torch.no_grad()
-    def decode() -> Results:
-        nonlocal state
-        logits, state = model(ids[:, -1:], state)
-        return {"logits": logits}
 
-    return decode
+@torch.no_grad()
+def _tokens(model: SequenceModel, id: Tensor, state: Any) -> Iterator[Results]:
+    """One token after the other, in a model that stays as it is, as in generation."""
+    with steady(model):
+        while True:
+            logits, state = model(id, state)
+            yield {"logits": logits}
 
 
 def _theirs(model: nn.Module, ids: Tensor, work: str) -> Callable[[], Results]:
@@ -131,13 +137,13 @@ def _theirs(model: nn.Module, ids: Tensor, work: str) -> Callable[[], Results]:
 
 
 @torch.no_grad()
-def _fails(model: SequenceModel, ids: Tensor, plan: Plan) -> str:
-    """How token by token differs from at once; empty where it does not."""
+def _fails(model: SequenceModel, ids: Tensor, plan: Plan, same: float = SAME) -> str:
+    """How token by token differs from at once, by more than ``same`` in float32; empty where it does not."""
     whole = model(ids).double()
     state, logits = model.initial_state(len(ids)), []
     for t in range(ids.shape[1]):
         out, state = model(ids[:, t : t + 1], state)
         logits.append(out)
     off = float((torch.cat(logits, dim=1).double() - whole).abs().max() / whole.abs().max())
-    allowed = SAME * max(1.0, torch.finfo(plan.dtype).eps / torch.finfo(torch.float32).eps / 64)
+    allowed = same * max(1.0, torch.finfo(plan.dtype).eps / torch.finfo(torch.float32).eps / 64)
     return "" if off <= allowed else f"token by token is off by {off:.2g} of the largest logit"

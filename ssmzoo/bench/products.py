@@ -1,4 +1,4 @@
-"""What no layer can do without, alone: its matrix products with weights, and S4's convolution beside them."""
+"""What no layer can do without, alone: its matrix products with weights, and long convolutions beside them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from ssmkernels.bench import Contestant
 from ssmkernels.native.products import linear
 from ssmzoo.lti.layer import S4Layer
 from ssmzoo.mixer import Mixer
+from ssmzoo.mixers.h3 import H3
+from ssmzoo.mixers.hyena import Hyena
 from ssmzoo.model import SequenceModel
 
 NAME = "matrix products"
@@ -40,18 +42,20 @@ def weights_of(module: nn.Module) -> list[Tensor]:
 
 
 def limit_of(mixer: Mixer, batch: int, length: int, backward: bool) -> Contestant | None:
-    """A mixer's limit: its matrix products; for S4's layers and the convolution, its kernel given.
+    """A mixer's limit: its matrix products, and its long convolutions by FFT, their kernels given.
 
     None where it has neither.
     """
     maps = products(mixer, batch * length, backward)
-    if maps is None or not isinstance(mixer, S4Layer):
+    kernels = kernels_of(mixer, length)
+    if maps is None or not kernels:
         return maps
-    convolve = _convolution(mixer, batch, length, backward)
+    convolutions = [_convolution(one, mixer, batch, length, backward) for one in kernels]
 
     def call() -> dict[str, Tensor]:
         maps.call()
-        convolve()
+        for convolve in convolutions:
+            convolve()
         return {}
 
     return Contestant(WITH_CONVOLUTION, "limit", call)
@@ -97,13 +101,24 @@ def _call(
     return call
 
 
-def _convolution(layer: S4Layer, batch: int, length: int, backward: bool) -> Callable[[], object]:
-    """The layer's convolution and skip on random input; with ``backward`` also the gradients of all its tensors."""
-    with torch.no_grad():
-        kernel, reverse = layer.kernels(length)
-    dtype, device = layer.out_proj.weight.dtype, layer.D.device
-    u, gradient = (torch.randn(batch, length, kernel.shape[0], dtype=dtype, device=device) for _ in range(2))
-    D = layer.D.detach()
+@torch.no_grad()
+def kernels_of(mixer: Mixer, length: int) -> list[tuple[Tensor, Tensor | None]]:
+    """Of each long convolution its taps (channels length), and those for what is ahead, if any."""
+    if isinstance(mixer, S4Layer):
+        return [mixer.kernels(length)]
+    if isinstance(mixer, Hyena | H3):
+        return [(kernel, None) for kernel in mixer.kernels(length)]
+    return []
+
+
+def _convolution(
+    kernels: tuple[Tensor, Tensor | None], mixer: Mixer, batch: int, length: int, backward: bool
+) -> Callable[[], object]:
+    """A convolution and its skip on random input; with ``backward`` also the gradients of all its tensors."""
+    kernel, reverse = kernels
+    weight = weights_of(mixer)[0]
+    u, gradient = (torch.randn(batch, length, kernel.shape[0], dtype=weight.dtype, device=weight.device) for _ in "ug")
+    D = kernel.new_ones(kernel.shape[0])
     if not backward:
         return torch.no_grad()(lambda: fft_conv(u, kernel, D, kernel_reverse=reverse))
     leaves = [x.clone().requires_grad_() for x in (u, kernel, D, reverse) if x is not None]

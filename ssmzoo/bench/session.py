@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,14 +12,29 @@ from ssmkernels.check.spec import spec_of, specs
 from ssmkernels.core.names import unknown
 
 USUAL = ("ops", "mixers", "models")
-KINDS = (*USUAL, "scaling", "busy", "transformers")
+KINDS = (*USUAL, "scaling", "busy", "quantization", "engine", "context", "transformers", "llama.cpp")
 ONE_OF = {
     "ops": "op",
     "mixers": "mixer",
     "models": "model",
     "scaling": "op or mixer",
     "busy": "op, mixer or model",
+    "quantization": "op or model",
+    "engine": "model",
+    "context": "layer or long context",
     "transformers": "family of transformers",
+    "llama.cpp": "model",
+}
+MADE_BY = {  # kind → module of this package, and its function of a name and a plan
+    "mixers": ("mixers", "bench_mixer"),
+    "models": ("models", "bench_model"),
+    "scaling": ("scaling", "bench_scaling"),
+    "busy": ("busy", "bench_busy"),
+    "quantization": ("quantized", "bench_quantized"),
+    "engine": ("engine", "bench_engine"),
+    "context": ("context", "bench_context"),
+    "transformers": ("families", "bench_family"),
+    "llama.cpp": ("llama_cpp", "bench_llama_cpp"),
 }
 
 
@@ -36,10 +52,18 @@ def names_of(kind: str) -> list[str]:
         return scalable()
     if kind == "busy":
         return list(dict.fromkeys(name for each in USUAL for name in names_of(each)))
+    if kind == "context":
+        from ssmzoo.bench.context import DEFAULT
+
+        return list(DEFAULT)
     if kind == "transformers":
         from ssmzoo.bench.families import FAMILIES
 
         return list(FAMILIES)
+    if kind == "quantization":
+        from ssmzoo.bench.quantized import OP
+
+        return [OP, *names_of("models")]
     from ssmzoo.config import list_models
 
     return list_models()
@@ -51,9 +75,16 @@ def chosen(kinds: Sequence[str], only: Sequence[str]) -> dict[str, list[str]]:
     Raises:
         ValueError: a name that no kind has; says which there are and the nearest.
     """
-    from ssmzoo.bench import busy, models, scaling
+    from ssmzoo.bench import busy, engine, llama_cpp, models, quantized, scaling
 
-    usual = {"models": models.DEFAULT, "scaling": scaling.DEFAULT, "busy": busy.DEFAULT}
+    usual = {
+        "models": models.DEFAULT,
+        "scaling": scaling.DEFAULT,
+        "busy": busy.DEFAULT,
+        "quantization": quantized.DEFAULT,
+        "engine": engine.DEFAULT,
+        "llama.cpp": llama_cpp.DEFAULT,
+    }
     known = {kind: names_of(kind) for kind in kinds}
     every = sorted({name for names in known.values() for name in names})
     for name in only:
@@ -71,7 +102,8 @@ def check_changes(kind: str, names: Iterable[str], changes: Mapping[str, Any]) -
     Raises:
         ValueError: a name that nothing has, or a value of another type.
     """
-    if kind == "models" or (kind == "busy" and not set(names) <= {*specs(), *names_of("mixers")}):
+    of_models = ("models", "quantization", "engine", "llama.cpp")
+    if kind in of_models or (kind == "busy" and not set(names) <= {*specs(), *names_of("mixers")}):
         return
     known: dict[str, Any] = {}
     if kind in ("ops", "scaling", "busy"):
@@ -84,6 +116,10 @@ def check_changes(kind: str, names: Iterable[str], changes: Mapping[str, Any]) -
         options = {name: list_mixers()[name].options for name in names if name in list_mixers()}
         known |= SIZES if options else {}
         known |= {f"{name}.{key}": None for name, found in options.items() for key in found}
+    if kind == "context":
+        from ssmzoo.bench.context import SIZES as CONTEXT_SIZES
+
+        known |= CONTEXT_SIZES
     if kind == "transformers":
         from ssmzoo.bench.families import SIZES as FAMILY_SIZES
 
@@ -109,22 +145,8 @@ def run(kind: str, names: Sequence[str], plan: Plan, done: Callable[[], None]) -
 def _bench(kind: str) -> Callable[[str, Plan], Iterator[list[Measurement]]]:
     if kind == "ops":
         return bench_op
-    if kind == "mixers":
-        from ssmzoo.bench.mixers import bench_mixer
-
-        return bench_mixer
-    if kind == "scaling":
-        from ssmzoo.bench.scaling import bench_scaling
-
-        return bench_scaling
-    if kind == "busy":
-        from ssmzoo.bench.busy import bench_busy
-
-        return bench_busy
-    if kind == "transformers":
-        from ssmzoo.bench.families import bench_family
-
-        return bench_family
-    from ssmzoo.bench.models import bench_model
-
-    return bench_model
+    module, function = MADE_BY[kind]
+    found: Callable[[str, Plan], Iterator[list[Measurement]]] = getattr(
+        importlib.import_module(f"ssmzoo.bench.{module}"), function
+    )
+    return found

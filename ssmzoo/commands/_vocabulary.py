@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ssmzoo.checkpoints.hub import fetch, hub_id
 from ssmzoo.config import ModelConfig, model_folder
 from ssmzoo.train.vocabulary import Bytes, Vocabulary, open_vocabulary
+
+
+def folder_of(source: str) -> Path | None:
+    """The folder of a model's weights, in the cache where it is one of the hub's; None where there is none."""
+    name = hub_id(source)
+    return model_folder(source) if name is None else fetch(name)[0]
 
 
 def vocabulary_of(source: str, config: ModelConfig, tokenizer: Path | None) -> Vocabulary:
@@ -19,7 +26,7 @@ def vocabulary_of(source: str, config: ModelConfig, tokenizer: Path | None) -> V
     Raises:
         ValueError: there is none, and the model does not read bytes.
     """
-    folder = model_folder(source)
+    folder = folder_of(source)
     if tokenizer is None and folder is not None and (folder / "tokenizer.json").is_file():
         tokenizer = folder / "tokenizer.json"
     if tokenizer is None and config.vocab_size != Bytes.size:

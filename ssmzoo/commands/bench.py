@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ssmzoo.bench.record import Machine
 
 USUAL = ("ops", "mixers", "models")
-KINDS = (*USUAL, "scaling", "busy", "transformers")
+KINDS = (*USUAL, "scaling", "busy", "quantization", "engine", "context", "transformers", "llama.cpp")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SECONDS, QUICK_SECONDS = 1.0, 0.1  # for each contestant of a contest
 
@@ -33,8 +33,10 @@ def command(
     what: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[ops|mixers|models|scaling|busy|transformers]",
-            help="What to time; ops, mixers and models by default. transformers: its models on our kernels.",
+            metavar="[ops|mixers|models|scaling|busy|quantization|engine|context|transformers|llama.cpp]",
+            help="What to time; ops, mixers and models by default. quantization: weights in fewer bits. engine: many "
+            "requests at once. context: sequences cut over processes. transformers: its models on our kernels. "
+            "llama.cpp: a model there and here.",
         ),
     ] = None,
     only: Annotated[
@@ -175,7 +177,8 @@ class _Progress:
             for row in rows:
                 if row.resident_bytes is not None:
                     used = f"{row.what}, {row.work}: {size(row.resident_bytes)} of memory ({row.shape})"
-                    self.screen.print(f"{used}\n{row.note}; those results: {size(row.result_bytes or 0)}\n")
+                    beside = "room for the longest" if row.kind == "engine" else "those results"
+                    self.screen.print(f"{used}\n{row.note}; {beside}: {size(row.result_bytes or 0)}\n")
                 elif row.median is None:
                     work = f", {row.work}" if row.work else ""
                     self.screen.print(f"{row.what}{work}: {row.implementation} not timed: {row.refused}\n")

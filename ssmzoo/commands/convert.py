@@ -37,12 +37,10 @@ def command(
     import torch
 
     from ssmkernels.core.names import unknown
-    from ssmzoo import build
     from ssmzoo.checkpoints.exporting import FORMATS, Format, exported
     from ssmzoo.checkpoints.folders import check_new, size_of, write_folder
-    from ssmzoo.checkpoints.hub import hub_id
-    from ssmzoo.config import model_folder
-    from ssmzoo.pretrained import load, save
+    from ssmzoo.commands._model import open_model
+    from ssmzoo.pretrained import save
 
     if to not in FORMATS:
         raise ValueError(unknown("format in --to", to, FORMATS))
@@ -50,10 +48,7 @@ def command(
         raise ValueError(unknown("--dtype", dtype, DTYPES))
     check_new(target)
     largest = size_of(max_shard_size)
-    folder = model_folder(source)
-    if folder is None and hub_id(source) is None and not source.endswith(".pth"):
-        raise FileNotFoundError(f"no weights at {source!r:.200}: give a model's folder, an RWKV's .pth, or a hub id")
-    model = load(source, "cpu") if source.endswith(".pth") else build(source, device="cpu", revision=revision)
+    model = open_model(source, revision)
     wanted = None if dtype is None else getattr(torch, dtype)
     export = exported(model, cast(Format, to), wanted, model_type)
     columns = ("tensor", "shape", "dtype", "from")

@@ -21,7 +21,9 @@ CONTEXTS = [1024 * 4**i for i in range(6)]  # 1k to 1M
 def command(
     name: Annotated[
         str,
-        typer.Argument(help="A model's name (see `ssmzoo list`), a YAML file, or the folder of a trained model."),
+        typer.Argument(
+            help="A model's name (see `ssmzoo list`), a YAML file, or the folder of a trained or published model."
+        ),
     ],
     settings: Annotated[
         list[str] | None,
@@ -33,10 +35,9 @@ def command(
     Nothing is downloaded and no weights are created, so this is fast for large models too.
     """
     from ssmzoo import build
-    from ssmzoo.config import load_config, model_folder
+    from ssmzoo.pretrained import architecture
 
-    folder = model_folder(name)
-    config = load_config(name if folder is None else folder / "config.yaml").override(parse_settings(settings or []))
+    config = architecture(name).override(parse_settings(settings or []))
     model = build(config, device="meta")
     out = console()
     heading = Text(printable(name), "bold")

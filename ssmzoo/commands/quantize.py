@@ -17,13 +17,25 @@ CHARACTERS = 64 * SEQUENCES * LENGTH  # in which there will be as many tokens
 def command(
     source: Annotated[str, typer.Argument(help="A trained, saved or published model's folder, or a hub id.")],
     out: Annotated[Path, typer.Option(help="The folder to write; new or empty.")],
-    bits: Annotated[int, typer.Option(help="Of a weight: 8 or 4. Embedding and head have 8 either way.")] = 8,
+    bits: Annotated[int, typer.Option(help="Of a weight: 8 or 4.")] = 8,
     group_size: Annotated[
-        int | None, typer.Option(help="With 4 bits, the inputs that share a scale; a multiple of 32. [default: 64]")
+        int | None,
+        typer.Option(
+            help="With 4 bits, the inputs that share a scale; a multiple of 32. [default: 64; embedding, head: 32]"
+        ),
+    ] = None,
+    activations: Annotated[
+        str | None,
+        typer.Option(
+            help="With 4 bits, what maps multiply: numbers of 8 bits (int8) or as they come (float). [default: int8]"
+        ),
     ] = None,
     calibrate: Annotated[
         Path | None,
-        typer.Option(help="With 4 bits, a UTF-8 text such as the model will see; rounding then follows it (GPTQ)."),
+        typer.Option(help="With 4 bits, a UTF-8 text such as the model will see; rounding then follows it."),
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="With --calibrate: gptq, or awq, which scales large inputs. [default: gptq]")
     ] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(help="A JSON file of the `tokenizers` library, for a folder that has none.")
@@ -37,8 +49,9 @@ def command(
 
     from ssmkernels.core.names import unknown
     from ssmzoo import build, quantize, save
+    from ssmzoo.calibrating import METHODS
     from ssmzoo.checkpoints.folders import check_new
-    from ssmzoo.checkpoints.hub import hub_id
+    from ssmzoo.checkpoints.hub import TOKENIZER, hub_id
     from ssmzoo.commands._vocabulary import vocabulary_of
     from ssmzoo.config import model_folder
 
@@ -46,6 +59,10 @@ def command(
         raise ValueError(unknown("--bits", str(bits), ["4", "8"]))
     if calibrate is not None and bits != 4:
         raise ValueError(f"--calibrate goes with --bits 4; got --bits {bits}")
+    if method is not None and method not in METHODS:
+        raise ValueError(unknown("--method", method, METHODS))
+    if method is not None and calibrate is None:
+        raise ValueError(f"--method goes with --calibrate, a text to calibrate on; got --method {method} alone")
     check_new(out)
     folder = model_folder(source)
     if folder is None and hub_id(source) is None:
@@ -64,9 +81,17 @@ def command(
             raise ValueError(f"--calibrate: {calibrate} is empty")
         tokens = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)[:SEQUENCES]
     before = sum(t.nbytes for t in {*model.state_dict(keep_vars=True).values()})
-    quantize(model, f"int{bits}", calibrate=tokens, group_size=group_size)
+    quantize(
+        model,
+        f"int{bits}",
+        calibrate=tokens,
+        method=method or "gptq",
+        group_size=group_size,
+        activations=activations,
+    )
     after = sum(t.nbytes for t in {*model.state_dict(keep_vars=True).values()})
     save(model, out)
-    if folder is not None and (folder / "tokenizer.json").is_file():
-        shutil.copy(folder / "tokenizer.json", out / "tokenizer.json")
+    for name in TOKENIZER:
+        if folder is not None and (folder / name).is_file():
+            shutil.copy(folder / name, out / name)
     console().print(f"{size(before)} of weights in {size(after)}; written to {out}")

@@ -15,15 +15,15 @@ def command(
         list[str],
         typer.Argument(
             metavar="SOURCES",
-            help="Files and folders of text, JSON lines (.jsonl, .jsonl.gz, .jsonl.zst) and Parquet; NAME=PATH to say "
-            "what a mixture calls one.",
+            help="Files and folders of text, JSON lines (.jsonl, .jsonl.gz, .jsonl.zst), Parquet and Arrow, as "
+            "datasets writes it; NAME=PATH to say what a mixture calls one.",
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="The corpus's folder; new, or to be completed.")],
     tokenizer: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A file of the tokenizers library. [default: bytes]")
     ] = None,
-    key: Annotated[str, typer.Option(help="The name of the text in JSON lines and Parquet.")] = "text",
+    key: Annotated[str, typer.Option(help="The name of the text in JSON lines and tables.")] = "text",
     end: Annotated[
         str | None, typer.Option(metavar="TOKEN", help="A token to end each document, such as '<|endoftext|>'.")
     ] = None,
@@ -31,7 +31,7 @@ def command(
 ) -> None:
     """Turn documents into a corpus of token ids, for `ssmzoo train MODEL --data FOLDER`.
 
-    A text file is one document, and so is a line of JSON and a row of Parquet. If the command is stopped or killed, the
+    A text file is one document, and so is a line of JSON and a row of a table. If the command is stopped or killed, the
     same command does the rest. On a corpus that is complete it compares the files with their checksums, and makes those
     again that differ.
     """

@@ -44,7 +44,8 @@ def command(
     Text is read as bytes, unless `--set tokenizer=FILE` names a file of the tokenizers library. A classifier's .npz
     file has `inputs` (n, l) of token ids or (n, l, d_input) of numbers, `labels` (n), and `lengths` (n) if they differ.
     The run's folder receives the config, the weights, a log and the loss curve. Ctrl-C saves the run and shows how to
-    continue it.
+    continue it. Over many GPUs: `torchrun --nproc-per-node 8 -m ssmzoo train MODEL --set parallel.shard=8`, and
+    parallel.data, parallel.context and parallel.tensor likewise.
     """
     from ssmkernels import keep_memory
     from ssmzoo import train as training

@@ -23,7 +23,7 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def model_folder(name_or_path: object) -> Path | None:
-    """The folder of a saved model that is meant, if one is.
+    """The folder of a saved model, or the GGUF file, that is meant, if one is.
 
     A model's bare name is the model, whatever folders lie about; ``./lstm-tiny`` or a ``Path`` is the folder.
     """
@@ -32,7 +32,8 @@ def model_folder(name_or_path: object) -> Path | None:
     if isinstance(name_or_path, str) and name_or_path in list_models():
         return None
     try:
-        return Path(name_or_path) if Path(name_or_path).is_dir() else None
+        path = Path(name_or_path)
+        return path if path.is_dir() or (path.suffix == ".gguf" and path.is_file()) else None
     except (OSError, ValueError):  # too long for a path, or a NUL in it
         return None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,28 @@ class CachedHeadOptions(HeadOptions):
 
     rope: bool = True
     rope_base: float = 10000.0
+
+
+class Newest(NamedTuple):
+    """The newest tokens, as :meth:`CachedHeads.attend` gets them.
+
+    Attributes:
+        x: (b l d_model).
+        places: their positions, (b or 1, l).
+        q, k, v: (b l h d).
+        first: whether there are no earlier tokens.
+        cu_seqlens: borders of packed sequences.
+        extra: what :meth:`CachedHeads.project` adds.
+    """
+
+    x: Tensor
+    places: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    first: bool
+    cu_seqlens: Tensor | None
+    extra: Any
 
 
 class CachedHeads(HeadMixer):
@@ -76,7 +98,7 @@ class CachedHeads(HeadMixer):
         first = cache is None or cache.longest == 0
         if cache is not None:
             append(cache, k, v, cu_seqlens, q)
-        out = self.attend(x, places, q, k, v, state, first, cu_seqlens, extra)
+        out = self.attend(Newest(x, places, q, k, v, first, cu_seqlens, extra), state)
         if cache is not None:
             cache.trim()
         return self.out_proj(out.flatten(2)), state
@@ -86,32 +108,15 @@ class CachedHeads(HeadMixer):
         q, k = (self.turned(x, projection, places) for projection in (self.q_proj, self.k_proj))
         return q, k, self.heads_of(x, self.v_proj), None
 
-    def attend(
-        self,
-        x: Tensor,
-        places: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        state: Any,
-        first: bool,
-        cu_seqlens: Tensor | None,
-        extra: Any,
-    ) -> Tensor:
-        """Heads' outputs (b l h d) of the newest tokens x at places (b or 1, l), whose q, k and v are (b l h d).
-
-        The cache in the state, if there is one, holds k and v already.
-
-        Args:
-            first: there are no earlier tokens.
-            extra: of :meth:`project`.
-        """
-        if not first:
-            return self.further(q, state, cu_seqlens)
-        if cu_seqlens is None:
-            return self.whole(x, places, q, k, v)
-        outs = [self.whole(*(t[:, span] for t in (x, places, q, k, v))) for _, span in spans(cu_seqlens)]
-        return torch.cat([q[:, :0], *outs], dim=1)
+    def attend(self, new: Newest, state: Any) -> Tensor:
+        """Heads' outputs (b l h d) of the newest tokens, whose keys and values the state's cache holds already."""
+        if not new.first:
+            return self.further(new.q, state, new.cu_seqlens)
+        tensors = (new.x, new.places, new.q, new.k, new.v)
+        if new.cu_seqlens is None:
+            return self.whole(*tensors)
+        outs = [self.whole(*(t[:, span] for t in tensors)) for _, span in spans(new.cu_seqlens)]
+        return torch.cat([new.q[:, :0], *outs], dim=1)
 
     def whole(self, x: Tensor, places: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Sequences from their beginnings: q, k and v (b l h d), from x at places (b or 1, l), to (b l h d)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Literal, cast
 
 import torch
@@ -11,11 +12,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ssmkernels import delta_rule, delta_rule_step, rms_norm
+from ssmkernels import causal_conv1d_step, delta_rule, delta_rule_step, rms_norm
+from ssmkernels.native.calls import Calls, NotPreparedError
 from ssmzoo.init import inverse_softplus_of_log_uniform, starting, wide_dtype
-from ssmzoo.linear import Linear
+from ssmzoo.linear import Linear, is_plain, prepare_map
 from ssmzoo.mixer import Mixer
 from ssmzoo.mixers._convolution import convolve, depthwise
+from ssmzoo.mixers._delta_options import DecayingOptions, DeltaOptions
 from ssmzoo.mixers._one_call import in_one_call
 from ssmzoo.mixers._unit_values import matrix_of, unit_values
 from ssmzoo.norm import GatedRMSNorm, RMSNorm
@@ -34,53 +37,14 @@ class DeltaState(State):
 
 def l2_normalised(x: Tensor) -> Tensor:
     """x / √(Σ x² + 1e-6) over the last axis, which is a root mean square norm with other constants."""
+    weight, eps = l2_norm(x)
+    return cast(Tensor, rms_norm(x, weight, eps=eps))
+
+
+def l2_norm(x: Tensor, eps: float = L2_EPS) -> tuple[Tensor, float]:
+    """The weight and ε of the root mean square norm that is x / √(Σ x² + eps) over the last axis."""
     k = x.shape[-1]
-    return cast(Tensor, rms_norm(x, x.new_full((k,), k**-0.5), eps=L2_EPS / k))
-
-
-@dataclasses.dataclass(kw_only=True)
-class DeltaOptions:
-    """Options of all mixers of the delta rule.
-
-    Attributes:
-        n_heads: heads of queries and keys.
-        use_short_conv: causal convolutions of queries, keys and values.
-        d_conv: their width.
-        conv_bias: biases on them.
-        allow_neg_eigval: β goes to 2 rather than 1, so that a token may reflect the state (arXiv 2411.12537).
-        norm_eps: added to the output's mean of squares.
-    """
-
-    n_heads: int = 6
-    use_short_conv: bool = True
-    d_conv: int = 4
-    conv_bias: bool = False
-    allow_neg_eigval: bool = False
-    norm_eps: float = 1e-5
-
-
-@dataclasses.dataclass(kw_only=True)
-class DecayingOptions(DeltaOptions):
-    """Options where the state decays.
-
-    Attributes:
-        n_v_heads: heads of values, a multiple of ``n_heads``, which share queries and keys; as many if None.
-        head_dim: channels of a query or key.
-        expand_v: a value has expand_v · head_dim channels.
-        head_v_dim: channels of a value; by ``expand_v`` if None.
-        A_init_range: exp(A_log) starts uniform in it.
-        dt_min, dt_max, dt_init_floor: softplus(dt_bias) starts log-uniform between the first two, and not below the
-            third.
-    """
-
-    n_v_heads: int | None = None
-    head_dim: int = 256
-    expand_v: float = 2.0
-    head_v_dim: int | None = None
-    A_init_range: tuple[float, float] = (0.0, 16.0)
-    dt_min: float = 0.001
-    dt_max: float = 0.1
-    dt_init_floor: float = 1e-4
+    return x.new_full((k,), k**-0.5), eps / k
 
 
 class DeltaMixer(Mixer):
@@ -199,6 +163,47 @@ class DeltaMixer(Mixer):
         if self.steps > 1:
             return super().matrix(x)
         return matrix_of(self._read(x, unit_values(x, self.n_v_heads), None, None)[0])
+
+    def prepare_recall(
+        self,
+        calls: Calls,
+        x: Tensor,
+        state: DeltaState,
+        log_decay: Callable[[], Tensor | None],
+        finish: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor | None:
+        """What a subclass's ``prepare_step`` does, given what adds the calls of :meth:`log_decay` and of
+        :meth:`finish`, the latter ``(b, h, v)`` → ``(b, h v)``, if it has one of its own.
+        """
+        m = self._modules
+        convs = [cast(nn.Conv1d, m[f"{name}_conv1d"]) for name in "qkv" if self.use_short_conv]
+        if self.b_proj is None or self.steps > 1 or not in_one_call(x, *convs):
+            return None
+        q, k, v = (prepare_map(calls, m[f"{name}_proj"], x) for name in "qkv")
+        if self.use_short_conv:
+            q, k, v = (
+                calls.op(causal_conv1d_step, before, t, conv.weight.squeeze(1), conv.bias, self.activation_of(name))
+                for name, before, t, conv in zip("qkv", state.convs, (q, k, v), convs, strict=True)
+            )
+        else:
+            q, k, v = (
+                calls.activated(t, self.activation_of(name) or "identity")
+                for name, t in zip("qkv", (q, k, v), strict=True)
+            )
+        weight, eps = l2_norm(q.unflatten(-1, (-1, self.head_k_dim)))
+        q, k = (calls.op(rms_norm, t.unflatten(-1, (-1, self.head_k_dim)), weight, eps=eps) for t in (q, k))
+        beta = calls.activated(prepare_map(calls, self.b_proj, x), "sigmoid", scale=self.most_beta)
+        o = calls.op(delta_rule_step, state.S, q, k, v.unflatten(-1, (-1, self.head_v_dim)), beta, log_decay())
+        return prepare_map(calls, m["o_proj"], self._prepare_finish(calls, x, o) if finish is None else finish(o))
+
+    def _prepare_finish(self, calls: Calls, x: Tensor, o: Tensor) -> Tensor:
+        norm = cast(RMSNorm | GatedRMSNorm, self._modules["o_norm"])
+        if not is_plain(norm, kinds=(RMSNorm, GatedRMSNorm)):
+            raise NotPreparedError(type(norm).__name__)
+        gate = {}
+        if self.g_proj is not None:
+            gate = {"gate": prepare_map(calls, self.g_proj, x).view_as(o), "norm_before_gate": True}
+        return calls.op(rms_norm, o, norm.weight, eps=norm.eps, **gate).flatten(1)
 
     def _read(
         self, x: Tensor, values: Tensor | None, state: DeltaState | None, cu_seqlens: Tensor | None

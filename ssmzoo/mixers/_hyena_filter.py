@@ -28,14 +28,14 @@ class Positions(nn.Module):
         turn = lag[:, None] * (2 * math.pi / self.l_max) * frequency
         return torch.cat([lag[:, None] / (self.l_max - 1), turn.cos(), -turn.sin()], dim=1)
 
-    def forward(self, lag: Tensor, whole: bool) -> Tensor:
+    def forward(self, lag: Tensor, first: int | None) -> Tensor:
         """z at any lags: trained rows, straight lines between them, and the features beyond the last.
 
-        ``whole`` says that the lags are 0, 1, 2, …
+        ``first`` says that the lags are first, first + 1, …
         """
         z, last = self.z[0], self.l_max - 1
-        if whole and len(lag) <= self.l_max:  # trained rows as they are: their gradient is then no scattered sum
-            return z[: len(lag)]
+        if first is not None and first + len(lag) <= self.l_max:  # trained rows: their gradient is no scattered sum
+            return z[first : first + len(lag)]
         low = lag.floor().clamp(max=last).long()
         part = (lag - low)[:, None].to(z.dtype)
         within = torch.lerp(z[low], z[(low + 1).clamp(max=last)], part)
@@ -96,18 +96,27 @@ class ImplicitFilter(nn.Module):
         layers[str(2 * len(sizes) - 2)] = nn.Linear(filter_order, channels, bias=False, dtype=wide)
         self.implicit_filter = nn.ModuleDict(layers)
 
-    def forward(self, length: int, rate: float = 1.0) -> tuple[Tensor, Tensor]:
-        """The weights of the lags 0, rate, ..., (length - 1) rate, times the rate, (channels length); and the skip."""
-        lag = torch.arange(length, dtype=torch.float64, device=self.bias.device) * rate
+    def forward(self, length: int, rate: float = 1.0, first: int = 0) -> tuple[Tensor, Tensor]:
+        """The weights of the lags 0, rate, ..., times the rate, (channels length); and the skip.
+
+        Args:
+            length: how many lags.
+            rate: from lag to lag.
+            first: how many lags to leave out before.
+        """
+        lag = torch.arange(first, first + length, dtype=torch.float64, device=self.bias.device) * rate
         sine = self.implicit_filter["1"]
         *inner, last = (layer for name, layer in self.implicit_filter.items() if name != "1")
-        h = self.pos_emb(lag, whole=rate == 1)
+        h = self.pos_emb(lag, first if rate == 1 else None)
         for layer in inner:
             h = sine(layer(h))
-        h = rate * last(h)  # (length channels)
+        h = last(h)  # (length channels)
+        if rate != 1:
+            h = rate * h
         if self.modulate:
             low, high = -math.log(TARGET) / SLOW, -math.log(TARGET) / FAST
             decay = torch.linspace(low, high, self.channels, dtype=h.dtype, device=h.device)
             time = (lag / (self.pos_emb.l_max - 1)).to(h.dtype)
-            h = h * (torch.exp(-time[:, None] * decay) + self.shift)
+            window = torch.outer(time, -decay).exp_()
+            h = h * (window.add_(self.shift) if self.shift else window)
         return h.T, self.bias

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ssmkernels import attention, merge_attention
+from ssmkernels.core.autocast import without_autocast
 from ssmkernels.core.recompute import recomputed
 from ssmkernels.core.validate import precision
 from ssmzoo.mixers._draws import UNIT
@@ -87,7 +88,7 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, k_sampled: Tensor, v_sampled: Tenso
     """
     wide, (size, samples) = precision(q), (k.shape[-2], k_sampled.shape[2])
     bias = torch.full(own.shape, math.log(m / samples), dtype=wide, device=q.device).masked_fill(own, -torch.inf)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device.type):
         keys, values = (
             torch.cat([x, sampled[:, :, None].expand(-1, -1, x.shape[2], -1, -1)], dim=-2).to(wide)
             for x, sampled in ((k, k_sampled), (v, v_sampled))

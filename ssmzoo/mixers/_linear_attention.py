@@ -211,16 +211,25 @@ class LinearAttention(Mixer):
             after.S = S
             if after.lengths is not None:
                 new = x.shape[1] if cu_seqlens is None else whole_lengths(cu_seqlens).to(after.lengths.dtype)
-                after.lengths = after.lengths + new
+                in_place = state is not None and S is state.S  # as the step leaves it
+                after.lengths = after.lengths.add_(new) if in_place else after.lengths + new
         return y, after
 
     def prepare_recall(
-        self, calls: Calls, x: Tensor, state: LinearAttentionState, log_decay: Callable[[], Tensor]
+        self,
+        calls: Calls,
+        x: Tensor,
+        state: LinearAttentionState,
+        log_decay: Callable[[], Tensor],
+        placed: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor | None:
-        """What a subclass's ``prepare_step`` does, given what adds the calls of its :meth:`log_decay`."""
+        """What a subclass's ``prepare_step`` does, given what adds the calls of its :meth:`log_decay`.
+
+        ``placed`` adds those of its :meth:`placed`, ``(b, h, k)`` → ``(b, h, k)``.
+        """
         o, m = self.options, self._modules
         norm, convs = m.get("g_norm_swish_gate"), [m[f"{name}_conv1d"] for name in "qkv" if o.use_short_conv]
-        if norm is None or self.n_kv_heads != self.n_heads or state.lengths is not None:
+        if norm is None or self.n_kv_heads != self.n_heads:
             return None
         if not in_one_call(x, *convs, norm=norm):
             return None
@@ -232,15 +241,12 @@ class LinearAttention(Mixer):
             )
         if o.feature_map is not None:
             q, k = calls.activated(q, o.feature_map), calls.activated(k, o.feature_map)
-        keys, values = (self.n_heads, self.k_dim), (self.n_heads, self.v_dim)
-        y = calls.op(
-            linear_attention_step,
-            state.S,
-            q.unflatten(-1, keys),
-            k.unflatten(-1, keys),
-            v.unflatten(-1, values),
-            log_decay(),
-        )
+        q, k, v = (t.unflatten(-1, (self.n_heads, -1)) for t in (q, k, v))
+        if placed is not None:
+            q, k = placed(q), placed(k)
+        if state.lengths is not None:
+            calls.count(state.lengths)
+        y = calls.op(linear_attention_step, state.S, q, k, v, log_decay())
         gated = calls.op(
             rms_norm, y, norm.weight, eps=norm.eps, gate=gate.view_as(y), norm_before_gate=norm.norm_before_gate
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ssmkernels.core.autocast import without_autocast
 from ssmkernels.core.validate import precision
 
 
@@ -18,7 +19,7 @@ def rotation_buckets(x: Tensor, rotations: Tensor) -> Tensor:
     Returns:
         int32 ``(b, l, h, rounds)``.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         wide = precision(x)
         turned = torch.einsum("blhd,rhdn->blhrn", x.detach().to(wide), rotations.to(wide))
     return torch.cat([turned, -turned], dim=-1).argmax(-1).int()
@@ -36,7 +37,7 @@ def angular_ranks(x: Tensor, projections: Tensor) -> Tensor:
     Returns:
         int64 ``(b, l, h)``, below 2 to the power of the bits.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         wide = precision(x)
         signs = torch.einsum("blhd,hdn->blhn", x.detach().to(wide), projections.to(wide)) > 0
     bits = projections.shape[2]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from ssmzoo.init import inverse_softplus_of_log_uniform, starting, wide_dtype
 from ssmzoo.mixers._multipliers import Multipliers
+from ssmzoo.plain import is_finite
 
 
 class Direction(NamedTuple):
@@ -44,7 +44,7 @@ def new_weights(
 
 def multipliers_of(given: tuple[float, ...], splits: list[int], maps: int) -> Multipliers:
     """Those of z, x, B, C and δ; ``splits`` are the sizes of the input projection's parts, ``maps`` B's channels."""
-    if len(given) != 5 or not all(isinstance(m, int | float) and math.isfinite(m) for m in given):
+    if len(given) != 5 or not all(isinstance(m, int | float) and is_finite(m) for m in given):
         raise ValueError(f"Mamba2: `multipliers` must be five finite numbers, of z, x, B, C and δ; got {given}")
     z, x, B, C, dt = given
     d_mlp, _, d_ssm, _, heads = splits

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ssmkernels import attention
+from ssmkernels.core.autocast import without_autocast
 from ssmkernels.core.packing import spans
 from ssmkernels.core.validate import precision
 from ssmzoo.cache import FEW, KVCache
@@ -76,7 +77,7 @@ def gathered(q: Tensor, cache: KVCache, keys: Tensor, seen: Tensor) -> Tensor:
     place = keys.clamp(0, cache.longest - 1)
     wide = precision(q)
     k, v = (x[row, place, head].to(wide) for x in (cache.keys, cache.values))  # (s l h n d)
-    with torch.autocast(q.device.type, enabled=False):  # it would round logits to half precision
+    with without_autocast(q.device.type):  # it would round logits to half precision
         logits = torch.einsum("slhd,slhnd->slhn", q.to(wide), k) / math.sqrt(q.shape[3])
         weights = logits.masked_fill(~seen, -torch.inf).softmax(-1)
         return torch.einsum("slhn,slhnd->slhd", weights, v).to(q.dtype)

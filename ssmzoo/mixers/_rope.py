@@ -78,7 +78,7 @@ def rotary_angles(
         scaling: what :func:`scaling_of` gives.
         cu_seqlens: borders of the packed sequences that the positions are of.
     """
-    frequency = base ** (-torch.arange(0, dim, 2, device=positions.device, dtype=dtype) / dim)  # (dim/2)
+    frequency = frequencies(dim, base, dtype, positions.device)
     if scaling is not None:
         lengths = _lengths(positions, cu_seqlens) if scaling.by_length else positions
         frequency = scaling.scale(frequency, base, lengths)
@@ -87,6 +87,11 @@ def rotary_angles(
     if scaling is None or scaling.amplitude == 1:
         return cos, sin
     return cos * scaling.amplitude, sin * scaling.amplitude
+
+
+def frequencies(dim: int, base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``(dim / 2)``, in radians a token."""
+    return base ** (-torch.arange(0, dim, 2, device=device, dtype=dtype) / dim)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ssmzoo.plain import is_finite
+
 
 class Scaling:
     """What all scalings have.
@@ -79,7 +81,7 @@ class YarnScaling(Scaling):
         at_least_one("original_max_position_embeddings", self.original_max_position_embeddings)
         for name in ("beta_slow", "mscale", "mscale_all_dim", "attention_factor"):
             value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
+            if value is not None and not (value > 0 and is_finite(value)):
                 raise ValueError(f"`rope_scaling`: `{name}` must be above 0; got {value}")
         if not self.beta_slow < self.beta_fast < math.inf:
             raise ValueError(

@@ -172,10 +172,3 @@ class SelectingAttention(Mixer):
     def _new(self, state: SummaryCache, rows: slice, before: int, now: int) -> Tensor:
         first, end = self.complete(before) * self.stride, (self.complete(now) - 1) * self.stride + self.stretch
         return self.summarise(state.keys[rows, first:end], state.values[rows, first:end])
-
-
-def best(scores: Tensor, count: int) -> Tensor:
-    """int32 ``(…, count)``: places of the largest scores ``(…, n)`` that are above -∞; -1 where there is no more."""
-    padded = torch.nn.functional.pad(scores, (0, count), value=-torch.inf)
-    top = padded.topk(count, dim=-1)
-    return torch.where(top.values > -torch.inf, top.indices, -1).int()

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmkernels import attention
+from ssmkernels.core.autocast import without_autocast
 from ssmkernels.core.plain import in_vmap
 from ssmkernels.core.validate import precision
 from ssmzoo.cache import FEW, KVCache, append
 from ssmzoo.cache.tokens import owners
-from ssmzoo.mixers._cached_heads import CachedHeads
+from ssmzoo.mixers._cached_heads import CachedHeads, Newest
 from ssmzoo.state import State
 
 
@@ -91,18 +92,8 @@ class TaggedAttention(CachedHeads):
     def cache_of(self, state: TaggedState | None) -> KVCache | None:
         return None if state is None else state.cache
 
-    def attend(
-        self,
-        x: Tensor,
-        places: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        state: Any,
-        first: bool,
-        cu_seqlens: Tensor | None,
-        extra: Any,
-    ) -> Tensor:
+    def attend(self, new: Newest, state: Any) -> Tensor:
+        _, places, q, k, v, first, cu_seqlens, extra = new
         q_tags, k_tags = self.tagged(q, k, places, extra)
         if state is not None:
             append(state.tags, k_tags, k_tags[..., :0], cu_seqlens, k_tags)
@@ -197,7 +188,7 @@ class TaggedAttention(CachedHeads):
         if self.causal:
             seen = seen & (place <= places[:, :, None])[:, :, None]
         blind = ~seen.any(-1, keepdim=True)
-        with torch.autocast(q.device.type, enabled=False):  # it would round logits to half precision
+        with without_autocast(q.device.type):  # it would round logits to half precision
             logits = torch.einsum("slhd,smhd->slhm", q.to(wide), k.to(wide)) / math.sqrt(q.shape[3])
             weights = logits.masked_fill(~(seen | blind), -torch.inf).softmax(-1)
             weights = weights.masked_fill(blind, 0)

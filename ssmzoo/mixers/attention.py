@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from ssmkernels.core.validate import precision
 from ssmzoo.cache import FEW, Cache, KVCache, Logits, PagedCache, append, borders, empty, newest, positions
-from ssmzoo.cache.hidden import HiddenCache, PagedHiddenCache, fold, unfold
-from ssmzoo.linear import Linear, is_plain
-from ssmzoo.mixer import Mixer
+from ssmzoo.cache.hidden import HiddenCache, PagedHiddenCache
+from ssmzoo.linear import Linear
 from ssmzoo.mixers._alibi import alibi_slopes
 from ssmzoo.mixers._attention_options import check_hidden, heads, norms_of, rotary_dim
 from ssmzoo.mixers._convolution import convolve
+from ssmzoo.mixers._hidden_attention import HiddenAttention
 from ssmzoo.mixers._rope import rotary_angles, rotate, scaling_of
 from ssmzoo.mixers._unit_values import matrix_of, unit_values
 from ssmzoo.registry import register_mixer
@@ -32,7 +32,7 @@ class ConvolvedState(State):
 
 
 @register_mixer("attention")
-class Attention(Mixer):
+class Attention(HiddenAttention):
     """Softmax attention: each token takes a weighted mean of the values of the tokens it sees.
 
     Args:
@@ -172,16 +172,6 @@ class Attention(Mixer):
         return (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
 
     @property
-    def folds_up_to(self) -> float:
-        """New tokens of a sequence up to which attention over cached hidden states takes fewer operations.
-
-        Over m tokens, making keys and values of them takes 4 m d_model n_kv_heads head_dim operations, and each query
-        then 4 m n_heads (d_model - head_dim) less than over the hidden states.
-        """
-        wider = self.n_heads * (self.d_model - self.head_dim)
-        return self.d_model * self.n_kv_heads * self.head_dim / wider if wider > 0 else float("inf")
-
-    @property
     def logits(self) -> Logits:
         """What the ops are told beside queries, keys and values."""
         window = None if self.window is None else (self.window - 1, 0 if self.causal else self.window - 1)
@@ -220,12 +210,12 @@ class Attention(Mixer):
         self, x: Tensor, state: Cache | ConvolvedState | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Cache | ConvolvedState | None]:
         conv, cache = (state.conv, state.cache) if isinstance(state, ConvolvedState) else (None, state)
-        packed = borders(x, cache, cu_seqlens, FEW if self.cache == "kv" or self._folds() else 0)
+        packed = borders(x, cache, cu_seqlens, FEW if self.cache == "kv" or self.folds() else 0)
         if packed is not None:
             y, state = self.mix(x.reshape(1, -1, self.d_model), state, packed)
             return y.view_as(x), state
         if cache is not None and self.cache == "hidden":
-            out = self._over_hidden(x, cache, cu_seqlens)
+            out = self.over_hidden(x, cache, cu_seqlens, self.logits)
         else:
             q, k, v, conv = self._project(x, positions(x, cache, cu_seqlens), conv, cu_seqlens)
             if cache is None:
@@ -271,36 +261,3 @@ class Attention(Mixer):
         if first:
             return self.logits.attention(q, k, v, cu_seqlens)
         return newest(cache, q, self.logits, cu_seqlens)
-
-    def _over_hidden(self, x: Tensor, cache: Cache, cu_seqlens: Tensor | None) -> Tensor:
-        """Likewise, where the cache holds hidden states."""
-        l, first, logits = x.shape[1], cache.longest == 0, self.logits
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
-        new = x[:, :, None].to(q.dtype)
-        append(cache, new, new[..., :0], cu_seqlens, q)
-        if first:
-            return logits.attention(q, *self._keys_values(new), cu_seqlens)
-        folds = self._folds()
-        if folds and cu_seqlens is None and l <= FEW:
-            q = fold(q, self.k_proj, self.n_kv_heads)
-            return unfold(cache.decode(q, logits), self.v_proj, self.n_kv_heads)
-        if cu_seqlens is not None:
-            kept, _, cu_seqlens_k = cache.packed(cu_seqlens.diff() > 0)
-            few = l <= self.folds_up_to * cache.n_sequences
-        else:
-            kept, cu_seqlens_k = cache.recent(l, -1 if self.window is None else self.window - 1)[0], None
-            few = l <= self.folds_up_to
-        if not few or not folds:
-            return logits.attention(q, *self._keys_values(kept), cu_seqlens, cu_seqlens_k)
-        q = fold(q, self.k_proj, self.n_kv_heads)
-        out = logits.attention(q, kept, kept, cu_seqlens, cu_seqlens_k)
-        return unfold(out, self.v_proj, self.n_kv_heads)
-
-    def _folds(self) -> bool:
-        """Whether queries may meet hidden states: both maps are then products with their weights and no more."""
-        return is_plain(self.k_proj, self.v_proj)
-
-    def _keys_values(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """k and v (b m n_kv_heads head_dim) of hidden states (b m 1 d_model)."""
-        k, v = (p(hidden[:, :, 0]).unflatten(-1, (-1, self.head_dim)) for p in (self.k_proj, self.v_proj))
-        return k, v

@@ -18,7 +18,9 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssmzoo.mixers._delta import DeltaMixer, DeltaOptions, l2_normalised
+from ssmkernels.native.calls import Calls
+from ssmzoo.mixers._delta import DeltaMixer, DeltaState, l2_normalised
+from ssmzoo.mixers._delta_options import DeltaOptions
 from ssmzoo.registry import register_mixer
 
 
@@ -84,3 +86,8 @@ class DeltaNet(DeltaMixer):
         elif self.qk_activation == "elu":
             x = 1 + F.elu(x)
         return l2_normalised(x) if self.qk_norm == "l2" else x / x.sum(-1, keepdim=True)
+
+    def prepare_step(self, calls: Calls, x: Tensor, state: DeltaState) -> Tensor | None:
+        if self.qk_activation not in ("silu", "identity") or self.qk_norm != "l2":
+            return None
+        return self.prepare_recall(calls, x, state, lambda: None)

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from ssmkernels import gated_deltanet_step
 from ssmkernels.core.validate import precision
 from ssmkernels.native.calls import Calls
-from ssmzoo.linear import Linear
-from ssmzoo.mixers._delta import DecayingOptions, DeltaMixer, DeltaState
+from ssmzoo.linear import Linear, prepare_map
+from ssmzoo.mixers._delta import DeltaMixer, DeltaState
+from ssmzoo.mixers._delta_options import DecayingOptions
 from ssmzoo.mixers._one_call import in_one_call
 from ssmzoo.norm import GatedRMSNorm
 from ssmzoo.registry import register_mixer
@@ -98,10 +99,17 @@ class GatedDeltaNet(DeltaMixer):
         return gated_deltanet_step(*arguments, **options)[:, None]
 
     def prepare_step(self, calls: Calls, x: Tensor, state: DeltaState) -> Tensor | None:
-        if not self.whole or not self._in_one_call(x):
-            return None
-        arguments, options = self._of_step(x, state)
-        return calls.op(gated_deltanet_step, *arguments, **options)
+        if self.whole and self._in_one_call(x):
+            arguments, options = self._of_step(x, state)
+            return calls.op(gated_deltanet_step, *arguments, **options)
+
+        def log_decay() -> Tensor | None:
+            if self.a_proj is None:
+                return None
+            a, A = prepare_map(calls, self.a_proj, x), calls.activated(self.A_log[None], "exp")
+            return calls.activated(a, "softplus", bias=self.dt_bias, scale=-1.0, factor=A)
+
+        return self.prepare_recall(calls, x, state, log_decay)
 
     def _of_step(self, x: Tensor, state: DeltaState) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of :func:`ssmkernels.gated_deltanet_step`, and its options."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ssmkernels.core.validate import precision
 from ssmkernels.native.calls import Calls
-from ssmzoo.linear import Linear, prepare_map
+from ssmzoo.linear import Linear, prepare_maps
 from ssmzoo.mixers._linear_attention import LinearAttention, LinearAttentionOptions, LinearAttentionState, xavier
 from ssmzoo.registry import register_mixer
 
@@ -71,14 +71,8 @@ class GLA(LinearAttention):
         return self.spread(log if self.clamp_min is None else log.clamp(min=self.clamp_min))
 
     def prepare_step(self, calls: Calls, x: Tensor, state: LinearAttentionState) -> Tensor | None:
-        maps = self.gk_proj
-        if type(maps) is not nn.Sequential:
-            return None
-
         def log_decay() -> Tensor:
-            logits = x
-            for each in maps:
-                logits = prepare_map(calls, each, logits)
+            logits = prepare_maps(calls, self.gk_proj, x)
             least = -math.inf if self.clamp_min is None else self.clamp_min * self.normalizer
             log = calls.activated(logits, "log_sigmoid", least=least, scale=1 / self.normalizer)
             return log.unflatten(-1, (self.n_heads, self.k_dim))

@@ -172,6 +172,17 @@ class H3(Mixer):
             y = y.unflatten(-1, (p, -1)).sum(2)  # the published order of channels: (b l p·h)
         return self.output_linear(y), None if ssm is None or last is None else H3State(last, ssm)
 
+    def kernels(self, length: int) -> tuple[Tensor, Tensor]:
+        """What both systems answer to an impulse at the present weights, without their skips; differentiable.
+
+        Args:
+            length: taps of the second.
+
+        Returns:
+            The shift SSM's, ``(d_model, d_state)``, and the diagonal one's, ``(head_dim · d_model, length)``.
+        """
+        return self.ssm_k_kernel["kernel"](), self._diagonal().kernel(length)
+
     def _shifted(
         self, k: Tensor, taps: Tensor, before: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:

@@ -15,11 +15,13 @@ channels at the same place of each head have one filter.
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ssmkernels.core.autocast import autocasts
+from ssmkernels.core.crossing import Crossing, crossing, current
 from ssmzoo.linear import Linear
 from ssmzoo.lti.kept import Kept
 from ssmzoo.mixer import Mixer
@@ -77,6 +79,7 @@ class Hyena(Mixer):
 
     state_class = HyenaState
     has_rate = True
+    crosses_in_ops = True
 
     def __init__(
         self,
@@ -145,6 +148,9 @@ class Hyena(Mixer):
         before = None if state is None else state.conv
         u, conv = convolve(self.short_filter, self.in_proj(x), self.short_filter_order, None, before, cu_seqlens)
         first, *gates, v = u.chunk(self.order + 1, dim=-1)  # (b l d) each
+        over = current()
+        if over is not None:  # without a state, see crosses_by
+            return self.out_proj(self._across(over, first, gates, v)), None
         histories = [None] * (self.order - 1) if state is None else state.inputs
         kernels, skips = self._filters(taps_needed(x.shape[1], histories[0], cu_seqlens, self.filter_length))
         after = []
@@ -155,6 +161,27 @@ class Hyena(Mixer):
         y = self.out_proj(v)
         return y, None if state is None else HyenaState(conv, [inputs for inputs in after if inputs is not None])
 
+    def crosses_by(self, with_state: bool) -> Literal["ops", "state", "whole"]:
+        """As every mixer's, but that a state is handed on: it is the inputs themselves."""
+        return "state" if with_state else super().crosses_by(with_state)
+
+    def _across(self, over: Crossing, first: Tensor, gates: list[Tensor], v: Tensor) -> Tensor:
+        """The long convolutions of sequences cut over processes, each of which takes whole ones of its channels.
+
+        Filters are made for a share of the lags on each process, and exchanged likewise.
+        """
+        length = max(over.totals.tolist(), default=0)
+        length = length if self.filter_length is None else min(length, self.filter_length)
+        lags, mine = over.share(length), over.share(self.d_inner)
+        made, skips = self._made(lags.stop - lags.start, lags.start)
+        kernels = over.taps(list(made), length)
+        first, *gates, v = over.channels([first, *gates, v])
+        with crossing(None):
+            for o, gate in enumerate(reversed(gates)):
+                last = first if o == self.order - 2 else None
+                v, _ = convolve_on(gate * v, kernels[o], skips[o, mine], last, None, over.whole_cu_seqlens)
+        return over.tokens(v, self.d_inner)
+
     def kernels(self, length: int) -> Tensor:
         """The long filters at the present weights and rate: ``(order - 1, d, length)``, tap j for the lag j.
 
@@ -163,14 +190,14 @@ class Hyena(Mixer):
         """
         return self._made(length)[0]
 
-    def _made(self, length: int) -> tuple[Tensor, Tensor]:
-        """The long filters, and the skips around them: (order - 1, d, length) and (order - 1, d)."""
+    def _made(self, length: int, first: int = 0) -> tuple[Tensor, Tensor]:
+        """The long filters from lag ``first`` on, and their skips: (order - 1, d, length) and (order - 1, d)."""
         kind = self.filter_fn.bias.device.type
         if autocasts(kind):
             with torch.autocast(kind, enabled=False):
-                kernels, skips = self.filter_fn(length, self.rate)
+                kernels, skips = self.filter_fn(length, self.rate, first)
         else:
-            kernels, skips = self.filter_fn(length, self.rate)
+            kernels, skips = self.filter_fn(length, self.rate, first)
         return self._by_order(kernels), self._by_order(skips)
 
     def _filters(self, length: int) -> tuple[Tensor, Tensor]:

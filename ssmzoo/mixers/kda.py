@@ -25,9 +25,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ssmkernels import rms_norm
 from ssmkernels.core.validate import precision
-from ssmzoo.linear import Linear
-from ssmzoo.mixers._delta import DecayingOptions, DeltaMixer
+from ssmkernels.native.calls import Calls
+from ssmzoo.linear import Linear, is_plain, prepare_maps
+from ssmzoo.mixers._delta import DeltaMixer, DeltaState
+from ssmzoo.mixers._delta_options import DecayingOptions
 from ssmzoo.norm import RMSNorm
 from ssmzoo.registry import register_mixer
 
@@ -83,3 +86,24 @@ class KDA(DeltaMixer):
 
     def finish(self, o: Tensor, x: Tensor) -> Tensor:
         return self.o_norm(o) * torch.sigmoid(cast(nn.Module, self.g_proj)(x)).view_as(o)
+
+    def prepare_step(self, calls: Calls, x: Tensor, state: DeltaState) -> Tensor | None:
+        norm = cast(RMSNorm, self._modules["o_norm"])
+        if not is_plain(norm, kinds=(RMSNorm,)):
+            return None
+
+        def log_decay() -> Tensor:
+            keys = (self.n_v_heads, self.head_k_dim)
+            f = prepare_maps(calls, self.f_proj, x).view(-1, self.head_k_dim)  # (b h, k)
+            bias, A = self.dt_bias.view(keys), calls.activated(self.A_log[:, None], "exp")
+            if self.gate_lower_bound is None:
+                log = calls.activated(f, "softplus", bias=bias, scale=-1.0, factor=A)
+            else:
+                log = calls.activated(calls.activated(f, bias=bias, factor=A), "sigmoid", scale=self.gate_lower_bound)
+            return log.unflatten(0, (-1, self.n_v_heads))
+
+        def finish(o: Tensor) -> Tensor:
+            normed = calls.op(rms_norm, o, norm.weight, eps=norm.eps).flatten(1)
+            return calls.activated(prepare_maps(calls, self.g_proj, x), "sigmoid", factor=normed)
+
+        return self.prepare_recall(calls, x, state, log_decay, finish)

@@ -34,12 +34,13 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
-from ssmkernels import mamba3_scan, mamba3_scan_step, rms_norm
+from ssmkernels import mamba3_scan, mamba3_scan_step
 from ssmkernels.core.autocast import autocasts
 from ssmkernels.native.calls import Calls
 from ssmzoo.init import inverse_softplus_of_log_uniform, wide_dtype
-from ssmzoo.linear import Linear, is_plain, prepare_map
+from ssmzoo.linear import Linear, is_plain
 from ssmzoo.mixer import Mixer
+from ssmzoo.mixers._mamba3_token import prepare_token
 from ssmzoo.mixers._one_call import in_one_call
 from ssmzoo.norm import GatedRMSNorm, RMSNorm
 from ssmzoo.registry import register_mixer
@@ -247,50 +248,9 @@ class Mamba3(Mixer):
 
     def prepare_step(self, calls: Calls, x: Tensor, state: Mamba3State) -> Tensor | None:
         m = self._modules
-        if self.is_mimo or not in_one_call(x, norm=m.get("norm")):
+        if not in_one_call(x, norm=m.get("norm")) or not is_plain(m["B_norm"], m["C_norm"], kinds=(RMSNorm,)):
             return None
-        if not is_plain(m["B_norm"], m["C_norm"], kinds=(RMSNorm,)):
-            return None
-        z, x, B, C, dt, A, trap, angles = prepare_map(calls, self.in_proj, x).split(self.splits, dim=-1)
-        dt = calls.activated(dt, "softplus", bias=self.dt_bias)
-        A = calls.activated(A, self.A_activation, least=self.A_floor, scale=-1.0)
-        trap, angles = calls.activated(trap, "sigmoid"), calls.activated(angles, "tanh", scale=math.pi)
-        B, C = (
-            calls.op(rms_norm, t.unflatten(-1, (1, self.ngroups, self.d_state)), norm.weight, eps=norm.eps)
-            for t, norm in ((B, self.B_norm), (C, self.C_norm))
-        )
-        heads = (1, self.n_heads, self.headdim)
-        y = calls.op(
-            mamba3_scan_step,
-            state.ssm,
-            state.angle,
-            state.key,
-            state.value,
-            x.unflatten(-1, heads),
-            dt,
-            A,
-            B,
-            C,
-            trap,
-            angles,
-            self.B_bias,
-            self.C_bias,
-            self.D,
-            z.unflatten(-1, heads) if self.norm is None else None,
-            interleaved=True,
-        ).flatten(1)
-        if self.norm is not None:
-            norm = self.norm
-            y = calls.op(
-                rms_norm,
-                y,
-                norm.weight,
-                eps=norm.eps,
-                gate=z,
-                norm_before_gate=norm.norm_before_gate,
-                group_size=norm.group_size,
-            )
-        return prepare_map(calls, self.out_proj, y)
+        return prepare_token(self, calls, x, state)
 
     def _may_step(self, x: Tensor) -> bool:
         """Whether the state may be updated in place: nobody wants gradients."""

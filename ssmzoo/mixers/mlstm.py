@@ -20,12 +20,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ssmkernels import mlstm_step
+from ssmkernels.native.calls import Calls
 from ssmzoo.init import starting, wide_dtype
-from ssmzoo.linear import Linear, WideBiasLinear
+from ssmzoo.linear import Linear, WideBiasLinear, prepare_map
 from ssmzoo.mixer import Mixer
 from ssmzoo.mixers._matrix_memory import MemoryState, remember
 from ssmzoo.mixers._xlstm import small_init
-from ssmzoo.norm import HeadLayerNorm
+from ssmzoo.norm import HeadLayerNorm, prepare_head_norm
 from ssmzoo.registry import register_mixer
 
 
@@ -113,3 +115,15 @@ class MLSTM(Mixer):
     def _capped(self, gate: Tensor) -> Tensor:
         gate = gate.to(torch.promote_types(gate.dtype, torch.float32))
         return gate if not self.gate_soft_cap else self.gate_soft_cap * torch.tanh(gate / self.gate_soft_cap)
+
+    def prepare_step(self, calls: Calls, x: Tensor, state: MemoryState) -> Tensor | None:
+        cap, heads = self.gate_soft_cap, (self.n_heads, -1)
+        q, k, v = (prepare_map(calls, linear, x).unflatten(-1, heads) for linear in (self.q, self.k, self.v))
+        i, f = (prepare_map(calls, gate, x) for gate in (self.igate_preact, self.fgate_preact))
+        if cap:
+            i, f = (calls.activated(gate, "tanh", slope=1 / cap, scale=cap) for gate in (i, f))
+        y = prepare_head_norm(
+            calls, self.multihead_norm, calls.op(mlstm_step, (state.C, state.n, state.m), q, k, v, i, f)
+        )
+        gated = calls.activated(prepare_map(calls, self.ogate_preact, x), "sigmoid", factor=y)
+        return prepare_map(calls, self.out_proj, gated)

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from ssmkernels import selected_attention
+from ssmkernels.core.autocast import without_autocast
 from ssmkernels.core.validate import precision
-from ssmzoo.mixers._selecting import SelectingAttention, SelectingOptions, best
+from ssmkernels.ops.selected_attention.selection import best
+from ssmzoo.mixers._selecting import SelectingAttention, SelectingOptions
 from ssmzoo.registry import register_mixer
 
 
@@ -82,7 +84,7 @@ class Moba(SelectingAttention):
         """int32 ``(b, l, h, top_k)``: the blocks that the newest queries of ``length`` tokens see, their own first."""
         own = torch.arange(length - q.shape[1], length, device=q.device) // self.stretch  # (l)
         grouped = q.to(means.dtype).unflatten(2, (self.n_kv_heads, -1))
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q.device.type):
             scores = torch.einsum("blcgd,bncd->blcgn", grouped, means).flatten(2, 3)
         later = torch.arange(means.shape[1], device=q.device) >= own[:, None, None]  # (l 1 n)
         others = best(scores.masked_fill(later, -torch.inf), self.top_k - 1)

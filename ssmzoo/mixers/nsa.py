@@ -11,13 +11,11 @@ from torch import Tensor, nn
 
 from ssmkernels import attention, selected_attention
 from ssmkernels.core.autocast import in_autocast
-from ssmkernels.core.validate import precision
+from ssmkernels.ops.selected_attention.selection import select_blocks
 from ssmzoo.init import starting
 from ssmzoo.linear import Linear
-from ssmzoo.mixers._selecting import SelectingAttention, SelectingOptions, best
+from ssmzoo.mixers._selecting import SelectingAttention, SelectingOptions
 from ssmzoo.registry import register_mixer
-
-SCORES = 2**22  # numbers that are there at once while blocks are selected
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -146,7 +144,11 @@ class Nsa(SelectingAttention):
         k_w, v_w = (self.branch(t, 2)[:, max(0, length - l - self.window + 1) :] for t in (k, v))
         recent = attention(q, k_w, v_w, causal=True, window=(self.window - 1, 0))
         gates = torch.sigmoid(self.gate_proj(x)).unflatten(-1, (3, self.n_heads, 1)).unbind(2)
-        return sum(g * out for g, out in zip(gates, (compressed, selected, recent), strict=True))
+        out = gates[0] * compressed
+        for gate, branch in zip(gates[1:], (selected, recent), strict=True):
+            assert isinstance(branch, Tensor)
+            out = torch.addcmul(out, gate, branch)
+        return out
 
     def selected(self, q: Tensor, k_c: Tensor, length: int) -> Tensor:
         """int32 ``(b, l, h_kv, n_selected)``: the blocks that the newest queries of ``length`` tokens see."""
@@ -169,54 +171,6 @@ class Compress(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.down(F.gelu(self.up((x + self.places).flatten(-2))))
         return y
-
-
-def select_blocks(
-    q: Tensor,
-    k_c: Tensor,
-    length: int,
-    stretch: int,
-    stride: int,
-    block_size: int,
-    n_selected: int,
-    n_initial: int,
-    n_local: int,
-) -> Tensor:
-    """The blocks of :meth:`Nsa.selected`, for a few queries at a time, and with the keys that these see."""
-    b, l, h, d = q.shape
-    wide, heads = precision(q), k_c.shape[2]
-    place = torch.arange(length - l, length, device=q.device)
-    end = torch.arange(k_c.shape[1], device=q.device) * stride + stretch - 1
-    keys = (k_c.to(wide) * d**-0.5).permute(0, 2, 3, 1)  # (b c d n)
-    at_once = max(1, SCORES // max(1, b * h * k_c.shape[1]))
-    found = []
-    with torch.autocast(q.device.type, enabled=False):
-        for start in range(0, l, at_once):
-            some = slice(start, min(l, start + at_once))
-            first, last = length - l + some.start, length - l + some.stop - 1
-            by_all, by_some = (max(0, (p + 1 - stretch) // stride + 1) for p in (first, last))  # keys that are seen
-            grouped = q[:, some].to(wide).unflatten(2, (heads, -1)).transpose(1, 2)  # (b c l g d)
-            logits = (grouped.flatten(2, 3) @ keys[..., :by_some]).unflatten(2, grouped.shape[2:4])
-            hidden = end[by_all:by_some] > place[some, None, None]
-            logits[..., by_all:].masked_fill_(hidden, -torch.inf)
-            weights = logits.softmax(-1)
-            weights = (weights if by_all else weights.nan_to_num(0.0)).sum(3)  # (b c l n); of one that sees none, 0
-            block = torch.arange(last // block_size + 1, device=q.device)
-            own = place[some, None] // block_size
-            scores = pooled(weights, len(block), stretch // stride, block_size // stride)
-            forced = (block < n_initial) | (block > own - n_local)
-            scores = scores.masked_fill(forced, torch.inf).masked_fill(block > own, -torch.inf)
-            found.append(best(scores, n_selected).transpose(1, 2))
-    return torch.cat(found, dim=1) if found else q.new_zeros(b, 0, heads, n_selected, dtype=torch.int32)
-
-
-def pooled(weights: Tensor, blocks: int, overlap: int, per_block: int) -> Tensor:
-    """Equation 9, ``(…, n) → (…, blocks)``: the weights of all compressed tokens that share tokens with a block."""
-    size = blocks * per_block
-    padded = F.pad(weights, (overlap - 1, size - weights.shape[-1]))
-    spread = sum(padded[..., overlap - 1 - n : overlap - 1 - n + size] for n in range(overlap))
-    assert isinstance(spread, Tensor)
-    return spread.unflatten(-1, (blocks, per_block)).sum(-1)
 
 
 # One node of compiled code, whose loop would tie it to one length.

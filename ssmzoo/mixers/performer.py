@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ssmkernels.core.autocast import without_autocast
 from ssmkernels.core.packing import spans
 from ssmkernels.core.recompute import recomputed
 from ssmkernels.core.validate import precision
@@ -107,7 +108,7 @@ class Performer(HeadMixer):
         before = state
         if before is None:
             before = self._nothing(x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
-        with torch.autocast(x.device.type, enabled=False):  # it would round exponents to half precision
+        with without_autocast(x.device.type):  # it would round exponents to half precision
             out, after = (
                 self._along(before, *inputs) if cu_seqlens is None else self._packed(before, *inputs, cu_seqlens)
             )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ssmzoo.linear import Linear
-from ssmzoo.mixers._cached_heads import CachedHeadOptions
+from ssmzoo.mixers._cached_heads import CachedHeadOptions, Newest
 from ssmzoo.mixers._draws import UNIT, SeededDraws
 from ssmzoo.mixers._tagged_attention import Grouping, TaggedAttention
 from ssmzoo.registry import register_mixer
@@ -90,20 +90,9 @@ class QKSparse(SeededDraws, TaggedAttention):
         scores = self.score_proj(x).unflatten(-1, (2, self.n_heads))  # (b l 2 h)
         return q, k, v * scores[:, :, 1].sigmoid()[..., None].to(v.dtype), scores
 
-    def attend(
-        self,
-        x: Tensor,
-        places: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        state: Any,
-        first: bool,
-        cu_seqlens: Tensor | None,
-        extra: Any,
-    ) -> Tensor:
-        out = super().attend(x, places, q, k, v, state, first, cu_seqlens, extra)
-        return out if extra is None else out * extra[:, :, 0].sigmoid()[..., None].to(out.dtype)
+    def attend(self, new: Newest, state: Any) -> Tensor:
+        out = super().attend(new, state)
+        return out if new.extra is None else out * new.extra[:, :, 0].sigmoid()[..., None].to(out.dtype)
 
     def tagged(self, q: Tensor, k: Tensor, places: Tensor, extra: Any) -> tuple[Tensor, Tensor]:
         if extra is not None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,10 +24,11 @@ from torch import Tensor
 
 from ssmkernels.core.crossing import in_whole
 from ssmkernels.core.validate import precision
+from ssmkernels.native.calls import Calls
 from ssmzoo.cache.tokens import owners
 from ssmzoo.linear import Linear
 from ssmzoo.mixers._linear_attention import LinearAttention, LinearAttentionOptions, LinearAttentionState, xavier
-from ssmzoo.mixers._rope import rotary_angles, rotate
+from ssmzoo.mixers._rope import frequencies, rotary_angles, rotate
 from ssmzoo.registry import register_mixer
 
 
@@ -82,3 +84,11 @@ class RetNet(LinearAttention):
         state = super().initial_state(batch_size, max_length)
         state.lengths = torch.zeros(batch_size, dtype=torch.int32, device=state.S.device)
         return state
+
+    def prepare_step(self, calls: Calls, x: Tensor, state: LinearAttentionState) -> Tensor | None:
+        lengths, decays = state.lengths, self.log_decay(x)
+        if lengths is None:
+            return None
+        frequency = frequencies(self.k_dim, self.rope_base, precision(x), x.device)
+        placed = partial(calls.rotary, positions=lengths, frequency=frequency)
+        return self.prepare_recall(calls, x, state, lambda: decays, placed)

@@ -26,18 +26,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssmkernels import generalized_delta_rule, generalized_delta_rule_step
+from ssmkernels import generalized_delta_rule, generalized_delta_rule_step, rms_norm
 from ssmkernels.core.autocast import widened
 from ssmkernels.core.validate import precision
+from ssmkernels.native.calls import Calls, NotPreparedError
 from ssmzoo.init import wide_dtype
-from ssmzoo.linear import Linear, WideBiasLinear
-from ssmzoo.norm import HeadLayerNorm
+from ssmzoo.linear import Linear, WideBiasLinear, prepare_map, prepare_maps
+from ssmzoo.mixers._delta import l2_norm
+from ssmzoo.norm import HeadLayerNorm, prepare_head_norm
 from ssmzoo.registry import register_mixer
 from ssmzoo.state import State
-from ssmzoo.token_shift import token_shift
+from ssmzoo.token_shift import prepare_shift, token_shift
 from ssmzoo.value_residual import ValueResidualMixer
 
 SHIFTS = ("r", "w", "k", "v", "a", "g")
+KAPPA_EPS = 1e-12  # the least norm that what is removed is divided by
 
 
 @dataclasses.dataclass
@@ -68,6 +71,12 @@ class LoRA(nn.Module):
         second.copy_(nn.init.orthogonal_(wide, gain=0.1 * math.sqrt(max(1, second.shape[1] / second.shape[0]))))
         if bias is not None:
             self.get_parameter("lora.2.bias").copy_(bias)
+
+
+def _prepare_lora(calls: Calls, lora: nn.Module | None, x: Tensor) -> Tensor:
+    if type(lora) is not LoRA:
+        raise NotPreparedError(type(lora).__name__)
+    return prepare_maps(calls, lora.lora, x)
 
 
 @register_mixer("rwkv7")
@@ -200,7 +209,7 @@ class RWKV7(ValueResidualMixer):
             share = torch.sigmoid(self.get_submodule("v_lora")(x_v))
             v = torch.lerp(v, v if first is None else first.to(v.dtype), share)
         gate = self.get_submodule("g_lora")(x_g)
-        kappa = F.normalize(self._heads(k * self.k_k), dim=-1)  # (b l h n)
+        kappa = F.normalize(self._heads(k * self.k_k), dim=-1, eps=KAPPA_EPS)  # (b l h n)
         k_a = widened(self.k_a, alpha)
         k = k * torch.addcmul(1 - k_a, alpha, k_a)
         k, kappa = k.to(r.dtype), kappa.to(r.dtype)  # autocast leaves products with weights in the weights' dtype
@@ -209,6 +218,35 @@ class RWKV7(ValueResidualMixer):
         o, S = self._recurrence(r, k, v, kappa, removed, log_decay, S, cu_seqlens)
         y = self.g_norm(o) + ((r * k * self.r_k).sum(-1, keepdim=True) * v).flatten(2)
         return self.o_proj(y * gate), None if state is None else RWKV7State(last, S), own
+
+    def prepare_step(
+        self, calls: Calls, x: Tensor, state: RWKV7State, values: list[Tensor] | None = None
+    ) -> Tensor | None:
+        values, m = [] if values is None else values, self._modules
+        shares = [self.get_parameter(f"x_{name}") for name in SHIFTS]
+        x_r, x_w, x_k, x_v, x_a, x_g = prepare_shift(calls, x, state.shift, shares)
+        r, k, own = (prepare_map(calls, m[f"{name}_proj"], t) for name, t in (("r", x_r), ("k", x_k), ("v", x_v)))
+        w, a, gate = (_prepare_lora(calls, m[f"{name}_lora"], t) for name, t in (("w", x_w), ("a", x_a), ("g", x_g)))
+        log_decay = calls.activated(w, "sigmoid", scale=-math.exp(-0.5))
+        v = own
+        if self.value_residual and values:
+            apart = calls.activated(own, scale=-1.0, addend=values[0])
+            v = calls.activated(_prepare_lora(calls, m["v_lora"], x_v), "sigmoid", factor=apart, addend=own)
+        if not values:
+            values.append(own)
+        kappa = self._heads(calls.activated(k, factor=self.k_k.view(1, -1)))
+        weight, eps = l2_norm(kappa, KAPPA_EPS**2)
+        kappa = calls.op(rms_norm, kappa, weight, eps=eps)
+        less = calls.activated(a, "sigmoid", slope=-1.0, scale=-1.0, factor=self.k_a.view(1, -1))  # (α - 1) ∘ k_a
+        k = calls.activated(less, factor=k, addend=k)
+        removed = calls.activated(a, "sigmoid", scale=-1.0, factor=kappa.flatten(1))
+        heads = [self._heads(t) for t in (r, k, v)]
+        further = (kappa, self._heads(removed), self._heads(log_decay))
+        o = calls.op(generalized_delta_rule_step, state.S, *heads, *further, scale=1.0)
+        alike = calls.head_sum(self._heads(calls.activated(r, factor=k)), self.r_k).view(-1, 1)
+        normed = prepare_head_norm(calls, self.g_norm, o)
+        y = calls.activated(v.view(-1, self.head_dim), factor=alike, addend=normed.view(-1, self.head_dim))
+        return prepare_map(calls, self.o_proj, calls.activated(y.view(x.shape), factor=gate))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.n_heads, self.head_dim))

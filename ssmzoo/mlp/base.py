@@ -91,6 +91,10 @@ class ShiftingChannelMixer(ChannelMixer):
         y, state = self.mix(x, state, cu_seqlens)
         return y if state is None else (y, state)
 
+    def prepare_step(self, calls: Calls, x: Tensor, state: ShiftState | None = None) -> Tensor | None:
+        """As a mixer's, with the state, which the calls also update."""
+        return None
+
     def mix(self, x: Tensor, state: ShiftState | None, cu_seqlens: Tensor | None) -> tuple[Tensor, ShiftState | None]:
         """The output, and the state after it if one came in."""
         raise NotImplementedError

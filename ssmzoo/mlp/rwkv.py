@@ -11,9 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ssmzoo.linear import Linear
+from ssmkernels.native.calls import Calls
+from ssmzoo.linear import Linear, prepare_map
 from ssmzoo.mlp.base import ACTIVATIONS, ShiftingChannelMixer, ShiftState, check_at_least_one
-from ssmzoo.token_shift import token_shift
+from ssmzoo.token_shift import prepare_shift, token_shift
 
 
 class RWKV7MLP(ShiftingChannelMixer):
@@ -55,6 +56,12 @@ class RWKV7MLP(ShiftingChannelMixer):
         previous, last = token_shift(x, None if state is None else state.shift, cu_seqlens)
         y = self.channels(x, previous - x)
         return y, None if state is None else ShiftState(last)
+
+    def prepare_step(self, calls: Calls, x: Tensor, state: ShiftState | None = None) -> Tensor | None:
+        if state is None:
+            return None
+        (mixed,) = prepare_shift(calls, x, state.shift, [self.x_k])
+        return prepare_map(calls, self.value, calls.activated(prepare_map(calls, self.key, mixed), "relu2"))
 
     def channels(self, x: Tensor, shift: Tensor) -> Tensor:
         """The mixing of channels; ``shift`` is the token before less the token itself."""

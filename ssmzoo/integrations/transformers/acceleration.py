@@ -189,7 +189,7 @@ def _refresh(family: str, module: ModuleType) -> None:
         for lookup in lookups_of(module):
             ours = supplied(lookup.package, lookup.function)
             if wanted and ours is not None:
-                lookup.supply(ours.call)
+                lookup.supply(ours.over(lookup.own["torch_function"]))
             else:
                 lookup.restore()
         for method in methods_of(family, module):

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ssmkernels import selective_scan
@@ -23,10 +24,42 @@ class Supplied:
 
     Attributes:
         runs: what does the work, for people.
+        state: of a function for single tokens that is in ``FEW``, the position and name of the argument with the state.
     """
 
     call: Callable[..., Any]
     runs: str
+    state: tuple[int, str] | None = None
+
+    def over(self, own: Callable[..., Any]) -> Callable[..., Any]:
+        """What takes the place of transformers' ``own``."""
+        return self.call if self.state is None else _but_for_few(self.call, own, *self.state)
+
+
+# Numbers in a state up to which transformers' own operations take less time for a token than a call of one of our ops.
+FEW = {
+    "selective_state_update": 2**15,
+    "fused_recurrent_gated_delta_rule": 2**18,
+    "fused_recurrent_kda": 2**18,
+}
+
+
+@functools.cache
+def _but_for_few(ours: Callable[..., Any], own: Callable[..., Any], position: int, name: str) -> Callable[..., Any]:
+    known = set(inspect.signature(own).parameters)
+
+    @functools.wraps(ours)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        state = args[position] if len(args) > position else kwargs.get(name)
+        if state is None or state.numel() > FEW[ours.__name__]:
+            return ours(*args, **kwargs)
+        more = [key for key, value in kwargs.items() if key not in known and value is not None]
+        dtypes = {t.dtype for t in (*args, *kwargs.values()) if isinstance(t, Tensor)}
+        if more or dtypes != {torch.float32}:  # ours knows more options, mixes dtypes and keeps float64
+            return ours(*args, **kwargs)
+        return own(*args, **{key: value for key, value in kwargs.items() if key in known})
+
+    return step
 
 
 def causal_conv1d_fn(
@@ -34,8 +67,9 @@ def causal_conv1d_fn(
 ) -> Any:
     seq_idx = current().seq_idx if seq_idx is None else seq_idx
     fused = activation in (None, "silu", "swish")
-    y: Any = causal_conv1d.causal_conv1d_fn(x, weight, bias, seq_idx, activation=activation if fused else None)
-    return y if fused else _activated(y, activation)
+    wide = x.double() if weight.dtype == torch.float64 else x  # Inkling's activations are narrower than its weights
+    y: Any = causal_conv1d.causal_conv1d_fn(wide, weight, bias, seq_idx, activation=activation if fused else None)
+    return (y if fused else _activated(y, activation)).to(x.dtype)
 
 
 def causal_conv1d_update(
@@ -100,25 +134,28 @@ def unfused(*args: Any, **kwargs: Any) -> None:
     """
 
 
+_SMALL = "; transformers' own for small states"
 _FUNCTIONS = {
     ("causal_conv1d", "causal_conv1d_fn"): Supplied(causal_conv1d_fn, "ssmkernels.causal_conv1d"),
     ("causal_conv1d", "causal_conv1d_update"): Supplied(causal_conv1d_update, "ssmkernels.causal_conv1d_step"),
     ("mamba_ssm", "selective_scan_fn"): Supplied(selective_scan_fn, "ssmkernels.selective_scan"),
     ("mamba_ssm", "selective_state_update"): Supplied(
-        mamba_ssm.selective_state_update, "ssmkernels.selective_scan_step"
+        mamba_ssm.selective_state_update, f"ssmkernels.selective_scan_step{_SMALL}", (0, "state")
     ),
     ("mamba_ssm", "mamba_chunk_scan_combined"): Supplied(mamba_ssm.mamba_chunk_scan_combined, "ssmkernels.ssd"),
     ("fla", "chunk_gated_delta_rule"): Supplied(fla.chunk_gated_delta_rule, "ssmkernels.delta_rule"),
     ("fla", "fused_recurrent_gated_delta_rule"): Supplied(
-        fla.fused_recurrent_gated_delta_rule, "ssmkernels.delta_rule"
+        fla.fused_recurrent_gated_delta_rule, f"ssmkernels.delta_rule_step{_SMALL}", (5, "initial_state")
     ),
     ("fla", "chunk_kda"): Supplied(fla.chunk_kda, "ssmkernels.delta_rule"),
-    ("fla", "fused_recurrent_kda"): Supplied(fla.fused_recurrent_kda, "ssmkernels.delta_rule"),
+    ("fla", "fused_recurrent_kda"): Supplied(
+        fla.fused_recurrent_kda, f"ssmkernels.delta_rule_step{_SMALL}", (5, "initial_state")
+    ),
     ("mamba_ssm", "mamba_inner_fn"): Supplied(unfused, "the layer's steps, one by one"),
     ("mamba_ssm", "mamba_split_conv1d_scan_combined"): Supplied(unfused, "the layer's steps, one by one"),
 }
 # Mamba-2 and its hybrids have one decay a head, which selective_state_update recognises.
-_OF_HEADS = Supplied(mamba_ssm.selective_state_update, "ssmkernels.ssd_step")
+_OF_HEADS = Supplied(mamba_ssm.selective_state_update, f"ssmkernels.ssd_step{_SMALL}")
 
 
 def supplied(package: str, function: str, of_heads: bool = False) -> Supplied | None:

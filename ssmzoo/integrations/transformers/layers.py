@@ -13,6 +13,7 @@ from ssmkernels import linear_attention, linear_recurrence, mlstm
 from ssmzoo.integrations.transformers.scope import Scope, current, entered
 
 Function = Callable[..., Any]
+FEW = 2**17  # numbers of a state up to which single operations of PyTorch take less time than a call of an op
 CACHES = ("cache", "cache_params", "past_key_values")  # since transformers 5.24, and before
 
 
@@ -113,11 +114,14 @@ def lightning(original: Function) -> Function:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         cache = cache_among(args[:1], kwargs)
+        state = None if cache is None else cache.get_linear_cache(self.layer_idx)
+        if state is not None and hidden_states.shape[1] == 1 and state.numel() <= FEW:  # there is no loop to save
+            given = (self, hidden_states, position_embeddings, attention_mask, *args)
+            return cast(tuple[Tensor, Tensor], original(*given, **kwargs))
         qkv = self.act_fn(self.qkv_proj(hidden_states))
         if attention_mask is not None:
             qkv = qkv * attention_mask[:, :, None]
         qkv = qkv.unflatten(-1, (self.num_attention_heads, -1)).to(hidden_states.dtype)
-        state = None if cache is None else cache.get_linear_cache(self.layer_idx)
         wide = torch.promote_types(qkv.dtype, torch.float32)
         q, k, v = qkv.chunk(3, dim=-1)
         y, last = linear_attention(
@@ -162,8 +166,9 @@ def matrix_memory(original: Function) -> Function:
         given[3:] = (t.to(torch.promote_types(query.dtype, torch.float32)) for t in given[3:])
         initial = None
         if c_initial is not None and n_initial is not None and m_initial is not None:
-            wide = given[3].dtype
-            initial = c_initial.to(wide), n_initial.to(wide), m_initial.flatten(1).to(wide)
+            wide, copy = given[3].dtype, torch.is_grad_enabled()  # as the model writes its states in place
+            c, n, m = (t.to(wide, copy=copy) for t in (c_initial, n_initial, m_initial.flatten(1)))
+            initial = c, n, m
         y, (c, n, m) = mlstm(*given, initial_state=initial, return_final_state=True)
         y = y.transpose(1, 2)
         wanted = self.config.return_last_states if return_last_states is None else return_last_states

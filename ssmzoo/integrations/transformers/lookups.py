@@ -35,6 +35,11 @@ class Lookup:
         self.package: str = self.cells["package"].cell_contents
         self.own = {name: self.cells[name].cell_contents for name in _CELLS}
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs what runs now, without the keyword arguments that it does not know, as transformers does."""
+        known = self.cells["applicable_params"].cell_contents
+        return self.cells["implementation"].cell_contents(*args, **{k: v for k, v in kwargs.items() if k in known})
+
     def supply(self, ours: Callable[..., Any]) -> None:
         """Our function runs from now on, unless transformers has found the package's own."""
         if not self.own["is_new_implementation"]:

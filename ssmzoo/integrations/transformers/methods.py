@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from types import ModuleType
+from types import CellType, ModuleType
+from typing import Any
 
 from ssmzoo.integrations.transformers.layers import (
     Function,
@@ -73,21 +74,40 @@ class Replaceable:
     def __init__(self, owner: type | ModuleType, method: Method):
         self.owner, self.method = owner, method
         self.own = vars(owner).get(method.attribute)
-        self.replaced = False
+        self.inner = _checkpointed(self.own)
+        self.replaced: Function | None = None  # what was there before
 
     def replace(self) -> None:
-        if not self.replaced:
-            self.replaced = True
-            attribute = self.method.attribute
-            setattr(self.owner, attribute, self.method.make(getattr(self.owner, attribute)))
+        if self.replaced is None:
+            original = getattr(self.owner, self.method.attribute) if self.inner is None else self.inner.cell_contents
+            self.replaced = original
+            self._put(self.method.make(original))
 
     def restore(self) -> None:
-        if self.replaced:
-            self.replaced = False
+        if self.replaced is not None:
             if self.own is None:
                 delattr(self.owner, self.method.attribute)
             else:
-                setattr(self.owner, self.method.attribute, self.own)
+                self._put(self.replaced)
+            self.replaced = None
+
+    def _put(self, function: Function) -> None:
+        if self.inner is None:
+            setattr(self.owner, self.method.attribute, function)
+        else:
+            self.inner.cell_contents = function
+
+
+def _checkpointed(function: Any) -> CellType | None:
+    """The cell of a layer's own forward, inside the one that transformers puts around it for gradient checkpointing.
+
+    Since transformers 5.23 the outer one checkpoints only while the class has it as its forward, so it has to stay.
+    """
+    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
+    if "forward_with_checkpointing" not in names:
+        return None
+    cell: CellType = function.__closure__[names.index("forward")]
+    return cell
 
 
 @functools.cache

@@ -6,13 +6,15 @@ import gc
 import itertools
 import os
 import re
-import subprocess
+import socket
 import sys
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from forks import Forks
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,6 +34,13 @@ def pytest_configure(config: pytest.Config) -> None:
         _check("mixer", names, ssmzoo.list_mixers())
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """The folder of mixers where only ops are asked for, and of ops where only mixers are."""
+    asked = {"kernels": config.getoption("op"), "ssmzoo": config.getoption("mixer")}
+    of_one_kind = collection_path.parent == Path(__file__).parent and collection_path.name in asked
+    return True if any(asked.values()) and of_one_kind and not asked[collection_path.name] else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     ops, mixers = config.getoption("op"), config.getoption("mixer")
     if ops or mixers:
@@ -44,9 +53,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Thousands of tests and modules that stay until the end are not looked through at every collection of garbage."""
+    """Thousands of tests and modules that stay until the end are not looked through at every collection of garbage.
+
+    And what compilers and other packages bring in later, which takes a tenth of the time of compiling, is less often.
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000, 20, 50)
 
 
 def _check(kind: str, names: Iterable[str], known: Collection[str]) -> None:
@@ -123,6 +136,24 @@ def _allocator(monkeypatch):
         monkeypatch.setattr(package, "keep_memory", lambda: False)
 
 
+@pytest.fixture(scope="module")
+def quick_curves() -> Iterator[Callable[..., None]]:
+    """Figures are saved as their numbers. Yields the method that renders them.
+
+    For tests that train: a run draws its curve at every checkpoint, and rendering takes longer than the steps between.
+    """
+    figures = pytest.importorskip("matplotlib.figure", reason="needs matplotlib")
+
+    def save(figure: Any, file: Path, **_: object) -> None:
+        lines = [line.get_xydata().tolist() for axes in figure.axes for line in axes.lines]
+        file.write_bytes(b"\x89PNG" + repr(lines).encode())
+
+    render = figures.Figure.savefig
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures.Figure, "savefig", save)
+        yield render
+
+
 @pytest.fixture(autouse=True)
 def _mixers():
     """Mixers that a test registers, by names that begin with "test-", are gone after it."""
@@ -151,17 +182,37 @@ def ssmzoo_command(
     return run
 
 
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Runs Python programs in forks of a process that has imported PyTorch, ssmzoo and more."""
+    with Forks(Path(__file__).parent / "shared" / "prelude.py", {**os.environ, "OMP_NUM_THREADS": "1"}) as forks:
+        yield forks
+
+
 @pytest.fixture
-def on_two_processes(tmp_path: Path) -> Callable[[Path], None]:
+def on_two_processes(forks: Forks, tmp_path: Path) -> Callable[[Path], None]:
     """``on_two_processes(program)``: two of them find no fault. Arguments: the rank, how many, a file for both."""
 
     def run(program: Path) -> None:
-        command = [sys.executable, "-W", "ignore", str(program)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        running = [subprocess.Popen([*command, str(rank), "2", str(tmp_path / "store")], **pipes) for rank in range(2)]
-        for process in running:
-            output, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors[-3000:]
-            assert output == ""
+        for done in forks.together(program, [[str(rank), "2", str(tmp_path / "store")] for rank in range(2)]):
+            assert (done.status, done.out) == (0, ""), done.err[-3000:]
+
+    return run
+
+
+@pytest.fixture
+def launch(forks: Forks) -> Callable[..., str]:
+    """``launch("train", ...)``: ``ssmzoo`` on two processes, as torchrun starts it; what both print."""
+    program = Path(__file__).parent / "shared" / "launched.py"
+
+    def run(*arguments: str) -> str:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        calls = [[str(rank), "2", port, *arguments] for rank in range(2)]
+        both = forks.together(program, calls, ACCELERATE_USE_CPU="true")
+        for done in both:
+            assert done.status == 0, done.err[-3000:]
+        return "".join(done.out for done in both)
 
     return run

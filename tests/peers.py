@@ -6,6 +6,11 @@ FOLDER is a copy of the package's repository, which is neither part of ours nor 
 under the package's names. What ours lack, such as references that the tests compare with, comes from the folder. Where
 the tests say "cuda", "cpu" is read. ``--most`` cases of each test are run, evenly spaced, of those whose sizes are at
 most ``--largest``. Further options are pytest's.
+
+    python tests/peers.py --transformers FOLDER mamba2 jamba ...
+
+runs transformers' own tests of these families, without and with ``accelerate()``. Here FOLDER is a copy of its
+repository at the version that is installed.
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton
+from accelerated import compare
 
 from ssmkernels import compat
 
@@ -38,10 +44,13 @@ READ = ((r"""(["'])cuda\1""", r"\1cpu\1"), (r"torch\.cuda\.is_available\(\)", "T
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("files", nargs="+", help="test files, relative to the folder")
+    parser.add_argument("files", nargs="+", help="test files, relative to the folder; families of transformers")
+    parser.add_argument("--transformers", action="store_true", help="the folder is a copy of transformers")
     parser.add_argument("--most", type=int, default=20)
     parser.add_argument("--largest", type=int, default=300)
     given, options = parser.parse_known_args()
+    if given.transformers:
+        return compare(given.folder.resolve(), given.files, options)
     complete(given.folder.resolve())
     pretend()
     chosen = Chosen(given.most, given.largest)

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 # The rooms of ssmzoo, lowest first: a room may import those in lines above its own, and itself. A room is a module or a
 # folder right below the package; "ssmzoo" is what `import ssmzoo` gives.
 LAYERS = (
-    "bidirectional devices files linear plain screen state ties token_shift wide",  # serve everything
+    "bidirectional devices files linear plain screen state steady ties token_shift wide",  # serve everything
     "norm options yaml_text",
     "quantized",  # maps with weights in few bits, which mixers and configs know of
     "mixer mlp",  # the interfaces of what mixes tokens and of what mixes channels
@@ -19,16 +19,16 @@ LAYERS = (
     "mixers",
     "feed",
     "config",
-    "block ends generate pooling",
+    "block ends generate inputs pooling",
     "decoding",
     "model",
     "checkpoints engine footprint",
-    "parallel pretrained",
+    "calibrating parallel pretrained",
     "building quantizing swapping",
     "linearizing",
     "ssmzoo",
-    "integrations testing train",
-    "bench proof",
+    "integrations planning testing train",
+    "bench proof serve",
     "commands",
     "cli",
     "__main__",

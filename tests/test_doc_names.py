@@ -8,8 +8,6 @@ import functools
 import importlib
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -145,7 +143,7 @@ def test_commands_are_understood():
     assert seen > 10
 
 
-def test_other_code_is_quoted_or_runs_by_itself():
+def test_other_code_is_quoted_or_runs_by_itself(forks, tmp_path):
     """Blocks marked ``python`` run in test_readme.py; those marked ``py`` are lines of a source, or run alone."""
     sources = [path.read_text() for folder in ("ssmzoo", "kernels") for path in (ROOT / folder).rglob("*.py")]
     texts = [(ROOT / page).read_text() for page in PAGES]
@@ -153,4 +151,6 @@ def test_other_code_is_quoted_or_runs_by_itself():
     rest = [block for block in blocks if not any(block in source for source in sources)]
     assert 0 < len(rest) < len(blocks)
     for block in rest:
-        subprocess.run([sys.executable, "-c", block], check=True)
+        (tmp_path / "block.py").write_text(block)
+        done = forks.run(tmp_path / "block.py", folder=tmp_path)
+        assert done.status == 0, done.err

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -37,19 +34,13 @@ def test_every_example_is_run():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", sorted(CASES))
-def test_example(script, tmp_path):
+def test_example(script, forks, tmp_path):
     arguments, expected = CASES[script]
     for package in NEEDS.get(script, ()):
         pytest.importorskip(package, reason=f"needs {package}")
-    result = subprocess.run(
-        [sys.executable, str(EXAMPLES / script), *arguments],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"},
-    )
-    assert result.returncode == 0, result.stderr
-    assert expected in result.stdout
+    done = forks.run(EXAMPLES / script, *arguments, folder=tmp_path, MPLBACKEND="agg")
+    assert done.status == 0, done.err
+    assert expected in done.out
 
 
 @pytest.mark.parametrize("script", sorted(CASES))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -53,17 +51,16 @@ def test_python_blocks_run(page):
 
 
 @pytest.mark.slow
-def test_tables_are_those_of_the_command():
-    command = [sys.executable, str(ROOT / "docs" / "tables.py"), "--check"]
-    result = subprocess.run(command, capture_output=True, text=True)
+def test_tables_are_those_of_the_command(forks):
     tables = sum(read(page).count("<!-- end -->") for page in PAGES)
-    assert (result.returncode, result.stderr, result.stdout) == (0, "", f"{tables} tables\n")
+    assert forks.run(ROOT / "docs" / "tables.py", "--check") == (0, f"{tables} tables\n", "")
     assert tables > 2
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "docs" / "figures").glob("*.py")))
-def test_figures_are_drawn_by_their_scripts(script, tmp_path):
-    subprocess.run([sys.executable, str(ROOT / "docs" / "figures" / script), str(tmp_path)], check=True)
+def test_figures_are_drawn_by_their_scripts(script, forks, tmp_path):
+    done = forks.run(ROOT / "docs" / "figures" / script, str(tmp_path))
+    assert done.status == 0, done.err
     drawn = [path.name for path in tmp_path.iterdir()]
     assert drawn
     for name in drawn:

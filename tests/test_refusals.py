@@ -21,6 +21,8 @@ OTHERS = {
     "{STATE} is of step": "a reason, as above",
     "it differs from its checksum": "a reason, as above",
     "{str(error)}": "passes on another message",
+    "{elsewhere}": "passes on another process's message",
+    "Context: the arguments of process": "another process names them",
 }
 
 

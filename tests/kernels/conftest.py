@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
-import json
 import os
-import subprocess
-import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from forks import Forks
 from torch import Tensor
 
 from ssmkernels.core import external, triton_support
@@ -206,30 +204,23 @@ def stand_in() -> Callable[..., types.ModuleType]:
 
 
 @pytest.fixture(scope="session")
-def _interpreter() -> Iterator[subprocess.Popen[str]]:
-    """The process of interpreter.py."""
+def _interpreter() -> Iterator[Forks]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SSMZOO_")}
-    program = str(Path(__file__).with_name("interpreter.py"))
-    command, pipe = [sys.executable, "-W", "ignore", program], subprocess.PIPE
-    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) as process:
-        yield process
+    with Forks(Path(__file__).with_name("interpreter.py"), environment) as forks:
+        yield forks
 
 
 @pytest.fixture
-def interpret(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., str]:
+def interpret(_interpreter: Forks, tmp_path: Path) -> Callable[..., str]:
     """``interpret(program, *arguments)``: what Python code prints in a process where Triton interprets its kernels."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
 
     def call(program: str, *arguments: str) -> str:
-        process = request.getfixturevalue("_interpreter")
-        source, output = tmp_path / "program.py", tmp_path / "output"
+        source = tmp_path / "program.py"
         source.write_text(program)
-        process.stdin.write(json.dumps([str(source), str(output), arguments]) + "\n")
-        process.stdin.flush()
-        status = process.stdout.readline().strip()
-        printed = output.read_text() if output.exists() else ""
-        assert status == "0", f"exit status {status or 'of the process that forks'}\n{printed}"
-        return printed
+        done = _interpreter.run(source, *arguments)
+        assert done.status == 0, f"exit status {done.status}\n{done.out}{done.err}"
+        return done.out
 
     return call

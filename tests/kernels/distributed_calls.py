@@ -78,7 +78,7 @@ def check(op, spec, mesh):
 def main(rank, size, file):
     torch.set_num_threads(1)
     store = dist.FileStore(file, size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=300))
     mesh = init_device_mesh("cpu", (size,))
     for op, spec in specs().items():
         for fault in check(op, spec, mesh):

@@ -87,8 +87,45 @@ def test_rising_positions_are_runs():
     options = {"window": (30, 5), **places}
     for one, other in zip(*(results(attention, (q, k, v), n, **options) for n in ("cpu", "reference")), strict=True):
         torch.testing.assert_close(one, other)
-    falling = {name: place.flip(1) for name, place in places.items()}
-    assert "rising positions alone" in explain(attention, q, k, v, window=(30, 5), **falling).reasons["cpu"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("positions", [("q",), ("k",), ("q", "k")], ids="".join)
+def test_tokens_in_any_order_are_sorted(positions, dtype):
+    """The same bits as in order, in that order; each row of the batch has an order of its own."""
+    q, k, v = (x.to(dtype) for x in drawn(70, 90))
+    generator = torch.Generator().manual_seed(2)
+    places = {"q": torch.arange(20, 90).expand(2, -1), "k": torch.arange(90).expand(2, -1)}
+    orders = {
+        name: torch.stack([torch.randperm(n, generator=generator) for _ in range(2)])
+        if name in positions
+        else torch.arange(n).expand(2, -1)
+        for name, n in (("q", 70), ("k", 90))
+    }
+
+    def moved(x, name, axis=1):
+        shape = [2, *[1] * (x.ndim - 1)]
+        shape[axis] = -1
+        return x.gather(axis, orders[name].view(shape).expand(x.shape))
+
+    options = {"window": (30, 5), "return_lse": True}
+    weight = torch.linspace(-1, 1, 70, dtype=dtype)[None, :, None, None]
+
+    def found(tensors, weight, **places):
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        out, lse = attention(*leaves, implementation="cpu", **options, **places)
+        gradients = torch.autograd.grad((out * weight).sum() + (lse * weight[:, None, :, 0, 0]).sum(), leaves)
+        return out.detach(), lse.detach(), *gradients
+
+    straight = {f"{name}_positions": place.contiguous() for name, place in places.items()}
+    there = {f"{name}_positions": moved(place, name) for name, place in places.items()}
+    weights = weight.expand(2, -1, 1, 1)
+    out, lse, dq, dk, dv = found((q, k, v), weights, **straight)
+    mixed = found((moved(q, "q"), moved(k, "k"), moved(v, "k")), moved(weights, "q"), **there)
+    wanted = (moved(out, "q"), moved(lse, "q", 2), moved(dq, "q"), moved(dk, "k"), moved(dv, "k"))
+    for one, other in zip(mixed, wanted, strict=True):
+        assert torch.equal(one, other)
+    assert explain(attention, q, k, v, **options, **there).chosen == "cpu"
 
 
 @pytest.mark.parametrize(

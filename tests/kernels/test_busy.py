@@ -99,7 +99,7 @@ def test_steps_do_not_wait_for_threads_that_do_not_run(calls):
     assert calls.stdout.readline() == "ready\n", calls.stderr.read()[-4000:]
     stop_all_but_first(calls)
     assert calls.stopped
-    watch = threading.Timer(60, calls.kill)  # a call that waits for a stopped thread does so for ever
+    watch = threading.Timer(300, calls.kill)  # a call that waits for a stopped thread does so for ever
     watch.start()
     calls.stdin.write("go\n")
     calls.stdin.flush()

@@ -50,6 +50,74 @@ def test_activations(function, dtype):
     assert ((found - expected).abs() <= 16 * torch.finfo(dtype).eps * (expected.abs() + factor.abs())).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("columns", [1, 13])
+def test_rows_of_parameters_serve_those_of_x_in_turn(columns, dtype):
+    torch.manual_seed(0)
+    x, addend = torch.randn(6, 26, dtype=dtype)[:, ::2].contiguous(), torch.randn(6, 20, dtype=dtype)[:, 7:]
+    bias, factor = torch.randn(3, 13, dtype=dtype), torch.randn(2, 2 * columns, dtype=dtype)[:, columns:]
+    calls = Calls()
+    calls.activated(x, "tanh", bias=bias, slope=0.4, scale=1.5, factor=factor, addend=addend)
+    expected = 1.5 * torch.tanh(0.4 * (x + bias.repeat(2, 1))) * factor.repeat(3, 1) + addend
+    assert torch.allclose(run(calls), expected, rtol=0, atol=8 * torch.finfo(dtype).eps * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("p", [3, 16, 21])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_norms_and_sums_of_heads(dtype, p):
+    torch.manual_seed(0)
+    x, weight, bias = (
+        torch.randn(2, 5, p, dtype=dtype) + 3,
+        torch.randn(5 * p, dtype=dtype),
+        torch.randn(5 * p, dtype=dtype),
+    )
+    for centred, given in ((False, None), (True, bias), (False, bias)):
+        calls = Calls()
+        calls.head_norm(x, weight, given, eps=0.1, centred=centred)
+        expected = F.layer_norm(x, (p,), eps=0.1).flatten(1) * (weight + centred) + (0 if given is None else given)
+        assert torch.allclose(run(calls), expected, rtol=0, atol=64 * torch.finfo(dtype).eps)
+    calls = Calls()
+    calls.head_sum(x, weight.view(5, p))
+    expected = (x * weight.view(5, p)).sum(-1)
+    assert torch.allclose(run(calls), expected, rtol=0, atol=8 * p * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("half", [1, 8, 11])
+def test_rotation_by_a_position_that_is_counted(half, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(2, 4 * half, dtype=dtype)[:, : 2 * half].view(2, 1, 2 * half)
+    positions, frequency = torch.tensor([0, 70_000], dtype=torch.int32), torch.rand(half, dtype=dtype)
+    calls = Calls()
+    turned = calls.rotary(x, positions, frequency)
+    calls.count(positions)
+    for _ in range(3):
+        angle = (positions[:, None, None] * frequency).double()
+        first, second = x.double().chunk(2, dim=-1)
+        sine, cosine = angle.sin(), angle.cos()
+        expected = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+        run(calls)
+        assert torch.allclose(turned.double(), expected, rtol=0, atol=16 * torch.finfo(dtype).eps)
+    assert positions.tolist() == [3, 70_003]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_computed_in_float32(dtype):
+    """One rounding of the result, and parameters that a kernel reads in float32 alone are converted at each call."""
+    torch.manual_seed(0)
+    x, bias, factor = (torch.randn(3, 9).to(dtype) for _ in range(3))
+    calls = Calls()
+    with torch.no_grad():
+        calls.activated(x, "silu", bias=bias[0], factor=factor)
+        expected = (F.silu(x.float() + bias[0].float()) * factor.float()).to(dtype)
+        assert torch.allclose(run(calls), expected, rtol=torch.finfo(dtype).eps)
+        weight = torch.rand(9).to(dtype)
+        calls.op(ssmkernels.rms_norm, x, weight)
+        weight.mul_(2)
+        assert [call.kernel for call in calls.made] == ["activate", "widen", "rms_norm"]
+        assert torch.equal(run(calls), ssmkernels.rms_norm(x, weight))
+
+
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_activations_of_the_largest_numbers(function):
     large = torch.finfo(torch.float32).max ** 0.5 / 4
@@ -97,7 +165,14 @@ def test_what_native_calls_cannot_do_is_not_prepared():
         lambda: calls.linear(torch.randn(2, 12)[:, ::2], weight),
         lambda: calls.linear(x, torch.randn(6, 5).t()),
         lambda: calls.activated(x, "gelu"),
-        lambda: calls.activated(x.half(), "silu"),
+        lambda: calls.activated(x.half(), "silu", bias=torch.ones(6)),
+        lambda: calls.head_norm(torch.randn(2, 3, 4).transpose(1, 2), None, eps=1.0),
+        lambda: calls.head_sum(torch.randn(2, 3, 4), torch.randn(3, 4).double()),
+        lambda: calls.rotary(torch.randn(2, 4, 3).mT, torch.zeros(2, dtype=torch.int32), torch.ones(2)),
+        lambda: calls.rotary(torch.randn(2, 3, 4), torch.zeros(2, dtype=torch.int64), torch.ones(2)),
+        lambda: calls.count(torch.zeros(2, dtype=torch.int64)),
+        lambda: calls.widened(x),
+        lambda: calls.widened(torch.randn(6, 2).half().t()),
         lambda: calls.activated(x, "silu", factor=torch.randn(6, 2).t()),
         lambda: calls.op(ssmkernels.rms_norm, torch.randn(6, 2).t(), torch.ones(6)),
         lambda: calls.op(ssmkernels.rms_norm, x, torch.ones(6), implementation="reference"),

@@ -64,6 +64,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "mlstm": [{"l": 3, "h": 1, "k": 2, "v": 3}, {"b": 1, "l": 21, "h": 1, "k": 2, "v": 2, "packed": True}],
     "quantized_linear": [
         {"k": 40, "o": 3},
+        {"k": 40, "o": 3, "activations": "int8"},
         {"bits": "same", "zeros": False, "group_size": None, "k": 5, "o": 3},
     ],
     "rglru_gates": [{"l": 3, "h": 1, "p": 2}],

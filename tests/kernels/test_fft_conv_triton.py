@@ -39,6 +39,20 @@ triton_launch.PROGRAMS = 2
 rows = [dict(b=5, d=1, l=9, gate=True), dict(b=2, d=3, l=5)]
 check("fft_conv", "triton", cases=rows, dtypes=[torch.float32], quick=True)
 """
+LONG = """
+import torch
+from ssmkernels.ops.fft_conv import triton_launch
+from ssmkernels.testing import check
+
+triton_launch.LARGEST = 256
+rows = [
+    dict(b=2, d=1, l=600, l_k=700, l_r=300, gate=True),
+    dict(b=1, d=2, l=513, l_k=20, D=False),
+    dict(b=1, d=1, l=520, l_k=0, l_r=600),
+    dict(b=1, d=1, l=1400, l_k=1400, l_r=9, packed=True, gate=True),
+]
+check("fft_conv", "triton", cases=rows, dtypes=[torch.float32, torch.bfloat16], quick=True)
+"""
 OPERATOR = """
 import torch
 from ssmkernels import fft_conv
@@ -68,9 +82,9 @@ for some in ([0], [1, 2, 3], [4]):  # no gradient is wanted of the others
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", [CUTS_OFF, PARTS, OPERATOR], ids=["cuts off", "parts", "operator"])
+@pytest.mark.parametrize("program", [CUTS_OFF, PARTS, LONG, OPERATOR], ids=["cuts off", "parts", "long", "operator"])
 def test_triton(program, interpret):
-    """On matrix units that cut off what sums of 8 products lose; with sums over sequences in parts; as an operator."""
+    """Matrix units that cut off what sums of 8 products lose; sums in parts; no circle that fits; an operator."""
     interpret(program)
 
 
@@ -84,7 +98,10 @@ def test_what_triton_cannot_do(randn, monkeypatch):
         return triton.unsupported(OPS["fft_conv"].declared.Arguments(**a))
 
     monkeypatch.setattr(triton, "wrong_device", lambda a: None)
-    assert why(4096, 4097) is why(8000, 193) is why(8000, 1, 192) is None
-    assert why(4097, 4097) == why(8000, 194) == why(8000, 1, 193) == "a circle of more than 8192 points"
-    assert "packed" in why(4097, 4097, cu_seqlens=torch.tensor([0, 1, 4097]))
+    assert why(4096, 4097) is why(16384, 16384) is None
     assert why(5, 5, dtype=torch.float64) == "float64"
+    call = OPS["fft_conv"].declared.Arguments(torch.empty(1, 20000, 1), randn(1, 16385), None, None, None, None)
+    assert "more than 16384 taps" in triton.slow(call)
+    assert "more than 16384 taps" in triton.slow(call._replace(kernel=call.kernel[:, 1:], kernel_reverse=randn(1, 1)))
+    assert triton.slow(call._replace(kernel=call.kernel[:, 1:])) is None
+    assert triton.slow(call._replace(u=call.u[:, :16384])) is None

@@ -48,7 +48,7 @@ def rounds(*arguments, **own):
     return run.stdout.split()
 
 
-# Whether the system maps a new block of 24 MiB: glibc does, as long as nobody has changed its thresholds.
+# Whether the system maps a new block: glibc does, as long as nobody has changed its thresholds.
 MAPS = """
 import ctypes
 libc = ctypes.CDLL(None)
@@ -56,9 +56,9 @@ class Info(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd u f o k t".split()]
 libc.mallinfo2.restype = Info
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-def maps():
+def maps(size=24):
     before = libc.mallinfo2().hblkhd
-    assert libc.malloc(24 * 2**20)
+    assert libc.malloc(size * 2**20)
     return libc.mallinfo2().hblkhd > before
 import torch
 assert maps()
@@ -68,17 +68,37 @@ assert native.missing() is None, native.missing()
 x = torch.ones(1, 64, 32)
 ssmkernels.causal_conv1d(x, torch.ones(32, 4), implementation="cpu")
 print(maps(), ssmkernels.keep_memory(), maps())
+from ssmkernels.bench import peak_memory
+peak_memory(lambda: print(maps(200)))  # more than is free
+print(maps(200))
 """
 
 
 @GLIBC
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs mallinfo2, which glibc has since 2.33")
 def test_only_keep_memory_changes_how_the_process_allocates():
-    """Loading the library and calling a kernel do not."""
+    """Loading the library and calling a kernel do not, and blocks are mapped again while memory is measured."""
     command = [sys.executable, "-c", MAPS]
     run = subprocess.run(command, env=untouched(), capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["True", "True", "False"]
+    assert run.stdout.split() == ["True", "True", "False", "True", "False"]
+
+
+def test_the_last_call_to_end_puts_the_settings_back(monkeypatch):
+    """Nested calls, calls that overlap in two threads, and one that fails."""
+    told = []
+    monkeypatch.setattr(memory, "_tunable", lambda: True)
+    monkeypatch.setattr(memory, "_tell", lambda settings: told.append(settings) or True)
+    with memory.blocks_apart():
+        with pytest.raises(KeyError), memory.blocks_apart():
+            raise KeyError
+        assert told == [memory.APART, memory.APART]
+    first, second = memory.blocks_apart(), memory.blocks_apart()
+    for begin_or_end in (first.__enter__, second.__enter__, lambda: first.__exit__(None, None, None)):
+        begin_or_end()
+    assert told[2:] == [memory.USUAL, memory.APART, memory.APART]
+    second.__exit__(None, None, None)
+    assert told[5:] == [memory.USUAL]
 
 
 @GLIBC

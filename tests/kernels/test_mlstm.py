@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from gradients import check_same_with_gradients, leaves
 from implementations import every_implementation
 
-from ssmkernels import mlstm, mlstm_step
+from ssmkernels import mlstm, mlstm_step, native
+from ssmkernels.ops.mlstm import cpu_arguments
 
 TIMED = ("q", "k", "v", "i", "f")
 EVERY = every_implementation("mlstm")
@@ -70,6 +72,19 @@ def test_the_parallel_form_gives_the_same(memory, arguments, randn, sizes):
         return (y, *state)
 
     check_same_with_gradients(ours, parallel, arguments(**sizes), randn)
+
+
+@pytest.mark.skipif(native.missing() is not None, reason="needs the native CPU library")
+def test_large_states_are_saved_more_seldom(arguments, monkeypatch):
+    """And the gradients are the same."""
+    made, gradients = arguments(l=100, b=1), []
+    for most, chunks in ((1.0, 2), (0.0, 4)):
+        monkeypatch.setattr(cpu_arguments, "MOST", most)
+        assert cpu_arguments.segment(SimpleNamespace(**made)) == chunks
+        given = {name: made[name].detach().requires_grad_() for name in TIMED}
+        y = mlstm(**given, implementation="cpu")
+        gradients.append(torch.autograd.grad(y.square().sum(), [*given.values()]))
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
 
 
 @EVERY

@@ -59,7 +59,7 @@ def refusal(spec, arguments):
 
 
 @EVERY
-@settings(max_examples=25, **QUIET)
+@settings(max_examples=15, **QUIET)
 @given(data=st.data())
 def test_a_call_is_right_or_refused(op, data):
     spec = SPECS[op]
@@ -91,7 +91,7 @@ def changed(draw, value):
 
 
 @EVERY
-@settings(max_examples=150, **QUIET)
+@settings(max_examples=100, **QUIET)
 @given(data=st.data())
 def test_a_wrong_argument_is_refused_or_harmless(op, data):
     spec = SPECS[op]

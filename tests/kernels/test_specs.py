@@ -66,10 +66,13 @@ def test_a_spec_is_whole(op):
 @EVERY
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_every_case(op, implementation, dtype):
+    """In the dtypes that few kernels have branches for, every third case; the reference, which has none and which the
+    others are compared with in every dtype, only the base case in others than float32."""
     need(op, implementation)
     rows = [SPECS[op].row(case) for case in SPECS[op].cases()]
-    often = dtype in (torch.float32, torch.bfloat16)
-    report = check(op, implementation, cases=rows if often else rows[::3], dtypes=[dtype], quick=True)
+    few = rows[:1] if implementation == "reference" else rows[::3]
+    whole = dtype == torch.float32 or (dtype == torch.bfloat16 and implementation != "reference")
+    report = check(op, implementation, cases=rows if whole else few, dtypes=[dtype], quick=True)
     assert report.checks, "no case reaches this implementation"
 
 
@@ -87,26 +90,22 @@ def test_gradcheck_of_the_reference(op):
 
 
 def longer(spec):
-    """A row that changes one size along which calls differ from one another."""
+    """A row that changes what differs from call to call: the length, or a single token's batch."""
+    names = {"l", "m", "length", "shape"}
     for row in spec.rows:
-        if (
-            len(row) == 1
-            and row.keys() <= {"l", "m", "length", "d", "p", "v", "shape"}
-            and all(v not in (0, 1) for v in row.values())
-        ):
+        if len(row) == 1 and row.keys() <= names and all(value not in (0, 1) for value in row.values()):
             return row
-    raise AssertionError(f"{spec.op} has no row for another length")
+    base = spec.case({})
+    assert "b" in base, f"{spec.op} has no row for another length"
+    return {"b": base["b"] + 1}
 
 
-@EVERY
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_compiled_is_eager(op, implementation, dynamic):
-    need(op, implementation)
+def compiled_is_eager(op, implementation, rows, **options):
     torch._dynamo.reset()
     spec, gradients = SPECS[op], has_gradients(op, implementation)
     eager = functools.partial(spec.function(), implementation=implementation)
-    compiled = torch.compile(lambda **a: eager(**a), fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for row in ({}, longer(spec)) if dynamic else ({},):
+    compiled = torch.compile(lambda **a: eager(**a), fullgraph=True, **options)
+    for row in rows:
         arguments = spec.inputs(spec.case(row), torch.float32, "cpu", 0)
         again = spec.inputs(spec.case(row), torch.float32, "cpu", 0)
         expected = run(spec, eager, again, gradients=gradients, poison=False)
@@ -114,6 +113,29 @@ def test_compiled_is_eager(op, implementation, dynamic):
         assert found.tensors.keys() == expected.tensors.keys()
         for name, value in expected.tensors.items():
             torch.testing.assert_close(found.tensors[name], value, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def chosen_here(op):
+    return next(name for name in OPS[op].names if not OPS[op].why_not(name))
+
+
+OTHERS = [(op, implementation) for op, implementation in PAIRS if implementation != chosen_here(op)]
+
+
+@pytest.mark.parametrize(("op", "implementation"), OTHERS, ids=map("-".join, OTHERS))
+def test_compiled_is_eager(op, implementation):
+    """One graph, with its gradients. What the compiler then does with the operators, ``test_opcheck`` asks of each.
+
+    The implementation that runs here is compiled by the next test, and at fixed sizes in the mixers that call it.
+    """
+    need(op, implementation)
+    compiled_is_eager(op, implementation, [{}], backend="eager")
+
+
+@pytest.mark.parametrize("op", sorted(OPS))
+def test_compiled_for_any_sizes_is_eager(op):
+    """With the implementation that runs here, and as far as to operators, forward and backward."""
+    compiled_is_eager(op, chosen_here(op), [{}, longer(SPECS[op])], backend="aot_eager", dynamic=True)
 
 
 @EVERY

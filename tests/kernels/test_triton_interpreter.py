@@ -55,6 +55,7 @@ QUANTIZED = [
     {"o": 40, "l": 9, "b": 2},
     {"zeros": False, "bias": False, "group_size": None, "layout": "strided"},
     {"bits": "8", "zeros": False, "k": 33},
+    {"activations": "int8", "group_size": 96, "k": 130},
     {"bits": "same", "zeros": False, "group_size": None, "k": 5},
     {"layout": "far", "o": 2},
 ]
@@ -148,13 +149,15 @@ RECURRENCE = [
     {"layout": "far", "b": 1, "l": 7, "d": 2},
 ]
 LINEAR_ATTENTION = [
-    {"l": 18, "b": 1, "h": 2, "g": 1},
+    {"l": 18, "b": 1, "h": 2, "g": 1, "k": 3, "v": 2},  # two parts of a chunk
     {"l": 0},
-    {"l": 2, "bonus": True, "layout": "strided"},
-    {"l": 2, "decay": "head", "bonus": True, "b": 1},
-    {"l": 2, "decay": "token", "state": False, "off": 0.3},
-    {"l": 2, "decay": "", "k": 33, "v": 70, "h": 1, "g": 1, "b": 1},  # several tiles
-    {"l": 68, "b": 1, "h": 1, "g": 1, "packed": True, "k": 2},  # several chunks
+    {"l": 18, "b": 1, "h": 1, "g": 1, "k": 3, "v": 2, "bonus": True, "layout": "strided"},
+    {"l": 2, "decay": "head", "bonus": True, "b": 1, "h": 2, "g": 1},
+    {"l": 2, "decay": "", "bonus": True, "state": False, "b": 1, "h": 1, "g": 1},
+    {"l": 2, "decay": "token", "state": False, "off": 0.3, "b": 1},
+    {"l": 2, "decay": "", "h": 2, "g": 2, "b": 1, "scale": 0.3},
+    {"l": 2, "k": 33, "v": 35, "h": 1, "g": 1, "b": 1},  # several tiles
+    {"l": 40, "b": 1, "h": 1, "g": 1, "packed": True, "k": 2, "v": 2, "off": 0.1},  # several chunks
     {"l": 3, "h": 2, "g": 1, "b": 1, "layout": "far"},
 ]
 DELTA = [
@@ -179,7 +182,7 @@ SSD = [
 MLSTM = [
     {"l": 34, "h": 2, "b": 1},  # several chunks
     {"l": 0},
-    {"l": 3, "h": 1, "state": False, "scale": -0.3},
+    {"l": 3, "h": 1, "state": False, "scale": -0.3, "i": (30.0, 30.5), "f": (-30.5, -30.0)},
     {"l": 2, "k": 33, "v": 17, "h": 1, "b": 1},  # several tiles
     {"l": 34, "h": 1, "b": 1, "packed": True},
     {"l": 20, "h": 1, "b": 1, "far": 100.0},
@@ -216,13 +219,14 @@ COMPLEX_STEP = {"complex": True, "decay": "complex", "log": True, "d": 70}
 
 # All rows in float32; in bfloat16 those that reach what depends on the dtype; in the others one of these.
 RULE = [
-    {"l": 5, "h": 1},
+    {"l": 5, "h": 1, "b": 1, "k": 2, "v": 2},
     {"l": 0},
-    {"decay": None, "state": False, "l": 3, "h": 1},
-    {"b": 1, "l": 34, "h": 1, "k": 2, "v": 2},  # beyond a segment
-    {"b": 1, "packed": True, "l": 21, "h": 1, "k": 3},
-    {"b": 1, "l": 3, "h": 1, "k": 80, "v": 65},  # several blocks of values
-    {"layout": "strided", "l": 3},
+    {"decay": None, "state": False, "l": 3, "h": 1, "b": 1},
+    {"b": 1, "l": 18, "h": 1, "k": 2, "v": 2, "resets": True},  # several chunks
+    {"b": 1, "packed": True, "l": 9, "h": 1, "k": 3, "v": 2},
+    {"b": 1, "l": 2, "h": 1, "k": 65, "v": 17},  # several blocks of keys and values
+    {"b": 1, "l": 2, "h": 1, "k": 130, "v": 17},  # token after token
+    {"layout": "strided", "b": 1, "l": 3, "h": 2, "k": 3, "v": 2},
     {"layout": "far", "b": 1, "l": 3, "h": 1},
 ]
 CASES = [
@@ -255,7 +259,7 @@ CASES = [
     ("linear_attention_step", "float32", [{"bonus": True}, {"decay": "token", "layout": "far"}, {"decay": "head"}]),
     ("linear_attention_step", "bfloat16,float16,float64", [{}]),
     ("generalized_delta_rule", "float32", RULE),
-    ("generalized_delta_rule", "bfloat16,float16,float64", RULE[:1]),
+    ("generalized_delta_rule", "bfloat16,float16,float64", [{"l": 2, "h": 1, "b": 1}]),
     ("generalized_delta_rule_step", "float32,bfloat16", [{}, {"decay": None, "layout": "strided"}]),
     ("linear_recurrence", "float32", RECURRENCE),
     ("linear_recurrence", "bfloat16,float16,float64", RECURRENCE[-2:-1]),
@@ -272,7 +276,7 @@ CASES = [
     ),
     ("rglru_gates", "bfloat16,float64", [{"l": 70, "b": 1, "h": 1, "decay": 0.5}]),
     ("quantized_linear", "float32", QUANTIZED),
-    ("quantized_linear", "bfloat16", [QUANTIZED[0], QUANTIZED[2] | {"weights": "float32"}, QUANTIZED[3]]),
+    ("quantized_linear", "bfloat16", [QUANTIZED[0], QUANTIZED[2] | {"weights": "float32"}, *QUANTIZED[3:5]]),
     ("mlstm", "float32", MLSTM),
     ("mlstm", "bfloat16,float16", [{"l": 18, "h": 2, "b": 1}]),
     ("mlstm_step", "float32", [{"k": 64, "v": 128, "b": 1, "h": 2}, {"layout": "far"}]),

@@ -1,8 +1,8 @@
 """Every Triton kernel compiles for chips that are not there, spills nothing, and its shared memory fits.
 
-Every case is compiled for the H100 and H200, and for one of the other chips; each op for all of them.
-``SSMZOO_CHIPS=all`` compiles each case for each chip, in twice the time. What was compiled stays in ``build/triton`` by
-Triton's own digest of the kernel's source, its options and the compiler: only what has changed is compiled again.
+Every case is compiled for one of the chips, and every op for all of them. ``SSMZOO_CHIPS=all`` compiles each case for
+each chip, in four times the time. What was compiled stays in ``build/triton`` by Triton's own digest of the kernel's
+source, its options and the compiler: only what has changed is compiled again.
 """
 
 from __future__ import annotations
@@ -49,13 +49,12 @@ print(f"{found} kernels")
 """
 
 
-MAIN = "sm_90"
 CACHE = Path(__file__).parents[2] / "build" / "triton"
 KEPT = 30 * 24 * 3600  # seconds for which a compiled kernel stays
 
 
 def spread(names):
-    """By chip, the numbers of the cases to compile for it: all for sm_90, and each for one of the others.
+    """By chip, the numbers of the cases to compile for it: each case for one of them, and some of each op for all.
 
     Consecutive cases of an op are for consecutive chips, and each op begins with another chip than the one before it.
     """
@@ -63,8 +62,6 @@ def spread(names):
     if os.environ.get("SSMZOO_CHIPS") == "all":
         return {chip: set(range(len(names))) for chip in chips}
     found = {chip: set() for chip in chips}
-    found[MAIN] = set(range(len(names)))
-    chips.remove(MAIN)
     by_op = itertools.groupby(enumerate(names), lambda case: case[1].partition(":")[0])
     for first, (_, cases) in enumerate(by_op):
         numbers = [number for number, _ in cases]
@@ -90,9 +87,8 @@ def test_each_case_has_a_chip_and_each_op_has_all(names, monkeypatch):
     monkeypatch.delenv("SSMZOO_CHIPS", raising=False)
     found = spread(names)
     assert set().union(*found.values()) == set(range(len(names)))
-    assert found.pop(MAIN) == set(range(len(names)))
     for numbers in found.values():
-        assert len(numbers) <= len(names) // 2
+        assert len(numbers) <= len(names) // 3
         assert {names[i].partition(":")[0] for i in numbers} == {name.partition(":")[0] for name in names}
     monkeypatch.setenv("SSMZOO_CHIPS", "all")
     assert all(numbers == set(range(len(names))) for numbers in spread(names).values())

@@ -93,5 +93,15 @@ int main() {
     printf("waited for less than it worked: shared %d\n", worth.shared(now()));
     worth.waited(1000000, 1100000, now());
     printf("waited for longer: shared %d\n", worth.shared(now()));
+    worth.forget();
+    for (int i = 0; i < 4; ++i) worth.saved(1000000, 4, 8);  // four milliseconds
+    for (int i = 0; i < 2; ++i) worth.waited(1000000, 3000000, now());
+    printf("waited for longer than others saved: shared %d\n", worth.shared(now()));
+    worth.forget();
+    for (int i = 0; i < 100; ++i) worth.saved(1000000, 4, 8);  // of which ten count
+    for (int i = 0; i < 3; ++i) worth.waited(1000000, 3000000, now());
+    printf("waited for less than others saved: shared %d\n", worth.shared(now()));
+    worth.waited(1000000, 3000000, now());
+    printf("and for longer: shared %d\n", worth.shared(now()));
     return 0;
 }

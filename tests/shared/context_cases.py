@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 from typing import Any
 
 import torch
@@ -14,7 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import ssmzoo
+from ssmkernels import attention
+from ssmkernels.core.crossing import crossing
 from ssmzoo import parallel
+from ssmzoo.parallel.cut import Cut
+from ssmzoo.parallel.line import Line
+from ssmzoo.parallel.parts import Parts
 
 TOLERANCE = 1e-9  # of the largest value, in float64
 
@@ -179,6 +186,9 @@ def disagrees(group: dist.ProcessGroup, case: str) -> str:
         "no borders": {"cu_seqlens": None},
         "last_only": {"last_only": True},
         "state": {"state": cut.initial_state(2)},
+        "state of three": {"state": cut.initial_state(3)},
+        "no state": {"state": 1},
+        "types": {"token_types": ids[:, :3]},
         "gradients": {},
     }
     try:
@@ -202,6 +212,15 @@ def sums_gradients(group: dist.ProcessGroup, lengths: list[int]) -> None:
     found = gradients(cut)
     for name, grad in gradients(whole).items():
         close(f"gradient of {name}", found[name], grad)
+
+
+def leaves_nothing(group: dist.ProcessGroup, config: dict[str, Any], how: str | None) -> int:
+    """How many calls are still known after their backward passes are over."""
+    model = parallel.context(ssmzoo.build(config), group, how=how)
+    for _ in range(2):
+        model(torch.zeros(1, 4, dtype=torch.int64)).sum().backward()
+    gc.collect()
+    return sum(isinstance(each, Parts) for each in gc.get_objects())
 
 
 def half_precision(group: dist.ProcessGroup, name: str, options: dict[str, Any], lengths: list[int]) -> None:
@@ -228,6 +247,17 @@ def checkpoints(group: dist.ProcessGroup) -> str:
     try:
         y.sum().backward()
     except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def twice_differentiated(group: dist.ProcessGroup) -> str:
+    """The error of a backward pass that should be differentiated itself."""
+    layer = mixer("mamba", {"d_state": 3})
+    y = parallel.context(layer, group)(torch.randn(1, 3, 16, dtype=torch.float64))
+    try:
+        torch.autograd.grad(y.sum(), list(layer.parameters()), create_graph=True)
+    except ValueError as error:
         return str(error)
     return ""
 
@@ -287,3 +317,133 @@ def beside_sharding(group: dist.ProcessGroup, config: dict[str, Any]) -> None:
     (group.size() * (y * weight[part]).sum()).backward()  # FSDP takes the mean too
     for (name, parameter), grad in zip(cut.named_parameters(), gradients(whole).values(), strict=True):
         close(f"gradient of {name}", parameter.grad.full_tensor(), grad)
+
+
+def attends(
+    group: dist.ProcessGroup, how: str | None, options: dict[str, Any], lengths: list[int], borders: list[int] | None
+) -> str:
+    """Attention over cuts against one process: outputs, log-sum-exp and every gradient. Returns the way it took.
+
+    Args:
+        options: of attention; ``h_kv`` are heads of keys, ``per_head`` names arguments of one number for each head.
+    """
+    torch.manual_seed(0)
+    h, batch, given = 12, 2 if borders is None else 1, dict(options)
+    h_kv, per_head = given.pop("h_kv", h), given.pop("per_head", ())
+    sizes = {"q": (h, 4), "k": (h_kv, 4), "v": (h_kv, 3)}
+    whole = {name: torch.randn(batch, sum(lengths), *size, dtype=torch.float64) for name, size in sizes.items()}
+    leaves = whole | {name: torch.rand(h, dtype=torch.float64) for name in per_head}
+    mine = {name: t[:, here(group, lengths)] if name in sizes else t for name, t in leaves.items()}
+    leaves, mine = ({name: t.clone().requires_grad_() for name, t in each.items()} for each in (leaves, mine))
+    cu_seqlens = None if borders is None else torch.tensor(borders, dtype=torch.int32)
+    expected, sums = attention(**leaves, **given, cu_seqlens=cu_seqlens, return_lse=True)
+    weights = weight_of(expected), weight_of(sums)
+    ((expected * weights[0]).sum() + (sums * weights[1]).sum()).backward()
+
+    cpu, rank = torch.device("cpu"), group.rank()
+    cut = Cut.of_batch(rank, lengths, 2, cpu) if borders is None else Cut.of_packed(rank, lengths, borders, cpu)
+    parts = Parts(cut, Line(group), False, False, how, {})
+    flat = {name: t.flatten(0, 1)[None] if name in sizes else t for name, t in mine.items()}
+    with crossing(parts):
+        out, lse = attention(**flat, **given, cu_seqlens=cut.cu_seqlens, return_lse=True)
+    out, lse = parts.line.close(out, None).view(batch, -1, h, 3), lse.view(h, batch, -1).transpose(0, 1)
+    weights = weights[0][:, here(group, lengths)], weights[1][..., here(group, lengths)]
+    ((out * weights[0]).sum() + (lse * weights[1]).sum()).backward()
+    close("output", out, expected[:, here(group, lengths)])
+    close("log-sum-exp", lse, sums[..., here(group, lengths)])
+    for name, t in mine.items():
+        if name in sizes:
+            close(f"gradient of {name}", t.grad, leaves[name].grad[:, here(group, lengths)])
+        else:
+            dist.all_reduce(t.grad, group=group)
+            close(f"gradient of {name}", t.grad, leaves[name].grad)
+    return parts.steps[0].how
+
+
+def checkpoints_blocks(group: dist.ProcessGroup, config: dict[str, Any], lengths: list[int], how: str | None) -> None:
+    """Blocks that are computed again in the backward pass: gradients as without, and nothing sent meanwhile."""
+    torch.manual_seed(0)
+    whole = ssmzoo.build(config).double()
+    cut = copy.deepcopy(whole)
+    for block in cut.blocks:
+        block.forward = functools.partial(
+            checkpoint, block.forward, use_reentrant=False, context_fn=parallel.checkpoint_contexts
+        )
+    ids = torch.randint(0, whole.config.vocab_size, (2, sum(lengths)))
+    part = ids[:, here(group, lengths)]
+    for model in (whole, cut):
+        with Sent() as sent:
+            y = parallel.context(model, group, how=how)(part)
+            (y * weight_of(y)).sum().backward()
+        if model is whole:
+            expected = sent.bytes
+    assert sent.bytes == expected
+    found = gradients(cut)
+    for name, grad in gradients(whole).items():
+        close(f"gradient of {name}", found[name], grad)
+
+
+def sends_as_told(
+    group: dist.ProcessGroup, config: dict[str, Any], lengths: list[int], borders: list[int] | None, how: str | None
+) -> list[str]:
+    """The bytes of a forward and a backward pass are those of the steps that are explained, whose texts it returns."""
+    torch.manual_seed(0)
+    model = parallel.context(ssmzoo.build(config), group, how=how)
+    cu_seqlens = None if borders is None else torch.tensor(borders, dtype=torch.int32)
+    part = torch.randint(0, 8, (2 if borders is None else 1, lengths[group.rank()]))
+    steps = model.explain(part, cu_seqlens=cu_seqlens)
+    told = parallel.traffic(steps)
+    with Sent() as sent:
+        y = model(part, cu_seqlens=cu_seqlens)
+    assert sent.bytes == sum(of_layer.sent for of_layer in told.values()), f"forward: {sent.bytes}; {told}"
+    with Sent() as sent:
+        y.float().sum().backward()
+    assert sent.bytes == sum(of_layer.returned for of_layer in told.values()), f"backward: {sent.bytes}; {told}"
+    return [str(step) for step in steps]
+
+
+COLLECTIVES = ("all_gather", "all_to_all", "all_to_all_single", "all_reduce", "broadcast", "send", "batch_isend_irecv")
+
+
+class Sent:
+    """Within, the bytes that this process sends to others are counted, as :class:`ssmzoo.parallel.Traffic` counts."""
+
+    def __enter__(self) -> Sent:
+        self.bytes, self.kept = 0, {}
+        for name in (
+            "all_gather",
+            "all_to_all",
+            "all_to_all_single",
+            "all_reduce",
+            "broadcast",
+            "send",
+            "batch_isend_irecv",
+        ):
+            self.kept[name] = getattr(dist, name)
+            setattr(dist, name, functools.partial(self._call, name))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name, function in self.kept.items():
+            setattr(dist, name, function)
+
+    def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        group = args[0][0].group if name == "batch_isend_irecv" else kwargs["group"]
+        rank, ranks = group.rank(), group.size()
+        if name == "all_gather":
+            count = (ranks - 1) * args[1].nbytes
+        elif name == "all_to_all":
+            count = sum(x.nbytes for r, x in enumerate(args[1]) if r != rank)
+        elif name == "all_to_all_single":
+            _, x, _, sends = args
+            count = sum(n for r, n in enumerate(sends) if r != rank) * (x.nbytes // max(1, len(x)))
+        elif name == "all_reduce":
+            count = 2 * (ranks - 1) * args[0].nbytes // ranks
+        elif name == "batch_isend_irecv":
+            count = sum(call.tensor.nbytes for call in args[0] if call.op is dist.isend)
+        elif name == "broadcast":
+            count = (ranks - 1) * args[0].nbytes * (dist.get_global_rank(group, rank) == args[1])
+        else:
+            count = args[0].nbytes
+        self.bytes += count
+        return self.kept[name](*args, **kwargs)

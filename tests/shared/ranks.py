@@ -67,7 +67,7 @@ def _work(connection: Connection, store: Path, rank: int, most: int) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=120)
+    timeout = datetime.timedelta(seconds=300)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=most, timeout=timeout)
     groups = {n: dist.new_group(list(range(n)), timeout=timeout) for n in range(1, most + 1)}
     while True:

@@ -69,7 +69,7 @@ def main(rank: int, size: int, file: str) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     store = dist.FileStore(file, size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=300))
     mesh = init_device_mesh("cpu", (size,))
     for mixer in MIXERS:
         for fault in check(mixer, mesh):

@@ -13,7 +13,7 @@ import torch
 from parity import close, randomise
 
 from ssmkernels import compat
-from ssmzoo.integrations.transformers import accelerate, lookups
+from ssmzoo.integrations.transformers import accelerate, functions, layers, lookups
 from ssmzoo.integrations.transformers.functions import selective_scan_fn
 from ssmzoo.integrations.transformers.imports import loaded
 from ssmzoo.integrations.transformers.lookups import lookups_of, published
@@ -21,6 +21,7 @@ from ssmzoo.integrations.transformers.methods import METHODS
 from ssmzoo.integrations.transformers.scope import Scope, entered
 
 transformers = pytest.importorskip("transformers", reason="needs transformers, whose models run here")
+GradientCheckpointingLayer = pytest.importorskip("transformers.modeling_layers").GradientCheckpointingLayer
 pytestmark = pytest.mark.mixer()
 
 SIZES = {"num_hidden_layers": 2, "vocab_size": 50, "hidden_size": 24}
@@ -147,6 +148,66 @@ MODELS |= {
     "rwkv": ("Rwkv", SIZES | {"attention_hidden_size": 24, "intermediate_size": 28, "rescale_every": 0}),
     "xlstm": ("xLSTM", SIZES | {"hidden_size": 128, "num_heads": 4, "chunk_size": 8}),
 }
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 10}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+LOCAL = HEADS | {
+    "head_dim": 6,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 6,
+    "sliding_window_size": 32,
+    "d_rel": 4,
+    "rel_extent": 16,
+    "log_scaling_n_floor": 64,
+    "n_routed_experts": 4,
+}
+SHARED = DELTA | EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 10}
+del SHARED["intermediate_size"]
+MODELS |= {
+    "lfm2_moe": (
+        "Lfm2Moe",
+        SIZES
+        | {**HEADS, **EXPERTS, "intermediate_size": 28, "num_experts": 4, "num_dense_layers": 1}
+        | {"layer_types": ["conv", "full_attention"]},
+    ),
+    "qwen3_5_moe": ("Qwen3_5Moe", SHARED),
+    "qwen4_exp": (
+        "Qwen4Exp",
+        SHARED
+        | {"hc_count": 2, "hc_lowrank": 4, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8}
+        | {"indexer_budget": 8, "indexer_compress_ratio": 2},
+    ),
+    "bailing_hybrid": (
+        "BailingHybrid",
+        MODELS["kimi_linear"][1]
+        | {**EXPERTS, "mlp_layer_types": ["dense", "sparse"], "num_local_experts": 4, "n_group": 1, "topk_group": 1}
+        | {"head_dim": 6},
+    ),
+    "inkling": (
+        "Inkling",
+        {**SIZES, **LOCAL, **EXPERTS, **NO_TOKENS, "intermediate_size": 28, "mlp_layer_types": ["dense", "sparse"]},
+    ),
+    "inkling2": ("Inkling2", {**SIZES, **LOCAL, **EXPERTS, **NO_TOKENS, "unpadded_vocab_size": 50}),
+}
+# Those that see as well, and have no class for text alone: options of the text's config, and of the vision's.
+SEEING = {
+    "glm5_next": {
+        "depth": 1,
+        "hidden_size": 8,
+        "num_heads": 1,
+        "out_hidden_size": 24,
+        "intermediate_size": 8,
+        "projection_intermediate_size": 8,
+        "image_size": 28,
+    }
+}
+MODELS["glm5_next"] = (
+    "Glm5Next",
+    MODELS["kimi_linear"][1]
+    | {**EXPERTS, "mlp_layer_types": ["dense", "sparse"], "n_routed_experts": 4, "num_attention_heads": 4}
+    | {"num_key_value_heads": 4, "qk_rope_head_dim": 0, "q_lora_rank": 8, "hc_mult": 2, "hc_sinkhorn_iters": 3}
+    | {"index_topk": 64, "index_head_dim": 8, "index_n_heads": 2, "index_kpool": 2},
+)
 OTHERS = ("recurrent_gemma", "rwkv", "xlstm")  # with states of other kinds than transformers' caches
 CACHED = sorted(set(MODELS) - set(OTHERS))
 ALONE = ("mamba", "falcon_mamba", "mamba2")  # without attention
@@ -156,10 +217,17 @@ EVERY = pytest.mark.parametrize("family", MODELS)
 def made(family):
     torch.manual_seed(4)
     kind, options = MODELS[family]
+    if not hasattr(transformers, f"{kind}Config"):
+        pytest.skip(f"needs a transformers that has {kind}")
     text = getattr(transformers, f"{kind}TextConfig", None)  # of models that see as well
-    config = (text or getattr(transformers, f"{kind}Config"))(**options)
-    config._experts_implementation = "eager"
-    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    if family in SEEING:
+        config = getattr(transformers, f"{kind}Config")(text_config=options, vision_config=SEEING[family])
+        config.text_config._experts_implementation = "eager"
+        model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+    else:
+        config = (text or getattr(transformers, f"{kind}Config"))(**options)
+        config._experts_implementation = "eager"
+        model = getattr(transformers, f"{kind}ForCausalLM")(config)
     randomise(model)
     return model.eval()
 
@@ -170,12 +238,14 @@ def modeling(family):
 
 @contextlib.contextmanager
 def only_ours(family):
-    """Accelerated, while transformers' own functions that ours stand for raise."""
+    """Accelerated, for small states too, while transformers' own functions that ours stand for raise."""
 
     def never(*args, **kwargs):
         raise AssertionError("transformers' own function ran")
 
-    with accelerate(family) as running:
+    with pytest.MonkeyPatch.context() as patch, accelerate(family) as running:
+        patch.setattr(functions, "FEW", dict.fromkeys(functions.FEW, 0))
+        patch.setattr(layers, "FEW", 0)
         ours = {row.function for row in running.rows if not row.why}
         cells = [lookup.cells["torch_function"] for lookup in lookups_of(modeling(family)) if lookup.function in ours]
         assert cells or family in METHODS
@@ -203,15 +273,25 @@ def logits_and_gradients(model, ids, **options):
 @pytest.mark.parametrize("how", ["plain", "padded", "training, checkpointed"])
 def test_logits_and_gradients(family, how):
     model, ids, options = made(family), torch.randint(1, 50, (2, 19)), {}
+    calls: list[str] = []
+    for name, module in model.named_modules():
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, GradientCheckpointingLayer):
+            module.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
     if how == "padded":
         options["attention_mask"] = torch.ones(2, 19, dtype=torch.long)
         options["attention_mask"][0, :4] = 0
     expected, gradients = logits_and_gradients(model, ids, **options)
+    once = sorted(calls)
+    calls.clear()
     if how.startswith("training"):
         model.train()
         model.gradient_checkpointing_enable({"use_reentrant": False})
     with only_ours(family):
         found, others = logits_and_gradients(model, ids, **options)
+    times = 2 if how.startswith("training") else 1  # what is checkpointed is computed again for the gradients
+    assert set(calls) == set(once)
+    assert len(calls) == times * len(once)
     kept = options["attention_mask"].bool() if options else slice(None)
     close("the logits", found[kept], expected[kept])
     assert set(others) == set(gradients)
@@ -219,8 +299,9 @@ def test_logits_and_gradients(family, how):
         close(f"the gradient of {name}", others[name], gradient)
 
 
-# transformers' own xLSTM mixes dtypes that PyTorch cannot multiply
-DTYPES = [(f, d) for f in MODELS for d in (torch.float64, torch.bfloat16) if (f, d) != ("xlstm", torch.bfloat16)]
+# transformers' own xLSTM and Inkling 2 mix dtypes that PyTorch cannot multiply
+MIXED = {("xlstm", torch.bfloat16), ("inkling2", torch.bfloat16), ("inkling2", torch.float64)}
+DTYPES = [(f, d) for f in MODELS for d in (torch.float64, torch.bfloat16) if (f, d) not in MIXED]
 
 
 @torch.no_grad()
@@ -249,7 +330,7 @@ def test_prefill_further_tokens_and_single_ones(family):
                 out = model(ids[:, start:end], use_cache=True, cache_params=cache)
                 cache = out.cache_params
             else:  # with positions, as Bamba counts them anew in each call
-                positions = torch.arange(start, end)[None]
+                positions = torch.arange(start, end).repeat(2, 1)
                 out = model(ids[:, start:end], use_cache=True, past_key_values=cache, position_ids=positions)
                 cache = out.past_key_values
             close(f"tokens {start} to {end}", out.logits, expected[:, start:end])
@@ -269,7 +350,47 @@ def test_generate(family):
         assert torch.equal(beams, model.generate(ids, num_beams=3, **options))
 
 
-PACKS = sorted(set(MODELS) - {*OTHERS, "lfm2", "minimax"})
+def test_single_tokens_with_small_states_are_transformers_own(monkeypatch):
+    def fused_recurrent_kda(query, key, initial_state=None, cu_seqlens=None):
+        return "ours"
+
+    def own(query, key, initial_state, more=3):
+        return "own"
+
+    monkeypatch.setitem(functions.FEW, "fused_recurrent_kda", 12)
+    step = functions.Supplied(fused_recurrent_kda, "delta_rule_step", (2, "initial_state")).over(own)
+    x, small, large = torch.ones(1), torch.ones(3, 4), torch.ones(13)
+    assert step(x, x, small) == step(x, key=x, initial_state=small, cu_seqlens=None) == "own"
+    assert step(x, x, large) == step(x, x, initial_state=None) == "ours"
+    assert step(x, x, small, cu_seqlens=torch.tensor([0, 1])) == "ours"
+    assert step(x.double(), x, small) == step(x, x.bfloat16(), initial_state=small) == "ours"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["jamba", "kimi_linear", "minimax"])
+def test_generate_with_small_states(family):
+    model, ids = made(family), torch.randint(1, 50, (2, 7))
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = model.generate(ids, **options)
+    with accelerate(family):
+        assert torch.equal(model.generate(ids, **options), expected)
+
+
+def test_xlstm_trains_while_it_fills_a_cache():
+    """Its model writes the states in place, which the gradients of ours must not see."""
+    model, ids = made("xlstm").train(), torch.randint(1, 50, (2, 19))
+    expected, gradients = logits_and_gradients(model, ids)
+    model.zero_grad()
+    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(3))
+    with only_ours("xlstm"):
+        logits = model(ids, use_cache=True).logits
+        (logits * weight).sum().backward()
+    close("the logits", logits.detach(), expected)
+    for name, gradient in gradients.items():
+        close(f"the gradient of {name}", model.get_parameter(name).grad, gradient)
+
+
+PACKS = sorted(set(MODELS) - {*OTHERS, "lfm2", "lfm2_moe", "inkling", "inkling2", "glm5_next", "minimax"})
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -288,7 +409,7 @@ def test_packed_sequences_train(family, checkpointed):
     if family not in ALONE:
         options["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None]
     if "fla" in {package for _, package in published()[family]}:
-        name = "cu_seqlens" if family == "kimi_linear" else "cu_seq_lens_q"  # as each hands it on
+        name = "cu_seqlens" if family in ("kimi_linear", "bailing_hybrid") else "cu_seq_lens_q"  # as each hands it on
         options[name] = torch.tensor([0, 5, 6, 17], dtype=torch.int32)
     if family == "granitemoehybrid":  # whose attention looks at no positions
         blocks = torch.block_diag(*(torch.ones(n, n) for n in lengths)).tril().bool()

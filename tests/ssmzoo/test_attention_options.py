@@ -265,7 +265,7 @@ class TestTogether:
     def test_compiles_with_a_state(self, options):
         mixer = make(**options)
         torch._dynamo.reset()
-        compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(mixer, fullgraph=True, backend="eager")
         x = inputs(2, 22)
         state, outputs = mixer.initial_state(2, 64), []
         for piece in x.split([5, 1, 1, FEW + 6, 1], dim=1):

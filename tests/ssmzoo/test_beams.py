@@ -13,6 +13,8 @@ import ssmzoo
 from ssmzoo import pretrained
 from ssmzoo.commands import generate as command
 from ssmzoo.commands.generate import Shown
+from ssmzoo.decoding import decoder
+from ssmzoo.generate import beams
 
 VOCAB = 7
 
@@ -72,9 +74,46 @@ def test_beams_are_those_of_transformers():
         assert ours.generate(ids, 6, num_beams=3, eos_id=[7, 9]).tolist() == expected.tolist()
 
 
+def test_a_token_of_all_beams_keeps_its_calls(monkeypatch):
+    """From the second token on they are made together, by one program."""
+    made = []
+
+    class Counted(decoder.Program):
+        def __init__(self, *args):
+            made.append(self)
+            super().__init__(*args)
+
+    model = build("mamba", n_layers=2)
+    prompts = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    expected = model.generate(prompts, 12, num_beams=3)
+    monkeypatch.setattr(decoder, "Program", Counted)
+    assert torch.equal(model.generate(prompts, 12, num_beams=3), expected)
+    assert len(made) == 1
+    monkeypatch.setattr(beams, "reordered", lambda state, rows: state.select(rows))  # memory of its own each time
+    assert torch.equal(model.generate(prompts, 12, num_beams=3), expected)
+
+
+@pytest.mark.parametrize("pattern", ["mamba", "attention", "lstm", "mlstm"])
+def test_reordered_states(pattern):
+    model = build(pattern)
+    _, state = model(torch.tensor([[1, 2], [3, 4], [5, 6]]), model.initial_state(3))
+    for rows in ([2, 0, 0], [0, 1, 2]):
+        expected = [t.clone() for t in state.select(rows).tensors()]
+        found = beams.reordered(state.clone(), rows)
+        assert all(map(torch.equal, found.tensors(), expected))
+
+
 def test_beams_refuse_what_draws():
     model = build()
-    for options in ({"top_k": 2}, {"temperature": 0.5}, {"seed": 1}, {"stream": print}, {"repetition_penalty": 2.0}):
+    for options in (
+        {"top_k": 2},
+        {"temperature": 0.5},
+        {"seed": 1},
+        {"stream": print},
+        {"repetition_penalty": 2.0},
+        {"presence_penalty": 1},
+        {"logit_bias": {1: 1}},
+    ):
         with pytest.raises(ValueError, match=f"goes without `{next(iter(options))}`"):
             model.generate([[1]], 2, num_beams=2, **options)
     with pytest.raises(ValueError, match="`num_beams` must be an int from 1"):

@@ -12,7 +12,7 @@ import torch
 
 import ssmzoo
 from ssmkernels import bench
-from ssmzoo.bench import busy, mixers, models, products, session, units
+from ssmzoo.bench import busy, context, mixers, models, products, quantized, ranks, session, units
 from ssmzoo.bench import peers as other
 from ssmzoo.bench.record import MEASURED, Log, Machine
 
@@ -35,6 +35,12 @@ def run(ssmzoo_command, monkeypatch):
     monkeypatch.setattr("ssmzoo.commands.bench.QUICK_SECONDS", 1e-4)
 
     return functools.partial(ssmzoo_command, "bench")
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Mixers are timed without the check before: what it says of each, other tests ask, and the first of these once."""
+    monkeypatch.setattr(mixers, "check_mixer", lambda mixer: None)
 
 
 def read(folder):
@@ -77,11 +83,15 @@ def test_a_mixer_from_end_to_end(run, tmp_path):
     assert (tmp_path / "mixers.png").exists()
 
 
-@pytest.mark.parametrize("option", ["", "s4.bidirectional=true", "s4.channels=2"])
-def test_the_convolution_belongs_to_the_limit_of_s4(option, run, tmp_path):
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("names", "option"),
+    [("s4 s4d", ""), ("s4 s4d", "s4.bidirectional=true"), ("s4 s4d", "s4.channels=2"), ("hyena h3", "h3.head_dim=2")],
+)
+def test_long_convolutions_belong_to_the_limit(names, option, run, tmp_path):
     told = ("--set", option) if option else ()
     small = ("--set", "d_model=64", "--set", "length=9", *told)
-    status, _, _ = run("mixers", "--only", "s4", "s4d", "--quick", "--no-peers", *small, "--out", str(tmp_path))
+    status, _, _ = run("mixers", "--only", *names.split(), "--quick", "--no-peers", *small, "--out", str(tmp_path))
     assert status == 0
     rows = read(tmp_path)
     assert len(rows) == 8
@@ -89,6 +99,7 @@ def test_the_convolution_belongs_to_the_limit_of_s4(option, run, tmp_path):
     assert all(float(row["ratio_to_limit"]) > 0 for row in rows)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_how_things_scale_from_end_to_end(run, tmp_path, monkeypatch):
     monkeypatch.setattr("ssmkernels.bench.scaling.resident_memory", lambda *_, **__: (3 * 2**20, 2**20))
     small = ("--set", "d=8", "--set", "l=16", "--set", "d_model=64", "--set", "length=8")
@@ -107,6 +118,7 @@ def test_how_things_scale_from_end_to_end(run, tmp_path, monkeypatch):
     assert (tmp_path / "scaling-growth.png").stat().st_size > 1000
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_threads_beside_busy_processes_from_end_to_end(run, tmp_path, monkeypatch):
     monkeypatch.setattr(busy, "SAMPLE", 1e-3)
     started = []
@@ -148,6 +160,61 @@ def test_threads_beside_busy_processes_from_end_to_end(run, tmp_path, monkeypatc
     assert (tmp_path / "busy.png").stat().st_size > 1000
 
 
+def test_sequences_over_processes_from_end_to_end(run, tmp_path):
+    small = ("--set", "d_model=64", "--set", "length=256", "--quick")
+    status, _, _ = run("context", *small, "--out", str(tmp_path), "--only", "mamba2", "million-mamba")
+    assert status == 0
+    rows = read(tmp_path)
+    one, apart, each, cut, million = rows
+    assert {row["kind"] for row in rows} == {"context"}
+    assert [row["implementation"] for row in rows] == [
+        *(context.ONE, context.APART, context.EACH, context.CUT),
+        "4 processes",
+    ]
+    assert float(one["limit_s"]) == float(one["median_s"]) == float(each["limit_s"]) == 2 * float(cut["limit_s"])
+    assert float(cut["note"].split()[0]) == pytest.approx(
+        float(apart["median_s"]) / 2 / float(cut["median_s"]), abs=0.01
+    )
+    assert each["note"].endswith("of the rate of two processes apart")
+    assert int(million["resident_bytes"]) > 0
+    assert "of one alone" in million["note"]
+    assert (tmp_path / "context.png").stat().st_size > 1000
+
+
+def test_a_process_that_fails_ends_the_others():
+    with pytest.raises(RuntimeError, match="process 0: (?s:.*)no-such-layer"):
+        ranks.together(2, context.layer_times, "no-such-layer", 8, 8, 0.1)
+
+
+def test_weights_of_fewer_bytes_from_end_to_end(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantized, "QUICK_BYTES", 2**20)
+    names = ("--only", "quantized_linear", "mamba-130m")
+    small = ("--set", "d_model=32", "--set", "length=4", "--set", "vocab_size=64")
+    status, _, _ = run("quantization", "--quick", "--seconds", "0.01", *small, "--out", str(tmp_path), *names)
+    assert status == 0
+    rows = [row for row in read(tmp_path) if row["median_s"]]
+    assert {row["kind"] for row in rows} == {"quantization"}
+    products = [row for row in rows if row["what"] == "quantized_linear"]
+    kinds = ("int8", "int4", "bfloat16", "float32")
+    assert [row["pass"] for row in products] == [f"weights in {kind}" for kind in kinds for _ in range(2)]
+    assert {row["limited_by"] for row in products} == {quantized.READING}
+    models = [row for row in rows if row["what"] == "mamba-130m"]
+    expected = ["float32", "bfloat16", "int8", "int4"]
+    assert [row["implementation"] for row in models if row["pass"] == "decoding"] == expected
+    assert [row["implementation"] for row in models if row["pass"] == "prefill"] == expected
+    for row in models:  # of what is timed as float32
+        wide = next(one for one in models if one["pass"] == row["pass"])
+        assert float(row["ratio_to_limit"]) == pytest.approx(float(row["median_s"]) / float(wide["median_s"]), rel=1e-3)
+
+
+def test_all_bytes_of_the_weights_are_read():
+    weights = torch.randint(-128, 128, (quantized.PARTS, 256), dtype=torch.int8)
+    words = weights.view(torch.int64)
+    assert int(quantized._reading(weights).run().sum()) == int(words.sum())
+    few = torch.tensor([1, 200, 30], dtype=torch.uint8)  # no whole words
+    assert int(quantized._reading(few).run().sum()) == 231
+
+
 def test_a_model_beside_busy_processes(monkeypatch):
     monkeypatch.setattr(busy, "SAMPLE", 1e-3)
     threads = torch.get_num_threads()
@@ -162,6 +229,7 @@ def test_a_model_beside_busy_processes(monkeypatch):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_several_names_after_only(run, tmp_path):
     small = ("--set", "d_model=64", "--set", "length=4")
     status, _, _ = run("mixers", "--no-peers", "--quick", *small, "--out", str(tmp_path), "--only", "lstm", "gru")
@@ -199,6 +267,7 @@ def test_a_stopped_run_keeps_what_it_has(run, tmp_path, monkeypatch):
     assert (tmp_path / "mixers.png").exists()
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_without_matplotlib_there_is_still_a_csv(run, tmp_path, monkeypatch):
     for module in ("matplotlib", "matplotlib.backends.backend_agg", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, module, None)
@@ -210,6 +279,7 @@ def test_without_matplotlib_there_is_still_a_csv(run, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.png"))
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_one_that_cannot_be_built_does_not_stop_the_rest(run, tmp_path):
     small = ("--set", "d_model=60", "--set", "length=4")  # 60 is no multiple of attention's head_dim
     status, out, _ = run("mixers", "--only", "attention,gru", "--quick", "--no-peers", *small, "--out", str(tmp_path))
@@ -265,9 +335,11 @@ def test_everything_that_exists_is_timed_by_itself():
     assert set(todo["mixers"]) == set(ssmzoo.list_mixers()) - {"parallel"}  # which needs to be told its branches
     assert todo["models"] == ["mamba-130m"]
     assert todo["scaling"] == ["selective_scan", "mamba"]
+    assert todo["llama.cpp"] == ["mamba-130m"]
     assert set(todo["busy"]) <= {*specs(), *ssmzoo.list_mixers(), *ssmzoo.list_models()}
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("name", ["mamba", "mamba2", "rglru", "attention", "lstm", "gru"])
 def test_a_peer_of_a_mixer_does_the_same_work(name):
     rows = [row for rows in mixers.bench_mixer(name, plan(TINY)) for row in rows]
@@ -280,6 +352,7 @@ def test_a_peer_of_a_mixer_does_the_same_work(name):
             assert [(row.work, row.refused) for row in mine] == [("forward", ""), ("forward + backward", "")]
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_mamba_3_is_timed_beside_a_mamba_2_of_its_size():
     sizes = {f"mamba3.{name}": size for name, size in (("d_state", 8), ("headdim", 8), ("ngroups", 2))}
     rows = [row for rows in mixers.bench_mixer("mamba3", plan(TINY | sizes)) for row in rows]
@@ -292,6 +365,16 @@ def test_mamba_3_is_timed_beside_a_mamba_2_of_its_size():
         assert row.of_ours == row.median / ours.median
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_sparse_attention_is_timed_beside_dense_attention():
+    sizes = {f"nsa.{name}": size for name, size in (("head_dim", 8), ("n_kv_heads", 1), ("block_size", 16))}
+    rows = [row for rows in mixers.bench_mixer("nsa", plan(TINY | sizes)) for row in rows]
+    beside = [(row.work, row.implementation, row.refused) for row in rows if row.role == "yardstick"]
+    others = ("ssmzoo's attention", "PyTorch's SDPA")
+    assert beside == [(work, other, "") for work in (bench.FORWARD, bench.BOTH) for other in others]
+
+
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("option", ["bcdt_norm", "bidirectional"])
 def test_who_lacks_an_option_of_mamba_does_not_take_part(option):
     rows = [row for rows in mixers.bench_mixer("mamba", plan(TINY | {f"mamba.{option}": True})) for row in rows]
@@ -313,6 +396,7 @@ def test_a_falcon_mamba_beside_transformers():
     assert [(row.work, row.refused) for row in theirs] == [(work, "") for work in WORK]
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_peer_with_other_weights_is_refused(monkeypatch):
     peer = other.MixerPeer("doubled", bench.Package(), lambda mixer: other.Twin(lambda x: 2 * mixer(x), {}))
     monkeypatch.setitem(other.MIXERS, "gru", (peer,))
@@ -367,6 +451,15 @@ def test_a_model_that_is_stopped_gives_the_times_that_are_there(step, there, mon
     with pytest.raises(KeyboardInterrupt):
         collect()
     assert [row.work for row in found if row.role == "ours" and row.median] == there
+
+
+def test_the_prompt_is_no_part_of_the_first_token(monkeypatch):
+    model = ssmzoo.build("mamba-hybrid-tiny", d_model=64)
+    decode = models.ours(model, torch.zeros(1, 5, dtype=torch.long), "decoding")
+    lengths, forward = [], type(model).forward
+    monkeypatch.setattr(type(model), "forward", lambda *a, **o: lengths.append(a[1].shape[1]) or forward(*a, **o))
+    assert [decode()["logits"].shape for _ in range(2)] == [(1, 1, 256)] * 2
+    assert lengths == [1, 1]
 
 
 def test_a_hybrid_has_no_peer_and_is_timed_alone():
@@ -424,3 +517,28 @@ def test_ratios_and_rates():
     assert (units.ratio(30.14), units.ratio(101.2)) == ("30.1×", "101×")
     assert (units.span(1e-3, 2e-3), units.span(9e-4, 2e-3)) == ("1.00-2.00 ms", "900 µs-2.00 ms")
     assert units.rate(1.12e10, "B/s") == "11.2 GB/s"
+
+
+def test_llama_cpp_is_named_where_it_is_missing(monkeypatch):
+    from ssmzoo.bench import llama_cpp
+
+    monkeypatch.setattr(llama_cpp, "missing_package", lambda: "llama-cpp-python")
+    (row,) = (row for rows in llama_cpp.bench_llama_cpp("mamba2-tiny", plan(TINY)) for row in rows)
+    assert (row.kind, row.refused) == ("llama.cpp", "not installed: pip install llama-cpp-python")
+
+
+def test_the_engine_beside_what_one_does_without_it():
+    """Attention's memory grows, so requests that need little leave room for others; Mamba's does not."""
+    small = {"requests": 2, "new": 2, "prefix": 80, "longest": 64, "d_model": 16, "n_layers": 1}
+    for pattern, works in ((["mamba"], 3), (["attention"], 4)):
+        heads = {} if pattern == ["mamba"] else {"mixers": {"attention": {"head_dim": 8}}}
+        changes = {**small, "pattern": pattern, **heads}
+        contests = list(session.run("engine", ["mamba-hybrid-tiny"], plan(changes), lambda: None))
+        assert [rows[0].refused for rows in contests] == [""] * works
+        for ours, without in contests[:3]:
+            assert (ours.role, without.role, without.refused) == ("ours", "yardstick", "")
+            assert without.of_ours == pytest.approx(without.median / ours.median)
+        assert contests[0][0].tokens_per_second > 0
+    (held,) = contests[3]
+    assert held.note.endswith("requests at once, where room for 64 tokens each would hold 4")
+    assert 0 < held.resident_bytes <= 2 * held.result_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -96,6 +97,36 @@ def test_info_of_a_file(run, tmp_path):
     status, out, _ = run("info", str(tmp_path / "own.yaml"))
     assert status == 0
     assert "lstm" in out
+
+
+def test_info_of_a_published_folder_without_weights(run, tmp_path):
+    given = {"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 100, "state_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    status, out, _ = run("info", str(tmp_path))
+    assert status == 0
+    assert "2 layers, d_model 64" in out
+    (tmp_path / "config.json").unlink()
+    status, _, err = run("info", str(tmp_path))
+    assert status == 1
+    assert "holds no model: there is no config.yaml in it, nor a config.json" in err
+
+
+def test_plan_prints_where_memory_and_time_go(run):
+    words = ("--gpus", "8", "--length", "65536", "--set", "n_layers=2")
+    status, out, _ = run("plan", "mamba2-130m", *words)
+    assert status == 0
+    assert all(text in out for text in ("best mesh: ", "activations: mamba2", "matrix products", "optimizer", "h100"))
+    status, out, _ = run("plan", "mamba2-130m", *words, "--json", "--mesh", "shard=8")
+    assert json.loads(out)["best"]["mesh"] == {"data": 1, "shard": 8, "context": 1, "tensor": 1}
+
+
+def test_plan_says_what_is_short(run):
+    status, out, _ = run(
+        "plan", "mamba2-2.7b", "--device", "l40s", "--batch", "64", "--mesh", "data=1", "--set", "n_layers=2"
+    )
+    assert status == 0
+    assert "does not fit" in out
+    assert " short" in out
 
 
 def test_info_of_a_classifier(run):

@@ -9,15 +9,19 @@ from context_cases import (
     beside_data_parallelism,
     beside_sharding,
     checkpoints,
+    checkpoints_blocks,
     disagrees,
     explained,
     goes_on,
     half_precision,
+    leaves_nothing,
     model_generates,
     model_trains,
     refused,
+    sends_as_told,
     sums_gradients,
     trains,
+    twice_differentiated,
 )
 from ranks import Ranks
 
@@ -125,6 +129,11 @@ def test_gradients_add_up_over_passes(processes: Ranks):
     processes.run(3, sums_gradients, [4, 0, 9])
 
 
+@pytest.mark.parametrize("how", ["ring", "heads"])
+def test_a_call_leaves_nothing_behind(how: str, processes: Ranks):
+    assert processes.run(2, leaves_nothing, TINY | MODELS["hybrid"], how) == [0, 0]
+
+
 @pytest.mark.parametrize("name", ["mamba", "mamba2", "mamba3", "kda", "mlstm", "rwkv7", "rglru", "attention", "hyena"])
 def test_half_precision(name: str, processes: Ranks):
     processes.run(3, half_precision, name, SMALL[name], [4, 8, 9])
@@ -143,8 +152,49 @@ def test_explains_each_step(processes: Ranks):
     assert ("layers.0.mixer: tokens: the last 3 tokens of the parts before", False) in found[2]
     assert any("layers.0.mixer: ssd: processes exchange" in text and not waits for text, waits in found[2])
     keys = [text for text, _ in found[2] if "attention" in text]
-    assert keys == ["layers.1.mixer: attention: keys and values of 3 tokens from 2 other processes"]
+    assert keys == ["layers.1.mixer: attention: window: keys and values of 3 tokens from 2 other processes"]
     assert any("layers.2.mixer: slstm: each process waits" in text and waits for text, waits in found[2])
+
+
+MIXED = TINY | {
+    "pattern": ["mamba2", "attention", "hyena", "slstm"],
+    "n_layers": 4,
+    "mixers": {
+        "mamba2": SMALL["mamba2"],
+        "attention": {"head_dim": 4},
+        "hyena": SMALL["hyena"],
+        "slstm": SMALL["slstm"],
+    },
+}
+OTHERS = TINY | {
+    "pattern": ["mamba3", "gated_deltanet", "lstm", "back"],
+    "n_layers": 4,
+    "mixers": {
+        "mamba3": SMALL["mamba3"],
+        "gated_deltanet": SMALL["gated_deltanet"],
+        "lstm": SMALL["lstm"],
+        "back": {"kind": "mamba", "bidirectional": True},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "lengths", "borders", "how"),
+    [
+        (MIXED, [6, 0, 5, 7], None, None),
+        (MIXED, [6, 3, 5, 7], [0, 5, 5, 6, 13, 21], "ring"),
+        (MIXED, [9, 7], [0, 3, 16], "window"),
+        (OTHERS, [5, 2, 4], None, None),
+    ],
+)
+def test_sends_as_many_bytes_as_it_tells(config, lengths, borders, how, processes: Ranks):
+    for texts in processes.run(len(lengths), sends_as_told, config, lengths, borders, how):
+        assert how is None or any(f"attention: {how}" in text for text in texts)
+
+
+@pytest.mark.parametrize("how", ["ring", "heads"])
+def test_computes_blocks_again_without_sending(how: str, processes: Ranks):
+    processes.run(2, checkpoints_blocks, MIXED, [9, 5], how)
 
 
 def test_parts_that_do_not_fit(processes: Ranks):
@@ -168,12 +218,21 @@ def test_parts_that_do_not_fit(processes: Ranks):
         ("last_only", "`last_only` must be the same", None),
         ("gradients", "`torch.is_grad_enabled()` must be the same", None),
         ("state", "`state is None` must be the same", None),
+        ("state of three", "`state` must have 2 sequences, as many as `inputs`; got 3", "of process 0 were refused"),
+        ("no state", "`state` must come from initial_state() or a call; got int", "of process 0 were refused"),
+        ("types", "`token_types` must be a tensor (1, 4); got (1, 3)", "of process 0 were refused"),
     ],
 )
 def test_calls_that_differ_end_on_every_process(case: str, first: str, second: str | None, processes: Ranks):
     found = processes.run(2, disagrees, case)
     assert first in found[0]
     assert (second or first) in found[1]
+
+
+def test_refuses_gradients_of_gradients(processes: Ranks):
+    """Communication is differentiated once: a second backward pass would meet that of other processes anywhere."""
+    for text in processes.run(2, twice_differentiated):
+        assert "`create_graph` must be False" in text
 
 
 def test_refuses_to_compute_a_mixer_again(processes: Ranks):

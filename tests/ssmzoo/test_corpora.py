@@ -7,6 +7,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -60,6 +62,14 @@ def as_parquet(path):
     parquet.write_table(arrow.table({"n": range(len(TEXTS)), "text": TEXTS}), path, row_group_size=7)
 
 
+def as_arrow(path):
+    """As `datasets` writes it: a stream of record batches."""
+    arrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
+    table = arrow.table({"n": range(len(TEXTS)), "text": TEXTS})
+    with arrow.ipc.new_stream(path, table.schema) as stream:
+        stream.write_table(table, max_chunksize=7)
+
+
 def as_zstd(path):
     zstandard = pytest.importorskip("zstandard", reason="needs zstandard")
     half = len(json_lines()) // 2
@@ -79,6 +89,7 @@ def as_zstd(path):
         ),
         ("docs.jsonl.zst", as_zstd),
         ("docs.parquet", as_parquet),
+        ("docs.arrow", as_arrow),
     ],
 )
 def test_every_document_arrives_in_its_place(tmp_path, name, make):
@@ -276,7 +287,7 @@ def test_sources_that_do_not_serve(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no file or folder .*nowhere"):
         tokenize(tmp_path / "nowhere", tmp_path / "corpus")
-    with pytest.raises(ValueError, match="holds no text, JSON lines or Parquet; name files, or a folder of them"):
+    with pytest.raises(ValueError, match="holds no text, JSON lines or tables; name files, or a folder of them"):
         tokenize(tmp_path / "empty", tmp_path / "corpus")
     with pytest.raises(ValueError, match="`sources` must name at least one file or folder"):
         tokenize([], tmp_path / "corpus")
@@ -310,3 +321,47 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     for words in (["a=x.jsonl", "y.txt"], ["a=x.jsonl", "a=y.txt"], ["=x.jsonl"], ["a="]):
         with pytest.raises(ValueError, match="`SOURCES`: each must have a name of its own, NAME=PATH"):
             app([*words, "--out", "other"], standalone_mode=False)
+
+
+DAMAGED = """
+import random, sys
+from pathlib import Path
+from ssmzoo.train.corpora import tables
+
+path = Path(sys.argv[1])
+random.seed(0)
+whole = path.read_bytes()
+for i in range(400):
+    data = bytearray(whole)
+    if i % 3:
+        data[random.randrange(len(data))] ^= 1 << random.randrange(8)
+    else:
+        del data[random.randrange(len(data)) :]
+    path.write_bytes(data)
+    try:
+        list(tables.texts(path, 0, len(tables.sizes(path)), "text"))
+    except ValueError as error:
+        assert str(path) in str(error), error
+        assert "\\n" not in str(error), error
+"""
+
+
+@pytest.mark.parametrize(("name", "make"), [("x.parquet", as_parquet), ("x.arrow", as_arrow)])
+def test_damaged_tables_are_told_in_a_line(name, make, tmp_path):
+    """Bits that are turned, and ends that are missing: in a process of its own, as damage once reached native code."""
+    make(tmp_path / name)
+    done = subprocess.run([sys.executable, "-c", DAMAGED, tmp_path / name], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_saved_dataset(tmp_path):
+    """Of a dataset that is saved by its splits, rows are documents, and what describes it is none."""
+    datasets = pytest.importorskip("datasets", reason="needs datasets")
+    splits = {
+        "train": datasets.Dataset.from_dict({"text": WHOLE}).select(range(1, len(WHOLE))).shuffle(seed=0),
+        "test": datasets.Dataset.from_dict({"text": WHOLE}).select([0]),
+    }
+    expected = [text for split in ("test", "train") for text in splits[split]["text"]]
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved", num_shards={"train": 2, "test": 1})
+    tokenize(tmp_path / "saved", tmp_path / "out", workers=1)
+    assert documents(tmp_path / "out") == [text.encode() for text in expected]

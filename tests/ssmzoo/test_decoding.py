@@ -29,6 +29,9 @@ MODELS = {
 }
 
 MAMBA3 = {"d_state": 4, "headdim": 8}
+DELTA = {"n_heads": 2}
+KDA = {"n_heads": 2, "head_dim": 4, "expand_v": 2.0}
+RWKV7 = {"head_dim": 4, "gate_low_rank_dim": 3}
 GLA_OPTIONS = {"n_heads": 2, "gate_low_rank_dim": 3}
 # Models in which native kernels take the place of PyTorch's
 ROUNDED = {
@@ -41,10 +44,32 @@ ROUNDED = {
         "mixers": {"mamba3": MAMBA3 | {"is_outproj_norm": True, "A_activation": "heavy_tail", "A_floor": 0.9}},
         "mlp": {"kind": "reglu"},
     },
+    "mamba3_mimo": {"pattern": ["mamba3"], "mixers": {"mamba3": MAMBA3 | {"is_mimo": True, "mimo_rank": 3}}},
+    "mamba3_mimo_norm": {
+        "pattern": ["mamba3"],
+        "mixers": {"mamba3": MAMBA3 | {"is_mimo": True, "mimo_rank": 2, "is_outproj_norm": True, "ngroups": 2}},
+    },
+    "mlstm": {"pattern": ["mlstm"], "mixers": {"mlstm": {"n_heads": 2}}, "mlp": {"kind": "swiglu"}},
+    "mlstm_bias": {"pattern": ["mlstm"], "mixers": {"mlstm": {"n_heads": 2, "bias": True, "gate_soft_cap": 0.0}}},
     "gla": {"pattern": ["gla"], "mixers": {"gla": GLA_OPTIONS}, "mlp": {"kind": "swiglu"}},
     "gla_conv": {
         "pattern": ["gla"],
         "mixers": {"gla": GLA_OPTIONS | {"use_short_conv": True, "feature_map": "silu", "clamp_min": -0.04}},
+    },
+    "retnet": {"pattern": ["retnet"], "mixers": {"retnet": {"n_heads": 2}}, "mlp": {"kind": "swiglu"}},
+    "deltanet": {"pattern": ["deltanet"], "mixers": {"deltanet": DELTA}},
+    "deltanet_gate": {
+        "pattern": ["deltanet"],
+        "mixers": {"deltanet": DELTA | {"use_short_conv": False, "use_gate": True, "allow_neg_eigval": True}},
+    },
+    "kda": {"pattern": ["kda"], "mixers": {"kda": KDA}},
+    "kda_bound": {"pattern": ["kda"], "mixers": {"kda": KDA | {"n_v_heads": 4, "gate_lower_bound": -5.0}}},
+    "rwkv7": {
+        "pattern": ["first", "rwkv7"],
+        "mixers": {"first": RWKV7 | {"kind": "rwkv7"}, "rwkv7": RWKV7 | {"value_residual": True}},
+        "mlp": {"kind": "rwkv7"},
+        "norm": "layer",
+        "embedding_norm": True,
     },
     "hybrid": {
         "pattern": ["mamba3", "gla", "mamba2"],
@@ -97,10 +122,11 @@ def decoded(model, state, count=3, tolerance=0.0):
     return found, state
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", MODELS)
-def test_the_same_bits_as_layer_by_layer(kind, dtype, programs):
-    model = build(kind, residual_in_fp32=True).to(dtype)
+def test_the_same_bits_as_layer_by_layer(kind, dtype, wide, programs):
+    model = build(kind, residual_in_fp32=wide).to(dtype)
     state = model.initial_state(2)
     ids = torch.tensor([[1], [2]])
     with torch.no_grad():
@@ -109,6 +135,25 @@ def test_the_same_bits_as_layer_by_layer(kind, dtype, programs):
             logits, state = model((ids + t) % 20, state)
             assert same((logits, state), expected)
     assert len(programs) == 3  # from the second token on
+
+
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("kind", ["gla", "retnet", "mamba2_mlp", "mamba_mlp"])
+def test_half_precision_is_no_further_off_than_layer_by_layer(kind, wide, programs):
+    """Measured from a model with the same weights in float32."""
+    model = build(kind, residual_in_fp32=wide).bfloat16()
+    truth = copy.deepcopy(model).float()
+    state, true_state = model.initial_state(2), truth.initial_state(2)
+    ids, own, layers = torch.tensor([[1], [2]]), [], []
+    with torch.no_grad():
+        for t in range(4):
+            expected, _ = by_layers(model, (ids + t) % 20, state.clone())
+            logits, state = model((ids + t) % 20, state)
+            exact, true_state = truth((ids + t) % 20, true_state)
+            own.append(logits - exact)
+            layers.append(expected - exact)
+    assert len(programs) == 3 * 2  # both models', from the second token on
+    assert torch.stack(own).norm() <= 1.5 * torch.stack(layers).norm()
 
 
 @pytest.mark.parametrize("kind", ROUNDED)
@@ -303,6 +348,18 @@ def test_inference_mode_may_begin_and_end(programs):
     assert len(programs) == 10
 
 
+@pytest.mark.parametrize("kind", ["rwkv7", "mamba3", "kda"])
+@torch.no_grad()
+def test_a_state_from_inference_mode_goes_on_outside_of_it(kind):
+    model, ids = build(kind), torch.tensor([[1, 2, 3]])
+    with torch.inference_mode():
+        state = model(ids, model.initial_state(1))[1]
+    for id in (4, 5, 6):
+        ids = torch.cat([ids, torch.tensor([[id]])], dim=1)
+        logits, state = model(ids[:, -1:], state)
+    torch.testing.assert_close(logits[0, -1], model(ids)[0, -1])
+
+
 def test_what_sees_the_calls_gets_them(programs):
     model = build()
     state = decoded(model, model.initial_state(1))[1]
@@ -321,13 +378,13 @@ def test_what_sees_the_calls_gets_them(programs):
 
 def test_layers_with_more_in_them_are_called(programs):
     gated = {"kind": "swiglu", "gate_multiplier": 2.0}
-    for changes in ({"mlp": {"kind": "gelu"}}, {"mlp": gated}, {"norm": "layer"}, {"norm_placement": "post"}):
+    for changes in ({"mlp": {"kind": "gelu"}}, {"mlp": gated}, {"norm": "centred_rms"}, {"norm_placement": "post"}):
         model = build(**changes)
         decoded(model, model.initial_state(1))
-    for kind in ("mamba", "mamba3", "gla"):
+    for kind in ("mamba3", "kda", "mlstm", "rwkv7"):
         model = build(kind).bfloat16()
         decoded(model, model.initial_state(1))
-    for kind, options in (("mamba3", MAMBA3 | {"is_mimo": True}), ("gla", GLA_OPTIONS | {"n_kv_heads": 1})):
+    for kind, options in (("deltanet", DELTA | {"qk_norm": "sum"}), ("gla", GLA_OPTIONS | {"n_kv_heads": 1})):
         model = build(kind, mixers={kind: options})
         decoded(model, model.initial_state(1))
     model = build()

@@ -14,7 +14,7 @@ import yaml
 
 import ssmzoo
 from ssmzoo.train import Interrupted, TrainConfig, distill, loop, resume, resume_distill, train
-from ssmzoo.train import run as run_module
+from ssmzoo.train import finish as finish_module
 from ssmzoo.train.alignment import Alignment
 from ssmzoo.train.corpora import tokenize
 from ssmzoo.train.distill import DistillConfig
@@ -23,6 +23,7 @@ from ssmzoo.yaml_text import read_mapping
 
 pytest.importorskip("accelerate", reason="needs accelerate")
 pytest.importorskip("matplotlib", reason="needs matplotlib")
+pytestmark = pytest.mark.usefixtures("quick_curves")
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 CONFIG = ssmzoo.ModelConfig.from_dict(
@@ -55,7 +56,7 @@ def teacher(tmp_path_factory, text):
 
 @pytest.fixture(autouse=True)
 def short_sample(monkeypatch):
-    monkeypatch.setattr(run_module, "SAMPLE", 10)
+    monkeypatch.setattr(finish_module, "SAMPLE", 10)
 
 
 def test_each_stage_comes_nearer(tmp_path, teacher, text):
@@ -199,6 +200,13 @@ def test_folders_and_processes(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="distill: `WORLD_SIZE` must be 1, as it runs in one process; got 2"):
         distill({"teacher": "x"}, None, tmp_path / "new")
+
+
+def test_too_little_text_is_refused_before_anything_is_made(tmp_path, teacher):
+    (tmp_path / "short.txt").write_text("too short " * 4)
+    with pytest.raises(ValueError, match="data has .* tokens, and one sequence takes"):
+        ssmzoo.distill({"teacher": str(teacher), "train": TRAIN}, tmp_path / "short.txt", tmp_path / "new", quiet=True)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_corpus_is_refused(tmp_path):

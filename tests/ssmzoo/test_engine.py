@@ -2,84 +2,11 @@
 
 from __future__ import annotations
 
-import random
 import threading
 
 import pytest
 import torch
-
-import ssmzoo
-from ssmzoo import Engine
-
-VOCAB, HEADS = 31, {"head_dim": 8}
-MODELS = {
-    "mamba": {"pattern": ["mamba"]},
-    "mamba2": {"pattern": ["mamba2"], "mixers": {"mamba2": {"headdim": 8, "d_state": 4}}},
-    "attention": {"pattern": ["attention"], "mixers": {"attention": HEADS}},
-    "hybrid": {
-        "pattern": ["mamba", "attention", "local", "rwkv7"],
-        "n_layers": 4,
-        "mixers": {"attention": HEADS, "rwkv7": HEADS, "local": {**HEADS, "kind": "attention", "window": 5}},
-        "mlp": {"kind": "rwkv7"},
-    },
-    "unpaged": {"pattern": ["moba"], "mixers": {"moba": {**HEADS, "block_size": 4, "top_k": 2}}},
-}
-
-
-def build(name="attention", **options):
-    torch.manual_seed(0)
-    config = {"d_model": 16, "n_layers": 2, "vocab_size": VOCAB, **MODELS[name], **options}
-    return ssmzoo.build(config).double().eval()
-
-
-def engine(model, memory=10**8, **options):
-    return Engine(model, memory=memory, **{"page_size": 4, "chunk": 8, "max_batch": 5, **options})
-
-
-def tight(model, times):
-    """An engine with just ``times`` the memory that the longest request of :func:`requests` takes alone."""
-    for power in range(10, 30):
-        try:
-            engine(model, 2**power).submit([1] * 40, max_tokens=15)
-        except ValueError as error:
-            needed = int(str(error).split(" take ")[1].split(" bytes")[0].replace(",", ""))
-            return engine(model, int(times * needed))
-    raise AssertionError("no budget is refused")
-
-
-def requests(count, seed=0):
-    """Prompts and options of all kinds; a third of them begin alike."""
-    rng = random.Random(seed)
-    for i in range(count):
-        prompt = [7] * (17 if i % 3 == 0 else 0) + [rng.randrange(VOCAB) for _ in range(rng.randint(1, 20))]
-        options = {"temperature": rng.choice([0, 0.9]), "seed": i, "top_p": rng.choice([None, 0.9])}
-        options |= {"repetition_penalty": rng.choice([1.0, 1.3])}
-        yield prompt, rng.randint(1, 15), options, rng.choice([None, [3, 8, 11, 20]])
-
-
-def alone(model, prompt, count, options, stop):
-    return model.generate([prompt], count, eos_id=stop, **options)[0][len(prompt) :]
-
-
-def run_all(model, worker, count=9, seed=0, cancels=False):
-    """Submits requests between steps; checks the budget at each and the tokens of all; returns them."""
-    rng, limit, empty = random.Random(seed), worker._memory.limit, worker.nbytes
-    made = []
-    for prompt, new, options, stop in requests(count, seed):
-        made.append((worker.submit(prompt, max_tokens=new, stop=stop, **options), prompt, new, options, stop))
-        if rng.random() < 0.6:
-            worker.step()
-        if cancels and rng.random() < 0.4:
-            rng.choice(made)[0].cancel()
-        assert worker.nbytes <= limit
-    while worker.step():
-        assert worker.nbytes <= limit
-    for request, *arguments in made:
-        expected, got = alone(model, *arguments), request.result()
-        assert got == (expected[: len(got)] if request.finish == "cancelled" else expected)
-    worker.forget()
-    assert (worker.nbytes, worker.active, worker.waiting) == (empty, 0, 0)
-    return [request for request, *_ in made]
+from engine_requests import MODELS, alone, build, engine, run_all, tight
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -212,9 +139,12 @@ def test_errors_end_the_requests_they_belong_to():
         ({"prompt_ids": torch.ones(2, 2).long()}, TypeError, "`prompt_ids` must be ids"),
         ({"prompt_ids": [1, 31]}, ValueError, "`prompt_ids` must be from 0 to 30, the vocabulary; got 31"),
         ({"max_tokens": 0}, ValueError, "`max_tokens` must be an int from 1 to"),
+        ({"max_tokens": 10**5000}, ValueError, "`max_tokens` must be an int from 1 to 2.*; got an int of 16610 bits"),
+        ({"prompt_ids": [10**5000]}, ValueError, "`prompt_ids` must be from 0 to 30.*; got an int of 16610 bits"),
         ({"max_tokens": 100}, ValueError, "must be at most 64 tokens together"),
         ({"stop": [31]}, ValueError, "`stop` must be an id from 0 to 30, or a list"),
         ({"stop": [[]]}, ValueError, r"`stop` must be an id from 0 to 30, or a list .*; got \[\[\]\]"),
+        ({"logprobs": -1}, ValueError, "`logprobs` must be an int from 0 to 31, the vocabulary, or None; got -1"),
         ({"temperature": -1}, ValueError, "`temperature` must be a number of at least 0"),
     ],
 )
@@ -236,6 +166,7 @@ def test_what_never_fits_is_refused():
     ("options", "message"),
     [
         ({"memory": 0}, "`memory` must be an int of at least 1; got 0"),
+        ({"memory": 1000}, r"`memory` must be at least \d,\d+ bytes, for a prompt of one token .*; got 1,000"),
         ({"chunk": 10}, "`chunk` must be a multiple of `page_size`=4; got 10"),
         ({"max_batch": 1.5}, "`max_batch` must be an int of at least 1; got 1.5"),
         ({"swap": "/nowhere/at/all"}, "`swap` must be a folder that exists"),

@@ -131,3 +131,41 @@ def test_refusals():
         unpaged.submit([1], max_tokens=2**31 - 1)
     with pytest.raises(ValueError, match=r"`stop` must be an id from 0 to 30, or a list .*; got 3.5"):
         unpaged.submit([1], max_tokens=1, stop=3.5)
+
+
+@pytest.mark.parametrize("call", [1, 2, 4, 5])  # while prompts are read, or tokens written
+@pytest.mark.parametrize("drafts", [False, True])
+def test_an_error_that_is_kept_holds_no_memory(monkeypatch, call, drafts):
+    """Frames of a traceback would hold what their functions worked on; its text is there as a note."""
+    model, draft = build(mixers={"attention": HEADS}), build(mixers={"attention": HEADS})
+    worker = Engine(model, page_size=4, chunk=8, share_prefixes=False, draft=draft if drafts else None)
+    failing, calls = draft if drafts else model, []
+    forward = failing.forward
+
+    def fails(*args, **options):
+        calls.append(1)
+        held = forward(*args, **options)
+        if len(calls) == call:
+            raise RuntimeError(f"with {type(held).__name__}s")
+        return held
+
+    monkeypatch.setattr(failing, "forward", fails)
+    requests = [worker.submit([i] * 12, max_tokens=9, temperature=0) for i in range(2)]
+    worker.run()
+    errors = [request.error for request in requests if request.error is not None]
+    assert [str(error) for error in errors] == ["with tuples"] * len(errors)
+    assert len(errors) >= 1
+    assert all("in fails" in note for error in errors for note in getattr(error, "__notes__", ["in fails"]))
+    assert worker.nbytes == 0
+
+
+def test_a_step_within_a_step(monkeypatch):
+    model = build("mamba")
+    worker = engine(model, 10**6)
+    first = worker.submit([1], max_tokens=3, temperature=0)
+    with monkeypatch.context() as patched:
+        patched.setattr(model, "forward", lambda *_, **__: first.result())
+        worker.run()
+    with pytest.raises(RuntimeError, match="called within a step, as by a hook"):
+        first.result()
+    assert len(worker.submit([1], max_tokens=3).result()) == 3

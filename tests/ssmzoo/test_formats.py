@@ -75,7 +75,8 @@ def same_model(a, b):
 
 def test_every_family_is_here():
     tested = {getattr(transformers, f"{kind}Config").model_type for kind, _ in MODELS.values()}
-    assert set(writable_families()) == tested | {"rwkv7", "ssmzoo"}  # fla's, and our own
+    elsewhere = {"bert", "gpt2", "stripedhyena"}  # test_parity_text.py, test_stripedhyena.py
+    assert set(writable_families()) == tested | elsewhere | {"rwkv7", "ssmzoo"}  # fla's, and our own
 
 
 RWKV7 = {
@@ -169,6 +170,9 @@ def test_shards_dtype_and_ties(tmp_path):
     same_bits(ssmzoo.build(tmp_path).state_dict(), model.to(torch.bfloat16).state_dict())
 
 
+ATTENTION = {"head_dim": 8, "rope": False, "bias": True, "out_bias": True}
+GPT = TINY | {"pattern": ["attention"], "mixers": {"attention": ATTENTION}, "norm": "layer", "learned_positions": 9}
+GPT["residual_in_fp32"] = False
 REFUSED = {
     "one option": (
         MAMBA | {"norm_placement": "post"},
@@ -182,6 +186,14 @@ REFUSED = {
     "a later mixer": (
         TINY | {"pattern": ["mamba2", "mamba"], "mixers": {"mamba2": {"headdim": 8}}},
         r"`layers\.1\.mixer\.kind` is 'mamba'",
+    ),
+    "a mixer of no architecture": (
+        TINY | {"pattern": ["h3"]},
+        r"architectures: `layers\.0\.mixer\.kind` is 'h3'; `model_type` 'ssmzoo' holds any model",
+    ),
+    "a later MLP": (
+        GPT | {"mlp_pattern": ["gelu", "swiglu"], "mlps": {"gelu": {}, "swiglu": {}}},
+        r"GPT-2: `layers\.1\.mlp\.kind` is 'swiglu', and would come back as 'gelu'",
     ),
     "features": (MAMBA | {"vocab_size": None, "d_input": 3}, r"`d_input` is 3"),
     "a fraction": (MAMBA | {"mixers": {"mamba": {"expand": 1.5}}}, r"`expand` must be a whole number there; got 1\.5"),

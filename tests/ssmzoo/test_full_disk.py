@@ -14,8 +14,8 @@ import torch
 import ssmzoo
 from ssmzoo import pretrained
 from ssmzoo.checkpoints import weights
+from ssmzoo.train import finish as finish_module
 from ssmzoo.train import loop, resume, train
-from ssmzoo.train import run as run_module
 
 resource = pytest.importorskip("resource", reason="needs setrlimit, which Windows lacks")
 pytest.importorskip("accelerate", reason="needs accelerate")
@@ -67,7 +67,7 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     (folder / "text.txt").write_text("the cat sat on the mat, and the dog sat on the log\n" * 20)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "SAMPLE", 1)
+        patch.setattr(finish_module, "SAMPLE", 1)
         train(LSTM, folder / "text.txt", QUICK, folder / "run", quiet=True)
     return folder / "run"
 
@@ -75,7 +75,7 @@ def whole(tmp_path_factory):
 # The log is some 500 bytes, a checkpoint's largest file some 20,000.
 @pytest.mark.parametrize("size", [10, 300, 10_000])
 def test_a_run_on_a_full_disk_says_how_to_go_on_and_loses_nothing(whole, tmp_path, monkeypatch, size):
-    monkeypatch.setattr(run_module, "SAMPLE", 1)
+    monkeypatch.setattr(finish_module, "SAMPLE", 1)
     draw, run = loop.batch, tmp_path / "run"
     with contextlib.ExitStack() as stack:
 
@@ -100,7 +100,7 @@ def test_a_run_on_a_full_disk_says_how_to_go_on_and_loses_nothing(whole, tmp_pat
 
 @pytest.mark.parametrize("name", [".lock", "train.yaml"])
 def test_a_run_that_cannot_start_names_the_file(whole, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(run_module, "SAMPLE", 1)
+    monkeypatch.setattr(finish_module, "SAMPLE", 1)
     text = whole.parent / "text.txt"
     size = {".lock": 0, "train.yaml": 300}[name]
     with room(size), pytest.raises(OSError, match=rf"File too large: .*{name}"):

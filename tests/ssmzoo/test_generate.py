@@ -45,7 +45,12 @@ def test_greedy_takes_the_most_likely_token_of_the_whole_sequence(pattern):
 
 
 @pytest.mark.parametrize(
-    "options", [{"temperature": 0}, {"seed": 3}, {"seed": 3, "top_p": 0.9, "repetition_penalty": 1.5}]
+    "options",
+    [
+        {"temperature": 0, "frequency_penalty": 1.0},
+        {"seed": 3, "logit_bias": {5: 2.0}},
+        {"seed": 3, "top_p": 0.9, "repetition_penalty": 1.5, "presence_penalty": 1.0},
+    ],
 )
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_ragged_prompts_give_the_same_as_one_by_one(pattern, options):
@@ -177,6 +182,28 @@ def test_filters_agree_with_transformers():
                 assert torch.equal(filtered(scores, top_k, top_p, min_p), expected), (top_k, top_p, min_p)
 
 
+@pytest.mark.parametrize("draft", [None, "lookup"])
+def test_penalties_by_their_definition(model, draft):
+    """Of OpenAI's API: what was generated counts, the prompt does not; and the bias comes before all."""
+    options = {"repetition_penalty": 1.4, "presence_penalty": 1.1, "frequency_penalty": 0.7}
+    biases, text = {3: 1.0, 7: -2.0, 11: 0.5}, [3, 3, 7, 28]
+    prompt = len(text)
+    model.eval()
+    for _ in range(25):
+        scores = model(torch.tensor([text]))[0, -1, :29].detach().clone()
+        for id in range(29):
+            scores[id] += biases.get(id, 0)
+            if id in text:
+                scores[id] = scores[id] * 1.4 if scores[id] < 0 else scores[id] / 1.4
+            count = text[prompt:].count(id)
+            scores[id] -= count * 0.7 + (count > 0) * 1.1
+        text.append(int(scores.argmax()))
+    found = model.generate([text[:prompt]], 25, temperature=0, logit_bias=biases, **options, draft=draft)[0]
+    assert found == text
+    plain = model.generate([text[:prompt]], 25, temperature=0)[0]
+    assert len(set(plain)) < len(set(found))
+
+
 def test_draws_follow_the_distribution():
     scores = torch.tensor([[0.0, -torch.inf, 1.0, 2.0, -torch.inf]])
     draws = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
@@ -199,7 +226,17 @@ def test_draws_follow_the_distribution():
         ({"top_p": 0.0}, "`top_p` must be above 0"),
         ({"top_p": 1.5}, "`top_p` must be above 0 and at most 1"),
         ({"min_p": -0.5}, "`min_p` must be from 0 to 1"),
-        ({"repetition_penalty": 0.0}, "`repetition_penalty` must be above 0"),
+        ({"temperature": 10**400}, "`temperature` must be a number of at least 0; got an int of 1329 bits"),
+        ({"repetition_penalty": 0.0}, "`repetition_penalty` must be a number from 1e-6 to 1e6; got 0.0"),
+        ({"repetition_penalty": 1e-320}, "`repetition_penalty` must be a number from 1e-6 to 1e6"),
+        ({"presence_penalty": 2.1}, "`presence_penalty` must be a number from -2 to 2; got 2.1"),
+        ({"frequency_penalty": "1"}, "`frequency_penalty` must be a number from -2 to 2; got '1'"),
+        ({"logit_bias": [1]}, "`logit_bias` must be a dict of ids with a number from -100 to 100 each, or None"),
+        ({"logit_bias": {1: 101}}, "`logit_bias` must be a dict of ids with a number from -100 to 100 each"),
+        ({"logit_bias": {1: 10**400}}, "`logit_bias` must be a dict of ids with a number"),
+        ({"logit_bias": {"1": 1}}, "`logit_bias` must be a dict of ids with a number"),
+        ({"logit_bias": {29: 1}}, "`logit_bias` must be of ids from 0 to 28, the vocabulary; got 29"),
+        ({"draft_tokens": 65}, "`draft_tokens` must be an int from 1 to 64; got 65"),
         ({"eos_id": 29}, "`eos_id` must be an id from 0 to 28"),
         ({"seed": -1}, "`seed` must be an int from 0"),
         (

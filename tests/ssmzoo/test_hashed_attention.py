@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 
 import pytest
@@ -271,7 +272,7 @@ def test_errors(name, options, match):
 
 def test_the_figure_of_errors(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="needs matplotlib")
-    path = tmp_path / "errors.svg"
+    path, table = tmp_path / "errors.svg", tmp_path / "errors.csv"
     rows = main(
         [
             "--length",
@@ -284,6 +285,8 @@ def test_the_figure_of_errors(tmp_path, capsys):
             "hyper-64",
             "--figure",
             str(path),
+            "--csv",
+            str(table),
         ]
     )
     assert path.stat().st_size > 1000
@@ -291,4 +294,9 @@ def test_the_figure_of_errors(tmp_path, capsys):
     for row in rows:
         assert 0 < row.share < 0.2
         assert 0 < row.error < 0.1
+    lines = list(csv.DictReader(table.open()))
+    assert [(line["way"], float(line["error"]), line["length"]) for line in lines] == [
+        (row.way, row.error, "2100") for row in rows
+    ]
+    assert all(line["cpu"] for line in lines)
     assert "% off" in capsys.readouterr().out.splitlines()[-1]

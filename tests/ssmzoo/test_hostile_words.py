@@ -79,9 +79,20 @@ ERRORS = {
         ["convert", YAML, "new", "--to", "ssmzoo", "--dtype", HOSTILE],
         ["convert", YAML, "new", "--to", "ssmzoo", "--max-shard-size", HOSTILE],
     ],
+    "export": [
+        ["export", HOSTILE, "new.gguf"],
+        ["export", YAML, "new.gguf"],
+        ["export", YAML, "new", "--format", HOSTILE],
+    ],
     "quantize": [
         ["quantize", HOSTILE, "--out", "new"],
         ["quantize", YAML, "--out", "new", "--bits", "4", "--calibrate", HOSTILE],
+    ],
+    "plan": [
+        ["plan", HOSTILE],
+        ["plan", YAML, "--device", HOSTILE],
+        ["plan", YAML, "--mesh", HOSTILE],
+        ["plan", YAML, "--precision", HOSTILE],
     ],
     "tokenize": [
         ["tokenize", HOSTILE, "--out", "new"],
@@ -89,6 +100,13 @@ ERRORS = {
         ["tokenize", TEXT, "--out", "new", "--end", HOSTILE],
     ],
     "distill": [["distill", HOSTILE], ["distill", "--resume", HOSTILE]],
+    "serve": [
+        ["serve", HOSTILE, "--port", "0"],
+        ["serve", YAML, "--host", HOSTILE],
+        ["serve", YAML, "--port", "0", "--memory", HOSTILE],
+        ["serve", YAML, "--port", "0", "--device", HOSTILE],
+        ["serve", YAML, "--port", "0", "--tokenizer", HOSTILE],
+    ],
     "env": [["env", HOSTILE]],
 }
 
@@ -146,6 +164,8 @@ def test_generated_text_goes_to_a_file_as_it_is(capsys, monkeypatch):
 
 def test_a_prompt_that_is_no_text_is_refused(run):
     assert run("generate", YAML, "a\udcff") == (1, "error: `prompt` must be UTF-8 text; got 'a\\udcff'")
+    empty = (1, "error: --stop must be a text of at least one character; got an empty one")
+    assert run("generate", YAML, "a", "--stop", "b", "--stop", "") == empty
 
 
 def test_verify_shows_names_and_failures(run, monkeypatch):

@@ -72,7 +72,7 @@ def test_positions_start_as_published_and_go_on_beyond_the_last():
     wave = torch.exp(-1j * f * w[:, None])
     torch.testing.assert_close(positions.z[0], torch.cat([t[:, None], wave.real, wave.imag], 1), atol=1e-7, rtol=0)
     lag = torch.arange(30).double()
-    torch.testing.assert_close(positions(lag, whole=False), positions.features(lag), atol=1e-6, rtol=0)
+    torch.testing.assert_close(positions(lag, first=None), positions.features(lag), atol=1e-6, rtol=0)
 
 
 def test_the_rate_resamples_the_filters():

@@ -138,6 +138,36 @@ PUBLISHED = {
             "mamba_rms_norm": True,
         },
     ),
+    "falcon-h1-1.5b-deep": (
+        "FalconH1",
+        {
+            "vocab_size": 65537,
+            "hidden_size": 1280,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 66,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "mamba_d_ssm": 1536,
+            "mamba_n_heads": 24,
+            "mamba_rms_norm": True,
+        },
+    ),
+    "falcon-h1-7b": (
+        "FalconH1",
+        {
+            "vocab_size": 130049,
+            "hidden_size": 3072,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 44,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "mamba_d_ssm": 3072,
+            "mamba_n_heads": 24,
+            "mamba_rms_norm": True,
+        },
+    ),
     "falcon-h1-34b": (
         "FalconH1",
         {

@@ -93,6 +93,18 @@ def test_published_shapes(name, d_model, n_layers):
     assert ours.num_parameters() == theirs.num_parameters()
 
 
+def test_the_published_hybrid():
+    """mamba2attn-2.7b: six layers of 30 heads, whose queries, keys and values pass a convolution, beside Mamba-2's."""
+    d, inner, n, heads = 2560, 5120, 128, 80
+    mamba2 = d * (2 * inner + 2 * n + heads) + (4 + 1) * (inner + 2 * n) + 3 * heads + inner + inner * d
+    attention = 4 * d * 30 * 128 + (4 + 1) * 3 * 30 * 128
+    expected = 50288 * d + 58 * mamba2 + 6 * attention + (64 + 1) * d
+    model = ssmzoo.build("mamba2attn-2.7b", device="meta")
+    assert model.num_parameters() == expected
+    names = [type(layer.mixer).__name__ for layer in model.layers]
+    assert [i for i, name in enumerate(names) if name == "Attention"] == [9, 18, 27, 36, 45, 56]
+
+
 def test_their_limits_of_the_step_size_arrive(tmp_path):
     for given, expected in (((0.0, math.inf), (0.0, math.inf)), ((0.001, 0.1), (0.001, 0.1))):
         config = transformers.Mamba2Config(hidden_size=32, num_heads=8, head_dim=8, time_step_limit=given)

@@ -65,7 +65,7 @@ def test_groups_larger_than_a_map():
 def test_memory_is_asked_for_what_is_stored(monkeypatch):
     model = ssmzoo.quantize(build(), "int4")
     stored = sum(t.nbytes for t in model.state_dict().values())
-    monkeypatch.setattr(footprint, "_memory", lambda device: stored)
+    monkeypatch.setattr(footprint, "memory_of", lambda device: stored)
     footprint.check_memory(model.config, torch.device("cpu"), torch.float32, stored)
     with pytest.raises(ValueError, match="in few bits"):
         footprint.check_memory(model.config, torch.device("cpu"), torch.float32, stored + 1)

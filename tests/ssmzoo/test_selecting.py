@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import ssmzoo
-from ssmzoo.mixers.nsa import pooled, select_blocks
 
 pytestmark = pytest.mark.mixer("moba", "nsa")
 
@@ -99,29 +98,6 @@ def test_with_all_blocks_moba_is_attention():
     dense = make("attention", {"head_dim": 8, "n_kv_heads": 2, "rope": False})
     dense.load_state_dict(mixer.state_dict())
     torch.testing.assert_close(mixer(x), dense(x))
-
-
-def test_pooling_counts_shared_tokens():
-    """A weight counts once for each stride's worth of tokens that its stretch and the block have in common."""
-    for overlap, per_block in ((1, 1), (2, 2), (2, 4), (3, 2)):
-        n = 7
-        blocks = -(-(n + overlap - 1) // per_block)
-        found = pooled(torch.eye(n, dtype=torch.float64), blocks, overlap, per_block)
-        for i in range(n):
-            for j in range(blocks):
-                common = set(range(i, i + overlap)) & set(range(j * per_block, (j + 1) * per_block))
-                assert found[i, j] == len(common)
-
-
-def test_selection_in_pieces(monkeypatch):
-    generator = torch.Generator().manual_seed(0)
-    q, k_c = torch.randn(2, 40, 4, 8, generator=generator), torch.randn(2, 19, 2, 8, generator=generator)
-    numbers = (40, 4, 2, 4, 3, 1, 1)
-    whole = select_blocks(q, k_c, *numbers)
-    monkeypatch.setattr("ssmzoo.mixers.nsa.SCORES", 500)
-    pieces = select_blocks(q, k_c, *numbers)
-    assert torch.equal(pieces.sort(-1).values, whole.sort(-1).values)  # blocks of equal scores come in any order
-    assert (whole[..., :2].amax(-1) <= torch.arange(40)[:, None] // 4).all()
 
 
 @pytest.mark.parametrize(("name", "options"), [("moba", MOBA), ("nsa", NSA)])

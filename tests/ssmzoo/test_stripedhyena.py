@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import ssmzoo
 
@@ -112,6 +112,23 @@ def test_the_published_format_loads(tmp_path, prefix):
     model = ssmzoo.build(tmp_path).eval()
     with torch.no_grad():
         torch.testing.assert_close(model(ids), logits(weights, CONFIG, ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True, "column_split_hyena": False}])
+def test_the_published_format_is_written(tmp_path, changes):
+    """The same keys of the config and the same tensors, but for the angles of the positions."""
+    config = CONFIG | changes
+    weights = {name: w for name, w in published(config).items() if not name.endswith("inv_freq")}
+    if config["tie_embeddings"]:
+        del weights["unembed.weight"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({f"backbone.{name}": w.contiguous() for name, w in weights.items()}, tmp_path / "model.safetensors")
+    ssmzoo.save(ssmzoo.build(tmp_path), tmp_path / "ours", "transformers")
+    given = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert {key: given.get(key) for key in config} == config
+    written = load_file(tmp_path / "ours" / "model.safetensors")
+    assert sorted(written) == sorted(f"backbone.{name}" for name in weights)
+    assert all(torch.equal(written[f"backbone.{name}"], w) for name, w in weights.items())
 
 
 @pytest.mark.parametrize(

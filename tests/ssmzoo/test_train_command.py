@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -41,6 +39,7 @@ def settings(*more: str) -> list[str]:
     return [word for setting in (*SETTINGS, *more) for word in ("--set", setting)]
 
 
+@pytest.mark.usefixtures("quick_curves")
 def test_train_and_then_generate(folder, capsys):
     pytest.importorskip("accelerate", reason="needs accelerate")
     call(train.command, "small.yaml", "--data", "a.txt", "b.txt", "--out", "run", *settings("d_model=24", "lr=1e-3"))
@@ -59,6 +58,7 @@ def test_train_and_then_generate(folder, capsys):
     torch.testing.assert_close(before.state_dict(), after.state_dict(), rtol=0, atol=1e-6)
 
 
+@pytest.mark.usefixtures("quick_curves")
 def test_ctrl_c_says_how_to_go_on_and_exits_with_130(folder, monkeypatch, capsys):
     pytest.importorskip("accelerate", reason="needs accelerate")
     draw = loop.batch
@@ -130,21 +130,12 @@ def test_what_generate_says(capsys):
     assert "small.yaml holds no trained weights" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one_does_on_the_parts_of_both(folder):
+@pytest.mark.usefixtures("quick_curves")
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_two_processes_train_as_one_does_on_the_parts_of_both(folder, launch):
     pytest.importorskip("accelerate", reason="needs accelerate")
-    if not torch.distributed.is_available():
-        pytest.skip("needs torch.distributed")
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "ssmzoo"]
-
-    def launch(*arguments: str) -> str:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-        done = subprocess.run([*words, "train", *arguments], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    same = settings("cpu=true", "steps=12", "lr=0.01")
-    shown = launch("small.yaml", "--data", "a.txt", "--out", "two", *same)
+    same = settings("cpu=true", "steps=12", "lr=0.01", "save_every=6")
+    shown = launch("train", "small.yaml", "--data", "a.txt", "--out", "two", *same)
     assert shown.count("writes to two") == 1
     call(train.command, "small.yaml", "--data", "a.txt", "--out", "one", *same, "--set", "accumulate=2")
     two, one = (log.read(folder / run / "log.csv") for run in ("two", "one"))
@@ -153,10 +144,11 @@ def test_two_processes_train_as_one_does_on_the_parts_of_both(folder):
         found = [float(row[column]) for row in two if row[column]]
         assert found == pytest.approx([float(row[column]) for row in one if row[column]], rel=1e-4)
 
-    assert launch("--resume", "two", "--set", "steps=14").count("continues from step 12 of 14") == 1
+    assert launch("train", "--resume", "two", "--set", "steps=14").count("continues from step 12 of 14") == 1
     assert log.read(folder / "two" / "log.csv")[:13] == two
 
 
+@pytest.mark.usefixtures("quick_curves")
 def test_samples_as_it_learns(folder, capsys):
     pytest.importorskip("accelerate", reason="needs accelerate")
     every = settings("steps=5", "sample_every=2")

@@ -5,13 +5,14 @@ import torch
 
 import ssmzoo
 from ssmzoo import pretrained
+from ssmzoo.train import finish as finish_module
 from ssmzoo.train import resume, train
-from ssmzoo.train import run as run_module
 from ssmzoo.train.experts import Balance
 from ssmzoo.train.log import read
 
 pytest.importorskip("accelerate", reason="needs accelerate")
 pytest.importorskip("matplotlib", reason="needs matplotlib")
+pytestmark = pytest.mark.usefixtures("quick_curves")
 
 EXPERTS = {"kind": "moe", "n_experts": 4, "d_intermediate": 8, "bias_update_rate": 0.05, "aux_loss": 0.1}
 CONFIG = ssmzoo.ModelConfig.from_dict(
@@ -21,7 +22,7 @@ QUICK = {"steps": 6, "batch_size": 2, "length": 12, "eval_every": 6, "eval_batch
 
 
 def test_a_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module, "SAMPLE", 5)
+    monkeypatch.setattr(finish_module, "SAMPLE", 5)
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat, and the dog sat on the log\n" * 50)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import ssmzoo
 from ssmzoo import pretrained
 from ssmzoo.checkpoints import checksums
+from ssmzoo.train import finish as finish_module
 from ssmzoo.train import resume, train
 from ssmzoo.train import run as run_module
 
@@ -32,7 +33,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     (folder / "text.txt").write_text("the cat sat on the mat, and the dog sat on the log\n" * 20)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "SAMPLE", 2)
+        patch.setattr(finish_module, "SAMPLE", 2)
         train(LSTM, folder / "text.txt", QUICK, folder / "run", quiet=True)
     return folder / "run"
 
@@ -161,6 +162,22 @@ def test_a_checkpoint_in_a_folder_of_another_step(run):
         resume(run, steps=12, quiet=True)
 
 
+@pytest.mark.parametrize(("rank", "reads"), [("0", 1), ("1", 0)])
+def test_one_process_of_a_machine_reads_a_checkpoint_for_its_checksums(run, monkeypatch, rank, reads):
+    def check(folder):
+        read.append(folder)
+        return compare(folder)
+
+    compare, read = checksums.check, []
+    with monkeypatch.context() as job:
+        job.setenv("LOCAL_RANK", rank)
+        first = run_module.first_here()
+    monkeypatch.setattr(run_module, "first_here", lambda: first)
+    monkeypatch.setattr(checksums, "check", check)
+    resume(run, steps=6, quiet=True)
+    assert read.count(run / "checkpoints" / "step-0000004") == reads
+
+
 @pytest.mark.parametrize("change", ["int8", "complex64", "nan"])
 def test_weights_of_another_kind_or_with_nan_are_named(tmp_path, change):
     pretrained.save(ssmzoo.build(LSTM), tmp_path)
@@ -200,7 +217,7 @@ def test_no_corruption_of_a_run_is_silent(finished, tmp_path):
     draw, counts = random.Random(0), {"refused": 0, "same": 0}
     whole = shutil.copytree(finished, tmp_path / "whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "SAMPLE", 1)
+        patch.setattr(finish_module, "SAMPLE", 1)
         resume(whole, steps=6, quiet=True)
         expected, expected_log = pretrained.load(whole), log_rows(whole)
         before = pretrained.load(finished)

@@ -67,6 +67,7 @@ def test_batches_have_inputs_with_their_labels_and_mask_the_padding(file):
     assert batch(load_labelled([file()], CONFIG, 9, 0.2).train, 5, 9, (0,)).mask is None
 
 
+@pytest.mark.usefixtures("quick_curves")
 def test_a_classifier_learns_and_goes_on(file, tmp_path):
     pytest.importorskip("accelerate", reason="needs accelerate")
     pytest.importorskip("matplotlib", reason="needs matplotlib")

@@ -16,6 +16,7 @@ from ssmzoo.train.masked import Masking
 
 pytest.importorskip("accelerate", reason="needs accelerate")
 pytest.importorskip("matplotlib", reason="needs matplotlib")
+pytestmark = pytest.mark.usefixtures("quick_curves")
 
 TINY = ssmzoo.ModelConfig.from_dict(
     {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import struct
 import sys
 
 import pytest
@@ -13,13 +14,14 @@ import yaml
 
 import ssmzoo
 from ssmzoo import pretrained
-from ssmzoo.train import Interrupted, TrainConfig, loop, resume, train
-from ssmzoo.train import run as run_module
+from ssmzoo.train import Interrupted, TrainConfig, loop, plot, resume, train
+from ssmzoo.train import finish as finish_module
 from ssmzoo.train.checkpoint import checkpoints
 from ssmzoo.train.log import read
 
 pytest.importorskip("accelerate", reason="needs accelerate")
 pytest.importorskip("matplotlib", reason="needs matplotlib")
+pytestmark = pytest.mark.usefixtures("quick_curves")
 
 TINY = ssmzoo.ModelConfig.from_dict(
     {
@@ -53,7 +55,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def short_sample(monkeypatch):
-    monkeypatch.setattr(run_module, "SAMPLE", 30)
+    monkeypatch.setattr(finish_module, "SAMPLE", 30)
 
 
 @pytest.fixture
@@ -78,7 +80,7 @@ def stop_at(monkeypatch, step, number=signal.SIGINT):
     monkeypatch.setattr(loop, "batch", batch)
 
 
-def test_a_run_learns_and_leaves_everything_in_its_folder(text, run):
+def test_a_run_learns_and_leaves_everything_in_its_folder(text, run, quick_curves, monkeypatch):
     config = TrainConfig(**QUICK | {"steps": 60, "lr": 0.02, "batch_size": 8, "eval_every": 30, "save_every": 40})
     result = train(LSTM, text, config, run, quiet=True)
     assert sorted(path.name for path in run.iterdir()) == [
@@ -96,12 +98,19 @@ def test_a_run_learns_and_leaves_everything_in_its_folder(text, run):
     assert [int(row["step"]) for row in rows if row["validation_loss"]] == [0, 30, 60]
     assert float(rows[0]["validation_bits_per_byte"]) == pytest.approx(8, abs=0.1)
     assert result.validation_bits == float(rows[-1]["validation_bits_per_byte"]) < 4
-    assert (run / "curve.png").read_bytes()[:4] == b"\x89PNG"
     assert result.sample.startswith("the cat sat on the mat, and the dog sat on the log\n")
     assert (
         len(result.sample.encode(errors="replace")) >= len("the cat sat on the mat, and the dog sat on the log\n") + 30
     )
     assert result.steps == 60
+    plot.draw(run / "log.csv", run / "again.png", "a run")
+    assert (run / "curve.png").read_bytes() == (run / "again.png").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", quick_curves)
+        plot.draw(run / "log.csv", run / "again.png", "a run")
+    header = (run / "again.png").read_bytes()[:24]
+    assert header.startswith(b"\x89PNG")
+    assert struct.unpack(">II", header[16:]) == (910, 546)  # pixels
     loaded = pretrained.load(run)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), result.model.parameters(), strict=True))
     assert TrainConfig.of(yaml.safe_load((run / "train.yaml").read_text())["settings"]) == config

@@ -13,13 +13,14 @@ import ssmzoo
 from ssmzoo import pretrained
 from ssmzoo.train import Interrupted, loop, resume, train
 from ssmzoo.train import data as data_module
-from ssmzoo.train import run as run_module
+from ssmzoo.train import finish as finish_module
 from ssmzoo.train.lock import locked
 from ssmzoo.train.log import read
 from ssmzoo.train.stored import DataChanged
 
 pytest.importorskip("accelerate", reason="needs accelerate")
 pytest.importorskip("matplotlib", reason="needs matplotlib")
+pytestmark = pytest.mark.usefixtures("quick_curves")
 
 LSTM = ssmzoo.ModelConfig(d_model=8, n_layers=1, pattern=["lstm"], vocab_size=256)
 QUICK = {"steps": 6, "batch_size": 2, "length": 12, "eval_every": 6, "eval_batches": 1, "save_every": 10}
@@ -27,7 +28,7 @@ QUICK = {"steps": 6, "batch_size": 2, "length": 12, "eval_every": 6, "eval_batch
 
 @pytest.fixture
 def text(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module, "SAMPLE", 1)
+    monkeypatch.setattr(finish_module, "SAMPLE", 1)
     path = tmp_path / "text.txt"
     path.write_text("the cat sat on the mat, and the dog sat on the log\n" * 20)
     return path

@@ -12,7 +12,7 @@ import torch
 import ssmzoo
 from ssmkernels import OPS
 from ssmkernels.check.matrix import FAULT, TABLE, Cell
-from ssmkernels.check.testing import _truths
+from ssmkernels.check.truths import truths_of
 from ssmkernels.core import dispatch
 from ssmzoo import proof, registry, testing
 
@@ -39,7 +39,7 @@ def plant(monkeypatch):
         monkeypatch.setitem(OPS[op]._loaded, implementation, wrong)
 
     yield put
-    _truths.cache_clear()  # one may be of a wrong reference
+    truths_of.cache_clear()  # one may be of a wrong reference
 
 
 @pytest.fixture

@@ -67,7 +67,7 @@ def main(rank: int, size: int, file: str) -> None:
     torch.set_num_threads(1)
     wanted = trained(*made())
     dist.init_process_group(
-        "gloo", store=dist.FileStore(file, size), rank=rank, world_size=size, timeout=timedelta(seconds=120)
+        "gloo", store=dist.FileStore(file, size), rank=rank, world_size=size, timeout=timedelta(seconds=300)
     )
     # What accelerate goes by; the processes know each other already.
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}

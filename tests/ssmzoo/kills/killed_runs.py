@@ -22,8 +22,8 @@ import torch
 import ssmzoo
 from ssmzoo import pretrained
 from ssmzoo.checkpoints.checksums import checkpoints
+from ssmzoo.train import finish as finish_module
 from ssmzoo.train import resume, train
-from ssmzoo.train import run as run_module
 
 LSTM = ssmzoo.ModelConfig(d_model=8, n_layers=1, pattern=["lstm"], vocab_size=256)
 QUICK = {"steps": 6, "batch_size": 2, "length": 12, "eval_every": 3, "eval_batches": 1, "save_every": 2, "keep": 2}
@@ -111,7 +111,7 @@ def kill_and_go_on(run: Path, text: Path, moments: list[int], expected: dict[str
 def main(folder: Path, kills: int) -> None:
     """Prints the counts as JSON, with the moments and the fault of each run that went wrong."""
     torch.set_num_threads(1)
-    run_module.SAMPLE = 1
+    finish_module.SAMPLE = 1
     text = folder / "text.txt"
     text.write_text(TEXT)
     train(LSTM, text, QUICK, folder / "warm", quiet=True)  # all that is imported late

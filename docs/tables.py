@@ -4,14 +4,15 @@ A marker says where a table comes from: ``<!-- ssmzoo ... -->`` from what that c
 ``<!-- bench FILE.csv NAME ... -->`` and, in short, ``<!-- ratios FILE.csv NAME ... -->`` from measurements in
 docs/benchmarks/, of those names only. ``ratios`` takes several files, each followed by its names.
 ``<!-- op NAME -->`` from the declaration of that op, and ``<!-- zoo FILE.csv -->`` from all mixers, their measurements
-in that file, and the words in docs/zoo.yaml.
+in that file, and the words in docs/zoo.yaml. ``<!-- plan FILE.csv -->`` compares plans with measurements.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,11 +24,12 @@ import ssmzoo
 from ssmkernels import OPS
 from ssmkernels.core import describe
 from ssmzoo.bench.units import ratio, seconds
+from ssmzoo.cli import app
 from ssmzoo.commands._output import count, flops, markdown_table, size
 
 DOCS = Path(__file__).parent
 PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
-TABLE = re.compile(r"(<!-- (ssmzoo|bench|ratios|op|zoo) (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- (ssmzoo|bench|ratios|op|zoo|plan) (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 ZOO = ["mixer", "recurrence", "tracks", "paper", "parameters", "state", "FLOPs a token", "time over the limit"]
 WIDTH, CONTEXT = 768, 2048  # of the layers in that table: d_model, and the tokens that they have seen
@@ -39,14 +41,17 @@ def fresh(match: re.Match[str]) -> str:
     """A table between its markers, as its source gives it now."""
     words = match[3].split()
     if match[2] == "ssmzoo":
-        command = [sys.executable, "-m", "ssmzoo", *words]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        with contextlib.redirect_stdout(io.StringIO()) as written:
+            app(words, standalone_mode=False)
+        text = written.getvalue()
     elif match[2] == "op":
         declared = OPS[words[0]].declared
         rows = [*describe.arguments(declared), *describe.results(declared)]
         text = markdown_table(["argument", "shape or type", "dtype", "default"], [list(row) for row in rows], []) + "\n"
     elif match[2] == "zoo":
         text = markdown_table(ZOO, list(zoo(read(DOCS / "benchmarks" / words[0]))), ZOO[4:]) + "\n"
+    elif match[2] == "plan":
+        text = markdown_table(["model", "mesh", "memory", "time"], list(plans(words[0])), ["memory", "time"]) + "\n"
     elif match[2] == "bench":
         text = measured(DOCS / "benchmarks" / words[0], words[1:])
     else:
@@ -60,6 +65,9 @@ def measured(path: Path, names: list[str]) -> str:
     if rows and rows[0]["kind"] == "busy":
         columns = ["what", "implementation", "one thread", "several threads over one"]
         told = markdown_table(columns, list(busy(rows)), columns[2:])
+    elif rows and rows[0]["kind"] == "context":
+        columns = ["what", "processes", "median", "of the ideal rate", "memory of a process", ""]
+        told = markdown_table(columns, list(contexts(rows)), columns[2:5])
     elif rows and rows[0]["kind"] == "scaling":
         told = markdown_table(["what", "measured"], list(scaling(rows)), ["measured"])
     else:
@@ -87,6 +95,13 @@ def zoo(rows: list[Row]) -> Iterator[list[str]]:
         work = 2 * linear + mixer.mixing_flops(CONTEXT)
         time = ratio(times[name]) if name in times else ""
         yield [name, words["recurrence"], words["tracks"], words["paper"], count(weights), state, flops(work), time]
+
+
+def plans(name: str) -> Iterator[list[str]]:
+    """What was planned over what was measured."""
+    with (DOCS / "benchmarks" / name).open(newline="") as file:
+        for row in csv.DictReader(file):
+            yield [row["model"], row["mesh"], f"{float(row['memory ratio']):.2f}", f"{float(row['time ratio']):.2f}"]
 
 
 def read(path: Path) -> list[Row]:
@@ -124,6 +139,8 @@ def contests(rows: list[Row]) -> Iterator[list[str]]:
             ratios = (ratio(float(row[key])) if row[key] else "" for key in ("ratio_to_limit", "ratio_to_ours"))
             what = f"{row['what']}, {row['pass']} ({row['shape']})"
             yield [what, row["implementation"], seconds(float(row["median_s"])), *ratios]
+        elif row["kind"] == "engine" and row["note"]:
+            yield [f"{row['what']}, {row['pass']} ({row['shape']})", row["note"], "", "", ""]
 
 
 def busy(rows: list[Row]) -> Iterator[list[str]]:
@@ -131,6 +148,16 @@ def busy(rows: list[Row]) -> Iterator[list[str]]:
     for one, many in zip(rows[::2], rows[1::2], strict=True):
         what, name = f"{one['what']}, {one['pass']} ({one['shape']})", one["implementation"].removesuffix(", 1 thread")
         yield [what, name, seconds(float(one["median_s"])), ratio(float(many["ratio_to_limit"]))]
+
+
+def contexts(rows: list[Row]) -> Iterator[list[str]]:
+    """What several processes bring, and what memory a long context takes on each."""
+    for row in rows:
+        if row["median_s"]:
+            rate = f"{1 / float(row['ratio_to_limit']):.2f}" if row["ratio_to_limit"] else ""
+            memory = size(int(row["resident_bytes"])) if row["resident_bytes"] else ""
+            what = f"{row['what']} ({row['shape']})"
+            yield [what, row["implementation"], seconds(float(row["median_s"])), rate, memory, row["note"]]
 
 
 def scaling(rows: list[Row]) -> Iterator[list[str]]:

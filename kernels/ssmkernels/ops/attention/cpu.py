@@ -6,6 +6,7 @@ results go back to where they came from.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -35,15 +36,16 @@ def unsupported(a: Any) -> str | None:
 def forward(a: Any, save: bool) -> tuple[Tensor, ...]:
     a, queries, _ = _in_order(a)
     out, lse, exact, sums = native.forward("attention", a, save, a.k.shape[2], _keys(a), **_runs(a))
-    return queries.back(out), queries.back(lse, 2) if lse.numel() else lse, exact, sums  # the last two as sorted
+    return queries.back(out), queries.back(lse, 2), queries.back(exact), queries.back(sums, 2)
 
 
 def backward(a: Any, saved: Any, grads: Any) -> dict[str, Tensor | None]:
     a, queries, keys = _in_order(a)
-    if not saved.exact.numel():
-        saved = saved._replace(out=queries.sorted(saved.out))
-    lse = None if grads.lse is None else queries.sorted(grads.lse, 2)
-    grads = grads._replace(out=queries.sorted(grads.out), lse=lse)
+    if queries.places is not None:
+        out, exact = queries.sorted(saved.out), queries.sorted(saved.exact)
+        saved = SimpleNamespace(out=out, exact=exact, logsums=queries.sorted(saved.logsums, 2))
+        lse = None if grads.lse is None else queries.sorted(grads.lse, 2)
+        grads = SimpleNamespace(out=queries.sorted(grads.out), lse=lse, wanted=grads.wanted)
     found = native.backward("attention_backward", a, saved, grads, a.k.shape[2], _keys(a), **_runs(a))
     found = {name: (queries if name == "q" else keys).back(gradient) for name, gradient in found.items()}
     return {**found, "alibi_slopes": None, "sinks": None}
@@ -61,12 +63,14 @@ class _Order(NamedTuple):
         return cls(positions.argsort(dim=1, stable=True))
 
     def sorted(self, x: Tensor, axis: int = 1) -> Tensor:
-        """x, whose tokens lie on ``axis``, in this order."""
-        return x if self.places is None else x.gather(axis, _over(self.places, x, axis))
+        """x, whose tokens lie on ``axis``, in this order; as it is if it is empty."""
+        return x if self.places is None or not x.numel() else x.gather(axis, _over(self.places, x, axis))
 
     def back(self, x: Tensor, axis: int = 1) -> Tensor:
-        """x in this order, as it was before."""
-        return x if self.places is None else torch.empty_like(x).scatter_(axis, _over(self.places, x, axis), x)
+        """x in this order, as it was before; as it is if it is empty."""
+        if self.places is None or not x.numel():
+            return x
+        return torch.empty_like(x).scatter_(axis, _over(self.places, x, axis), x)
 
 
 def _over(places: Tensor, x: Tensor, axis: int) -> Tensor:

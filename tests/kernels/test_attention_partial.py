@@ -1,0 +1,47 @@
+"""Gradients through some of the keys, where the output is over all of them: their sums are those of one call."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ssmkernels import attention, native, use
+from ssmkernels.ops.attention.partial import partial_gradients
+
+pytestmark = pytest.mark.op("attention")
+
+NATIVE = pytest.param("cpu", marks=pytest.mark.skipif(native.missing() is not None, reason=str(native.missing())))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("order", ["ascending", "any"])
+@pytest.mark.parametrize("name", [NATIVE, "tiled"])
+def test_parts_of_the_keys_add_up(name, order, dtype):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, h, 5, generator=generator).to(dtype) for n, h in ((19, 4), (23, 2), (23, 2)))
+    q_positions, k_positions = (
+        torch.stack([torch.randperm(n, generator=generator) for _ in range(2)]) for n in (19, 23)
+    )
+    if order == "ascending":
+        q_positions, k_positions = q_positions.sort().values, k_positions.sort().values
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    options = {"causal": True, "q_positions": q_positions}
+    with use(name):
+        out, lse = attention(*leaves, k_positions=k_positions, return_lse=True, **options)
+        d_out = torch.randn(out.shape, generator=generator).to(dtype)
+        d_lse = torch.randn(lse.shape, generator=generator, dtype=lse.dtype)
+        d_lse.masked_fill_(lse == -torch.inf, 0)
+        expected = torch.autograd.grad((out, lse), leaves, (d_out, d_lse))
+        # over a part, `out` comes in the precision of sums
+        wide = attention(*(x.to(lse.dtype) for x in (q, k, v)), k_positions=k_positions, **options)
+        found = []
+        for part in (slice(0, 9), slice(9, 23)):
+            these = partial_gradients(
+                q, k[:, part], v[:, part], wide, lse.detach(), d_out, d_lse, k_positions=k_positions[:, part], **options
+            )
+            found.append([these[n] for n in "qkv"])
+    dq = found[0][0] + found[1][0]
+    dk, dv = (torch.cat([found[0][i], found[1][i]], 1) for i in (1, 2))
+    bound = 1e-12 if dtype == torch.float64 else 2e-2
+    for f, e in zip((dq, dk, dv), expected, strict=True):
+        torch.testing.assert_close(f, e, rtol=bound, atol=bound, check_dtype=False)

@@ -80,7 +80,7 @@ def recorded(family: str, ours: ModuleType, theirs: ModuleType, model: nn.Module
             yield from (Recorded(lookup.function, own, now[lookup.function], *call) for call in found[:1])
     methods = {there.method.name: there for there in methods_of(family, ours)}
     for there in methods_of(family, theirs):
-        if there.method.runs.startswith("ssmkernels."):
+        if there.method.over_time and there.method.runs.startswith("ssmkernels."):
             own = getattr(there.owner, there.method.attribute)
             watch, found = _watched(own)
             setattr(there.owner, there.method.attribute, watch)

@@ -13,11 +13,11 @@ import torch
 from parity import close, randomise
 
 from ssmkernels import compat
-from ssmzoo.integrations.transformers import accelerate, functions, layers, lookups
+from ssmzoo.integrations.transformers import accelerate, functions, layers, lookups, norms
 from ssmzoo.integrations.transformers.functions import selective_scan_fn
 from ssmzoo.integrations.transformers.imports import loaded
 from ssmzoo.integrations.transformers.lookups import lookups_of, published
-from ssmzoo.integrations.transformers.methods import METHODS
+from ssmzoo.integrations.transformers.methods import METHODS, methods
 from ssmzoo.integrations.transformers.scope import Scope, entered
 
 transformers = pytest.importorskip("transformers", reason="needs transformers, whose models run here")
@@ -246,6 +246,7 @@ def only_ours(family):
     with pytest.MonkeyPatch.context() as patch, accelerate(family) as running:
         patch.setattr(functions, "FEW", dict.fromkeys(functions.FEW, 0))
         patch.setattr(layers, "FEW", 0)
+        patch.setattr(norms, "FEW", 0)
         ours = {row.function for row in running.rows if not row.why}
         cells = [lookup.cells["torch_function"] for lookup in lookups_of(modeling(family)) if lookup.function in ours]
         assert cells or family in METHODS
@@ -453,13 +454,13 @@ def state_of_everything():
         for _, module in loaded()
         for lookup in lookups_of(module)
     ]
-    methods = [
+    replaced = [
         vars(vars(module)[method.owner]).get(method.attribute)
         for family, module in loaded()
-        for method in METHODS.get(family, ())
+        for method in methods(family)
         if method.owner in vars(module)
     ]
-    return cells, methods
+    return cells, replaced
 
 
 def test_everything_comes_back():

@@ -15,7 +15,7 @@ from ssmkernels.core.names import unknown
 from ssmzoo.integrations.transformers.functions import supplied
 from ssmzoo.integrations.transformers.imports import forget_imports, loaded, watch_imports
 from ssmzoo.integrations.transformers.lookups import installed, lookups_of, published
-from ssmzoo.integrations.transformers.methods import METHODS, methods_of
+from ssmzoo.integrations.transformers.methods import METHODS, methods, methods_of
 from ssmzoo.screen import printable
 
 ALL = "*"  # the family that stands for all of them
@@ -128,7 +128,7 @@ def accelerate(model_or_family: nn.Module | str | Iterable[str] | None = None) -
         ImportError: transformers is not installed.
         TypeError, ValueError: ``model_or_family`` is of another kind, or nothing that can be accelerated.
     """
-    known = sorted({*published(), *METHODS})
+    known = _known()
     if model_or_family is None:
         return Acceleration(known, asked=ALL)
     if isinstance(model_or_family, nn.Module):
@@ -155,6 +155,10 @@ def accelerate(model_or_family: nn.Module | str | Iterable[str] | None = None) -
     return Acceleration(set(families))
 
 
+def _known() -> list[str]:
+    return sorted({*published(), *METHODS})
+
+
 def _families_in(model: nn.Module, known: Iterable[str]) -> set[str]:
     """The families whose code the model's layers run."""
     modules = {base.__module__ for layer in model.modules() for base in type(layer).__mro__}
@@ -173,7 +177,7 @@ def _rows(family: str) -> list[Row]:
             rows.append(Row(family, function, "transformers' own", "ssmkernels has no such function"))
         else:
             rows.append(Row(family, function, ours.runs))
-    rows += [Row(family, method.name, method.runs) for method in METHODS.get(family, ())]
+    rows += [Row(family, method.name, method.runs) for method in methods(family)]
     return rows
 
 
@@ -185,7 +189,7 @@ def _refresh_all() -> None:
 def _refresh(family: str, module: ModuleType) -> None:
     """Gives a module of transformers our functions if an acceleration asks for its family, else its own."""
     with _changing:
-        wanted = _in_use[ALL] > 0 or _in_use[family] > 0
+        wanted = _in_use[family] > 0 or (_in_use[ALL] > 0 and family in _known())
         for lookup in lookups_of(module):
             ours = supplied(lookup.package, lookup.function)
             if wanted and ours is not None:

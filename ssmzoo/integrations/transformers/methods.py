@@ -18,6 +18,7 @@ from ssmzoo.integrations.transformers.layers import (
     told,
     weighted_key_values,
 )
+from ssmzoo.integrations.transformers.norms import KINDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +29,14 @@ class Method:
         owner, attribute: the class and the method's name; "" and the name of a function of the module.
         make: takes the original and gives what takes its place.
         runs: what it does, for people.
+        over_time: whether it runs over a sequence, rather than over each of its tokens.
     """
 
     owner: str
     attribute: str
     make: Callable[[Function], Function]
     runs: str
+    over_time: bool = True
 
     @property
     def name(self) -> str:
@@ -42,6 +45,7 @@ class Method:
 
 _KEEPS = "transformers' own, which goes on from its state and keeps packed sequences apart"
 _TELLS = "transformers' own, which passes on its sequences"
+_NORMS = "ssmkernels.rms_norm; transformers' own for few numbers"
 
 
 def _dropping(*models: str, block: str) -> tuple[Method, ...]:
@@ -66,6 +70,13 @@ METHODS: dict[str, tuple[Method, ...]] = {
     "rwkv": (Method("", "rwkv_linear_attention", weighted_key_values, "ssmkernels.linear_recurrence"),),
     "xlstm": (Method("xLSTMBackend", "forward", matrix_memory, "ssmkernels.mlstm"),),
 }
+
+
+def methods(family: str) -> tuple[Method, ...]:
+    """Those of a family, norms included."""
+    norms = ((make, owner) for make, families in KINDS.items() for owner in families.get(family, ()))
+    named = (Method(owner, "forward", make, _NORMS, over_time=False) for make, owner in norms)
+    return (*METHODS.get(family, ()), *named)
 
 
 class Replaceable:
@@ -113,9 +124,7 @@ def _checkpointed(function: Any) -> CellType | None:
 @functools.cache
 def methods_of(family: str, module: ModuleType) -> list[Replaceable]:
     """Those of a family that a module of it defines."""
-    owners = [
-        (vars(module).get(method.owner, None if method.owner else module), method) for method in METHODS.get(family, ())
-    ]
+    owners = [(vars(module).get(method.owner, None if method.owner else module), method) for method in methods(family)]
     return [
         Replaceable(owner, method) for owner, method in owners if owner is not None and hasattr(owner, method.attribute)
     ]

@@ -102,6 +102,20 @@ def test_attention():
         ops.parallel_attn(q, k, v, g=sink)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("sunk", [False, True])
+def test_a_window_of_nothing_gives_zeros(sunk, dtype):
+    *given, sink = (t.requires_grad_() for t in drawn((1, 7, 4, 8), (1, 7, 2, 8), (1, 7, 2, 5), 4))
+    y = ops.parallel_attn(*(t.to(dtype) for t in given), window_size=0, sink_bias=sink if sunk else None)
+    assert torch.equal(y, torch.zeros(1, 7, 4, 5, dtype=dtype))
+    wanted = [*given, sink] if sunk else given
+    assert not any(g.any() for g in torch.autograd.grad(y.sum(), wanted))
+    with pytest.raises(
+        ValueError, match="parallel_attn: `window_size` must be 0 or more, or None for all keys; got -1"
+    ):
+        ops.parallel_attn(*given, window_size=-1)
+
+
 @pytest.mark.parametrize("activation", [None, "swish"])
 def test_convolutions(activation):
     x, weight, bias, residual, cache = drawn((2, 5, 3), (3, 4), 3, (2, 5, 3), (2, 3, 4))

@@ -87,6 +87,10 @@ def softmax(a: Any) -> Tensor:
         raise ValueError(f"{a.op}: `g` must be None, as decays of attention are not supported")
     if a.window_size is not None:
         check_options(a.op, "int", window_size=a.window_size)
+        if a.window_size < 0:
+            raise ValueError(f"{a.op}: `window_size` must be 0 or more, or None for all keys; got {a.window_size}")
+        if a.window_size == 0:  # as a bound of attention it would be none
+            return _of_nothing(a)
     borders = None if a.cu_seqlens is None else int32_borders(a.op, a.cu_seqlens, a.q.shape[1])
     found = attention(
         a.q,
@@ -101,3 +105,9 @@ def softmax(a: Any) -> Tensor:
     )
     assert isinstance(found, Tensor)
     return found
+
+
+def _of_nothing(a: Any) -> Tensor:
+    """What queries that see no key get: zeros, and so are their gradients."""
+    zero = sum(t.flatten()[:0].sum(dtype=a.q.dtype) for t in (a.q, a.k, a.v, a.sink_bias) if t is not None)
+    return a.q.new_zeros(*a.q.shape[:3], a.v.shape[-1]) + zero

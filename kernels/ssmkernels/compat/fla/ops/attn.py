@@ -30,7 +30,7 @@ def parallel_attn(
         k, v: ``(b, l, h_kv, k)`` and ``(b, l, h_kv, v)``.
         g: None; decays are refused.
         scale: of the products; 1/√k if None.
-        window_size: how many keys a query sees, its own included; all if None.
+        window_size: how many keys a query sees, its own included; all if None, and zeros come out if 0.
         cu_seqlens: integers ``(s + 1)``, borders of sequences packed into a batch of one.
         chunk_indices: not needed; taken for the sake of callers.
         sink_bias: ``(h)``, one more logit for each head, which has no value.

@@ -72,11 +72,12 @@ def gate_last(original: Function) -> Function:
     @functools.wraps(original)
     def forward(self: Any, hidden_states: Tensor, gate: Tensor | None = None) -> Any:
         activation = getattr(self, "activation", None)
-        known = gate is not None and activation in ("silu", "swish", "sigmoid")
-        if not known or not _ours(hidden_states, self.weight, gate):
+        known = activation in ("silu", "swish", "sigmoid")
+        if gate is None or not known or not _ours(hidden_states, self.weight, gate):
             return original(self, hidden_states, gate)
         if activation == "sigmoid":
-            return rms_norm(hidden_states, self.weight, eps=self.variance_epsilon) * F.sigmoid(gate)
+            normed: Any = rms_norm(hidden_states, self.weight, eps=self.variance_epsilon)
+            return normed * F.sigmoid(gate)
         return rms_norm(hidden_states, self.weight, gate=gate, eps=self.variance_epsilon)
 
     return forward

@@ -211,7 +211,7 @@ def load(
             f"{len(weights)} tensors"
         )
     try:
-        model = skeleton(config, where, dtype)
+        model = skeleton(config, where, dtype, weights, str(source))
     except (RuntimeError, OverflowError):
         footprint(config)  # says which size PyTorch cannot hold
         raise

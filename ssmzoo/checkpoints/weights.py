@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ssmzoo.config import ModelConfig
 from ssmzoo.model import SequenceModel
 
-SHOWN = 3  # tensors that an error names
+SHOWN, WIDEST = 3, 200  # tensors that an error names, and letters of a name
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -92,15 +92,27 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def skeleton(config: ModelConfig, device: torch.device, dtype: torch.dtype | None) -> SequenceModel:
+def skeleton(
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    weights: Mapping[str, Tensor] | None = None,
+    source: str = "",
+) -> SequenceModel:
     """A model for weights that are to come by :func:`assign`: they are on the meta device and take no memory.
 
     Buffers that are not in a ``state_dict`` are made anew on ``device``, by ``reset_parameters`` of their module. If a
     module keeps tensors that neither a ``state_dict`` nor ``reset_parameters`` brings back, then the whole model is
     built on ``device`` instead.
+
+    Raises:
+        ValueError: ``weights`` are given, and do not have the model's names and shapes. A config that asks for more
+            memory than its weights take is refused before any of it is made.
     """
     with torch.device("meta"):
         model = SequenceModel(config)
+    if weights is not None:
+        _match(model, weights, source, values=False)
     if dtype is not None:
         model.to(dtype)
     if not all(_renewable(module) for module in model.modules()):
@@ -200,9 +212,15 @@ def main_dtype(weights: Mapping[str, Tensor]) -> torch.dtype | None:
 
 
 def some(names: list[str]) -> str:
-    """The first names of a list, and how many more there are."""
+    """The first names of a list, which may come from a file, and how many more there are."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    return ", ".join(_shown(name) for name in names[:SHOWN]) + more
+
+
+def _shown(name: str) -> str:
+    """A name for one line of an error, however long it is and whatever it holds."""
+    name = name if name.isprintable() else repr(name)
+    return name if len(name) <= WIDEST else f"{name[:WIDEST]}…"
 
 
 def line(error: Exception) -> str:
@@ -211,8 +229,10 @@ def line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _match(model: SequenceModel, weights: Mapping[str, Tensor], source: str) -> list[tuple[list[str], Tensor]]:
-    """:func:`stored_weights`, once it is known that each of them is given and fits.
+def _match(
+    model: SequenceModel, weights: Mapping[str, Tensor], source: str, values: bool = True
+) -> list[tuple[list[str], Tensor]]:
+    """:func:`stored_weights`, once it is known that each of them is given and fits; by its ``values``, too, or not.
 
     Raises:
         ValueError: naming ``source`` and the first tensors that do not fit.
@@ -233,6 +253,8 @@ def _match(model: SequenceModel, weights: Mapping[str, Tensor], source: str) -> 
         given = weights[found[0]]
         if given.shape != tensor.shape:
             problems["of another shape"].append(f"{found[0]} {tuple(given.shape)} for {tuple(tensor.shape)}")
+        elif not values:
+            continue
         elif (reason := _unfit(given, tensor)) is not None:
             problems["of unfit values"].append(f"{found[0]} {reason}")
         elif not all(torch.equal(given, weights[name]) for name in found[1:]):

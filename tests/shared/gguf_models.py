@@ -1,8 +1,11 @@
 """A small model of each of llama.cpp's architectures that ours can have, with options that differ from the defaults."""
 
 import math
+import struct
 
+import numpy as np
 import torch
+from gguf_bytes import taken_apart
 
 import ssmzoo
 from ssmzoo.checkpoints.gguf import writing
@@ -303,3 +306,19 @@ def save_twin(model, path, monkeypatch):
     monkeypatch.setattr(writing, "architectures", lambda: [architecture("qwen35moe")])
     ssmzoo.save(model, path, "gguf")
     monkeypatch.undo()
+
+
+def rescale(path, every):
+    """Makes a file of RWKV-6 one whose residual stream is halved after every few layers, as converters write them."""
+    file = taken_apart(path.read_bytes())
+    data = bytearray(file.data)
+    for tensor in file.tensors:
+        name = tensor.name.decode()
+        if name.endswith(("time_mix_output.weight", "channel_mix_value.weight")):
+            place = slice(tensor.offset, tensor.offset + 4 * math.prod(tensor.shape))
+            numbers = np.frombuffer(data[place], np.float32) / 2 ** (int(name.split(".")[1]) // every)
+            data[place] = numbers.tobytes()
+    key = b"rwkv6.rescale_every_n_layers"
+    file.keys = [k for k in file.keys if k[0] != key] + [(key, 4, struct.pack("<I", every))]
+    file.data = bytes(data)
+    path.write_bytes(file.bytes())

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
-ALIGNMENT = "general.alignment"
+ALIGNMENT, VOCABULARY = "general.alignment", "tokenizer."
 AXES = 4  # of a tensor, at most
+LONGEST = 2**16  # values of a list that is kept: there is one for each layer, at most
 
 # Kind of value → how `struct` reads it; 8 is text and 9 a list.
 VALUES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -34,7 +36,7 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """All keys by their names, and all tensors by theirs."""
+    """All keys by their names, but for the vocabulary's lists, and all tensors by theirs."""
 
     keys: dict[str, Any]
     tensors: dict[str, Stored]
@@ -77,7 +79,7 @@ class _Reader:
             key = self.text()
             if key in keys:
                 raise _DamageError(f"it has two keys {key!r:.80}")
-            keys[key] = self.value(self.number("I"))
+            keys[key] = self.value(self.number("I"), key)
         found: dict[str, tuple[tuple[int, ...], int, int]] = {}
         for _ in range(n_tensors):
             name = self.text()
@@ -117,22 +119,34 @@ class _Reader:
             end = stored.start + stored.nbytes
         return tensors
 
-    def value(self, kind: int) -> Any:
+    def value(self, kind: int, key: str) -> Any:
         if kind == TEXT:
             return self.text()
         if kind != LIST:
             return self.plain(self.numbers(kind, 1), kind)[0]
         kind, n = self.number("I"), self.number("Q")
-        if kind == TEXT:
-            return [self.text() for _ in range(n)]  # each takes eight bytes of the file
-        return self.plain(self.numbers(kind, n), kind)
+        if key.startswith(VOCABULARY):  # as objects of Python they would take many times the file's size
+            return self.passed_over(kind, n)
+        if n > LONGEST:
+            raise _DamageError(f"{key!r:.80} has {n} values, and may have {LONGEST}")
+        return [self.text() for _ in range(n)] if kind == TEXT else self.plain(self.numbers(kind, n), kind)
+
+    def passed_over(self, kind: int, n: int) -> None:
+        """A list that nothing here reads."""
+        for _ in range(n if kind == TEXT else 0):  # ends with the file, at the latest
+            self.skip(self.number("Q"))
+        if kind != TEXT:
+            self.skip(n * struct.calcsize(f"<{self.letter(kind)}"))
 
     def numbers(self, kind: int, n: int) -> list[Any]:
-        if kind not in VALUES:
-            raise _DamageError(f"it has a value of the unknown kind {kind}")
-        letter = VALUES[kind]
+        letter = self.letter(kind)
         data = self.take(n * struct.calcsize(f"<{letter}"))
         return list(struct.unpack(f"<{n}{letter}", data))
+
+    def letter(self, kind: int) -> str:
+        if kind not in VALUES:
+            raise _DamageError(f"it has a value of the unknown kind {kind}")
+        return VALUES[kind]
 
     def plain(self, values: list[Any], kind: int) -> list[Any]:
         """Numbers of 32 bits as they were written: 1e-5, and not the float64 nearest to what 32 bits made of it."""
@@ -148,6 +162,13 @@ class _Reader:
         return self.take(self.number("Q")).decode()
 
     def take(self, n: int) -> bytes:
+        self.has(n)
+        return self.file.read(n)
+
+    def skip(self, n: int) -> None:
+        self.has(n)
+        self.file.seek(n, os.SEEK_CUR)
+
+    def has(self, n: int) -> None:
         if n > self.size - self.file.tell():
             raise _DamageError("it ends within its header")
-        return self.file.read(n)

@@ -5,6 +5,8 @@ A table pairs a key, without the architecture's name before it, with a word of `
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +28,13 @@ UNBOUNDED = 2**20  # of tokens: what converters write for models that no length 
 ATTENTION = 4096  # tokens for which llama.cpp makes room where nobody says how many
 
 
+# How names of keys end → what their values are, one or one for each layer. All that is read here is among them.
+WHOLE = re.compile(r".*(length(_mla)?|count(_kv)?|size|rank|kernel|cache|dim|interval|n_layers|gating_func)")
+NUMBER = re.compile(r".*(epsilon|scale|factor|freq_base|divisor)")
+FLAG = re.compile(r".*(dt_b_c_rms|weights_norm|finetuned|recurrent_layers)")
+SIGMOID = 2  # llama.cpp's number of how a router scores
+
+
 def written(given: Mapping[str, Any], *tables: Table) -> dict[str, Any]:
     """Keys of tables with the values that ``config.json`` has."""
     return {key: given[word] for table in tables for key, word in table.items()}
@@ -34,6 +43,40 @@ def written(given: Mapping[str, Any], *tables: Table) -> dict[str, Any]:
 def read(keys: Mapping[str, Any], *tables: Table) -> dict[str, Any]:
     """The other way."""
     return {word: keys[key] for table in tables for key, word in table.items()}
+
+
+def check_kinds(keys: Mapping[str, Any], prefix: str) -> None:
+    """Checks that values are of the kinds that llama.cpp reads; keys of other names may hold anything.
+
+    Args:
+        keys: without the architecture's name.
+        prefix: that name and a dot.
+
+    Raises:
+        ValueError: one is not; by name.
+    """
+    for key, value in keys.items():
+        every = value if isinstance(value, list) else [value]
+        whole = all(type(each) is int and each >= 0 for each in every)
+        finite = all(type(each) in (int, float) and math.isfinite(each) for each in every)
+        flags = all(type(each) is bool for each in every)
+        for kind, fits, said in (
+            (WHOLE, whole, "a whole number from 0 on"),
+            (NUMBER, finite, "a finite number"),
+            (FLAG, flags, "true or false"),
+        ):
+            if kind.fullmatch(key) is not None and not fits:
+                raise ValueError(f"`{prefix}{key}` must be {said}; got {value!r:.80}")
+
+
+def check_scores(keys: Mapping[str, Any]) -> None:
+    """Checks that routers score experts by a sigmoid.
+
+    Raises:
+        ValueError: they score in another way.
+    """
+    if keys["expert_gating_func"] != SIGMOID:
+        raise ValueError(f"`expert_gating_func` must be {SIGMOID}, a sigmoid; got {keys['expert_gating_func']}")
 
 
 def heads_written(given: Mapping[str, Any], at: list[int] | None = None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from ssmzoo.checkpoints.families import family
 from ssmzoo.checkpoints.gguf.architectures import Architecture, architecture
 from ssmzoo.checkpoints.gguf.experts import together
 from ssmzoo.checkpoints.gguf.header import Header, Stored, read_header
+from ssmzoo.checkpoints.gguf.keys import check_kinds
 from ssmzoo.checkpoints.gguf.needed import need_gguf
 from ssmzoo.checkpoints.published import used
 from ssmzoo.checkpoints.renaming import renamed
@@ -70,7 +71,9 @@ def _opened(path: Path) -> Iterator[Header]:
 
 def _described(header: Header) -> tuple[Architecture, dict[str, Any], ModelConfig]:
     """The architecture, the model in the words of its family, and our config, from which a model can be built."""
-    name = str(header.keys.get(ARCHITECTURE))
+    name = header.keys.get(ARCHITECTURE)
+    if not isinstance(name, str):
+        raise ValueError(f"`{ARCHITECTURE}` must be a text; got {name!r:.80}")
     found = architecture(name)
     given = found.given(_own(header, f"{name}."), set(header.tensors))
     config = ModelConfig.from_dict(used(family(given["model_type"]).config(given)), "its keys")
@@ -83,17 +86,20 @@ def _own(header: Header, prefix: str) -> dict[str, Any]:
     """The architecture's keys without its name, and how many token ids there are.
 
     Raises:
-        ValueError: there are more layers than tensors, or no embedding.
+        ValueError: a value is of another kind than its key's, there are more layers than tensors, or no embedding.
     """
     keys = {key.removeprefix(prefix): value for key, value in header.keys.items() if key.startswith(prefix)}
+    check_kinds(keys, prefix)
     layers, embedding = keys.get("block_count"), header.tensors.get("token_embd.weight")
-    if not isinstance(layers, int) or not 0 < layers <= len(header.tensors):
+    if type(layers) is not int or not 0 < layers <= len(header.tensors):
         raise ValueError(
             f"`{prefix}block_count` must be at most {len(header.tensors)}, as each layer has tensors; got "
             f"{layers!r:.80}"
         )
     if embedding is None:
         raise ValueError("it has no tensor `token_embd.weight`")
+    if keys.get("embedding_length") == 0:
+        raise ValueError(f"`{prefix}embedding_length` must be at least 1; got 0")
     lists = [key for key, value in keys.items() if isinstance(value, list) and key != SECTIONS]
     wrong = next((key for key in lists if len(keys[key]) != layers), None)
     if wrong is not None:
@@ -113,7 +119,8 @@ def _tensor(path: Path, stored: Stored, name: str) -> Tensor:
     if stored.kind in PLAIN:
         return torch.from_numpy(data).view(PLAIN[stored.kind]).view(stored.shape)
     try:
-        numbers = quants.dequantize(data.reshape(*stored.shape[:-1], -1), GGMLQuantizationType[stored.kind])
+        with np.errstate(all="ignore"):  # scales that are no numbers: the weights that they give are refused by name
+            numbers = quants.dequantize(data.reshape(*stored.shape[:-1], -1), GGMLQuantizationType[stored.kind])
     except NotImplementedError:
         raise ValueError(f"the tensor `{name:.80}` is of {stored.kind}, which the gguf package cannot read") from None
     return torch.from_numpy(numbers).view(stored.shape)

@@ -11,7 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssmzoo.checkpoints.gguf.keys import ATTENTION, ENDS, EPS, Table, attention_layers, places, read, written
+from ssmzoo.checkpoints.gguf.keys import (
+    ATTENTION,
+    ENDS,
+    EPS,
+    SIGMOID,
+    Table,
+    attention_layers,
+    check_scores,
+    places,
+    read,
+    written,
+)
 from ssmzoo.checkpoints.gguf.rules import OURS, block, decay, ends_rules, expert_rules, mlp_rules, norm_rules
 from ssmzoo.checkpoints.renaming import Rule, Written
 
@@ -36,7 +47,6 @@ SIZES: Table = {
 }
 QUERIES, KEYS, KV_HEADS = "attention.q_lora_rank", "attention.key_length_mla", "attention.head_count_kv"
 DENSE = "leading_dense_block_count"
-SIGMOID = 2  # llama.cpp's number of how a router scores
 BOTH, OF_KEYS, OF_VALUES = (f"attn_{name}_b.weight" for name in ("kv", "k", "v"))
 
 
@@ -56,6 +66,7 @@ def keys(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def given(keys: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
+    check_scores(keys)
     layers, dense = range(keys["block_count"]), keys[DENSE]
     attention = attention_layers(keys)
     return read(keys, ENDS, SIZES) | {

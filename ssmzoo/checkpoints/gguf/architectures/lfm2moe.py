@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ssmzoo.checkpoints.gguf.architectures._lfm import given_of, keys_of, rules
-from ssmzoo.checkpoints.gguf.keys import Table, read, written
+from ssmzoo.checkpoints.gguf.keys import SIGMOID, Table, check_scores, read, written
 
 __all__ = ["ARCHITECTURE", "FAMILIES", "NAME", "given", "keys", "rules"]
 
@@ -20,7 +20,6 @@ EXPERTS: Table = {
     "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": "moe_intermediate_size",
 }
-SIGMOID = 2  # llama.cpp's number of how a router scores
 
 
 def keys(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,4 +27,5 @@ def keys(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def given(keys: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
+    check_scores(keys)
     return given_of(keys, names) | read(keys, EXPERTS) | {"model_type": "lfm2_moe"}

@@ -25,6 +25,7 @@ ENDS: Table = {
 }
 RANKS: Table = {"time_mix_extra_dim": "proj_low_rank_dim", "time_decay_extra_dim": "gate_low_rank_dim"}
 HEAD, INSIDE, RESCALE = "wkv.head_size", "feed_forward_length", "rescale_every_n_layers"
+SCALED = ("time_mix_output", "channel_mix_value")  # whose outputs are added to the residual stream
 GROUP_EPS = 64e-5  # of the norm of heads, which llama.cpp has for all models
 OWN, THEIR = "rwkvg", "wkvrg"  # the order of inputs in weights for token shift, with us and in the file
 MAPS = {"receptance": "r_proj", "key": "k_proj", "value": "v_proj", "gate": "g_proj"}
@@ -48,8 +49,6 @@ def keys(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def given(keys: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
-    if keys.get(RESCALE):
-        raise ValueError(f"`{RESCALE}` must be 0; got {keys[RESCALE]}, and weights that are scaled by it are not read")
     heads = keys["embedding_length"] // keys[HEAD]
     mixer = read(keys, RANKS) | {"n_heads": heads, "expand_k": 1.0, "norm_eps": GROUP_EPS}
     config = {
@@ -61,7 +60,21 @@ def given(keys: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
         "embedding_norm": True,
         "tie_embeddings": False,
     }
-    return {"model_type": "ssmzoo", "architecture": config}
+    return {"model_type": "ssmzoo", "architecture": config, RESCALE: keys.get(RESCALE, 0)}
+
+
+def gathered(given: Mapping[str, Any], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With the weights that a file holds for a residual stream which is halved after every few layers, as they were.
+
+    What a layer adds to the stream is scaled as the stream is there. Layer norms take the scale out again, so that
+    halving only keeps 16 bits from running over. Powers of two are exact.
+    """
+    every = given[RESCALE]
+    for i in range(given["architecture"]["n_layers"] if every else 0):
+        for name in SCALED:
+            if (tensor := weights.get(f"blk.{i}.{name}.weight")) is not None:
+                tensor.mul_(2.0 ** (i // every))
+    return weights
 
 
 def rules(given: Mapping[str, Any]) -> list[Rule]:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from ssmzoo.checkpoints.gguf.charsmap import WHITESPACE, charsmap
 from ssmzoo.checkpoints.gguf.vocabulary import CUTS
 
 tokenizers = pytest.importorskip("tokenizers", reason="needs the tokenizers library")
@@ -53,5 +54,48 @@ def pieces(path, prefix=True):
     steps = [tokenizers.normalizers.Prepend("\u2581")] * prefix + [tokenizers.normalizers.Replace(" ", "\u2581")]
     words.normalizer = tokenizers.normalizers.Sequence(steps)
     words.add_special_tokens(special)
+    words.save(str(path))
+    return words
+
+
+# What a map of characters replaces, as SentencePiece's do: white space, ligatures, full-width letters, soft hyphens.
+MAPPED = {"\ufb01": "fi", "\uff21": "A", "\u00ad": "", "\u2026": "...", "e\u0301": "é"}
+MAP = charsmap(dict.fromkeys(WHITESPACE, " ") | MAPPED)
+UNIGRAMS = ("t5", "t5 with a map", "strip", "never")
+
+
+def unigram(path, kind):
+    """Writes a Unigram tokenizer of about 100 tokens, which prepares texts in one of the ways of UNIGRAMS."""
+    cut, normalize = tokenizers.pre_tokenizers, tokenizers.normalizers
+    words = tokenizers.Tokenizer(tokenizers.models.Unigram())
+    metaspace = cut.Metaspace(prepend_scheme="never" if kind == "never" else "always", split=kind != "never")
+    words.pre_tokenizer = cut.Sequence([cut.WhitespaceSplit(), metaspace]) if "t5" in kind else metaspace
+    trainer = tokenizers.trainers.UnigramTrainer(
+        vocab_size=110,
+        special_tokens=["<pad>", "</s>", "<unk>"],
+        unk_token="<unk>",
+        initial_alphabet=["\u2581"],
+        show_progress=False,
+    )
+    words.train_from_iterator([TEXT.replace("模型", "")] * 4, trainer)
+    words.add_tokens(["<tool>"])
+    mapped = normalize.Precompiled(MAP)
+    if kind == "t5 with a map":
+        words.normalizer = mapped
+    elif kind == "strip":
+        replace = normalize.Replace(tokenizers.Regex(" {2,}"), "\u2581")
+        words.normalizer = normalize.Sequence([mapped, normalize.Strip(left=False, right=True), replace])
+    words.save(str(path))
+    return words
+
+
+def wordpiece(path, **options):
+    """Writes a WordPiece tokenizer as BERT's; options are of its normalizer."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
+    words.normalizer = tokenizers.normalizers.BertNormalizer(**options)
+    words.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=130, special_tokens=special, show_progress=False)
+    words.train_from_iterator([TEXT] * 4, trainer)
     words.save(str(path))
     return words

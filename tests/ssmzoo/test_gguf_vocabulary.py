@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
 import json
 import random
+import unicodedata
 
 import pytest
-from gguf_tokenizers import PRE, TEXT, pieces, trained
+from gguf_tokenizers import MAP, PRE, TEXT, UNIGRAMS, pieces, trained, unigram, wordpiece
 
+from ssmzoo.checkpoints.gguf.charsmap import charsmap, normalized
 from ssmzoo.checkpoints.gguf.vocabulary import alphabet, vocabulary_keys
+
+tokenizers = pytest.importorskip("tokenizers", reason="needs the tokenizers library")
 
 SIZE = 304
 
@@ -54,7 +59,7 @@ def changes_in_place(**changes):
 
 
 REFUSED = {
-    r"no BPE \(": changes(model={"type": "Unigram", "vocab": [["a", 0.0]]}),
+    r"its `type` is 'WordLevel'": changes(model={"type": "WordLevel", "vocab": {"a": 0}}),
     "rules that llama.cpp has no name for": lambda given: (
         given | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits"}, given["pre_tokenizer"]]}}
     ),
@@ -102,7 +107,7 @@ def test_a_damaged_file(tmp_path, kind, said):
     given = json.loads(path.read_text())
     DAMAGED[said](given)
     path.write_text(json.dumps(given))
-    with pytest.raises(ValueError, match=f"tokenizer.json must be a BPE tokenizer .* it is none .*({said})"):
+    with pytest.raises(ValueError, match=f"tokenizer.json must be a tokenizer .* it is none .*({said})"):
         vocabulary_keys(path, 4096)
 
 
@@ -163,3 +168,169 @@ def test_pieces_that_scores_cannot_merge(tmp_path, change, said):
     path.write_text(json.dumps(given))
     with pytest.raises(ValueError, match=f"cannot be expressed in a GGUF file: .*{said}"):
         vocabulary_keys(path, size)
+
+
+def texts(rng, n):
+    """Texts of words, white space and characters that are normalised or unknown."""
+    words = [*TEXT.split(), " ", "  ", "\n", "\t", "\u3000", "é", "e\u0301", "模", "\U0001f600", "\ufb01n", "\u2026"]
+    made = [" ".join(rng.choice([*words, "ÄÖ", "a-b"]) for _ in range(rng.randrange(8))) for _ in range(n)]
+    return [text + rng.choice(["", " ", "\n"]) for text in made]
+
+
+def by_sums(keys, text):
+    """The ids of a text as llama.cpp finds them for Unigram vocabularies: the largest sum of scores."""
+    data = keys.get("tokenizer.ggml.precompiled_charsmap")
+    text = text if data is None else normalized(data, text)
+    if keys["tokenizer.ggml.remove_extra_whitespaces"]:
+        text = "".join(" " + word for word in text.split(" ") if word)
+    text = text.replace(" ", "\u2581")
+    given = zip(*(keys[f"tokenizer.ggml.{name}"] for name in ("tokens", "scores", "token_type")), strict=True)
+    scores = {token: (i, score) for i, (token, score, kind) in enumerate(given) if kind in (1, 5)}
+    least = min(scores[token][1] for token in scores if not token.startswith("[PAD"))
+    best = [(0.0, [])] + [(-float("inf"), [])] * len(text)
+    for start in range(len(text)):
+        for end in range(start + 1, len(text) + 1):
+            unknown = (keys["tokenizer.ggml.unknown_token_id"], least - 10) if end == start + 1 else None
+            if (found := scores.get(text[start:end], unknown)) is not None:
+                total = best[start][0] + found[1]
+                if total > best[end][0]:
+                    best[end] = total, [*best[start][1], found[0]]
+    ids, unknown = best[-1][1], keys["tokenizer.ggml.unknown_token_id"]
+    return [id for i, id in enumerate(ids) if i == 0 or not id == ids[i - 1] == unknown]
+
+
+@pytest.mark.parametrize("kind", UNIGRAMS)
+def test_a_unigram_tokenizer(tmp_path, kind):
+    words = unigram(tmp_path / "tokenizer.json", kind)
+    size = words.get_vocab_size() + 2
+    keys = vocabulary_keys(tmp_path / "tokenizer.json", size)
+    assert keys["tokenizer.ggml.model"] == "t5"
+    assert keys["tokenizer.ggml.token_type"][:3] == [3, 3, 2]
+    assert keys["tokenizer.ggml.token_type"][-3:] == [4, 5, 5]
+    marked = [keys[f"tokenizer.ggml.{name}_token_id"] for name in ("padding", "eos", "unknown")]
+    assert marked == [0, 1, 2]
+    assert ("tokenizer.ggml.precompiled_charsmap" in keys) == (kind != "never")
+    for text in ["", " ", *texts(random.Random(0), 100)]:
+        assert by_sums(keys, text) == words.encode(text, add_special_tokens=False).ids, repr(text)
+
+
+def by_longest(keys, text):
+    """The ids of a text as llama.cpp finds them for BERT's vocabularies: the longest token at each place of a word."""
+    names = {token: i for i, token in enumerate(keys["tokenizer.ggml.tokens"])}
+    if keys["tokenizer.ggml.normalizer.strip_accents"]:
+        text = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c)[0] != "M")
+    if keys["tokenizer.ggml.normalizer.lowercase"]:
+        text = "".join(c.lower() for c in text)
+    alone = (c for c in text if unicodedata.category(c)[0] == "P" or c in "$+<=>^`|~" or 0x4E00 <= ord(c) <= 0x9FFF)
+    for c in set(alone):
+        text = text.replace(c, f" {c} ")
+    ids = []
+    for word in text.split():
+        left, found = "\u2581" + word, []
+        while left:
+            end = next((end for end in range(len(left), 0, -1) if left[:end] in names), 0)
+            found.append(names[left[:end]] if end else None)
+            left = left[end:] if end else ""
+        ids += [keys["tokenizer.ggml.unknown_token_id"]] if None in found else found
+    return ids
+
+
+@pytest.mark.parametrize("options", [{}, {"lowercase": False}, {"lowercase": False, "strip_accents": True}])
+def test_a_wordpiece_tokenizer(tmp_path, options):
+    words = wordpiece(tmp_path / "tokenizer.json", **options)
+    keys = vocabulary_keys(tmp_path / "tokenizer.json", words.get_vocab_size() + 1)
+    assert keys["tokenizer.ggml.model"] == "bert"
+    assert keys["tokenizer.ggml.token_type"][:6] == [3, 2, 3, 3, 3, 1]
+    marked = [keys[f"tokenizer.ggml.{name}_token_id"] for name in ("padding", "unknown", "bos", "seperator", "mask")]
+    assert marked == [0, 1, 2, 3, 4]
+    tokens = {words.id_to_token(i): token for i, token in enumerate(keys["tokenizer.ggml.tokens"][:-1])}
+    assert all(tokens[t] == (t[2:] if t.startswith("##") else "\u2581" + t) for t in tokens if not t.startswith("["))
+    for text in texts(random.Random(0), 100):
+        assert by_longest(keys, text) == words.encode(text, add_special_tokens=False).ids, repr(text)
+
+
+LETTERS_ALONE = base64.b64encode(charsmap({"a": "b"})).decode()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda given: given["model"].update(byte_fallback=True), "it falls back to bytes"),
+        (lambda given: given["model"].update(unk_id=None), "it has no unknown token"),
+        (lambda given: given.update(normalizer={"type": "NFKC"}), "in a way that llama.cpp has not"),
+        (lambda given: given.update(pre_tokenizer={"type": "Whitespace"}), "in a way that llama.cpp has not"),
+        (lambda given: given["model"]["vocab"].append(["a\u2581b", -3.0]), "a token reaches over a space"),
+        (lambda given: given["model"]["vocab"].__setitem__(0, ["<pad>", -99.0]), "a special token scores less"),
+        (lambda given: given["model"]["vocab"].__setitem__(3, ["q", -2.0]), "a space alone is no token"),
+        (
+            lambda given: given.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+            "`precompiled_charsmap` is damaged",
+        ),
+        (
+            lambda given: given.update(
+                normalizer={
+                    "type": "Precompiled",
+                    "precompiled_charsmap": LETTERS_ALONE,
+                }
+            ),
+            "it keeps line ends or other white space",
+        ),
+    ],
+)
+def test_unigrams_that_llama_cpp_cuts_in_another_way(tmp_path, change, said):
+    path = tmp_path / "tokenizer.json"
+    unigram(path, "t5")
+    given = json.loads(path.read_text())
+    given["model"]["vocab"].sort(key=lambda entry: (entry[0][0] != "<", entry[0] != "\u2581"))  # the space alone is 3
+    given["model"]["unk_id"] = [token for token, _ in given["model"]["vocab"]].index("<unk>")
+    given["added_tokens"] = [
+        {"id": i, "content": token, "special": True} for i, (token, _) in enumerate(given["model"]["vocab"][:3])
+    ]
+    path.write_text(json.dumps(given))
+    assert vocabulary_keys(path, 999)["tokenizer.ggml.model"] == "t5"
+    change(given)
+    path.write_text(json.dumps(given))
+    with pytest.raises(ValueError, match=f"tokenizer.json cannot be expressed in a GGUF file: .*{said}"):
+        vocabulary_keys(path, 999)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda given: given.update(normalizer=None), "it prepares text in another way than BERT"),
+        (lambda given: given["normalizer"].update(clean_text=False), "it prepares text in another way than BERT"),
+        (lambda given: given.update(pre_tokenizer={"type": "Whitespace"}), "it cuts text into words in another way"),
+        (lambda given: given["model"].update(continuing_subword_prefix="@@"), "is not marked by ##"),
+        (lambda given: given["model"].update(unk_token="[none]"), "it has no unknown token"),
+        (
+            lambda given: given["model"]["vocab"].update({"\u2581a": 900, "##\u2581\u2581a": 901}),
+            "are taken for others",
+        ),
+        (lambda given: given["model"]["vocab"].update({"##\u2581": 900}), "are taken for others"),
+        (lambda given: given["added_tokens"][2].update(content="[BEGIN]"), r"it lacks \[CLS\] or \[SEP\]"),
+    ],
+)
+def test_word_pieces_that_llama_cpp_cuts_in_another_way(tmp_path, change, said):
+    path = tmp_path / "tokenizer.json"
+    wordpiece(path)
+    given = json.loads(path.read_text())
+    change(given)
+    path.write_text(json.dumps(given))
+    with pytest.raises(ValueError, match=f"tokenizer.json cannot be expressed in a GGUF file: .*{said}"):
+        vocabulary_keys(path, 999)
+
+
+def test_maps_of_characters():
+    """Ours is read as the tokenizers library reads it, and damaged ones are refused whatever their bytes."""
+    mapped, rng = tokenizers.normalizers.Precompiled(MAP), random.Random(0)
+    for text in ["", "a", *(text.replace("e\u0301", "é") for text in texts(rng, 100))]:
+        assert normalized(MAP, text) == mapped.normalize_str(text), repr(text)
+    assert normalized(charsmap({"ab": "c", "abab": "d"}), "ababab aab") == "dc ac"
+    for _ in range(300):
+        data = bytearray(MAP[: rng.choice([3, 4, 100, len(MAP) - 1, len(MAP)])])
+        for _ in range(rng.choice([0, 1, 9])):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        try:
+            normalized(bytes(data), TEXT)
+        except ValueError as error:
+            assert "a map of characters must have" in str(error)  # noqa: PT017

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gguf_models import MODELS, TWIN_MIXERS, random_model, save_twin
-from gguf_tokenizers import PRE, TEXT, trained
+from gguf_models import MODELS, TWIN_MIXERS, random_model, rescale, save_twin
+from gguf_tokenizers import PRE, TEXT, UNIGRAMS, trained, unigram, wordpiece
 
 import ssmzoo
 from ssmkernels.bench import Plan
@@ -59,6 +59,14 @@ def test_the_same_from_a_twin(tmp_path, monkeypatch):
     check_same(ours, tmp_path / "model.gguf")
 
 
+@torch.no_grad()
+def test_the_same_from_a_residual_stream_that_is_halved(tmp_path):
+    ours = random_model("rwkv6", n_layers=4)
+    ssmzoo.save(ours, tmp_path / "model.gguf", "gguf")
+    rescale(tmp_path / "model.gguf", 2)
+    check_same(ssmzoo.build(tmp_path / "model.gguf").eval(), tmp_path / "model.gguf")
+
+
 def check_same(ours, path):
     ids = greedy(ours, PROMPT)
     expected = ours(torch.tensor([ids]))[0]
@@ -97,6 +105,24 @@ def test_the_same_token_ids(tmp_path, pre):
     for text, expected in texts.items():
         assert opposite.tokenize(text.encode(), add_bos=False, special=pre != "bytes") == expected, text
         assert b"".join(opposite.detokenize([i], special=True) for i in expected) == text.encode()
+    opposite.close()
+
+
+SPACES = ["  two  spaces ", "a\tb\nc\u3000d ", "\ufb01n\u2026", "e\u0301te\u0301", "a-b $5 <x>"]
+
+
+@pytest.mark.parametrize("kind", [*UNIGRAMS, "wordpiece", "wordpiece with case"])
+def test_the_same_ids_of_other_tokenizers(tmp_path, kind):
+    path = tmp_path / "tokenizer.json"
+    if "wordpiece" in kind:
+        words = wordpiece(path, lowercase=kind == "wordpiece")
+    else:
+        words = unigram(path, kind)
+    ssmzoo.save(random_model("mamba", vocab_size=304), tmp_path / "model.gguf", "gguf", tokenizer=path)
+    opposite = opened(tmp_path / "model.gguf")
+    for text in [*TEXTS, *SPACES]:
+        expected = words.encode(text, add_special_tokens=False).ids
+        assert opposite.tokenize(text.encode(), add_bos=False, special=True) == expected, repr(text)
     opposite.close()
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ssmzoo.checkpoints.gguf import sentencepiece
+from ssmzoo.checkpoints.gguf import sentencepiece, unigram, wordpiece
 from ssmzoo.checkpoints.gguf.tokenizer_file import TokenizerFile, read_tokenizer
 
 # Kinds of tokens.
@@ -24,6 +24,7 @@ CUTS = {
 }
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 BEGINNINGS = ("<s>", "<bos>", "<|startoftext|>")
+ENDINGS = {"eos": ENDS, "padding": ("<pad>", "[PAD]")}
 
 BYTES = "bytes"  # instead of a file's path
 
@@ -61,44 +62,97 @@ def alphabet() -> list[str]:
 
 def _of_file(path: Path, size: int) -> dict[str, Any]:
     given = read_tokenizer(path)
-    model, tokens = given.model, given.tokens
+    if max(given.tokens, default=-1) >= size:
+        raise ValueError(f"{path} has token ids up to {max(given.tokens)}; the model has {size}")
     kinds = {i: CONTROL if special else USER_DEFINED for i, special in given.added.items()}
-    pieces = bool(model.get("byte_fallback"))
-    pre = "default" if pieces else _cut(given, path)
-    if max(tokens, default=-1) >= size:
-        raise ValueError(f"{path} has token ids up to {max(tokens)}; the model has {size}")
-    names = {token: i for i, token in tokens.items()}
-    end, begin = (next((names[token] for token in some if token in names), None) for some in (ENDS, BEGINNINGS))
-    if not pieces:
-        return _keys(pre, _filled(tokens, size), kinds, [" ".join(pair) for pair in given.merges], end)
-    unknown = names.get(str(model.get("unk_token")))
+    if given.kind == "Unigram":
+        return _unigram(given, path, kinds, size)
+    if given.kind == "WordPiece":
+        return _wordpiece(given, path, kinds, size)
+    if given.model.get("byte_fallback"):
+        return _sentencepiece(given, path, kinds, size)
+    pre = _cut(given, path)
+    return _keys(
+        pre, _filled(given.tokens, size), kinds, [" ".join(pair) for pair in given.merges], _first(given, ENDS)
+    )
+
+
+def _first(given: TokenizerFile, some: Sequence[str]) -> int | None:
+    """The id of the first of some tokens that there is."""
+    names = {token: i for i, token in given.tokens.items()}
+    return next((names[token] for token in some if token in names), None)
+
+
+def _sentencepiece(given: TokenizerFile, path: Path, kinds: dict[int, int], size: int) -> dict[str, Any]:
+    model, tokens = given.model, given.tokens
+    unknown = _first(given, [str(model.get("unk_token"))])
     kinds |= {} if unknown is None else {unknown: UNKNOWN}
     kinds |= {i: BYTE for i, token in tokens.items() if sentencepiece.BYTE.fullmatch(token)}
     text = [i for i in tokens if i not in kinds]
     found = sentencepiece.scores([tokens[i] for i in text], given.merges)
     prefix = sentencepiece.space_prefix(given)
     wrong = {
-        "its model is no BPE": model.get("type", "BPE") != "BPE",
         "it drops merges at random": bool(model.get("dropout")),
         "it takes words that are tokens whole": bool(model.get("ignore_merges")),
-        "not every byte has a token": sentencepiece.lacks_bytes(list(names)),
+        "not every byte has a token": sentencepiece.lacks_bytes(list(tokens.values())),
         "it prepares text in another way than by a space before it": prefix is None,
         str(found): isinstance(found, str),
     }
     if (said := next((reason for reason, yes in wrong.items() if yes), None)) is not None or isinstance(found, str):
         raise _refusal(path, f"{said} (SentencePiece's kind)")
-    marked = {"bos": begin, "eos": end, "unknown": unknown}
+    marked = {"bos": _first(given, BEGINNINGS), "eos": _first(given, ENDS), "unknown": unknown}
     return {
-        **_keys(pre, _filled(tokens, size), kinds, None, None),
+        **_keys("default", _filled(tokens, size), kinds, None, None),
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.scores": _scores(dict(zip(text, found, strict=True)), size),
         "tokenizer.ggml.add_space_prefix": prefix,
-        **{f"tokenizer.ggml.{name}_token_id": id for name, id in marked.items() if id is not None},
+        **_ids(marked),
     }
 
 
-def _scores(found: Mapping[int, float], size: int) -> list[float]:
-    return [found.get(i, 0.0) for i in range(size)]
+def _unigram(given: TokenizerFile, path: Path, kinds: dict[int, int], size: int) -> dict[str, Any]:
+    unknown = given.model.get("unk_id")
+    kinds[unknown] = UNKNOWN
+    found = unigram.prepared(given, [i for i in given.tokens if i not in kinds])
+    if isinstance(found, str):
+        raise _refusal(path, found)
+    # Where a file names none, llama.cpp takes the ids 0 and 1, which may be any tokens.
+    marked = {"bos": _first(given, BEGINNINGS), "unknown": unknown}
+    marked |= {name: id if (id := _first(given, some)) is not None else unknown for name, some in ENDINGS.items()}
+    return {
+        **_keys("default", _filled(given.tokens, size), kinds, None, None),
+        "tokenizer.ggml.model": "t5",
+        "tokenizer.ggml.scores": _scores(given.scores | dict.fromkeys(given.added, 0.0), size, unigram.LEAST),
+        "tokenizer.ggml.add_space_prefix": found.prefix,
+        "tokenizer.ggml.remove_extra_whitespaces": found.merged,
+        **({} if found.charsmap is None else {"tokenizer.ggml.precompiled_charsmap": found.charsmap}),
+        **_ids(marked),
+    }
+
+
+def _wordpiece(given: TokenizerFile, path: Path, kinds: dict[int, int], size: int) -> dict[str, Any]:
+    found = wordpiece.pieces(given)
+    if isinstance(found, str):
+        raise _refusal(path, f"{found} (WordPiece)")
+    unknown = _first(given, [str(given.model["unk_token"])])
+    assert unknown is not None
+    kinds[unknown] = UNKNOWN
+    marked = {name: id if (id := _first(given, [t])) is not None else unknown for name, t in wordpiece.MARKED.items()}
+    return {
+        **_keys("default", _filled(found, size), kinds, None, None),
+        "tokenizer.ggml.model": "bert",
+        "tokenizer.ggml.add_bos_token": True,
+        **{f"tokenizer.ggml.normalizer.{name}": yes for name, yes in wordpiece.normalizer_keys(given).items()},
+        **_ids(marked | {"unknown": unknown}),
+    }
+
+
+def _ids(marked: Mapping[str, int | None]) -> dict[str, Any]:
+    return {f"tokenizer.ggml.{name}_token_id": id for name, id in marked.items() if id is not None}
+
+
+def _scores(found: Mapping[int, float], size: int, least: float = 0.0) -> list[float]:
+    return [found.get(i, least) for i in range(size)]
 
 
 def _refusal(path: Path, said: str) -> ValueError:
@@ -116,7 +170,6 @@ def _cut(given: TokenizerFile, path: Path) -> str:
     """
     model, steps = given.model, given.pre_tokenizers
     wrong = {
-        "its model is no BPE": model.get("type", "BPE") != "BPE",
         "it drops merges at random": bool(model.get("dropout")),
         "it marks the ends of words": bool(model.get("end_of_word_suffix") or model.get("continuing_subword_prefix")),
         "it normalises text other than by NFC": given.normalizers not in ([], [{"type": "NFC"}]),

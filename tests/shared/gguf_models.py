@@ -222,6 +222,24 @@ MODELS = {
         "norm_eps": 1e-4,
         "dropout": 0.1,
     },
+    "bert": BARE
+    | {
+        "pattern": ["attention"],
+        "mixers": {"attention": {"head_dim": 16, "n_heads": 4, "rope": False, "bias": True, "out_bias": True}},
+        "mlp": {"kind": "gelu", "d_intermediate": 96},
+        "learned_positions": 64,
+        "token_types": 3,
+        "embedding_norm": True,
+        "norm": "layer",
+        "norm_placement": "sum",
+        "norm_eps": 1e-4,
+        "dropout": 0.1,
+        "bidirectional": True,
+        "output": "classes",
+        "n_classes": 5,
+        "pooling": "first",
+        "head_activation": "tanh",
+    },
     "llama": TINY
     | {
         "pattern": ["attention"],

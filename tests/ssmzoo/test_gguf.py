@@ -7,6 +7,7 @@ import struct
 
 import pytest
 import torch
+from gguf_bytes import taken_apart
 from gguf_models import ARCHITECTURES, MODELS, TWIN_MIXERS, random_model, rescale, save_twin
 
 import ssmzoo
@@ -72,6 +73,36 @@ def test_a_residual_stream_that_is_halved(tmp_path, every):
     again = ssmzoo.build(tmp_path / "model.gguf").state_dict()
     for name, weight in model.state_dict().items():
         assert torch.equal(again[name], weight), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("number", "pooling"), [(1, "mean"), (2, "first")])
+def test_a_bert_that_embeds(tmp_path, number, pooling):
+    """A file without a classifier gives each sequence a vector: the mean of all tokens, or the first one's."""
+    model, path = random_model("bert"), tmp_path / "model.gguf"
+    ssmzoo.save(model, path, "gguf")
+    file = taken_apart(path.read_bytes())
+    file.tensors = [tensor for tensor in file.tensors if not tensor.name.startswith(b"cls.")]
+    file.keys = [key for key in file.keys if key[0] not in (b"bert.pooling_type", b"bert.classifier.output_labels")]
+    file.keys.append((b"bert.pooling_type", 4, struct.pack("<I", number)))
+    path.write_bytes(file.bytes())
+    hidden = []
+    model.layers[-1].register_forward_hook(lambda _, args, out: hidden.append(out))
+    model(IDS)
+    stream = hidden[0][0] if isinstance(hidden[0], tuple) else hidden[0]
+    again = ssmzoo.build(path).eval()
+    assert again.config.pooling == pooling
+    torch.testing.assert_close(again(IDS), stream.mean(1) if pooling == "mean" else stream[:, 0])
+    for changes, said in (
+        ({"bert.pooling_type": (4, struct.pack("<I", 3))}, r"must be 1 \(mean\) or 2 \(first token\); got 3"),
+        ({"bert.attention.causal": (7, b"\x01")}, "`attention.causal` must be false; got True"),
+    ):
+        changed = file.copy()
+        kept = [key for key in file.keys if key[0].decode() not in changes]
+        changed.keys = kept + [(name.encode(), *value) for name, value in changes.items()]
+        path.write_bytes(changed.bytes())
+        with pytest.raises(ValueError, match=said):
+            ssmzoo.build(path)
 
 
 def test_the_tensors_of_a_hybrid(tmp_path):
@@ -171,6 +202,12 @@ REFUSED = [
         "q_lora_rank` is",
     ),
     ("gpt2", {"mlp": {"kind": "gelu"}}, r"`layers\.0\.mlp\.kind` is 'gelu'"),
+    ("bert", {"mlp": {"kind": "relu2"}}, r"`layers\.0\.mlp\.kind` is 'relu2'"),
+    (
+        "bert",
+        {"output": "tokens", "n_classes": None, "pooling": "mean", "head_activation": "gelu", "head_norm": True},
+        r"BERT \(bert\): llama.cpp has no head for masked tokens; a BERT with `output` 'classes' has a place",
+    ),
     ("qwen3", {"mixers": {"attention": {"head_dim": 32, "qk_norm": True, "window": 5}}}, r"`layers\.0\.mixer\.window`"),
     (
         "llama",

@@ -31,7 +31,7 @@ ATTENTION = 4096  # tokens for which llama.cpp makes room where nobody says how 
 # How names of keys end → what their values are, one or one for each layer. All that is read here is among them.
 WHOLE = re.compile(r".*(length(_mla)?|count(_kv)?|size|rank|kernel|cache|dim|interval|n_layers|gating_func)")
 NUMBER = re.compile(r".*(epsilon|scale|factor|freq_base|divisor)")
-FLAG = re.compile(r".*(dt_b_c_rms|weights_norm|finetuned|recurrent_layers)")
+FLAG = re.compile(r".*(dt_b_c_rms|weights_norm|finetuned|recurrent_layers|causal)")
 SIGMOID = 2  # llama.cpp's number of how a router scores
 
 

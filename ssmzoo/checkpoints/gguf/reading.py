@@ -25,8 +25,11 @@ from ssmzoo.model import SequenceModel
 
 ARCHITECTURE = "general.architecture"
 
+TYPES = "tokenizer.ggml.token_type_count"  # the only key of the vocabulary that says something of the model
+# Those that have no value for each layer. The sections are of pictures' axes, which are the same for text.
+OTHER_LISTS = ("rope.dimension_sections", "classifier.output_labels")
+
 # Kinds of numbers that PyTorch has too; all others become float32.
-SECTIONS = "rope.dimension_sections"  # of pictures' axes, which are the same for text
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -90,6 +93,7 @@ def _own(header: Header, prefix: str) -> dict[str, Any]:
     """
     keys = {key.removeprefix(prefix): value for key, value in header.keys.items() if key.startswith(prefix)}
     check_kinds(keys, prefix)
+    check_kinds({TYPES: header.keys.get(TYPES, 0)}, "")
     layers, embedding = keys.get("block_count"), header.tensors.get("token_embd.weight")
     if type(layers) is not int or not 0 < layers <= len(header.tensors):
         raise ValueError(
@@ -100,11 +104,12 @@ def _own(header: Header, prefix: str) -> dict[str, Any]:
         raise ValueError("it has no tensor `token_embd.weight`")
     if keys.get("embedding_length") == 0:
         raise ValueError(f"`{prefix}embedding_length` must be at least 1; got 0")
-    lists = [key for key, value in keys.items() if isinstance(value, list) and key != SECTIONS]
+    lists = [key for key, value in keys.items() if isinstance(value, list) and key not in OTHER_LISTS]
     wrong = next((key for key in lists if len(keys[key]) != layers), None)
     if wrong is not None:
         raise ValueError(f"`{wrong}` must have {layers} values, one for each layer; got {len(keys[wrong])}")
-    return keys | {"vocab_size": embedding.shape[0]}
+    types = {TYPES: header.keys[TYPES]} if TYPES in header.keys else {}
+    return keys | types | {"vocab_size": embedding.shape[0]}
 
 
 def _tensor(path: Path, stored: Stored, name: str) -> Tensor:

@@ -18,7 +18,8 @@ BLOCK = 32  # numbers of a row that share a scale
 
 # What stays in 32 bits, whatever the others are: llama.cpp's kernels ask for it, or the papers do.
 WIDE = re.compile(
-    r".*(norm|norm_2|conv1d(?:_[qkv])?|shortconv\.conv|ffn_gate_inp|ffn_gate_inp_shexp|time_mix_lerp_fused|time_mix_[wavg][12]"
+    r"(?:position_embd|token_types)\.weight"
+    r"|.*(norm|norm_2|conv1d(?:_[qkv])?|shortconv\.conv|ffn_gate_inp|ffn_gate_inp_shexp|time_mix_lerp_fused|time_mix_[wavg][12]"
     r"|time_mix_first|time_mix_decay_w[12])"
     r"\.weight|.*ssm_[ad]"
 )

@@ -75,7 +75,7 @@ def as_gguf(model: SequenceModel, dtype: torch.dtype | str | None = None, tokeni
         "general.name": f"{found.NAME} {model.config.d_model} x {model.config.n_layers}",
         "general.file_type": FILE_TYPES[kind],
         "general.quantization_version": 2,
-        **{f"{found.ARCHITECTURE}.{key}": value for key, value in own.items()},
+        **{key if key.startswith("tokenizer.") else f"{found.ARCHITECTURE}.{key}": v for key, v in own.items()},
         **vocabulary_keys(tokenizer, size),
     }
     types = {t.name: type_of(t.name, t.tensor.shape, kind) for t in tensors}
@@ -88,7 +88,7 @@ def _fitting(model: SequenceModel) -> tuple[Architecture, dict[str, Any], list[W
     Raises:
         ValueError: there is none; names the first option or weight that has no place in the nearest.
     """
-    description = described(model, "llama.cpp's architectures")
+    description = described(model, "llama.cpp's architectures", outputs=("tokens", "classes"))
     refusals: list[tuple[int, str]] = []
     for found, kind in [(each, kind) for each in architectures() for kind in each.FAMILIES]:
         theirs = family(kind)

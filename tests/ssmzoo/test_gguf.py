@@ -188,6 +188,8 @@ def test_a_folder_or_a_file_and_the_models_own_numbers(tmp_path):
 
 
 KIMI = MODELS["kimi-linear"]
+MASKED = {"output": "tokens", "n_classes": None, "pooling": "mean", "head_activation": "gelu"}
+MASKED |= {"head_norm": True, "head_bias": True}
 REFUSED = [
     ("mamba", {"pattern": ["mamba", "gla"]}, r"`layers\.1\.mixer\.kind` is 'gla'"),
     ("mamba", {"mixers": {"mamba": {"expand": 3}}}, r"`layers\.0\.mixer\.expand` is 3\.0, and would come back as 2\.0"),
@@ -205,7 +207,7 @@ REFUSED = [
     ("bert", {"mlp": {"kind": "relu2"}}, r"`layers\.0\.mlp\.kind` is 'relu2'"),
     (
         "bert",
-        {"output": "tokens", "n_classes": None, "pooling": "mean", "head_activation": "gelu", "head_norm": True},
+        MASKED,
         r"BERT \(bert\): llama.cpp has no head for masked tokens; a BERT with `output` 'classes' has a place",
     ),
     ("qwen3", {"mixers": {"attention": {"head_dim": 32, "qk_norm": True, "window": 5}}}, r"`layers\.0\.mixer\.window`"),

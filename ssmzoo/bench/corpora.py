@@ -167,14 +167,30 @@ def loader_share(corpus: Path, length: int, batch: int) -> float:
     return statistics.median(loads) / statistics.median(steps)
 
 
+def counted(word: str) -> int:
+    """A number of the command line."""
+    if re.fullmatch("[1-9][0-9]{0,8}", word) is None:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 999999999; got {word!r:.80}")
+    return int(word)
+
+
+def folder_of(word: str) -> Path:
+    """A folder of the command line, which is there."""
+    if not Path(word).is_dir():
+        raise argparse.ArgumentTypeError(f"must be a folder; got {word!r:.200}")
+    return Path(word)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Makes the corpus in a folder, which is removed in the end, and prints the numbers."""
     parser = argparse.ArgumentParser(prog="python -m ssmzoo.bench.corpora", description=__doc__)
-    parser.add_argument("--megabytes", type=int, default=2000, help="of text")
-    parser.add_argument("--compared", type=int, default=32, help="of these, megabytes that encode_batch is timed on")
-    parser.add_argument("--workers", type=int, default=cores(), help="processes")
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence of the loader's batch of four")
-    parser.add_argument("--folder", type=Path, help="where the files are made; the system's temporary folder if none")
+    parser.add_argument("--megabytes", type=counted, default=2000, help="of text")
+    parser.add_argument(
+        "--compared", type=counted, default=32, help="of these, megabytes that encode_batch is timed on"
+    )
+    parser.add_argument("--workers", type=counted, default=cores(), help="processes")
+    parser.add_argument("--length", type=counted, default=1024, help="tokens of each of a batch's four sequences")
+    parser.add_argument("--folder", type=folder_of, help="where files are made; the system's temporary folder if none")
     asked = parser.parse_args(arguments)
     os.environ.setdefault("RAYON_NUM_THREADS", str(asked.workers))
     fit_threads()

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import typer
 
+from ssmzoo.bench import corpora as bench_corpora
 from ssmzoo.commands import tokenize as tokenize_command
 from ssmzoo.train.corpora import read_manifest, sources, tokenize
 from ssmzoo.train.corpora.processes import over_processes
@@ -365,3 +366,75 @@ def test_a_saved_dataset(tmp_path):
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved", num_shards={"train": 2, "test": 1})
     tokenize(tmp_path / "saved", tmp_path / "out", workers=1)
     assert documents(tmp_path / "out") == [text.encode() for text in expected]
+
+
+def test_pipes_and_devices_are_no_sources(tmp_path):
+    """Opening a pipe waits for somebody who writes into it."""
+    for name in ("x.jsonl", "x.txt", "x.parquet", "x.jsonl.gz"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(ValueError, match=rf"`sources` must be files and folders; got .*{name}, a pipe or a device"):
+            tokenize(tmp_path / name, tmp_path / "corpus")
+    with pytest.raises(ValueError, match="got /dev/zero, a pipe or a device"):
+        tokenize("/dev/zero", tmp_path / "corpus")
+    assert not (tmp_path / "corpus").exists()
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bytes])
+def test_a_line_that_does_not_end(tmp_path, monkeypatch, pack):
+    """A document is in memory whole, and a small compressed file may hold any number of bytes without a line end."""
+    monkeypatch.setattr(sources, "LONGEST", 1000)
+    name = "x.jsonl.gz" if pack is gzip.compress else "x.jsonl"
+    fits = b'{"text": "a"}\n' + b'{"text": "' + b"b" * (1000 - 13) + b'"}\n'
+    assert tokenize(write(tmp_path / name, pack(fits)), tmp_path / "corpus", workers=1).documents == 2
+    path = write(tmp_path / name, pack(fits + b'{"text": "' + b"c" * 10**6))
+    with pytest.raises(
+        ValueError, match=rf"{name}, in the line at byte 1014 of its text, must end the line within 1000"
+    ):
+        tokenize(path, tmp_path / "other", workers=1)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ([f"key{i}" for i in range(5000)], r"no.* 'text', only 'key0', 'key1', .*'key7' and 4992 more: name one"),
+        (["k" * 5000, "\x1b[2J\n"], r"no.* 'text', only 'k{79}, '\\x1b\[2J\\n': name one"),
+    ],
+)
+def test_names_in_a_file_stay_in_one_line(tmp_path, names, said):
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")
+    json_file = write(tmp_path / "x.jsonl", json.dumps(dict.fromkeys(names, 1)).encode())
+    table = pyarrow.table({name: ["a"] for name in names})
+    parquet.write_table(table, tmp_path / "x.parquet")
+    for path in (json_file, tmp_path / "x.parquet"):
+        with pytest.raises(ValueError, match=said) as error:
+            tokenize(path, tmp_path / f"of{path.suffix}", workers=1)
+        assert str(error.value).isprintable()
+
+
+def test_two_columns_of_one_name(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")
+    table = pyarrow.table([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"x.parquet has 2 columns 'text', only 'text', 'text': name one by --key"):
+        tokenize(tmp_path / "x.parquet", tmp_path / "corpus", workers=1)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--megabytes", "0"], "--megabytes: must be a whole number from 1 to 999999999; got '0'"),
+        (["--compared", "-1"], "--compared: must be a whole number"),
+        (["--workers", "1.5"], "--workers: must be a whole number"),
+        (["--length", "9" * 5000], "--length: must be a whole number"),
+        (["--folder", "none\x1b[2J"], r"--folder: must be a folder; got 'none\x1b[2J'"),
+    ],
+)
+def test_the_benchmarks_options(capsys, words, said):
+    with pytest.raises(SystemExit) as stop:
+        bench_corpora.main(words)
+    assert stop.value.code == 2
+    shown = capsys.readouterr().err.splitlines()[-1]
+    assert said in shown
+    assert len(shown) < 300

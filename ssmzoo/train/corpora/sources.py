@@ -19,6 +19,7 @@ from ssmzoo.train.vocabulary import cut
 
 SMALLEST, LARGEST = 2**24, 2**26  # bytes of a part: a part is done at once or, after a break, again
 PARTS = 1024  # parts of a corpus, if their size allows it
+LONGEST = 2**30  # bytes of a line of JSON, which is in memory whole: a small compressed file may hold any number
 FRAGMENT, REACH = 2**18, 2**12  # characters of a document that are encoded at once; where a line end is looked for
 
 LINES = (".jsonl", ".ndjson")
@@ -68,6 +69,8 @@ def files_of(source: Path, corpus: Path | None = None) -> list[Path]:
         return found
     if not source.exists():
         raise FileNotFoundError(f"no file or folder {source}")
+    if not source.is_file():  # a pipe has no size and no places to come back to, and may never end
+        raise ValueError(f"tokenize: `sources` must be files and folders; got {source}, a pipe or a device")
     if not source.name.endswith(FORMATS) and not is_text(source):
         raise ValueError(
             f"the file {source} is empty, or is not UTF-8 text; other formats are known by their names' ends: "
@@ -186,9 +189,11 @@ def _lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
     with open(piece.path, "rb") as file:
         if piece.start:
             file.seek(piece.start - 1)
-            file.readline()  # the rest of a line of the piece before
+            while not (rest := file.readline(SMALLEST)).endswith(b"\n") and rest:  # of a line of the piece before
+                pass
         at = file.tell()
-        while at < piece.stop and (line := file.readline()):
+        while at < piece.stop and (line := file.readline(LONGEST + 1)):
+            _check_length(piece.path, at, line)
             yield at, line
             at += len(line)
 
@@ -199,7 +204,7 @@ def _undamaged(path: str, file: BinaryIO | gzip.GzipFile) -> Iterator[tuple[int,
     with file:
         while True:
             try:
-                line = file.readline()
+                line = file.readline(LONGEST + 1)
             except Exception as error:  # each format has errors of its own
                 known = isinstance(error, OSError | EOFError | zlib.error) or type(error).__name__ == "ZstdError"
                 if not known:
@@ -207,8 +212,16 @@ def _undamaged(path: str, file: BinaryIO | gzip.GzipFile) -> Iterator[tuple[int,
                 raise ValueError(f"the file {path} is damaged after byte {at} of its text: {error}") from None
             if not line:
                 return
+            _check_length(path, at, line)
             yield at, line
             at += len(line)
+
+
+def _check_length(path: str, at: int, line: bytes) -> None:
+    if len(line) > LONGEST:
+        raise ValueError(
+            f"the file {path}, in the line at byte {at} of its text, must end the line within {LONGEST} bytes; got more"
+        )
 
 
 def _json_texts(path: str, lines: Iterator[tuple[int, bytes]], key: str) -> Iterator[str]:
@@ -227,10 +240,10 @@ def _text(where: str, found: Any, key: str) -> str:
     if not isinstance(found, dict):
         raise ValueError(f"{where} must have a JSON object; got {type(found).__name__}")
     if key not in found:
-        raise ValueError(f"{where} has no {key!r}, only {', '.join(map(repr, found)) or 'nothing'}: name one by --key")
+        raise ValueError(f"{where} has no {key!r:.80}, only {tables.listed(list(found))}: name one by --key")
     text = found[key]
     if not isinstance(text, str):
-        raise ValueError(f"{where} must have text under {key!r}; got {type(text).__name__}")
+        raise ValueError(f"{where} must have text under {key!r:.80}; got {type(text).__name__}")
     return text
 
 

@@ -7,7 +7,7 @@ of ``.arrow`` files, and descriptions of them that are no documents.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,13 @@ PARQUET, ARROW = (".parquet",), (".arrow",)
 DESCRIPTIONS = ("state.json", "dataset_info.json", "dataset_dict.json")  # beside Arrow files
 
 ROWS = 256  # of Parquet, read at once
+LISTED = 8  # names in an error
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names out of a file for a line of an error, however many and long they are."""
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(f"{name!r:.80}" for name in names[:LISTED]) + more or "nothing"
 
 
 def sizes(path: Path) -> list[int]:
@@ -91,9 +98,9 @@ def _damaged(path: Path, kind: str, error: Exception) -> ValueError:
 
 
 def _check_column(path: Path, schema: Any, key: str) -> None:
-    if key not in schema.names:
-        names = ", ".join(map(repr, schema.names))
-        raise ValueError(f"the file {path} has no column {key!r}, only {names}: name one by --key")
+    if (found := schema.names.count(key)) != 1:
+        number = f"{found} columns" if found else "no column"
+        raise ValueError(f"the file {path} has {number} {key!r:.80}, only {listed(schema.names)}: name one by --key")
     kind = str(schema.field(key).type)
     if kind not in ("string", "large_string", "string_view"):
         raise ValueError(f"the file {path} must have text in the column {key!r}; got {kind}")

@@ -208,7 +208,7 @@ REFUSED = [
     (
         "bert",
         MASKED,
-        r"BERT \(bert\): llama.cpp has no head for masked tokens; a BERT with `output` 'classes' has a place",
+        r"BERT \(bert\): llama.cpp has no head for masked tokens; a BERT whose `output` is 'classes' has a place",
     ),
     ("qwen3", {"mixers": {"attention": {"head_dim": 32, "qk_norm": True, "window": 5}}}, r"`layers\.0\.mixer\.window`"),
     (

@@ -333,4 +333,4 @@ def test_maps_of_characters():
         try:
             normalized(bytes(data), TEXT)
         except ValueError as error:
-            assert "a map of characters must have" in str(error)  # noqa: PT017
+            assert "`precompiled_charsmap` must have" in str(error)  # noqa: PT017

@@ -58,7 +58,7 @@ def normalized(data: bytes, text: str) -> str:
     """
     (size,) = struct.unpack_from("<I", data) if len(data) >= 4 else (0,)
     if size < 4 or size % 4 or 4 + size >= len(data):
-        raise ValueError("a map of characters must have a trie and replacements")
+        raise ValueError("`precompiled_charsmap` must have a trie and replacements")
     units, replacements = struct.unpack_from(f"<{size // 4}I", data, 4), data[4 + size :]
     given, made, place = text.encode(), b"", 0
     try:
@@ -72,7 +72,7 @@ def normalized(data: bytes, text: str) -> str:
             place += run
         return made.decode()
     except (IndexError, ValueError):
-        raise ValueError("a map of characters must have its places within its trie and replacements") from None
+        raise ValueError("`precompiled_charsmap` must have its places within its trie and replacements") from None
 
 
 def _longest(units: tuple[int, ...], given: bytes, place: int) -> tuple[int, int]:

@@ -64,11 +64,12 @@ def prepared(given: TokenizerFile, text: Collection[int]) -> Prepared | str:
 def _prepared(given: TokenizerFile) -> Prepared | str:
     steps, cuts = list(given.normalizers), given.pre_tokenizers
     other = "it prepares text in a way that llama.cpp has not (Unigram)"
-    data = None
+    data: bytes | None = None
     if steps and steps[0]["type"] == "Precompiled":
-        data = _decoded(steps.pop(0))
-        if isinstance(data, str):
-            return data
+        decoded = _decoded(steps.pop(0))
+        if isinstance(decoded, str):
+            return decoded
+        data = decoded
     spaces = data is not None and all(normalized(data, c) in ("", " ") for c in WHITESPACE if c not in "\x0b\x85")
     if not cuts or cuts[-1]["type"] != "Metaspace" or cuts[-1].get("replacement") != SPACE:
         return other

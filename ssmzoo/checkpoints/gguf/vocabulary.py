@@ -77,10 +77,10 @@ def _of_file(path: Path, size: int) -> dict[str, Any]:
     )
 
 
-def _first(given: TokenizerFile, some: Sequence[str]) -> int | None:
-    """The id of the first of some tokens that there is."""
+def _first(given: TokenizerFile, some: Sequence[str], otherwise: int | None = None) -> int | None:
+    """The id of the first of some tokens that there is, or another one."""
     names = {token: i for i, token in given.tokens.items()}
-    return next((names[token] for token in some if token in names), None)
+    return next((names[token] for token in some if token in names), otherwise)
 
 
 def _sentencepiece(given: TokenizerFile, path: Path, kinds: dict[int, int], size: int) -> dict[str, Any]:
@@ -112,13 +112,13 @@ def _sentencepiece(given: TokenizerFile, path: Path, kinds: dict[int, int], size
 
 def _unigram(given: TokenizerFile, path: Path, kinds: dict[int, int], size: int) -> dict[str, Any]:
     unknown = given.model.get("unk_id")
-    kinds[unknown] = UNKNOWN
+    kinds |= {unknown: UNKNOWN} if isinstance(unknown, int) else {}
     found = unigram.prepared(given, [i for i in given.tokens if i not in kinds])
     if isinstance(found, str):
         raise _refusal(path, found)
     # Where a file names none, llama.cpp takes the ids 0 and 1, which may be any tokens.
     marked = {"bos": _first(given, BEGINNINGS), "unknown": unknown}
-    marked |= {name: id if (id := _first(given, some)) is not None else unknown for name, some in ENDINGS.items()}
+    marked |= {name: _first(given, some, unknown) for name, some in ENDINGS.items()}
     return {
         **_keys("default", _filled(given.tokens, size), kinds, None, None),
         "tokenizer.ggml.model": "t5",
@@ -137,7 +137,7 @@ def _wordpiece(given: TokenizerFile, path: Path, kinds: dict[int, int], size: in
     unknown = _first(given, [str(given.model["unk_token"])])
     assert unknown is not None
     kinds[unknown] = UNKNOWN
-    marked = {name: id if (id := _first(given, [t])) is not None else unknown for name, t in wordpiece.MARKED.items()}
+    marked = {name: _first(given, [token], unknown) for name, token in wordpiece.MARKED.items()}
     return {
         **_keys("default", _filled(found, size), kinds, None, None),
         "tokenizer.ggml.model": "bert",

@@ -60,7 +60,7 @@ def given(keys: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
     if heads <= names:
         return found
     if heads & names:
-        raise ValueError(f"it must have all of {', '.join(sorted(heads))}, or none; got {min(heads & names)}")
+        raise ValueError(f"it must have all of `{'`, `'.join(sorted(heads))}`, or none; got {min(heads & names)}")
     pooling = keys.get(POOLING)
     if pooling not in POOLINGS:
         raise ValueError(f"`{POOLING}` of a model without classes must be 1 (mean) or 2 (first token); got {pooling}")
@@ -80,7 +80,7 @@ def _embedding(found: Mapping[str, Any], pooling: str) -> dict[str, Any]:
 
 def rules(given: Mapping[str, Any]) -> list[Rule]:
     if given.get("architectures", [""])[0] in bert.MASKED:
-        raise ValueError("llama.cpp has no head for masked tokens; a BERT with `output` 'classes' has a place")
+        raise ValueError("llama.cpp has no head for masked tokens; a BERT whose `output` is 'classes' has a place")
     at = block()
     return [
         (r"token_embd\.weight", "embedding.weight"),

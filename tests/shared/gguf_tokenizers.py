@@ -78,7 +78,7 @@ def unigram(path, kind):
         show_progress=False,
     )
     words.train_from_iterator([TEXT.replace("模型", "")] * 4, trainer)
-    words.add_tokens(["<tool>"])
+    words.add_tokens([tokenizers.AddedToken("<tool>", normalized=False)])
     mapped = normalize.Precompiled(MAP)
     if kind == "t5 with a map":
         words.normalizer = mapped

@@ -249,6 +249,15 @@ def test_a_wordpiece_tokenizer(tmp_path, options):
         assert by_longest(keys, text) == words.encode(text, add_special_tokens=False).ids, repr(text)
 
 
+def test_added_tokens_in_normalised_text(tmp_path):
+    """What stands before such a token keeps its space in the library, and loses it in llama.cpp."""
+    words = unigram(tmp_path / "tokenizer.json", "strip")
+    words.add_tokens(["<late>"])
+    words.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="the added token '<late>' is looked for in normalised text"):
+        vocabulary_keys(tmp_path / "tokenizer.json", 999)
+
+
 LETTERS_ALONE = base64.b64encode(charsmap({"a": "b"})).decode()
 
 

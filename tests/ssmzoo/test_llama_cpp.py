@@ -73,9 +73,12 @@ def test_the_same_classes(tmp_path, dtype):
     """BERT's; llama.cpp has another GELU, and takes it out of a table in 16 bits."""
     ssmzoo.save(random_model("bert"), tmp_path / "model.gguf", "gguf", dtype=dtype)
     expected = ssmzoo.build(tmp_path / "model.gguf").eval()(torch.tensor([PROMPT]))[0]
-    model = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=64, n_threads=1, embedding=True, verbose=False)
-    batch = llama_cpp.llama_batch_get_one((llama_cpp.llama_token * len(PROMPT))(*PROMPT), len(PROMPT))
-    assert llama_cpp.llama_encode(model.ctx, batch) == 0
+    model = llama_cpp.Llama(
+        str(tmp_path / "model.gguf"), n_ctx=64, n_batch=64, n_threads=1, embedding=True, verbose=False
+    )
+    tokens = (llama_cpp.llama_token * len(PROMPT))(*PROMPT)  # a batch does not hold them
+    batch = llama_cpp.llama_batch_get_one(tokens, len(PROMPT))
+    assert llama_cpp.llama_decode(model.ctx, batch) == 0
     found = torch.tensor(llama_cpp.llama_get_embeddings_seq(model.ctx, 0)[:5])
     model.close()
     torch.testing.assert_close(

@@ -22,6 +22,7 @@ class TokenizerFile:
         kind: which of them.
         tokens: the token of each id; no two are the same, and each can be written in UTF-8.
         added: the ids of tokens that were added to the vocabulary → whether they are special.
+        late: those of them that are looked for in a text once it is normalised.
         merges: two tokens each, the first of them first; none but for BPE.
         scores: of each id in the vocabulary; none but for Unigram.
         normalizers: the steps that prepare a text.
@@ -32,6 +33,7 @@ class TokenizerFile:
     kind: str
     tokens: dict[int, str]
     added: dict[int, bool]
+    late: list[int]
     merges: list[tuple[str, str]]
     scores: dict[int, float]
     normalizers: list[dict[str, Any]]
@@ -82,8 +84,9 @@ def _read(given: Any) -> TokenizerFile:
     if (said := next((reason for reason, yes in wrong.items() if yes), None)) is not None:
         raise ValueError(f"in `model`, {said}")
     special = {i: bool(a.get("special")) for i, a in added.items()}
+    late = [i for i, a in added.items() if a.get("normalized", not a.get("special"))]
     steps = (_steps(given.get(k)) for k in ("normalizer", "pre_tokenizer"))
-    return TokenizerFile(model, kind, tokens, special, merges, scores, *steps)
+    return TokenizerFile(model, kind, tokens, special, late, merges, scores, *steps)
 
 
 def _steps(given: Any) -> list[dict[str, Any]]:

@@ -86,6 +86,8 @@ def _prepared(given: TokenizerFile) -> Prepared | str:
     ends = [step for step in steps if step["type"] == "Strip" and step.get("strip_right")]
     runs = [step for step in steps if step in ({**RUNS, "content": " "}, {**RUNS, "content": SPACE})]
     if kinds == ["Metaspace"] and ends and runs and steps == ends[:1] + runs[:1] and spaces:
+        if given.late:  # a space before them is not at the end of a text then
+            return f"the added token {given.tokens[given.late[0]]!r:.40} is looked for in normalised text"
         return Prepared(True, True, data)
     return other
 

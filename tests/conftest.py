@@ -190,6 +190,20 @@ def forks() -> Iterator[Forks]:
 
 
 @pytest.fixture
+def apart(forks: Forks, tmp_path: Path) -> Callable[..., str]:
+    """``apart(code, *arguments)``: what it prints in a process that has imported PyTorch, and nothing of ours."""
+
+    def run(code: str, *arguments: object, **environment: str) -> str:
+        program = tmp_path / "apart.py"
+        program.write_text(code)
+        done = forks.run(program, *map(str, arguments), **environment)
+        assert done.status == 0, (done.out + done.err)[-6000:]
+        return done.out.strip()
+
+    return run
+
+
+@pytest.fixture
 def on_two_processes(forks: Forks, tmp_path: Path) -> Callable[[Path], None]:
     """``on_two_processes(program)``: two of them find no fault. Arguments: the rank, how many, a file for both."""
 

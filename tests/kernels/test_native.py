@@ -183,22 +183,8 @@ def say_afresh(code, *arguments, **environment):
 
 
 @pytest.fixture
-def say(forks, tmp_path):
-    """What Python prints for the code, in a process that has not loaded the library."""
-
-    def call(code, *arguments, **environment):
-        program = tmp_path / "program.py"
-        program.write_text(code)
-        done = forks.run(program, *map(str, arguments), **environment)
-        assert done.status == 0, (done.out + done.err)[-6000:]
-        return done.out.strip()
-
-    return call
-
-
-@pytest.fixture
-def why_missing(say):
-    return lambda path: say(ELSEWHERE + "print(native.missing())", path)
+def why_missing(apart):
+    return lambda path: apart(ELSEWHERE + "print(native.missing())", path)
 
 
 def test_info():
@@ -252,7 +238,7 @@ def test_a_library_of_something_else(compiler, tmp_path, why_missing):
     assert "does not load" in why_missing(library_of(compiler, tmp_path, "int nothing;"))
 
 
-def test_calls_go_elsewhere_without_a_library(tmp_path, say):
+def test_calls_go_elsewhere_without_a_library(tmp_path, apart):
     code = (
         ELSEWHERE
         + """
@@ -268,7 +254,7 @@ except ValueError as error:
     print(error)
 """
     )
-    first, second = say(code, tmp_path / "none.so").splitlines()
+    first, second = apart(code, tmp_path / "none.so").splitlines()
     assert first.startswith("tiled the native CPU library was not built")
     assert "implementation 'cpu'" in second
     assert "was not built" in second
@@ -278,8 +264,8 @@ except ValueError as error:
 @pytest.mark.parametrize(
     ("isa", "said"), [("avx3", "'avx3' is none of its names; there are: baseline"), ("baseline", "None")]
 )
-def test_forced_instruction_set(isa, said, say):
-    assert said in say("from ssmkernels import native; print(native.missing())", SSMZOO_CPU_ISA=isa)
+def test_forced_instruction_set(isa, said, apart):
+    assert said in apart("from ssmkernels import native; print(native.missing())", SSMZOO_CPU_ISA=isa)
 
 
 def test_without_a_compiler(monkeypatch, tmp_path):
@@ -309,13 +295,13 @@ class TestOfPip:
         monkeypatch.setenv("ZIG_GLOBAL_CACHE_DIR", str(build.CACHE.with_name("zig")))  # the C library that it compiles
 
     @pytest.mark.slow
-    def test_builds_what_runs_here(self, tmp_path, say):
+    def test_builds_what_runs_here(self, tmp_path, apart):
         """Every kernel on threads of our own, which any thread of Python's may call."""
         target = tmp_path / "library.so"
         isa = native.info().get("isa", "baseline")
         build.build(target, isas=[isa], extra=["-O0", "-fno-sanitize=undefined"], cache=build.CACHE)
-        say(RIGHT, target, "float32", SSMZOO_CPU_ISA=isa)
-        say(TOGETHER, target, SSMZOO_CPU_ISA=isa)
+        apart(RIGHT, target, "float32", SSMZOO_CPU_ISA=isa)
+        apart(TOGETHER, target, SSMZOO_CPU_ISA=isa)
 
     @pytest.mark.slow
     def test_compiles_for_a_mac(self, tmp_path, monkeypatch):

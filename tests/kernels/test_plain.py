@@ -70,11 +70,6 @@ assert not faults, faults
 """
 
 
-def python(*arguments):
-    command = [sys.executable, "-W", "ignore", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
 @pytest.mark.op
 def test_every_op_with_tensors_that_are_not_plain_and_under_transforms():
     """In the ways that the table in docs/calls.md has not; that table's are tried where it is compared."""
@@ -96,9 +91,8 @@ def test_what_is_forced_under_transforms_is_right_or_names_the_way_out(op, imple
             assert not matrix.verdict(calls, way).startswith(matrix.FAULT), way
 
 
-def test_threads_that_use_an_implementation_first_at_the_same_time():
-    done = python("-c", FIRST_USE)
-    assert done.returncode == 0, done.stderr
+def test_threads_that_use_an_implementation_first_at_the_same_time(apart):
+    apart(FIRST_USE)
 
 
 class Stub:
@@ -143,22 +137,30 @@ def test_a_process_that_ends_loses_one_cell_alone():
     assert kept == ("rms_norm", "fake", matrix.RIGHT)
 
 
-def test_the_matrix_sees_a_wrong_kernel():
+def test_the_matrix_sees_a_wrong_kernel(apart):
     """In a process of its own, which is small enough to fork whatever tests have run before."""
-    done = python("-c", WRONG)
-    assert done.returncode == 0, done.stderr
+    apart(WRONG)
 
 
 @pytest.mark.op
 @pytest.mark.slow
 def test_random_calls_in_processes_of_their_own():
-    done = python(str(Path(__file__).with_name("fuzz.py")), "--calls", "400", "--seed", "3")
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        str(Path(__file__).with_name("fuzz.py")),
+        "--calls",
+        "400",
+        "--seed",
+        "3",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
 
 
-def test_gradients_survive_an_import_under_inference_mode():
-    done = python("-c", INFERENCE)
-    assert done.returncode == 0, done.stderr
+def test_gradients_survive_an_import_under_inference_mode(apart):
+    apart(INFERENCE)
 
 
 def test_uses_that_threads_leave_in_another_order_than_they_entered_are_all_undone():

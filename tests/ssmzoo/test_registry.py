@@ -1,8 +1,5 @@
 """Mixers by name."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -82,11 +79,10 @@ def test_d_model(d_model):
         ssmzoo.build_mixer("gru", d_model)
 
 
-def test_mixers_load_when_first_built():
-    code = (
+def test_mixers_load_when_first_built(apart):
+    apart(
         "import sys, ssmzoo\n"
         "assert 'ssmzoo.mixers.mamba' not in sys.modules\n"
         "ssmzoo.build_mixer('mamba', 16)\n"
         "assert 'ssmzoo.mixers.mamba' in sys.modules and 'ssmzoo.mixers.s4d' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)

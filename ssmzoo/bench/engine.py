@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ssmkernels.bench import Contest, Contestant, Measurement, Plan, clock, refusal
 from ssmkernels.bench.contest import Results, blank
-from ssmzoo.bench.models import QUICK_LAYERS
+from ssmzoo.bench.models import sizes_and_overrides
 from ssmzoo.building import build
 from ssmzoo.engine import Engine
 from ssmzoo.model import SequenceModel
@@ -33,10 +33,7 @@ def bench_engine(name: str, plan: Plan) -> Iterator[list[Measurement]]:
 
     ``plan.changes`` may hold the sizes in ``SIZES``; everything else in it overrides the model's config.
     """
-    sizes = {key: plan.changes.get(key, value) for key, value in (QUICK if plan.quick else SIZES).items()}
-    overrides = {key: value for key, value in plan.changes.items() if key not in sizes}
-    if plan.quick:
-        overrides.setdefault("n_layers", QUICK_LAYERS)
+    sizes, overrides = sizes_and_overrides(plan, SIZES, QUICK)
     plan.say(f"{name}: building")
     torch.manual_seed(0)
     model = build(name, device=plan.device, dtype=plan.dtype, **overrides).eval()

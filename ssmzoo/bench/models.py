@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,17 @@ def bench_model(name: str, plan: Plan) -> Iterator[list[Measurement]]:
         raise
 
 
+def sizes_and_overrides(
+    plan: Plan, usual: Mapping[str, int], quick: Mapping[str, int]
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """The sizes that are timed, which ``plan.changes`` may hold, and the rest of it: changes of the model's config."""
+    sizes = {key: plan.changes.get(key, value) for key, value in (quick if plan.quick else usual).items()}
+    overrides = {key: value for key, value in plan.changes.items() if key not in sizes}
+    if plan.quick:
+        overrides.setdefault("n_layers", QUICK_LAYERS)
+    return sizes, overrides
+
+
 def contests(
     name: str, plan: Plan, works: Sequence[str], *, kind: str = "models", copies: int = 1
 ) -> Iterator[tuple[list[Measurement], Contest | None]]:
@@ -60,10 +71,7 @@ def contests(
 
     Everyone is in it so many times, each with a state of its own.
     """
-    sizes = {key: plan.changes.get(key, value) for key, value in (QUICK if plan.quick else SIZES).items()}
-    overrides = {key: value for key, value in plan.changes.items() if key not in sizes}
-    if plan.quick:
-        overrides.setdefault("n_layers", QUICK_LAYERS)
+    sizes, overrides = sizes_and_overrides(plan, SIZES, QUICK)
     plan.say(f"{name}: building")
     torch.manual_seed(0)
     model = build(name, device=plan.device, dtype=plan.dtype, **overrides).eval()

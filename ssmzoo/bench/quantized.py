@@ -97,10 +97,7 @@ def _matrix(kind: str) -> Rounded:
 
 
 def _of_model(name: str, plan: Plan) -> Iterator[list[Measurement]]:
-    sizes = {key: plan.changes.get(key, value) for key, value in (models.QUICK if plan.quick else models.SIZES).items()}
-    overrides = {key: value for key, value in plan.changes.items() if key not in sizes}
-    if plan.quick:
-        overrides.setdefault("n_layers", models.QUICK_LAYERS)
+    sizes, overrides = models.sizes_and_overrides(plan, models.SIZES, models.QUICK)
     torch.manual_seed(0)
     wide = build(name, **overrides).eval()
     if wide.config.output not in (None, "tokens") or wide.config.d_input is not None:

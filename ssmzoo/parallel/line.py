@@ -211,6 +211,14 @@ class _Send(torch.autograd.Function):
         return token, None, None, *(None if like is None else next(rest) for like in ctx.like)
 
 
+def _outputs(ctx: Any, token: Tensor, line: Line, received: Callable[[], list[Tensor]]) -> tuple[Tensor, ...]:
+    """What a function's forward returns of what comes once; ``ctx.differentiable`` tells its backward pass apart."""
+    tensors = [t.detach() for t in line.once(received)]
+    ctx.mark_non_differentiable(*(x for x in tensors if not _differentiable(x)))
+    ctx.differentiable = [_differentiable(x) for x in tensors]
+    return token.clone(), *tensors
+
+
 class _Receive(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, token: Tensor, source: int, line: Line, like: Any, device: Any) -> Any:
@@ -221,10 +229,7 @@ class _Receive(torch.autograd.Function):
             _transfer(tensors, source, line.group, sends=False)
             return tensors
 
-        tensors = [t.detach() for t in line.once(received)]
-        ctx.mark_non_differentiable(*(x for x in tensors if not _differentiable(x)))
-        ctx.differentiable = [_differentiable(x) for x in tensors]
-        return token.clone(), *tensors
+        return _outputs(ctx, token, line, received)
 
     @staticmethod
     def backward(ctx: Any, token: Tensor, *grads: Tensor) -> tuple[Any, ...]:
@@ -248,10 +253,7 @@ class _Broadcast(torch.autograd.Function):
                         _real_view(x).copy_(flat)
             return tensors
 
-        tensors = [t.detach() for t in line.once(received)]
-        ctx.mark_non_differentiable(*(x for x in tensors if not _differentiable(x)))
-        ctx.differentiable = [_differentiable(x) for x in tensors]
-        return token.clone(), *tensors
+        return _outputs(ctx, token, line, received)
 
     @staticmethod
     def backward(ctx: Any, token: Tensor, *grads: Tensor) -> tuple[Any, ...]:

@@ -41,7 +41,7 @@ struct Number {
 
 // The keys or values of one tile: where each position's first head lies, with its elements side by side.
 template <class T>
-struct Rows {
+struct TileRows {
     const T* at[kKeys];  // the last is repeated up to a multiple of 16, as that many keys are multiplied at once
     T* copies;           // (kKeys, heads, size), for a cache whose elements do not lie side by side
     int64_t head_step;
@@ -103,7 +103,7 @@ struct Kernel {
     };
 
     void find(const Cache<T>& cache, int64_t sequence, int64_t head, int64_t count_heads, int64_t first, int64_t count,
-              Rows<T>& rows) const {
+              TileRows<T>& rows) const {
         int64_t block = first / a.page_size, within = first % a.page_size;
         for (int64_t j = 0; j < count;) {
             const int64_t page = a.block_table ? a.block_table[sequence * a.table_sequence + block * a.table_block]
@@ -144,7 +144,7 @@ struct Kernel {
     }
 
     template <int rows>
-    void gather(const Space& space, S* own, int64_t query, const Rows<T>& rows_of, int64_t at, int64_t count,
+    void gather(const Space& space, S* own, int64_t query, const TileRows<T>& rows_of, int64_t at, int64_t count,
                 Ahead<T>& ahead) const {
         constexpr int vectors = 4;
         own += query * v_row;
@@ -174,7 +174,7 @@ struct Kernel {
     }
 
     // What of a cache's next tile to bring nearer with each key of so many passes over the present one.
-    Ahead<T> ahead(const Cache<T>& cache, const Rows<T>& rows, int64_t count, int64_t together, int64_t passes) const {
+    Ahead<T> ahead(const Cache<T>& cache, const TileRows<T>& rows, int64_t count, int64_t together, int64_t passes) const {
         const int64_t share = round_up(ceil_div(cache.size, passes), Ahead<T>::line);
         return {rows.at, cache.step == 1 ? count : 0, together, rows.head_step, cache.size, share};
     }
@@ -198,7 +198,7 @@ struct Kernel {
 
         const int64_t size = split(sequence), begin = first_key(sequence) + (number - firsts[sequence]) * size;
         const int64_t end = minimum(begin + size, length(sequence));
-        Rows<T> k_rows[2], v_rows[2];
+        TileRows<T> k_rows[2], v_rows[2];
         for (int i = 0; i < 2; ++i) {
             k_rows[i].copies = space.copies + i * kKeys * heads * (a.k_size + a.v_size);
             v_rows[i].copies = k_rows[i].copies + kKeys * heads * a.k_size;

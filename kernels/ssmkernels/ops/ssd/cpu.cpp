@@ -35,10 +35,10 @@ struct Forward {
     void advance(const SsdArguments& a, const Sequence& s, Span t, int64_t head, S* state, const S* D, Next next) {
         const int64_t width = outputs.width;
         steps.read(a, s, t, head);
-        const Rows from(a, s, t, head, a.x, a.x_batch, a.x_time, next.ahead(a, a.x_time));
-        const Rows z(a, s, t, head, a.z, a.z_batch, a.z_time, next.ahead(a, a.z_time));
+        const HeadRows from(a, s, t, head, a.x, a.x_batch, a.x_time, next.ahead(a, a.x_time));
+        const HeadRows z(a, s, t, head, a.z, a.z_batch, a.z_time, next.ahead(a, a.z_time));
         const int64_t time = a.heads * stored(a);
-        const Rows y(a, s, t, head, a.y, a.length * time, time);
+        const HeadRows y(a, s, t, head, a.y, a.length * time, time);
         for (int64_t i = 0; i < t.tokens; ++i) {
             read_channels(a, x + i * width, from.from, a.dtype, from(i), width, S(1));
             from.fetch(a, i);

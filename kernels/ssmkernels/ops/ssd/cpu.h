@@ -264,12 +264,12 @@ struct Next {
 };
 
 // One head's rows of x, z or y in a chunk: where the first token's lies, and from token to token.
-struct Rows {
+struct HeadRows {
     const void* from;
     int64_t offset, stride, ahead;
 
     // `ahead` is how far the rows lie that are read next.
-    Rows(const SsdArguments& a, const Sequence& s, Span t, int64_t head, const void* of, int64_t batch, int64_t time,
+    HeadRows(const SsdArguments& a, const Sequence& s, Span t, int64_t head, const void* of, int64_t batch, int64_t time,
          int64_t next = 0)
         : from(of), offset(s.batch * batch + (s.start + t.start) * time + head * stored(a)), stride(time), ahead(next) {}
 

@@ -41,7 +41,7 @@ struct Backward : BackwardMemory<S> {
           Held::state, Held::turn, Held::sum, Held::dot;
 
     void read_inputs(const SsdArguments& a, const Sequence& s, Span t, int64_t head, int64_t ahead) {
-        const Rows from(a, s, t, head, a.x, a.x_batch, a.x_time, ahead);
+        const HeadRows from(a, s, t, head, a.x, a.x_batch, a.x_time, ahead);
         for (int64_t i = 0; i < t.tokens; ++i) {
             read_channels(a, x + i * width, from.from, a.dtype, from(i), width, S(1));
             from.fetch(a, i);
@@ -68,9 +68,9 @@ struct Backward : BackwardMemory<S> {
                         const S* D, S* dD, Next next) {
         const SsdArguments& a = b.forward;
         const int64_t time = a.heads * stored(a), batch = a.length * time;
-        const Rows dy(a, s, t, head, b.dy, batch, time, next.ahead(a, time)), dz(a, s, t, head, b.dz, batch, time);
-        const Rows y(a, s, t, head, a.y, batch, time, next.ahead(a, time));
-        const Rows z(a, s, t, head, a.z, a.z_batch, a.z_time, next.ahead(a, a.z_time));
+        const HeadRows dy(a, s, t, head, b.dy, batch, time, next.ahead(a, time)), dz(a, s, t, head, b.dz, batch, time);
+        const HeadRows y(a, s, t, head, a.y, batch, time, next.ahead(a, time));
+        const HeadRows z(a, s, t, head, a.z, a.z_batch, a.z_time, next.ahead(a, a.z_time));
         if (a.z) {
             outputs.compute(a, t, shared, steps, before, x, dX, panel);
             if (a.direct) outputs.add_direct(a, t, shared, steps, x, dX);
@@ -243,7 +243,7 @@ struct Backward : BackwardMemory<S> {
     void write_inputs(const SsdBackwardArguments& b, const Sequence& s, Span t, int64_t head, const S* D) {
         const SsdArguments& a = b.forward;
         const int64_t time = a.heads * stored(a);
-        const Rows dx(a, s, t, head, b.dx, a.length * time, time);
+        const HeadRows dx(a, s, t, head, b.dx, a.length * time, time);
         for (int64_t i = 0; i < t.tokens; ++i) {
             const int64_t row = i * width;
             const V scale = splat(steps.scale[i]);

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ssmkernels import rms_norm
+from ssmkernels import native, rms_norm
 from ssmkernels.core.validate import HALF
 from ssmkernels.native import products
 from ssmkernels.native.calls import Calls, NotPreparedError
@@ -44,6 +44,6 @@ class Ends(NamedTuple):
         x = calls.op(rms_norm, mixed, self.norm.weight, eps=self.norm.eps, residual=stream)
         if isinstance(self.head, Linear):
             large = self.head.weight.numel() >= products.LARGE
-            if not large or (x.dtype not in HALF and (x.dtype != torch.float32 or len(x) > 1)):
+            if not large or (x.dtype not in HALF and (x.dtype != torch.float32 or len(x) > native.FEW)):
                 raise NotPreparedError("lm_head")
         return prepare_map(calls, self.head, x)

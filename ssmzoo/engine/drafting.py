@@ -1,8 +1,8 @@
 """Drafts in the engine: which requests have tokens proposed, and which of those were the next.
 
 Each position's token is drawn as it would be without a draft, with the request's own random numbers; a proposed one is
-kept if it is the same. So a request's tokens do not depend on who proposes. A model proposes what it holds most likely,
-which is kept as often as it is drawn.
+kept if it is the same. So a request's tokens do not depend on who proposes. A model proposes what it holds most likely
+with the request's bias of ids, which is kept as often as it is drawn.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Drafting:
         if count < 1 or self.draft is None:
             return []
         if job.draft is None:
-            job.draft = _new(self.draft, len(request.prompt) + request.max_tokens)
+            job.draft = _new(self.draft, job)
         try:
             return job.draft.propose([*request.prompt, *request.tokens], count).tokens
         except Exception as error:  # the draft's own, which no other request has to do with
@@ -110,8 +110,10 @@ def _kept(job: Job, i: int) -> bool:
     return not job.request.done and i < len(job.proposal) and job.request.tokens[-1] == job.proposal[i]
 
 
-def _new(draft: TokenModel | Literal["lookup"], length: int) -> Draft:
-    """What proposes tokens for one request of at most ``length`` tokens."""
-    return (
-        Lookup() if isinstance(draft, str) else ModelDraft(draft, Sampling(temperature=0), iter(()), min(length, ROOM))
-    )
+def _new(draft: TokenModel | Literal["lookup"], job: Job) -> Draft:
+    """What proposes tokens for one request."""
+    if isinstance(draft, str):
+        return Lookup()
+    likeliest = Sampling(temperature=0, logit_bias=job.sampling.logit_bias)
+    room = min(len(job.request.prompt) + job.request.max_tokens, ROOM)
+    return ModelDraft(draft, likeliest, iter(()), room, "Engine")

@@ -70,7 +70,7 @@ class Engine:
         draft_tokens: int = 8,
         swap: str | Path | None = None,
     ):
-        check_model(model)
+        check_model(model, caller="Engine")
         for name, value, low in (("memory", memory, 1), ("max_batch", max_batch, 1), ("page_size", page_size, 1)):
             if not is_int(value, low):
                 raise ValueError(f"Engine: `{name}` must be an int of at least {low}; got {short(value)}")
@@ -80,7 +80,7 @@ class Engine:
         self._memory = Memory(model, memory, page_size, chunk)
         self._prefixes = Prefixes(page_size)
         self._active = Active(self._memory, self._prefixes, max_batch, Store(swap, model.device))
-        check_draft(draft, draft_tokens, model)
+        check_draft(draft, draft_tokens, model, "Engine")
         self._drafting = Drafting(draft, draft_tokens, self._active)
         self._turns = Turns(model, self._active, Prompts(self._prefixes, chunk, share_prefixes), self._drafting)
         self._lock, self._stepping = threading.RLock(), False
@@ -128,8 +128,8 @@ class Engine:
                 f"got {short(logprobs)}"
             )
         penalties = (repetition_penalty, presence_penalty, frequency_penalty)
-        sampling = Sampling(temperature, top_k, top_p, min_p, *penalties, logit_bias, seed)
-        sampling.check_ids(self.vocab)
+        sampling = Sampling(temperature, top_k, top_p, min_p, *penalties, logit_bias, seed, "Engine.submit")
+        sampling.check_ids(self.vocab, "Engine.submit")
         stops = stops_of(stop, self.vocab)
         total = len(prompt) + max_tokens
         positions = self.model.config.learned_positions

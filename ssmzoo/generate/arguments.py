@@ -28,35 +28,35 @@ class TokenModel(Protocol):
     def __call__(self, inputs: Tensor, state: Any = None, **options: Any) -> Any: ...
 
 
-def check_model(model: TokenModel, argument: str = "model") -> None:
-    """Refuses a model that cannot continue token ids, saying why; calls it ``argument``."""
+def check_model(model: TokenModel, argument: str = "model", caller: str = "generate") -> None:
+    """Refuses a model that cannot continue token ids, saying why; calls it ``argument`` of what was called."""
     if not isinstance(model, nn.Module) or not isinstance(getattr(model, "config", None), ModelConfig):
-        raise TypeError(f"generate: `{argument}` must be a SequenceModel; got {type(model).__name__}")
+        raise TypeError(f"{caller}: `{argument}` must be a SequenceModel; got {type(model).__name__}")
     config = model.config
     if config.output != "tokens" or config.d_input is not None:
         into = "features" if config.d_input is not None else "tokens"
         raise ValueError(
-            f"generate: `{argument}` must go from tokens to tokens; this one goes from {into} to {config.output}"
+            f"{caller}: `{argument}` must go from tokens to tokens; this one goes from {into} to {config.output}"
         )
     for name, module in model.named_modules():
         if isinstance(module, Mixer) and not (module.causal and module.has_state):
             why = "has no state" if module.causal else "is bidirectional"
-            raise ValueError(f"generate: every mixer of `{argument}` must be causal and have a state; {name} {why}")
+            raise ValueError(f"{caller}: every mixer of `{argument}` must be causal and have a state; {name} {why}")
 
 
-def check_draft(draft: Any, count: object, model: TokenModel) -> None:
+def check_draft(draft: Any, count: object, model: TokenModel, caller: str = "generate") -> None:
     """Refuses what cannot propose tokens to the model, saying why; None proposes none."""
-    require(is_int(count, 1, 64), "draft_tokens", count, "an int from 1 to 64")
+    require(is_int(count, 1, 64), "draft_tokens", count, "an int from 1 to 64", caller)
     if draft is None or (isinstance(draft, str) and draft == "lookup"):
         return
     if not isinstance(draft, nn.Module):
-        raise TypeError(f"generate: `draft` must be a SequenceModel or 'lookup'; got {short(draft)}")
-    check_model(draft, "draft")  # type: ignore[arg-type]
+        raise TypeError(f"{caller}: `draft` must be a SequenceModel or 'lookup'; got {short(draft)}")
+    check_model(draft, "draft", caller)  # type: ignore[arg-type]
     sizes = [each.config.vocab_size for each in (draft, model)]  # type: ignore[union-attr]
     if sizes[0] != sizes[1]:
-        raise ValueError(f"generate: `draft` must have the model's vocabulary of {sizes[1]} ids; got {sizes[0]}")
+        raise ValueError(f"{caller}: `draft` must have the model's vocabulary of {sizes[1]} ids; got {sizes[0]}")
     if draft.device != model.device:
-        raise ValueError(f"generate: `draft` must be on {model.device}, as the model; got {draft.device}")
+        raise ValueError(f"{caller}: `draft` must be on {model.device}, as the model; got {draft.device}")
 
 
 def check_alone(prompts: Tensor, mask: Tensor | None, num_beams: int) -> None:
@@ -68,10 +68,10 @@ def check_alone(prompts: Tensor, mask: Tensor | None, num_beams: int) -> None:
         raise ValueError(f"generate: `draft` goes with one prompt at a time; got {len(prompts)} in `ids`")
 
 
-def require(fits: bool, name: str, value: object, expected: str) -> None:
-    """Raises ValueError, naming the argument, unless it fits."""
+def require(fits: bool, name: str, value: object, expected: str, caller: str = "generate") -> None:
+    """Raises ValueError, naming what was called and the argument, unless it fits."""
     if not fits:
-        raise ValueError(f"generate: `{name}` must be {expected}; got {short(value)}")
+        raise ValueError(f"{caller}: `{name}` must be {expected}; got {short(value)}")
 
 
 def is_int(value: object, low: int, high: float = math.inf) -> bool:

@@ -66,13 +66,16 @@ class ModelDraft:
         sampling: how it draws.
         draws: numbers uniform in [0, 1), each ``(1)``.
         room: tokens for which memory is set aside.
+        caller: what errors name as called.
 
     Raises:
         ValueError: when it proposes: logits that are not finite.
     """
 
-    def __init__(self, model: TokenModel, sampling: Sampling, draws: Iterator[Tensor], room: int):
-        self.model, self.sampling, self._draws = model, sampling, draws
+    def __init__(
+        self, model: TokenModel, sampling: Sampling, draws: Iterator[Tensor], room: int, caller: str = "generate"
+    ):
+        self.model, self.sampling, self._draws, self._caller = model, sampling, draws, caller
         self._state, self._read = model.initial_state(1, room), 0
 
     def propose(self, text: Sequence[int], count: int) -> Proposal:
@@ -89,7 +92,7 @@ class ModelDraft:
             scores = logits[:, -1, : self.model.config.vocab_size].float()
             if not bool(scores.amax().isfinite()):
                 read = len(text) + len(found.tokens)
-                raise ValueError(f"generate: the logits of `draft` are not finite after {read} tokens of text")
+                raise ValueError(f"{self._caller}: the logits of `draft` are not finite after {read} tokens of text")
             token, probabilities = self.sampling.draw(scores, None, self._draws)
             found.tokens.append(token)
             found.probabilities.append(probabilities)

@@ -15,7 +15,10 @@ from ssmzoo.generate.penalties import History, discourage, penalise
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """The options of sampling, checked; :func:`ssmzoo.generate.generate` says what each of them means."""
+    """The options of sampling, checked; :func:`ssmzoo.generate.generate` says what each of them means.
+
+    Errors name ``caller`` as what was called.
+    """
 
     temperature: float = 1.0
     top_k: int | None = None
@@ -26,8 +29,9 @@ class Sampling:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] | None = None
     seed: int | None = None
+    caller: dataclasses.InitVar[str] = "generate"
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, caller: str) -> None:
         temperature, penalty, top_p, min_p = self.temperature, self.repetition_penalty, self.top_p, self.min_p
         for name, fits, expected in (
             ("temperature", is_number(temperature) and temperature >= 0, "a number of at least 0"),
@@ -40,7 +44,7 @@ class Sampling:
             ("logit_bias", _biases(self.logit_bias), "a dict of ids with a number from -100 to 100 each, or None"),
             ("seed", self.seed is None or is_int(self.seed, 0, 2**63), "an int from 0 to 2**63, or None"),
         ):
-            require(fits, name, getattr(self, name), expected)
+            require(fits, name, getattr(self, name), expected, caller)
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or ()) or None)  # the caller may change its own
 
     @property
@@ -49,10 +53,10 @@ class Sampling:
         changed = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
         return [name for name in changed if name != "temperature" or self.temperature != 0]
 
-    def check_ids(self, vocab: int) -> None:
+    def check_ids(self, vocab: int, caller: str = "generate") -> None:
         """Refuses a bias of ids outside the vocabulary."""
         for id in self.logit_bias or ():
-            require(id < vocab, "logit_bias", id, f"of ids from 0 to {vocab - 1}, the vocabulary")
+            require(id < vocab, "logit_bias", id, f"of ids from 0 to {vocab - 1}, the vocabulary", caller)
 
     @functools.cached_property
     def key(self) -> tuple:

@@ -137,7 +137,7 @@ class Service:
         except (ValueError, TypeError) as error:
             for request in made:
                 request.cancel()
-            told = str(error).removeprefix("Engine.submit: ").removeprefix("generate: ")
+            told = str(error).removeprefix("Engine.submit: ")
             raise Refused(400, told.replace("`prompt_ids`", "`prompt`")) from None
         return prompts, made
 

@@ -51,7 +51,8 @@ def has_head(program):
     [
         (torch.float32, 1, True),
         (torch.bfloat16, 2, True),
-        (torch.float32, 2, False),  # the head's product is another kernel's for several rows
+        (torch.float32, 2, True),
+        (torch.float32, native.FEW, True),
         (torch.float64, 1, False),
     ],
     ids=str,

@@ -14,6 +14,7 @@ from ssmkernels.native.products import LARGE, WORK_WITH_GRADIENTS, linear, matmu
 from ssmzoo.linear import Linear, WideBiasLinear
 
 OUT, IN = 1024, 640  # large enough
+FEW = native.FEW
 NATIVE = native.missing() is None
 NEEDS_NATIVE = pytest.mark.skipif(not NATIVE, reason="needs the native library")
 
@@ -46,7 +47,9 @@ def every_set(monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize("measured", [True, False])
 @pytest.mark.parametrize(
-    "shape", [(IN,), (1, IN), (1, 1, IN), (3, 5, IN), (2, 0, IN), (2, 3, 4, IN), (70, IN)], ids=str
+    "shape",
+    [(IN,), (1, IN), (1, 1, IN), (3, 5, IN), (2, 0, IN), (2, 3, 4, IN), (70, IN), (FEW, 1, IN), (FEW + 1, 1, IN)],
+    ids=str,
 )
 @pytest.mark.parametrize("bias", [True, False])
 def test_it_is_torchs_product(shape, bias, measured, calls, monkeypatch):
@@ -59,7 +62,7 @@ def test_it_is_torchs_product(shape, bias, measured, calls, monkeypatch):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     if 0 in shape:
         assert not calls
-    elif x.numel() == IN and NATIVE:
+    elif NATIVE and (x.numel() == IN or (x.shape[-2] == 1 and len(x) <= FEW)):
         assert calls == ["product"]
     else:
         assert calls == ["matmul" if measured and NATIVE else "onednn"]
@@ -135,6 +138,18 @@ def test_a_row_does_not_depend_on_the_others(every_set):
     for rows in (2, 7, 48, 49, 100):
         assert torch.equal(linear(x[:rows], weight, bias), whole[:rows])
         assert torch.equal(linear(x[-rows:], weight, bias), whole[-rows:])
+
+
+@NEEDS_NATIVE
+@torch.no_grad()
+@pytest.mark.parametrize(("outputs", "size"), [(LARGE, 1), (1, LARGE), (1001, 525), (400, 1999)], ids=str)
+def test_a_token_of_each_sequence_has_the_bits_that_it_has_alone(outputs, size, calls):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(FEW, 1, size), torch.randn(outputs, size), torch.randn(outputs)
+    alone = torch.cat([linear(row, weight, bias) for row in x])
+    for rows in (2, 3, 4, 5, 7, 8, 15, 16, 17, FEW):
+        assert torch.equal(linear(x[:rows], weight, bias)[:, 0], alone[:rows])
+    assert {*calls} == {"product"}
 
 
 @NEEDS_NATIVE

@@ -27,6 +27,8 @@ PATH = sources.PACKAGE / sources.NAME
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
+FEW = 32  # rows up to which a product reads each weight once (product.h); more fill the tiles of a product of matrices
+
 SMALL = 2**16  # multiply-adds that one thread does in the time that it takes to wake another, and to wait for it
 
 BUILD = "run `python -m ssmkernels.native.build`"

@@ -16,8 +16,6 @@ from ssmkernels import native
 from ssmkernels.core.validate import HALF, REAL, precision
 from ssmkernels.native.prepared import Prepared, prepare_with
 
-ROWS = 8  # sequences; from there on a matrix product of a library does better by the weights than row by row
-
 # What `activated` knows, by its number in cpu_activate.cpp.
 FUNCTIONS = {
     "identity": 0,
@@ -86,11 +84,16 @@ class Calls:
         """x ``(b, in)``, weight ``(out, in)``, bias ``(out)`` → ``(b, out)``, all float32 or all float64.
 
         Raises:
-            NotPreparedError: other dtypes, more than ``ROWS`` sequences, or tensors that are not contiguous.
+            NotPreparedError: other dtypes, more than ``native.FEW`` sequences, or tensors that are not contiguous.
         """
         given = [t for t in (x, weight, bias) if t is not None]
         (batch, size), (outputs, _) = x.shape, weight.shape
-        if not _alike(given, SUMS) or not all(t.is_contiguous() for t in given) or not 0 < batch <= ROWS or not size:
+        if (
+            not _alike(given, SUMS)
+            or not all(t.is_contiguous() for t in given)
+            or not 0 < batch <= native.FEW
+            or not size
+        ):
             raise NotPreparedError("linear")
         y = x.new_empty(batch, outputs)
         values = {

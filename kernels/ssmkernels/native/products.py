@@ -26,19 +26,28 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     PyTorch sends float32 products to whichever BLAS it was built with, whose threads wait for one another. Large
     float32 products on a CPU go to the native library, whose threads a busy machine does not hold up: those of one row,
-    as in decoding, on all instruction sets, and those of several rows, with their gradients, on the sets in
-    :data:`MATMUL`. On other sets products without gradients go to oneDNN, unless
+    or of a token of each of at most :data:`ssmkernels.native.FEW` sequences ``(b, 1, in)``, on all instruction sets, and
+    those of several rows, with their gradients, on the sets in :data:`MATMUL`. Each of these two ways gives a row the
+    same bits whatever the other rows are, so a sequence decodes and is read as it is alone. On other sets products without gradients go to oneDNN, unless
     ``torch.backends.mkldnn.enabled = False``.
     """
     if _large(x, weight):
-        one_row = x.numel() == x.shape[-1]
-        ours = _native(x, weight, bias) and (one_row or native.library().isa in MATMUL)
+        rows = x.numel() // x.shape[-1]
+        decoding = rows == 1 or (x.ndim > 2 and x.shape[-2] == 1 and rows <= native.FEW)
         if not eager.wants_gradient(x, weight, bias):
-            if ours:
-                return _one_row(x, weight, bias) if one_row else _rows(x, weight, bias)
+            if _native(x, weight, bias):
+                if decoding:
+                    return _few_rows(x, weight, bias)
+                if native.library().isa in MATMUL:
+                    return _rows(x, weight, bias)
             if torch.backends.mkldnn.enabled and _available():
                 return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        elif ours and not one_row and x.numel() * weight.shape[0] >= WORK_WITH_GRADIENTS:
+        elif (
+            rows > 1
+            and x.numel() * weight.shape[0] >= WORK_WITH_GRADIENTS
+            and _native(x, weight, bias)
+            and native.library().isa in MATMUL
+        ):
             return _Linear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -63,7 +72,7 @@ def _native(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-def _one_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     outputs, size = weight.shape
     x = x.contiguous()
     bias = None if bias is None else bias.contiguous()

@@ -14,7 +14,6 @@ from ssmkernels.native.prepared import Prepared, update
 __all__ = ["forward", "missing", "prepared", "unsupported"]
 
 TILE = 64  # channels: kTile in tiles.h
-FEW = 8  # sequences; from there on a matrix product of a library does better by the weights than row by row
 
 
 def unsupported(a: Any) -> str | None:
@@ -25,8 +24,8 @@ def refused(a: Any) -> str | None:
     """Why the native library leaves one token of a layer to others, whatever the layer's sizes."""
     if why := wrong_device(a):
         return why
-    if a.x.shape[0] > FEW and not torch.compiler.is_exporting():  # a program for any number has one way
-        return f"more than {FEW} sequences, for which matrix products are faster"
+    if a.x.shape[0] > native.FEW and not torch.compiler.is_exporting():  # a program for any number has one way
+        return f"more than {native.FEW} sequences, for which matrix products are faster"
     return None
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ssmkernels import causal_conv1d, explain, mamba_step, native, selective_scan
+from ssmkernels import causal_conv1d, explain, gated_deltanet_step, mamba2_step, mamba_step, native, selective_scan
 from ssmkernels.check.spec import spec_of
 
 STATES = ("conv_state", "ssm_state")
@@ -148,3 +148,24 @@ def test_what_passed_once_is_told_from_what_only_equals_it(arguments):
         step(made | {"norm_eps": True})
     with pytest.raises(TypeError, match="`D` must be a dense tensor; got layout torch.sparse_coo"):
         step(made | {"D": made["D"].to_sparse()})
+
+
+@pytest.mark.parametrize("op", [mamba_step, mamba2_step, gated_deltanet_step])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@needs_native
+def test_a_sequence_does_not_depend_on_the_others(op, dtype):
+    """Many sequences share each read of the weights, and get the bits that they get alone."""
+    spec = spec_of(op.__name__)
+    made = spec.inputs(spec.case({"b": native.FEW, "m": 37}), dtype, "cpu", seed=0)
+    with torch.no_grad():
+        assert explain(op, **made).chosen == "cpu"
+        batched = [name for name, t in made.items() if name == "x" or "state" in name]
+        states = [name for name in batched if name != "x"]
+        before = {name: made[name].clone() for name in batched}
+        for count in (2, 3, 5, 8, 16, 19, native.FEW):
+            own = {**made, **{name: before[name][:count].clone() for name in batched}}
+            y = op(**own)
+            for i in (0, count // 2, count - 1):
+                alone = {**made, **{name: before[name][i : i + 1].clone() for name in batched}}
+                assert torch.equal(op(**alone), y[i : i + 1])
+                assert all(torch.equal(alone[name], own[name][i : i + 1]) for name in states)

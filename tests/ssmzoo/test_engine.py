@@ -8,6 +8,10 @@ import pytest
 import torch
 from engine_requests import MODELS, alone, build, engine, run_all, tight
 
+from ssmkernels import native
+from ssmkernels.native.prepared import Program
+from ssmzoo.state import State
+
 
 @pytest.mark.parametrize("name", MODELS)
 def test_as_generate_alone(name):
@@ -141,16 +145,17 @@ def test_errors_end_the_requests_they_belong_to():
         ({"max_tokens": 0}, ValueError, "`max_tokens` must be an int from 1 to"),
         ({"max_tokens": 10**5000}, ValueError, "`max_tokens` must be an int from 1 to 2.*; got an int of 16610 bits"),
         ({"prompt_ids": [10**5000]}, ValueError, "`prompt_ids` must be from 0 to 30.*; got an int of 16610 bits"),
-        ({"max_tokens": 100}, ValueError, "must be at most 64 tokens together"),
+        ({"max_tokens": 100}, ValueError, "`prompt_ids` and `max_tokens` must be at most 64 tokens together"),
         ({"stop": [31]}, ValueError, "`stop` must be an id from 0 to 30, or a list"),
         ({"stop": [[]]}, ValueError, r"`stop` must be an id from 0 to 30, or a list .*; got \[\[\]\]"),
         ({"logprobs": -1}, ValueError, "`logprobs` must be an int from 0 to 31, the vocabulary, or None; got -1"),
         ({"temperature": -1}, ValueError, "`temperature` must be a number of at least 0"),
+        ({"logit_bias": {31: 1.0}}, ValueError, "`logit_bias` must be of ids from 0 to 30, the vocabulary; got 31"),
     ],
 )
 def test_refused_requests(arguments, kind, message):
     worker = engine(build(learned_positions=64))
-    with pytest.raises(kind, match=message):
+    with pytest.raises(kind, match=r"^Engine\.submit: " + message):
         worker.submit(**{"prompt_ids": [1], "max_tokens": 1, **arguments})
     assert worker.waiting == 0
 
@@ -173,5 +178,43 @@ def test_what_never_fits_is_refused():
     ],
 )
 def test_refused_options(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"^Engine: " + message):
         engine(build(), **options)
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "message"),
+    [
+        (torch.nn.Linear(2, 2), TypeError, "`model` must be a SequenceModel; got Linear"),
+        (build("mamba", output="classes", n_classes=3), ValueError, "`model` must go from tokens to tokens"),
+    ],
+)
+def test_refused_models(model, kind, message):
+    with pytest.raises(kind, match="^Engine: " + message):
+        engine(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sixteen_write_in_one_native_call(dtype, monkeypatch):
+    """Each of their tokens has the bits that it has alone."""
+    if native.missing():
+        pytest.skip(f"needs the native CPU library: {native.missing()}")
+    programs, run = [], Program.run
+    monkeypatch.setattr(Program, "run", lambda self: (programs.append(self), run(self))[1])
+    model = build("mamba", vocab_size=2**16).to(dtype)
+    worker = engine(model, max_batch=16, chunk=512)
+    found = [worker.submit([i, 1, 2], max_tokens=6, temperature=0) for i in range(16)]
+    worker.run()
+    assert {len(request.tokens) for request in found} == {6}
+    assert len(programs) == 4, "the first token follows the prompt, and the program is made at the second"
+
+    ids = torch.arange(16 * 8).view(16, 8)
+    states = [model(row[None, :3], model.initial_state(1))[1] for row in ids]
+    together = State.concatenate([state.clone() for state in states])
+    for t in range(3, 8):
+        logits, together = model(ids[:, t : t + 1], together)
+        alone = [model(row[None, t : t + 1], state) for row, state in zip(ids, states, strict=True)]
+        states = [state for _, state in alone]
+        assert torch.equal(logits, torch.cat([each for each, _ in alone]))
+        assert all(map(torch.equal, together.tensors(), State.concatenate(states).tensors()))

@@ -73,6 +73,19 @@ def test_many_requests_need_no_drafts():
     assert worker.proposed == 0
 
 
+@pytest.mark.parametrize("temperature", [0, 0.9])
+def test_a_draft_proposes_what_the_bias_leaves(temperature):
+    """The same tokens as without a draft; at temperature 0 a copy of the model that knows the bias is always right."""
+    model = build("mamba")
+    bias = dict.fromkeys(model.generate([[1, 2]], 12, temperature=0)[0][2:], -100) | {3: 2.0}
+    options = {"temperature": temperature, "seed": 5, "logit_bias": bias}
+    worker = engine(model, draft=copy.deepcopy(model), draft_tokens=4)
+    request = worker.submit([1, 2], max_tokens=21, **options)
+    assert request.result() == alone(model, [1, 2], 21, options, None)
+    assert worker.kept == worker.proposed or temperature
+    assert worker.kept > 0
+
+
 def test_logprobs_stand_beside_their_tokens():
     model = build("mamba")
     found = []
@@ -91,7 +104,7 @@ def test_a_draft_that_fails_ends_its_request_alone():
         draft.embedding.weight[unread] = torch.nan
     worker = engine(model, draft=draft)
     bad, good = worker.submit([unread], max_tokens=4, temperature=0), worker.submit([1], max_tokens=4, temperature=0)
-    with pytest.raises(ValueError, match="the logits of `draft` are not finite"):
+    with pytest.raises(ValueError, match="^Engine: the logits of `draft` are not finite"):
         bad.result()
     assert good.result() == expected
 
@@ -105,10 +118,10 @@ def test_a_draft_that_fails_ends_its_request_alone():
     ],
 )
 def test_refusals(options, kind, message):
-    with pytest.raises(kind, match=message):
+    with pytest.raises(kind, match="^Engine: " + message):
         engine(build("mamba"), **options)
 
 
 def test_a_draft_of_another_vocabulary():
-    with pytest.raises(ValueError, match="must have the model's vocabulary of 31 ids; got 12"):
+    with pytest.raises(ValueError, match="^Engine: `draft` must have the model's vocabulary of 31 ids; got 12"):
         engine(build("mamba"), draft=build("mamba", vocab_size=12))

@@ -70,7 +70,9 @@ def _decode(
             return None
         if decoder.trusts(period, states, x):
             return decoder.run(x)
-        if decoder.parts.unchanged() and _facts(blocks, states, x) == decoder.facts:
+        if decoder.parts.unchanged() and (facts := _facts(blocks, states, x)) is not None:
+            if facts != decoder.facts:  # another state, as after a request has joined or left a batch
+                decoder = decoders[model] = Decoder(decoder.parts, facts, decoder.ends)
             if decoder.program is None:
                 decoder.prepare(blocks, states, x)
             if decoder.program is not None:

@@ -27,7 +27,8 @@ from ssmzoo.value_residual import ValueResidualMixer
 class Decoder:
     """The prepared calls, or that there are none.
 
-    A program is worth its making from the second token on, when everything is met again as it was.
+    A program is worth its making from the second token on, when the parts are met again as they were. To make it again
+    for another state takes no longer than to call the layers.
 
     Args:
         parts: the layers and all their parts, as they were.

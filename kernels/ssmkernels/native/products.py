@@ -25,11 +25,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x ``(..., in)``, weight ``(out, in)``, bias ``(out)`` → ``(..., out)``, as PyTorch's.
 
     PyTorch sends float32 products to whichever BLAS it was built with, whose threads wait for one another. Large
-    float32 products on a CPU go to the native library, whose threads a busy machine does not hold up: those of one row,
-    or of a token of each of at most :data:`ssmkernels.native.FEW` sequences ``(b, 1, in)``, on all instruction sets, and
-    those of several rows, with their gradients, on the sets in :data:`MATMUL`. Each of these two ways gives a row the
-    same bits whatever the other rows are, so a sequence decodes and is read as it is alone. On other sets products without gradients go to oneDNN, unless
-    ``torch.backends.mkldnn.enabled = False``.
+    float32 products on a CPU go to the native library, whose threads a busy machine does not hold up: those of one
+    row, or of a token of each of at most :data:`ssmkernels.native.FEW` sequences ``(b, 1, in)``, on all instruction
+    sets, and those of several rows, with their gradients, on the sets in :data:`MATMUL`. Either way gives a row the
+    same bits whatever the other rows are, so a sequence is read and continued as it would be alone. On other sets
+    products without gradients go to oneDNN, unless ``torch.backends.mkldnn.enabled = False``.
     """
     if _large(x, weight):
         rows = x.numel() // x.shape[-1]

@@ -43,4 +43,4 @@ def resized(x, size, to):
 @pytest.mark.skipif(native.missing() is not None, reason=f"needs the native library: {native.missing()}")
 def test_many_sequences_take_matrix_products():
     assert explain(gated_deltanet_step, **arguments(b=8)).chosen == "cpu"
-    assert explain(gated_deltanet_step, **arguments(b=9)).chosen == "steps"
+    assert explain(gated_deltanet_step, **arguments(b=native.FEW + 1)).chosen == "steps"

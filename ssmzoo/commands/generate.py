@@ -32,6 +32,14 @@ def command(
     frequency_penalty: Annotated[
         float, typer.Option(help="From -2 to 2; above 0, the less likely the more often they were generated.")
     ] = 0.0,
+    logit_bias: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ID=NUMBER",
+            help="From -100 to 100, added to the logit of this token id; repeatable. Or a JSON object of them, as in "
+            "OpenAI's API.",
+        ),
+    ] = None,
     eos_id: Annotated[list[int] | None, typer.Option(help="Stop after this token id; repeatable.")] = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="Stop before this text, which is not printed; repeatable.")
@@ -46,6 +54,7 @@ def command(
     device: Device = None,
 ) -> None:
     """Continue a prompt with a trained model, and print the text as it is generated."""
+    from ssmzoo.commands._biases import parse_biases
     from ssmzoo.commands._vocabulary import vocabulary_of
     from ssmzoo.train.vocabulary import decode
 
@@ -55,6 +64,7 @@ def command(
         raise ValueError(f"`prompt` must be UTF-8 text; got {prompt!r:.80}")
     if "" in (stop or []):
         raise ValueError("--stop must be a text of at least one character; got an empty one")
+    biases = parse_biases(logit_bias or [])
     built = model_of(model, device)
     vocabulary = vocabulary_of(model, built.config, tokenizer)
     if num_beams == 1 and temperature is None:
@@ -72,6 +82,7 @@ def command(
             repetition_penalty=repetition_penalty,
             presence_penalty=presence_penalty,
             frequency_penalty=frequency_penalty,
+            logit_bias=biases,
             eos_id=eos_id or None,
             stream=None if num_beams > 1 else lambda tokens: show(step(int(tokens[0]))),
             seed=seed,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +67,7 @@ def is_plain(*modules: nn.Module | None, kinds: tuple[type[nn.Module], ...] = _M
     parametrisation, pruning or weight norm, a weight that is no ordinary floating-point tensor, a replaced ``forward``,
     or a hook, be it the module's own or one on all modules.
     """
+    compiling = torch.compiler.is_compiling()
     if (
         _module._global_forward_hooks
         or _module._global_forward_pre_hooks
@@ -76,12 +78,31 @@ def is_plain(*modules: nn.Module | None, kinds: tuple[type[nn.Module], ...] = _M
     for module in modules:  # written for speed: every step of a layer asks
         if type(module) not in kinds:  # a parametrised module has a class of its own
             return False
+        if not compiling and not has_own_forward(type(module)):
+            return False
         own = module.__dict__
         if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
             return False
         weight = own["_parameters"].get("weight")  # pruning and weight norm make it a plain attribute
         if type(weight) not in _WEIGHTS or not weight.is_floating_point() or "forward" in own or "bias" in own:
             return False
+    return True
+
+
+_own_forwards: dict[type, Callable[..., Any]] = {}
+
+
+def has_own_forward(kind: type) -> bool:
+    """Whether a class's ``forward`` is what it, or the class that it has it from, was written with."""
+    function = kind.forward  # type: ignore[attr-defined]
+    if _own_forwards.get(kind) is function:
+        return True
+    by = next(each for each in kind.__mro__ if "forward" in each.__dict__)
+    name = (getattr(function, "__module__", None), getattr(function, "__qualname__", None))
+    own = by is nn.Module or (name == (by.__module__, f"{by.__qualname__}.forward"))
+    if not own or hasattr(function, "__wrapped__"):
+        return False
+    _own_forwards[kind] = function
     return True
 
 

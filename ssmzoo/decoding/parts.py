@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssmzoo.linear import has_own_forward
+
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+FORWARD = operator.attrgetter("forward")
 
 
 class Parts:
@@ -25,6 +28,8 @@ class Parts:
 
     def __init__(self, modules: Sequence[nn.Module], owner: nn.Module):
         self.modules, self.kinds, self.owns = modules, [*map(type, modules)], [*map(vars, modules)]
+        self.classes = [*dict.fromkeys(self.kinds)]
+        self.forwards = [*map(FORWARD, self.classes)]
         self.hooks = [own[name] for own in self.owns for name in HOOKS]
         options = [vars(own["options"]) for own in self.owns if "options" in own]  # of dataclasses the fields count
         self.dicts = [*self.owns, *(own["_modules"] for own in self.owns), *options]
@@ -39,6 +44,7 @@ class Parts:
             not any(self.hooks)
             and all(map(operator.is_, map(vars, self.modules), self.owns))
             and all(map(operator.is_, map(type, self.modules), self.kinds))
+            and all(map(operator.is_, map(FORWARD, self.classes), self.forwards))
             and sum(map(len, self.dicts)) == len(self.values)
             and all(map(operator.is_, chain.from_iterable(map(dict.values, self.dicts)), self.values))
             and self._memory() == self.memory
@@ -62,6 +68,8 @@ class Parts:
 def is_told_by_facts(module: nn.Module) -> bool:
     """Whether a module is what it was built as, and changes are seen: its weights are tensors of PyTorch's own."""
     own = module.__dict__
+    if not has_own_forward(type(module)):
+        return False
     if "forward" in own or "_parameters" not in own:  # scripted modules keep theirs elsewhere
         return False
     if any(isinstance(value, Tensor) for value in own.values()):  # in a weight's place

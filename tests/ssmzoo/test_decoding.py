@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 
 import pytest
@@ -248,6 +249,32 @@ def test_changes_between_two_tokens_take_effect(change, programs):
     change(model, state)
     after = decoded(model, state)[0]
     assert not torch.equal(before[0], after[0])
+
+
+def doubled(forward, named):
+    """A ``forward`` of twice the result, as it is written by hand, or by a decorator that keeps the name."""
+
+    def twice(self, *args, **kwargs):
+        return 2 * forward(self, *args, **kwargs)
+
+    return functools.wraps(forward)(twice) if named else twice
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("first", [False, True], ids=["between two tokens", "before the first"])
+@pytest.mark.parametrize("place", ["mixer.out_proj", "norm"])
+def test_a_forward_that_was_replaced_in_the_class_is_called(place, first, named, programs, monkeypatch):
+    """A fault: programs of native calls went past it, and so did what computes maps from their weights."""
+    model = build()
+    kind = type(model.get_submodule(f"layers.1.{place}"))
+    state = model.initial_state(1) if first else decoded(model, model.initial_state(1))[1]
+    assert bool(programs) != first
+    monkeypatch.setattr(kind, "forward", doubled(kind.forward, named))
+    found = decoded(model, state.clone())[0]
+    for module in model.modules():  # with a hook in each, which nobody goes past
+        module.register_forward_hook(lambda module, args, y: None)
+    then = decoded(model, state)[0]
+    torch.testing.assert_close(found, then)
 
 
 def another_activation(model, state):

@@ -2,7 +2,8 @@
 
 It is built when the package is installed, by whatever C++ compiler is there (:mod:`ssmkernels.native.build`), and knows
 nothing of PyTorch: tensors go in as addresses and strides. ``SSMZOO_CPU_ISA`` forces one of the instruction sets
-``baseline``, ``avx2`` and ``avx512``; otherwise the best that this CPU can run is taken.
+``baseline``, ``avx2``, ``avxvnni``, ``avx512`` and ``avx512vnni``, or ``baseline`` and ``dotprod`` on Arm; otherwise
+the best that this CPU can run is taken.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import platform
 import struct
 from collections.abc import Callable, Mapping
 from operator import itemgetter
@@ -61,7 +63,11 @@ def library() -> Library:
     able = [isa for isa in handle.ssmzoo_isas().decode().split() if handle.ssmzoo_can_run(isa.encode())]
     forced = os.environ.get("SSMZOO_CPU_ISA")
     if forced and forced not in able:
-        known = "is none of its names" if forced not in sources.ISAS else "cannot be run by this CPU, or was not built"
+        known = (
+            "is none of its names"
+            if forced not in sources.flags_by_isa(platform.machine())
+            else "cannot be run by this CPU, or was not built"
+        )
         return Library(None, "", f"SSMZOO_CPU_ISA={forced}: {forced!r} {known}; there are: {', '.join(able)}")
     limit = quota.cores()
     if limit is not None:
@@ -125,7 +131,8 @@ def kernel(name: str) -> Kernel:
     if handle is None:
         raise RuntimeError(why)
     found = dict(line.split(maxsplit=1) for line in handle.ssmzoo_layouts().decode().splitlines())[name].split()
-    function = getattr(handle, f"ssmzoo_{isa}_{name}")
+    added = sources.ADDED.get(isa, isa)
+    function = getattr(handle, f"ssmzoo_{isa}_{name}", None) or getattr(handle, f"ssmzoo_{added}_{name}")
     function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
     fields = tuple(field.lstrip("*") for field in found)
     layout = "".join("d" if field.startswith("*") else "q" for field in found)

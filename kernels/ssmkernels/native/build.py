@@ -25,14 +25,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ssmkernels.native.sources import (
+    ADDED,
     DIGEST,
     FLAGS,
-    ISAS,
     NAME,
     PACKAGE,
     SourceError,
     combined,
+    compiled_for,
     digest,
+    flags_by_isa,
     included,
     kernels,
     layouts,
@@ -68,7 +70,8 @@ def build(
     Args:
         target: the file to write.
         package: the folder ``ssmkernels`` with the sources.
-        isas: instruction sets to build for; all that the machine's architecture and the compiler know if None.
+        isas: instruction sets to build for, and those that they add to; all that the machine's architecture and the
+            compiler know if None.
         extra: further flags for the compiler and linker.
         openmp: whether long calls run on OpenMP's threads or our own; on OpenMP's where PyTorch's are the same, which
             is so for GCC's on Linux, if None.
@@ -87,9 +90,10 @@ def build(
         flags += ["-pthread", *(["-fopenmp"] if openmp else [])]
         if _compiles(compiler, ["-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Werror"], temporary):
             flags += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # GCC's own headers of AVX-512 warn
+        known = flags_by_isa(platform.machine())
         if isas is None:
-            known = ISAS if platform.machine().lower() in ("x86_64", "amd64") else ("baseline",)
-            isas = [isa for isa in known if _compiles(compiler, ISAS[isa], temporary)]
+            isas = [isa for isa, own in known.items() if _compiles(compiler, own, temporary)]
+        isas = [isa for isa in known if isa in isas or isa in [ADDED.get(other) for other in isas]]
         version = _version(compiler, temporary)
         defines = {
             "COMPILER": version,
@@ -98,7 +102,11 @@ def build(
             "LAYOUTS": _layouts(package),
         }
         units = sorted(kernels(package).items(), key=lambda unit: -sum(file.stat().st_size for file in unit[1]))
-        jobs = [(name, files, [*ISAS[isa], f"-DSSMZOO_ISA_{isa}"]) for name, files in units for isa in isas]
+        jobs = [
+            (name, files, [*known[isa], *(f"-DSSMZOO_ISA_{each}" for each in {ADDED.get(isa, isa): 0, isa: 0})])
+            for name, files in units
+            for isa in compiled_for(files, isas)
+        ]
         own = [f"-DSSMZOO_{name}={_quoted(value)}" for name, value in defines.items()]
         jobs.append(("library", [package / "native" / "library.cpp"], own))
         jobs += [(name, [package / "native" / f"{name}.cpp"], []) for name in ("threads_openmp", "threads_pool")]

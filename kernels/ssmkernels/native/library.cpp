@@ -8,6 +8,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 #define SSMZOO_PUBLIC extern "C" __attribute__((visibility("default")))
@@ -33,7 +35,7 @@ namespace {
 // What the CPU has, of which the operating system saves the registers. The compilers' __builtin_cpu_supports would do,
 // but not every compiler knows each name, and what it asks at run time not every toolchain fills in.
 struct Features {
-    bool avx2 = false, avx512 = false;
+    bool avx2 = false, avx512 = false, avxvnni = false, avx512vnni = false;
 
     Features() {
         unsigned a, b, c, d;
@@ -48,6 +50,8 @@ struct Features {
         saved |= 0xe0;  // macOS saves these from their first use on, and says so only then
 #endif
         avx512 = avx2 && (saved & 0xe6) == 0xe6 && (b & wide) == wide;
+        avx512vnni = avx512 && (c & 1u << 11);
+        if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) avxvnni = avx2 && (a & 1u << 4);
     }
 };
 
@@ -60,7 +64,13 @@ SSMZOO_PUBLIC int ssmzoo_can_run(const char* isa) {
 #if defined(__x86_64__)
     const Features found;
     if (strcmp(isa, "avx2") == 0) return found.avx2;
+    if (strcmp(isa, "avxvnni") == 0) return found.avxvnni;
     if (strcmp(isa, "avx512") == 0) return found.avx512;
+    if (strcmp(isa, "avx512vnni") == 0) return found.avx512vnni;
+#elif defined(__aarch64__) && defined(__linux__)
+    if (strcmp(isa, "dotprod") == 0) return (getauxval(AT_HWCAP) & 1ul << 20) != 0;
+#elif defined(__aarch64__) && defined(__APPLE__)
+    if (strcmp(isa, "dotprod") == 0) return 1;  // from the first of Apple's own chips for Macs on
 #endif
     return 0;
 }

@@ -18,7 +18,7 @@ WORK = 2**23  # multiply-adds from which it is, too
 WORK_WITH_GRADIENTS = 2**26  # likewise where autograd has to be told
 
 # Instruction sets for which the native product of several rows is no slower than PyTorch's libraries, as measured.
-MATMUL = frozenset({"avx2"})
+MATMUL = frozenset({"avx2", "avxvnni"})
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

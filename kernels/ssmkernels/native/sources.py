@@ -28,11 +28,21 @@ FLAGS = [
     "-Wextra",
 ]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-ISAS = {
-    "baseline": [],
-    "avx2": AVX2,
-    "avx512": [*AVX2, "-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw"],
+AVX512 = [*AVX2, "-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw"]
+ISAS = {  # by architecture; each is better than those before it
+    "x86_64": {
+        "baseline": [],
+        "avx2": AVX2,
+        "avxvnni": [*AVX2, "-mavxvnni"],
+        "avx512": AVX512,
+        "avx512vnni": [*AVX512, "-mavx512vnni"],
+    },
+    "aarch64": {"baseline": [], "dotprod": ["-march=armv8.2-a+dotprod"]},
 }
+# Instruction sets that add products of bytes to another, for the kernels that ask for them, as
+# quantized_linear/cpu_isa.h does; the others are that one's.
+ADDED = {"avxvnni": "avx2", "avx512vnni": "avx512", "dotprod": "baseline"}
+ASKED = b"SSMZOO_BYTE_PRODUCTS"
 
 
 class SourceError(Exception):
@@ -48,6 +58,19 @@ def kernels(package: Path = PACKAGE) -> dict[str, list[Path]]:
     for source in sorted([*package.glob("native/cpu*.cpp"), *package.glob("ops/*/cpu*.cpp")]):
         found.setdefault(source.parent.name, []).append(source)
     return found
+
+
+def flags_by_isa(machine: str) -> dict[str, list[str]]:
+    """The instruction sets of a machine's architecture, as ``platform.machine`` names it, with the compiler's flags."""
+    names = {"amd64": "x86_64", "arm64": "aarch64"}
+    return ISAS.get(names.get(machine.lower(), machine.lower()), {"baseline": []})
+
+
+def compiled_for(files: Sequence[Path], isas: Sequence[str]) -> list[str]:
+    """Those of the instruction sets for which a unit of :func:`kernels` is compiled."""
+    folder = files[0].parent
+    asks = any(ASKED in file.read_bytes() for end in ("cpp", "h") for file in folder.glob(f"cpu*.{end}"))
+    return [isa for isa in isas if asks or isa not in ADDED]
 
 
 def digest(package: Path = PACKAGE) -> str:

@@ -1,5 +1,7 @@
 // A few rows times a matrix of weights in few bits. Bound by memory: each weight is read once for all rows, unpacked
 // into the first cache, four outputs at a time, and multiplied there in float.
+#include "quantized_linear/cpu_isa.h"  // first: it names the instruction set
+
 #include "native/exports.h"
 #include "native/math.h"
 #include "native/parallel.h"
@@ -140,7 +142,6 @@ int in_floats(const QuantizedLinearArguments& a) {
     return 0;
 }
 
-#if SSMZOO_VECTOR_BYTES >= 32
 template <class T, int digits>
 int in_whole_numbers(const QuantizedLinearArguments& a) {
     const WeightArguments& w = a.weight;
@@ -179,7 +180,6 @@ int in_whole_numbers(const QuantizedLinearArguments& a) {
     });
     return 0;
 }
-#endif
 
 // call(zero) with a zero of x's dtype, which is not float64.
 template <class Call>
@@ -193,9 +193,7 @@ int by_float(int64_t dtype, const Call& call) {
 
 template <class T>
 int few_rows(const QuantizedLinearArguments& a) {
-#if SSMZOO_VECTOR_BYTES >= 32
     if (a.weight.kind == kNibbles) return a.rounded ? in_whole_numbers<T, 1>(a) : in_whole_numbers<T, kDigits>(a);
-#endif
     return by_kind(a.weight.kind, [&](auto weight) { return in_floats<T, decltype(weight)>(a); });
 }
 

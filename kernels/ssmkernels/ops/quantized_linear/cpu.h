@@ -57,6 +57,41 @@ template <>
 SSMZOO_INLINE VF read(const natural8* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
+#elif defined(__x86_64__)
+SSMZOO_INLINE __m128i four_bytes(const void* p) {
+    int32_t bytes;
+    memcpy(&bytes, p, sizeof bytes);
+    return _mm_cvtsi32_si128(bytes);
+}
+
+template <>
+SSMZOO_INLINE VF read(const integer8* p) {
+    const __m128i zero = _mm_setzero_si128();
+    const __m128i upper = _mm_unpacklo_epi16(zero, _mm_unpacklo_epi8(zero, four_bytes(p)));  // each in its lane's top
+    return _mm_cvtepi32_ps(_mm_srai_epi32(upper, 24));
+}
+
+template <>
+SSMZOO_INLINE VF read(const natural8* p) {
+    const __m128i zero = _mm_setzero_si128();
+    return _mm_cvtepi32_ps(_mm_unpacklo_epi16(_mm_unpacklo_epi8(four_bytes(p), zero), zero));
+}
+#elif defined(__aarch64__)
+SSMZOO_INLINE uint8x8_t four_bytes(const void* p) {
+    uint32_t bytes;
+    memcpy(&bytes, p, sizeof bytes);
+    return vreinterpret_u8_u32(vdup_n_u32(bytes));
+}
+
+template <>
+SSMZOO_INLINE VF read(const integer8* p) {
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u8(four_bytes(p))))));
+}
+
+template <>
+SSMZOO_INLINE VF read(const natural8* p) {
+    return vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(four_bytes(p)))));
+}
 #endif
 
 // Bytes in which so many of an output's weights lie: whole blocks in 4 bits.

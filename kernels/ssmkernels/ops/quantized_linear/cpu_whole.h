@@ -2,59 +2,22 @@
 //
 // To turn each weight into a float takes longer than memory takes to bring it. So x is written as whole numbers of 24
 // bits times a power of two, in chunks of up to 128 inputs: off by at most 2^-23 of a chunk's largest number, which is
-// a float's own precision there. Each is three digits to the base of 256, from -128 to 127. Products of digits and
-// weights are summed exactly, 32 of them by one instruction. An x that shall be rounded to 8 bits has one digit, and a
-// scale that makes its chunk's largest number 127.
+// a float's own precision there. Products of their digits and weights are summed exactly (cpu_dot.h). An x that shall be
+// rounded to 8 bits has one digit, and a scale that makes its chunk's largest number 127.
 #pragma once
 
 #include "native/product.h"
 #include "quantized_linear/cpu.h"
+#include "quantized_linear/cpu_dot.h"
 #include "quantized_linear/cpu_spans.h"
-
-#if SSMZOO_VECTOR_BYTES >= 32
 
 namespace ssmzoo {
 namespace SSMZOO_ISA {
 
-constexpr int kDigits = 3;                     // of an x that keeps its precision
-constexpr int64_t kPair = 2 * kBlock;          // inputs whose weights fill a vector of 32 bytes
-constexpr int32_t kMostWhole = 127 * 0x10101;  // the largest number of three digits
+constexpr int32_t kMostWhole = 127 * 0x10101;  // the largest number of three digits of 8 bits; less than two of 12 hold
 constexpr int kSmallest = -100;                // exponent of two: a chunk of smaller numbers keeps fewer bits
 constexpr int kLater = 11;  // half the bits of a whole number: so many powers of two are taken out of the total at last
 constexpr int64_t kAtOnce = 64;  // chunks whose factors are made ready together
-
-// A chunk of x over its scale.
-template <int count>
-struct alignas(32) Whole {
-    int8_t digits[kChunk / kPair][count][kPair];  // the highest first; inputs in the order of unpacked weights
-};
-
-SSMZOO_INLINE __m256i vector_at(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-
-// Sums of weights times x in 8 lanes, over so many blocks of inputs.
-template <int blocks, int count>
-SSMZOO_INLINE __m256i dot(const char* weights, const Whole<count>& x) {
-    const __m256i half = _mm256_set1_epi8(15), one = _mm256_set1_epi16(1), base = _mm256_set1_epi16(256);
-    __m256i sums[count];
-    for (int block = 0; block < blocks; block += 2, weights += kPair / 2) {
-        const __m256i bytes = block + 1 < blocks
-                                  ? vector_at(weights)
-                                  : _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(weights)));
-        const __m256i low = _mm256_and_si256(bytes, half), high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), half);
-        for (int d = 0; d < count; ++d) {
-            const int8_t* digits = x.digits[block / 2][d];
-            const __m256i both = _mm256_add_epi16(_mm256_maddubs_epi16(low, vector_at(digits)),
-                                                  _mm256_maddubs_epi16(high, vector_at(digits + kBlock)));
-            sums[d] = block == 0 ? both : _mm256_add_epi16(sums[d], both);
-        }
-    }
-    if constexpr (count == 1) {
-        return _mm256_madd_epi16(sums[0], one);
-    } else {
-        const __m256i upper = _mm256_add_epi32(_mm256_madd_epi16(sums[0], base), _mm256_madd_epi16(sums[1], one));
-        return _mm256_add_epi32(_mm256_slli_epi32(upper, 8), _mm256_madd_epi16(sums[2], one));
-    }
-}
 
 // So many inputs, at most a chunk's, with zeros up to a whole block: x = scale · whole numbers, and their sum. False where
 // one is not finite, or so large that sums could overflow before the powers of two are taken out of them.
@@ -80,26 +43,22 @@ bool to_whole(const float* x, int64_t count, Whole<digits>& to, float& scale, fl
         scale = power(exponent - 22 + kLater);
         factor = power(22 - exponent);
     }
-    const auto over_scale = [&](__m256 v) {
-        return digits == 1 ? _mm256_div_ps(v, _mm256_set1_ps(scale)) : _mm256_mul_ps(v, _mm256_set1_ps(factor));
-    };
     memset(to.digits, 0, sizeof to.digits);
-    __m256i whole = _mm256_setzero_si256();
-    for (int64_t k = 0; k < count; k += 8) {
-        __m256i left = _mm256_cvtps_epi32(over_scale(_mm256_loadu_ps(x + k)));
-        whole = _mm256_add_epi32(whole, left);
-        const int64_t place = k % kBlock / 16 * kBlock + k % kPair / kBlock * 16 + k % 16;
+    int32_t total = 0;
+    constexpr int unused = 32 - kDigitBits;
+    SumsI whole = {};
+    for (int64_t k = 0; k < count; k += kLanes) {
+        SumsF v;
+        memcpy(&v, x + k, sizeof v);
+        SumsI left = nearest(digits == 1 ? v / splat_sums(scale) : v * splat_sums(factor));
+        whole += left;
         for (int d = digits - 1; d >= 0; --d) {
-            const __m256i digit = _mm256_srai_epi32(_mm256_slli_epi32(left, 24), 24);
-            left = _mm256_srai_epi32(_mm256_sub_epi32(left, digit), 8);
-            const __m128i halves =
-                _mm_packs_epi32(_mm256_castsi256_si128(digit), _mm256_extracti128_si256(digit, 1));
-            _mm_storel_epi64(reinterpret_cast<__m128i*>(to.digits[k / kPair][d] + place), _mm_packs_epi16(halves, halves));
+            const SumsI digit = digits == 1 ? left : (left << unused) >> unused;
+            left = (left - digit) >> kDigitBits;
+            put_digits(digit, to.digits[k / kTogether][d] + place_of(k));
         }
     }
-    int32_t lanes[8], total = 0;
-    memcpy(lanes, &whole, sizeof lanes);
-    for (int32_t each : lanes) total += each;
+    for (int i = 0; i < kLanes; ++i) total += whole[i];
     sum = scale * static_cast<float>(total);
     return true;
 }
@@ -173,7 +132,7 @@ class Factors {
 
     // Makes those of chunks [begin, end) ready, for outputs from `first` to `last`; takes off what the zeros do.
     template <int digits>
-    void make(const WholeRow<digits>& x, int64_t begin, int64_t end, int64_t first, int64_t last, __m256* totals) {
+    void make(const WholeRow<digits>& x, int64_t begin, int64_t end, int64_t first, int64_t last, SumsF* totals) {
         const bool single = x.each == 1;
         const int64_t group = single ? begin : begin / x.each, outputs = last - first;
         const int64_t groups = single ? end - begin : (end - 1) / x.each + 1 - group;
@@ -182,7 +141,8 @@ class Factors {
         else
             for (int64_t i = 0; i < outputs; ++i) read_groups(i * groups, (first + i) * x.groups + group, groups);
         if (outputs < kOutputs) memset(factors_, 0, sizeof factors_);
-        const __m256i numbers = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        SumsI numbers;
+        for (int i = 0; i < kLanes; ++i) numbers[i] = i;
         for (int64_t i = 0; i < outputs; ++i) {
             const float *scales = scales_ + i * groups, *zeros = zeros_ + i * groups;
             if (!single) {
@@ -193,15 +153,15 @@ class Factors {
                     factors_[i][c - begin] = *scales * x.scales[c];
                     off += *scales * *zeros * x.sums[c];
                 }
-                totals[i] = _mm256_sub_ps(totals[i], _mm256_setr_ps(off, 0, 0, 0, 0, 0, 0, 0));
+                totals[i][0] -= off;
                 continue;
             }
-            for (int64_t c = 0; c < groups; c += 8) {
-                const __m256i own = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(groups - c)), numbers);
-                const __m256 scale = _mm256_and_ps(_mm256_loadu_ps(scales + c), _mm256_castsi256_ps(own));
-                _mm256_store_ps(factors_[i] + c, _mm256_mul_ps(scale, _mm256_loadu_ps(x.scales + begin + c)));
-                totals[i] = _mm256_fnmadd_ps(_mm256_mul_ps(scale, _mm256_loadu_ps(zeros + c)),
-                                             _mm256_loadu_ps(x.sums + begin + c), totals[i]);
+            for (int64_t c = 0; c < groups; c += kLanes) {
+                const SumsI own = (SumsI{} + static_cast<int32_t>(groups - c)) > numbers;
+                const SumsF scale = reinterpret_cast<SumsF>(reinterpret_cast<SumsI>(sums_at(scales + c)) & own);
+                const SumsF factors = scale * sums_at(x.scales + begin + c);
+                memcpy(factors_[i] + c, &factors, sizeof factors);
+                totals[i] = fma_sums(-(scale * sums_at(zeros + c)), sums_at(x.sums + begin + c), totals[i]);
             }
         }
     }
@@ -210,9 +170,9 @@ class Factors {
 // Adds so many chunks of x, all of this many blocks, times each output's weights times its factors to its total.
 template <int blocks, int digits>
 SSMZOO_INLINE void add_chunks(const char* const* weights, const Whole<digits>* x, const Factors& factors, int64_t from,
-                              int64_t count, Ahead& ahead, __m256* totals) {
+                              int64_t count, Ahead& ahead, SumsF* totals) {
     constexpr int64_t bytes = blocks * kBlock / 2;
-    __m256 sums[kOutputs];
+    SumsF sums[kOutputs];
     const char* at[kOutputs];
     const float* by[kOutputs];
     for (int i = 0; i < kOutputs; ++i) {
@@ -223,9 +183,8 @@ SSMZOO_INLINE void add_chunks(const char* const* weights, const Whole<digits>* x
     for (int64_t c = 0; c < count; ++c) {
         ahead.fetch(kOutputs * bytes);
         for (int i = 0; i < kOutputs; ++i) {
-            if (digits > 1) asm volatile("" : : : "memory");  // digits are read again: there are few registers
-            const __m256 products = _mm256_cvtepi32_ps(dot<blocks>(at[i] + c * bytes, x[c]));
-            sums[i] = _mm256_fmadd_ps(products, _mm256_broadcast_ss(by[i] + c), sums[i]);
+            if (digits > 1 && !kManyRegisters) asm volatile("" : : : "memory");  // digits are read again: there are few registers
+            sums[i] = fma_sums(dot<blocks>(at[i] + c * bytes, x[c]), splat_sums(by[i][c]), sums[i]);
         }
     }
     for (int i = 0; i < kOutputs; ++i) totals[i] = sums[i];
@@ -254,14 +213,15 @@ void whole_product(const WeightArguments& w, const WholeRow<digits>& x, const ch
     const int64_t chunks = x.groups * x.each, span = minimum(w.group, kChunk);
     const bool alike = w.group % span == 0;  // all chunks but the last
     Factors factors(w);
-    __m256 totals[kOutputs];
-    for (int i = 0; i < kOutputs; ++i) totals[i] = _mm256_setzero_ps();
+    SumsF totals[kOutputs];
+    for (int i = 0; i < kOutputs; ++i) totals[i] = SumsF{};
     int64_t k = 0, of_group = minimum(w.group, w.size);
     for (int64_t begin = 0; begin < chunks; begin += kAtOnce) {
         const int64_t end = minimum(chunks, begin + kAtOnce);
         factors.make(x, begin, end, first, last, totals);
         for (int64_t chunk = begin, run; chunk < end; chunk += run) {
             const int64_t count = minimum(span, (alike ? w.size : of_group) - k);
+            if (count <= 0) break;  // the last group may have fewer chunks than others
             run = alike && count == span ? minimum(end - chunk, (w.size - k) / span) : 1;
             const char* at[kOutputs];
             for (int i = 0; i < kOutputs; ++i) at[i] = weights[i] + bytes_of<Nibbles>(k);
@@ -272,12 +232,9 @@ void whole_product(const WeightArguments& w, const WholeRow<digits>& x, const ch
             if (k == of_group) of_group = minimum(of_group + w.group, w.size);
         }
     }
-    const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(totals[0], totals[1]), _mm256_hadd_ps(totals[2], totals[3]));
-    const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
-    _mm_storeu_ps(to, _mm_mul_ps(sums, _mm_set1_ps(digits > 1 ? 1.0f / (1 << kLater) : 1.0f)));
+    sum_each(totals, to);
+    for (int i = 0; i < kOutputs; ++i) to[i] *= digits > 1 ? 1.0f / (1 << kLater) : 1.0f;
 }
 
 }  // namespace SSMZOO_ISA
 }  // namespace ssmzoo
-
-#endif

@@ -38,6 +38,18 @@ def test_without_zeros_four_bits_count_from_eight():
     assert torch.equal(quantized_linear(**given), quantized_linear(**given | {"zeros": zeros}))
 
 
+@pytest.mark.parametrize("implementation", ["cpu", "tiled", "reference"])
+@pytest.mark.parametrize("rows", [1, 17])
+def test_zeros_may_be_up_to_128(implementation, rows):
+    """Differences of numbers and zeros fill 8 bits then; W of a row of ones is told by their plain sum."""
+    given = arguments(b=1, l=rows, k=64, o=3, bias=False)
+    given["x"], given["zeros"] = torch.ones(1, rows, 64), torch.tensor([[128, 0], [15, 128], [127, 16]]).byte()
+    q = given["weight"].int()
+    sums = ((q & 15) + (q >> 4)).unflatten(1, (2, 16)).sum(-1) - 32 * given["zeros"].int()
+    expected = (given["scales"] * sums).sum(1).expand(rows, 3)
+    torch.testing.assert_close(quantized_linear(**given, implementation=implementation)[0], expected)
+
+
 @pytest.mark.parametrize("bits", ["4", "4, int8 activations", "8", "same"])
 def test_few_rows_do_not_depend_on_each_other(bits):
     groups = {} if bits[0] == "4" else {"zeros": False, "group_size": None}

@@ -113,7 +113,7 @@ def quantized_linear(
         weight: q, ``(o, k)`` int8 with zero = 0; or ``(o, 16 ⌈k / 32⌉)`` uint8, packed; or W itself, ``(o, k)`` of any
             floating-point dtype.
         scales: ``(o, g)`` with g = ⌈k / group_size⌉, float32, bfloat16 or float16, or x's dtype; beside integers only.
-        zeros: of 4-bit weights, ``(o, g)`` uint8; 8 everywhere if None.
+        zeros: of 4-bit weights, ``(o, g)`` uint8, at most 128; 8 everywhere if None.
         bias: ``(o)``, in x's dtype or float32 (float64 for float64 input).
         group_size: inputs that share a scale and a zero, a multiple of 32; all k if None.
         activations: "int8" rounds x, beside 4-bit weights in groups of at most 128 inputs or multiples of 128; None

@@ -3,8 +3,12 @@
 // The walk is the recurrence itself. A block of columns of the state stays in the first cache while it goes through the
 // tokens of a tile, and each token takes one pass over it: what the token before has to write, the decay, and what the
 // state holds for the key and the query. With S' the decayed state, the output is S'ᵀ q + (k · q) u, so that nothing
-// waits for u. That is as many operations as chunks of matrix products would take, and safe for any decay.
+// waits for u. That is as many operations as chunks of matrix products would take, and safe for any decay. One decay for
+// the whole head is not multiplied into the state at each token: a number beside it takes it, as long as that is neither
+// small nor large.
 #pragma once
+
+#include <type_traits>
 
 #include "native/math.h"
 #include "native/packed.h"
@@ -94,6 +98,22 @@ struct Tile {
     }
 };
 
+// A number that a head's state still has to be multiplied by: what the tokens so far have left of it.
+template <class S>
+struct Remaining {
+    static constexpr S least = S(1) / 65536, most = 65536;  // a written value over it must not overflow
+
+    S factor = S(1);
+
+    // Takes one more decay; returns what to multiply the state by now, 1 for most tokens.
+    S take(S decay) {
+        const S product = factor * decay;
+        const bool kept = product >= least && product <= most;  // neither 0 nor NaN
+        factor = kept ? product : S(1);
+        return kept ? S(1) : product;
+    }
+};
+
 // Through the tokens of a tile with N vectors of the state's columns; `rows` (c, stride) has v and takes the outputs,
 // or the errors v - S'ᵀ k.
 template <class S, int N, Decay kind, bool outputs>
@@ -103,35 +123,45 @@ __attribute__((noinline)) void walk_block(S* state, int64_t ld, int64_t keys, co
     constexpr int lanes = Lanes<S>::count;
     V written[N] = {};
     const S* before = t.zeros;
+    Remaining<S> remaining;
     for (int64_t i = 0; i < t.tokens; ++i) {
         const S *key = t.k + i * t.width, *query = t.q + i * t.width, *decay = t.decay + i * t.width;
-        const V whole = kind == Decay::head ? splat(t.decay[i]) : V{};
+        const S now = kind == Decay::head ? remaining.take(t.decay[i]) : S(1);
         V held[N] = {}, out[N] = {};
-        for (int64_t j = 0; j < keys; ++j) {
-            S* row = state + j * ld;
-            const V factor = kind == Decay::channels ? splat(decay[j]) : whole;
-            const V earlier = splat(before[j]), now = splat(key[j]), asked = splat(query[j]);
-            for (int n = 0; n < N; ++n) {
-                V x = fma(earlier, written[n], load(row + n * lanes));
-                if (kind != Decay::none) x = factor * x;
-                store(row + n * lanes, x);
-                held[n] = fma(now, x, held[n]);
-                if (outputs) out[n] = fma(asked, x, out[n]);
+        const auto pass = [&](auto decays) __attribute__((always_inline)) {
+            for (int64_t j = 0; j < keys; ++j) {
+                S* row = state + j * ld;
+                const V factor = kind == Decay::channels ? splat(decay[j]) : splat(now);
+                const V earlier = splat(before[j]), own = splat(key[j]), asked = splat(query[j]);
+                for (int n = 0; n < N; ++n) {
+                    V x = fma(earlier, written[n], load(row + n * lanes));
+                    if (decays.value) x = factor * x;
+                    store(row + n * lanes, x);
+                    held[n] = fma(own, x, held[n]);
+                    if (outputs) out[n] = fma(asked, x, out[n]);
+                }
             }
-        }
+        };
+        if (kind == Decay::channels || (kind == Decay::head && now != S(1))) pass(std::true_type());
+        else pass(std::false_type());
         const V beta = splat(t.beta[i]), through = splat(t.kq[i]), factor = splat(scale);
+        const V left = splat(remaining.factor), over = splat(S(1) / remaining.factor);
         for (int n = 0; n < N; ++n) {
             S* place = rows + i * stride + n * lanes;
-            const V error = load(place) - held[n];
+            const V error = kind == Decay::head ? load(place) - left * held[n] : load(place) - held[n];
             written[n] = beta * error;
+            if (kind == Decay::head) out[n] = left * out[n];
             store(place, outputs ? factor * fma(through, written[n], out[n]) : error);
+            if (kind == Decay::head) written[n] = over * written[n];
         }
         before = key;
     }
+    const V left = splat(remaining.factor);
     for (int64_t j = 0; j < keys; ++j)
         for (int n = 0; n < N; ++n) {
             S* place = state + j * ld + n * lanes;
-            store(place, fma(splat(before[j]), written[n], load(place)));
+            const V x = fma(splat(before[j]), written[n], load(place));
+            store(place, kind == Decay::head ? left * x : x);
         }
 }
 

@@ -13,7 +13,7 @@ from ssmkernels.core.validate import precision
 from ssmkernels.native import address, plain
 from ssmkernels.ops.delta_rule.cpu_arguments import values
 
-HEADS = 4  # of a group, whose gradients of q and k are added in one part: kHeads in cpu_adjoint.h
+HEADS = 4  # of a group, whose gradients of q and k are added in one part: kHeads in cpu_segment.h
 
 
 def backward(a: Any, saved: Any, grads: Any) -> dict[str, Tensor | None]:

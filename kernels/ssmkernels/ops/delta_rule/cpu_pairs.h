@@ -7,13 +7,10 @@
 // token. No decay is ever a quotient of two others.
 #pragma once
 
-#include "delta_rule/cpu.h"
-#include "native/gemm.h"
+#include "delta_rule/cpu_segment.h"
 
 namespace ssmzoo {
 namespace SSMZOO_ISA {
-
-constexpr int64_t kBlock = 16;
 
 template <class S>
 struct Pairs {
@@ -45,17 +42,13 @@ struct Pairs {
         t.read(a, s, start, most, head);
         tokens = round_up(most, kBlock);
         count = tokens / kBlock;
-        const Decay kind = decay_of(a);
         for (int64_t i = most; i < tokens; ++i) t.beta[i] = t.kq[i] = S(0);
         const size_t padding = sizeof(S) * static_cast<size_t>((tokens - most) * width);
         memset(t.q + most * width, 0, padding);
         memset(t.k + most * width, 0, padding);
         for (int64_t i = 0; i < tokens; ++i)
             vectors<S>(width, [&](int64_t c) {
-                V d = splat(S(1));
-                if (i < most && kind == Decay::head) d = splat(t.decay[i]);
-                if (i < most && kind == Decay::channels) d = load(t.decay + i * width + c);
-                store(decay + i * width + c, d);
+                store(decay + i * width + c, i < most ? load(t.decay + i * width + c) : splat(S(1)));
             });
         for (int64_t I = 0; I < count; ++I)
             vectors<S>(width, [&](int64_t c) {

@@ -1,0 +1,162 @@
+// What the backward pass does alike for every kind of decay, with the letters of tiled.py.
+//
+// The walk gives the states before a segment's chunks and the errors of its tokens, and with them U. Then each chunk, from
+// the last to the first, reads the gradient of its outputs, and solves for X. cpu_adjoint_head.h and
+// cpu_adjoint_channels.h do the rest.
+#pragma once
+
+#include "delta_rule/cpu.h"
+#include "native/gemm.h"
+
+namespace ssmzoo {
+
+struct DeltaBackwardArguments {
+    DeltaArguments forward;     // whose outputs are not looked at
+    const void *d_o, *dfinal;   // (b l h values), contiguous; S: (s h keys values) or null
+    void *dq, *dk;              // S: (parts b l g keys)
+    void* dv;                   // (b l h values)
+    void *dbeta, *ddecay;       // S: (b l h); as the log decay, or null
+    void* dinitial;             // S: (s h keys values) or null
+};
+
+namespace SSMZOO_ISA {
+
+constexpr int64_t kBlock = 16;  // tokens: chunks are padded to a whole number of blocks
+constexpr int64_t kHeads = 4;   // of a group, whose gradients of q and k are added in one part
+
+template <class S>
+void scale_row(S* row, int64_t size, S factor) {
+    const auto by = splat(factor);
+    vectors<S>(size, [&](int64_t c) { store(row + c, by * load(row + c)); });
+}
+
+template <class S>
+struct Segment {
+    using V = typename Lanes<S>::V;
+
+    S *state, *turned, *errors;  // the walk's; of each chunk of a segment: S turned (values, width), errors (c, columns)
+    S *dstate, *dturned;         // dS' (keys, columns), and turned (values, width)
+    S *given, *U, *U_turned;     // [dO; X] (2 n, columns), (n, columns), (values, c): n tokens in whole blocks
+    S* panel;
+    int64_t width, columns;
+
+    void take(Memory<S>& memory, const DeltaArguments& a) {
+        width = round_up(a.keys, Lanes<S>::count);
+        columns = round_up(a.values, Lanes<S>::count);
+        state = memory.take(a.keys * columns);
+        turned = memory.take(kSegment * columns * width);
+        errors = memory.take(kSegment * kChunk * columns);
+        dstate = memory.take(a.keys * columns);
+        dturned = memory.take(columns * width);
+        given = memory.take(2 * kChunk * columns);
+        U = memory.take(kChunk * columns);
+        U_turned = memory.take(columns * kChunk);
+        panel = memory.take(panel_size<S>(columns > width ? columns : width) + panel_size<S>(2 * kChunk));
+    }
+
+    // The gradient of a head's final state, and, at the end, that of its initial one.
+    void begin(const DeltaBackwardArguments& b, int64_t own) {
+        const DeltaArguments& a = b.forward;
+        for (int64_t j = 0; j < a.keys; ++j)
+            for (int64_t c = 0; c < columns; c += Lanes<S>::count)
+                store(dstate + j * columns + c,
+                      b.dfinal ? read_some(at<S>(b.dfinal, own + j * a.values + c), a.values - c) : V{});
+    }
+
+    void end(const DeltaBackwardArguments& b, int64_t own) const {
+        const DeltaArguments& a = b.forward;
+        if (!b.dinitial) return;
+        for (int64_t j = 0; j < a.keys; ++j)
+            memcpy(static_cast<S*>(b.dinitial) + own + j * a.values, dstate + j * columns,
+                   sizeof(S) * static_cast<size_t>(a.values));
+    }
+
+    // The states before each chunk of a segment, and the errors of its tokens.
+    void run_ahead(const DeltaArguments& a, const Sequence& s, int64_t segment, int64_t head, Tile<S>& t) {
+        const S* kept = at<S>(a.starts, start_of(a, s, segment, head));
+        into_blocks(state, kept, a.values, a.keys, a.values);
+        const int64_t first = segment * kSegment * kChunk;
+        for (int64_t k = 0; k < kSegment && first + k * kChunk < s.length; ++k) {
+            const int64_t from = first + k * kChunk, time = s.start + from;
+            S *to = turned + k * columns * width, *rows = errors + k * kChunk * columns;
+            blocks<S>(columns, [&](int64_t at, int64_t wide) {
+                transpose(to + at * width, width, state + at * a.keys, wide, a.keys, wide);
+            });
+            for (int64_t c = 0; c < columns; ++c)
+                for (int64_t j = a.keys; j < width; ++j) to[c * width + j] = S(0);
+            t.read(a, s, from, minimum(kChunk, s.length - from), head);
+            for (int64_t i = 0; i < t.tokens; ++i)
+                read_row(rows + i * columns, a.v, a.dtype,
+                         s.batch * a.v_batch + (time + i) * a.v_time + head * a.v_head, a.values);
+            walk<S, false>(decay_of(a), state, 0, a.keys, t, S(1), rows, columns, columns);
+        }
+    }
+
+    const S* state_turned(int64_t k) const { return turned + k * columns * width; }
+    const S* error(int64_t k) const { return errors + k * kChunk * columns; }
+
+    // Of chunk k of the segment, with n tokens in whole blocks: dO, U, and both U and dS' turned.
+    void read(const DeltaBackwardArguments& b, const Sequence& s, int64_t from, int64_t head, int64_t k, const Tile<S>& t,
+              int64_t n) {
+        const DeltaArguments& a = b.forward;
+        const int64_t padding = (n - t.tokens) * columns;
+        for (int64_t i = 0; i < t.tokens; ++i) {
+            read_row(given + i * columns, b.d_o, a.dtype,
+                     ((s.batch * a.length + s.start + from + i) * a.heads + head) * a.values, a.values);
+            const V beta = splat(t.beta[i]);
+            const S* from_walk = error(k) + i * columns;
+            vectors<S>(columns, [&](int64_t c) { store(U + i * columns + c, beta * load(from_walk + c)); });
+        }
+        memset(given + t.tokens * columns, 0, sizeof(S) * static_cast<size_t>(padding));
+        memset(U + t.tokens * columns, 0, sizeof(S) * static_cast<size_t>(padding));
+        transpose(U_turned, kChunk, U, columns, n, a.values);
+        transpose(dturned, width, dstate, columns, a.keys, columns);
+        for (int64_t c = 0; c < columns; ++c)
+            for (int64_t j = a.keys; j < width; ++j) dturned[c * width + j] = S(0);
+    }
+
+    // Of (I + M)ᵀ X = dU, which is where X shall be; M has the opposite sign.
+    void solve(const S* M, int64_t n) {
+        S* X = given + n * columns;
+        for (int64_t first = n - kBlock; first >= 0; first -= kBlock) {
+            const int64_t end = first + kBlock;
+            if (end < n)
+                product({M + end * kChunk + first, 1, kChunk}, X + end * columns, columns, X + first * columns, columns,
+                        kBlock, columns, n - end, panel, 0, {true, S(1)});
+            for (int64_t i = end - 2; i >= first; --i)
+                vectors<S>(columns, [&](int64_t c) {
+                    V sum = load(X + i * columns + c);
+                    for (int64_t j = i + 1; j < end; ++j)
+                        sum = fma(splat(M[j * kChunk + i]), load(X + j * columns + c), sum);
+                    store(X + i * columns + c, sum);
+                });
+        }
+    }
+
+    // The gradients of q, k, v and beta: of q and k the sums of what the group's heads give, of k in two parts.
+    void write(const DeltaBackwardArguments& b, const Sequence& s, int64_t time, int64_t head, bool first, int64_t k,
+               const Tile<S>& t, int64_t n, const S* of_q, const S* of_k, const S* of_k_too) {
+        const DeltaArguments& a = b.forward;
+        const int64_t ratio = a.heads / a.groups, batches = a.cu_seqlens ? 1 : a.sequences;
+        const int64_t part = head % ratio / kHeads * batches + s.batch;
+        S* X = given + n * columns;
+        for (int64_t i = 0; i < t.tokens; ++i) {
+            const int64_t token = (s.batch * a.length + time + i) * a.heads + head;
+            static_cast<S*>(b.dbeta)[token] = dot(X + i * columns, error(k) + i * columns, columns);
+            scale_row(X + i * columns, columns, t.beta[i]);
+            write_row(b.dv, a.dtype, token * a.values, X + i * columns, a.values);
+            const int64_t shared = ((part * a.length + time + i) * a.groups + head / ratio) * a.keys;
+            S *dq = static_cast<S*>(b.dq) + shared, *dk = static_cast<S*>(b.dk) + shared;
+            for (int64_t c = 0; c < a.keys; c += Lanes<S>::count) {
+                const int64_t place = i * width + c, there = a.keys - c;
+                V q = load(of_q + place), key = load(of_k + place) + load(of_k_too + place);
+                if (!first) q = q + read_some(dq + c, there), key = key + read_some(dk + c, there);
+                write_some(dq + c, q, there);
+                write_some(dk + c, key, there);
+            }
+        }
+    }
+};
+
+}  // namespace SSMZOO_ISA
+}  // namespace ssmzoo

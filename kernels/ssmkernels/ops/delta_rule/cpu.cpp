@@ -33,7 +33,8 @@ struct Forward {
             for (int64_t i = 0; i < tile.tokens; ++i)
                 read_row(rows + i * width, a.v, a.dtype,
                          s.batch * a.v_batch + (s.start + start + i) * a.v_time + head * a.v_head + first, values);
-            walk<S, true>(decay_of(a), state, 0, a.keys, tile, S(a.scale), rows, width, columns);
+            walk<S, true>(decay_of(a), state, 0, a.keys, tile, S(a.scale), rows, width, columns,
+                          upcoming(a, s, start + kChunk, head, first, values));
             for (int64_t i = 0; i < tile.tokens; ++i)
                 write_row(a.o, a.dtype,
                           ((s.batch * a.length + s.start + start + i) * a.heads + head) * a.values + first,

@@ -75,16 +75,21 @@ struct Tile {
         zeros = memory.take(width);
     }
 
-    void read(const DeltaArguments& a, const Sequence& s, int64_t start, int64_t count, int64_t head) {
+    // Without queries where only errors are asked for.
+    void read(const DeltaArguments& a, const Sequence& s, int64_t start, int64_t count, int64_t head,
+              bool queries = true) {
         tokens = count;
         const int64_t group = head / (a.heads / a.groups), time = s.start + start;
         const Decay kind = decay_of(a);
         for (int64_t c = 0; c < width; ++c) zeros[c] = S(0);
         for (int64_t i = 0; i < count; ++i) {
             const int64_t own = (s.batch * a.length + time + i) * a.heads + head;
-            read_row(q + i * width, a.q, a.dtype, s.batch * a.q_batch + (time + i) * a.q_time + group * a.q_head, a.keys);
             read_row(k + i * width, a.k, a.dtype, s.batch * a.k_batch + (time + i) * a.k_time + group * a.k_head, a.keys);
-            kq[i] = dot(q + i * width, k + i * width, width);
+            if (queries) {
+                const int64_t place = s.batch * a.q_batch + (time + i) * a.q_time + group * a.q_head;
+                read_row(q + i * width, a.q, a.dtype, place, a.keys);
+                kq[i] = dot(q + i * width, k + i * width, width);
+            }
             beta[i] = *at<S>(a.beta, own);
             if (kind == Decay::channels) {
                 const S* logarithms = at<S>(a.decay, own * a.keys);
@@ -97,6 +102,39 @@ struct Tile {
         }
     }
 };
+
+// Rows that will be read after a tile. They lie far apart, so that nothing but asking for them early, a few for each token
+// of the tile, keeps a task from waiting for each.
+struct Upcoming {
+    const char* from[4];
+    int64_t step[4], bytes[4], tokens = 0;
+    int arrays = 0;
+
+    // So many numbers of each token, `stride` numbers apart.
+    void add(const void* array, int64_t dtype, int64_t offset, int64_t stride, int64_t count) {
+        const int64_t size = dtype == 0 ? 4 : dtype == 1 ? 8 : 2;
+        from[arrays] = static_cast<const char*>(array) + offset * size;
+        step[arrays] = stride * size;
+        bytes[arrays++] = count * size;
+    }
+
+    void fetch(int64_t token) const {
+        if (token >= tokens) return;
+        for (int i = 0; i < arrays; ++i) fetch_bytes(from[i], token * step[i], bytes[i]);
+    }
+};
+
+// Queries, keys, and some columns of the values of the tile from token `start` on, if there is one.
+inline Upcoming upcoming(const DeltaArguments& a, const Sequence& s, int64_t start, int64_t head, int64_t column,
+                         int64_t values) {
+    Upcoming rows;
+    const int64_t group = head / (a.heads / a.groups), time = s.start + start;
+    rows.tokens = start < 0 ? 0 : minimum(kChunk, s.length - start);
+    rows.add(a.q, a.dtype, s.batch * a.q_batch + time * a.q_time + group * a.q_head, a.q_time, a.keys);
+    rows.add(a.k, a.dtype, s.batch * a.k_batch + time * a.k_time + group * a.k_head, a.k_time, a.keys);
+    rows.add(a.v, a.dtype, s.batch * a.v_batch + time * a.v_time + head * a.v_head + column, a.v_time, values);
+    return rows;
+}
 
 // A number that a head's state still has to be multiplied by: what the tokens so far have left of it.
 template <class S>
@@ -118,7 +156,7 @@ struct Remaining {
 // or the errors v - S'ᵀ k.
 template <class S, int N, Decay kind, bool outputs>
 __attribute__((noinline)) void walk_block(S* state, int64_t ld, int64_t keys, const Tile<S>& t, S scale, S* rows,
-                                          int64_t stride) {
+                                          int64_t stride, const Upcoming& next) {
     using V = typename Lanes<S>::V;
     constexpr int lanes = Lanes<S>::count;
     V written[N] = {};
@@ -128,6 +166,7 @@ __attribute__((noinline)) void walk_block(S* state, int64_t ld, int64_t keys, co
         const S *key = t.k + i * t.width, *query = t.q + i * t.width, *decay = t.decay + i * t.width;
         const S now = kind == Decay::head ? remaining.take(t.decay[i]) : S(1);
         V held[N] = {}, out[N] = {};
+        next.fetch(i);
         const auto pass = [&](auto decays) __attribute__((always_inline)) {
             for (int64_t j = 0; j < keys; ++j) {
                 S* row = state + j * ld;
@@ -166,10 +205,11 @@ __attribute__((noinline)) void walk_block(S* state, int64_t ld, int64_t keys, co
 }
 
 template <class S, int N, bool outputs>
-void walk_some(Decay kind, S* state, int64_t ld, int64_t keys, const Tile<S>& t, S scale, S* rows, int64_t stride) {
-    if (kind == Decay::none) walk_block<S, N, Decay::none, outputs>(state, ld, keys, t, scale, rows, stride);
-    if (kind == Decay::head) walk_block<S, N, Decay::head, outputs>(state, ld, keys, t, scale, rows, stride);
-    if (kind == Decay::channels) walk_block<S, N, Decay::channels, outputs>(state, ld, keys, t, scale, rows, stride);
+void walk_some(Decay kind, S* state, int64_t ld, int64_t keys, const Tile<S>& t, S scale, S* rows, int64_t stride,
+               const Upcoming& next) {
+    if (kind == Decay::none) walk_block<S, N, Decay::none, outputs>(state, ld, keys, t, scale, rows, stride, next);
+    if (kind == Decay::head) walk_block<S, N, Decay::head, outputs>(state, ld, keys, t, scale, rows, stride, next);
+    if (kind == Decay::channels) walk_block<S, N, Decay::channels, outputs>(state, ld, keys, t, scale, rows, stride, next);
 }
 
 // f(first column, columns) for the blocks of so many columns, whole vectors.
@@ -184,13 +224,15 @@ void blocks(int64_t columns, const F& f) {
 // The walk over all columns. The state lies block by block, each (keys, its columns); or as it is, (keys, ld).
 template <class S, bool outputs>
 void walk(Decay kind, S* state, int64_t ld, int64_t keys, const Tile<S>& t, S scale, S* rows, int64_t stride,
-          int64_t columns) {
+          int64_t columns, const Upcoming& next = Upcoming()) {
+    const Upcoming nothing = Upcoming();
     blocks<S>(columns, [&](int64_t first, int64_t wide) {
         S* block = ld ? state + first : state + first * keys;
+        const Upcoming& rest = first == 0 ? next : nothing;
         if (wide > Lanes<S>::count)
-            walk_some<S, kColumns, outputs>(kind, block, ld ? ld : wide, keys, t, scale, rows + first, stride);
+            walk_some<S, kColumns, outputs>(kind, block, ld ? ld : wide, keys, t, scale, rows + first, stride, rest);
         else
-            walk_some<S, 1, outputs>(kind, block, ld ? ld : wide, keys, t, scale, rows + first, stride);
+            walk_some<S, 1, outputs>(kind, block, ld ? ld : wide, keys, t, scale, rows + first, stride, rest);
     });
 }
 

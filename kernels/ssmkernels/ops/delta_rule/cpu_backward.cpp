@@ -16,7 +16,7 @@ void head_backward(const DeltaBackwardArguments& b, const Sequence& s, int64_t h
     const int64_t state = (s.index * a.heads + head) * a.keys * a.values, chunks = ceil_div(s.length, kChunk);
     w.own.begin(b, state);
     for (int64_t segment = ceil_div(chunks, kSegment) - 1; segment >= 0; --segment) {
-        w.own.run_ahead(a, s, segment, head, w.tile());
+        w.own.run_ahead(b, s, segment, head, w.tile());
         for (int64_t k = minimum(kSegment, chunks - segment * kSegment) - 1; k >= 0; --k)
             w.chunk(b, s, (segment * kSegment + k) * kChunk, k, head, first);
     }

@@ -72,7 +72,8 @@ struct Segment {
     }
 
     // The states before each chunk of a segment, and the errors of its tokens.
-    void run_ahead(const DeltaArguments& a, const Sequence& s, int64_t segment, int64_t head, Tile<S>& t) {
+    void run_ahead(const DeltaBackwardArguments& b, const Sequence& s, int64_t segment, int64_t head, Tile<S>& t) {
+        const DeltaArguments& a = b.forward;
         const S* kept = at<S>(a.starts, start_of(a, s, segment, head));
         into_blocks(state, kept, a.values, a.keys, a.values);
         const int64_t first = segment * kSegment * kChunk;
@@ -84,11 +85,16 @@ struct Segment {
             });
             for (int64_t c = 0; c < columns; ++c)
                 for (int64_t j = a.keys; j < width; ++j) to[c * width + j] = S(0);
-            t.read(a, s, from, minimum(kChunk, s.length - from), head);
+            t.read(a, s, from, minimum(kChunk, s.length - from), head, false);
             for (int64_t i = 0; i < t.tokens; ++i)
                 read_row(rows + i * columns, a.v, a.dtype,
                          s.batch * a.v_batch + (time + i) * a.v_time + head * a.v_head, a.values);
-            walk<S, false>(decay_of(a), state, 0, a.keys, t, S(1), rows, columns, columns);
+            const bool last = k + 1 == kSegment || from + kChunk >= s.length;
+            const int64_t after = last ? first - kSegment * kChunk : from + kChunk;
+            Upcoming next = upcoming(a, s, after, head, 0, a.values);
+            next.add(b.d_o, a.dtype, ((s.batch * a.length + s.start + after) * a.heads + head) * a.values,
+                     a.heads * a.values, a.values);
+            walk<S, false>(decay_of(a), state, 0, a.keys, t, S(1), rows, columns, columns, next);
         }
     }
 

@@ -31,6 +31,7 @@ from ssmkernels.native.calls import Calls
 from ssmzoo.linear import Linear, is_plain, prepare_maps
 from ssmzoo.mixers._delta import DeltaMixer, DeltaState
 from ssmzoo.mixers._delta_options import DecayingOptions
+from ssmzoo.mixers._gates import sigmoid
 from ssmzoo.norm import RMSNorm
 from ssmzoo.registry import register_mixer
 
@@ -82,7 +83,7 @@ class KDA(DeltaMixer):
         A = torch.exp(rearrange(self.A_log, "h -> h 1"))
         if self.gate_lower_bound is None:
             return -A * F.softplus(f, threshold=40)
-        return self.gate_lower_bound * torch.sigmoid(A * f)
+        return self.gate_lower_bound * sigmoid(A * f)
 
     def finish(self, o: Tensor, x: Tensor) -> Tensor:
         return self.o_norm(o) * torch.sigmoid(cast(nn.Module, self.g_proj)(x)).view_as(o)

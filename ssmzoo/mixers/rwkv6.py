@@ -167,7 +167,9 @@ class RWKV6(Mixer):
             self.get_submodule(f"{name}_proj")(x, delta, m) for name, m in zip(INPUTS, shifts.unbind(2), strict=True)
         ]
         r, w, k, v, g = projected
-        r, k, v, log_decay = (t.unflatten(-1, (self.n_heads, -1)) for t in (r, k, v, -torch.exp(w.to(precision(w)))))
+        # A log decay below -exp(80) forgets no more than that, and the gradient of an infinite one would be 0 · ∞
+        log_decay = -torch.exp(w.to(precision(w)).clamp(max=80.0))
+        r, k, v, log_decay = (t.unflatten(-1, (self.n_heads, -1)) for t in (r, k, v, log_decay))
         o, S = attend(r, k, v, log_decay, S, cu_seqlens, bonus=self.bonus, scale=1.0)
         y = self.o_proj(self.g_norm(o) * self.gate(g))
         return y, None if state is None else RWKV6State(last, S)

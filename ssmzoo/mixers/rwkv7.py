@@ -33,6 +33,7 @@ from ssmkernels.native.calls import Calls, NotPreparedError
 from ssmzoo.init import wide_dtype
 from ssmzoo.linear import Linear, WideBiasLinear, prepare_map, prepare_maps
 from ssmzoo.mixers._delta import l2_norm
+from ssmzoo.mixers._gates import sigmoid
 from ssmzoo.norm import HeadLayerNorm, prepare_head_norm
 from ssmzoo.registry import register_mixer
 from ssmzoo.state import State
@@ -203,7 +204,7 @@ class RWKV7(ValueResidualMixer):
         r, k, v = self.r_proj(x_r), self.k_proj(x_k), self.v_proj(x_v)
         own = v
         w, a = (self.get_submodule(f"{name}_lora")(shifted) for name, shifted in (("w", x_w), ("a", x_a)))
-        log_decay = -math.exp(-0.5) * torch.sigmoid(w.to(precision(w)))
+        log_decay = -math.exp(-0.5) * sigmoid(w.to(precision(w)))
         alpha = torch.sigmoid(a)
         if self.value_residual:
             share = torch.sigmoid(self.get_submodule("v_lora")(x_v))

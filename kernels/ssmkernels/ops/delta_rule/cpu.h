@@ -120,11 +120,7 @@ struct Upcoming {
 
     void fetch(int64_t token) const {
         if (token >= tokens) return;
-        for (int i = 0; i < arrays; ++i) {
-            const char* row = from[i] + token * step[i];
-            asm volatile("" : : "r"(*row));  // read: only that is sure to find out where a page lies
-            fetch_bytes(row, 0, bytes[i]);
-        }
+        for (int i = 0; i < arrays; ++i) fetch_bytes(from[i] + token * step[i], bytes[i]);
     }
 };
 

@@ -35,8 +35,8 @@ struct Forward {
     void advance(const SsdArguments& a, const Sequence& s, Span t, int64_t head, S* state, const S* D, Next next) {
         const int64_t width = outputs.width;
         steps.read(a, s, t, head);
-        const HeadRows from(a, s, t, head, a.x, a.x_batch, a.x_time, next.ahead(a, a.x_time));
-        const HeadRows z(a, s, t, head, a.z, a.z_batch, a.z_time, next.ahead(a, a.z_time));
+        const HeadRows from(a, s, t, head, a.x, a.x_batch, a.x_time, next);
+        const HeadRows z(a, s, t, head, a.z, a.z_batch, a.z_time, next);
         const int64_t time = a.heads * stored(a);
         const HeadRows y(a, s, t, head, a.y, a.length * time, time);
         for (int64_t i = 0; i < t.tokens; ++i) {

@@ -88,12 +88,12 @@ struct Shared {
         G = memory.take(a.chunk * a.chunk);
     }
 
-    // `ahead`: how many chunks further the rows lie that are read next. They need not exist.
+    // `ahead`: how many chunks further the rows lie that are read next, if there are any.
     void read(const SsdArguments& a, const Sequence& s, Span t, int64_t group, int64_t ahead, S* panel) {
         read_B(a, s, t, group, ahead);
         const S* C = at<S>(a.C, s.batch * a.C_batch + (s.start + t.start) * a.C_time + group * a.C_group);
         transpose(C_turned, a.chunk, C, a.C_time, t.tokens, a.n);
-        for (int64_t i = 0; i < t.tokens; ++i) fetch_row(C, (ahead * a.chunk + i) * a.C_time, a.n);
+        each_ahead(a, s, t, ahead, [&](int64_t i) { fetch_row(C + i * a.C_time, a.n); });
         for (int64_t j = 0; j < a.n; ++j)
             for (int64_t i = t.tokens; i < t.padded; ++i) C_turned[j * a.chunk + i] = S(0);
         product_of_pairs<S>(a, B, C_turned, G, t, a.n, panel);
@@ -103,11 +103,18 @@ struct Shared {
     // a little more than n apart.
     void read_B(const SsdArguments& a, const Sequence& s, Span t, int64_t group, int64_t ahead) {
         const S* from = at<S>(a.B, s.batch * a.B_batch + (s.start + t.start) * a.B_time + group * a.B_group);
-        for (int64_t i = 0; i < t.tokens; ++i) {
+        for (int64_t i = 0; i < t.tokens; ++i)
             memcpy(own + i * row(a), from + i * a.B_time, sizeof(S) * static_cast<size_t>(a.n));
-            fetch_row(from, (ahead * a.chunk + i) * a.B_time, a.n);
-        }
+        each_ahead(a, s, t, ahead, [&](int64_t i) { fetch_row(from + i * a.B_time, a.n); });
         B = {own, row(a), 1};
+    }
+
+    // f(token) for those of another chunk, counted from the start of this one.
+    template <class F>
+    static void each_ahead(const SsdArguments& a, const Sequence& s, Span t, int64_t chunks, const F& f) {
+        const int64_t first = chunks * a.chunk, end = minimum(first + a.chunk, s.length - t.start);
+        if (t.start + first < 0) return;
+        for (int64_t i = first; i < end; ++i) f(i);
     }
 
     static int64_t row(const SsdArguments& a) { return round_up(a.n, kLine<S>) + kLine<S>; }
@@ -259,26 +266,27 @@ struct Next {
         if (head + 1 < block.heads) return {1, 0};
         return {1 - block.heads, chunks};
     }
-
-    int64_t ahead(const SsdArguments& a, int64_t time) const { return heads * stored(a) + chunks * a.chunk * time; }
 };
 
 // One head's rows of x, z or y in a chunk: where the first token's lies, and from token to token.
 struct HeadRows {
     const void* from;
-    int64_t offset, stride, ahead;
+    int64_t offset, stride, ahead, first, length;
 
-    // `ahead` is how far the rows lie that are read next.
+    // `next` is whose rows are read after these.
     HeadRows(const SsdArguments& a, const Sequence& s, Span t, int64_t head, const void* of, int64_t batch, int64_t time,
-         int64_t next = 0)
-        : from(of), offset(s.batch * batch + (s.start + t.start) * time + head * stored(a)), stride(time), ahead(next) {}
+         Next next = {0, 0})
+        : from(of), offset(s.batch * batch + (s.start + t.start) * time + head * stored(a)), stride(time),
+          ahead(next.heads * stored(a) + next.chunks * a.chunk * time), first(t.start + next.chunks * a.chunk),
+          length(s.length) {}
 
     int64_t operator()(int64_t token) const { return offset + token * stride; }
 
-    // Each row lies in a page of its own, so that the machine does not see the next one coming. It need not exist.
+    // Each row lies in a page of its own, so that the machine does not see the next one coming.
     void fetch(const SsdArguments& a, int64_t token) const {
+        if (first + token < 0 || first + token >= length) return;
         const int64_t size = a.dtype == 1 ? 8 : a.dtype == 0 ? 4 : 2;
-        fetch_bytes(from, ((*this)(token) + ahead) * size, stored(a) * size);
+        fetch_bytes(static_cast<const char*>(from) + ((*this)(token) + ahead) * size, stored(a) * size);
     }
 };
 

@@ -40,8 +40,8 @@ struct Backward : BackwardMemory<S> {
           Held::dB, Held::dC, Held::dG, Held::D, Held::dD, Held::dA, Held::dbias, Held::panel, Held::width, Held::size,
           Held::state, Held::turn, Held::sum, Held::dot;
 
-    void read_inputs(const SsdArguments& a, const Sequence& s, Span t, int64_t head, int64_t ahead) {
-        const HeadRows from(a, s, t, head, a.x, a.x_batch, a.x_time, ahead);
+    void read_inputs(const SsdArguments& a, const Sequence& s, Span t, int64_t head, Next next) {
+        const HeadRows from(a, s, t, head, a.x, a.x_batch, a.x_time, next);
         for (int64_t i = 0; i < t.tokens; ++i) {
             read_channels(a, x + i * width, from.from, a.dtype, from(i), width, S(1));
             from.fetch(a, i);
@@ -56,7 +56,7 @@ struct Backward : BackwardMemory<S> {
             for (int64_t h = 0; h < heads.heads; ++h) {
                 const int64_t head = heads.first + h;
                 steps.read(a, s, t, head);
-                read_inputs(a, s, t, head, Next::of(heads, h, 1).ahead(a, a.x_time));
+                read_inputs(a, s, t, head, Next::of(heads, h, 1));
                 product(shared.B_turned(), x, width, state(h, k + 1), width, a.n, width, t.tokens, panel, 0,
                         {true, steps.whole, nullptr, -size}, steps.fed);
             }
@@ -68,9 +68,9 @@ struct Backward : BackwardMemory<S> {
                         const S* D, S* dD, Next next) {
         const SsdArguments& a = b.forward;
         const int64_t time = a.heads * stored(a), batch = a.length * time;
-        const HeadRows dy(a, s, t, head, b.dy, batch, time, next.ahead(a, time)), dz(a, s, t, head, b.dz, batch, time);
-        const HeadRows y(a, s, t, head, a.y, batch, time, next.ahead(a, time));
-        const HeadRows z(a, s, t, head, a.z, a.z_batch, a.z_time, next.ahead(a, a.z_time));
+        const HeadRows dy(a, s, t, head, b.dy, batch, time, next), dz(a, s, t, head, b.dz, batch, time);
+        const HeadRows y(a, s, t, head, a.y, batch, time, next);
+        const HeadRows z(a, s, t, head, a.z, a.z_batch, a.z_time, next);
         if (a.z) {
             outputs.compute(a, t, shared, steps, before, x, dX, panel);
             if (a.direct) outputs.add_direct(a, t, shared, steps, x, dX);
@@ -147,7 +147,7 @@ struct Backward : BackwardMemory<S> {
         const int64_t stride = a.chunk, n = a.n;
         S* dstate = dstates + h * size;
         steps.read(a, s, t, head);
-        read_inputs(a, s, t, head, next.ahead(a, a.x_time));
+        read_inputs(a, s, t, head, next);
         read_gradients(b, s, t, head, before, D + h * width, dD + h * width, next);
         turn(a, t, x_turned, x);
         turn(a, t, dY_turned, dY);

@@ -63,16 +63,16 @@ void write_row(void* to, int64_t dtype, int64_t offset, const S* from, int64_t c
     }
 }
 
-// So many bytes that will be read next, `distance` from an address; they need not exist.
-inline void fetch_bytes(const void* from, int64_t distance, int64_t count) {
-    const uintptr_t first = reinterpret_cast<uintptr_t>(from) + static_cast<uintptr_t>(distance);
-    for (int64_t byte = 0; byte < count; byte += 64)
-        __builtin_prefetch(reinterpret_cast<const void*>(first + static_cast<uintptr_t>(byte)), 0, 2);
+// Bytes that will be read next. The first is read at once: a processor may forget what it is only asked to fetch where it
+// does not yet know the page, and rows of a head lie in a page each.
+inline void fetch_bytes(const char* from, int64_t count) {
+    if (count > 0) asm volatile("" : : "r"(*from));
+    for (int64_t byte = 0; byte < count; byte += 64) __builtin_prefetch(from + byte, 0, 2);
 }
 
 template <class S>
-SSMZOO_INLINE void fetch_row(const S* from, int64_t offset, int64_t count) {
-    fetch_bytes(from, offset * static_cast<int64_t>(sizeof(S)), count * static_cast<int64_t>(sizeof(S)));
+SSMZOO_INLINE void fetch_row(const S* from, int64_t count) {
+    fetch_bytes(reinterpret_cast<const char*>(from), count * static_cast<int64_t>(sizeof(S)));
 }
 
 // f(i) for vectors from the first element on.

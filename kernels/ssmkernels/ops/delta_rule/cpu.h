@@ -34,7 +34,7 @@ namespace SSMZOO_ISA {
 constexpr int64_t kChunk = 64;              // tokens of a tile
 constexpr int64_t kSegment = 4;             // tiles between saved states
 constexpr int64_t kPart = 128;              // columns of a task in the forward pass
-constexpr int kColumns = 4;                 // vectors of a block
+constexpr int kColumns = SSMZOO_VECTOR_BYTES == 64 ? 2 : 4;  // vectors of a block: 128 keys of it take half of a first cache
 
 inline Sequence sequence(const DeltaArguments& a, int64_t i) {
     return sequence(a.cu_seqlens, a.length, kChunk * kSegment, i);

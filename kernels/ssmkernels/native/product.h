@@ -67,7 +67,7 @@ constexpr int64_t kShared = 4;
 #else
 constexpr int64_t kShared = 3;
 #endif
-constexpr int64_t kTogether = 16;  // rows whose sums are kept while the weights of kOutputs outputs are in a fast cache
+constexpr int64_t kRowsTogether = 16;  // rows whose sums are kept while the weights of kOutputs outputs are in a fast cache
 constexpr int64_t kStretch = 768;  // inputs at once, a multiple of every step: so many weights stay in the fastest cache
 
 // Lines of the next weights to come, asked for at an even pace while several rows are multiplied with the present ones.
@@ -108,7 +108,7 @@ SSMZOO_INLINE void add_half(const T* const* weights, const S* x, int64_t row, in
         for (int i = 0; i < kOutputs; ++i) sums[2 * r][i] = sum[r][i];
 }
 
-// add_products for several rows of x, `row` apart, at most kTogether: the same additions in the same order, so that
+// add_products for several rows of x, `row` apart, at most kRowsTogether: the same additions in the same order, so that
 // each row gets the bits that it gets alone. `next` are the weights that will be read after these, for which
 // the `first` rows ask.
 template <class T, class S, class Done>
@@ -117,7 +117,7 @@ SSMZOO_INLINE void add_products_of_rows(const T* const* weights, const S* x, int
     using V = typename Lanes<S>::V;
     constexpr int64_t lanes = Lanes<S>::count, step = 2 * lanes;
     static_assert(kStretch % step == 0, "stretches are whole steps");
-    V sums[2 * kTogether][kOutputs];
+    V sums[2 * kRowsTogether][kOutputs];
     memset(sums, 0, sizeof sums[0] * static_cast<size_t>(2 * count));
     const int64_t blocks = ceil_div(count, kShared), whole = size / step * step;
     Pace pace(next, first ? kOutputs * size * static_cast<int64_t>(sizeof(T)) : 0, 2 * blocks * (size / step) + 1);
@@ -143,7 +143,7 @@ SSMZOO_INLINE void add_products_of_rows(const T* const* weights, const S* x, int
     }
     if (whole < size) {
         T rest[kOutputs][step];
-        S rest_of_x[kTogether][step];
+        S rest_of_x[kRowsTogether][step];
         memset(rest, 0, sizeof rest);
         memset(rest_of_x, 0, sizeof rest_of_x);
         for (int64_t i = 0; i < kOutputs; ++i)
@@ -194,8 +194,8 @@ void product(const void* weight, const void* bias, const S* from, int64_t batch,
             give(0, sums);
             continue;
         }
-        for (int64_t b = 0; b < batch; b += kTogether)
-            add_products_of_rows(rows, from + b * size, size, minimum(kTogether, batch - b), size,
+        for (int64_t b = 0; b < batch; b += kRowsTogether)
+            add_products_of_rows(rows, from + b * size, size, minimum(kRowsTogether, batch - b), size,
                                  rows[0] + kOutputs * size, b == 0,
                                  [&](int64_t r, V* sums) { give(b + r, sums); });
     }

@@ -28,9 +28,9 @@ constexpr int kDigitBits = 12;
 #endif
 
 #if SSMZOO_VECTOR_BYTES >= 32
-constexpr int64_t kTogether = 2 * kBlock;  // inputs whose weights fill a vector
+constexpr int64_t kVectorInputs = 2 * kBlock;  // inputs whose weights fill a vector
 #else
-constexpr int64_t kTogether = kBlock;
+constexpr int64_t kVectorInputs = kBlock;
 #endif
 
 constexpr bool kManyRegisters = SSMZOO_VECTOR_BYTES == 64 && SSMZOO_BYTE_PRODUCTS;
@@ -41,12 +41,12 @@ typedef int32_t SumsI __attribute__((vector_size(4 * kLanes)));
 // A chunk of x over its scale.
 template <int count>
 struct alignas(32) Whole {
-    Digit digits[kChunk / kTogether][count][kTogether];  // the highest first; inputs in the order of unpacked weights
+    Digit digits[kChunk / kVectorInputs][count][kVectorInputs];  // the highest first; inputs in the order of unpacked weights
 };
 
 // Where in its vectors of digits the input of a chunk is: the lower halves of bytes come before all upper ones.
 SSMZOO_INLINE int64_t place_of(int64_t k) {
-    return k % kBlock / 16 * (kTogether / 2) + k % kTogether / kBlock * 16 + k % 16;
+    return k % kBlock / 16 * (kVectorInputs / 2) + k % kVectorInputs / kBlock * 16 + k % 16;
 }
 
 #if SSMZOO_VECTOR_BYTES >= 32
@@ -121,12 +121,12 @@ SSMZOO_INLINE __m256i add_bytes(__m256i sums, __m256i weights, __m256i digits) {
 
 // One block, or two.
 template <int blocks, int count>
-SSMZOO_INLINE void add_blocks(const char* weights, const Digit (&digits)[count][kTogether], __m256i (&sums)[count]) {
+SSMZOO_INLINE void add_blocks(const char* weights, const Digit (&digits)[count][kVectorInputs], __m256i (&sums)[count]) {
     const __m256i half = _mm256_set1_epi8(15), bytes = bytes_at<blocks>(weights);
     const __m256i low = _mm256_and_si256(bytes, half), high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), half);
     for (int d = 0; d < count; ++d) {
         sums[d] = add_bytes(sums[d], low, vector_at(digits[d]));
-        sums[d] = add_bytes(sums[d], high, vector_at(digits[d] + kTogether / 2));
+        sums[d] = add_bytes(sums[d], high, vector_at(digits[d] + kVectorInputs / 2));
     }
 }
 
@@ -152,7 +152,7 @@ SSMZOO_INLINE SumsF dot(const char* weights, const Whole<count>& x) {
         for (int d = 0; d < count; ++d) {
             const Digit* digits = x.digits[block / 2][d];
             const __m256i both = _mm256_add_epi16(_mm256_maddubs_epi16(low, vector_at(digits)),
-                                                  _mm256_maddubs_epi16(high, vector_at(digits + kTogether / 2)));
+                                                  _mm256_maddubs_epi16(high, vector_at(digits + kVectorInputs / 2)));
             sums[d] = block == 0 ? both : _mm256_add_epi16(sums[d], both);
         }
     }

@@ -55,7 +55,7 @@ bool to_whole(const float* x, int64_t count, Whole<digits>& to, float& scale, fl
         for (int d = digits - 1; d >= 0; --d) {
             const SumsI digit = digits == 1 ? left : (left << unused) >> unused;
             left = (left - digit) >> kDigitBits;
-            put_digits(digit, to.digits[k / kTogether][d] + place_of(k));
+            put_digits(digit, to.digits[k / kVectorInputs][d] + place_of(k));
         }
     }
     for (int i = 0; i < kLanes; ++i) total += whole[i];

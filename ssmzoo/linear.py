@@ -94,7 +94,9 @@ _own_forwards: dict[type, Callable[..., Any]] = {}
 
 def has_own_forward(kind: type) -> bool:
     """Whether a class's ``forward`` is what it, or the class that it has it from, was written with."""
-    function = kind.forward  # type: ignore[attr-defined]
+    function = getattr(kind, "forward", None)  # classes that were scripted or traced have none
+    if function is None:
+        return False
     if _own_forwards.get(kind) is function:
         return True
     by = next(each for each in kind.__mro__ if "forward" in each.__dict__)

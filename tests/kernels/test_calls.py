@@ -161,7 +161,7 @@ def test_what_native_calls_cannot_do_is_not_prepared():
     for refused in (
         lambda: calls.linear(x.bfloat16(), weight.bfloat16()),
         lambda: calls.linear(x, weight.double()),
-        lambda: calls.linear(torch.randn(9, 6), weight),
+        lambda: calls.linear(torch.randn(native.FEW + 1, 6), weight),
         lambda: calls.linear(torch.randn(2, 12)[:, ::2], weight),
         lambda: calls.linear(x, torch.randn(6, 5).t()),
         lambda: calls.activated(x, "gelu"),

@@ -8,8 +8,6 @@
 // small nor large.
 #pragma once
 
-#include <type_traits>
-
 #include "native/math.h"
 #include "native/packed.h"
 #include "native/parallel.h"
@@ -152,6 +150,12 @@ struct Remaining {
     }
 };
 
+// A bool as a type: the standard library's header is not there for every compiler that builds this.
+template <bool truth>
+struct Whether {
+    static constexpr bool value = truth;
+};
+
 // Through the tokens of a tile with N vectors of the state's columns; `rows` (c, stride) has v and takes the outputs,
 // or the errors v - S'ᵀ k.
 template <class S, int N, Decay kind, bool outputs>
@@ -181,8 +185,8 @@ __attribute__((noinline)) void walk_block(S* state, int64_t ld, int64_t keys, co
                 }
             }
         };
-        if (kind == Decay::channels || (kind == Decay::head && now != S(1))) pass(std::true_type());
-        else pass(std::false_type());
+        if (kind == Decay::channels || (kind == Decay::head && now != S(1))) pass(Whether<true>());
+        else pass(Whether<false>());
         const V beta = splat(t.beta[i]), through = splat(t.kq[i]), factor = splat(scale);
         const V left = splat(remaining.factor), over = splat(S(1) / remaining.factor);
         for (int n = 0; n < N; ++n) {

@@ -45,3 +45,18 @@ def test_parts_of_the_keys_add_up(name, order, dtype):
     bound = 1e-12 if dtype == torch.float64 else 2e-2
     for f, e in zip((dq, dk, dv), expected, strict=True):
         torch.testing.assert_close(f, e, rtol=bound, atol=bound, check_dtype=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [NATIVE, "tiled"])
+def test_what_is_over_all_keys_may_have_any_strides(name, dtype):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, h, 5, generator=generator).to(dtype) for n, h in ((7, 4), (9, 2), (9, 2)))
+    with use(name):
+        out, lse = attention(q.float(), k.float(), v.float(), return_lse=True)
+        d_out, d_lse = (torch.randn(x.shape, generator=generator) for x in (out, lse))
+        given = out, lse, d_out.to(dtype), d_lse
+        expected = partial_gradients(q, k, v, *given)
+        found = partial_gradients(q, k, v, *(x.transpose(1, 2).contiguous().transpose(1, 2) for x in given))
+    for each in "qkv":
+        torch.testing.assert_close(found[each], expected[each])

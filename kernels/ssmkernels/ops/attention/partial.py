@@ -54,6 +54,7 @@ def partial_gradients(
         return dict(zip(("q", "k", "v", "alibi_slopes"), found, strict=False))
     half = q.dtype in HALF
     wanted = ["q", "k", "v"] + ["alibi_slopes"] * (a.alibi_slopes is not None)
+    out, lse = out.contiguous(), lse.contiguous()  # as the kernels save them
     saved = SimpleNamespace(out=out.to(q.dtype), exact=out if half else out.new_empty(0), logsums=lse, lse=lse)
     grads = SimpleNamespace(out=d_out, lse=d_lse, wanted=wanted)
     module = importlib.import_module(f"ssmkernels.ops.attention.{name}")

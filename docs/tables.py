@@ -194,8 +194,9 @@ def speed_up(one: Row, rows: list[Row]) -> float:
 def machine(row: Row) -> str:
     threads = "1 thread" if row["threads"] == "1" else f"{row['threads']} threads"
     threads += ", freed memory kept" if row.get("memory") else ""
+    cpu = f"{row['cpu']} ({row['instructions']})" if row.get("instructions") else row["cpu"]
     return (
-        f"{row['cpu']}, {threads}, {row['dtype']}; ssmzoo {row['ssmzoo']} ({row['commit'] or 'no commit'}), "
+        f"{cpu}, {threads}, {row['dtype']}; ssmzoo {row['ssmzoo']} ({row['commit'] or 'no commit'}), "
         f"PyTorch {row['torch']}{', ' * bool(row['peers'])}{row['peers']}; {row['date'][:10]}. Medians."
     )
 

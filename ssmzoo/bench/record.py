@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 import ssmzoo
+from ssmkernels import native
 from ssmkernels.bench import Measurement
 from ssmzoo.devices import cpu_name, gpu_name
 
@@ -54,10 +55,12 @@ PEERS = ("transformers", "mambapy", "mamba-ssm", "causal-conv1d", "flash-linear-
 class Machine:
     """Where and with what it was measured. ``peers`` and ``commit`` are empty where there are none.
 
+    ``instructions`` is the set that the native kernels ran on, empty without them;
     ``memory`` is "kept" where the process kept what it freed, see :func:`ssmkernels.keep_memory`.
     """
 
     cpu: str
+    instructions: str
     cores: int
     gpu: str
     threads: int
@@ -75,6 +78,7 @@ class Machine:
         peers = ((name, version(name)) for name in PEERS)
         return cls(
             cpu=cpu_name(),
+            instructions=native.library().isa,
             cores=os.cpu_count() or 0,
             gpu=gpu_name() if torch.cuda.is_available() else "",
             threads=torch.get_num_threads(),
@@ -92,7 +96,8 @@ class Machine:
         """Two lines for a figure's caption."""
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
         kept = ", freed memory kept" if self.memory else ""
-        where = f"{self.cpu}, {threads} of {self.cores} cores{kept}" + (f"; {self.gpu}" if self.gpu else "")
+        cpu = f"{self.cpu} ({self.instructions})" if self.instructions else self.cpu
+        where = f"{cpu}, {threads} of {self.cores} cores{kept}" + (f"; {self.gpu}" if self.gpu else "")
         what = f"ssmzoo {self.ssmzoo}" + (f" ({self.commit})" if self.commit else "")
         versions = f"{what}, PyTorch {self.torch}, Python {self.python}" + (f", {self.peers}" if self.peers else "")
         return f"{where}\n{versions}; {self.date[:10]}"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ssmzoo
-from ssmkernels import bench
+from ssmkernels import bench, native
 from ssmzoo.bench import busy, context, mixers, models, products, quantized, ranks, session, units
 from ssmzoo.bench import peers as other
 from ssmzoo.bench.record import MEASURED, Log, Machine
@@ -243,6 +243,7 @@ def test_the_csv_says_what_and_where(tmp_path):
     log.write([bench.refusal("ops", "x", "y", "peer", "why not", plan({}))])
     (row,) = read(tmp_path)
     assert list(row) == [*MEASURED, *vars(Machine.here())]
+    assert row["instructions"] == native.library().isa
     assert (row["not_timed"], row["median_s"], row["torch"]) == ("why not", "", torch.__version__)
     assert row["ssmzoo"] == ssmzoo.__version__
     assert int(row["threads"]) == torch.get_num_threads()

@@ -99,13 +99,19 @@ def has_own_forward(kind: type) -> bool:
         return False
     if _own_forwards.get(kind) is function:
         return True
-    by = next(each for each in kind.__mro__ if "forward" in each.__dict__)
-    name = (getattr(function, "__module__", None), getattr(function, "__qualname__", None))
-    own = by is nn.Module or (name == (by.__module__, f"{by.__qualname__}.forward"))
-    if not own or hasattr(function, "__wrapped__"):
+    if not has_own_method(kind, "forward"):
         return False
     _own_forwards[kind] = function
     return True
+
+
+def has_own_method(kind: type, method: str) -> bool:
+    """The same of any method, by its name."""
+    function = getattr(kind, method)
+    by = next(each for each in kind.__mro__ if method in each.__dict__)
+    name = (getattr(function, "__module__", None), getattr(function, "__qualname__", None))
+    own = by is nn.Module or (name == (by.__module__, f"{by.__qualname__}.{method}"))
+    return own and not hasattr(function, "__wrapped__")
 
 
 def prepare_map(calls: Calls, module: nn.Module | None, x: Tensor) -> Tensor:

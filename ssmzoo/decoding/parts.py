@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssmzoo.linear import has_own_forward
+from ssmzoo.linear import has_own_forward, has_own_method
+from ssmzoo.mixer import Mixer
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 FORWARD = operator.attrgetter("forward")
+MIX = operator.attrgetter("mix")  # what mixers are written as, and ``forward`` calls
 
 
 class Parts:
@@ -30,6 +32,8 @@ class Parts:
         self.modules, self.kinds, self.owns = modules, [*map(type, modules)], [*map(vars, modules)]
         self.classes = [*dict.fromkeys(self.kinds)]
         self.forwards = [*map(FORWARD, self.classes)]
+        self.mixers = [kind for kind in self.classes if issubclass(kind, Mixer)]
+        self.mixes = [*map(MIX, self.mixers)]
         self.hooks = [own[name] for own in self.owns for name in HOOKS]
         options = [vars(own["options"]) for own in self.owns if "options" in own]  # of dataclasses the fields count
         self.dicts = [*self.owns, *(own["_modules"] for own in self.owns), *options]
@@ -45,6 +49,7 @@ class Parts:
             and all(map(operator.is_, map(vars, self.modules), self.owns))
             and all(map(operator.is_, map(type, self.modules), self.kinds))
             and all(map(operator.is_, map(FORWARD, self.classes), self.forwards))
+            and all(map(operator.is_, map(MIX, self.mixers), self.mixes))
             and sum(map(len, self.dicts)) == len(self.values)
             and all(map(operator.is_, chain.from_iterable(map(dict.values, self.dicts)), self.values))
             and self._memory() == self.memory
@@ -69,6 +74,8 @@ def is_told_by_facts(module: nn.Module) -> bool:
     """Whether a module is what it was built as, and changes are seen: its weights are tensors of PyTorch's own."""
     own = module.__dict__
     if not has_own_forward(type(module)):
+        return False
+    if issubclass(type(module), Mixer) and ("mix" in own or not has_own_method(type(module), "mix")):
         return False
     if "forward" in own or "_parameters" not in own:  # scripted modules keep theirs elsewhere
         return False

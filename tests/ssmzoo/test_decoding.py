@@ -277,6 +277,32 @@ def test_a_forward_that_was_replaced_in_the_class_is_called(place, first, named,
     torch.testing.assert_close(found, then)
 
 
+def doubled_mix(mix):
+    def twice(*args, **kwargs):
+        y, state = mix(*args, **kwargs)
+        return 2 * y, state
+
+    return twice
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["between two tokens", "before the first"])
+@pytest.mark.parametrize("place", ["class", "instance"])
+@pytest.mark.parametrize("name", sorted({"mamba", "mamba2", "gated_deltanet", *ROUNDED}))
+def test_a_mix_that_was_replaced_is_called(name, place, first, programs, monkeypatch):
+    """A fault: programs of native calls went past it."""
+    model = build(name)
+    state = model.initial_state(1) if first else decoded(model, model.initial_state(1), tolerance=1e-5)[1]
+    assert bool(programs) != first
+    mixer = model.blocks[1].mixer
+    owner = type(mixer) if place == "class" else mixer
+    monkeypatch.setattr(owner, "mix", doubled_mix(owner.mix))
+    found = decoded(model, state.clone(), tolerance=1e-5)[0]
+    for module in model.modules():  # with a hook in each, which nobody goes past
+        module.register_forward_hook(lambda module, args, y: None)
+    then = decoded(model, state)[0]
+    torch.testing.assert_close(found, then)
+
+
 def another_activation(model, state):
     model.layers[0].mlp.f = torch.relu
 

@@ -28,6 +28,20 @@ def step(made, **options):
     return mamba_step(**own, **options), *(own[name] for name in STATES)
 
 
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("n", [1, 3, 4, 5, 16, 17])
+@pytest.mark.parametrize("width", [1, 4])
+def test_rows_that_share_a_tile_get_the_bits_that_each_gets_alone(dtype, n, width, arguments):
+    made = arguments(dtype, b=19, m=7, d=70, n=n, r=4, w=width)
+    y, *states = step(made, implementation="cpu")
+    per_row = ("x", *STATES)
+    for row in range(19):
+        alone = {name: v[row : row + 1].contiguous() if name in per_row else v for name, v in made.items()}
+        for together, own in zip((y, *states), step(alone, implementation="cpu"), strict=True):
+            assert torch.equal(together[row : row + 1], own)
+
+
 @pytest.mark.parametrize("implementation", ["cpu", "steps", "reference"])
 @pytest.mark.parametrize("norm_eps", [None, 1e-3])
 def test_tokens_one_by_one_are_the_whole(implementation, norm_eps, arguments, assert_close64):

@@ -14,6 +14,7 @@ as somebody says that the model stays as it is (:mod:`ssmzoo.steady`).
 
 from __future__ import annotations
 
+import threading
 import types
 import weakref
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from ssmkernels.core.validate import HALF
 from ssmkernels.native.prepared import undisturbed
 from ssmzoo.block import Block, LayerState
-from ssmzoo.decoding.decoder import Decoder, dtypes_of
+from ssmzoo.decoding.decoder import Decoder, Facts, dtypes_of
 from ssmzoo.decoding.ends import Ends
 from ssmzoo.decoding.parts import HOOKS, Parts, is_told_by_facts
 from ssmzoo.mixer import Mixer
@@ -71,12 +72,12 @@ def _decode(
         if decoder.trusts(period, states, x):
             return decoder.run(x)
         if decoder.parts.unchanged() and (facts := _facts(blocks, states, x)) is not None:
-            if facts != decoder.facts:  # another state, as after a request has joined or left a batch
-                decoder = decoders[model] = Decoder(decoder.parts, facts, decoder.ends)
+            if not facts.same(decoder.facts):  # another state, as after a request has joined or left a batch
+                decoder = decoders[model] = decoder.turned(facts)
             if decoder.program is None:
-                decoder.prepare(blocks, states, x)
+                decoder.prepare(blocks, states, x, facts.tensors)
             if decoder.program is not None:
-                decoder.trust(period, states)
+                decoder.trust(period, states, facts.tensors)
             return decoder.run(x)
     ends = Ends.of(model) if decoders is _of_models else None
     if ends is None and decoders is _of_models:
@@ -89,18 +90,23 @@ def _decode(
     return None
 
 
-def _facts(blocks: Sequence[Block], states: Sequence[State], x: Tensor) -> list[Any] | None:
+def _facts(blocks: Sequence[Block], states: Sequence[State], x: Tensor) -> Facts | None:
     """What a program depends on beside the layers' parts; None where a state holds anything but tensors."""
-    facts: list[Any] = [x.shape, x.dtype, torch.get_num_threads(), torch.is_inference_mode_enabled(), *map(id, blocks)]
+    layout: list[Any] = [x.shape, x.dtype, torch.get_num_threads(), torch.is_inference_mode_enabled()]
+    layout += [threading.get_ident(), *map(id, blocks)]  # a thread's programs are moved by no other
+    tensors: list[Tensor] = []
     parts = [part for s in states for part in ((s.mixer, s.mlp) if isinstance(s, LayerState) else (s,))]
     for state in parts:
         for held in vars(state).values():
             for tensor in held if type(held) is list else (held,):
                 if type(tensor) is Tensor:
-                    facts += (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+                    layout += (tensor.dtype, tensor.shape, tensor.stride())
+                    tensors.append(tensor)
                 elif tensor is not None:
                     return None
-    return facts
+                else:
+                    layout.append(None)
+    return Facts(tuple(layout), tuple(map(Tensor.data_ptr, tensors)), tuple(tensors))
 
 
 def _narrows(stream: torch.dtype, inside: set[torch.dtype]) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import operator
 import threading
+from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,30 +24,66 @@ from ssmzoo.state import State
 from ssmzoo.steady import Period
 from ssmzoo.value_residual import ValueResidualMixer
 
+KEPT = 32  # programs of a model, each for another shape of states or another thread
+
+
+class Facts(NamedTuple):
+    """What a program depends on beside the layers' parts.
+
+    ``layout`` is what it was made for: the thread that runs it, shapes, strides, dtypes. ``addresses`` are those of the
+    states' ``tensors``, which may move.
+    """
+
+    layout: tuple[object, ...]
+    addresses: tuple[int, ...]
+    tensors: tuple[Tensor, ...]
+
+    def same(self, other: Facts) -> bool:
+        """Whether a program for the one runs for the other."""
+        return self.addresses == other.addresses and self.layout == other.layout
+
 
 class Decoder:
     """The prepared calls, or that there are none.
 
     A program is worth its making from the second token on, when the parts are met again as they were. To make it again
-    for another state takes no longer than to call the layers.
+    for a state of another shape takes no longer than to call the layers; one for states of the same shape is there
+    already, and is told where the new ones lie.
 
     Args:
         parts: the layers and all their parts, as they were.
         facts: what else must not have changed.
         ends: what the program computes after the layers, too; None for the layers alone.
+        family: the decoders for the same parts by their layout, of which this will be one.
 
     Attributes:
         program: the calls, once they are prepared.
         refused: the shape of tokens for which there are none; other shapes may fare better.
     """
 
-    def __init__(self, parts: Parts, facts: list[Any], ends: Ends | None):
-        self.parts, self.facts, self.ends = parts, facts, ends
+    def __init__(self, parts: Parts, facts: Facts, ends: Ends | None, family: Family | None = None):
+        self.parts, self.facts, self.ends = parts, facts._replace(tensors=()), ends  # states are not kept alive
+        self.family: Family = OrderedDict() if family is None else family
+        self.family[facts.layout] = self
+        self.thread = threading.get_ident()
         self.program: Program | None = None
         self.refused: torch.Size | None = None
         self.lock = threading.Lock()  # of the memory between the layers
         self._period: Period | None = None  # for which the parts and the states were looked at
         self._states: Sequence[State] = ()
+        self._held: tuple[Tensor, ...] = ()  # theirs, which the program reads unasked
+
+    def turned(self, facts: Facts) -> Decoder:
+        """That of the family for other states: one that was made for states of their shape, or a new one."""
+        self.trust(None, (), ())
+        found = self.family.pop(facts.layout, None)
+        if found is not None and found.program is not None and found.program.move(facts.tensors):
+            found.facts = facts._replace(tensors=())
+            self.family[facts.layout] = found  # the last one to be forgotten
+            return found
+        while len(self.family) >= KEPT:
+            self.family.popitem(last=False)
+        return Decoder(self.parts, facts, self.ends, self.family)
 
     def trusts(self, period: Period | None, states: Sequence[State], x: Tensor) -> bool:
         """Whether the program may run without a look, as nothing has changed since :meth:`trust`."""
@@ -54,6 +91,7 @@ class Decoder:
             period is not None
             and period is self._period
             and self.program is not None
+            and self.thread == threading.get_ident()  # or its own thread might move it to other states meanwhile
             and x.shape[0] == self.stream.shape[0]
             and x.dtype == self.stream.dtype
             and torch.is_inference_mode_enabled() == self.stream.is_inference()
@@ -61,13 +99,14 @@ class Decoder:
             and all(map(operator.is_, states, self._states))
         )
 
-    def trust(self, period: Period | None, states: Sequence[State]) -> None:
+    def trust(self, period: Period | None, states: Sequence[State], tensors: tuple[Tensor, ...]) -> None:
         """Takes the parts and these states to stay as they are, as long as the period lasts."""
         if period is not None and period is not self._period:
             period.kept.append(self.parts.storages())
-        self._period, self._states = period, [*states] if period is not None else ()
+        self._period = period
+        self._states, self._held = ([*states], tensors) if period is not None else ((), ())
 
-    def prepare(self, blocks: Sequence[Block], states: Sequence[State], x: Tensor) -> None:
+    def prepare(self, blocks: Sequence[Block], states: Sequence[State], x: Tensor, tensors: tuple[Tensor, ...]) -> None:
         """Makes the program for x ``(b 1 d_model)``, unless a layer is more than native calls."""
         (inside,) = dtypes_of(blocks)  # of what the layers get and give; the stream may be wider
         self.stream = x.new_empty(x.shape[0], x.shape[2])
@@ -82,7 +121,7 @@ class Decoder:
         if not done:
             self.refused = x.shape
             return
-        self.program = Program(calls.made)
+        self.program = Program(calls.made, tensors)
         if self.ends is not None:
             self._outputs_at = self.program.result_at(len(calls.made) - 1)
 
@@ -140,6 +179,9 @@ class Decoder:
             return outputs[:, None]
         finally:
             self.lock.release()
+
+
+Family = OrderedDict[tuple[object, ...], Decoder]
 
 
 def dtypes_of(blocks: Sequence[Block]) -> set[torch.dtype]:

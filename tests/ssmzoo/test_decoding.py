@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ssmkernels
 import ssmzoo
 from ssmkernels import native
+from ssmkernels.native.calls import Calls
 from ssmkernels.native.prepared import Program, prepare
 from ssmzoo.mixers.gla import GLA
 from ssmzoo.norm import RMSNorm
@@ -499,3 +502,83 @@ def test_a_call_that_would_copy_an_argument_is_not_prepared():
         assert prepare(ssmkernels.rms_norm, x, weight, implementation="reference") is None
         with pytest.raises(ValueError, match="`weight`"):
             prepare(ssmkernels.rms_norm, x, torch.ones(7))
+
+
+def small(name, **options):
+    torch.manual_seed(0)
+    return ssmzoo.build(ssmzoo.ModelConfig(**SMALL | {**MODELS, **ROUNDED}[name] | options)).eval()
+
+
+@pytest.mark.parametrize("name", [*MODELS, *ROUNDED])
+def test_a_program_goes_from_state_to_state(name, monkeypatch):
+    made = []
+    init = Program.__init__
+    monkeypatch.setattr(Program, "__init__", lambda self, *args: (made.append(self), init(self, *args))[1])
+    model, ids = small(name), torch.randint(20, (6, 3, 1))
+
+    def run(order, count):
+        """Outputs, where token t goes to the state of number order(t) of those of 2 and of 3 sequences, in turns."""
+        states = [model.initial_state(2 + i % 2) for i in range(count)]
+        outputs = []
+        for t in range(len(ids) * count):
+            i = order(t)
+            x = ids[t // count][: 2 + i % 2]
+            y, states[i] = model(x, states[i])
+            outputs.append((i, t // count, y))
+        return sorted(outputs, key=lambda each: each[:2])
+
+    with torch.no_grad():
+        apart = run(lambda t: t % 4, 4)
+        count, made[:] = len(made), []
+        again = run(lambda t: 3 - t % 4, 4)
+    assert count <= 2 + 2  # one for each shape, and the first token of each may come before
+    assert not made  # other states of these shapes, and no program more
+    for one, other in zip(apart[4:], again[4:], strict=True):  # the very first token is read layer by layer
+        torch.testing.assert_close(one[2], other[2], rtol=1e-5, atol=1e-5)
+
+
+def test_programs_keep_no_states_alive():
+    model, refs = small("mamba"), []
+    with torch.no_grad():
+        for rows in (1, 2, 3, 2, 1):
+            state = model.initial_state(rows)
+            for _ in range(3):
+                _, state = model(torch.ones(rows, 1, dtype=torch.long), state)
+            refs.append([weakref.ref(t) for t in state.tensors()])
+            del state, _
+    gc.collect()
+    assert not any(ref() is not None for each in refs for ref in each)
+
+
+def test_threads_have_programs_of_their_own():
+    """States of the same shape, a token of each in turns by two threads while the model stays as it is."""
+    model, ids = small("mamba"), torch.randint(20, (40, 1, 1))
+    results = {}
+
+    def answer(number):
+        with torch.no_grad():
+            state, out = model.initial_state(1), []
+            for token in ids[number:]:
+                y, state = model(token, state)
+                out.append(y)
+            results[number] = torch.cat(out)
+
+    threads = [threading.Thread(target=answer, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, got in dict(results).items():
+        answer(number)
+        torch.testing.assert_close(got, results[number], rtol=1e-6, atol=1e-6)
+
+
+def test_a_call_that_hides_where_a_state_lies_is_not_moved():
+    """An address within a state that no tensor of the call begins at: nobody can tell what else was made of it."""
+    state = torch.zeros(4, 8)
+    calls = Calls()
+    calls.activated(state, "identity")
+    assert Program(calls.made, [state]).move([torch.ones(4, 8)])
+    hidden = [calls.made[0]._replace(values={**calls.made[0].values, "x": state[1].data_ptr()})]
+    assert not Program(hidden, [state]).move([torch.ones(4, 8)])
+    assert not Program(calls.made, [state, torch.zeros(3)]).move([torch.ones(4, 8), torch.zeros(3)])

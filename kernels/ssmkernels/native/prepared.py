@@ -5,6 +5,7 @@ For models that decode: a token's call of a small layer takes as long in Python 
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -106,10 +107,18 @@ def _copied(call: Prepared, x: Any) -> bool:
     return isinstance(x, Tensor) and all(t is None or t.data_ptr() != x.data_ptr() for t in call.kept)
 
 
-class Program:
-    """Kernels one after another, in one call of the library; all use the same scratch memory."""
+_NOTHING = torch.empty(0)
 
-    def __init__(self, calls: Sequence[Prepared]):
+
+class Program:
+    """Kernels one after another, in one call of the library; all use the same scratch memory.
+
+    Args:
+        calls: the kernels' calls. What they read and write stays alive, but for the states.
+        states: memory that :meth:`move` may replace. Whoever runs the program keeps it alive.
+    """
+
+    def __init__(self, calls: Sequence[Prepared], states: Sequence[Tensor] = ()):
         scratches = [call.scratch for call in calls if call.scratch is not None]
         self.scratch = max(scratches, key=lambda x: x.nbytes, default=None)
         handle, self.count = native.library().handle, len(calls)
@@ -123,7 +132,12 @@ class Program:
             *(ctypes.cast(kernel.function, ctypes.c_void_p).value for kernel in kernels)  # type: ignore[arg-type]
         )
         self._arguments = (ctypes.c_void_p * self.count)(*map(ctypes.addressof, packed))
-        self._packed, self._calls = packed, calls  # kept alive, too
+        self._packed = packed  # kept alive, too
+        self._places = self._places_of(calls, states)
+        own = {t.untyped_storage().data_ptr() for t in states}
+        used = [t for call in calls for t in (*call.kept, call.result) if t is not None]
+        self._kept = [t for t in used if t.untyped_storage().data_ptr() not in own]
+        self._calls = [call._replace(kept=(), result=_NOTHING, scratch=None) for call in calls]
         self._run = handle.ssmzoo_program
         self._run.argtypes, self._run.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64], ctypes.c_int
 
@@ -135,6 +149,39 @@ class Program:
             self._packed[number], ctypes.sizeof(ctypes.c_int64) * fields.index(call.output)
         )
 
+    def _places_of(
+        self, calls: Sequence[Prepared], states: Sequence[Tensor]
+    ) -> list[tuple[ctypes.c_int64, int, int]] | None:
+        """Where addresses in states stand among the arguments: the place, which state, and how far from its start.
+
+        None where a call has one that is not that of a tensor which it names: nobody knows what else it made of it.
+        """
+        held = sorted((t.data_ptr(), _span(t), i) for i, t in enumerate(states) if t.numel())
+        starts = [start for start, _, _ in held]
+        places, met = [], set()
+        for call, packed in zip(calls, self._packed, strict=True):
+            named = {t.data_ptr() for t in (*call.kept, call.result) if t is not None}
+            for number, name in enumerate(native.kernel(call.kernel).fields):
+                value = call.values[name]
+                at = bisect.bisect_right(starts, value) - 1
+                if name == "scratch" or type(value) is not int or at < 0 or value >= starts[at] + held[at][1]:
+                    continue
+                if value not in named:
+                    return None
+                place = ctypes.c_int64.from_buffer(packed, ctypes.sizeof(ctypes.c_int64) * number)
+                places.append((place, held[at][2], value - starts[at]))
+                met.add(held[at][2])
+        return places if len(met) == len(held) == len({*starts}) else None
+
+    def move(self, states: Sequence[Tensor]) -> bool:
+        """Makes the calls work on other states of the same shapes, strides and dtypes; whether that is possible."""
+        if self._places is None:
+            return False
+        addresses = [t.data_ptr() for t in states]
+        for place, state, offset in self._places:
+            place.value = addresses[state] + offset
+        return True
+
     def run(self) -> None:
         """Runs all of them.
 
@@ -143,3 +190,8 @@ class Program:
         """
         if self._run(self._functions, self._arguments, self.count):
             raise MemoryError("no memory left for a kernel's own use")
+
+
+def _span(x: Tensor) -> int:
+    """Bytes from a tensor's first element to the end of its last."""
+    return (sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True)) + 1) * x.element_size()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -167,17 +168,22 @@ def prompt_of(ids: Tensor | Sequence[int], vocab: int) -> list[int]:
     if (
         isinstance(values, str | bytes)
         or not isinstance(values, Sequence)
-        or not all(is_int(v, -(2**63)) for v in values)
+        or not (_plain_ints(values) or all(is_int(v, -(2**63)) for v in values))
     ):
         raise TypeError(f"Engine.submit: `prompt_ids` must be ids, in a list or a tensor (l); got {short(ids)}")
     if not values:
         raise ValueError("Engine.submit: `prompt_ids` must hold at least one id; got none")
-    outside = [v for v in values if not 0 <= v < vocab]
+    outside = [] if min(values) >= 0 and max(values) < vocab else [v for v in values if not 0 <= v < vocab]
     if outside:
         raise ValueError(
             f"Engine.submit: `prompt_ids` must be from 0 to {vocab - 1}, the vocabulary; got {short(outside[0])}"
         )
     return list(values)
+
+
+def _plain_ints(values: Sequence[object]) -> bool:
+    """Whether all are ints of Python's own within 64 bits: a long prompt's are looked at by no loop of Python's."""
+    return {*map(type, values)} == {int} and min(cast(Sequence[int], values)) >= -(2**63)
 
 
 def stops_of(stop: int | Sequence[int | Sequence[int]] | None, vocab: int) -> list[tuple[int, ...]]:
@@ -196,7 +202,7 @@ def _digests(ids: list[int], page_size: int) -> list[bytes]:
     """A digest of all ids up to each border of pages."""
     found, digest = [], b""
     for end in range(page_size, len(ids) + 1, page_size):
-        page = b"".join(id.to_bytes(8, "little") for id in ids[end - page_size : end])
+        page = struct.pack(f"<{page_size}q", *ids[end - page_size : end])
         digest = hashlib.blake2b(digest + page, digest_size=16).digest()
         found.append(digest)
     return found

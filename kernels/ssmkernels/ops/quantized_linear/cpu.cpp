@@ -86,7 +86,7 @@ void tile(const WeightArguments& w, const float* x, int64_t rows, int64_t row, i
                         write_some(widened[i] + j, read_some(weights[i] + j, count - j), kChunk - j);
                     wide[i] = widened[i];
                 }
-                ahead.fetch(kOutputs * bytes_of<W>(count));
+                ahead.fetch<kFirstCache>(kOutputs * bytes_of<W>(count));
                 for (int64_t r = 0; r < rows; ++r)
                     add_scaled(wide, x + r * row + k, count, scales, none, totals[r]);
             }

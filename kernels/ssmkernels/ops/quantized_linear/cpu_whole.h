@@ -181,7 +181,7 @@ SSMZOO_INLINE void add_chunks(const char* const* weights, const Whole<digits>* x
         by[i] = factors.of(i) + from;
     }
     for (int64_t c = 0; c < count; ++c) {
-        ahead.fetch(kOutputs * bytes);
+        ahead.fetch<kFirstCache>(kOutputs * bytes);
         for (int i = 0; i < kOutputs; ++i) {
             if (digits > 1 && !kManyRegisters) asm volatile("" : : : "memory");  // digits are read again: there are few registers
             sums[i] = fma_sums(dot<blocks>(at[i] + c * bytes, x[c]), splat_sums(by[i][c]), sums[i]);

@@ -40,8 +40,7 @@ __attribute__((noinline)) void narrow_rows(T* to, const float* from, int64_t str
             write_some(to + t * stride + c, load(from + t * kTile + c), channels - c);
 }
 
-// Up to 64 channels of some rows, or any number of a single one; `scratch` (rows 64), or as many as there are, is where
-// half-precision ones are widened, to whole vectors.
+// Up to 64 channels of some rows; `scratch` (rows 64) is where half-precision ones are widened.
 template <class S>
 Rows<S> rows(int64_t dtype, const void* from, int64_t offset, int64_t stride, int64_t count, int64_t channels,
              S* scratch) {
@@ -71,11 +70,6 @@ struct Results {
             store(scratch + t * kTile + c, x);
         else
             write_some(static_cast<S*>(to) + offset + t * stride + c, x, count, large);
-    }
-
-    // Where all vectors of one row go, for a kernel that writes them itself.
-    SSMZOO_INLINE S* row(int64_t t) const {
-        return is_half(dtype) ? scratch + t * kTile : static_cast<S*>(to) + offset + t * stride;
     }
 
     void finish(int64_t count, int64_t channels) const {

@@ -15,25 +15,24 @@ struct ConvStepArguments {
 namespace SSMZOO_ISA {
 namespace {
 
-template <class S, int fixed_width>
+template <class T, int fixed_width>
 void conv_block(const ConvArguments& a, const Block& b, int64_t first, int64_t channels, char* scratch) {
+    typedef typename Sum<T>::type S;
     S* rows = reinterpret_cast<S*>(scratch);
     S* weight = rows + (kBlock + a.width - 1) * kTile;
     S* bias = weight + a.width * kTile;
-    read_inputs(a, b, first, channels, b.t0 - (a.width - 1), b.t0 + b.steps, rows);
+    read_inputs<T>(a, b, first, channels, b.t0 - (a.width - 1), b.t0 + b.steps, rows);
     read_transposed(weight, at<S>(a.weight, first * a.width), a.width, channels, S(1));
     read_parameters(bias, a.bias, first, channels);
-    const int64_t to = (b.batch * a.length + b.start + b.t0) * a.d + first;
-    const Results<S> y = {a.y, a.dtype, to, a.d, bias + kTile, false};
+    T* y = static_cast<T*>(a.y) + (b.batch * a.length + b.start + b.t0) * a.d + first;
     for (int64_t c = 0; c < channels; c += Lanes<S>::count) {
         const Taps<S, fixed_width> taps(weight + c, bias + c, a.width);
         for (int64_t t = 0; t < b.steps; ++t) {
             auto sum = taps(rows + c, t);
             if (a.silu) sum = silu<S>(sum);
-            y.keep(t, c, sum, channels - c);
+            write_some(y + t * a.d + c, sum, channels - c);
         }
     }
-    y.finish(b.steps, channels);
     if (!b.last) return;
     S* state = static_cast<S*>(a.final_state) + b.sequence * (a.width - 1) * a.d + first;
     for (int64_t k = 0; k < a.width - 1; ++k)
@@ -51,7 +50,7 @@ void conv_stream(const ConvArguments& a, const Block& b, int64_t first, char* sc
     S* before = reinterpret_cast<S*>(scratch);
     S* weight = before + (w - 1) * kTile;
     S* bias = weight + w * kTile;
-    read_inputs(a, b, first, kTile, b.t0 - (w - 1), b.t0, before);
+    read_inputs<T>(a, b, first, kTile, b.t0 - (w - 1), b.t0, before);
     read_transposed(weight, at<S>(a.weight, first * w), w, kTile, S(1));
     read_parameters(bias, a.bias, first, kTile);
     const T* x = at<T>(a.x, b.batch * a.x_batch + (b.start + b.t0) * a.x_time + first);
@@ -75,7 +74,7 @@ void conv_stream(const ConvArguments& a, const Block& b, int64_t first, char* sc
     if (!b.last) return;
     S* state = static_cast<S*>(a.final_state) + b.sequence * (w - 1) * a.d + first;
     S* ends = weight;  // no longer needed
-    read_inputs(a, b, first, kTile, b.t0 + b.steps - (w - 1), b.t0 + b.steps, ends);
+    read_inputs<T>(a, b, first, kTile, b.t0 + b.steps - (w - 1), b.t0 + b.steps, ends);
     for (int64_t k = 0; k < w - 1; ++k) memcpy(state + k * a.d, ends + k * kTile, sizeof(S) * kTile);
 }
 
@@ -83,16 +82,16 @@ template <class T>
 int conv(const ConvArguments& a) {
     typedef typename Sum<T>::type S;
     const int64_t tiles = ceil_div(a.d, kTile);
-    const size_t bytes = sizeof(S) * static_cast<size_t>((2 * kBlock + 2 * a.width) * kTile);
+    const size_t bytes = sizeof(S) * static_cast<size_t>((kBlock + 2 * a.width) * kTile);
     return parallel_for(count_blocks(a) * tiles, a.threads, bytes, [&](int64_t i, char* scratch) {
         Block b;
         if (!find_block(a, i / tiles, &b)) return;
         const int64_t first = i % tiles * kTile, channels = minimum(kTile, a.d - first);
         if (a.width == 4 && channels == kTile) return conv_stream<T, 4>(a, b, first, scratch);
-        if (a.width == 4) return conv_block<S, 4>(a, b, first, channels, scratch);
-        if (a.width == 3) return conv_block<S, 3>(a, b, first, channels, scratch);
-        if (a.width == 2) return conv_block<S, 2>(a, b, first, channels, scratch);
-        conv_block<S, 0>(a, b, first, channels, scratch);
+        if (a.width == 4) return conv_block<T, 4>(a, b, first, channels, scratch);
+        if (a.width == 3) return conv_block<T, 3>(a, b, first, channels, scratch);
+        if (a.width == 2) return conv_block<T, 2>(a, b, first, channels, scratch);
+        conv_block<T, 0>(a, b, first, channels, scratch);
     });
 }
 

@@ -6,7 +6,7 @@
 
 #include "native/math.h"
 #include "native/parallel.h"
-#include "native/rows.h"
+#include "native/tiles.h"
 
 namespace ssmzoo {
 
@@ -62,29 +62,22 @@ inline bool find_block(const ConvArguments& a, int64_t number, Block* found) {
 
 // The inputs of steps [from, to) of the block's sequence, from - (w-1) at the earliest, → (time, 64). Before the
 // sequence stands the initial state, behind it 0.
-template <class S>
+template <class T, class S>
 void read_inputs(const ConvArguments& a, const Block& b, int64_t first, int64_t channels, int64_t from, int64_t to,
-                 S* to_rows) {
-    const auto read_vectors = [&](int64_t t, const S* row) {
+                 S* rows) {
+    const T* x = at<T>(a.x, b.batch * a.x_batch + b.start * a.x_time + first);
+    for (int64_t t = from; t < to; ++t, rows += kTile) {
+        const int64_t row = b.sequence * (a.width - 1) + a.width - 1 + t;
+        const S* state = a.initial && t < 0 ? at<S>(a.initial, row * a.d + first) : nullptr;
         for (int64_t c = 0; c < channels; c += Lanes<S>::count) {
             typename Lanes<S>::V v = {};
-            if (row) v = read_some(row + c, channels - c);
-            store(to_rows + (t - from) * kTile + c, v);
+            if (t >= 0 && t < b.length)
+                v = read_some(x + t * a.x_time + c, channels - c);
+            else if (state)
+                v = read_some(state + c, channels - c);
+            store(rows + c, v);
         }
-    };
-    for (int64_t t = from; t < minimum(to, 0); ++t) {
-        const int64_t row = b.sequence * (a.width - 1) + a.width - 1 + t;
-        read_vectors(t, a.initial ? at<S>(a.initial, row * a.d + first) : nullptr);
     }
-    const int64_t begin = from > 0 ? from : 0, end = minimum(to, b.length);
-    if (begin < end) {
-        const int64_t offset = b.batch * a.x_batch + (b.start + begin) * a.x_time + first;
-        S* scratch = to_rows + (begin - from) * kTile;
-        const Rows<S> x = rows<S>(a.dtype, a.x, offset, a.x_time, end - begin, channels, scratch);
-        if (x.p != scratch)
-            for (int64_t t = begin; t < end; ++t) read_vectors(t, x.p + (t - begin) * x.stride);
-    }
-    for (int64_t t = from > b.length ? from : b.length; t < to; ++t) read_vectors(t, nullptr);
 }
 
 // bias + sum_j weight_j rows_{t + j}, for one vector of channels; `rows` begins w-1 steps before t = 0. A width of 0 at

@@ -21,31 +21,29 @@ namespace {
 
 constexpr int64_t kGroups = 64;
 
-template <class S, int fixed_width>
+template <class T, int fixed_width>
 void block_backward(const ConvBackwardArguments& args, const Block& b, int64_t first, int64_t channels,
-                    const S* weight, const S* bias, S* sums, S* inputs) {
+                    const typename Sum<T>::type* weight, const typename Sum<T>::type* bias,
+                    typename Sum<T>::type* sums, typename Sum<T>::type* rows) {
+    typedef typename Sum<T>::type S;
     using V = typename Lanes<S>::V;
     const ConvArguments& a = args.forward;
     const int64_t w = fixed_width ? fixed_width : a.width, before = w - 1;
     const int64_t steps = b.steps + before;  // of p
-    S* p = inputs + (kBlock + 2 * before) * kTile;
-    S* wide = p + (kBlock + before) * kTile;
-    read_inputs(a, b, first, channels, b.t0 - before, b.t0 + steps, inputs);
-    const int64_t from = b.batch * args.dy_batch + (b.start + b.t0) * args.dy_time + first;
-    const int64_t to = (b.batch * a.length + b.start + b.t0) * a.d + first;
-    const int64_t given = minimum(steps, b.length - b.t0);
-    const Rows<S> dy = rows<S>(a.dtype, args.dy, from, args.dy_time, given, channels, wide);
-    const Results<S> dx = {args.dx, a.dtype, to, a.d, wide, false};  // over those columns of dy that are used up
+    S* p = rows + (kBlock + 2 * before) * kTile;
+    read_inputs<T>(a, b, first, channels, b.t0 - before, b.t0 + steps, rows);
+    const T* dy = at<T>(args.dy, b.batch * args.dy_batch + (b.start + b.t0) * args.dy_time + first);
+    T* dx = static_cast<T*>(args.dx) + (b.batch * a.length + b.start + b.t0) * a.d + first;
     const S* dfinal = args.dfinal ? at<S>(args.dfinal, b.sequence * before * a.d + first) : nullptr;
     for (int64_t c = 0; c < channels; c += Lanes<S>::count) {
         const int64_t count = channels - c;
         const Taps<S, fixed_width> taps(weight + c, bias + c, w);
         for (int64_t t = 0; t < steps; ++t) {
             V slope = {};
-            if (t < given) {
-                slope = dy(t, c, count);
+            if (b.t0 + t < b.length) {
+                slope = read_some(dy + t * args.dy_time + c, count);
                 if (a.silu) {
-                    const V sum = taps(inputs + c, t), sigma = sigmoid<S>(sum);
+                    const V sum = taps(rows + c, t), sigma = sigmoid<S>(sum);
                     slope = slope * sigma * fma(sum, splat<S>(S(1)) - sigma, splat<S>(S(1)));
                 }
             }
@@ -62,7 +60,7 @@ void block_backward(const ConvBackwardArguments& args, const Block& b, int64_t f
             if (dfinal && k >= 0) sum = sum + read_some(dfinal + k * a.d + c, count);
             return sum;
         };
-        for (int64_t t = 0; t < b.steps; ++t) dx.keep(t, c, of_input(t), count);
+        for (int64_t t = 0; t < b.steps; ++t) write_some(dx + t * a.d + c, of_input(t), count);
         if (b.t0 == 0 && args.dinitial)
             for (int64_t t = -before; t < 0; ++t) {
                 S* to = static_cast<S*>(args.dinitial) + (b.sequence * before + before + t) * a.d + first + c;
@@ -71,18 +69,18 @@ void block_backward(const ConvBackwardArguments& args, const Block& b, int64_t f
         for (int64_t j = 0; j < w; ++j) {
             V sum = load(sums + j * kTile + c);
             for (int64_t t = 0; t < b.steps; ++t)
-                sum = fma(load(p + t * kTile + c), load(inputs + (t + j) * kTile + c), sum);
+                sum = fma(load(p + t * kTile + c), load(rows + (t + j) * kTile + c), sum);
             store(sums + j * kTile + c, sum);
         }
         V sum = load(sums + w * kTile + c);
         for (int64_t t = 0; t < b.steps; ++t) sum = sum + load(p + t * kTile + c);
         store(sums + w * kTile + c, sum);
     }
-    dx.finish(b.steps, channels);
 }
 
-template <class S>
+template <class T>
 int conv_backward(const ConvBackwardArguments& args) {
+    typedef typename Sum<T>::type S;
     const ConvArguments& a = args.forward;
     const int64_t tiles = ceil_div(a.d, kTile), blocks = count_blocks(a), w = a.width;
     const int64_t group_size = ceil_div(blocks, kGroups), groups = blocks ? ceil_div(blocks, group_size) : 0;
@@ -90,23 +88,23 @@ int conv_backward(const ConvBackwardArguments& args) {
     const Scratch memory(sizeof(S) * static_cast<size_t>(groups * tiles * sums_size));
     if (!memory.data) return kOutOfMemory;
     S* const all_sums = reinterpret_cast<S*>(memory.data);
-    const size_t bytes = sizeof(S) * static_cast<size_t>((3 * kBlock + 5 * w) * kTile);
+    const size_t bytes = sizeof(S) * static_cast<size_t>((2 * kBlock + 4 * w) * kTile + sums_size);
     const int failed = parallel_for(groups * tiles, a.threads, bytes, [&](int64_t i, char* scratch) {
         const int64_t group = i / tiles, first = i % tiles * kTile, channels = minimum(kTile, a.d - first);
         S* sums = all_sums + i * sums_size;
         S* weight = reinterpret_cast<S*>(scratch);
         S* bias = weight + w * kTile;
-        S* inputs = bias + kTile;
+        S* rows = bias + kTile;
         memset(sums, 0, sizeof(S) * static_cast<size_t>(sums_size));
         read_transposed(weight, at<S>(a.weight, first * w), w, channels, S(1));
         read_parameters(bias, a.bias, first, channels);
         for (int64_t number = group * group_size; number < minimum(blocks, (group + 1) * group_size); ++number) {
             Block b;
             if (!find_block(a, number, &b)) continue;
-            if (w == 4) block_backward<S, 4>(args, b, first, channels, weight, bias, sums, inputs);
-            else if (w == 3) block_backward<S, 3>(args, b, first, channels, weight, bias, sums, inputs);
-            else if (w == 2) block_backward<S, 2>(args, b, first, channels, weight, bias, sums, inputs);
-            else block_backward<S, 0>(args, b, first, channels, weight, bias, sums, inputs);
+            if (w == 4) block_backward<T, 4>(args, b, first, channels, weight, bias, sums, rows);
+            else if (w == 3) block_backward<T, 3>(args, b, first, channels, weight, bias, sums, rows);
+            else if (w == 2) block_backward<T, 2>(args, b, first, channels, weight, bias, sums, rows);
+            else block_backward<T, 0>(args, b, first, channels, weight, bias, sums, rows);
         }
     });
     return failed || parallel_for(tiles, a.threads, 0, [&](int64_t i, char*) {
@@ -125,4 +123,4 @@ int conv_backward(const ConvBackwardArguments& args) {
 }  // namespace SSMZOO_ISA
 }  // namespace ssmzoo
 
-SSMZOO_EXPORT_SUMS(causal_conv1d_backward, ConvBackwardArguments, forward.dtype, conv_backward)
+SSMZOO_EXPORT_DTYPES(causal_conv1d_backward, ConvBackwardArguments, forward.dtype, conv_backward)

@@ -6,26 +6,19 @@ from typing import Any
 
 from torch import Tensor
 
-from ssmkernels.compat._calls import compatible
+from ssmkernels.compat._calls import taking
 from ssmkernels.compat._fla import delta
+from ssmkernels.compat.fla._parameters import parameters
 
 Found = tuple[Tensor, Any]
 
 
-@compatible(delta)
-def chunk_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor | None = None,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_cpu: Tensor | None = None,
-    chunk_size: int | None = None,
-) -> Found:
+@taking(
+    delta,
+    "q k v beta scale initial_state output_final_state use_qk_l2norm_in_kernel cu_seqlens cu_seqlens_cpu chunk_size",
+    parameters,
+)
+def chunk_delta_rule(*args: Any, **options: Any) -> Found:
     """:func:`ssmkernels.delta_rule` without decay.
 
     Args:
@@ -39,29 +32,16 @@ def chunk_delta_rule(
     """
 
 
-@compatible(delta)
-def chunk_gated_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None = None,
-    beta: Tensor | None = None,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    use_beta_sigmoid_in_kernel: bool = False,
-    allow_neg_eigval: bool = False,
-    state_v_first: bool = False,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_cpu: Tensor | None = None,
-    chunk_indices: Tensor | None = None,
-    cp_context: Any = None,
-    use_gate_in_kernel: bool = False,
-    A_log: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    chunk_size: int | None = None,
-) -> Found:
+@taking(
+    delta,
+    """
+        q k v g beta scale initial_state output_final_state use_qk_l2norm_in_kernel
+        use_beta_sigmoid_in_kernel allow_neg_eigval state_v_first cu_seqlens cu_seqlens_cpu chunk_indices
+        cp_context use_gate_in_kernel A_log dt_bias chunk_size
+    """,
+    parameters,
+)
+def chunk_gated_delta_rule(*args: Any, **options: Any) -> Found:
     """:func:`ssmkernels.delta_rule` with a decay for each head.
 
     Args:
@@ -75,55 +55,28 @@ def chunk_gated_delta_rule(
     """
 
 
-@compatible(delta)
-def fused_recurrent_gated_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None = None,
-    gk: Tensor | None = None,
-    gv: Tensor | None = None,
-    beta: Tensor | None = None,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    use_gate_in_kernel: bool = False,
-    A_log: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    use_beta_sigmoid_in_kernel: bool = False,
-    allow_neg_eigval: bool = False,
-    state_v_first: bool = False,
-    cu_seqlens: Tensor | None = None,
-) -> Found:
+@taking(
+    delta,
+    """
+        q k v g gk gv beta scale initial_state output_final_state use_qk_l2norm_in_kernel use_gate_in_kernel
+        A_log dt_bias use_beta_sigmoid_in_kernel allow_neg_eigval state_v_first cu_seqlens
+    """,
+    parameters,
+)
+def fused_recurrent_gated_delta_rule(*args: Any, **options: Any) -> Found:
     """As :func:`chunk_gated_delta_rule`, also with decays ``gk (b, l, h, k)`` of key channels; ``gv`` is refused."""
 
 
-@compatible(delta)
-def chunk_kda(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor | None = None,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    use_gate_in_kernel: bool = False,
-    use_beta_sigmoid_in_kernel: bool = False,
-    allow_neg_eigval: bool = False,
-    safe_gate: bool = False,
-    lower_bound: float | None = None,
-    disable_recompute: bool = False,
-    state_v_first: bool = False,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_cpu: Tensor | None = None,
-    cp_context: Any = None,
-    A_log: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    chunk_size: int | None = None,
-) -> Found:
+@taking(
+    delta,
+    """
+        q k v g beta scale initial_state output_final_state use_qk_l2norm_in_kernel use_gate_in_kernel
+        use_beta_sigmoid_in_kernel allow_neg_eigval safe_gate lower_bound disable_recompute state_v_first
+        cu_seqlens cu_seqlens_cpu cp_context A_log dt_bias chunk_size
+    """,
+    parameters,
+)
+def chunk_kda(*args: Any, g: Tensor, **options: Any) -> Found:
     """:func:`ssmkernels.delta_rule` with a decay for each key channel.
 
     Args:
@@ -138,24 +91,13 @@ def chunk_kda(
     """
 
 
-@compatible(delta)
-def fused_recurrent_kda(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor | None = None,
-    A_log: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    use_gate_in_kernel: bool = False,
-    use_beta_sigmoid_in_kernel: bool = False,
-    allow_neg_eigval: bool = False,
-    lower_bound: float | None = None,
-    state_v_first: bool = False,
-    cu_seqlens: Tensor | None = None,
-) -> Found:
+@taking(
+    delta,
+    """
+        q k v g beta A_log dt_bias scale initial_state output_final_state use_qk_l2norm_in_kernel
+        use_gate_in_kernel use_beta_sigmoid_in_kernel allow_neg_eigval lower_bound state_v_first cu_seqlens
+    """,
+    parameters,
+)
+def fused_recurrent_kda(*args: Any, g: Tensor, **options: Any) -> Found:
     """As :func:`chunk_kda`."""

@@ -6,111 +6,53 @@ from typing import Any
 
 from torch import Tensor
 
-from ssmkernels.compat._calls import compatible
+from ssmkernels.compat._calls import taking
 from ssmkernels.compat._fla import linear
+from ssmkernels.compat.fla._parameters import parameters
 
 Found = tuple[Tensor, Any]
 
 
-@compatible(linear)
-def chunk_gla(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    state_v_first: bool = False,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_cpu: Tensor | None = None,
-    chunk_size: int | None = None,
-) -> Found:
+@taking(
+    linear,
+    "q k v g scale initial_state output_final_state state_v_first cu_seqlens cu_seqlens_cpu chunk_size",
+    parameters,
+)
+def chunk_gla(*args: Any, g: Tensor, **options: Any) -> Found:
     """:func:`ssmkernels.linear_attention` with a decay for each key channel, ``g (b, l, h, k)`` in logarithms."""
 
 
-@compatible(linear)
-def fused_recurrent_gla(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gk: Tensor | None = None,
-    gv: Tensor | None = None,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    reverse: bool = False,
-    state_v_first: bool = False,
-    cu_seqlens: Tensor | None = None,
-) -> Found:
+@taking(linear, "q k v gk gv scale initial_state output_final_state reverse state_v_first cu_seqlens", parameters)
+def fused_recurrent_gla(*args: Any, **options: Any) -> Found:
     """As :func:`chunk_gla`, with its decays as ``gk``; ``gv`` and ``reverse`` are refused."""
 
 
-@compatible(linear)
-def chunk_simple_gla(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None = None,
-    g_gamma: Tensor | None = None,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    state_v_first: bool = False,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_cpu: Tensor | None = None,
-    chunk_size: int | None = None,
-) -> Found:
+@taking(
+    linear,
+    "q k v g g_gamma scale initial_state output_final_state state_v_first cu_seqlens cu_seqlens_cpu chunk_size",
+    parameters,
+)
+def chunk_simple_gla(*args: Any, **options: Any) -> Found:
     """:func:`ssmkernels.linear_attention` with a decay for each head: ``g (b, l, h)`` and ``g_gamma (h)``, added."""
 
 
-@compatible(linear)
-def fused_recurrent_simple_gla(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None = None,
-    g_gamma: Tensor | None = None,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    reverse: bool = False,
-    state_v_first: bool = False,
-    cu_seqlens: Tensor | None = None,
-) -> Found:
+@taking(linear, "q k v g g_gamma scale initial_state output_final_state reverse state_v_first cu_seqlens", parameters)
+def fused_recurrent_simple_gla(*args: Any, **options: Any) -> Found:
     """As :func:`chunk_simple_gla`; ``reverse`` is refused."""
 
 
-@compatible(linear)
-def chunk_retention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-    *,
-    reverse: bool = False,
-    state_v_first: bool = False,
-    chunk_size: int | None = None,
-) -> Found:
+@taking(
+    linear,
+    "q k v scale initial_state output_final_state cu_seqlens * reverse state_v_first chunk_size",
+    parameters,
+)
+def chunk_retention(*args: Any, **options: Any) -> Found:
     """:func:`ssmkernels.linear_attention` with RetNet's decays, 1 - 2^(-5 - i) for head i."""
 
 
-@compatible(linear)
+@taking(linear, "q k v scale initial_state output_final_state normalize cu_seqlens * reverse chunk_size", parameters)
 def chunk_linear_attn(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float | None = None,
-    initial_state: Tensor | tuple[Tensor, Tensor] | None = None,
-    output_final_state: bool = False,
-    normalize: bool = True,
-    cu_seqlens: Tensor | None = None,
-    *,
-    reverse: bool = False,
-    chunk_size: int | None = None,
+    *args: Any, initial_state: Tensor | tuple[Tensor, Tensor] | None = None, normalize: bool = True, **options: Any
 ) -> Found:
     """:func:`ssmkernels.linear_attention` without decay.
 

@@ -18,11 +18,17 @@ What all of them take, beside queries, keys and values, packed into one tensor o
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from ssmkernels.compat._calls import compatible
+from ssmkernels.compat._calls import compatible, taking
 from ssmkernels.compat._flash import dense, varlen
 from ssmkernels.compat._flash_cache import with_cache
+
+Attended = Tensor | tuple[Tensor, Tensor, Tensor | None]
+
+OPTIONS = "dropout_p softmax_scale causal window_size softcap alibi_slopes deterministic return_attn_probs"
 
 
 @compatible(dense)
@@ -38,7 +44,7 @@ def flash_attn_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
+) -> Attended:
     """:func:`ssmkernels.attention` with the package's names; further arguments as above.
 
     Args:
@@ -53,56 +59,26 @@ def flash_attn_func(
     """
 
 
-@compatible(dense)
-def flash_attn_qkvpacked_func(
-    qkv: Tensor,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
+@taking(dense, f"qkv {OPTIONS}", flash_attn_func)
+def flash_attn_qkvpacked_func(*args: Any, qkv: Tensor, **options: Any) -> Attended:
     """:func:`flash_attn_func` of ``qkv (b, l, 3, h, d)``."""
 
 
-@compatible(dense)
-def flash_attn_kvpacked_func(
-    q: Tensor,
-    kv: Tensor,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
+@taking(dense, f"q kv {OPTIONS}", flash_attn_func)
+def flash_attn_kvpacked_func(*args: Any, kv: Tensor, **options: Any) -> Attended:
     """:func:`flash_attn_func` of ``q (b, l, h, d)`` and ``kv (b, m, 2, h_kv, d)``."""
 
 
-@compatible(varlen)
+@taking(varlen, f"q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k {OPTIONS} block_table", flash_attn_func)
 def flash_attn_varlen_func(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    *args: Any,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
     block_table: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
+    **options: Any,
+) -> Attended:
     """Attention within sequences that are packed one after another; further arguments as above.
 
     Args:
@@ -120,40 +96,23 @@ def flash_attn_varlen_func(
     """
 
 
-@compatible(varlen)
+@taking(varlen, f"qkv cu_seqlens max_seqlen {OPTIONS}", flash_attn_func)
 def flash_attn_varlen_qkvpacked_func(
-    qkv: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
+    *args: Any, qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, **options: Any
+) -> Attended:
     """:func:`flash_attn_varlen_func` of ``qkv (total, 3, h, d)``, with borders ``cu_seqlens (b + 1)``."""
 
 
-@compatible(varlen)
+@taking(varlen, f"q kv cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k {OPTIONS}", flash_attn_func)
 def flash_attn_varlen_kvpacked_func(
-    q: Tensor,
+    *args: Any,
     kv: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
+    **options: Any,
+) -> Attended:
     """:func:`flash_attn_varlen_func` of ``q (total of l, h, d)`` and ``kv (total of m, 2, h_kv, d)``."""
 
 

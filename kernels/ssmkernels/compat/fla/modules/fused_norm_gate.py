@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssmkernels.compat._calls import compatible
+from ssmkernels.compat._calls import compatible, taking
 from ssmkernels.compat._fla_norms import normed
 from ssmkernels.compat.fla.modules.layernorm import Norm
 
@@ -41,18 +41,8 @@ def rms_norm_gated(
     """
 
 
-@compatible(normed, is_rms_norm=False)
-def layer_norm_gated(
-    x: Tensor,
-    g: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    activation: str = "swish",
-    residual: Tensor | None = None,
-    prenorm: bool = False,
-    residual_in_fp32: bool = False,
-    eps: float = 1e-6,
-) -> Any:
+@taking(normed, "x g weight bias activation residual prenorm residual_in_fp32 eps", rms_norm_gated, is_rms_norm=False)
+def layer_norm_gated(*args: Any, **options: Any) -> Any:
     """As :func:`rms_norm_gated`, less the mean and over the deviation."""
 
 

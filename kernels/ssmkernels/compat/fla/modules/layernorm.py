@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssmkernels.compat._calls import compatible
+from ssmkernels.compat._calls import compatible, taking
 from ssmkernels.compat._fla_norms import normed
 
 __all__ = ["LayerNorm", "RMSNorm", "layer_norm", "rms_norm"]
@@ -40,17 +40,8 @@ def rms_norm(
     """
 
 
-@compatible(normed)
-def layer_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None = None,
-    eps: float = 1e-5,
-    prenorm: bool = False,
-    residual_in_fp32: bool = False,
-    is_rms_norm: bool = False,
-) -> Any:
+@taking(normed, "x weight bias residual eps prenorm residual_in_fp32 is_rms_norm", rms_norm)
+def layer_norm(*args: Any, is_rms_norm: bool = False, **options: Any) -> Any:
     """As :func:`rms_norm`, less the mean and over the deviation, unless ``is_rms_norm``."""
 
 

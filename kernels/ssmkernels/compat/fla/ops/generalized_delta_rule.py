@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ssmkernels.compat._calls import compatible
+from ssmkernels.compat._calls import taking
 from ssmkernels.compat._fla import Found
 from ssmkernels.compat._fla_more import generalized
+from ssmkernels.compat.fla._parameters import parameters
 
 __all__ = [
     "chunk_dplr_delta_rule",
@@ -18,25 +19,15 @@ __all__ = [
 ]
 
 
-@compatible(generalized)
-def chunk_dplr_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    gk: Tensor,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_cpu: Tensor | None = None,
-    safe_gate: bool = False,
-    chunk_size: int | None = None,
-    disable_recompute: bool = False,
-    cp_context: Any = None,
-    lower_bound: float | None = None,
-) -> Found:
+@taking(
+    generalized,
+    """
+        q k v a b gk scale initial_state output_final_state cu_seqlens cu_seqlens_cpu safe_gate chunk_size
+        disable_recompute cp_context lower_bound
+    """,
+    parameters,
+)
+def chunk_dplr_delta_rule(*args: Any, a: Tensor, b: Tensor, gk: Tensor, **options: Any) -> Found:
     """:func:`ssmkernels.generalized_delta_rule`, S_t = diag(exp(gk_t)) S_{t-1} + b_t (a_tᵀ S_{t-1}) + k_t v_tᵀ.
 
     Args:
@@ -48,37 +39,17 @@ def chunk_dplr_delta_rule(
     """
 
 
-@compatible(generalized)
-def fused_recurrent_dplr_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    gk: Tensor,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    reverse: bool = False,
-    cu_seqlens: Tensor | None = None,
-) -> Found:
+@taking(generalized, "q k v a b gk scale initial_state output_final_state reverse cu_seqlens", parameters)
+def fused_recurrent_dplr_delta_rule(*args: Any, a: Tensor, b: Tensor, gk: Tensor, **options: Any) -> Found:
     """As :func:`chunk_dplr_delta_rule`; ``reverse`` is refused."""
 
 
-@compatible(generalized)
-def chunk_iplr_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_cpu: Tensor | None = None,
-    chunk_size: int | None = None,
-) -> Found:
+@taking(
+    generalized,
+    "q k v a b scale initial_state output_final_state cu_seqlens cu_seqlens_cpu chunk_size",
+    parameters,
+)
+def chunk_iplr_delta_rule(*args: Any, a: Tensor, b: Tensor, **options: Any) -> Found:
     """As :func:`chunk_dplr_delta_rule`, without decay."""
 
 

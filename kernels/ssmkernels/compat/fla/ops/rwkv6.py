@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from ssmkernels.compat._calls import compatible
+from ssmkernels.compat._calls import taking
 from ssmkernels.compat._fla import Found
 from ssmkernels.compat._fla_more import with_bonus
+from ssmkernels.compat.fla._parameters import parameters
 
 __all__ = ["chunk_rwkv6", "fused_recurrent_rwkv6"]
 
 
-@compatible(with_bonus)
-def chunk_rwkv6(
-    r: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    u: Tensor,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_cpu: Tensor | None = None,
-    chunk_size: int | None = None,
-) -> Found:
+@taking(with_bonus, "r k v w u scale initial_state output_final_state cu_seqlens cu_seqlens_cpu chunk_size", parameters)
+def chunk_rwkv6(*args: Any, r: Tensor, w: Tensor, u: Tensor, **options: Any) -> Found:
     """RWKV-6's recurrence, :func:`ssmkernels.linear_attention` with a bonus.
 
     Args:
@@ -36,17 +27,6 @@ def chunk_rwkv6(
     """
 
 
-@compatible(with_bonus)
-def fused_recurrent_rwkv6(
-    r: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    u: Tensor,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    reverse: bool = False,
-    cu_seqlens: Tensor | None = None,
-) -> Found:
+@taking(with_bonus, "r k v w u scale initial_state output_final_state reverse cu_seqlens", parameters)
+def fused_recurrent_rwkv6(*args: Any, r: Tensor, w: Tensor, u: Tensor, **options: Any) -> Found:
     """As :func:`chunk_rwkv6`; ``reverse`` is refused."""

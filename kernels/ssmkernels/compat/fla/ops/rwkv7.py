@@ -6,32 +6,23 @@ from typing import Any
 
 from torch import Tensor
 
-from ssmkernels.compat._calls import compatible
+from ssmkernels.compat._calls import taking
 from ssmkernels.compat._fla import Found
 from ssmkernels.compat._fla_more import generalized
+from ssmkernels.compat.fla._parameters import parameters
 
 __all__ = ["chunk_rwkv7", "fused_mul_recurrent_rwkv7", "fused_recurrent_rwkv7"]
 
 
-@compatible(generalized)
-def chunk_rwkv7(
-    r: Tensor,
-    w: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: float = 1.0,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_cpu: Tensor | None = None,
-    safe_gate: bool = False,
-    chunk_size: int | None = None,
-    disable_recompute: bool = False,
-    cp_context: Any = None,
-    lower_bound: float | None = None,
-) -> Found:
+@taking(
+    generalized,
+    """
+        r w k v a b scale initial_state output_final_state cu_seqlens cu_seqlens_cpu safe_gate chunk_size
+        disable_recompute cp_context lower_bound
+    """,
+    parameters,
+)
+def chunk_rwkv7(*args: Any, r: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, **options: Any) -> Found:
     """RWKV-7's recurrence, :func:`ssmkernels.generalized_delta_rule`.
 
     Args:
@@ -44,34 +35,15 @@ def chunk_rwkv7(
     """
 
 
-@compatible(generalized)
+@taking(generalized, "r w k v a b scale initial_state output_final_state cu_seqlens", parameters)
 def fused_recurrent_rwkv7(
-    r: Tensor,
-    w: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = True,
-    cu_seqlens: Tensor | None = None,
+    *args: Any, r: Tensor, w: Tensor, a: Tensor, b: Tensor, output_final_state: bool = True, **options: Any
 ) -> Found:
     """As :func:`chunk_rwkv7`, with a scale of 1/√k if it is None."""
 
 
-@compatible(generalized)
+@taking(generalized, "r w k v kk a scale initial_state output_final_state reverse cu_seqlens", parameters)
 def fused_mul_recurrent_rwkv7(
-    r: Tensor,
-    w: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kk: Tensor,
-    a: Tensor,
-    scale: float | None = 1.0,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    reverse: bool = False,
-    cu_seqlens: Tensor | None = None,
+    *args: Any, r: Tensor, w: Tensor, kk: Tensor, a: Tensor, scale: float | None = 1.0, **options: Any
 ) -> Found:
     """As :func:`chunk_rwkv7` with a = -kk and b = kk · a, in the names of here; ``reverse`` is refused."""

@@ -61,8 +61,8 @@ __all__ = ["smooth", "smooth_step"]
 
 
 @op(
-    shapes={"x": "b l d", "decay": "d", "initial_state": "s d"},
-    returns={"y": "b l d", "final_state": "s d: sums if return_final_state"},
+    shapes="x: b l d; decay: d; initial_state: s d",
+    returns="y: b l d; final_state: s d: sums if return_final_state",
     wide="decay",
     implementations=("tiled", "reference"),
 )

@@ -45,7 +45,7 @@ def toy(monkeypatch):
         """x and a number more."""
 
     toy.__name__, toy.__module__ = name, package.__name__
-    toy = op(shapes={"x": "l"}, returns={"y": "l"}, implementations=tuple(modules))(toy)
+    toy = op(shapes="x: l", returns="y: l", implementations=tuple(modules))(toy)
     setattr(package, name, toy)
     toy.name, toy.lacks = name, None
     yield toy

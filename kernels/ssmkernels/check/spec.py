@@ -139,6 +139,24 @@ class Draw:
         one = min(1, length)
         return torch.tensor([0, one, one, max(one, length // 2), length], dtype=torch.int32)
 
+    def sequences(self, case: Case) -> tuple[Tensor | None, int]:
+        """The borders of a case that is packed, and how many sequences it has: of length ``l`` in a batch of ``b``."""
+        borders = self.borders(case["l"]) if case["packed"] else None
+        return borders, case["b"] if borders is None else len(borders) - 1
+
+    def carried(
+        self, case: Case, number: Callable[..., Tensor] | None = None, **states: tuple[int, ...]
+    ) -> dict[str, Any]:
+        """What recurrences take last: the states before the first token, if a case has them, and its borders.
+
+        Args:
+            number: draws the states; :meth:`normal` if None.
+            states: argument → its shape, but for the axis of sequences.
+        """
+        borders, s = self.sequences(case)
+        drawn = {name: (number or self.normal)(s, *shape) if case["state"] else None for name, shape in states.items()}
+        return {**drawn, "return_final_state": True, "cu_seqlens": borders}
+
 
 def specs() -> dict[str, Spec]:
     """The specification of every op that has one, by the op's name."""

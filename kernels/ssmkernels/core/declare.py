@@ -1,8 +1,8 @@
 """Declaring an op: one decorator over its public function.
 
     @op(
-        shapes={"x": "b l d", "weight": "d w", "initial_state": "s w-1 d"},
-        returns={"y": "b l d", "final_state": "s w-1 d: sums if return_final_state"},
+        shapes="x: b l d; weight: d w; initial_state: s w-1 d",
+        returns="y: b l d; final_state: s w-1 d: sums if return_final_state",
         wide="weight",
         implementations=("triton", "cpu", "reference"),
     )
@@ -55,8 +55,8 @@ _WORDS = {"bool": "bool", "int": "int", "float": "number", "tuple[float, float]"
 
 def op(
     *,
-    shapes: Mapping[str, str],
-    returns: Mapping[str, str],
+    shapes: str,
+    returns: str,
     implementations: tuple[str, ...] = ("triton", "cpu", "tiled", "reference"),
     wide: str = "",
     sums: str = "",
@@ -75,13 +75,14 @@ def op(
     The docstring may leave out what all ops have alike (:mod:`ssmkernels.core.docs`).
 
     Args:
-        shapes: tensor argument, or several → their shape in letters (:func:`~ssmkernels.core.validate.check_shapes`),
-            in the order in which they are checked. The first has the dtype of the call, which all others share unless
+        shapes: ``"name: shape"`` of each tensor argument, or of several, a line or a semicolon between them, in the
+            order in which they are checked; shapes are in letters (:func:`~ssmkernels.core.validate.check_shapes`).
+            The first has the dtype of the call, which all others share unless
             they are named below. Letters: ``b`` batch, ``l`` time, ``s`` sequences, of which a batch packs several with
             ``cu_seqlens``.
-        returns: result, or several → ``"shape: dtypes if condition"``. The dtypes are arguments', promoted, and
-            ``sums`` is float32, or float64 where an argument is; the first argument's if left out. The result is only
-            returned where the option or argument named by the condition is given.
+        returns: ``"name: shape: dtypes if condition"`` of each result, likewise. The dtypes are arguments', promoted,
+            and ``sums`` is float32, or float64 where an argument is; the first argument's if left out. The result is
+            only returned where the option or argument named by the condition is given.
         implementations: by name, the fastest first. Each is a module beside the op
             (:mod:`ssmkernels.core.implementation`).
         wide: arguments that may stay float32 beside half-precision activations.
@@ -99,13 +100,13 @@ def op(
         bundles: parameter, or tuple of results → the tensors in it (:mod:`ssmkernels.core.bundles`), which all other
             words here name one by one.
     """
-    shapes, returns = _one_by_one(shapes), _one_by_one(returns)
-    states = [name for name in shapes if name.startswith("initial_") and name not in (own + " " + sums).split()]
+    of_arguments, of_results = by_name(shapes), by_name(returns)
+    states = [name for name in of_arguments if name.startswith("initial_") and name not in (own + " " + sums).split()]
     sums = " ".join([*sums.split(), *states])
     bundles = bundles or {}
     words = {
-        "shapes": shapes,
-        "returns": returns,
+        "shapes": of_arguments,
+        "returns": of_results,
         "wide": wide,
         "sums": sums,
         "int32": int32,
@@ -116,7 +117,7 @@ def op(
     }
 
     def decorate(function: F) -> F:
-        declared = Declaration(function, shapes, returns, takes, mutates, bundles)
+        declared = Declaration(function, of_arguments, of_results, takes, mutates, bundles)
         function.__doc__ = completed(function.__doc__, declared.annotations)
         run = Op(declared, function.__module__, implementations, step)
         declared.dtypes = {
@@ -166,9 +167,13 @@ def op(
     return decorate
 
 
-def _one_by_one(words: Mapping[str, str]) -> dict[str, str]:
-    """``{"q k": "b l h k"}`` as ``{"q": "b l h k", "k": "b l h k"}``."""
-    return {name: text for names, text in words.items() for name in names.split()}
+def by_name(words: str) -> dict[str, str]:
+    """``"q k: b l h k; v: b l h v"`` as ``{"q": "b l h k", "k": "b l h k", "v": "b l h v"}``."""
+    found = {}
+    for entry in words.replace("\n", ";").split(";"):
+        names, _, text = entry.partition(":")
+        found.update(dict.fromkeys(names.split(), text.strip()))
+    return found
 
 
 class _Rules:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ssmkernels.core.declare import F, op
+from ssmkernels.core.declare import F, by_name, op
 from ssmkernels.core.names import OPS
 
 _INITIAL = "initial_"
@@ -19,7 +19,7 @@ _INITIAL = "initial_"
 def step_of(
     whole: Callable[..., Any],
     *,
-    shapes: Mapping[str, str] | None = None,
+    shapes: str = "",
     implementations: tuple[str, ...] = ("triton", "cpu", "reference"),
 ) -> Callable[[F], F]:
     """Makes the function under it the step of an op of the same folder.
@@ -29,16 +29,16 @@ def step_of(
 
     Args:
         whole: the op.
-        shapes: argument → its shape, where the step takes less than the op does.
+        shapes: ``"name: shape"``, as :func:`~ssmkernels.core.declare.op` has them, where the step takes less than the
+            op does.
         implementations: by name, the fastest first, in modules ``<implementation>_step``; the reference follows from
             the op's.
     """
     words = dict(OPS[whole.__name__].declared.words)
     states = tuple(name.removeprefix(_INITIAL) for name in words["shapes"] if name.startswith(_INITIAL))
-    words["shapes"] = {
-        name.removeprefix(_INITIAL): _of_one_token(shape) for name, shape in words["shapes"].items()
-    } | dict(shapes or {})
-    words["returns"] = {name: _of_one_token(text) for name, text in words["returns"].items() if " if " not in text}
+    taken = {name.removeprefix(_INITIAL): _of_one_token(shape) for name, shape in words["shapes"].items()}
+    given = {name: _of_one_token(text) for name, text in words["returns"].items() if " if " not in text}
+    words["shapes"], words["returns"] = _written(taken | by_name(shapes)), _written(given)
     for kind in ("wide", "sums", "int32", "own"):
         words[kind] = " ".join(name.removeprefix(_INITIAL) for name in words[kind].split())
     words["bundles"] = {
@@ -47,6 +47,10 @@ def step_of(
         if name.startswith(_INITIAL)
     }
     return op(**words, mutates=states, step=True, implementations=implementations)
+
+
+def _written(shapes: Mapping[str, str]) -> str:
+    return "; ".join(f"{name}: {shape}" for name, shape in shapes.items())
 
 
 def _of_one_token(shape: str) -> str:

@@ -171,6 +171,20 @@ def window_bound(bound: int) -> int:
     return -1 if bound >= NO_BOUND else bound
 
 
+def check_groups(op: str, sizes: Mapping[str, int], groups: str, first: str, second: str, whole: str) -> None:
+    """Checks that the groups (``g`` of the sizes) of two tensors, of these names, divide the heads (``h``) of another.
+
+    Args:
+        groups: what the groups are called.
+
+    Raises:
+        ValueError: naming all three.
+    """
+    if sizes["g"] == 0 or sizes["h"] % sizes["g"]:
+        g, h = sizes["g"], sizes["h"]
+        raise ValueError(f"{op}: the {g} {groups} of `{first}` and `{second}` must divide the {h} heads of `{whole}`")
+
+
 def check_range(op: str, least: int, /, **options: int | torch.SymInt | None) -> None:
     """Checks that integers lie between ``least`` and :data:`MOST`; None passes.
 

@@ -82,15 +82,15 @@ def _lower(
 
 
 @op(
-    shapes={
-        "q": "b l h k",
-        "k": "b m h_kv k",
-        "v": "b m h_kv v",
-        "alibi_slopes sinks": "h",
-        "q_positions": "b l",
-        "k_positions": "b m",
-    },
-    returns={"out": "b l h v", "lse": "b h l: sums if return_lse"},
+    shapes="""
+        q: b l h k
+        k: b m h_kv k
+        v: b m h_kv v
+        alibi_slopes sinks: h
+        q_positions: b l
+        k_positions: b m
+    """,
+    returns="out: b l h v; lse: b h l: sums if return_lse",
     wide="alibi_slopes sinks",
     own="q_positions k_positions",
     check=_check,

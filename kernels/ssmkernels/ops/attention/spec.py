@@ -218,13 +218,4 @@ def _masked_flops(arguments: dict[str, Any]) -> float:
     return 2.0 * float(lse.exp().sum()) * (k.shape[-1] + v.shape[-1])
 
 
-SPECS = (
-    Spec(
-        op="attention",
-        base=BASE,
-        rows=ROWS,
-        make=make,
-        flops=flops,
-        bench={"b": 1, "l": 1024, "h": 12, "h_kv": 12, "k": 64},
-    ),
-)
+SPECS = (Spec("attention", BASE, ROWS, make, flops, bench={"b": 1, "l": 1024, "h": 12, "h_kv": 12, "k": 64}),)

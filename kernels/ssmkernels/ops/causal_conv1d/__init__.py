@@ -18,8 +18,13 @@ def _check(name: str, sizes: dict[str, int], weight: Tensor, **_: Any) -> None:
 
 
 @op(
-    shapes={"x": "b l d", "weight": "d w", "bias": "d", "initial_state": "s w-1 d"},
-    returns={"y": "b l d", "final_state": "s w-1 d: sums if return_final_state"},
+    shapes="""
+        x: b l d
+        weight: d w
+        bias: d
+        initial_state: s w-1 d
+    """,
+    returns="y: b l d; final_state: s w-1 d: sums if return_final_state",
     wide="weight bias",
     choices={"activation": ("silu",)},
     check=_check,

@@ -55,8 +55,7 @@ ROWS = (
 
 def make(case: Case, draw: Draw) -> dict[str, Any]:
     b, l, d, w = (case[key] for key in "bldw")
-    borders = draw.borders(l) if case["packed"] else None
-    s = b if borders is None else len(borders) - 1
+    borders, s = draw.sequences(case)
     return {
         "x": draw.normal(b, l, d, scale=case["x"]),
         "weight": draw.normal(d, w),
@@ -73,12 +72,5 @@ def flops(case: Case) -> float:
     return 2.0 * case["b"] * case["l"] * case["d"] * case["w"]
 
 
-WHOLE = Spec(
-    op="causal_conv1d",
-    base=BASE,
-    rows=ROWS,
-    make=make,
-    flops=flops,
-    bench={"b": 1, "l": 512, "d": 1536},
-)
+WHOLE = Spec("causal_conv1d", BASE, ROWS, make, flops, bench={"b": 1, "l": 512, "d": 1536})
 SPECS = (WHOLE, step_of(WHOLE))

@@ -80,15 +80,15 @@ def checked_places(lengths: Tensor, block_table: Tensor | None, k_cache: Tensor)
 
 
 @op(
-    shapes={
-        "q": "s l h k",
-        "k_cache": "s m h_kv k | pages page_size h_kv k",
-        "v_cache": "s m h_kv v | pages page_size h_kv v",
-        "lengths": "s",
-        "block_table": "s blocks",
-        "alibi_slopes sinks": "h",
-    },
-    returns={"out": "s l h v", "lse": "s h l: sums if return_lse"},
+    shapes="""
+        q: s l h k
+        k_cache: s m h_kv k | pages page_size h_kv k
+        v_cache: s m h_kv v | pages page_size h_kv v
+        lengths: s
+        block_table: s blocks
+        alibi_slopes sinks: h
+    """,
+    returns="out: s l h v; lse: s h l: sums if return_lse",
     wide="alibi_slopes sinks",
     int32="lengths block_table",
     check=_check,

@@ -151,13 +151,5 @@ def flops(case: Case) -> float:
     return 2.0 * case["l"] * case["h"] * float(lengths_of(case).sum()) * dims
 
 
-SPECS = (
-    Spec(
-        op="decode_attention",
-        base=BASE,
-        rows=ROWS,
-        make=make,
-        flops=flops,
-        bench={"s": 1, "m": 32768, "h": 32, "h_kv": 4, "k": 128, "lengths": "full"},
-    ),
-)
+BENCH = {"s": 1, "m": 32768, "h": 32, "h_kv": 4, "k": 128, "lengths": "full"}
+SPECS = (Spec("decode_attention", BASE, ROWS, make, flops, BENCH),)

@@ -8,25 +8,25 @@ from torch import Tensor
 
 from ssmkernels.core.declare import op
 from ssmkernels.core.steps import step_of
+from ssmkernels.core.validate import check_groups
 
 __all__ = ["delta_rule", "delta_rule_step"]
 
 
 def _check(name: str, sizes: dict[str, int], **_: Any) -> None:
     """Groups of keys that divide the heads."""
-    if sizes["g"] == 0 or sizes["h"] % sizes["g"]:
-        raise ValueError(f"{name}: the {sizes['g']} heads of `q` and `k` must divide the {sizes['h']} heads of `v`")
+    check_groups(name, sizes, "heads", "q", "k", "v")
 
 
 @op(
-    shapes={
-        "q k": "b l g k",
-        "v": "b l h v",
-        "beta": "b l h",
-        "log_decay": "b l h | b l h k",
-        "initial_state": "s h k v",
-    },
-    returns={"o": "b l h v", "final_state": "s h k v: sums if return_final_state"},
+    shapes="""
+        q k: b l g k
+        v: b l h v
+        beta: b l h
+        log_decay: b l h | b l h k
+        initial_state: s h k v
+    """,
+    returns="o: b l h v; final_state: s h k v: sums if return_final_state",
     wide="beta log_decay",
     check=_check,
 )
@@ -70,8 +70,7 @@ def delta_rule(
         return_final_state: whether to return S after the last token as well.
 
     Returns:
-        o ``(b, l, h, v)`` in q's dtype; with ``return_final_state`` also S ``(s, h, k, v)``, float32 (float64 for
-        float64 input). Sums and states are kept in that precision whatever the input's.
+        o ``(b, l, h, v)`` in q's dtype; with ``return_final_state`` also S ``(s, h, k, v)``.
     """
 
 

@@ -78,8 +78,6 @@ ROWS = (
 
 def make(case: Case, draw: Draw) -> dict[str, Any]:
     b, l, h, g, k, v = (case[key] for key in "blhgkv")
-    borders = draw.borders(l) if case["packed"] else None
-    s = b if borders is None else len(borders) - 1
     keys = draw.normal(b, 1 if case["repeated"] else l, g, k).expand(b, l, g, k)
     log_decay = None
     # Where nothing is written, a state may not decay to subnormal numbers, which native kernels take for 0
@@ -98,9 +96,7 @@ def make(case: Case, draw: Draw) -> dict[str, Any]:
         "beta": beta if case["beta"] is None else beta.new_full(beta.shape, case["beta"]),
         "log_decay": log_decay,
         "scale": case["scale"],
-        "initial_state": draw.normal(s, h, k, v) if case["state"] else None,
-        "return_final_state": True,
-        "cu_seqlens": borders,
+        **draw.carried(case, initial_state=(h, k, v)),
     }
 
 
@@ -109,12 +105,5 @@ def flops(case: Case) -> float:
     return 7.0 * case["b"] * case["l"] * case["h"] * case["k"] * case["v"]
 
 
-WHOLE = Spec(
-    op="delta_rule",
-    base=BASE,
-    rows=ROWS,
-    make=make,
-    flops=flops,
-    bench={"b": 1, "l": 2048, "h": 6, "g": 6, "k": 128, "v": 256},
-)
+WHOLE = Spec("delta_rule", BASE, ROWS, make, flops, bench={"b": 1, "l": 2048, "h": 6, "g": 6, "k": 128, "v": 256})
 SPECS = (WHOLE, step_of(WHOLE, without=("repeated", "wall")))

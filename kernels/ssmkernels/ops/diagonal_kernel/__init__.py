@@ -19,8 +19,8 @@ def _check(name: str, _: dict[str, int], *, B: Tensor, C: Tensor, length: int, *
 
 
 @op(
-    shapes={"A B C": "d n", "dt": "d"},
-    returns={"K": "d length: sums"},
+    shapes="A B C: d n; dt: d",
+    returns="K: d length: sums",
     own="A B C dt",
     check=_check,
 )

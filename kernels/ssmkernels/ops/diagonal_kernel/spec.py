@@ -81,13 +81,4 @@ def flops(case: Case) -> float:
     return (4.0 if case["complex"] else 2.0) * case["d"] * case["n"] * case["length"]
 
 
-SPECS = (
-    Spec(
-        op="diagonal_kernel",
-        base=BASE,
-        rows=ROWS,
-        make=make,
-        flops=flops,
-        bench={"d": 256, "n": 32, "length": 16384, "dt": 0.01},
-    ),
-)
+SPECS = (Spec("diagonal_kernel", BASE, ROWS, make, flops, bench={"d": 256, "n": 32, "length": 16384, "dt": 0.01}),)

@@ -30,8 +30,8 @@ def _lower(P: Tensor, Q: Tensor, **others: Any) -> dict[str, Any]:
 
 
 @op(
-    shapes=SHAPES,
-    returns={"K": "d length: sums"},
+    shapes="\n".join(f"{name}: {shape}" for name, shape in SHAPES.items()),
+    returns="K: d length: sums",
     own=" ".join(SHAPES),
     check=_check,
     lower=_lower,

@@ -99,11 +99,11 @@ def flops(case: Case) -> float:
 
 SPECS = (
     Spec(
-        op="dplr_kernel",
-        base=BASE,
-        rows=ROWS,
-        make=make,
-        flops=flops,
+        "dplr_kernel",
+        BASE,
+        ROWS,
+        make,
+        flops,
         exact=("cpu",),  # PyTorch's FFT follows the Triton kernels
         bench={"d": 256, "n": 32, "length": 16384, "dt": 0.01, "frequency": 30.0},
     ),

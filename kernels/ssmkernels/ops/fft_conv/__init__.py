@@ -10,8 +10,14 @@ __all__ = ["fft_conv"]
 
 
 @op(
-    shapes={"u": "b l d", "kernel": "d l_k", "D": "d", "kernel_reverse": "d l_r", "gate": "b l d"},
-    returns={"y": "b l d"},
+    shapes="""
+        u: b l d
+        kernel: d l_k
+        D: d
+        kernel_reverse: d l_r
+        gate: b l d
+    """,
+    returns="y: b l d",
     wide="kernel D kernel_reverse",
     implementations=("triton", "cpu", "fft", "reference"),
 )

@@ -92,13 +92,4 @@ def flops(case: Case) -> float:
     return transforms * 2.5 * n * math.log2(n) + 3.0 * b * d * n
 
 
-SPECS = (
-    Spec(
-        op="fft_conv",
-        base=BASE,
-        rows=ROWS,
-        make=make,
-        flops=flops,
-        bench={"b": 1, "l": 4096, "l_k": 4096, "d": 256, "decay": 0.001},
-    ),
-)
+SPECS = (Spec("fft_conv", BASE, ROWS, make, flops, bench={"b": 1, "l": 4096, "l_k": 4096, "d": 256, "decay": 0.001}),)

@@ -26,21 +26,21 @@ def _check(name: str, sizes: dict[str, int], beta_scale: float, **_: Any) -> Non
 
 
 @op(
-    shapes={
-        "x": "b m",
-        "state": "b h k v",
-        "q_conv k_conv": "i w",
-        "v_conv": "j w",
-        "q_state k_state": "b w-1 i",
-        "v_state": "b w-1 j",
-        "q_proj k_proj": "i m",
-        "v_proj g_proj": "j m",
-        "b_proj a_proj": "h m",
-        "A_log dt_bias": "h",
-        "norm_weight": "v",
-        "o_proj": "m j",
-    },
-    returns={"y": "b m"},
+    shapes="""
+        x: b m
+        state: b h k v
+        q_conv k_conv: i w
+        v_conv: j w
+        q_state k_state: b w-1 i
+        v_state: b w-1 j
+        q_proj k_proj: i m
+        v_proj g_proj: j m
+        b_proj a_proj: h m
+        A_log dt_bias: h
+        norm_weight: v
+        o_proj: m j
+    """,
+    returns="y: b m",
     wide="q_conv k_conv v_conv A_log dt_bias norm_weight",
     sums="q_state k_state v_state state",
     mutates=("q_state", "k_state", "v_state", "state"),

@@ -83,14 +83,5 @@ def flops(case: Case) -> float:
     return b * (2.0 * (m * (2 * i + 3 * j + 2 * h) + (2 * i + j) * w) + 7.0 * h * k * v)
 
 
-SPECS = (
-    Spec(
-        op="gated_deltanet_step",
-        base=BASE,
-        rows=ROWS,
-        make=make,
-        flops=flops,
-        bench={"b": 1, "m": 768, "h": 6, "g": 6, "k": 128, "v": 256},
-        differentiable=False,
-    ),
-)
+BENCH = {"b": 1, "m": 768, "h": 6, "g": 6, "k": 128, "v": 256}
+SPECS = (Spec("gated_deltanet_step", BASE, ROWS, make, flops, BENCH, differentiable=False),)

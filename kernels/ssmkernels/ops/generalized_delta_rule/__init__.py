@@ -11,8 +11,13 @@ __all__ = ["generalized_delta_rule", "generalized_delta_rule_step"]
 
 
 @op(
-    shapes={"q k": "b l h k", "v": "b l h v", "a b log_decay": "b l h k", "initial_state": "s h k v"},
-    returns={"o": "b l h v", "final_state": "s h k v: sums if return_final_state"},
+    shapes="""
+        q k: b l h k
+        v: b l h v
+        a b log_decay: b l h k
+        initial_state: s h k v
+    """,
+    returns="o: b l h v; final_state: s h k v: sums if return_final_state",
     wide="log_decay",
 )
 def generalized_delta_rule(
@@ -53,8 +58,7 @@ def generalized_delta_rule(
         return_final_state: whether to return S after the last step as well.
 
     Returns:
-        o ``(b, l, h, v)`` in q's dtype; with ``return_final_state`` also S ``(s, h, k, v)``, float32 (float64 for
-        float64 input). Sums and states are kept in that precision whatever the input's.
+        o ``(b, l, h, v)`` in q's dtype; with ``return_final_state`` also S ``(s, h, k, v)``.
     """
 
 

@@ -61,8 +61,6 @@ ROWS = (
 
 def make(case: Case, draw: Draw) -> dict[str, Any]:
     b, l, h, k, v = (case[key] for key in "blhkv")
-    borders = draw.borders(l) if case["packed"] else None
-    s = b if borders is None else len(borders) - 1
     along = draw.normal(b, l, h, k)
     along = along / along.norm(dim=-1, keepdim=True) * case["norm"]
     log_decay = None if case["decay"] is None else -draw.uniform(0.0, 1.0, b, l, h, k) * case["decay"]
@@ -78,9 +76,7 @@ def make(case: Case, draw: Draw) -> dict[str, Any]:
         "b": along,
         "log_decay": log_decay,
         "scale": case["scale"],
-        "initial_state": draw.normal(s, h, k, v) if case["state"] else None,
-        "return_final_state": True,
-        "cu_seqlens": borders,
+        **draw.carried(case, initial_state=(h, k, v)),
     }
 
 
@@ -89,12 +85,6 @@ def flops(case: Case) -> float:
     return 9.0 * case["b"] * case["l"] * case["h"] * case["k"] * case["v"]
 
 
-WHOLE = Spec(
-    op="generalized_delta_rule",
-    base=BASE,
-    rows=ROWS,
-    make=make,
-    flops=flops,
-    bench={"b": 1, "l": 2048, "h": 12, "k": 64, "v": 64, "state": False, "scale": 1.0},
-)
+BENCH = {"b": 1, "l": 2048, "h": 12, "k": 64, "v": 64, "state": False, "scale": 1.0}
+WHOLE = Spec("generalized_delta_rule", BASE, ROWS, make, flops, BENCH)
 SPECS = (WHOLE, step_of(WHOLE, rows=({"resets": True},)))

@@ -8,25 +8,25 @@ from torch import Tensor
 
 from ssmkernels.core.declare import op
 from ssmkernels.core.steps import step_of
+from ssmkernels.core.validate import check_groups
 
 __all__ = ["linear_attention", "linear_attention_step"]
 
 
 def _check(name: str, sizes: dict[str, int], **_: Any) -> None:
     """Key heads that divide the value heads."""
-    if sizes["g"] == 0 or sizes["h"] % sizes["g"]:
-        raise ValueError(f"{name}: the {sizes['g']} heads of `q` and `k` must divide the {sizes['h']} heads of `v`")
+    check_groups(name, sizes, "heads", "q", "k", "v")
 
 
 @op(
-    shapes={
-        "q k": "b l g k",
-        "v": "b l h v",
-        "log_decay": "h | b l h | b l h k",
-        "bonus": "h k",
-        "initial_state": "s h k v",
-    },
-    returns={"o": "b l h v", "final_state": "s h k v: sums if return_final_state"},
+    shapes="""
+        q k: b l g k
+        v: b l h v
+        log_decay: h | b l h | b l h k
+        bonus: h k
+        initial_state: s h k v
+    """,
+    returns="o: b l h v; final_state: s h k v: sums if return_final_state",
     wide="log_decay bonus",
     check=_check,
 )
@@ -68,8 +68,7 @@ def linear_attention(
         return_final_state: whether to return S after the last token as well.
 
     Returns:
-        o ``(b, l, h, v)`` in q's dtype; with ``return_final_state`` also S ``(s, h, k, v)``, float32 (float64 for
-        float64 input). Sums and states are kept in that precision whatever the input's.
+        o ``(b, l, h, v)`` in q's dtype; with ``return_final_state`` also S ``(s, h, k, v)``.
 
     Sources: RetNet, arXiv 2307.08621, equation 5; GLA, arXiv 2312.06635, equation 3; RWKV-6, arXiv 2404.05892,
     section 4.2.

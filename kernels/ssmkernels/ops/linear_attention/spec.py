@@ -73,8 +73,6 @@ ROWS = (
 
 def make(case: Case, draw: Draw) -> dict[str, Any]:
     b, l, h, g, k, v = (case[key] for key in "blhgkv")
-    borders = draw.borders(l) if case["packed"] else None
-    s = b if borders is None else len(borders) - 1
     shape = {"": None, "head": (h,), "token": (b, l, h), "key": (b, l, h, k)}[case["decay"]]
     log_decay = None
     if shape is not None:
@@ -88,9 +86,7 @@ def make(case: Case, draw: Draw) -> dict[str, Any]:
         "log_decay": log_decay,
         "bonus": draw.normal(h, k) if case["bonus"] else None,
         "scale": case["scale"],
-        "initial_state": draw.normal(s, h, k, v) if case["state"] else None,
-        "return_final_state": True,
-        "cu_seqlens": borders,
+        **draw.carried(case, initial_state=(h, k, v)),
     }
 
 
@@ -99,12 +95,5 @@ def flops(case: Case) -> float:
     return 5.0 * case["b"] * case["l"] * case["h"] * case["k"] * case["v"]
 
 
-WHOLE = Spec(
-    op="linear_attention",
-    base=BASE,
-    rows=ROWS,
-    make=make,
-    flops=flops,
-    bench={"b": 1, "l": 2048, "h": 4, "g": 4, "k": 96, "v": 192},
-)
+WHOLE = Spec("linear_attention", BASE, ROWS, make, flops, bench={"b": 1, "l": 2048, "h": 4, "g": 4, "k": 96, "v": 192})
 SPECS = (WHOLE, step_of(WHOLE))

@@ -24,8 +24,12 @@ def _check(name: str, sizes: dict[str, int], b: Tensor, a: Tensor, **others: Any
 
 
 @op(
-    shapes={"b": "b l d", "a": "b l d | d", "initial_state": "s d"},
-    returns={"h": "b l d: b", "final_state": "s d: b sums if return_final_state"},
+    shapes="""
+        b: b l d
+        a: b l d | d
+        initial_state: s d
+    """,
+    returns="h: b l d: b; final_state: s d: b sums if return_final_state",
     own="a b initial_state",
     check=_check,
     implementations=("triton", "cpu", "reference"),
@@ -57,8 +61,7 @@ def linear_recurrence(
         return_final_state: whether to return h after the last step as well.
 
     Returns:
-        h ``(b, l, d)`` in b's dtype; with ``return_final_state`` also the last one, ``(s, d)``, float32 (float64 for
-        float64 input), complex where b is. Sums and states are kept in that precision whatever the input's.
+        h ``(b, l, d)`` in b's dtype; with ``return_final_state`` also the last one, ``(s, d)``, complex where b is.
     """
 
 

@@ -76,15 +76,11 @@ def make(case: Case, draw: Draw) -> dict[str, Any]:
     elif angle is not None:
         a = torch.polar(a, angle)
     number = draw.complex_normal if case["complex"] else draw.normal
-    borders = draw.borders(l) if case["packed"] else None
-    s = b if borders is None else len(borders) - 1
     return {
         "a": a,
         "b": number(b, l, d),
         "log_a": case["log"],
-        "initial_state": number(s, d) if case["state"] else None,
-        "return_final_state": True,
-        "cu_seqlens": borders,
+        **draw.carried(case, number, initial_state=(d,)),
     }
 
 
@@ -99,12 +95,6 @@ def flops(case: Case) -> float:
 
 
 WHOLE = Spec(
-    op="linear_recurrence",
-    base=BASE,
-    rows=ROWS,
-    make=make,
-    flops=flops,
-    bench={"b": 1, "l": 4096, "d": 1536, "state": False},
-    wide=wide,
+    "linear_recurrence", BASE, ROWS, make, flops, bench={"b": 1, "l": 4096, "d": 1536, "state": False}, wide=wide
 )
 SPECS = (WHOLE, step_of(WHOLE))

@@ -44,21 +44,21 @@ def _check(
 
 
 @op(
-    shapes={
-        "x": "b m",
-        "ssm_state": "b h p n",
-        "conv_weight": "c w",
-        "conv_state": "b w-1 c",
-        "conv_bias": "c",
-        "A_log dt_bias": "h",
-        "D": "h | h p",
-        "norm_weight": "d",
-        "in_proj": "e m",
-        "in_bias": "e",
-        "out_proj": "m f",
-        "out_bias": "m",
-    },
-    returns={"y": "b m"},
+    shapes="""
+        x: b m
+        ssm_state: b h p n
+        conv_weight: c w
+        conv_state: b w-1 c
+        conv_bias: c
+        A_log dt_bias: h
+        D: h | h p
+        norm_weight: d
+        in_proj: e m
+        in_bias: e
+        out_proj: m f
+        out_bias: m
+    """,
+    returns="y: b m",
     wide="conv_weight conv_bias dt_bias A_log D norm_weight",
     sums="conv_state ssm_state",
     mutates=("conv_state", "ssm_state"),

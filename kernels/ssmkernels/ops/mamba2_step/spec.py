@@ -101,14 +101,5 @@ def flops(case: Case) -> float:
     return b * (2.0 * (m * (3 * mlp + 2 * d + c + h) + c * w) + 5.0 * d * n)
 
 
-SPECS = (
-    Spec(
-        op="mamba2_step",
-        base=BASE,
-        rows=ROWS,
-        make=make,
-        flops=flops,
-        bench={"b": 1, "m": 768, "h": 24, "p": 64, "n": 128, "g": 1, "biases": False},
-        differentiable=False,
-    ),
-)
+BENCH = {"b": 1, "m": 768, "h": 24, "p": 64, "n": 128, "g": 1, "biases": False}
+SPECS = (Spec("mamba2_step", BASE, ROWS, make, flops, BENCH, differentiable=False),)

@@ -8,15 +8,14 @@ from torch import Tensor
 
 from ssmkernels.core.declare import op
 from ssmkernels.core.steps import step_of
-from ssmkernels.core.validate import check_range
+from ssmkernels.core.validate import check_groups, check_range
 
 __all__ = ["mamba3_scan", "mamba3_scan_step"]
 
 
 def _check(name: str, sizes: dict[str, int], chunk_size: int | None = None, **_: Any) -> None:
     """Groups that divide the heads, two dimensions of the maps for each angle, a chunk of at least one token."""
-    if sizes["g"] == 0 or sizes["h"] % sizes["g"]:
-        raise ValueError(f"{name}: the {sizes['g']} groups of `B` and `C` must divide the {sizes['h']} heads of `x`")
+    check_groups(name, sizes, "groups", "B", "C", "x")
     if 2 * sizes["a"] > sizes["n"]:
         raise ValueError(
             f"{name}: `angles` must rotate at most the {sizes['n']} dimensions of `B` and `C`, two for each angle; "
@@ -26,27 +25,27 @@ def _check(name: str, sizes: dict[str, int], chunk_size: int | None = None, **_:
 
 
 @op(
-    shapes={
-        "x": "b l r h p",
-        "dt A": "b l h",
-        "B C": "b l r g n",
-        "trap": "b l h",
-        "angles": "b l a",
-        "B_bias C_bias": "h r n",
-        "D": "h",
-        "z": "b l r h p",
-        "initial_state": "s h p n",
-        "initial_angle": "s h a",
-        "initial_key": "s r h n",
-        "initial_value": "s r h p",
-    },
-    returns={
-        "y": "b l r h p",
-        "final_state": "s h p n: sums if return_final_state",
-        "final_angle": "s h a: sums if return_final_state",
-        "final_key": "s r h n: sums if return_final_state",
-        "final_value": "s r h p: sums if return_final_state",
-    },
+    shapes="""
+        x: b l r h p
+        dt A: b l h
+        B C: b l r g n
+        trap: b l h
+        angles: b l a
+        B_bias C_bias: h r n
+        D: h
+        z: b l r h p
+        initial_state: s h p n
+        initial_angle: s h a
+        initial_key: s r h n
+        initial_value: s r h p
+    """,
+    returns="""
+        y: b l r h p
+        final_state: s h p n: sums if return_final_state
+        final_angle: s h a: sums if return_final_state
+        final_key: s r h n: sums if return_final_state
+        final_value: s r h p: sums if return_final_state
+    """,
     wide="dt A trap angles B_bias C_bias D",
     check=_check,
 )
@@ -107,8 +106,7 @@ def mamba3_scan(
 
     Returns:
         y ``(b, l, r, h, p)`` in x's dtype; with ``return_final_state`` also h ``(s, h, p, n)``, θ ``(s, h, a)``, k
-        ``(s, r, h, n)`` and v ``(s, r, h, p)``, float32 (float64 for float64 input). Sums and states are kept in that
-        precision whatever the input's.
+        ``(s, r, h, n)`` and v ``(s, r, h, p)``.
     """
 
 

@@ -74,8 +74,7 @@ ROWS = (
 
 def make(case: Case, draw: Draw) -> dict[str, Any]:
     b, l, r, h, p, n, g, a = (case[key] for key in "blrhpnga")
-    borders = draw.borders(l) if case["packed"] else None
-    s = b if borders is None else len(borders) - 1
+    borders, s = draw.sequences(case)
     state, bias = case["state"], case["bias"]
     return {
         "x": draw.normal(b, l, r, h, p),
@@ -106,11 +105,11 @@ def flops(case: Case) -> float:
 
 
 WHOLE = Spec(
-    op="mamba3_scan",
-    base=BASE,
-    rows=ROWS,
-    make=make,
-    flops=flops,
+    "mamba3_scan",
+    BASE,
+    ROWS,
+    make,
+    flops,
     bench={"b": 1, "l": 2048, "h": 24, "p": 64, "n": 128, "g": 1, "a": 32},
     exact=("cpu",),  # in Triton, PyTorch's products make the outputs of a step's own inputs
 )

@@ -10,22 +10,22 @@ __all__ = ["mamba_step"]
 
 
 @op(
-    shapes={
-        "x": "b m",
-        "conv_weight": "d w",
-        "conv_state": "b w-1 d",
-        "conv_bias": "d",
-        "A_log": "d n",
-        "ssm_state": "b d n",
-        "dt_proj": "d r",
-        "dt_bias D": "d",
-        "out_proj": "m d",
-        "out_bias": "m",
-        "in_proj": "2d m",
-        "in_bias": "2d",
-        "x_proj": "r+2n d",
-    },
-    returns={"y": "b m"},
+    shapes="""
+        x: b m
+        conv_weight: d w
+        conv_state: b w-1 d
+        conv_bias: d
+        A_log: d n
+        ssm_state: b d n
+        dt_proj: d r
+        dt_bias D: d
+        out_proj: m d
+        out_bias: m
+        in_proj: 2d m
+        in_bias: 2d
+        x_proj: r+2n d
+    """,
+    returns="y: b m",
     wide="conv_weight conv_bias dt_bias A_log D",
     sums="conv_state ssm_state",
     mutates=("conv_state", "ssm_state"),

@@ -84,14 +84,5 @@ def flops(case: Case) -> float:
     return b * d * (2.0 * (3 * m + w + r + 2 * n + r) + 8.0 * n)
 
 
-SPECS = (
-    Spec(
-        op="mamba_step",
-        base=BASE,
-        rows=ROWS,
-        make=make,
-        flops=flops,
-        bench={"b": 1, "m": 768, "d": 1536, "n": 16, "r": 48, "biases": False},
-        differentiable=False,
-    ),
-)
+BENCH = {"b": 1, "m": 768, "d": 1536, "n": 16, "r": 48, "biases": False}
+SPECS = (Spec("mamba_step", BASE, ROWS, make, flops, BENCH, differentiable=False),)

@@ -11,20 +11,20 @@ __all__ = ["mlstm", "mlstm_step"]
 
 
 @op(
-    shapes={
-        "q k": "b l h k",
-        "v": "b l h v",
-        "i f": "b l h",
-        "initial_C": "s h k v",
-        "initial_n": "s h k",
-        "initial_m": "s h",
-    },
-    returns={
-        "y": "b l h v",
-        "final_C": "s h k v: sums if return_final_state",
-        "final_n": "s h k: sums if return_final_state",
-        "final_m": "s h: sums if return_final_state",
-    },
+    shapes="""
+        q k: b l h k
+        v: b l h v
+        i f: b l h
+        initial_C: s h k v
+        initial_n: s h k
+        initial_m: s h
+    """,
+    returns="""
+        y: b l h v
+        final_C: s h k v: sums if return_final_state
+        final_n: s h k: sums if return_final_state
+        final_m: s h: sums if return_final_state
+    """,
     bundles={
         "initial_state": ("initial_C", "initial_n", "initial_m"),
         "final_state": ("final_C", "final_n", "final_m"),
@@ -71,8 +71,7 @@ def mlstm(
         return_final_state: whether to return (C, n, m) after the last token as well.
 
     Returns:
-        y ``(b, l, h, v)`` in q's dtype; with ``return_final_state`` also the tuple (C, n, m), float32 (float64 for
-        float64 input). Sums and states are kept in that precision whatever the input's.
+        y ``(b, l, h, v)`` in q's dtype; with ``return_final_state`` also the tuple (C, n, m).
     """
 
 

@@ -62,14 +62,11 @@ ROWS = (
 
 def make(case: Case, draw: Draw) -> dict[str, Any]:
     b, l, h, k, v = (case[key] for key in "blhkv")
-    borders = draw.borders(l) if case["packed"] else None
-    s = b if borders is None else len(borders) - 1
     i, f = draw.uniform(*case["i"], b, l, h), draw.uniform(*case["f"], b, l, h)
     i[:, 2::6] += case["far"]
     i[:, 5::6] -= case["far"]
     f[:, 1::6] += case["far"]
     f[:, 4::6] -= case["far"]
-    state = case["state"]
     return {
         "q": draw.normal(b, l, h, k),
         "k": draw.normal(b, l, h, k),
@@ -77,11 +74,7 @@ def make(case: Case, draw: Draw) -> dict[str, Any]:
         "i": i,
         "f": f,
         "scale": case["scale"],
-        "initial_C": draw.normal(s, h, k, v) if state else None,
-        "initial_n": draw.normal(s, h, k) if state else None,
-        "initial_m": draw.normal(s, h) if state else None,
-        "return_final_state": True,
-        "cu_seqlens": borders,
+        **draw.carried(case, initial_C=(h, k, v), initial_n=(h, k), initial_m=(h,)),
     }
 
 
@@ -90,12 +83,5 @@ def flops(case: Case) -> float:
     return 5.0 * case["b"] * case["l"] * case["h"] * case["k"] * (case["v"] + 1)
 
 
-WHOLE = Spec(
-    op="mlstm",
-    base=BASE,
-    rows=ROWS,
-    make=make,
-    flops=flops,
-    bench={"b": 1, "l": 2048, "h": 4, "k": 128, "v": 256, "state": False},
-)
+WHOLE = Spec("mlstm", BASE, ROWS, make, flops, bench={"b": 1, "l": 2048, "h": 4, "k": 128, "v": 256, "state": False})
 SPECS = (WHOLE, step_of(WHOLE, without=("far",)))

@@ -69,8 +69,13 @@ def _check(
 
 
 @op(
-    shapes={"x": "... k", "weight": "o c", "scales zeros": "o g", "bias": "o"},
-    returns={"y": "... o"},
+    shapes="""
+        x: ... k
+        weight: o c
+        scales zeros: o g
+        bias: o
+    """,
+    returns="y: ... o",
     wide="bias",
     own="weight scales zeros",
     choices={"activations": ("int8",)},

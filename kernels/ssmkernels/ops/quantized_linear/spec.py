@@ -84,15 +84,5 @@ def flops(case: Case) -> float:
     return 2.0 * case["b"] * case["l"] * case["k"] * case["o"]
 
 
-SPECS = (
-    Spec(
-        op="quantized_linear",
-        base=BASE,
-        rows=ROWS,
-        make=make,
-        flops=flops,
-        bench={"b": 1, "l": 1, "k": 768, "o": 3072, "group_size": 64, "bias": False},
-        wide=wide,
-        exact=(),
-    ),
-)
+BENCH = {"b": 1, "l": 1, "k": 768, "o": 3072, "group_size": 64, "bias": False}
+SPECS = (Spec("quantized_linear", BASE, ROWS, make, flops, BENCH, wide=wide, exact=()),)

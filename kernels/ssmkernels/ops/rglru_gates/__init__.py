@@ -10,8 +10,13 @@ __all__ = ["rglru_gates"]
 
 
 @op(
-    shapes={"x": "b l h p", "gates": "b l h 2p", "log_decay": "h p", "first": "b l"},
-    returns={"a": "b l h p: sums", "b": "b l h p"},
+    shapes="""
+        x: b l h p
+        gates: b l h 2p
+        log_decay: h p
+        first: b l
+    """,
+    returns="a: b l h p: sums; b: b l h p",
     wide="log_decay",
     int32="first",
     implementations=("triton", "cpu", "reference"),

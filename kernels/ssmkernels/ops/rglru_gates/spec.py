@@ -55,13 +55,4 @@ def flops(case: Case) -> float:
     return 27.0 * case["b"] * case["l"] * case["h"] * case["p"]
 
 
-SPECS = (
-    Spec(
-        op="rglru_gates",
-        base=BASE,
-        rows=ROWS,
-        make=make,
-        flops=flops,
-        bench={"b": 1, "l": 2048, "h": 10, "p": 256},
-    ),
-)
+SPECS = (Spec("rglru_gates", BASE, ROWS, make, flops, bench={"b": 1, "l": 2048, "h": 10, "p": 256}),)

@@ -17,8 +17,12 @@ def _check(name: str, sizes: dict[str, int], group_size: int | None, **_: Any) -
 
 
 @op(
-    shapes={"x": "... d", "weight": "d", "gate residual": "... d"},
-    returns={"y": "... d", "summed": "... d: residual if residual"},
+    shapes="""
+        x: ... d
+        weight: d
+        gate residual: ... d
+    """,
+    returns="y: ... d; summed: ... d: residual if residual",
     wide="weight residual",
     check=_check,
     implementations=("cpu", "reference"),

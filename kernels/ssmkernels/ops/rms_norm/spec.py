@@ -78,14 +78,4 @@ def wide(case: Case) -> list[str]:
     return ["weight"] * (case["weights"] == "float32") + ["residual"] * (case["residual"] == "float32")
 
 
-SPECS = (
-    Spec(
-        op="rms_norm",
-        base=BASE,
-        rows=ROWS,
-        make=make,
-        flops=flops,
-        bench={"shape": (1, 2048, 768), "gate": False},
-        wide=wide,
-    ),
-)
+SPECS = (Spec("rms_norm", BASE, ROWS, make, flops, bench={"shape": (1, 2048, 768), "gate": False}, wide=wide),)

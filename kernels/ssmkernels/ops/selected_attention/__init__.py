@@ -55,8 +55,13 @@ def checked_blocks(blocks: Tensor, m: int, block_size: int) -> Tensor:
 
 
 @op(
-    shapes={"q": "b l h k", "k": "b m h_kv k", "v": "b m h_kv v", "blocks": "b l g n"},
-    returns={"out": "b l h v", "lse": "b h l: sums if return_lse"},
+    shapes="""
+        q: b l h k
+        k: b m h_kv k
+        v: b m h_kv v
+        blocks: b l g n
+    """,
+    returns="out: b l h v; lse: b h l: sums if return_lse",
     int32="blocks",
     check=_check,
     takes="""

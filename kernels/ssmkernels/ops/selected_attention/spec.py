@@ -94,13 +94,5 @@ def flops(case: Case) -> float:
     return 2.0 * case["b"] * case["l"] * case["h"] * keys * dims
 
 
-SPECS = (
-    Spec(
-        op="selected_attention",
-        base=BASE,
-        rows=ROWS,
-        make=make,
-        flops=flops,
-        bench={"b": 1, "l": 4096, "h": 16, "h_kv": 1, "g": 1, "n": 8, "k": 64, "block_size": 64},
-    ),
-)
+BENCH = {"b": 1, "l": 4096, "h": 16, "h_kv": 1, "g": 1, "n": 8, "k": 64, "block_size": 64}
+SPECS = (Spec("selected_attention", BASE, ROWS, make, flops, BENCH),)

@@ -27,16 +27,16 @@ def _check(name: str, sizes: dict[str, int], u: Tensor, A: Tensor, B: Tensor, C:
 
 
 @op(
-    shapes={
-        "u delta": "b l d",
-        "A": "d n",
-        "B C": "b l n | b l g n | d n",
-        "D": "d",
-        "z": "b l d",
-        "delta_bias": "d",
-        "initial_state": "s d n",
-    },
-    returns={"y": "b l d", "final_state": "s d n: sums A if return_final_state"},
+    shapes="""
+        u delta: b l d
+        A: d n
+        B C: b l n | b l g n | d n
+        D: d
+        z: b l d
+        delta_bias: d
+        initial_state: s d n
+    """,
+    returns="y: b l d; final_state: s d n: sums A if return_final_state",
     wide="D delta_bias",
     own="A B C initial_state",
     check=_check,
@@ -83,12 +83,11 @@ def selective_scan(
         return_final_state: whether to return h after the last step as well.
 
     Returns:
-        y ``(b, l, d)`` in u's dtype; with ``return_final_state`` also h ``(s, d, n)``, float32 (float64 for float64
-        input), complex where A is. Sums and states are kept in that precision whatever the input's.
+        y ``(b, l, d)`` in u's dtype; with ``return_final_state`` also h ``(s, d, n)``, complex where A is.
     """
 
 
-@step_of(selective_scan, shapes=dict.fromkeys(("B", "C"), "b n | b g n"))
+@step_of(selective_scan, shapes="B C: b n | b g n")
 def selective_scan_step(
     state: Tensor,
     u: Tensor,

@@ -90,8 +90,6 @@ def make(case: Case, draw: Draw) -> dict[str, Any]:
     b, l, d, n, g = (case[key] for key in "bldng")
     number = draw.complex_normal if case["complex"] else draw.normal
     map_number = draw.normal if case["real_maps"] else number
-    borders = draw.borders(l) if case["packed"] else None
-    s = b if borders is None else len(borders) - 1
     timed = (b, l, n) if g is None else (b, l, g, n)
     A = -draw.uniform(0.1, 1.0, d, n) * case["decay"]
     delta = draw.normal(b, l, d) if case["softplus"] else draw.uniform(0.05, 0.5, b, l, d)
@@ -105,9 +103,7 @@ def make(case: Case, draw: Draw) -> dict[str, Any]:
         "z": draw.normal(b, l, d) if case["z"] else None,
         "delta_bias": draw.normal(d) if case["bias"] else None,
         "delta_softplus": case["softplus"],
-        "initial_state": number(s, d, n) if case["state"] else None,
-        "return_final_state": True,
-        "cu_seqlens": borders,
+        **draw.carried(case, number, initial_state=(d, n)),
     }
 
 
@@ -123,13 +119,6 @@ def wide(case: Case) -> tuple[str, ...]:
     return ("A", "D", "delta_bias") if case["weights"] == "float32" else ()
 
 
-WHOLE = Spec(
-    op="selective_scan",
-    base=BASE,
-    rows=ROWS,
-    make=make,
-    flops=flops,
-    bench={"b": 1, "l": 512, "d": 1536, "n": 16},
-    wide=lambda case: (*wide(case), "initial_state"),
-)
+BENCH = {"b": 1, "l": 512, "d": 1536, "n": 16}
+WHOLE = Spec("selective_scan", BASE, ROWS, make, flops, BENCH, wide=lambda case: (*wide(case), "initial_state"))
 SPECS = (WHOLE, step_of(WHOLE, without=("fixed",)))

@@ -11,8 +11,13 @@ __all__ = ["slstm", "slstm_step"]
 
 
 @op(
-    shapes={"x": "b l 4 h p", "R": "h p 4 p", "bias": "h 4 p", "initial_c initial_n initial_h initial_m": "s h p"},
-    returns={"y": "b l h p", "final_c final_n final_h final_m": "s h p: sums if return_final_state"},
+    shapes="""
+        x: b l 4 h p
+        R: h p 4 p
+        bias: h 4 p
+        initial_c initial_n initial_h initial_m: s h p
+    """,
+    returns="y: b l h p; final_c final_n final_h final_m: s h p: sums if return_final_state",
     bundles={
         "initial_state": ("initial_c", "initial_n", "initial_h", "initial_m"),
         "final_state": ("final_c", "final_n", "final_h", "final_m"),
@@ -55,8 +60,7 @@ def slstm(
         return_final_state: whether to return (c, n, h, m) after the last token as well.
 
     Returns:
-        y ``(b, l, h, p)`` in x's dtype; with ``return_final_state`` also the tuple (c, n, h, m), float32 (float64 for
-        float64 input). Sums and states are kept in that precision whatever the input's.
+        y ``(b, l, h, p)`` in x's dtype; with ``return_final_state`` also the tuple (c, n, h, m).
     """
 
 

@@ -49,8 +49,7 @@ ROWS = (
 
 def make(case: Case, draw: Draw) -> dict[str, Any]:
     b, l, h, p = (case[key] for key in "blhp")
-    borders = draw.borders(l) if case["packed"] else None
-    s = b if borders is None else len(borders) - 1
+    borders, s = draw.sequences(case)
     x = draw.normal(b, l, 4, h, p, scale=case["x"])
     x[:, :, 1] += case["f"]
     made = {
@@ -73,11 +72,11 @@ def flops(case: Case) -> float:
 
 
 WHOLE = Spec(
-    op="slstm",
-    base=BASE,
-    rows=ROWS,
-    make=make,
-    flops=flops,
+    "slstm",
+    BASE,
+    ROWS,
+    make,
+    flops,
     bench={"b": 8, "l": 512, "h": 4, "p": 128, "state": False},
     exact=("cpu",),  # in Triton sequences are rows of a product, which NumPy takes in the interpreter
 )

@@ -9,15 +9,14 @@ from torch import Tensor
 
 from ssmkernels.core.declare import op
 from ssmkernels.core.steps import step_of
-from ssmkernels.core.validate import check_range
+from ssmkernels.core.validate import check_groups, check_range
 
 __all__ = ["ssd", "ssd_step"]
 
 
 def _check(name: str, sizes: dict[str, int], dt_limit: Any, chunk_size: int | None = None, **_: Any) -> None:
     """Groups that divide the heads, limits in order, and a chunk of at least one token."""
-    if sizes["g"] == 0 or sizes["h"] % sizes["g"]:
-        raise ValueError(f"{name}: the {sizes['g']} groups of `B` and `C` must divide the {sizes['h']} heads of `x`")
+    check_groups(name, sizes, "groups", "B", "C", "x")
     low, high = dt_limit
     if not low <= high:
         raise ValueError(f"{name}: `dt_limit` must be (least, most) with least <= most; got {dt_limit!r}")
@@ -25,17 +24,17 @@ def _check(name: str, sizes: dict[str, int], dt_limit: Any, chunk_size: int | No
 
 
 @op(
-    shapes={
-        "x": "b l h p",
-        "dt": "b l h",
-        "A": "h",
-        "B C": "b l g n",
-        "D": "h | h p",
-        "z": "b l h p",
-        "dt_bias": "h",
-        "initial_state": "s h p n",
-    },
-    returns={"y": "b l h p", "final_state": "s h p n: sums if return_final_state"},
+    shapes="""
+        x: b l h p
+        dt: b l h
+        A: h
+        B C: b l g n
+        D: h | h p
+        z: b l h p
+        dt_bias: h
+        initial_state: s h p n
+    """,
+    returns="y: b l h p; final_state: s h p n: sums if return_final_state",
     wide="A D dt_bias",
     check=_check,
     implementations=("triton", "cpu", "mamba_ssm", "tiled", "reference"),
@@ -83,8 +82,7 @@ def ssd(
         return_final_state: whether to return h after the last step as well.
 
     Returns:
-        y ``(b, l, h, p)`` in x's dtype; with ``return_final_state`` also h ``(s, h, p, n)``, float32 (float64 for
-        float64 input). Sums and states are kept in that precision whatever the input's.
+        y ``(b, l, h, p)`` in x's dtype; with ``return_final_state`` also h ``(s, h, p, n)``.
     """
 
 

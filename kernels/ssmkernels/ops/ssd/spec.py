@@ -79,8 +79,6 @@ ROWS = (
 
 def make(case: Case, draw: Draw) -> dict[str, Any]:
     b, l, h, p, n, g = (case[key] for key in "blhpng")
-    borders = draw.borders(l) if case["packed"] else None
-    s = b if borders is None else len(borders) - 1
     dt = draw.normal(b, l, h) if case["softplus"] else draw.uniform(-0.2, 1.2, b, l, h)
     return {
         "x": draw.normal(b, l, h, p, scale=case["x"]),
@@ -94,9 +92,7 @@ def make(case: Case, draw: Draw) -> dict[str, Any]:
         "dt_softplus": case["softplus"],
         "dt_limit": case["limit"],
         "chunk_size": case["chunk"],
-        "initial_state": draw.normal(s, h, p, n) if case["state"] else None,
-        "return_final_state": True,
-        "cu_seqlens": borders,
+        **draw.carried(case, initial_state=(h, p, n)),
     }
 
 
@@ -105,12 +101,5 @@ def flops(case: Case) -> float:
     return 5.0 * case["b"] * case["l"] * case["h"] * case["p"] * case["n"]
 
 
-WHOLE = Spec(
-    op="ssd",
-    base=BASE,
-    rows=ROWS,
-    make=make,
-    flops=flops,
-    bench={"b": 1, "l": 2048, "h": 24, "p": 64, "n": 128, "g": 1},
-)
+WHOLE = Spec("ssd", BASE, ROWS, make, flops, bench={"b": 1, "l": 2048, "h": 24, "p": 64, "n": 128, "g": 1})
 SPECS = (WHOLE, step_of(WHOLE, without=("chunk",)))

@@ -5,21 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ssmzoo.checkpoints.gguf.keys import (
-    ATTENTION,
-    ENDS,
-    EPS,
-    Table,
-    attention_layers,
-    heads_read,
-    heads_written,
-    places,
-    read,
-    rope_read,
-    rope_written,
-    tied,
-    written,
-)
+from ssmzoo.checkpoints.gguf import keys as gguf
 from ssmzoo.checkpoints.gguf.rules import (
     OURS,
     attention_rules,
@@ -32,26 +18,30 @@ from ssmzoo.checkpoints.gguf.rules import (
 )
 from ssmzoo.checkpoints.renaming import Rule
 
-SIZES: Table = {"feed_forward_length": "intermediate_size", "shortconv.l_cache": "conv_L_cache", EPS: "norm_eps"}
+SIZES: gguf.Table = {
+    "feed_forward_length": "intermediate_size",
+    "shortconv.l_cache": "conv_L_cache",
+    gguf.EPS: "norm_eps",
+}
 
 
 def keys_of(given: Mapping[str, Any]) -> dict[str, Any]:
     return (
-        written(given, ENDS, SIZES)
-        | heads_written(given, places(given).get("attention", []))
-        | rope_written(given, given["head_dim"])
-        | {"context_length": ATTENTION}
+        gguf.written(given, gguf.ENDS, SIZES)
+        | gguf.heads_written(given, gguf.places(given).get("attention", []))
+        | gguf.rope_written(given, given["head_dim"])
+        | {"context_length": gguf.ATTENTION}
     )
 
 
 def given_of(keys: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
-    heads, at = heads_read(keys), attention_layers(keys)
+    heads, at = gguf.heads_read(keys), gguf.attention_layers(keys)
     head_dim = keys["embedding_length"] // max(heads["num_attention_heads"], 1)
     return (
-        read(keys, ENDS, SIZES)
+        gguf.read(keys, gguf.ENDS, SIZES)
         | heads
-        | rope_read(keys, head_dim)
-        | tied(names)
+        | gguf.rope_read(keys, head_dim)
+        | gguf.tied(names)
         | {
             "head_dim": head_dim,
             "layer_types": ["full_attention" if i in at else "conv" for i in range(keys["block_count"])],
@@ -60,7 +50,7 @@ def given_of(keys: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
 
 
 def rules(given: Mapping[str, Any]) -> list[Rule]:
-    at = places(given)
+    at = gguf.places(given)
     convolutions = block(at.get("short_conv", []))
     return [
         *ends_rules("token_embd_norm"),  # llama.cpp's name of the last norm, in this architecture

@@ -5,32 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ssmzoo.checkpoints.gguf.keys import (
-    ENDS,
-    EPS,
-    UNBOUNDED,
-    Table,
-    attention_layers,
-    heads_read,
-    heads_written,
-    places,
-    read,
-    tied,
-    written,
-)
+from ssmzoo.checkpoints.gguf import keys as gguf
 from ssmzoo.checkpoints.gguf.rules import OURS, attention_rules, block, ends_rules, mamba2_rules, norm_rules
 from ssmzoo.checkpoints.renaming import Rule
 
-SIZES: Table = {
+SIZES: gguf.Table = {
     "ssm.conv_kernel": "conv_kernel",
     "ssm.state_size": "ssm_state_size",
     "ssm.group_count": "n_groups",
     "ssm.time_step_rank": "mamba_num_heads",
-    EPS: "layer_norm_epsilon",
+    gguf.EPS: "layer_norm_epsilon",
 }
 
 
-EXPERTS: Table = {
+EXPERTS: gguf.Table = {
     "expert_count": "n_routed_experts",
     "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": "moe_intermediate_size",
@@ -43,14 +31,14 @@ LATENT = "moe_latent_size"
 
 def keys_of(given: Mapping[str, Any], channel: str) -> dict[str, Any]:
     """Keys of a model whose channel mixers are "mlp" or "moe"."""
-    at = places(given)
+    at = gguf.places(given)
     layers = range(given["num_hidden_layers"])
     inside = given["intermediate_size" if channel == "mlp" else "moe_intermediate_size"]
     return (
-        written(given, ENDS, SIZES)
-        | heads_written(given, at.get("attention", []))
+        gguf.written(given, gguf.ENDS, SIZES)
+        | gguf.heads_written(given, at.get("attention", []))
         | {
-            "context_length": UNBOUNDED,
+            "context_length": gguf.UNBOUNDED,
             "ssm.inner_size": given["mamba_num_heads"] * given["mamba_head_dim"],
             "feed_forward_length": [inside if i in at.get(channel, []) else 0 for i in layers],
             "attention.layer_norm_epsilon": given["layer_norm_epsilon"],
@@ -60,14 +48,14 @@ def keys_of(given: Mapping[str, Any], channel: str) -> dict[str, Any]:
 
 def given_of(keys: Mapping[str, Any], names: set[str], channel: str) -> dict[str, Any]:
     """The other way."""
-    wide, at = keys["feed_forward_length"], attention_layers(keys)
+    wide, at = keys["feed_forward_length"], gguf.attention_layers(keys)
     layers = range(keys["block_count"])
     every = wide if isinstance(wide, list) else [wide] * len(layers)
     kinds = ["full_attention" if i in at else channel if every[i] else "linear_attention" for i in layers]
     return (
-        read(keys, ENDS, SIZES)
-        | heads_read(keys)
-        | tied(names)
+        gguf.read(keys, gguf.ENDS, SIZES)
+        | gguf.heads_read(keys)
+        | gguf.tied(names)
         | {
             "model_type": "nemotron_h",
             "layers_block_type": kinds,
@@ -79,7 +67,7 @@ def given_of(keys: Mapping[str, Any], names: set[str], channel: str) -> dict[str
 
 
 def rules(given: Mapping[str, Any]) -> list[Rule]:
-    at = places(given)
+    at = gguf.places(given)
     mlp, moe, inside = block(at.get("mlp", [])), block(at.get("moe", [])), f"{OURS}mixer.mlp."
     return [
         *ends_rules(),

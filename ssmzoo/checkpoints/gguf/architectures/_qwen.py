@@ -9,20 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssmzoo.checkpoints.gguf.keys import (
-    ATTENTION,
-    ENDS,
-    EPS,
-    Table,
-    heads_read,
-    heads_written,
-    places,
-    read,
-    rope_read,
-    rope_written,
-    tied,
-    written,
-)
+from ssmzoo.checkpoints.gguf import keys as gguf
 from ssmzoo.checkpoints.gguf.rules import (
     OURS,
     attention_rules,
@@ -37,15 +24,15 @@ from ssmzoo.checkpoints.gguf.rules import (
 )
 from ssmzoo.checkpoints.renaming import Parts, Rule
 
-SIZES: Table = {
+SIZES: gguf.Table = {
     "ssm.conv_kernel": "linear_conv_kernel_dim",
     "ssm.state_size": "linear_key_head_dim",
     "ssm.group_count": "linear_num_key_heads",
     "ssm.time_step_rank": "linear_num_value_heads",
     "feed_forward_length": "intermediate_size",
-    EPS: "rms_norm_eps",
+    gguf.EPS: "rms_norm_eps",
 }
-EXPERTS: Table = {
+EXPERTS: gguf.Table = {
     "expert_count": "num_experts",
     "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": "moe_intermediate_size",
@@ -92,27 +79,27 @@ class ValueHeads:
         return tensor.unflatten(dim, sizes).transpose(dim, dim + 1).flatten(dim, dim + 2)
 
 
-def keys_of(given: Mapping[str, Any], *tables: Table) -> dict[str, Any]:
+def keys_of(given: Mapping[str, Any], *tables: gguf.Table) -> dict[str, Any]:
     return (
-        written(given, ENDS, SIZES, *tables)
-        | heads_written(given)
-        | rope_written(given, given["head_dim"])
+        gguf.written(given, gguf.ENDS, SIZES, *tables)
+        | gguf.heads_written(given)
+        | gguf.rope_written(given, given["head_dim"])
         | {
-            "context_length": ATTENTION,
+            "context_length": gguf.ATTENTION,
             "ssm.inner_size": given["linear_num_value_heads"] * given["linear_value_head_dim"],
             RECURRENT: [kind == "linear_attention" for kind in given["layer_types"]],
         }
     )
 
 
-def given_of(keys: Mapping[str, Any], names: set[str], *tables: Table) -> dict[str, Any]:
-    heads, every = heads_read(keys), keys.get("full_attention_interval", 4)
+def given_of(keys: Mapping[str, Any], names: set[str], *tables: gguf.Table) -> dict[str, Any]:
+    heads, every = gguf.heads_read(keys), keys.get("full_attention_interval", 4)
     recurrent = keys.get(RECURRENT) or [bool((i + 1) % every) for i in range(keys["block_count"])]
     return (
-        read(keys, ENDS, SIZES, *tables)
+        gguf.read(keys, gguf.ENDS, SIZES, *tables)
         | heads
-        | rope_read(keys, heads["head_dim"])
-        | tied(names)
+        | gguf.rope_read(keys, heads["head_dim"])
+        | gguf.tied(names)
         | {
             "linear_value_head_dim": keys["ssm.state_size"],
             "layer_types": ["linear_attention" if yes else "full_attention" for yes in recurrent],
@@ -122,7 +109,7 @@ def given_of(keys: Mapping[str, Any], names: set[str], *tables: Table) -> dict[s
 
 def rules_of(given: Mapping[str, Any], order: ValueHeads) -> list[Rule]:
     """For all but MLPs, and the maps to gated DeltaNet's α and β."""
-    at = places(given)
+    at = gguf.places(given)
     attention, linear = at.get("attention", []), at.get("gated_deltanet", [])
     mixer, a, b = f"{OURS}mixer.", block(attention), block(linear)
     keys = given["linear_num_key_heads"] * given["linear_key_head_dim"]

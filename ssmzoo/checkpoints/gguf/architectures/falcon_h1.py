@@ -7,20 +7,7 @@ from typing import Any
 
 import torch
 
-from ssmzoo.checkpoints.gguf.keys import (
-    ATTENTION,
-    ENDS,
-    EPS,
-    MAMBA2,
-    Table,
-    heads_read,
-    heads_written,
-    read,
-    rope_read,
-    rope_written,
-    tied,
-    written,
-)
+from ssmzoo.checkpoints.gguf import keys as gguf
 from ssmzoo.checkpoints.gguf.rules import (
     OURS,
     attention_rules,
@@ -43,25 +30,25 @@ FOLDED: tuple[str, ...] = (
     ".multipliers",
 )
 
-SIZES: Table = {"feed_forward_length": "intermediate_size", EPS: "rms_norm_eps"}
+SIZES: gguf.Table = {"feed_forward_length": "intermediate_size", gguf.EPS: "rms_norm_eps"}
 
 
 def keys(given: Mapping[str, Any]) -> dict[str, Any]:
     return (
-        written(given, ENDS, SIZES, MAMBA2)
-        | heads_written(given)
-        | rope_written(given, given["head_dim"])
-        | {"context_length": ATTENTION, "ssm.inner_size": given["mamba_d_ssm"]}
+        gguf.written(given, gguf.ENDS, SIZES, gguf.MAMBA2)
+        | gguf.heads_written(given)
+        | gguf.rope_written(given, given["head_dim"])
+        | {"context_length": gguf.ATTENTION, "ssm.inner_size": given["mamba_d_ssm"]}
     )
 
 
 def given(keys: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
-    heads, inside = heads_read(keys), keys["ssm.inner_size"]
+    heads, inside = gguf.heads_read(keys), keys["ssm.inner_size"]
     return (
-        read(keys, ENDS, SIZES, MAMBA2)
+        gguf.read(keys, gguf.ENDS, SIZES, gguf.MAMBA2)
         | heads
-        | rope_read(keys, heads["head_dim"])
-        | tied(names)
+        | gguf.rope_read(keys, heads["head_dim"])
+        | gguf.tied(names)
         | {
             "model_type": "falcon_h1",
             "mamba_d_ssm": inside,

@@ -5,23 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ssmzoo.checkpoints.gguf.keys import (
-    ATTENTION,
-    ENDS,
-    EPS,
-    MAMBA2,
-    UNBOUNDED,
-    Table,
-    attention_layers,
-    heads_read,
-    heads_written,
-    places,
-    read,
-    rope_read,
-    rope_written,
-    tied,
-    written,
-)
+from ssmzoo.checkpoints.gguf import keys as gguf
 from ssmzoo.checkpoints.gguf.rules import (
     attention_rules,
     ends_rules,
@@ -37,14 +21,14 @@ NAME = "Granite 4.0"
 ARCHITECTURE = "granitehybrid"
 FAMILIES = ("granitemoehybrid",)
 
-SIZES: Table = {
+SIZES: gguf.Table = {
     "feed_forward_length": "intermediate_size",
     "expert_shared_feed_forward_length": "shared_intermediate_size",
     "attention.scale": "attention_multiplier",
     "embedding_scale": "embedding_multiplier",
     "residual_scale": "residual_multiplier",
     "logit_scale": "logits_scaling",
-    EPS: "rms_norm_eps",
+    gguf.EPS: "rms_norm_eps",
 }
 ROTARY = "rope.scaling.finetuned"  # llama.cpp's switch for positions, in this architecture
 
@@ -52,11 +36,11 @@ ROTARY = "rope.scaling.finetuned"  # llama.cpp's switch for positions, in this a
 def keys(given: Mapping[str, Any]) -> dict[str, Any]:
     rotary = given["position_embedding_type"] == "rope"
     return (
-        written(given, ENDS, SIZES, MAMBA2)
-        | heads_written(given, places(given).get("attention", []))
-        | (rope_written(given, given["head_dim"]) if rotary else {})
+        gguf.written(given, gguf.ENDS, SIZES, gguf.MAMBA2)
+        | gguf.heads_written(given, gguf.places(given).get("attention", []))
+        | (gguf.rope_written(given, given["head_dim"]) if rotary else {})
         | {
-            "context_length": ATTENTION if rotary else UNBOUNDED,
+            "context_length": gguf.ATTENTION if rotary else gguf.UNBOUNDED,
             "ssm.inner_size": given["mamba_n_heads"] * given["mamba_d_head"],
             "expert_count": given["num_local_experts"],
             "expert_used_count": given["num_experts_per_tok"],
@@ -66,15 +50,15 @@ def keys(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def given(keys: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
-    heads, at = heads_read(keys), attention_layers(keys)
+    heads, at = gguf.heads_read(keys), gguf.attention_layers(keys)
     layers = range(keys["block_count"])
     inside = keys.get("expert_shared_feed_forward_length", keys["feed_forward_length"])
     ones = {word: keys.get(key, 1.0) for key, word in SIZES.items() if key.endswith("scale")}
     return (
-        read(keys, ENDS, MAMBA2)
+        gguf.read(keys, gguf.ENDS, gguf.MAMBA2)
         | heads
-        | (rope_read(keys, heads["head_dim"]) if keys.get(ROTARY, True) else {})
-        | tied(names)
+        | (gguf.rope_read(keys, heads["head_dim"]) if keys.get(ROTARY, True) else {})
+        | gguf.tied(names)
         | ones
         | {
             "model_type": "granitemoehybrid",
@@ -87,13 +71,13 @@ def given(keys: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
             "shared_intermediate_size": inside,
             "num_local_experts": keys.get("expert_count", 0),
             "num_experts_per_tok": keys.get("expert_used_count", 0),
-            "rms_norm_eps": keys[EPS],
+            "rms_norm_eps": keys[gguf.EPS],
         }
     )
 
 
 def rules(given: Mapping[str, Any]) -> list[Rule]:
-    at = places(given)
+    at = gguf.places(given)
     attention = at.get("attention", [])
     turned = given["position_embedding_type"] == "rope"
     return [

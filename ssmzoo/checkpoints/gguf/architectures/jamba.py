@@ -5,19 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ssmzoo.checkpoints.gguf.keys import (
-    ATTENTION,
-    ENDS,
-    EPS,
-    Table,
-    attention_layers,
-    heads_read,
-    heads_written,
-    places,
-    read,
-    tied,
-    written,
-)
+from ssmzoo.checkpoints.gguf import keys as gguf
 from ssmzoo.checkpoints.gguf.rules import (
     attention_rules,
     ends_rules,
@@ -32,22 +20,22 @@ NAME = "Jamba"
 ARCHITECTURE = "jamba"
 FAMILIES = ("jamba",)
 
-SIZES: Table = {
+SIZES: gguf.Table = {
     "ssm.conv_kernel": "mamba_d_conv",
     "ssm.state_size": "mamba_d_state",
     "ssm.time_step_rank": "mamba_dt_rank",
     "feed_forward_length": "intermediate_size",
-    EPS: "rms_norm_eps",
+    gguf.EPS: "rms_norm_eps",
 }
 
 
 def keys(given: Mapping[str, Any]) -> dict[str, Any]:
     experts = given["num_experts"] if given["num_experts"] > 1 else 0
     return (
-        written(given, ENDS, SIZES)
-        | heads_written(given, places(given).get("attention", []))
+        gguf.written(given, gguf.ENDS, SIZES)
+        | gguf.heads_written(given, gguf.places(given).get("attention", []))
         | {
-            "context_length": ATTENTION,
+            "context_length": gguf.ATTENTION,
             "ssm.inner_size": given["mamba_expand"] * given["hidden_size"],
             "expert_count": experts,
             "expert_used_count": given["num_experts_per_tok"] if experts else 0,
@@ -58,13 +46,13 @@ def keys(given: Mapping[str, Any]) -> dict[str, Any]:
 def given(keys: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
     layers = keys["block_count"]
     experts = [i for i in range(layers) if f"blk.{i}.ffn_gate_inp.weight" in names]
-    attention_period, attention_offset = _every(attention_layers(keys), layers)
+    attention_period, attention_offset = _every(gguf.attention_layers(keys), layers)
     expert_period, expert_offset = _every(experts, layers)
-    heads = heads_read(keys)
+    heads = gguf.heads_read(keys)
     return (
-        read(keys, ENDS, SIZES)
+        gguf.read(keys, gguf.ENDS, SIZES)
         | heads
-        | tied(names)
+        | gguf.tied(names)
         | {
             "model_type": "jamba",
             "head_dim": keys["embedding_length"] // max(heads["num_attention_heads"], 1),
@@ -87,7 +75,7 @@ def _every(at: list[int], layers: int) -> tuple[int, int]:
 
 
 def rules(given: Mapping[str, Any]) -> list[Rule]:
-    at = places(given)
+    at = gguf.places(given)
     return [
         *ends_rules(),
         *norm_rules(),

@@ -11,18 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssmzoo.checkpoints.gguf.keys import (
-    ATTENTION,
-    ENDS,
-    EPS,
-    SIGMOID,
-    Table,
-    attention_layers,
-    check_scores,
-    places,
-    read,
-    written,
-)
+from ssmzoo.checkpoints.gguf import keys as gguf
 from ssmzoo.checkpoints.gguf.rules import OURS, block, decay, ends_rules, expert_rules, mlp_rules, norm_rules
 from ssmzoo.checkpoints.renaming import Rule, Written
 
@@ -30,7 +19,7 @@ NAME = "Kimi-Linear"
 ARCHITECTURE = "kimi-linear"
 FAMILIES = ("kimi_linear",)
 
-SIZES: Table = {
+SIZES: gguf.Table = {
     "attention.head_count": "num_attention_heads",
     "attention.kv_lora_rank": "kv_lora_rank",
     "attention.value_length_mla": "v_head_dim",
@@ -43,7 +32,7 @@ SIZES: Table = {
     "expert_feed_forward_length": "moe_intermediate_size",
     "expert_shared_count": "num_shared_experts",
     "expert_weights_scale": "routed_scaling_factor",
-    EPS: "rms_norm_eps",
+    gguf.EPS: "rms_norm_eps",
 }
 QUERIES, KEYS, KV_HEADS = "attention.q_lora_rank", "attention.key_length_mla", "attention.head_count_kv"
 DENSE = "leading_dense_block_count"
@@ -53,23 +42,23 @@ BOTH, OF_KEYS, OF_VALUES = (f"attn_{name}_b.weight" for name in ("kv", "k", "v")
 def keys(given: Mapping[str, Any]) -> dict[str, Any]:
     """Without :data:`QUERIES`, which few versions of llama.cpp read in this architecture."""
     turned, kinds = given["qk_rope_head_dim"], given["mlp_layer_types"]
-    return written(given, ENDS, SIZES) | {
+    return gguf.written(given, gguf.ENDS, SIZES) | {
         KEYS: given["qk_nope_head_dim"] + turned,
         # What is cached is one head of latents, and those are its values too.
         KV_HEADS: [int(kind == "full_attention") for kind in given["layer_types"]],
         "attention.key_length": given["kv_lora_rank"] + turned,
         "attention.value_length": given["kv_lora_rank"],
         DENSE: kinds.index("sparse") if "sparse" in kinds else len(kinds),
-        "expert_gating_func": SIGMOID,
-        "context_length": ATTENTION,
+        "expert_gating_func": gguf.SIGMOID,
+        "context_length": gguf.ATTENTION,
     }
 
 
 def given(keys: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
-    check_scores(keys)
+    gguf.check_scores(keys)
     layers, dense = range(keys["block_count"]), keys[DENSE]
-    attention = attention_layers(keys)
-    return read(keys, ENDS, SIZES) | {
+    attention = gguf.attention_layers(keys)
+    return gguf.read(keys, gguf.ENDS, SIZES) | {
         "model_type": "kimi_linear",
         "num_key_value_heads": keys["attention.head_count"],
         "linear_num_heads": keys["attention.head_count"],
@@ -83,7 +72,7 @@ def given(keys: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
 
 
 def rules(given: Mapping[str, Any]) -> list[Rule]:
-    at = places(given)
+    at = gguf.places(given)
     linear, mla, mixer = block(at.get("kda", [])), block(at.get("mla", [])), f"{OURS}mixer."
     return [
         *ends_rules(),

@@ -179,6 +179,15 @@ def on_threads():
 
 
 @pytest.fixture
+def one_thread():
+    """PyTorch computes on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def gpu(monkeypatch):
     """As if there were a GPU, and CPU tensors were on it, for what asks ``ssmkernels.core.external``."""
     triton_support.missing()  # remembers the truth

@@ -81,18 +81,6 @@ EACH = pytest.mark.parametrize(
 REAL_AND_COMPLEX = pytest.mark.parametrize("complex", [False, True], ids=["real", "complex"])
 
 
-@pytest.fixture
-def on_threads():
-    before = torch.get_num_threads()
-
-    def call(number, function, *args, **kwargs):
-        torch.set_num_threads(number)
-        return function(*args, **kwargs)
-
-    yield call
-    torch.set_num_threads(before)
-
-
 def same_bits(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
 

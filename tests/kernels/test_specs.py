@@ -16,17 +16,10 @@ from ssmkernels.check.spec import Draw, specs, tensors_of
 from ssmkernels.testing import check
 
 SPECS = specs()
+pytestmark = pytest.mark.usefixtures("one_thread")
 PAIRS = [(op, name) for op in sorted(OPS) for name in OPS[op].names]
 EVERY = pytest.mark.parametrize(("op", "implementation"), PAIRS, ids=map("-".join, PAIRS))
 DIFFERENTIABLE = [op for op in SPECS if SPECS[op].differentiable]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def need(op, implementation):

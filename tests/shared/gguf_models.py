@@ -14,6 +14,13 @@ from ssmzoo.checkpoints.gguf.architectures import architecture
 TINY = {"d_model": 64, "n_layers": 2, "vocab_size": 96, "mlp": {"kind": "swiglu", "d_intermediate": 96}}
 BARE = {"d_model": 64, "n_layers": 2, "vocab_size": 96}
 ATTENTION = {"head_dim": 16, "n_heads": 4, "n_kv_heads": 2, "rope": False}
+GATED_ATTENTION = ATTENTION | {
+    "rope": True,
+    "rope_dim": 8,
+    "qk_norm": "centred",
+    "qk_norm_eps": 1e-6,
+    "gate": "elementwise",
+}
 MAMBA2 = {"d_state": 16, "headdim": 16, "ngroups": 2}
 EXPERTS = {"n_experts": 4, "top_k": 2, "d_intermediate": 32}
 
@@ -162,8 +169,7 @@ MODELS = {
         "pattern": ["gated_deltanet", "attention", "gated_deltanet"],
         "mixers": {
             "gated_deltanet": {"n_heads": 2, "n_v_heads": 4, "head_dim": 16, "head_v_dim": 16, "norm_eps": 1e-6},
-            "attention": ATTENTION
-            | {"rope": True, "rope_dim": 8, "qk_norm": "centred", "qk_norm_eps": 1e-6, "gate": "elementwise"},
+            "attention": GATED_ATTENTION,
         },
         "mlp": {"kind": "moe", "shared_intermediate": 64, "shared_gate": True, **EXPERTS},
         "norm": "centred_rms",
@@ -176,8 +182,7 @@ MODELS = {
         "pattern": ["gated_deltanet", "attention", "gated_deltanet"],
         "mixers": {
             "gated_deltanet": {"n_heads": 2, "n_v_heads": 6, "head_dim": 16, "head_v_dim": 16, "norm_eps": 1e-6},
-            "attention": ATTENTION
-            | {"rope": True, "rope_dim": 8, "qk_norm": "centred", "qk_norm_eps": 1e-6, "gate": "elementwise"},
+            "attention": GATED_ATTENTION,
         },
         "norm": "centred_rms",
         "norm_eps": 1e-6,

@@ -88,3 +88,9 @@ def tied_once(theirs):
             seen.add(id(tensor))
             kept[name] = tensor.detach()
     return kept
+
+
+def same_continuation(theirs, ours, ids):
+    """That both continue the prompts by the same most likely tokens."""
+    expected = theirs.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert torch.equal(ours.generate(ids, 12, temperature=0), expected)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from linear_attention_parallel import parallel
+from moved import moved_mixer
 
 import ssmzoo
 from ssmzoo.config import load_config
@@ -17,12 +18,7 @@ D_MODEL, LENGTH = 24, 19
 
 
 def build(name, **options):
-    torch.manual_seed(0)
-    mixer = ssmzoo.build_mixer(name, D_MODEL, **options).double()
-    with torch.no_grad():
-        for parameter in mixer.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return mixer
+    return moved_mixer(name, D_MODEL, **options)
 
 
 @pytest.fixture

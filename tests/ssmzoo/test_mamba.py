@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from moved import both_ways
 
 import ssmzoo
 from ssmkernels.bench import peak_memory
@@ -17,15 +18,7 @@ def pair(**options):
     torch.manual_seed(0)
     both = ssmzoo.build_mixer("mamba", D_MODEL, d_state=4, bidirectional=True, **options).double()
     ways = [ssmzoo.build_mixer("mamba", D_MODEL, d_state=4, **options).double() for _ in range(2)]
-    weights = dict(both.state_dict())
-    theirs = {"A_b_log": "A_log", "D_b": "D"} | {f"{m}_b": m for m in ("conv1d", "x_proj", "dt_proj")}
-    reverse = {}
-    for name in list(weights):
-        module, _, rest = name.partition(".")
-        if module in theirs:
-            reverse[theirs[module] + ("." + rest if rest else "")] = weights.pop(name)
-    ways[0].load_state_dict(weights)
-    ways[1].load_state_dict(weights | reverse)
+    both_ways(both, ways, {"A_b_log": "A_log", "D_b": "D"} | {f"{m}_b": m for m in ("conv1d", "x_proj", "dt_proj")})
     return both, *ways
 
 

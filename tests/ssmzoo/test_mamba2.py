@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from moved import both_ways, moved_mixer
 
 import ssmzoo
 from ssmkernels import use
@@ -16,14 +17,7 @@ SMALL = {"d_state": 3, "headdim": 4, "ngroups": 2}
 
 
 def build(**options):
-    torch.manual_seed(0)
-    mixer = ssmzoo.build_mixer("mamba2", D_MODEL, **SMALL | options).double()
-    with torch.no_grad():
-        for name in ("D", "dt_bias", "norm.weight"):
-            if name in dict(mixer.named_parameters()):
-                parameter = mixer.get_parameter(name)
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return mixer
+    return moved_mixer("mamba2", D_MODEL, names=("D", "dt_bias", "norm.weight"), **SMALL | options)
 
 
 def by_equation(m, u):
@@ -80,15 +74,7 @@ def test_the_equations(options):
 def test_both_directions_are_two_layers_added():
     both = build(bidirectional=True, rmsnorm=False)
     ways = [build(rmsnorm=False) for _ in range(2)]
-    weights = dict(both.state_dict())
-    theirs = {"A_b_log": "A_log", "D_b": "D", "dt_bias_b": "dt_bias", "conv1d_b": "conv1d"}
-    reverse = {}
-    for name in list(weights):
-        module, _, rest = name.partition(".")
-        if module in theirs:
-            reverse[theirs[module] + ("." + rest if rest else "")] = weights.pop(name)
-    ways[0].load_state_dict(weights)
-    ways[1].load_state_dict(weights | reverse)
+    both_ways(both, ways, {"A_b_log": "A_log", "D_b": "D", "dt_bias_b": "dt_bias", "conv1d_b": "conv1d"})
     x = torch.randn(2, 11, D_MODEL, dtype=torch.float64)
     torch.testing.assert_close(both(x), ways[0](x) + ways[1](x.flip(1)).flip(1))
     assert not torch.equal(both.conv1d.weight, both.conv1d_b.weight)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mamba3_parallel import mamba3_parallel
+from moved import moved_mixer
 
 import ssmzoo
 
@@ -16,12 +17,7 @@ SMALL = {"d_state": 6, "headdim": 8, "ngroups": 2}
 
 
 def build(**options):
-    torch.manual_seed(0)
-    mixer = ssmzoo.build_mixer("mamba3", D_MODEL, **SMALL | options).double()
-    with torch.no_grad():
-        for parameter in mixer.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return mixer
+    return moved_mixer("mamba3", D_MODEL, **SMALL | options)
 
 
 def in_parallel(m, u):

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from moved import moved_mixer
 
 import ssmzoo
 
@@ -14,12 +15,7 @@ D_MODEL = 24
 
 
 def build(name, **options):
-    torch.manual_seed(0)
-    mixer = ssmzoo.build_mixer(name, D_MODEL, **options).double()
-    with torch.no_grad():
-        for parameter in mixer.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return mixer
+    return moved_mixer(name, D_MODEL, 0.2, **options)
 
 
 def head_norm(x, eps):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -60,3 +63,19 @@ def test_what_is_over_all_keys_may_have_any_strides(name, dtype):
         found = partial_gradients(q, k, v, *(x.transpose(1, 2).contiguous().transpose(1, 2) for x in given))
     for each in "qkv":
         torch.testing.assert_close(found[each], expected[each])
+
+
+def test_nothing_outlives_a_backward_pass():
+    """No cycle keeps what has been computed until a collection of garbage."""
+
+    def gradients() -> weakref.ref:
+        q, k, v, out, d_out = (torch.randn(1, 8, 2, 16) for _ in range(5))
+        partial_gradients(q, k, v, out, torch.zeros(1, 2, 8), d_out, None)
+        return weakref.ref(q)
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert gradients()() is None
+    finally:
+        gc.enable()

@@ -241,7 +241,7 @@ def looked_at(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explai
     try:
         op(*args, **kwargs)  # type: ignore[operator]
     except Explained as answer:
-        return answer
+        return answer.with_traceback(None)  # which holds the frames of all callers, and they hold the answer
     finally:
         _explaining.remove(threading.get_ident())
     raise TypeError(f"explain: `op` must be an op of ssmkernels, or its name; got {op!r}")

@@ -14,6 +14,7 @@ from ssmkernels.core.crossing import crossing
 from ssmkernels.core.validate import precision
 from ssmzoo.mixer import Mixer
 from ssmzoo.parallel.transitions import TRANSITIONS
+from ssmzoo.planning.attending import Attending
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,16 +24,18 @@ class Crossed:
     Attributes:
         gathered: what each process gives to all others: states and decays, and the last tokens of its part.
         messages: in how many goes.
-        keys: keys and values of its part.
+        attending: its calls of attention.
         way: as :meth:`ssmzoo.Mixer.crosses_by` says.
         exchanged: what is dealt out anew, by channels in the place of tokens.
+        length: tokens of a part of one sequence.
     """
 
     gathered: float = 0.0
     messages: int = 0
-    keys: float = 0.0
+    attending: tuple[Attending, ...] = ()
     way: str = "ops"
     exchanged: float = 0.0
+    length: int = 0
 
 
 class _Paper:
@@ -42,7 +45,8 @@ class _Paper:
         self.whole_cu_seqlens = cu_seqlens
         self.starts = torch.zeros(cu_seqlens.shape[0] - 1, dtype=torch.int64)
         self.totals = torch.full((len(self.starts),), length, device="cpu")
-        self.gathered, self.messages, self.keys, self.exchanged = 0.0, 0, 0.0, 0.0
+        self.gathered, self.messages, self.exchanged = 0.0, 0, 0.0
+        self.attending: list[Attending] = []
 
     def _gather(self, nbytes: float) -> None:
         self.gathered += nbytes
@@ -53,7 +57,7 @@ class _Paper:
             states, transitions, dtype = TRANSITIONS[name].like(given)
             self._gather(sum(math.prod(shape) for shape in (*states, *transitions)) * dtype.itemsize)
         elif name == "attention":
-            self.keys += given["k"].nbytes + given["v"].nbytes
+            self.attending.append(Attending.of(given, len(self.starts)))
         elif name == "causal_conv1d":
             x = given["x"]
             width = given["weight"].shape[-1] - 1
@@ -114,9 +118,9 @@ def crossed(mixer: Mixer, batch: int, length: int) -> Crossed:
     x = torch.empty(1, batch * length, mixer.d_model, dtype=like.dtype)
     way = mixer.crosses_by(False)
     if way == "whole":
-        return Crossed(float(x.nbytes), 1, 0.0, way)
+        return Crossed(float(x.nbytes), 1, (), way)
     if way == "state":
-        return Crossed(float(mixer.initial_state(batch, length).nbytes), 1, 0.0, way)
+        return Crossed(float(mixer.initial_state(batch, length).nbytes), 1, (), way)
     cu_seqlens = torch.empty(batch + 1, dtype=torch.int32)
     paper = _Paper(cu_seqlens, length)
     try:
@@ -125,5 +129,5 @@ def crossed(mixer: Mixer, batch: int, length: int) -> Crossed:
     except (RuntimeError, NotImplementedError) as error:
         if "meta" not in str(error):
             raise
-        return Crossed(2.0 * mixer.initial_state(batch, 1).nbytes, 1, 0.0, way)
-    return Crossed(paper.gathered, paper.messages, paper.keys, way, paper.exchanged)
+        return Crossed(2.0 * mixer.initial_state(batch, 1).nbytes, 1, (), way)
+    return Crossed(paper.gathered, paper.messages, tuple(paper.attending), way, paper.exchanged, length)

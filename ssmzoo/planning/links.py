@@ -12,10 +12,10 @@ sends S (n − 1) / n, and so does a scatter of sums; a sum that all get is both
   again.
 - states, where sequences are cut: states, decays and last tokens go to all n − 1 others, and in the backward pass their
   gradients come back. What is dealt out by channels, as for long convolutions, is sent once, but for a process's own.
-- keys, likewise: keys and values go round the ring, n − 1 times forward, and twice as much backward, with their
-  gradients (Ring Attention, arXiv 2310.01889, section 3).
+- keys, likewise: what attention sends by the way that it goes (:mod:`ssmzoo.planning.attending`).
 
-Where sequences are cut, gradients of weights are summed up over that dimension too.
+Where sequences are cut, gradients of weights are summed up over that dimension too. Layers that are computed again send
+nothing of this a second time.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def traffic(
         share = (mesh.shard - 1) / mesh.shard
         add("shard", parameters * (2 * weight + WIDE) * share, 3.0 * (n_layers + 1), mesh.span("shard"))
     if mesh.context > 1:
-        crossings = [(len(piece.layers), _crossing(piece, mesh, checkpointing)) for piece in parts.blocks]
+        crossings = [(len(piece.layers), _crossing(piece, mesh)) for piece in parts.blocks]
         for place, name in enumerate(("states", "keys")):
             sent = sum(layers * crossing[2 * place] for layers, crossing in crossings)
             messages = sum(layers * crossing[2 * place + 1] for layers, crossing in crossings)
@@ -84,15 +84,15 @@ def traffic(
     return found
 
 
-def _crossing(piece: Piece, mesh: Mesh, checkpointing: bool) -> tuple[float, float, float, float]:
+def _crossing(piece: Piece, mesh: Mesh) -> tuple[float, float, float, float]:
     """Of a layer's mixing where sequences are cut: bytes and messages of states, and of keys."""
-    crossed, others = piece.crossed, mesh.context - 1
-    passes = 3 if checkpointing else 2
+    crossed, ranks = piece.crossed, mesh.context
     if crossed.way == "state":  # from each to the next
-        return crossed.gathered * passes, float(passes), 0.0, 0.0
-    states = (crossed.gathered * others + crossed.exchanged * others / mesh.context) / mesh.tensor * passes
-    keys = crossed.keys / mesh.tensor * others * (passes + 1)
-    return states, float(crossed.messages * passes), keys, float(others * (passes + 1) if crossed.keys else 0)
+        return crossed.gathered * 2, 2.0, 0.0, 0.0
+    states = (crossed.gathered + crossed.exchanged / ranks) * (ranks - 1) / mesh.tensor * 2
+    keys = sum(each.sent(ranks, crossed.length) for each in crossed.attending) / mesh.tensor
+    goes = sum(each.messages(ranks, crossed.length) for each in crossed.attending)
+    return states, float(crossed.messages * 2), keys, goes
 
 
 def weights_of_one(parts: Parts, mesh: Mesh, parameters: int) -> float:

@@ -75,7 +75,6 @@ def memory(parts: Parts, mesh: Mesh, precision: str, checkpointing: bool, parame
     elif mesh.data > 1:
         buffers = own * WIDE  # DDP's buckets
     if mesh.context > 1:
-        buffers += 2 * max(piece.crossed.keys for piece in parts.blocks) / mesh.tensor
         buffers += 2 * mesh.context * max(piece.crossed.gathered for piece in parts.blocks) / mesh.tensor
 
     activations: dict[str, float] = {}
@@ -92,7 +91,7 @@ def memory(parts: Parts, mesh: Mesh, precision: str, checkpointing: bool, parame
     for place in range(len(order) - 1, -1, -1):
         piece = order[place]
         alive = sum(kept[id(p)] for p in order[: place + 1])
-        more = _whole(piece, mesh, "backward_peak") - _whole(piece, mesh, "kept")
+        more = _whole(piece, mesh, "backward_peak") - _whole(piece, mesh, "kept") + _moving(piece, mesh)
         if mesh.shard > 1:
             more -= one[id(piece)] * WIDE * (1 - 1 / mesh.shard)  # counted as a buffer
         if checkpointing:
@@ -139,4 +138,17 @@ def _whole(piece: Piece, mesh: Mesh, what: str) -> float:
 
 
 def _kept(piece: Piece, mesh: Mesh, stream: float, checkpointing: bool) -> float:
-    return stream if checkpointing else _whole(piece, mesh, "kept")
+    """Bytes that a layer keeps for its backward pass."""
+    own, cut, crossed = stream if checkpointing else _whole(piece, mesh, "kept"), 0.0, piece.crossed
+    if mesh.context > 1:
+        for each in crossed.attending:
+            cut += (each.taped if checkpointing else each.kept)(mesh.context, crossed.length)
+    return own + cut / mesh.tensor
+
+
+def _moving(piece: Piece, mesh: Mesh) -> float:
+    """Bytes of what travels between parts of a sequence while one layer runs."""
+    crossed = piece.crossed
+    if mesh.context == 1:
+        return 0.0
+    return max((each.moving(mesh.context, crossed.length) for each in crossed.attending), default=0.0) / mesh.tensor

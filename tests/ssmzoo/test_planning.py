@@ -12,7 +12,11 @@ from ranks import Ranks
 import ssmzoo
 from ssmkernels.bench.measure import peak_memory
 from ssmzoo.config import load_config
+from ssmzoo.parallel import plan as parallel_plan
+from ssmzoo.parallel.cut import Cut
+from ssmzoo.parallel.layout import Layout
 from ssmzoo.planning import DEVICES, Mesh, counting, plan
+from ssmzoo.planning.attending import Attending
 from ssmzoo.planning.counting import FORWARD, MATRIX
 from ssmzoo.planning.estimate import Task, estimate
 from ssmzoo.planning.links import traffic, weights_of_one
@@ -66,7 +70,7 @@ def processes():
 
 
 @pytest.mark.parametrize("mesh", [Mesh(data=2), Mesh(shard=2), Mesh(context=2)], ids=str)
-@pytest.mark.parametrize(("mixer", "width"), [("mamba", 64), ("mamba2", 64), ("attention", 128)])
+@pytest.mark.parametrize(("mixer", "width"), [("mamba", 64), ("mamba2", 64), ("attention", 128), ("attention", 192)])
 def test_memory_of_ranks(mixer: str, width: int, mesh: Mesh, processes: Ranks):
     config = small(mixer, width, 2)
     measured = max(rank.tensors for rank in processes.run(2, run, Case(config, mesh, 2 * LENGTH), 1))
@@ -145,8 +149,10 @@ def test_bytes_between_processors():
 def test_keys_go_round_the_ring():
     parts = parts_of(MODELS["attention"], 1, LENGTH, "fp32", "cuda")
     found = traffic(parts, Mesh(context=4), H100, "fp32", False, 1.0)
-    keys = 2 * LENGTH * 64 * 4
-    assert found["keys"].sent == 2 * 3 * 3 * keys  # layers, others, forward and twice backward
+    token = 64 * 4
+    keys, dealt = 2 * token, 4 * token  # with queries and outputs
+    forward, backward = 3 * keys + dealt, 4.5 * keys + dealt  # the last of four gives all its keys to all others
+    assert found["keys"].sent == 2 * LENGTH * (forward + backward)
 
 
 def test_links_within_a_node_and_beyond():
@@ -252,3 +258,22 @@ def test_refuses_models_that_cannot_be_planned():
         plan(learned, 4, 128, mesh="context=4")
     with pytest.raises(ValueError, match="must be a positive int; got 0"):
         Mesh(0)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 6])
+@pytest.mark.parametrize("heads", [(4, 4), (12, 12), (12, 1), (24, 6), (5, 5)], ids=str)
+@pytest.mark.parametrize(
+    ("causal", "window"), [(True, None), (True, (10, 0)), (True, (100, 0)), (False, None), (False, (9, 9))], ids=str
+)
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_attention_over_cuts_is_planned_as_it_goes(ranks: int, heads: tuple[int, int], causal, window, return_lse):
+    """The way and the bytes, beside those of a call on parts of equal length."""
+    part, sequences = 48, 2
+    q, k = (torch.empty(1, part * sequences, h, 8, dtype=torch.bfloat16, device="meta") for h in heads)
+    given = {"q": q, "k": k, "v": k, "causal": causal, "window": window, "return_lse": return_lse}
+    layout = Layout.of_cut(Cut.of_batch(0, [part] * ranks, sequences, torch.device("cpu")))
+    exact = parallel_plan.Plan.of(layout, None, {**given, "scale": None, "softcap": 0.0})
+    found = Attending.of(given, sequences)
+    assert found.way(ranks, part) == exact.how
+    sent = [exact.traffic(exact.how, rank) for rank in range(ranks)]
+    assert found.sent(ranks, part) == max(s.sent for s in sent) + max(s.returned for s in sent)

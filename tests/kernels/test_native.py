@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import math
 import os
 import platform
 import subprocess
@@ -519,3 +520,23 @@ def test_channels_before_time_are_turned_over(shape, dtype):
     assert torch.equal(found, x)
     part = torch.randn(b, d + 5, l + 7).to(dtype)[:, 2 : 2 + d, 3 : 3 + l].mT
     assert torch.equal(native.rows(part), part)
+
+
+@pytest.mark.skipif(bool(native.missing()), reason=f"needs the native CPU library: {native.missing()}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("heads", [(3, 40), (1, 70), (40, 2), (2, 3, 17)], ids=str)
+def test_heads_of_channels_before_time_are_turned_over(heads, dtype, monkeypatch):
+    torch.manual_seed(0)
+    d, asked = math.prod(heads), []
+    monkeypatch.setattr(native, "run", lambda name, values, run=native.run: (asked.append(name), run(name, values)))
+    x = torch.randn(2, d + 5, 600 + 7).to(dtype)[:, 2 : 2 + d, 3:603].mT.unflatten(2, heads)  # of a convolution's parts
+    found = native.rows(x)
+    assert asked == ["transpose"]
+    assert found.is_contiguous()
+    assert torch.equal(found, x)
+    apart = torch.randn(2, *(size + 1 for size in heads), 600).to(dtype)[
+        (slice(None), *(slice(1, None) for _ in heads))
+    ]
+    apart = apart.movedim(-1, 1)  # channels that are no one axis, unless there is one head
+    assert torch.equal(native.rows(apart), apart)
+    assert len(asked) == (2 if heads[0] == 1 else 1)

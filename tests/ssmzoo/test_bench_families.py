@@ -11,6 +11,7 @@ transformers = pytest.importorskip("transformers", reason="needs transformers, w
 from ssmzoo.bench import families  # noqa: E402
 from ssmzoo.bench.family_ops import WORKS, recorded  # noqa: E402
 from ssmzoo.integrations.transformers import accelerate  # noqa: E402
+from ssmzoo.integrations.transformers.lookups import lookups_of  # noqa: E402
 
 OPS = {
     "mamba": "selective_scan_fn",
@@ -34,17 +35,41 @@ def plan(**changes):
 def test_the_op_of_a_family_gives_what_its_own_gives(family, name):
     ids = torch.randint(256, (1, 20))
     with accelerate(family):
-        slow = families.model_of(family, plan(), plain=True)
-        before = {key: value for key, value in vars(families.module_of(family, True)).items() if callable(value)}
-        found = list(recorded(family, families.module_of(family, False), families.module_of(family, True), slow, ids))
+        fast, slow = (families.model_of(family, plan(), plain=plain) for plain in (False, True))
+        modules = [families.module_of(family, plain) for plain in (False, True)]
+        before = {key: value for key, value in vars(modules[1]).items() if callable(value)}
+        cells = [
+            cell.cell_contents for module in modules for look in lookups_of(module) for cell in look.cells.values()
+        ]
+        found = list(recorded(family, *modules, fast, slow, ids))
         assert [op.name for op in found] == [name]
         for work in (FORWARD, BOTH):
             ours, theirs = (call() for call in found[0].calls(work))
             assert ours.keys() == theirs.keys()
             assert len(ours) > 1 if work == BOTH else list(ours) == ["y"]
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
-        after = vars(families.module_of(family, True))
-        assert {key: after[key] for key in before} == before
+        assert {key: vars(modules[1])[key] for key in before} == before
+        again = [
+            cell.cell_contents for module in modules for look in lookups_of(module) for cell in look.cells.values()
+        ]
+        assert all(now is then for now, then in zip(again, cells, strict=True))
+
+
+def test_the_op_of_a_layer_leaves_its_linear_maps_out():
+    ids = torch.randint(256, (1, 20))
+    with accelerate("minimax"):
+        fast, slow = (families.model_of("minimax", plan(), plain=plain) for plain in (False, True))
+        modules = [families.module_of("minimax", plain) for plain in (False, True)]
+        (op,) = recorded("minimax", *modules, fast, slow, ids)
+        layer = fast.model.layers[0].self_attn
+        parts, called = dict(layer._modules), []
+        hooks = [part.register_forward_hook(lambda part, *_: called.append(part)) for part in parts.values()]
+        found = op.ours(backward=True)
+        for hook in hooks:
+            hook.remove()
+    assert not [part for part in called if isinstance(part, torch.nn.Linear)]
+    assert {"the gradient of qkv_proj", "the gradient of output_gate"} <= found.keys()
+    assert layer._modules == parts
 
 
 def test_a_family_has_a_row_for_its_op():

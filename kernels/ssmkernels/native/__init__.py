@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import platform
 import struct
@@ -180,13 +181,21 @@ def plain(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def rows(x: Tensor) -> Tensor:
     """x with a contiguous last axis: itself where it has one, else a copy."""
-    if x.stride(-1) == 1 or x.shape[-1] <= 1:
-        return x
-    if x.ndim != 3 or x.stride(1) != 1 or x.numel() < SMALL or x.element_size() > 8:
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else turned(x)
+
+
+def turned(x: Tensor) -> Tensor:
+    """A contiguous copy of x ``(b, l, …)``: a quick one of channels before time, as convolutions of PyTorch leave them.
+
+    So do layers of mamba_ssm and transformers, which split such channels into heads.
+    """
+    axes = zip(x.shape[2:-1], x.stride()[2:-1], x.shape[3:], x.stride()[3:], strict=True)
+    together = all(size == 1 or stride == inner * step for size, stride, inner, step in axes)
+    if x.ndim < 3 or x.stride(1) != 1 or not together or x.numel() < SMALL or x.element_size() > 8:
         return x.contiguous()
-    to = x.new_empty(x.shape)  # from channels before time, which is how mamba_ssm's callers hold activations
+    to = x.new_empty(x.shape)
     large_pages(to)
-    batch, length, d = x.shape
+    batch, length = x.shape[:2]
     run(
         "transpose",
         {
@@ -195,10 +204,10 @@ def rows(x: Tensor) -> Tensor:
             "bytes": x.element_size(),
             "batch": batch,
             "rows": length,
-            "columns": d,
+            "columns": math.prod(x.shape[2:]),
             "from_batch": x.stride(0),
             "from_row": 1,
-            "from_column": x.stride(2),
+            "from_column": x.stride(-1),
             "threads": torch.get_num_threads(),
         },
     )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ssmkernels import native
 from ssmkernels.core.validate import precision
-from ssmkernels.native import fields_of, plain, rows
+from ssmkernels.native import fields_of, plain, rows, turned
 
 CHUNK = 64  # tokens: a head's matrices then stay in a core's own cache
 LONGEST = 256
@@ -32,7 +32,7 @@ def segments(a: Any) -> Any:
 def side_by_side(x: Tensor) -> Tensor:
     """x (..., h, p) with heads and channels side by side."""
     beside = (x.stride(-1) == 1 or x.shape[-1] == 1) and (x.stride(-2) == x.shape[-1] or x.shape[-2] == 1)
-    return x if beside else x.contiguous()
+    return x if beside else turned(x)
 
 
 def values(a: Any, starts: Tensor | None) -> tuple[dict[str, float], list[Any]]:

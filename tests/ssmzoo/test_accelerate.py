@@ -13,7 +13,7 @@ import torch
 from parity import close, randomise
 
 from ssmkernels import compat
-from ssmzoo.integrations.transformers import accelerate, functions, layers, lookups, norms
+from ssmzoo.integrations.transformers import accelerate, attentions, functions, layers, lookups, norms
 from ssmzoo.integrations.transformers.functions import selective_scan_fn
 from ssmzoo.integrations.transformers.imports import loaded
 from ssmzoo.integrations.transformers.lookups import lookups_of, published
@@ -247,6 +247,7 @@ def only_ours(family):
         patch.setattr(functions, "FEW", dict.fromkeys(functions.FEW, 0))
         patch.setattr(layers, "FEW", 0)
         patch.setattr(norms, "FEW", 0)
+        patch.setattr(attentions, "FEW", 0)
         ours = {row.function for row in running.rows if not row.why}
         cells = [lookup.cells["torch_function"] for lookup in lookups_of(modeling(family)) if lookup.function in ours]
         assert cells or family in METHODS

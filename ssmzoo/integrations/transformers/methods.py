@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import CellType, ModuleType
 from typing import Any
 
+from ssmzoo.integrations.transformers.attentions import FAMILIES, interfaces
 from ssmzoo.integrations.transformers.layers import (
     Function,
     lightning,
@@ -29,7 +30,7 @@ class Method:
         owner, attribute: the class and the method's name; "" and the name of a function of the module.
         make: takes the original and gives what takes its place.
         runs: what it does, for people.
-        over_time: whether it runs over a sequence, rather than over each of its tokens.
+        over_time: whether it is what a family runs over a sequence, rather than what its layers share with others.
     """
 
     owner: str
@@ -45,6 +46,7 @@ class Method:
 
 _KEEPS = "transformers' own, which goes on from its state and keeps packed sequences apart"
 _TELLS = "transformers' own, which passes on its sequences"
+_ATTENTION = "ssmkernels.attention; PyTorch's with a mask or for few tokens"
 _NORMS = "ssmkernels.rms_norm; transformers' own for few numbers"
 
 
@@ -73,10 +75,11 @@ METHODS: dict[str, tuple[Method, ...]] = {
 
 
 def methods(family: str) -> tuple[Method, ...]:
-    """Those of a family, norms included."""
+    """Those of a family, norms and attention included."""
     norms = ((make, owner) for make, families in KINDS.items() for owner in families.get(family, ()))
     named = (Method(owner, "forward", make, _NORMS, over_time=False) for make, owner in norms)
-    return (*METHODS.get(family, ()), *named)
+    table = Method("", "ALL_ATTENTION_FUNCTIONS", interfaces, _ATTENTION, over_time=False)
+    return (*METHODS.get(family, ()), *named, *([table] if family in FAMILIES else []))
 
 
 class Replaceable:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ssmkernels import rms_norm
 from ssmzoo.integrations.transformers.layers import Function
 
-FEW = 2**19  # numbers below which transformers' own operations take about as long, with gradients
+FEW = 2**18  # numbers below which transformers' own operations take about as long, with gradients
 
 
 def plain(original: Function) -> Function:

@@ -1,0 +1,83 @@
+"""Causal attention of long sequences in transformers' layers, which our kernel computes sooner than PyTorch's."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor
+
+from ssmkernels import attention
+from ssmkernels.native import eager
+from ssmzoo.integrations.transformers.layers import Function
+
+FEW = 2**9  # tokens below which PyTorch's own takes about as long, with gradients
+
+# The families with layers of attention, which look it up by the name in their config
+FAMILIES = frozenset(
+    {"bailing_hybrid", "bamba", "falcon_h1", "glm5_next", "granitemoehybrid", "inkling", "inkling2", "jamba"}
+    | {"kimi_linear", "lfm2", "lfm2_moe", "minimax", "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_moe"}
+    | {"qwen3_next", "qwen4_exp", "recurrent_gemma", "zamba", "zamba2"}
+)
+
+
+def interfaces(original: Any) -> Any:
+    """transformers' table of attention functions, with ours in the place of PyTorch's."""
+    return _Interfaces(original)
+
+
+class _Interfaces:
+    def __init__(self, own: Any):
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        self._own, self._slow = own, sdpa_attention_forward
+        self._fast = functools.partial(causal, sdpa_attention_forward)
+
+    def get_interface(self, name: str, default: Function) -> Function:
+        found: Function = self._own.get_interface(name, default)
+        return self._fast if found is self._slow else found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._own[name]
+
+
+def causal(
+    original: Function,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of ``(b, h, l, d)``, ``(b, l, h, d)``; transformers' own where masks or anything else is asked for."""
+    one_way = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    asked = any(kwargs.get(name) not in (None, False) for name in ("cache", "softcap", "output_attentions"))
+    plain = attention_mask is None and kwargs.get("position_bias") is None and not dropout and not asked
+    if plain and one_way is True and _ours(query, key, value):
+        q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+        return attention(q, k, v, causal=True, scale=scaling, implementation="cpu"), None
+    found: tuple[Tensor, None] = original(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+    )
+    return found
+
+
+def _ours(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether our kernel gives the same numbers, and sooner.
+
+    Where a cache holds more keys than there are queries, PyTorch's counts them from the first.
+    """
+    return (
+        eager.float32(query, key, value)
+        and query.shape[2] == key.shape[2] >= FEW
+        and key.shape[1] == value.shape[1]
+        and query.shape[1] % key.shape[1] == 0
+        and eager.reachable(query=query, key=key, value=value)
+    )

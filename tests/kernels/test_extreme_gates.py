@@ -75,3 +75,19 @@ def test_gates_at_their_ends(op, implementation, decay, norm, arguments):
             assert single[name].isfinite().all(), name
             assert error(double[name], truth) < 1e-10, name
             assert error(single[name], truth) <= 4 * error(peer[name], truth) + 16 * EPS, name
+
+
+@pytest.mark.parametrize("decay", [-1.0, -20.0, 0.25])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("op", STATES)
+def test_values_near_the_largest_number(op, implementation, decay, arguments):
+    """What keeps a decay apart from a state may not divide what is written by it."""
+    for per_key in (True,) if op == "generalized_delta_rule" else (False, True):
+        made = {name: a.float() for name, a in arguments(op, decay, 1.0, 1.0, per_key).items()}
+        made = {name: a[:, :12] if name != "initial_state" else a for name, a in made.items()}
+        made |= {name: 1e34 * made[name] for name in ("v", "initial_state")}
+        exact, peer = (results(op, "reference", made, dtype) for dtype in (torch.float64, torch.float32))
+        found = results(op, implementation, made, torch.float32)
+        for name, truth in exact.items():
+            assert found[name].isfinite().all(), name
+            assert error(found[name], truth) <= 4 * error(peer[name], truth) + 16 * EPS, name

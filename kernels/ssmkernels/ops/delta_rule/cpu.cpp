@@ -33,8 +33,16 @@ struct Forward {
             for (int64_t i = 0; i < tile.tokens; ++i)
                 read_row(rows + i * width, a.v, a.dtype,
                          s.batch * a.v_batch + (s.start + start + i) * a.v_time + head * a.v_head + first, values);
-            walk<S, true>(decay_of(a), state, 0, a.keys, tile, S(a.scale), rows, width, columns,
-                          upcoming(a, s, start + kChunk, head, first, values));
+            const int64_t after = s.start + start + kChunk;
+            Upcoming next = upcoming(a, s, start + kChunk, head, true);
+            next.add(a.v, a.dtype, s.batch * a.v_batch + after * a.v_time + head * a.v_head + first, a.v_time, values);
+            if (a.errors) {
+                const int64_t row = round_up(a.values, kLine<S>);
+                S* errors = static_cast<S*>(a.errors) + errors_of(a, s, head, row) + start * row + first;
+                walk<S, true>(decay_of(a), state, 0, a.keys, tile, S(a.scale), rows, width, columns, next, errors, row);
+            } else {
+                walk<S, false>(decay_of(a), state, 0, a.keys, tile, S(a.scale), rows, width, columns, next);
+            }
             for (int64_t i = 0; i < tile.tokens; ++i)
                 write_row(a.o, a.dtype,
                           ((s.batch * a.length + s.start + start + i) * a.heads + head) * a.values + first,

@@ -11,7 +11,7 @@
 #include "native/math.h"
 #include "native/packed.h"
 #include "native/parallel.h"
-#include "ssd/cpu_rows.h"
+#include "ssd/cpu_upcoming.h"
 
 namespace ssmzoo {
 
@@ -21,7 +21,8 @@ struct DeltaArguments {
     const void *beta, *decay;             // S: (b l h), (b l h) or (b l h keys) or null; contiguous, as all of S
     const void* initial;                  // S: (s h keys values) or null
     const int32_t* cu_seqlens;            // (s + 1) or null
-    void *o, *final_state, *starts;       // (b l h values), contiguous; S: (s h keys values); (segments h keys values) or null
+    void *o, *final_state;                // (b l h values), contiguous; S: (s h keys values)
+    void *starts, *errors;                // S, or null: (segments h keys values); (b h l row), v - S'ᵀ k in whole cache lines
     int64_t dtype, sequences, length, heads, groups, keys, values, channels, threads;  // channels: of a head's decay
     int64_t q_batch, q_time, q_head, k_batch, k_time, k_head, v_batch, v_time, v_head;  // strides; the last axis has 1
     double scale;
@@ -41,6 +42,11 @@ inline Sequence sequence(const DeltaArguments& a, int64_t i) {
 // Where a head's state before a segment of its sequence is kept.
 inline int64_t start_of(const DeltaArguments& a, const Sequence& s, int64_t segment, int64_t head) {
     return ((s.first_segment + segment) * a.heads + head) * a.keys * a.values;
+}
+
+// Where a head's errors of a sequence are kept, `row` numbers for each token.
+inline int64_t errors_of(const DeltaArguments& a, const Sequence& s, int64_t head, int64_t row) {
+    return ((s.batch * a.heads + head) * a.length + s.start) * row;
 }
 
 enum class Decay { none, head, channels };
@@ -101,43 +107,21 @@ struct Tile {
     }
 };
 
-// Rows that will be read after a tile. They lie far apart, so that nothing but asking for them early, a few for each token
-// of the tile, keeps a task from waiting for each.
-struct Upcoming {
-    const char* from[4];
-    int64_t step[4], bytes[4], tokens = 0;
-    int arrays = 0;
-
-    // So many numbers of each token, `stride` numbers apart.
-    void add(const void* array, int64_t dtype, int64_t offset, int64_t stride, int64_t count) {
-        const int64_t size = dtype == 0 ? 4 : dtype == 1 ? 8 : 2;
-        from[arrays] = static_cast<const char*>(array) + offset * size;
-        step[arrays] = stride * size;
-        bytes[arrays++] = count * size;
-    }
-
-    void fetch(int64_t token) const {
-        if (token >= tokens) return;
-        for (int i = 0; i < arrays; ++i) fetch_bytes(from[i] + token * step[i], bytes[i]);
-    }
-};
-
-// Queries, keys, and some columns of the values of the tile from token `start` on, if there is one.
-inline Upcoming upcoming(const DeltaArguments& a, const Sequence& s, int64_t start, int64_t head, int64_t column,
-                         int64_t values) {
+// Keys of the tile from token `start` on, if there is one, and queries if they are asked for.
+inline Upcoming upcoming(const DeltaArguments& a, const Sequence& s, int64_t start, int64_t head, bool queries) {
     Upcoming rows;
     const int64_t group = head / (a.heads / a.groups), time = s.start + start;
     rows.tokens = start < 0 ? 0 : minimum(kChunk, s.length - start);
-    rows.add(a.q, a.dtype, s.batch * a.q_batch + time * a.q_time + group * a.q_head, a.q_time, a.keys);
     rows.add(a.k, a.dtype, s.batch * a.k_batch + time * a.k_time + group * a.k_head, a.k_time, a.keys);
-    rows.add(a.v, a.dtype, s.batch * a.v_batch + time * a.v_time + head * a.v_head + column, a.v_time, values);
+    if (queries) rows.add(a.q, a.dtype, s.batch * a.q_batch + time * a.q_time + group * a.q_head, a.q_time, a.keys);
     return rows;
 }
 
 // A number that a head's state still has to be multiplied by: what the tokens so far have left of it.
 template <class S>
 struct Remaining {
-    static constexpr S least = S(1) / 65536, most = 65536;  // a written value over it must not overflow
+    static constexpr S least = S(1) / 65536, most = 65536;
+    static constexpr S large = S(sizeof(S) == 4 ? 1e30 : 1e300);  // what is written, over the least, must not overflow
 
     S factor = S(1);
 
@@ -156,11 +140,22 @@ struct Whether {
     static constexpr bool value = truth;
 };
 
+// Whether a number of N vectors is beyond `limit`, by its size.
+template <class S, int N>
+SSMZOO_INLINE bool beyond(const typename Lanes<S>::V* x, S limit) {
+    auto found = absolute<S>(x[0]) > splat(limit);
+    for (int n = 1; n < N; ++n) found |= absolute<S>(x[n]) > splat(limit);
+    uint64_t parts[sizeof found / sizeof(uint64_t)], any = 0;
+    memcpy(parts, &found, sizeof found);
+    for (const uint64_t part : parts) any |= part;
+    return any != 0;
+}
+
 // Through the tokens of a tile with N vectors of the state's columns; `rows` (c, stride) has v and takes the outputs,
-// or the errors v - S'ᵀ k.
-template <class S, int N, Decay kind, bool outputs>
+// and `errors` (c, row), if they are kept, v - S'ᵀ k.
+template <class S, int N, Decay kind, bool kept>
 __attribute__((noinline)) void walk_block(S* state, int64_t ld, int64_t keys, const Tile<S>& t, S scale, S* rows,
-                                          int64_t stride, const Upcoming& next) {
+                                          int64_t stride, S* errors, int64_t row_of_errors, const Upcoming& next) {
     using V = typename Lanes<S>::V;
     constexpr int lanes = Lanes<S>::count;
     V written[N] = {};
@@ -181,21 +176,30 @@ __attribute__((noinline)) void walk_block(S* state, int64_t ld, int64_t keys, co
                     if (decays.value) x = factor * x;
                     store(row + n * lanes, x);
                     held[n] = fma(own, x, held[n]);
-                    if (outputs) out[n] = fma(asked, x, out[n]);
+                    out[n] = fma(asked, x, out[n]);
                 }
             }
         };
         if (kind == Decay::channels || (kind == Decay::head && now != S(1))) pass(Whether<true>());
         else pass(Whether<false>());
         const V beta = splat(t.beta[i]), through = splat(t.kq[i]), factor = splat(scale);
-        const V left = splat(remaining.factor), over = splat(S(1) / remaining.factor);
+        const V left = splat(remaining.factor);
         for (int n = 0; n < N; ++n) {
             S* place = rows + i * stride + n * lanes;
             const V error = kind == Decay::head ? load(place) - left * held[n] : load(place) - held[n];
             written[n] = beta * error;
             if (kind == Decay::head) out[n] = left * out[n];
-            store(place, outputs ? factor * fma(through, written[n], out[n]) : error);
-            if (kind == Decay::head) written[n] = over * written[n];
+            store(place, factor * fma(through, written[n], out[n]));
+            if (kept) store(errors + i * row_of_errors + n * lanes, error);
+        }
+        if (kind == Decay::head) {
+            if (beyond<S, N>(written, remaining.large)) {
+                for (int64_t j = 0; j < keys; ++j)
+                    for (int n = 0; n < N; ++n) store(state + j * ld + n * lanes, left * load(state + j * ld + n * lanes));
+                remaining.factor = S(1);
+            }
+            const V over = splat(S(1) / remaining.factor);
+            for (int n = 0; n < N; ++n) written[n] = over * written[n];
         }
         before = key;
     }
@@ -208,12 +212,13 @@ __attribute__((noinline)) void walk_block(S* state, int64_t ld, int64_t keys, co
         }
 }
 
-template <class S, int N, bool outputs>
+template <class S, int N, bool kept>
 void walk_some(Decay kind, S* state, int64_t ld, int64_t keys, const Tile<S>& t, S scale, S* rows, int64_t stride,
-               const Upcoming& next) {
-    if (kind == Decay::none) walk_block<S, N, Decay::none, outputs>(state, ld, keys, t, scale, rows, stride, next);
-    if (kind == Decay::head) walk_block<S, N, Decay::head, outputs>(state, ld, keys, t, scale, rows, stride, next);
-    if (kind == Decay::channels) walk_block<S, N, Decay::channels, outputs>(state, ld, keys, t, scale, rows, stride, next);
+               S* errors, int64_t row, const Upcoming& next) {
+    const auto run = [&](auto walk) { walk(state, ld, keys, t, scale, rows, stride, errors, row, next); };
+    if (kind == Decay::none) run(walk_block<S, N, Decay::none, kept>);
+    if (kind == Decay::head) run(walk_block<S, N, Decay::head, kept>);
+    if (kind == Decay::channels) run(walk_block<S, N, Decay::channels, kept>);
 }
 
 // f(first column, columns) for the blocks of so many columns, whole vectors.
@@ -226,17 +231,19 @@ void blocks(int64_t columns, const F& f) {
 }
 
 // The walk over all columns. The state lies block by block, each (keys, its columns); or as it is, (keys, ld).
-template <class S, bool outputs>
+template <class S, bool kept>
 void walk(Decay kind, S* state, int64_t ld, int64_t keys, const Tile<S>& t, S scale, S* rows, int64_t stride,
-          int64_t columns, const Upcoming& next = Upcoming()) {
+          int64_t columns, const Upcoming& next = Upcoming(), S* errors = nullptr, int64_t row = 0) {
     const Upcoming nothing = Upcoming();
     blocks<S>(columns, [&](int64_t first, int64_t wide) {
         S* block = ld ? state + first : state + first * keys;
+        const int64_t own = ld ? ld : wide;
         const Upcoming& rest = first == 0 ? next : nothing;
-        if (wide > Lanes<S>::count)
-            walk_some<S, kColumns, outputs>(kind, block, ld ? ld : wide, keys, t, scale, rows + first, stride, rest);
-        else
-            walk_some<S, 1, outputs>(kind, block, ld ? ld : wide, keys, t, scale, rows + first, stride, rest);
+        const auto run = [&](auto some) {
+            some(kind, block, own, keys, t, scale, rows + first, stride, kept ? errors + first : errors, row, rest);
+        };
+        if (wide > Lanes<S>::count) run(walk_some<S, kColumns, kept>);
+        else run(walk_some<S, 1, kept>);
     });
 }
 

@@ -15,7 +15,8 @@ from ssmkernels.ops.delta_rule.cpu_backward import backward
 
 __all__ = ["SAVES", "backward", "empty", "forward", "missing", "unsupported"]
 
-SAVES = ("starts",)  # the states before every segment, (segments h k v)
+# The states before every segment, (segments h k v), and the errors of all tokens, (b h l v), each in whole cache lines
+SAVES = ("starts", "errors")
 
 
 def unsupported(a: Any) -> str | None:
@@ -23,18 +24,22 @@ def unsupported(a: Any) -> str | None:
     return wrong_device(a) or ("no heads or channels" if 0 in sizes else None)
 
 
-def forward(a: Any, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    o, final_state, starts = empty(a, save)
-    large_pages(o, starts)
-    outputs = {"o": o, "final_state": final_state} | ({"starts": starts} if save else {})
+def forward(a: Any, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    o, final_state, starts, errors = empty(a, save)
+    large_pages(o, starts, errors)
+    outputs = {"o": o, "final_state": final_state} | ({"starts": starts, "errors": errors} if save else {})
     fields, _kept = values(a, outputs, a.initial_state, a.cu_seqlens)
     native.run("delta_rule", fields)
-    return o, final_state, starts
+    return o, final_state, starts, errors
 
 
-def empty(a: Any, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+def empty(a: Any, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     o, final_state = a.declared.outputs(a)
-    shape = (segments(a) if save else 0, a.v.shape[2], a.k.shape[3], a.v.shape[3])
+    wide = precision(a.q)
+    batch, length, heads, size = a.v.shape
+    shape = (segments(a) if save else 0, heads, a.k.shape[3], size)
+    line = 64 // wide.itemsize
+    errors = a.q.new_empty((batch, heads, length if save else 0, -(-size // line) * line), dtype=wide)
     # Packed, some segments belong to no sequence
     starts = a.q.new_zeros if save and a.cu_seqlens is not None else a.q.new_empty
-    return o, final_state, starts(shape, dtype=precision(a.q))
+    return o, final_state, starts(shape, dtype=wide), errors

@@ -37,14 +37,30 @@ struct ChannelsBackward {
         return memory.used;
     }
 
-    Tile<S>& tile() { return pairs.t; }
+    // Chunk k of a segment, from token `from` on, on the way to the state after it.
+    void ahead(const DeltaBackwardArguments& b, const Sequence& s, int64_t from, int64_t k, int64_t head) {
+        Tile<S>& t = pairs.t;
+        t.read(b.forward, s, from, kChunk, head, false);
+        vectors<S>(width, [&](int64_t c) {
+            V passing = splat(S(1));
+            for (int64_t i = (kChunk - 1) * width + c; i >= 0; i -= width) {
+                store(t.k + i, passing * load(t.k + i));
+                passing = passing * load(t.decay + i);
+            }
+            store(start + c, passing);
+        });
+        S *before = own.turned + k * own.columns * width, *after = before + own.columns * width;
+        for (int64_t c = 0; c < b.forward.values * width; c += width)
+            vectors<S>(width, [&](int64_t j) { store(after + c + j, load(start + j) * load(before + c + j)); });
+        own.run_ahead(b, s, from, head, k, t.k, t.beta, {true, S(1)});
+    }
 
     // Chunk k of a segment, which starts at token `from` of its sequence.
     void chunk(const DeltaBackwardArguments& b, const Sequence& s, int64_t from, int64_t k, int64_t head, bool first) {
         const DeltaArguments& a = b.forward;
         pairs.read(a, s, from, minimum(kChunk, s.length - from), head);
         pairs.compute(a.keys, S(a.scale), own.panel);
-        own.read(b, s, from, head, k, pairs.t, pairs.tokens);
+        own.read(b, s, from, head, pairs.t, pairs.tokens);
         solve(a);
         products(a, own.state_turned(k));
         pass_by(a, own.state_turned(k));
@@ -54,7 +70,7 @@ struct ChannelsBackward {
         for (int64_t I = 0; I < pairs.count; ++I) within(I * kBlock);
         step_back(a);
         const S* of_k = later + pairs.tokens * width;
-        own.write(b, s, s.start + from, head, first, k, pairs.t, pairs.tokens, later, of_k, earlier);
+        own.write(b, s, s.start + from, head, first, pairs.t, pairs.tokens, later, of_k, earlier);
         for (int64_t i = 0; i < pairs.t.tokens; ++i) {
             const int64_t token = (s.batch * a.length + s.start + from + i) * a.heads + head;
             memcpy(static_cast<S*>(b.ddecay) + token * a.keys, dg + i * width, sizeof(S) * static_cast<size_t>(a.keys));
@@ -66,18 +82,18 @@ struct ChannelsBackward {
     void solve(const DeltaArguments& a) {
         const int64_t n = pairs.tokens;
         S* X = own.given + n * columns;
-        product<S, Shape::upper>({pairs.P, 1, kChunk}, own.given, columns, X, columns, n, columns, n, own.panel);
-        product({pairs.keys, width, 1}, own.dstate, columns, X, columns, n, columns, a.keys, own.panel, 0,
-                {true, S(1)});
+        own.template multiply<Shape::upper>({pairs.P, 1, kChunk}, own.given, columns, X, columns, n, columns, n);
+        own.multiply({pairs.keys, width, 1}, own.dstate, columns, X, columns, n, columns, a.keys, 0,
+                     {true, S(1)});
         own.solve(pairs.M, n);
     }
 
     // dP and N; what later tokens read from S, at the start of their blocks; what earlier ones leave in S', at its end.
     void products(const DeltaArguments& a, const S* S_turned) {
         const int64_t n = pairs.tokens;
-        product({own.given, columns, 1}, own.U_turned, kChunk, weights, kChunk, 2 * n, n, a.values, own.panel);
-        product({own.given, columns, 1}, S_turned, width, later, width, 2 * n, width, a.values, own.panel);
-        product({own.U, columns, 1}, own.dturned, width, earlier, width, n, width, a.values, own.panel);
+        own.multiply({own.given, columns, 1}, own.U_turned, kChunk, weights, kChunk, 2 * n, n, a.values);
+        own.multiply({own.given, columns, 1}, S_turned, width, later, width, 2 * n, width, a.values);
+        own.multiply({own.U, columns, 1}, own.dturned, width, earlier, width, n, width, a.values);
         vectors<S>(width, [&](int64_t c) { store(start + c, splat(S(1))); });
         for (int64_t i = 0; i < n; ++i) {
             if (i > 0 && i % kBlock == 0) pairs.multiply_row(start, pairs.through + (i / kBlock - 1) * width);
@@ -122,8 +138,8 @@ struct ChannelsBackward {
                     store(around + J * width + c, sum);
                 });
                 for (int64_t row = first; row <= n + first; row += n)
-                    product({weights + row * kChunk + J * kBlock, kChunk, 1}, pairs.keys + J * kBlock * width, width,
-                            later + row * width, width, kBlock, width, kBlock, own.panel, 0, {true, S(1)});
+                    own.multiply({weights + row * kChunk + J * kBlock, kChunk, 1}, pairs.keys + J * kBlock * width, width,
+                                 later + row * width, width, kBlock, width, kBlock, 0, {true, S(1)});
             }
             for (int64_t i = first; i < first + kBlock; ++i) {
                 pairs.multiply_row(later + i * width, pairs.from + i * width);
@@ -140,8 +156,8 @@ struct ChannelsBackward {
             for (int64_t I = pairs.count - 1; I > J; --I) {
                 for (int64_t j = 0; j < kBlock; ++j) pairs.multiply_row(rows + j * width, pairs.through + I * width);
                 for (int64_t row = I * kBlock; row <= n + I * kBlock; row += n)
-                    product({weights + row * kChunk + J * kBlock, 1, kChunk}, pairs.left + row * width, width, rows,
-                            width, kBlock, width, kBlock, own.panel, 0, {true, S(1)});
+                    own.multiply({weights + row * kChunk + J * kBlock, 1, kChunk}, pairs.left + row * width, width, rows,
+                                 width, kBlock, width, kBlock, 0, {true, S(1)});
             }
             for (int64_t j = 0; j < kBlock; ++j)
                 pairs.multiply_row(rows + j * width, pairs.to + (J * kBlock + j) * width);
@@ -213,8 +229,8 @@ struct ChannelsBackward {
                 store(k, beta * load(start + c) * load(k));
             });
         }
-        product({pairs.left, 1, width}, own.given, columns, own.dstate, columns, a.keys, columns, 2 * n, own.panel, 0,
-                {true, S(1)});
+        own.multiply({pairs.left, 1, width}, own.given, columns, own.dstate, columns, a.keys, columns, 2 * n, 0,
+                     {true, S(1)});
     }
 };
 

@@ -17,7 +17,7 @@ struct HeadBackward {
 
     Segment<S> own;
     Tile<S> t;
-    S *turned, *both;              // k turned (width, c); [q; k] (2 c, width)
+    S *turned, *both;              // k turned (width, c); the tile's [q; k] (2 n, width)
     S *E, *P, *M;                  // (c, c), for i >= j: decays; scale q_i · k_j, and for i > j -β_i k_i · k_j, decayed
     S *weights, *pairs;            // [dP; N] (2 c, c); the gradient of log E (c, c), 0 for i <= j
     S *later, *earlier;            // gradients of [q; k] (2 c, width), of k as the earlier one of a pair (c, width)
@@ -32,7 +32,7 @@ struct HeadBackward {
         width = own.width;
         columns = own.columns;
         turned = memory.take(width * kChunk);
-        both = memory.take(2 * kChunk * width);
+        both = t.q;
         S** const of_pairs[] = {&E, &P, &M, &pairs};
         for (S** array : of_pairs) *array = memory.take(kChunk * kChunk);
         weights = memory.take(2 * kChunk * kChunk);
@@ -44,18 +44,28 @@ struct HeadBackward {
         return memory.used;
     }
 
-    Tile<S>& tile() { return t; }
+    // Chunk k of a segment, from token `from` on, on the way to the state after it.
+    void ahead(const DeltaBackwardArguments& b, const Sequence& s, int64_t from, int64_t k, int64_t head) {
+        t.read(b.forward, s, from, kChunk, head, false);
+        S passing = S(1);
+        for (int64_t i = kChunk - 1; i >= 0; --i) {
+            factors[i] = t.beta[i] * passing;
+            if (b.forward.decay) passing = passing * t.decay[i];
+        }
+        own.run_ahead(b, s, from, head, k, t.k, factors,
+                      {true, passing, nullptr, -own.columns * width});
+    }
 
     // Chunk k of a segment, which starts at token `from` of its sequence.
     void chunk(const DeltaBackwardArguments& b, const Sequence& s, int64_t from, int64_t k, int64_t head, bool first) {
         const DeltaArguments& a = b.forward;
         read(a, s, from, minimum(kChunk, s.length - from), head);
-        own.read(b, s, from, head, k, t, n);
+        own.read(b, s, from, head, t, n);
         solve(a);
         gradients(a, own.state_turned(k));
         const S passing = start[n - 1] * dot(own.state_turned(k), own.dturned, a.values * width);
         step_back(a);
-        own.write(b, s, s.start + from, head, first, k, t, n, later, later + n * width, earlier);
+        own.write(b, s, s.start + from, head, first, t, n, later, later + n * width, earlier);
         if (!a.decay) return;
         decays(passing);
         for (int64_t i = 0; i < t.tokens; ++i)
@@ -65,14 +75,12 @@ struct HeadBackward {
   private:
     // The tokens of a chunk, their decays, P and M.
     void read(const DeltaArguments& a, const Sequence& s, int64_t from, int64_t most, int64_t head) {
-        t.read(a, s, from, most, head);
         n = round_up(most, kBlock);
-        const size_t there = sizeof(S) * static_cast<size_t>(most * width);
+        t.k = both + n * width;
+        t.read(a, s, from, most, head);
         const size_t padding = sizeof(S) * static_cast<size_t>((n - most) * width);
-        memcpy(both, t.q, there);
-        memset(both + most * width, 0, padding);
-        memcpy(both + n * width, t.k, there);
-        memset(both + (n + most) * width, 0, padding);
+        memset(t.q + most * width, 0, padding);
+        memset(t.k + most * width, 0, padding);
         for (int64_t i = 0; i < n; ++i) {
             if (i >= most) t.beta[i] = S(0);
             if (i >= most || !a.decay) t.decay[i] = S(1);
@@ -100,24 +108,23 @@ struct HeadBackward {
         }
     }
 
-    const S* key(int64_t i) const { return both + (n + i) * width; }
+    const S* key(int64_t i) const { return t.k + i * width; }
 
     // Both halves of a left factor (2 n, inner) times a right one (inner, c), for i >= j and the rest of their blocks.
     void lower(const S* from, int64_t ld, const S* to, int64_t inner, S* upper_half, S* lower_half) {
         for (int64_t j = 0; j < n; j += kBlock) {
-            product({from + j * ld, ld, 1}, to + j, kChunk, upper_half + j * kChunk + j, kChunk, n - j, kBlock, inner,
-                    own.panel);
-            product({from + (n + j) * ld, ld, 1}, to + j, kChunk, lower_half + j * kChunk + j, kChunk, n - j, kBlock,
-                    inner, own.panel);
+            own.multiply({from + j * ld, ld, 1}, to + j, kChunk, upper_half + j * kChunk + j, kChunk, n - j, kBlock, inner);
+            own.multiply({from + (n + j) * ld, ld, 1}, to + j, kChunk, lower_half + j * kChunk + j, kChunk, n - j, kBlock,
+                         inner);
         }
     }
 
     // X, from dU = Pᵀ dO + F K dS' and (I + M)ᵀ X = dU; M has the opposite sign.
     void solve(const DeltaArguments& a) {
         S* X = own.given + n * columns;
-        product({key(0), width, 1}, own.dstate, columns, X, columns, n, columns, a.keys, own.panel);
-        product<S, Shape::upper>({P, 1, kChunk}, own.given, columns, X, columns, n, columns, n, own.panel, 0,
-                                 {true, S(1), end});
+        own.multiply({key(0), width, 1}, own.dstate, columns, X, columns, n, columns, a.keys);
+        own.template multiply<Shape::upper>({P, 1, kChunk}, own.given, columns, X, columns, n, columns, n, 0,
+                                            {true, S(1), end});
         own.solve(M, n);
     }
 
@@ -136,27 +143,27 @@ struct HeadBackward {
             });
             for (int64_t j = i; j < n; ++j) pairs[i * kChunk + j] = S(0);
         }
-        product({own.given, columns, 1}, S_turned, width, later, width, 2 * n, width, a.values, own.panel);
-        product({own.U, columns, 1}, own.dturned, width, earlier, width, n, width, a.values, own.panel);
+        own.multiply({own.given, columns, 1}, S_turned, width, later, width, 2 * n, width, a.values);
+        own.multiply({own.U, columns, 1}, own.dturned, width, earlier, width, n, width, a.values);
         for (int64_t i = 0; i < n; ++i) {
             const S *q = both + i * width, *k = key(i);
             given[i] = factors[i] * dot(q, later + i * width, width);
             given[i] += factors[n + i] * dot(k, later + (n + i) * width, width);
             left[i] = end[i] * dot(k, earlier + i * width, width);
         }
-        product<S, Shape::lower>({dP, kChunk, 1}, key(0), width, later, width, n, width, n, own.panel, 1,
-                                 {true, S(1), factors});
-        product<S, Shape::lower>({N, kChunk, 1}, key(0), width, later + n * width, width, n, width, n, own.panel, 0,
-                                 {true, S(1), factors + n});
-        product<S, Shape::upper>({dP, 1, kChunk}, both, width, earlier, width, n, width, n, own.panel, 0,
-                                 {true, S(1), end});
-        product<S, Shape::upper>({N, 1, kChunk}, key(0), width, earlier, width, n, width, n, own.panel, 1, {true, S(1)});
+        own.template multiply<Shape::lower>({dP, kChunk, 1}, key(0), width, later, width, n, width, n, 1,
+                                            {true, S(1), factors});
+        own.template multiply<Shape::lower>({N, kChunk, 1}, key(0), width, later + n * width, width, n, width, n, 0,
+                                            {true, S(1), factors + n});
+        own.template multiply<Shape::upper>({dP, 1, kChunk}, both, width, earlier, width, n, width, n, 0,
+                                            {true, S(1), end});
+        own.template multiply<Shape::upper>({N, 1, kChunk}, key(0), width, earlier, width, n, width, n, 1, {true, S(1)});
     }
 
     // dS, from dS'.
     void step_back(const DeltaArguments& a) {
-        product({both, 1, width}, own.given, columns, own.dstate, columns, a.keys, columns, 2 * n, own.panel, 0,
-                {true, start[n - 1]}, factors);
+        own.multiply({both, 1, width}, own.given, columns, own.dstate, columns, a.keys, columns, 2 * n, 0,
+                     {true, start[n - 1]}, factors);
     }
 
     // The gradients of log decays. At token i, `sums` has for each token before it what the pairs with token i and later

@@ -29,7 +29,7 @@ def values(
 
     Args:
         a: the op's arguments, or the step's.
-        outputs: o, final_state and starts, as far as there are any.
+        outputs: o, final_state, starts and errors, as far as there are any.
         initial: the states before the first token.
         cu_seqlens: borders of packed sequences.
     """
@@ -50,6 +50,7 @@ def values(
         "o": outputs.get("o"),
         "final_state": outputs.get("final_state"),
         "starts": outputs.get("starts"),
+        "errors": outputs.get("errors"),
     }
     found = fields_of(pointers, q, cu_seqlens) | {
         "heads": heads,

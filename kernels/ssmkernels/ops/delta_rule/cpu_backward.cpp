@@ -1,7 +1,7 @@
 // The delta rule's backward pass.
 //
 // A task takes a few heads of one group, one after another, each through its sequence's segments from the last to the
-// first: forward by the walk from the saved state, then through the chunks from the last to the first.
+// first: forward from the saved state to those before the other chunks, then through the chunks from the last to the first.
 #include "delta_rule/cpu_adjoint_channels.h"
 #include "delta_rule/cpu_adjoint_head.h"
 #include "native/exports.h"
@@ -16,9 +16,16 @@ void head_backward(const DeltaBackwardArguments& b, const Sequence& s, int64_t h
     const int64_t state = (s.index * a.heads + head) * a.keys * a.values, chunks = ceil_div(s.length, kChunk);
     w.own.begin(b, state);
     for (int64_t segment = ceil_div(chunks, kSegment) - 1; segment >= 0; --segment) {
-        w.own.run_ahead(b, s, segment, head, w.tile());
-        for (int64_t k = minimum(kSegment, chunks - segment * kSegment) - 1; k >= 0; --k)
-            w.chunk(b, s, (segment * kSegment + k) * kChunk, k, head, first);
+        const int64_t own = segment * kSegment, last = minimum(kSegment, chunks - own) - 1;
+        w.own.begin_segment(b, s, segment, head);
+        for (int64_t k = 0; k < last; ++k) {
+            w.own.expect(b, s, own + k + 1, head, k + 1 < last);
+            w.ahead(b, s, (own + k) * kChunk, k, head);
+        }
+        for (int64_t k = last; k >= 0; --k) {
+            w.own.expect(b, s, k > 0 ? own + k - 1 : own - kSegment, head, k == 0);
+            w.chunk(b, s, (own + k) * kChunk, k, head, first);
+        }
     }
     w.own.end(b, state);
 }

@@ -18,7 +18,7 @@ HEADS = 4  # of a group, whose gradients of q and k are added in one part: kHead
 
 def backward(a: Any, saved: Any, grads: Any) -> dict[str, Tensor | None]:
     wide = precision(a.q)
-    fields, _kept = values(a, {"starts": saved.starts}, a.initial_state, a.cu_seqlens)
+    fields, _kept = values(a, {"starts": saved.starts, "errors": saved.errors}, a.initial_state, a.cu_seqlens)
     empty = functools.partial(a.q.new_empty, dtype=wide)
     parts = -(-(a.v.shape[2] // a.k.shape[2]) // HEADS)
     dq, dk = (empty((parts, *a.k.shape)) for _ in range(2))

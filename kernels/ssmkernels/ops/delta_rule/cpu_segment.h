@@ -1,8 +1,9 @@
 // What the backward pass does alike for every kind of decay, with the letters of tiled.py.
 //
-// The walk gives the states before a segment's chunks and the errors of its tokens, and with them U. Then each chunk, from
-// the last to the first, reads the gradient of its outputs, and solves for X. cpu_adjoint_head.h and
-// cpu_adjoint_channels.h do the rest.
+// The forward pass has kept the state before each segment and the errors of all tokens, and with them U. So the states
+// before a segment's other chunks are products of matrices, S' = e^(G_C) S + K̂ᵀ U, and turned over from the start, as
+// they are needed. Then each chunk, from the last to the first, reads the gradient of its outputs, and solves for X.
+// cpu_adjoint_head.h and cpu_adjoint_channels.h do the rest.
 #pragma once
 
 #include "delta_rule/cpu.h"
@@ -22,6 +23,7 @@ struct DeltaBackwardArguments {
 namespace SSMZOO_ISA {
 
 constexpr int64_t kBlock = 16;  // tokens: chunks are padded to a whole number of blocks
+constexpr int64_t kFetched = 3;  // tokens that are fetched at each of a chunk's products, of which there are 25 to 40
 constexpr int64_t kHeads = 4;   // of a group, whose gradients of q and k are added in one part
 
 template <class S>
@@ -34,24 +36,44 @@ template <class S>
 struct Segment {
     using V = typename Lanes<S>::V;
 
-    S *state, *turned, *errors;  // the walk's; of each chunk of a segment: S turned (values, width), errors (c, columns)
+    S* turned;                   // of each chunk of a segment S, (values, width)
     S *dstate, *dturned;         // dS' (keys, columns), and turned (values, width)
     S *given, *U, *U_turned;     // [dO; X] (2 n, columns), (n, columns), (values, c): n tokens in whole blocks
     S* panel;
-    int64_t width, columns;
+    const S* errors;             // of a chunk's tokens, `row` numbers each
+    Upcoming next;               // tokens of the chunk after it, fetched a few at each product
+    int64_t width, columns, row;
 
     void take(Memory<S>& memory, const DeltaArguments& a) {
         width = round_up(a.keys, Lanes<S>::count);
         columns = round_up(a.values, Lanes<S>::count);
-        state = memory.take(a.keys * columns);
+        row = round_up(a.values, kLine<S>);
         turned = memory.take(kSegment * columns * width);
-        errors = memory.take(kSegment * kChunk * columns);
         dstate = memory.take(a.keys * columns);
         dturned = memory.take(columns * width);
         given = memory.take(2 * kChunk * columns);
         U = memory.take(kChunk * columns);
         U_turned = memory.take(columns * kChunk);
         panel = memory.take(panel_size<S>(columns > width ? columns : width) + panel_size<S>(2 * kChunk));
+    }
+
+    // product, while some of the tokens that come next are fetched.
+    template <Shape shape = Shape::full>
+    void multiply(Left<S> A, const S* B, int64_t ldb, S* C, int64_t ldc, int64_t rows, int64_t size, int64_t inner,
+                  int64_t edge = 0, Onto<S> onto = {false, S(0)}, const S* factors = nullptr) {
+        next.fetch_some(kFetched);
+        product<S, shape>(A, B, ldb, C, ldc, rows, size, inner, panel, edge, onto, factors);
+    }
+
+    // What chunk `chunk` of a sequence's head will read: only keys and errors to run ahead.
+    void expect(const DeltaBackwardArguments& b, const Sequence& s, int64_t chunk, int64_t head, bool ahead) {
+        const DeltaArguments& a = b.forward;
+        const int64_t start = chunk * kChunk, kind = sizeof(S) == 8;  // of errors, float or double
+        next = upcoming(a, s, start, head, !ahead);
+        next.add(a.errors, kind, errors_of(a, s, head, row) + start * row, row, a.values);
+        if (ahead) return;
+        next.add(b.d_o, a.dtype, ((s.batch * a.length + s.start + start) * a.heads + head) * a.values, a.heads * a.values,
+                 a.values);
     }
 
     // The gradient of a head's final state, and, at the end, that of its initial one.
@@ -71,47 +93,43 @@ struct Segment {
                    sizeof(S) * static_cast<size_t>(a.values));
     }
 
-    // The states before each chunk of a segment, and the errors of its tokens.
-    void run_ahead(const DeltaBackwardArguments& b, const Sequence& s, int64_t segment, int64_t head, Tile<S>& t) {
+    // The state before a segment.
+    void begin_segment(const DeltaBackwardArguments& b, const Sequence& s, int64_t segment, int64_t head) {
         const DeltaArguments& a = b.forward;
-        const S* kept = at<S>(a.starts, start_of(a, s, segment, head));
-        into_blocks(state, kept, a.values, a.keys, a.values);
-        const int64_t first = segment * kSegment * kChunk;
-        for (int64_t k = 0; k < kSegment && first + k * kChunk < s.length; ++k) {
-            const int64_t from = first + k * kChunk, time = s.start + from;
-            S *to = turned + k * columns * width, *rows = errors + k * kChunk * columns;
-            blocks<S>(columns, [&](int64_t at, int64_t wide) {
-                transpose(to + at * width, width, state + at * a.keys, wide, a.keys, wide);
-            });
-            for (int64_t c = 0; c < columns; ++c)
-                for (int64_t j = a.keys; j < width; ++j) to[c * width + j] = S(0);
-            t.read(a, s, from, minimum(kChunk, s.length - from), head, false);
-            for (int64_t i = 0; i < t.tokens; ++i)
-                read_row(rows + i * columns, a.v, a.dtype,
-                         s.batch * a.v_batch + (time + i) * a.v_time + head * a.v_head, a.values);
-            const bool last = k + 1 == kSegment || from + kChunk >= s.length;
-            const int64_t after = last ? first - kSegment * kChunk : from + kChunk;
-            Upcoming next = upcoming(a, s, after, head, 0, a.values);
-            next.add(b.d_o, a.dtype, ((s.batch * a.length + s.start + after) * a.heads + head) * a.values,
-                     a.heads * a.values, a.values);
-            walk<S, false>(decay_of(a), state, 0, a.keys, t, S(1), rows, columns, columns, next);
-        }
+        transpose(turned, width, at<S>(a.starts, start_of(a, s, segment, head)), a.values, a.keys, a.values);
+        for (int64_t c = 0; c < a.values; ++c)
+            for (int64_t j = a.keys; j < width; ++j) turned[c * width + j] = S(0);
+    }
+
+    // The state after chunk k of a segment, from token `from` of its sequence on: K̂ᵀ U onto what is left of the state
+    // before. Row i of keys has to be multiplied by factors[i], for K̂ times β.
+    void run_ahead(const DeltaBackwardArguments& b, const Sequence& s, int64_t from, int64_t head, int64_t k,
+                   const S* keys, const S* factors, Onto<S> left) {
+        constexpr int64_t part = 8 * kRows;  // of the state's columns: so that tokens are fetched at an even pace
+        const int64_t size = columns * width;
+        find_errors(b.forward, s, from, head);
+        for (int64_t c = 0; c < b.forward.values; c += part)
+            multiply({errors + c, 1, row}, keys, width, turned + (k + 1) * size + c * width, width,
+                     minimum(part, b.forward.values - c), width, kChunk, 0, left, factors);
+    }
+
+    void find_errors(const DeltaArguments& a, const Sequence& s, int64_t from, int64_t head) {
+        errors = at<S>(a.errors, errors_of(a, s, head, row) + from * row);
     }
 
     const S* state_turned(int64_t k) const { return turned + k * columns * width; }
-    const S* error(int64_t k) const { return errors + k * kChunk * columns; }
 
-    // Of chunk k of the segment, with n tokens in whole blocks: dO, U, and both U and dS' turned.
-    void read(const DeltaBackwardArguments& b, const Sequence& s, int64_t from, int64_t head, int64_t k, const Tile<S>& t,
-              int64_t n) {
+    // Of a chunk, with n tokens in whole blocks: dO, U, and both U and dS' turned.
+    void read(const DeltaBackwardArguments& b, const Sequence& s, int64_t from, int64_t head, const Tile<S>& t, int64_t n) {
         const DeltaArguments& a = b.forward;
+        find_errors(a, s, from, head);
         const int64_t padding = (n - t.tokens) * columns;
         for (int64_t i = 0; i < t.tokens; ++i) {
             read_row(given + i * columns, b.d_o, a.dtype,
                      ((s.batch * a.length + s.start + from + i) * a.heads + head) * a.values, a.values);
             const V beta = splat(t.beta[i]);
-            const S* from_walk = error(k) + i * columns;
-            vectors<S>(columns, [&](int64_t c) { store(U + i * columns + c, beta * load(from_walk + c)); });
+            const S* own = errors + i * row;
+            vectors<S>(columns, [&](int64_t c) { store(U + i * columns + c, beta * load(own + c)); });
         }
         memset(given + t.tokens * columns, 0, sizeof(S) * static_cast<size_t>(padding));
         memset(U + t.tokens * columns, 0, sizeof(S) * static_cast<size_t>(padding));
@@ -127,8 +145,8 @@ struct Segment {
         for (int64_t first = n - kBlock; first >= 0; first -= kBlock) {
             const int64_t end = first + kBlock;
             if (end < n)
-                product({M + end * kChunk + first, 1, kChunk}, X + end * columns, columns, X + first * columns, columns,
-                        kBlock, columns, n - end, panel, 0, {true, S(1)});
+                multiply({M + end * kChunk + first, 1, kChunk}, X + end * columns, columns, X + first * columns, columns,
+                         kBlock, columns, n - end, 0, {true, S(1)});
             for (int64_t i = end - 2; i >= first; --i)
                 vectors<S>(columns, [&](int64_t c) {
                     V sum = load(X + i * columns + c);
@@ -140,15 +158,15 @@ struct Segment {
     }
 
     // The gradients of q, k, v and beta: of q and k the sums of what the group's heads give, of k in two parts.
-    void write(const DeltaBackwardArguments& b, const Sequence& s, int64_t time, int64_t head, bool first, int64_t k,
-               const Tile<S>& t, int64_t n, const S* of_q, const S* of_k, const S* of_k_too) {
+    void write(const DeltaBackwardArguments& b, const Sequence& s, int64_t time, int64_t head, bool first, const Tile<S>& t,
+               int64_t n, const S* of_q, const S* of_k, const S* of_k_too) {
         const DeltaArguments& a = b.forward;
         const int64_t ratio = a.heads / a.groups, batches = a.cu_seqlens ? 1 : a.sequences;
         const int64_t part = head % ratio / kHeads * batches + s.batch;
         S* X = given + n * columns;
         for (int64_t i = 0; i < t.tokens; ++i) {
             const int64_t token = (s.batch * a.length + time + i) * a.heads + head;
-            static_cast<S*>(b.dbeta)[token] = dot(X + i * columns, error(k) + i * columns, columns);
+            static_cast<S*>(b.dbeta)[token] = dot(X + i * columns, errors + i * row, columns);
             scale_row(X + i * columns, columns, t.beta[i]);
             write_row(b.dv, a.dtype, token * a.values, X + i * columns, a.values);
             const int64_t shared = ((part * a.length + time + i) * a.groups + head / ratio) * a.keys;

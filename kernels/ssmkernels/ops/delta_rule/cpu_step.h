@@ -27,9 +27,9 @@ struct Step {
     // and takes their outputs. Through a copy where columns are no whole vectors.
     void advance(Decay kind, S* whole, int64_t keys, int64_t values, int64_t first, S scale) {
         const int64_t count = minimum(kStepPart, values - first), columns = round_up(count, Lanes<S>::count);
-        if (columns == count) return walk<S, true>(kind, whole + first, values, keys, tile, scale, row, kStepPart, columns);
+        if (columns == count) return walk<S, false>(kind, whole + first, values, keys, tile, scale, row, kStepPart, columns);
         into_blocks(state, whole + first, values, keys, count);
-        walk<S, true>(kind, state, 0, keys, tile, scale, row, kStepPart, columns);
+        walk<S, false>(kind, state, 0, keys, tile, scale, row, kStepPart, columns);
         out_of_blocks(whole + first, values, state, keys, count);
     }
 };

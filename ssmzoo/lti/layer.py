@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ssmkernels import fft_conv
 from ssmkernels.core.autocast import autocasts
 from ssmkernels.core.crossing import crossing
+from ssmkernels.core.finite import finite_exp
 from ssmkernels.core.names import unknown
 from ssmkernels.core.packing import longest, spans
 from ssmzoo.init import log_uniform, starting, wide_dtype
@@ -206,10 +207,10 @@ class S4Layer(Mixer):
     def _continuous(self) -> Continuous:
         """Where each state has a Δ of its own, Δ ∘ (A h + B u) is another system, with Δ = 1."""
         d = self.d_inner
-        A = -torch.exp(self.A_log)
+        A = -finite_exp(self.A_log)
         if self.A_imag is not None:
             A = torch.complex(A, self.A_imag)
-        dt = torch.exp(self.log_dt) * self.rate
+        dt = finite_exp(self.log_dt) * self.rate
         P = A.new_zeros(len(A), 0, A.shape[1]) if self.P is None else _joined(self.P, self.A_imag)
         A, B, P = (x.repeat(d // len(x), *[1] * (x.ndim - 1)) for x in (A, _joined(self.B, self.A_imag), P))
         if dt.ndim == 2:

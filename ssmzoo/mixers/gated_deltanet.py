@@ -20,11 +20,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmkernels import gated_deltanet_step
+from ssmkernels.core.finite import finite_exp
 from ssmkernels.core.validate import precision
 from ssmkernels.native.calls import Calls
 from ssmzoo.linear import Linear, prepare_map
@@ -139,4 +139,4 @@ class GatedDeltaNet(DeltaMixer):
         if self.a_proj is None:
             return None
         a = self.a_proj(x)
-        return -torch.exp(self.A_log) * F.softplus(a.to(precision(a)) + self.dt_bias, threshold=40)
+        return -finite_exp(self.A_log) * F.softplus(a.to(precision(a)) + self.dt_bias, threshold=40)

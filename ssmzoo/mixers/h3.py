@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmkernels import causal_conv1d, diagonal_kernel, discretize_diagonal, fft_conv
+from ssmkernels.core.finite import finite_exp
 from ssmzoo.init import log_uniform, starting, wide_dtype
 from ssmzoo.linear import Linear
 from ssmzoo.lti.diagonal import DiagonalFilter
@@ -78,10 +79,10 @@ class DiagonalKernel(nn.Module):
 
     def forward(self, copies: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A, B, C (copies·h n/2), complex, and Δ (copies·h)."""
-        A = torch.complex(-torch.exp(self.inv_A_real), self.A_imag)
+        A = torch.complex(-finite_exp(self.inv_A_real), self.A_imag)
         maps = (torch.view_as_complex(x) for x in (self.B, self.C[0]))
         A, B, C = (x.repeat(copies, 1) for x in (A, *maps))
-        return A, B, C, torch.exp(self.log_dt).repeat(copies)
+        return A, B, C, finite_exp(self.log_dt).repeat(copies)
 
 
 @register_mixer("h3")

@@ -26,6 +26,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ssmkernels import rms_norm
+from ssmkernels.core.finite import finite_exp
 from ssmkernels.core.validate import precision
 from ssmkernels.native.calls import Calls
 from ssmzoo.linear import Linear, is_plain, prepare_maps
@@ -80,7 +81,7 @@ class KDA(DeltaMixer):
     def log_decay(self, x: Tensor) -> Tensor:
         f = self.f_proj(x)
         f = (f.to(precision(f)) + self.dt_bias).unflatten(-1, (self.n_v_heads, self.head_k_dim))
-        A = torch.exp(rearrange(self.A_log, "h -> h 1"))
+        A = finite_exp(rearrange(self.A_log, "h -> h 1"))
         if self.gate_lower_bound is None:
             return -A * F.softplus(f, threshold=40)
         return self.gate_lower_bound * sigmoid(A * f)

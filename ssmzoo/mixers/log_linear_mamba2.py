@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmkernels.core.finite import finite_exp
 from ssmkernels.core.validate import precision
 from ssmzoo.init import wide_dtype
 from ssmzoo.linear import Linear
@@ -132,7 +133,7 @@ class LogLinearMamba2(Mamba2):
         delta = F.softplus(dt.to(wide) + self.dt_bias, threshold=40).clamp(*self.dt_limit)  # (b l h)
         scales = F.softplus(self.L.flatten() * self.l_proj(x).to(wide), threshold=40).unflatten(-1, self.L.shape)
         B, C = (t.repeat_interleave(self.n_heads // self.ngroups, dim=2) for t in (B, C))
-        tokens = Tokens(delta[..., None] * u, -delta * torch.exp(self.A_log), B, C, scales)
+        tokens = Tokens(delta[..., None] * u, -delta * finite_exp(self.A_log), B, C, scales)
         if before is None:
             y, after = recall(tokens, cu_seqlens), None
         else:

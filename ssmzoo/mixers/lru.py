@@ -18,6 +18,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ssmkernels.core.finite import finite_exp
 from ssmkernels.core.validate import precision
 from ssmzoo.init import wide_dtype
 from ssmzoo.mixers._diagonal_system import Activation, DiagonalSystem
@@ -102,7 +103,7 @@ class LRU(DiagonalSystem):
         self.D.normal_()
 
     def system(self) -> tuple[Tensor, Tensor, list[Tensor]]:
-        size, phase = torch.exp(-torch.exp(self.nu_log)), torch.exp(self.theta_log)
+        size, phase = torch.exp(-finite_exp(self.nu_log)), torch.exp(self.theta_log)
         decay = torch.complex(size * torch.cos(phase), size * torch.sin(phase))
         C = [self._complex(name) for name in ("C", "C2")[: 1 + self.bidirectional]]
         return decay, torch.exp(self.gamma_log)[:, None] * self._complex("B"), C

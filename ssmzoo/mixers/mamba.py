@@ -37,7 +37,7 @@ from ssmkernels import (
 )
 from ssmkernels.core.autocast import widened
 from ssmkernels.native.calls import Calls
-from ssmkernels.native.eager import exp
+from ssmkernels.native.eager import finite_exp
 from ssmzoo.bidirectional import bidirectional as both_ways
 from ssmzoo.init import inverse_softplus_of_log_uniform, starting, wide_dtype
 from ssmzoo.linear import Linear, WideBiasLinear, is_plain, linear
@@ -209,7 +209,7 @@ class Mamba(Mixer):
         x, z = xz.chunk(2, dim=-1)  # (b l d) each
         x, conv = convolve(w.conv1d, x, self.d_conv, "silu", conv, cu_seqlens)  # (b l d)
         delta, delta_bias, B, C = self._selected(w, x)
-        A = -exp(w.A_log)  # (d n)
+        A = -finite_exp(w.A_log)  # (d n)
         y, ssm = selective_scan(
             x,
             delta,
@@ -243,7 +243,7 @@ class Mamba(Mixer):
         conv1d = cast(nn.Conv1d, w.conv1d)
         x = causal_conv1d_step(state.conv, x, conv1d.weight.squeeze(1), conv1d.bias, "silu")
         delta, bias, B, C = self._selected(w, x)
-        return selective_scan_step(state.ssm, x, delta, -exp(w.A_log), B, C, w.D, z, bias, True)
+        return selective_scan_step(state.ssm, x, delta, -finite_exp(w.A_log), B, C, w.D, z, bias, True)
 
     def _normed(self, x: Tensor, norm: nn.Module | None) -> Tensor:
         if norm is not None:

@@ -32,6 +32,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ssmkernels import causal_conv1d_step, mamba2_step, ssd, ssd_step
+from ssmkernels.core.finite import finite_exp
 from ssmkernels.native.calls import Calls
 from ssmzoo.bidirectional import bidirectional as both_ways
 from ssmzoo.linear import Linear
@@ -203,7 +204,7 @@ class Mamba2(Mixer):
         y, ssm = ssd(
             x,
             dt.to(x.dtype),
-            -torch.exp(w.A_log),
+            -finite_exp(w.A_log),
             B,
             C,
             self._skip(w.D),
@@ -224,7 +225,7 @@ class Mamba2(Mixer):
         _, B, C = self._split(convolve(self.conv1d, xBC, self.d_conv, "silu", None, None)[0])
         dt_options: dict[str, Any] = {"dt_bias": self.dt_bias, "dt_softplus": True, "dt_limit": self.dt_limit}
         unit = unit_values(B, self.n_heads)
-        return matrix_of(cast(Tensor, ssd(unit, dt.to(B.dtype), -torch.exp(self.A_log), B, C, **dt_options)))
+        return matrix_of(cast(Tensor, ssd(unit, dt.to(B.dtype), -finite_exp(self.A_log), B, C, **dt_options)))
 
     def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
         """The MLP's gate and values, z, [x, B, C] and δ of the layer's input."""
@@ -276,6 +277,6 @@ class Mamba2(Mixer):
         conv1d = cast(nn.Conv1d, w.conv1d)
         xBC = causal_conv1d_step(state.conv, xBC, conv1d.weight.squeeze(1), conv1d.bias, "silu")
         x, B, C = self._split(xBC)
-        A, D = -torch.exp(w.A_log), self._skip(w.D)
+        A, D = -finite_exp(w.A_log), self._skip(w.D)
         y = ssd_step(state.ssm, x, dt, A, B, C, D, dt_bias=w.dt_bias, dt_softplus=True, dt_limit=self.dt_limit)
         return y.flatten(1)

@@ -20,6 +20,7 @@ import torch
 from einops import einsum
 from torch import Tensor, nn
 
+from ssmkernels.core.finite import finite_exp
 from ssmkernels.core.validate import precision
 from ssmzoo.init import wide_dtype
 from ssmzoo.linear import Linear, WideBiasLinear, is_plain
@@ -167,8 +168,7 @@ class RWKV6(Mixer):
             self.get_submodule(f"{name}_proj")(x, delta, m) for name, m in zip(INPUTS, shifts.unbind(2), strict=True)
         ]
         r, w, k, v, g = projected
-        # A log decay below -exp(80) forgets no more than that, and the gradient of an infinite one would be 0 · ∞
-        log_decay = -torch.exp(w.to(precision(w)).clamp(max=80.0))
+        log_decay = -finite_exp(w.to(precision(w)))
         r, k, v, log_decay = (t.unflatten(-1, (self.n_heads, -1)) for t in (r, k, v, log_decay))
         o, S = attend(r, k, v, log_decay, S, cu_seqlens, bonus=self.bonus, scale=1.0)
         y = self.o_proj(self.g_norm(o) * self.gate(g))

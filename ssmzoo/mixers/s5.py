@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmkernels import discretize_diagonal
+from ssmkernels.core.finite import finite_exp
 from ssmzoo.init import log_uniform, starting, wide_dtype
 from ssmzoo.lti.hippo import nplr
 from ssmzoo.mixers._diagonal_system import Activation, DiagonalSystem, complex_of
@@ -120,7 +121,7 @@ class S5(DiagonalSystem):
     def system(self) -> tuple[Tensor, Tensor, list[Tensor]]:
         damping = self.Lambda_re.clamp(max=-1e-4) if self.clip_eigs else self.Lambda_re
         Lambda = torch.complex(damping, self.Lambda_im)[:, None]  # (n 1): each state has a step of its own
-        step = self.rate * torch.exp(self.log_step[:, 0])
+        step = self.rate * finite_exp(self.log_step[:, 0])
         decay, gain = discretize_diagonal(Lambda, torch.ones_like(Lambda), step, discretization=self.discretization)
         return decay[:, 0], gain * complex_of(self.B), [complex_of(getattr(self, name)) for name in self.outputs]
 

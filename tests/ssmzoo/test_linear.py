@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssmkernels import native
 from ssmkernels.native import products
-from ssmkernels.native.eager import exp
+from ssmkernels.native.eager import finite_exp
 from ssmkernels.native.products import LARGE, WORK_WITH_GRADIENTS, linear, matmul
 from ssmzoo.linear import Linear, WideBiasLinear
 
@@ -297,15 +297,15 @@ class TestExp:
     @pytest.mark.parametrize("count", [0, 1, 7, 4095, 4097, 24576])
     def test_it_is_torchs(self, count, calls):
         x = torch.randn(count) * 5
-        torch.testing.assert_close(exp(x), torch.exp(x), rtol=5e-7, atol=0)
+        torch.testing.assert_close(finite_exp(x), torch.exp(x), rtol=5e-7, atol=0)
         assert calls == ["exp"]
 
     @NEEDS_NATIVE
     def test_what_is_not_finite(self):
         x = torch.tensor([torch.nan, -torch.inf, torch.inf, 0.0, -0.0])
-        torch.testing.assert_close(exp(x), torch.exp(x), equal_nan=True)
+        torch.testing.assert_close(finite_exp(x), torch.exp(x.clamp(max=88)), equal_nan=True)
 
     def test_what_stays_with_torch(self, calls):
         for x in (torch.ones(3, requires_grad=True), torch.ones(3).double(), torch.ones(4)[::2]):
-            assert torch.equal(exp(x), torch.exp(x))
+            assert torch.equal(finite_exp(x), torch.exp(x))
         assert not calls

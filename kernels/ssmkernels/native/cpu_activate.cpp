@@ -1,6 +1,7 @@
 // y = scale max(f(slope (x + bias)), least) factor + addend for each number of a few rows, as between the products of
 // one token. The rows of bias and factor serve those of x in turn, over and over.
 #include "exports.h"
+#include "finite.h"
 #include "parallel.h"
 #include "tanh.h"
 #include "tiles.h"
@@ -44,7 +45,7 @@ SSMZOO_INLINE typename Lanes<S>::V apply(int64_t function, typename Lanes<S>::V 
             return splat<S>(S(0.5)) * x * (one + tanh<S>(inner));
         }
         case 9: return positive + one / (one - negative);  // heavy tail: 1 + x, or 1 / (1 - x) below 0
-        case 10: return exp<S>(x);
+        case 10: return finite_exp<S>(x);
         default: return x;
     }
 }

@@ -1,5 +1,5 @@
-// e^x of each number of a contiguous tensor.
-#include "math.h"
+// e^x of each number of a contiguous tensor, where it does not overflow.
+#include "finite.h"
 #include "parallel.h"
 #include "tiles.h"
 
@@ -21,8 +21,8 @@ int exp_of_all(const ExpArguments& a) {
     parallel_stage(ceil_div(a.count, part), a.threads, [&](int64_t number, int) {
         const int64_t end = minimum(a.count, (number + 1) * part);
         int64_t i = number * part;
-        for (; i + lanes <= end; i += lanes) store(y + i, exp<float>(load(x + i)));
-        if (i < end) store_some(y + i, exp<float>(load_some(x + i, end - i)), end - i);
+        for (; i + lanes <= end; i += lanes) store(y + i, finite_exp<float>(load(x + i)));
+        if (i < end) store_some(y + i, finite_exp<float>(load_some(x + i, end - i)), end - i);
     });
     return 0;
 }

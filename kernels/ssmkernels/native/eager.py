@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmkernels import native
+from ssmkernels.core import finite
 from ssmkernels.core.plain import why_not_plain
 
 
@@ -38,14 +39,14 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def exp(x: Tensor) -> Tensor:
-    """e^x, as ``torch.exp`` within 2 ulp, for numbers below 88.
+def finite_exp(x: Tensor) -> Tensor:
+    """:func:`ssmkernels.core.finite.finite_exp` within 2 ulp.
 
     PyTorch's library starts its team of threads from a few thousand numbers on, such as a Mamba layer's A, and these
     keep their cores busy for milliseconds afterwards. Float32 tensors without gradients go to the native library.
     """
     if not (float32(x) and x.is_contiguous() and not wants_gradient(x) and reachable(x=x)):
-        return torch.exp(x)
+        return finite.finite_exp(x)
     y = torch.empty_like(x)
     values = {"x": x.data_ptr(), "y": y.data_ptr(), "count": x.numel(), "threads": native.threads(x.numel())}
     native.run("exp", values)

@@ -2,6 +2,7 @@
 // projection. Bound by memory: every weight and state is read once, as it lies.
 #include "causal_conv1d/cpu_step.h"
 #include "delta_rule/cpu_step.h"
+#include "native/finite.h"
 #include "native/exports.h"
 #include "native/product.h"
 #include "rms_norm/cpu.h"
@@ -69,7 +70,7 @@ void advance(const GatedDeltanetStepArguments& a, const Layer<S>& layer, int64_t
     for (int64_t c = 0; c < t.width; ++c) t.zeros[c] = S(0);
     t.kq[0] = dot(t.q, t.k, t.width);
     t.beta[0] = S(a.beta_scale) * sigmoid<S>(splat(gates[head]))[0];
-    const auto rate = exp<S>(splat(*at<S>(a.A_log, head)));
+    const auto rate = finite_exp<S>(splat(*at<S>(a.A_log, head)));
     t.decay[0] = exp<S>(-rate * softplus<S>(splat(gates[a.heads + head] + *at<S>(a.dt_bias, head))))[0];
     for (int64_t c = 0; c < count; c += Lanes<S>::count)
         store(step.row + c, read_some(mixed + 2 * layer.i + head * a.values + first + c, count - c));

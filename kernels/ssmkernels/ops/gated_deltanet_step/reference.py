@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssmkernels.core.finite import finite_exp
 from ssmkernels.core.names import OPS
 from ssmkernels.core.validate import precision
 from ssmkernels.ops.causal_conv1d import reference as conv
@@ -49,7 +50,7 @@ def compose(
     q, k = (_normalised(t.unflatten(-1, (-1, k_dim))) for t in (q, k))
     wide = precision(a.x)
     beta = a.beta_scale * torch.sigmoid(linear(a.x, a.b_proj).to(wide))
-    log_decay = -torch.exp(a.A_log.to(wide)) * F.softplus(
+    log_decay = -finite_exp(a.A_log.to(wide)) * F.softplus(
         linear(a.x, a.a_proj).to(wide) + a.dt_bias.to(wide), threshold=40
     )
     o = delta_step(a.state, q, k, v.unflatten(-1, (-1, v_dim)), beta, log_decay)

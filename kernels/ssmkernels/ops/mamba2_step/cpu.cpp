@@ -1,6 +1,7 @@
 // One token of a Mamba-2 layer: projection, convolution, state-space dual, gate and norm, projection. Bound by memory:
 // every weight and state is read once, as it lies, and what lies between is a few vectors a sequence.
 #include "causal_conv1d/cpu_step.h"
+#include "native/finite.h"
 #include "native/exports.h"
 #include "native/parallel.h"
 #include "native/product.h"
@@ -55,7 +56,7 @@ void advance(const Mamba2StepArguments& a, const Between<S>& between, int64_t ta
     const S* xBC = between.xBC + batch * between.c;
     const S* B = xBC + between.d + group * a.n;
     S* y = between.y + batch * between.f + a.mlp + head * a.p;
-    const S A = -exp<S>(splat(*at<S>(a.A_log, head)))[0];
+    const S A = -finite_exp<S>(splat(*at<S>(a.A_log, head)))[0];
     ssd_step_head(static_cast<S*>(a.ssm_state) + task * a.p * a.n, a.p, a.n,
                   sizes.of<S>(dt[head], at<S>(a.dt_bias, head)), A, B, B + a.groups * a.n,
                   at<S>(a.D, head * a.skip), a.skip, xBC + head * a.p,

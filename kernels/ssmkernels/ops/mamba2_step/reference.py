@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssmkernels.core.finite import finite_exp
 from ssmkernels.core.names import OPS
 from ssmkernels.core.validate import precision
 from ssmkernels.ops.causal_conv1d import reference as conv
@@ -47,7 +48,7 @@ def compose(
     mlp_gate, value, z, xBC, dt = linear(a.x, a.in_proj, a.in_bias).split([mlp, mlp, d, c, h], dim=-1)
     xBC = conv_step(a.conv_state, xBC, a.conv_weight, a.conv_bias, "silu")
     x, B, C = xBC.split([d, g * n, g * n], dim=-1)
-    A = -torch.exp(a.A_log.to(precision(x)))
+    A = -finite_exp(a.A_log.to(precision(x)))
     x, B, C = x.unflatten(-1, (h, p)), B.unflatten(-1, (g, n)), C.unflatten(-1, (g, n))
     y = ssd_step(a.ssm_state, x, dt, A, B, C, a.D, None, a.dt_bias, True, a.dt_limit).flatten(1)
     if a.norm_weight is None:

@@ -1,6 +1,7 @@
 // One token of a Mamba layer: projection, convolution, projections of Δ, B and C, scan, gate, projection. Bound by
 // memory: every weight and state is read once, as it lies, and what lies between is a few vectors a sequence.
 #include "causal_conv1d/cpu_step.h"
+#include "native/finite.h"
 #include "native/exports.h"
 #include "native/math.h"
 #include "native/parallel.h"
@@ -76,7 +77,7 @@ void advance(const MambaStepArguments& a, const Between<S>& between, int64_t bat
         const V step = splat(-steps[c]), input = splat(inputs[c]);
         for (int64_t j = 0; j < n; j += lanes) {
             const int64_t count = n - j;
-            const V rate = exp<S>(read_some(A_log + j, count)) * splat(Constants<S>::log2e);
+            const V rate = finite_exp<S>(read_some(A_log + j, count)) * splat(Constants<S>::log2e);
             const V decay = exp2_product<S, true>(step, rate);
             const V now = fma(decay, read_some(h + j, count), input * read_some(B + j, count));
             write_some(h + j, now, count);

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssmkernels.core.finite import finite_exp
 from ssmkernels.core.names import OPS
 from ssmkernels.core.validate import precision
 from ssmkernels.ops.causal_conv1d import reference as conv
@@ -31,7 +31,7 @@ def compose(
     dt, B, C = F.linear(x, a.x_proj).split([r, n, n], dim=-1)  # (b r), (b n), (b n)
     if a.norm_eps is not None:
         dt, B, C = (_normalised(t, a.norm_eps) for t in (dt, B, C))
-    A = -torch.exp(a.A_log.to(precision(x)))
+    A = -finite_exp(a.A_log.to(precision(x)))
     y = scan_step(a.ssm_state, x, F.linear(dt, a.dt_proj), A, B, C, a.D, z, a.dt_bias, True)
     return linear(y, a.out_proj, a.out_bias)
 

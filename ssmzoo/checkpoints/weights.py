@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ssmkernels.core.pages import ask
 from ssmzoo.config import ModelConfig
 from ssmzoo.model import SequenceModel
 
@@ -87,6 +88,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         content.seek(8 + int.from_bytes(content.read(8), "little"))  # the length of the header, and the header
         for name, described in tensors.items():  # they follow one another without gaps
             tensor = tensors[name] = torch.empty_like(described, device="cpu")
+            ask(tensor)
             if content.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data) != tensor.nbytes:
                 raise OSError("it is shorter than its header says")
     return tensors

@@ -29,6 +29,7 @@ from ssmzoo.block import Block, LayerState
 from ssmzoo.decoding.decoder import Decoder, Facts, dtypes_of
 from ssmzoo.decoding.ends import Ends
 from ssmzoo.decoding.parts import HOOKS, Parts, is_told_by_facts
+from ssmzoo.decoding.settling import settle
 from ssmzoo.mixer import Mixer
 from ssmzoo.mlp import ChannelMixer
 from ssmzoo.norm import LayerNorm, RMSNorm
@@ -65,6 +66,8 @@ def _decode(
         return None
     if any(getattr(nn.modules.module, f"_global{hooks}") for hooks in HOOKS):
         return None
+    if decoders is _of_models:  # who is asked first, at every token
+        settle(model)
     decoder, period = decoders.get(model), period_of(model)
     if decoder is not None:
         if decoder.refused == x.shape:

@@ -8,10 +8,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssmkernels import native
+from ssmkernels.core.validate import HALF
 from ssmkernels.native import products
 from ssmkernels.native.eager import finite_exp
 from ssmkernels.native.products import LARGE, WORK_WITH_GRADIENTS, linear, matmul
 from ssmzoo.linear import Linear, WideBiasLinear
+from ssmzoo.linear import linear as linear_of_any_dtype
 
 EVERY_SET = frozenset(isa for known in native.sources.ISAS.values() for isa in known)
 OUT, IN = 1024, 640  # large enough
@@ -93,13 +95,13 @@ def on_threads(call):
     return found[0]
 
 
-def layouts(rows, columns):
+def layouts(rows, columns, dtype):
     """Matrices of a shape: contiguous, transposed, with gaps, expanded."""
-    yield torch.randn(rows, columns)
-    yield torch.randn(columns, rows).t()
-    yield torch.randn(2 * rows, 3 * columns)[::2, ::3]
-    yield torch.randn(rows, 1).expand(rows, columns)
-    yield torch.randn(1, columns).expand(rows, columns)
+    yield torch.randn(rows, columns).to(dtype)
+    yield torch.randn(columns, rows).to(dtype).t()
+    yield torch.randn(2 * rows, 3 * columns).to(dtype)[::2, ::3]
+    yield torch.randn(rows, 1).to(dtype).expand(rows, columns)
+    yield torch.randn(1, columns).to(dtype).expand(rows, columns)
 
 
 @NEEDS_NATIVE
@@ -118,14 +120,18 @@ def layouts(rows, columns):
     ],
     ids=str,
 )
-def test_products_of_any_shape_and_layout(rows, inner, columns, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_products_of_any_shape_and_layout(rows, inner, columns, dtype, monkeypatch):
+    """In half precision each is the sum in float32, rounded once."""
     torch.manual_seed(0)
     monkeypatch.setattr(native, "SMALL", 0)
-    for a in layouts(rows, inner):
-        for b in layouts(inner, columns):
+    for a in layouts(rows, inner, dtype):
+        for b in layouts(inner, columns, dtype):
             found = on_threads(lambda a=a, b=b: matmul(a, b))
+            assert found.dtype == dtype
+            rtol = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps * 0.51
             torch.testing.assert_close(
-                found.double(), a.double() @ b.double(), rtol=1e-5, atol=1e-5 * max(1, inner) ** 0.5
+                found.double(), a.double() @ b.double(), rtol=rtol, atol=1e-5 * max(1, inner) ** 0.5
             )
 
 
@@ -139,6 +145,53 @@ def test_a_row_does_not_depend_on_the_others(every_set):
     for rows in (2, 7, 48, 49, 100):
         assert torch.equal(linear(x[:rows], weight, bias), whole[:rows])
         assert torch.equal(linear(x[-rows:], weight, bias), whole[-rows:])
+
+
+HALF_WAYS = ["native", "oneDNN", "by tiles"]
+
+
+@pytest.fixture(params=HALF_WAYS)
+def way(request, calls, monkeypatch):
+    """Each way that products of several rows in half precision may take, where this machine has it."""
+    monkeypatch.setattr(products, "MATMUL", EVERY_SET if request.param == "native" else frozenset())
+    if request.param == "oneDNN" and not products._pairs():
+        pytest.skip("needs a CPU with products of pairs of bfloat16")
+    if request.param == "by tiles":
+        monkeypatch.setattr(products, "_pairs", lambda: False)
+    calls.clear()
+    return request.param
+
+
+@NEEDS_NATIVE
+@torch.no_grad()
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_half_precision_is_summed_in_float32_and_rounded_once(dtype, biased, way, calls):
+    """Whatever the other rows are, a row has the same bits."""
+    if way == "oneDNN" and (biased or dtype == torch.float16):
+        pytest.skip("oneDNN is asked for products of bfloat16 without a bias")
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(130, IN).to(dtype), torch.randn(OUT, IN).to(dtype), torch.randn(OUT).to(dtype)
+    bias = bias if biased else None
+    found = linear_of_any_dtype(x.view(2, 65, IN), weight, bias).view(130, OUT)
+    assert {*calls} == ({"matmul"} if way == "native" else {"onednn"} if way == "oneDNN" else {"dequantize", "onednn"})
+    assert found.dtype == dtype
+    expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    torch.testing.assert_close(found.double(), expected, rtol=torch.finfo(dtype).eps * 0.51, atol=1e-3)
+    for rows in (17, 48, 49, 100):
+        assert torch.equal(linear_of_any_dtype(x[:rows], weight, bias), found[:rows])
+        assert torch.equal(linear_of_any_dtype(x[-rows:], weight, bias), found[-rows:])
+    with_gaps, turned = torch.stack([x, x], 2).flatten(1)[:, ::2], weight.t().contiguous().t()
+    assert torch.equal(linear_of_any_dtype(with_gaps, turned, bias), found)
+
+
+@torch.no_grad()
+def test_pairs_of_bfloat16_are_not_asked_for_where_onednn_may_not(monkeypatch):
+    monkeypatch.setattr(products, "MATMUL", frozenset())
+    monkeypatch.setattr(products, "_pairs", lambda: pytest.fail("oneDNN is switched off"))
+    x, weight = torch.randn(20, IN).bfloat16(), torch.randn(OUT, IN).bfloat16()
+    with torch.backends.mkldnn.flags(enabled=False):
+        linear_of_any_dtype(x, weight)
 
 
 @NEEDS_NATIVE

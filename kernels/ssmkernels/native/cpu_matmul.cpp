@@ -7,18 +7,22 @@
 // cache while rows of A pass by. (This is the order of loops of Goto and van de Geijn, "Anatomy of high-performance
 // matrix multiplication", 2008.) Each element of C is one chain of fused multiply-adds in the order of k: it depends on
 // its row and its column alone, not on how many others there are.
+//
+// Numbers in half precision become float as they are copied, and results are rounded once, at the end.
+#include "exports.h"
 #include "gemm.h"
+#include "half.h"
 #include "parallel.h"
 #include "turn.h"
 
 namespace ssmzoo {
 
 struct MatmulArguments {
-    const void* a;     // (rows inner), float
-    const void* b;     // (inner columns)
-    const void* bias;  // (columns), or null
-    void* c;           // (rows columns), contiguous
-    int64_t rows, columns, inner, a_row, a_column, b_row, b_column, threads;
+    const void* a;     // T: (rows inner)
+    const void* b;     // T: (inner columns)
+    const void* bias;  // float: (columns), or null
+    void* c;           // T: (rows columns), contiguous
+    int64_t dtype, rows, columns, inner, a_row, a_column, b_row, b_column, threads;
 };
 
 namespace SSMZOO_ISA {
@@ -34,40 +38,50 @@ constexpr int64_t kAhead = 8;                           // rows that are asked f
 constexpr int64_t kFew = 48;                            // rows, up to which C is computed transposed
 
 // Part of B, of which element (k, j) is p[k * row + j * column].
+template <class T>
 struct Right {
-    const S* p;
+    const T* p;
     int64_t row, column;
 };
 
 // Asks for a row before it is copied: rows lie too far apart for the machine to guess.
-SSMZOO_INLINE void fetch(const S* row, int64_t count, bool there) {
-    for (int64_t i = 0; there && i < count; i += 16) __builtin_prefetch(row + i);
+template <class T>
+SSMZOO_INLINE void fetch(const T* row, int64_t count, bool there) {
+    constexpr int64_t line = 64 / sizeof(T);
+    for (int64_t i = 0; there && i < count; i += line) __builtin_prefetch(row + i);
+}
+
+// Whole vectors of numbers that follow one another.
+template <class T>
+SSMZOO_INLINE void copy(S* to, const T* from, int64_t count) {
+    for (int64_t i = 0; i < count; i += Lanes<S>::count) store(to + i, read(from + i));
 }
 
 // `columns` of B in panels of kPanel, each k by k; zeros beyond them. Walks through B as it lies.
-void copy_panels(S* to, Right from, int64_t inner, int64_t columns) {
+template <class T>
+void copy_panels(S* to, Right<T> from, int64_t inner, int64_t columns) {
     constexpr int64_t lanes = Lanes<S>::count;
     const int64_t whole = from.column == 1 ? columns / kPanel * kPanel : 0;
     for (int64_t k = 0; k < inner && whole; ++k) {
         fetch(from.p + (k + kAhead) * from.row, whole, k + kAhead < inner);
         for (int64_t j = 0; j < whole; j += kPanel)
-            memcpy(to + j * inner + k * kPanel, from.p + k * from.row + j, sizeof(S) * kPanel);
+            copy(to + j * inner + k * kPanel, from.p + k * from.row + j, kPanel);
     }
     for (int64_t j0 = whole; j0 < columns; j0 += lanes) {
         S* panel = to + j0 / kPanel * kPanel * inner + j0 % kPanel;
-        const S* p = from.p + j0 * from.column;
+        const T* p = from.p + j0 * from.column;
         const int64_t there = minimum(lanes, columns - j0);
         int64_t k = 0;
         if (from.row == 1)
             for (; k + lanes <= inner; k += lanes) {
                 VF v[lanes];
-                for (int64_t j = 0; j < lanes; ++j) v[j] = j < there ? load(p + k + j * from.column) : VF{};
+                for (int64_t j = 0; j < lanes; ++j) v[j] = j < there ? read(p + k + j * from.column) : VF{};
                 turn<S>(v);
                 for (int64_t i = 0; i < lanes; ++i) store(panel + (k + i) * kPanel, v[i]);
             }
         for (; k < inner; ++k)
             for (int64_t j = 0; j < lanes; ++j)
-                panel[k * kPanel + j] = j < there ? p[k * from.row + j * from.column] : S(0);
+                panel[k * kPanel + j] = j < there ? widen(p[k * from.row + j * from.column]) : S(0);
     }
     for (int64_t j0 = ceil_div(columns, lanes) * lanes; j0 % kPanel; j0 += lanes)
         for (int64_t k = 0; k < inner; ++k)
@@ -75,40 +89,66 @@ void copy_panels(S* to, Right from, int64_t inner, int64_t columns) {
 }
 
 // A block of C: some rows of A times some columns of B.
+template <class T>
 struct Task {
-    Left<S> a;
-    Right b;
+    Left<T> a;
+    Right<T> b;
     int64_t rows, columns, inner;
 };
 
 // `rows` of A in strips of kRows, each k by k. Walks through A as it lies: by k, in the product for a weight's
 // gradient.
-void copy_strips(S* to, Left<S> from, int64_t inner, int64_t rows) {
+template <class T>
+void copy_strips(S* to, Left<T> from, int64_t inner, int64_t rows) {
     const int64_t whole = from.row == 1 ? rows / kRows * kRows : 0;
     for (int64_t k = 0; k < inner && whole; ++k) {
         fetch(from.p + (k + kAhead) * from.column, whole, k + kAhead < inner);
         for (int64_t i = 0; i < whole; i += kRows)
-            memcpy(to + i * inner + k * kRows, from.p + k * from.column + i, sizeof(S) * kRows);
+            for (int64_t r = 0; r < kRows; ++r)
+                to[i * inner + k * kRows + r] = widen(from.p[k * from.column + i + r]);
     }
     for (int64_t i = whole; i < rows; ++i)
         for (int64_t k = 0; k < inner; ++k)
-            to[i / kRows * kRows * inner + k * kRows + i % kRows] = from.p[i * from.row + k * from.column];
+            to[i / kRows * kRows * inner + k * kRows + i % kRows] = widen(from.p[i * from.row + k * from.column]);
+}
+
+// How a block reads its part of A: as it lies, in strips, or row by row where it only has to become float.
+enum class Reading { in_place, in_strips, in_rows };
+
+template <class T>
+Reading reading(Left<T> a) {
+    if (a.column != 1) return Reading::in_strips;
+    return sizeof(T) == sizeof(S) ? Reading::in_place : Reading::in_rows;
+}
+
+// `rows` of A, which become float.
+template <class T>
+void copy_rows(S* to, Left<T> from, int64_t inner, int64_t rows) {
+    constexpr int64_t lanes = Lanes<S>::count;
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t k = 0; k < inner; k += lanes)
+            write_some(to + i * inner + k, read_some(from.p + i * from.row + k, inner - k), inner - k);
 }
 
 // `begun`: c holds what the sums begin with.
-void multiply_block(const Task& t, S* c, int64_t ldc, S* panels, S* strips, bool begun) {
-    const bool copied = t.a.column != 1;
+template <class T>
+void multiply_block(const Task<T>& t, S* c, int64_t ldc, S* panels, S* strips, bool begun) {
+    const Reading how = reading(t.a);
     for (int64_t k0 = 0; k0 < t.inner; k0 += kDepth) {
         const int64_t depth = minimum(kDepth, t.inner - k0);
         const Onto<S> onto = {begun || k0 > 0, S(1)};
-        copy_panels(panels, {t.b.p + k0 * t.b.row, t.b.row, t.b.column}, depth, t.columns);
+        copy_panels<T>(panels, {t.b.p + k0 * t.b.row, t.b.row, t.b.column}, depth, t.columns);
         for (int64_t i = 0; i < t.rows; i += kNear) {
             const int64_t near = minimum(kNear, t.rows - i);
-            const Left<S> a = {t.a.p + i * t.a.row + k0 * t.a.column, t.a.row, t.a.column};
-            if (copied) copy_strips(strips, a, depth, near);
+            const Left<T> a = {t.a.p + i * t.a.row + k0 * t.a.column, t.a.row, t.a.column};
+            if (how == Reading::in_strips) copy_strips(strips, a, depth, near);
+            if (how == Reading::in_rows) copy_rows(strips, a, depth, near);
             for (int64_t j = 0; j < t.columns; j += kPanel)
                 for (int64_t r = 0; r < near; r += kRows) {
-                    const Left<S> strip = copied ? Left<S>{strips + r * depth, 1, kRows} : a.from(r);
+                    Left<S> strip = {strips + r * depth, depth, 1};
+                    if (how == Reading::in_strips) strip = {strips + r * depth, 1, kRows};
+                    if constexpr (sizeof(T) == sizeof(S))
+                        if (how == Reading::in_place) strip = a.from(r);
                     S* to = c + (i + r) * ldc + j;
                     const S* panel = panels + j * depth;
                     if (near - r >= kRows)
@@ -121,29 +161,31 @@ void multiply_block(const Task& t, S* c, int64_t ldc, S* panels, S* strips, bool
     }
 }
 
+template <class T>
 int matmul(const MatmulArguments& a) {
     if (a.inner == 0 && !a.bias) {
-        memset(a.c, 0, sizeof(S) * static_cast<size_t>(a.rows * a.columns));
+        memset(a.c, 0, sizeof(T) * static_cast<size_t>(a.rows * a.columns));
         return 0;
     }
     // For few rows Cᵀ = Bᵀ Aᵀ, so that A is copied and B, which is a weight as it lies in PyTorch, is read in place.
     const bool turned = a.rows <= kFew && a.b_row == 1;
-    const S *p = static_cast<const S*>(a.a), *q = static_cast<const S*>(a.b), *bias = static_cast<const S*>(a.bias);
-    const Left<S> left = turned ? Left<S>{q, a.b_column, a.b_row} : Left<S>{p, a.a_row, a.a_column};
-    const Right right = turned ? Right{p, a.a_column, a.a_row} : Right{q, a.b_row, a.b_column};
+    const T *p = static_cast<const T*>(a.a), *q = static_cast<const T*>(a.b);
+    const S* bias = static_cast<const S*>(a.bias);
+    const Left<T> left = turned ? Left<T>{q, a.b_column, a.b_row} : Left<T>{p, a.a_row, a.a_column};
+    const Right<T> right = turned ? Right<T>{p, a.a_column, a.a_row} : Right<T>{q, a.b_row, a.b_column};
     const int64_t rows = turned ? a.columns : a.rows, columns = turned ? a.rows : a.columns;
     const int64_t chunk = turned ? 2 * kNear : 4 * kNear;
     const int64_t down = ceil_div(rows, chunk), across = ceil_div(columns, kBlock);
     // No more scratch memory than a small product needs: for much of it malloc asks the system.
-    const bool direct = !turned && columns % kPanel == 0;
+    const bool direct = !turned && columns % kPanel == 0 && sizeof(T) == sizeof(S);
     const int64_t wide = minimum(kBlock, ceil_div(columns, kPanel) * kPanel), depth = minimum(kDepth, a.inner);
-    const int64_t near = left.column == 1 ? 0 : ceil_div(minimum(kNear, rows), kRows) * kRows;
+    const int64_t near = reading(left) == Reading::in_place ? 0 : ceil_div(minimum(kNear, rows), kRows) * kRows;
     const int64_t own_size = direct ? 0 : minimum(chunk, rows) * wide;
     const size_t bytes = sizeof(S) * static_cast<size_t>((wide + near) * depth + own_size);
     return parallel_for(down * across, a.threads, bytes, [&](int64_t number, char* scratch) {
         const int64_t i0 = number % down * chunk, j0 = number / down * kBlock;
-        const Task t = {left.from(i0), {right.p + j0 * right.column, right.row, right.column}, minimum(chunk, rows - i0),
-                        minimum(kBlock, columns - j0), a.inner};
+        const Task<T> t = {left.from(i0), {right.p + j0 * right.column, right.row, right.column}, minimum(chunk, rows - i0),
+                           minimum(kBlock, columns - j0), a.inner};
         S* panels = reinterpret_cast<S*>(scratch);
         S* strips = panels + wide * depth;
         S* own = strips + near * depth;
@@ -155,13 +197,14 @@ int matmul(const MatmulArguments& a) {
         multiply_block(t, c, ldc, panels, strips, bias != nullptr);
         if (turned) {
             for (int64_t j = 0; j < t.columns; ++j) {
-                S* to = static_cast<S*>(a.c) + (j0 + j) * a.columns + i0;
-                for (int64_t i = 0; i < t.rows; ++i) to[i] = own[i * wide + j];
+                T* to = static_cast<T*>(a.c) + (j0 + j) * a.columns + i0;
+                for (int64_t i = 0; i < t.rows; ++i) narrow(own[i * wide + j], to + i);
             }
         } else if (!direct) {
+            T* to = static_cast<T*>(a.c) + i0 * a.columns + j0;
             for (int64_t i = 0; i < t.rows; ++i)
-                memcpy(static_cast<S*>(a.c) + (i0 + i) * a.columns + j0, own + i * wide,
-                       sizeof(S) * static_cast<size_t>(t.columns));
+                for (int64_t j = 0; j < t.columns; j += Lanes<S>::count)
+                    write_some(to + i * a.columns + j, load(own + i * wide + j), t.columns - j);
         }
     });
 }
@@ -170,4 +213,12 @@ int matmul(const MatmulArguments& a) {
 }  // namespace SSMZOO_ISA
 }  // namespace ssmzoo
 
-SSMZOO_EXPORT(matmul)(const ssmzoo::MatmulArguments* a) { return ssmzoo::SSMZOO_ISA::matmul(*a); }
+SSMZOO_EXPORT(matmul)(const ssmzoo::MatmulArguments* a) {
+    using namespace ssmzoo;
+    using namespace ssmzoo::SSMZOO_ISA;
+    switch (a->dtype) {
+        case 0: return SSMZOO_ISA::matmul<float>(*a);
+        case 2: return SSMZOO_ISA::matmul<bfloat16>(*a);
+        default: return SSMZOO_ISA::matmul<float16>(*a);
+    }
+}

@@ -39,7 +39,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
                 if decoding:
                     return _few_rows(x, weight, bias)
                 if native.library().isa in MATMUL:
-                    return _rows(x, weight, bias)
+                    return of_rows(x, weight, bias)
             if torch.backends.mkldnn.enabled and _available():
                 return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         elif (
@@ -50,6 +50,41 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         ):
             return _Linear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def in_half(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """:func:`linear` of several rows in half precision with sums in float32, without gradients.
+
+    By the native library, which converts numbers as it copies them, on the sets in :data:`MATMUL`; by oneDNN where
+    the CPU multiplies pairs of bfloat16 by itself. A row has the same bits whatever the other rows are.
+
+    Args:
+        x: ``(..., in)``, bfloat16 or float16.
+        weight: ``(out, in)``, of x's dtype.
+        bias: ``(out)``, float32.
+
+    Returns:
+        ``(..., out)``, or None where neither is faster than float32's products.
+    """
+    if native.library().isa in MATMUL:
+        return of_rows(x, weight.contiguous(), bias)
+    if x.dtype == torch.bfloat16 and bias is None and torch.backends.mkldnn.enabled and _pairs():
+        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight.contiguous(), None, "none", [], "")
+    return None
+
+
+@functools.cache
+def _pairs() -> bool:
+    """Whether the CPU has products of pairs of bfloat16, and oneDNN uses them."""
+    found = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    if not _available() or not any(supported is not None and supported() for supported in found):
+        return False
+    some = torch.zeros(32, 32, dtype=torch.bfloat16)
+    try:
+        torch.ops.mkldnn._linear_pointwise(some, some, None, "none", [], "")
+    except RuntimeError:  # it was told to do without them
+        return False
+    return True
 
 
 def _large(x: Tensor, weight: Tensor) -> bool:
@@ -94,7 +129,14 @@ def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-def _rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def of_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """:func:`linear` by the native library, of several rows.
+
+    Args:
+        x: ``(..., in)``, float32, bfloat16 or float16; what is no float32 becomes so as it is read.
+        weight: ``(out, in)``, contiguous, of x's dtype.
+        bias: ``(out)``, float32.
+    """
     outputs, size = weight.shape
     x = x.contiguous()
     bias = None if bias is None else bias.contiguous()
@@ -130,6 +172,7 @@ def _matmul(
             "b": b.data_ptr(),
             "bias": native.address(bias),
             "c": c.data_ptr(),
+            "dtype": native.DTYPES[c.dtype],
             "rows": rows,
             "columns": columns,
             "inner": inner,
@@ -148,7 +191,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
-        return _rows(x, weight, bias)
+        return of_rows(x, weight, bias)
 
     @staticmethod
     @twice_differentiable(lambda ctx: (F.linear, ctx.saved_tensors))

@@ -1,7 +1,8 @@
 """A linear map with quantised weights in the native CPU library (``cpu.cpp``).
 
-A few rows are multiplied by the weights as they lie in memory; for more the weights are dequantised, a tile of outputs
-after another, for the product of float32 matrices. In float64 both are PyTorch's.
+A few rows are multiplied by the weights as they lie in memory. For more the weights are dequantised, a tile of outputs
+after another, for the product of float32 matrices, unless one of half precision is faster. In float64 all are
+PyTorch's.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ssmkernels import native
+from ssmkernels.core.validate import HALF
 from ssmkernels.native import address, missing, plain, rows, wrong_device
 from ssmkernels.native.calls import NotPreparedError
 from ssmkernels.native.prepared import Prepared
-from ssmkernels.native.products import linear
+from ssmkernels.native.products import in_half, linear
 from ssmkernels.ops.quantized_linear.reference import inputs
 from ssmkernels.ops.quantized_linear.tiled import as_rows, by_tiles, gradients, plain_weights
 
@@ -34,6 +36,10 @@ def forward(a: Any, _: bool) -> Tensor:
         return by_tiles(a, inputs(a), plain_weights, torch.matmul)
     if a.x.numel() <= FEW * a.x.shape[-1]:
         return prepared(a).run()
+    if a.scales is None and a.weight.dtype == a.x.dtype and a.x.dtype in HALF:
+        y = in_half(a.x, a.weight, None if a.bias is None else plain(a.bias, torch.float32))
+        if y is not None:
+            return y
     return by_tiles(a, _inputs(a), _dequantized, _product)
 
 

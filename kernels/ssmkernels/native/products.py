@@ -164,7 +164,8 @@ def _matmul(
     columns: int,
     inner: int,
 ) -> None:
-    large_pages(c)
+    wide = None if c.dtype == torch.float32 else c.new_empty(rows, inner, dtype=torch.float32)
+    large_pages(c, wide)
     native.run(
         "matmul",
         {
@@ -172,6 +173,7 @@ def _matmul(
             "b": b.data_ptr(),
             "bias": native.address(bias),
             "c": c.data_ptr(),
+            "wide": native.address(wide),
             "dtype": native.DTYPES[c.dtype],
             "rows": rows,
             "columns": columns,

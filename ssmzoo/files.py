@@ -57,9 +57,10 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         sync(path.parent)
     except OSError as error:
-        if error.errno is None:  # NumPy's, on a full disk
+        if error.errno is None and type(error) is OSError:  # NumPy's, on a full disk
             raise OSError(f"cannot write {path}: {error}") from error
-        error.filename = str(path)
+        if error.errno is not None:  # or it is what was being written that could not be had, as from a hub
+            error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)

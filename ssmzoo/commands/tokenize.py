@@ -16,7 +16,8 @@ def command(
         typer.Argument(
             metavar="SOURCES",
             help="Files and folders of text, JSON lines (.jsonl, .jsonl.gz, .jsonl.zst), Parquet and Arrow, as "
-            "datasets writes it; NAME=PATH to say what a mixture calls one.",
+            "datasets writes it; datasets:OWNER/NAME[@REVISION][:CONFIG][:SPLIT] on the Hugging Face hub; NAME=SOURCE "
+            "to say what a mixture calls one.",
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="The corpus's folder; new, or to be completed.")],

@@ -101,6 +101,7 @@ ERRORS = {
         ["tokenize", HOSTILE, "--out", "new"],
         ["tokenize", TEXT, "--out", "new", "--tokenizer", HOSTILE],
         ["tokenize", TEXT, "--out", "new", "--end", HOSTILE],
+        ["tokenize", f"datasets:{HOSTILE}", "--out", "new"],
     ],
     "distill": [["distill", HOSTILE], ["distill", "--resume", HOSTILE]],
     "serve": [

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from ssmzoo.train.corpora import tables
+from ssmzoo.train.corpora import hub, tables
 from ssmzoo.train.data import is_text, walk
 from ssmzoo.train.stored import Stored
 from ssmzoo.train.vocabulary import cut
@@ -30,7 +30,8 @@ FORMATS = (*GZIP, *ZSTD, *LINES, *TABLES)  # by their names' ends; others are te
 
 
 class Piece(NamedTuple):
-    """A stretch of a file: bytes of text or JSON lines, stretches of a table, all of a compressed file."""
+    """A stretch of a file: bytes of text or JSON lines, stretches of a table, all of a compressed file; data files of a
+    dataset on the hub, whose address is the path."""
 
     path: str
     start: int
@@ -79,18 +80,19 @@ def files_of(source: Path, corpus: Path | None = None) -> list[Path]:
     return [source]
 
 
-def parts_of(sources: Mapping[str, Sequence[Path]]) -> list[Part]:
+def parts_of(sources: Mapping[str, Sequence[Path | hub.Split]]) -> list[Part]:
     """Cuts files into parts of similar size, always in the same way.
 
     Args:
-        sources: files by the name of their source.
+        sources: files, or a dataset of the hub, by the name of their source.
 
     Raises:
         ImportError: a package that reads one of the formats is not installed.
         ValueError: a file is damaged.
     """
-    check_readers(path for paths in sources.values() for path in paths)
-    total = sum(path.stat().st_size for paths in sources.values() for path in paths)
+    every = [path for paths in sources.values() for path in paths]
+    check_readers(path for path in every if isinstance(path, Path))
+    total = sum(path.stat().st_size if isinstance(path, Path) else path.size for path in every)
     size = min(max(total // PARTS, SMALLEST), LARGEST)
     found = []
     for source, paths in sources.items():
@@ -143,8 +145,12 @@ def documents(piece: Piece, key: str) -> Iterator[tuple[str, bool]]:
             yield text[start:], True
 
 
-def _pieces(path: Path, size: int) -> Iterator[tuple[Piece, int]]:
+def _pieces(path: Path | hub.Split, size: int) -> Iterator[tuple[Piece, int]]:
     """A file's pieces, and how many bytes each has."""
+    if isinstance(path, hub.Split):
+        for i in range(path.files):
+            yield Piece(path.address, i, i + 1), path.size // path.files
+        return
     name, length = path.name, path.stat().st_size
     if name.endswith((*GZIP, *ZSTD)):
         yield Piece(str(path), 0, length), length
@@ -162,7 +168,10 @@ def _pieces(path: Path, size: int) -> Iterator[tuple[Piece, int]]:
 
 def _texts(piece: Piece, key: str) -> Iterator[str]:
     name = os.path.basename(piece.path)
-    if name.endswith(GZIP):
+    if hub.is_hub(piece.path):  # paths are absolute
+        for number in range(piece.start, piece.stop):
+            yield from map(_whole, hub.texts(piece.path, number, key))
+    elif name.endswith(GZIP):
         yield from _json_texts(piece.path, _undamaged(piece.path, gzip.GzipFile(piece.path)), key)
     elif name.endswith(ZSTD):
         yield from _json_texts(piece.path, _undamaged(piece.path, _open_zstd(piece.path)), key)

@@ -2,19 +2,25 @@
 
 A table is read in stretches: row groups of Parquet, record batches of Arrow. ``Dataset.save_to_disk`` writes a folder
 of ``.arrow`` files, and descriptions of them that are no documents.
+
+A small file can hold any amount of text: rows of one large value, or bytes that are alike. So few rows of Parquet are
+read at once that they fit, and what a batch of Arrow unpacks to is known before (:mod:`ssmzoo.train.corpora.unpacked`).
 """
 
 from __future__ import annotations
 
 import itertools
+import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ssmzoo.train.corpora import unpacked
+
 PARQUET, ARROW = (".parquet",), (".arrow",)
 DESCRIPTIONS = ("state.json", "dataset_info.json", "dataset_dict.json")  # beside Arrow files
 
-ROWS = 256  # of Parquet, read at once
+LONGEST = 2**30  # bytes of a document, and of a compressed batch of Arrow, which are in memory whole
 LISTED = 8  # names in an error
 
 
@@ -29,8 +35,7 @@ def sizes(path: Path) -> list[int]:
     if path.name.endswith(PARQUET):
         metadata = _parquet(path).metadata
         return [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
-    with _arrow(path) as reader:
-        return [batch.nbytes for batch in _batches(path, "Arrow stream", iter(reader))]
+    return [_unpacked(path, message) for message in _messages(path) if message.type == "record batch"]
 
 
 def texts(path: Path, start: int, stop: int, key: str) -> Iterator[str]:
@@ -42,8 +47,14 @@ def texts(path: Path, start: int, stop: int, key: str) -> Iterator[str]:
     if path.name.endswith(PARQUET):
         file = _parquet(path)
         _check_column(path, file.schema_arrow, key)
-        groups = file.iter_batches(ROWS, row_groups=list(range(start, stop)), columns=[key])
-        yield from _column(path, "Parquet", _batches(path, "Parquet", groups), key)
+        for group in range(start, stop):
+
+            def read(rows: int, group: int = group) -> Iterator[Any]:
+                return _batches(path, "Parquet", file.iter_batches(rows, row_groups=[group], columns=[key]))
+
+            if next(read(1), None) is not None:  # which tells damage: PyArrow's descriptions of a column do not
+                rows = unpacked.rows_at_once(path, file, group, key)
+                yield from _column(path, "Parquet", read(rows), key)
         return
     with _arrow(path) as reader:
         _check_column(path, reader.schema, key)
@@ -58,9 +69,43 @@ def _column(path: Path, kind: str, batches: Iterator[Any], key: str) -> Iterator
             column.validate(full=True)  # of a damaged one PyArrow would read memory that is not its own
         except Exception as error:
             raise _damaged(path, kind, error) from None
-        for text in column.to_pylist():
-            if text is not None:
-                yield text
+        if len(column) and column.nbytes > LONGEST and _longest(column) > LONGEST:
+            raise ValueError(f"the file {path} must have at most {LONGEST} bytes in a row of {key!r:.80}; got more")
+        for text in column:
+            if text.is_valid:
+                yield text.as_py()
+
+
+def _longest(column: Any) -> int:
+    """Bytes of the longest value."""
+    from pyarrow import compute
+
+    return compute.max(compute.binary_length(column)).as_py() or 0
+
+
+def _messages(path: Path) -> Iterator[Any]:
+    """The messages of an Arrow stream, as they are in the file."""
+    import pyarrow
+
+    try:
+        reader = pyarrow.ipc.MessageReader.open_stream(pyarrow.memory_map(str(path)))
+        while True:
+            try:
+                yield reader.read_next_message()
+            except StopIteration:
+                return
+    except Exception as error:
+        raise _damaged(path, "Arrow stream", error) from None
+
+
+def _unpacked(path: Path, message: Any) -> int:
+    try:
+        size = unpacked.batch_bytes(message)
+    except (struct.error, ValueError) as error:
+        raise _damaged(path, "Arrow stream", error) from None
+    if size > max(LONGEST, len(message.body)):  # what is not compressed stays in the file
+        raise ValueError(f"the file {path} must have at most {LONGEST} bytes in a batch of rows; got {size}")
+    return size
 
 
 def _parquet(path: Path) -> Any:

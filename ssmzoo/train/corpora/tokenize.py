@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -11,8 +12,11 @@ from pathlib import Path
 from ssmkernels.native import quota
 from ssmzoo.checkpoints.checksums import checksum
 from ssmzoo.files import LEFT_OVER, replacing, sweep
+from ssmzoo.train.corpora import hub
 from ssmzoo.train.corpora.manifest import (
+    ENDS,
     FILE,
+    IDS,
     TOKENIZER,
     Manifest,
     Shard,
@@ -52,7 +56,8 @@ def tokenize(
     differ.
 
     Args:
-        sources: files and folders; by the names that a mixture calls them, or else named after the files.
+        sources: files and folders, and datasets of the hub as ``datasets:OWNER/NAME``
+            (:mod:`ssmzoo.train.corpora.hub`); by the names that a mixture calls them, or else named after the files.
         out: the corpus's folder: new, empty, or of an earlier call with the same arguments.
         tokenizer: a file of the `tokenizers` library; text becomes bytes if None.
         key: the name of the text in JSON lines and in tables.
@@ -76,11 +81,21 @@ def tokenize(
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, and a corpus is a folder: choose another --out")
-    files = {name: files_of(path, folder) for name, path in _named(sources).items()}
+    named, before = _named(sources), _made_from(folder)
+    files: dict[str, list[Path | hub.Split]] = {
+        name: [hub.found(path, before.get(path))] if isinstance(path, str) else [*files_of(path, folder)]
+        for name, path in named.items()
+    }
     parts = parts_of(files)
-    listed = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for paths in files.values() for p in paths]
+    listed = [
+        (str(p), p.stat().st_size, p.stat().st_mtime_ns) if isinstance(p, Path) else p.address
+        for paths in files.values()
+        for p in paths
+    ]
     sum_ = None if tokenizer is None else checksum(Path(tokenizer))
-    made_from = {"sources": digest([listed, parts]), "tokenizer": str(sum_), "key": key, "end": str(end)}
+    made_from = {"tokenizer": str(sum_), "key": key, "end": str(end)}
+    made_from |= {path: files[name][0].revision for name, path in named.items() if isinstance(path, str)}  # type: ignore[union-attr]
+    made_from |= {"sources": digest([listed, parts])}
     folder.mkdir(parents=True, exist_ok=True)
     _check_folder(folder)
     with locked(folder):
@@ -110,17 +125,17 @@ def tokenize(
         return manifest
 
 
-def _named(sources: Path_ | Sequence[Path_] | Mapping[str, Path_]) -> dict[str, Path]:
-    """Absolute paths by names.
+def _named(sources: Path_ | Sequence[Path_] | Mapping[str, Path_]) -> dict[str, Path | str]:
+    """Absolute paths, and datasets of the hub as they are, by names.
 
     Raises:
         ValueError: there is none, or two have one name.
     """
     if isinstance(sources, Mapping):
-        pairs = [(str(name), Path(path).absolute()) for name, path in sources.items()]
+        pairs = [(str(name), _place(path)) for name, path in sources.items()]
     else:
         paths = [sources] if isinstance(sources, str | os.PathLike) else sources
-        pairs = [(_name(Path(path).absolute()), Path(path).absolute()) for path in paths]
+        pairs = [(_name(place), place) for place in map(_place, paths)]
     if not pairs:
         raise ValueError("tokenize: `sources` must name at least one file or folder")
     for i, (name, path) in enumerate(pairs):
@@ -132,8 +147,14 @@ def _named(sources: Path_ | Sequence[Path_] | Mapping[str, Path_]) -> dict[str, 
     return dict(pairs)
 
 
-def _name(path: Path) -> str:
+def _place(source: Path_) -> Path | str:
+    return source if isinstance(source, str) and hub.is_hub(source) else Path(source).absolute()
+
+
+def _name(path: Path | str) -> str:
     """What a source is called that nobody named: its file's or folder's name, without the format."""
+    if isinstance(path, str):
+        return hub.name_of(path)
     suffix = next((suffix for suffix in (*FORMATS, ".txt") if path.name.endswith(suffix)), "")
     return path.name.removesuffix(suffix)
 
@@ -145,20 +166,42 @@ def _check_folder(folder: Path) -> None:
     raise ValueError(f"{folder} is not empty, and holds no corpus: choose another --out")
 
 
-def _check_plan(folder: Path, made_from: Mapping[str, str]) -> None:
-    """The corpus in a folder, whole or begun, is made from the same; writes down what it is made from."""
+def _made_from(folder: Path) -> dict[str, str]:
+    """What the corpus in a folder, whole or begun, is made from; nothing if there is none."""
     for name in (FILE, PLAN):
-        if not (folder / name).is_file():
-            continue
-        found = read_sealed(folder / name)["made_from"]
-        for what, value in made_from.items():
-            if found.get(what) != value:
-                raise ValueError(
-                    f"{folder} holds a corpus that was made from another `{what}`, or its files have changed since: "
-                    "choose another --out, or remove it"
-                )
-        return
-    write_sealed(folder / PLAN, {"made_from": dict(made_from)})
+        if (folder / name).is_file():
+            return dict(read_sealed(folder / name)["made_from"])
+    return {}
+
+
+def _check_plan(folder: Path, made_from: Mapping[str, str]) -> None:
+    """The corpus in a folder, whole or begun, is made from the same; writes down what it is made from.
+
+    One that has been begun and holds no text yet, as after a wrong option, is begun anew.
+    """
+    found = _made_from(folder)
+    others = [what for what in {**found, **made_from} if found.get(what) != made_from.get(what)] if found else []
+    if others and not is_corpus(folder) and not (begun := _begun(folder)):
+        for path in (*(p for end in (RECORD, IDS, ENDS) for p in folder.glob(f"[0-9]*{end}")), folder / TOKENIZER):
+            path.unlink(missing_ok=True)
+    elif others:
+        was = f" ({found[others[0]]!r:.80})" if others[0] in ("key", "end") else ""
+        changed = ", or its files have changed since" if others[0] == "sources" else ""
+        what = "a corpus that was" if is_corpus(folder) else f"{begun} shards of a corpus that is not finished,"
+        raise ValueError(
+            f"{folder} holds {what} made from another `{others[0]}`{was}{changed}: choose another --out, or remove it"
+        )
+    if others or not found:
+        write_sealed(folder / PLAN, {"made_from": dict(made_from)})
+
+
+def _begun(folder: Path) -> int:
+    """How many shards with text an unfinished corpus has."""
+    begun = 0
+    for path in folder.glob(f"[0-9]*{RECORD}"):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # is made again
+            begun += read_sealed(path)["tokens"] > 0
+    return begun
 
 
 def _done(folder: Path, parts: Sequence[Part], dtype: str) -> dict[int, Shard]:

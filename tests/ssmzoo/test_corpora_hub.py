@@ -138,7 +138,7 @@ def test_what_breaks_off_goes_on_at_the_same_commit(tmp_path, fake, monkeypatch)
     broken = {"default": {"train": [*FIRST["default"]["train"][:2], [*rows("café"), "break off"]]}}
     fake(n={"newest": "c1", "c1": broken})
     with pytest.raises(
-        ConnectionError, match=r"out of reach: datasets:o/n@c1:default:train: the line is dead. Call ag"
+        ConnectionError, match=r"datasets:o/n@c1:default:train is out of reach: the line is dead. Call ag"
     ):
         tokenize("datasets:o/n", tmp_path / "out", workers=1)
     assert (tmp_path / "out" / PLAN).is_file()
@@ -156,12 +156,12 @@ def test_what_breaks_off_goes_on_at_the_same_commit(tmp_path, fake, monkeypatch)
         ("datasets:", ValueError, "`sources` must name datasets as datasets:OWNER/NAME, with @REVISION, :CONFIG and"),
         ("datasets:o/n:a:b:c", ValueError, "`sources` must name datasets as"),
         ("datasets:../n/x", ValueError, "`sources` must name datasets as"),
-        ("datasets:o/none", FileNotFoundError, "no such dataset, or not for you: datasets:o/none: Dataset 'o/none' d"),
+        ("datasets:o/none", FileNotFoundError, "datasets:o/none is not there, or not for you: Dataset 'o/none' d"),
         ("datasets:o/n@c7", FileNotFoundError, "Revision 'c7' doesn't exist"),
-        ("datasets:o/n:none", ValueError, "cannot be read: datasets:o/n:none: Bad split: none. Available splits: ['t"),
+        ("datasets:o/n:none", ValueError, "datasets:o/n:none cannot be read: Bad split: none. Available splits: ['t"),
         ("datasets:o/n:none:test", ValueError, "BuilderConfig 'none' not found"),
         ("datasets:o/two", ValueError, "Config name is missing. Please pick one among"),
-        ("datasets:o/bad", ValueError, "must have text in the column 'text'; got int"),
+        ("datasets:o/bad", ValueError, "must have text in the column 'text' (--key); got int"),
         ("datasets:o/body", ValueError, "has no column 'text', only 'body', 'n': name one by --key"),
     ],
 )

@@ -111,7 +111,8 @@ def texts(address: str, number: int, key: str) -> Iterator[str]:
             return
         _check(address, key, list(row))
         if row[key] is not None and not isinstance(row[key], str):
-            raise ValueError(f"{address} must have text in the column {key!r:.80}; got {type(row[key]).__name__}")
+            got = type(row[key]).__name__
+            raise ValueError(f"{address} must have text in the column {key!r:.80} (--key); got {got}")
         if row[key] is not None:
             yield row[key]
 
@@ -168,9 +169,9 @@ class _told:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if not isinstance(error, Exception):
             return
-        told = f"{self.source}: {' '.join(str(error).split()) or type(error).__name__:.400}"
+        source, told = self.source, " ".join(str(error).split())[:400] or type(error).__name__
         if isinstance(error, FileNotFoundError):
-            raise FileNotFoundError(f"no such dataset, or not for you: {told}") from None
+            raise FileNotFoundError(f"{source} is not there, or not for you: {told}") from None
         if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith(("httpx", "aiohttp")):
-            raise ConnectionError(f"the Hugging Face hub is out of reach: {told}. Call again to go on") from None
-        raise ValueError(f"cannot be read: {told}") from None
+            raise ConnectionError(f"{source} is out of reach: {told}. Call again to go on") from None
+        raise ValueError(f"{source} cannot be read: {told}") from None

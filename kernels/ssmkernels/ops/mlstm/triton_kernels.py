@@ -1,7 +1,8 @@
 """The matrix memory's Triton kernels around those of the state-space dual: stabilisers, their gradients, a step.
 
 Chunks and their tensors are those of ``ssd/triton_pieces.py``; the weight of a token, exp(i - m), stands in the place
-of a step size. Stabilisers within a chunk come from sums in float64, which no difference of two can spoil.
+of a step size. Stabilisers within a chunk come from a scan in float64, which never takes the difference of two sums: a
+forget gate of -∞ would make that NaN.
 """
 
 # mypy: disable-error-code="assignment"
@@ -15,8 +16,15 @@ import triton.language as tl
 from ssmkernels.core.triton_pieces import sigmoid, softplus
 from ssmkernels.ops.ssd.triton_backward_kernels import of_steps
 from ssmkernels.ops.ssd.triton_pieces import place
+from ssmkernels.ops.ssd.triton_states_kernels import LEAST
 
 LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def larger_of_both(sums, most, next_sums, next_most):
+    """m → max(m + sums, most) and then m → max(m + next_sums, next_most), as one such pair."""
+    return sums + next_sums, tl.maximum(most + next_sums, next_most)
 
 
 @triton.jit
@@ -70,11 +78,12 @@ def gates(
         there = time < end
         gate = tl.load(i + time * i_time, mask=there, other=-float("inf")).to(tl.float64)
         kept = -softplus(-tl.load(f + time * f_time, mask=there, other=0.0).to(tl.float32)).to(tl.float64)
-        sums = tl.cumsum(tl.where(there, kept, 0.0), axis=0)
-        ahead = (gate - sums)[None, :]
-        most = tl.max(tl.where(slot[:, None] >= slot[None, :], ahead, -float("inf")), axis=1)
-        now = sums + tl.maximum(most, last)
-        exponent = (sums + last - now) * LOG2E
+        kept = tl.where(there, kept, 0.0)
+        sums, most = tl.associative_scan((kept, gate), 0, larger_of_both)
+        now = tl.maximum(most, sums + last)
+        before = tl.sum(tl.where(slot[:, None] == slot[None, :] + 1, now[None, :], 0.0), axis=1)
+        decay = (kept + tl.where(slot == 0, last, before) - now) * LOG2E
+        exponent = tl.cumsum(tl.where(decay < LEAST, LEAST, decay), axis=0)
         above = exponent.to(tl.float32)
         to = ((first + step) * H + head) * Q + slot
         tl.store(m + ((batch * length + time) * H + head), now.to(tl.float32), mask=there)

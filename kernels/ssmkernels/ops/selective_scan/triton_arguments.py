@@ -17,7 +17,8 @@ def values(a: Any, groups: int) -> dict[str, Any]:
     u, A = a.u, a.A
     wide = precision(u)
     D, delta_bias = (None if t is None else t.to(wide).contiguous() for t in (a.D, a.delta_bias))
-    A2 = (A.to(wide) / math.log(2)).contiguous()
+    least = torch.finfo(wide).min  # times a step of 0 it is 0, and -∞ NaN
+    A2 = (A.to(wide) / math.log(2)).clamp(min=least).contiguous()
     found: dict[str, Any] = {"u": u, "delta": a.delta, "z": a.z, "A2": A2, "D": D, "bias": delta_bias}
     for name, x in (("u", u), ("delta", a.delta), ("z", a.z)):
         found[f"{name}_strides"] = (0, 0, 0) if x is None else x.stride()

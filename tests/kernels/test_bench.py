@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 
 import ssmkernels
 from ssmkernels import bench
-from ssmkernels.bench import contest
+from ssmkernels.bench import contest, measure
 from ssmkernels.bench import ops as ops_bench
 from ssmkernels.bench.peers import Package, Peer, peers_of, setting_of
 from ssmkernels.check.spec import spec_of, specs
@@ -121,6 +122,27 @@ def test_the_slowest_are_called_twice():
     calls = []
     (timing,) = bench.compete({"slow": lambda: calls.append(0)}, seconds=0.0).values()
     assert len(timing.samples) == 2
+
+
+def test_who_takes_forever_is_called_once(monkeypatch):
+    calls, weighed = [], []
+    monkeypatch.setattr(contest, "ENDLESS", 0.02)
+    monkeypatch.setattr(measure, "ENDLESS", 0.02)
+    monkeypatch.setattr(contest, "_memory", lambda one, plan: weighed.append(one.name) or (1, 1))
+
+    def slow():
+        calls.append(0)
+        time.sleep(0.03)
+        return {"y": torch.ones(2)}
+
+    given = [bench.Contestant("quick", "ours", lambda: {"y": torch.ones(2)}), bench.Contestant("slow", "peer", slow)]
+    quick, last = contest.hold(contest.Contest("ops", "smooth", "forward", "", given), plan(seconds=1.0))
+    assert len(calls) == last.samples == 1
+    assert quick.samples >= 3
+    assert last.median >= 0.03
+    assert last.of_ours == last.median / quick.median
+    assert weighed == ["quick"]
+    assert (last.peak_bytes, last.refused) == (None, "")
 
 
 def test_a_timing_has_its_quartiles():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ssmkernels.bench.limits import Limits
-from ssmkernels.bench.measure import SHORTEST, Timing, compete, exponent, peak_memory
+from ssmkernels.bench.measure import ENDLESS, SHORTEST, Timing, compete, exponent, peak_memory, stopwatch
 
 Results = Mapping[str, Tensor]
 Role = Literal["ours", "peer", "limit", "yardstick"]
@@ -134,19 +134,22 @@ def clock(contest: Contest, plan: Plan) -> list[Measurement]:
     admitted: list[Contestant] = []
     refused: dict[str, str] = {}
     truth: Results | None = None
+    watch, taken = stopwatch(plan.device), {}
     for one in sorted(contest.contestants, key=lambda c: c.role != "ours"):
         if one.role in UNCOMPARED:
             admitted.append(one)
             continue
         plan.say(f"{contest.what}, {contest.work}: comparing {one.name}")
+        found: list[Results] = []
         try:
-            results = one.call()
+            taken[one.name] = watch(lambda one=one, found=found: found.append(one.call()), 1)
         except NotImplementedError as error:
             refused[one.name] = f"cannot do this: {first_line(error)}"
             continue
         except Exception as error:  # whatever other people's code raises
             refused[one.name] = f"raises {type(error).__name__}: {first_line(error)}"
             continue
+        results = found.pop()
         difference = "" if truth is None else differs(results, truth, plan.dtype)
         if difference:
             refused[one.name] = f"its results are others: {difference}"
@@ -157,7 +160,7 @@ def clock(contest: Contest, plan: Plan) -> list[Measurement]:
     del truth
     plan.say(f"{contest.what}, {contest.work}: timing")
     calls = {one.name: one.call for one in admitted}
-    timings = compete(calls, device=plan.device, seconds=plan.seconds, shortest=plan.shortest)
+    timings = compete(calls, device=plan.device, seconds=plan.seconds, shortest=plan.shortest, before=taken)
     ours = min((timings[one.name].median for one in admitted if one.role == "ours"), default=None)
     limit = next((timings[one.name].median for one in admitted if one.role == "limit"), contest.limit)
     rows = []
@@ -177,16 +180,20 @@ def clock(contest: Contest, plan: Plan) -> list[Measurement]:
 
 
 def weigh(contest: Contest, rows: list[Measurement], plan: Plan) -> list[Measurement]:
-    """The lines with the memory of those who were timed.
+    """The lines with the memory of those who were timed, and whose calls are not so long that one had to do.
 
     That comes last: what watches memory leaves an allocator that keeps the largest blocks at hand, and whoever asks
     for such blocks would be faster in the contests after it than in a process of its own.
     """
     plan.say(f"{contest.what}, {contest.work}: measuring memory")
     return [
-        row if row.refused or one.role in UNCOMPARED else _weighed(row, _memory(one, plan))
+        row if row.refused or one.role in UNCOMPARED or _endless(row) else _weighed(row, _memory(one, plan))
         for one, row in zip(contest.contestants, rows, strict=True)
     ]
+
+
+def _endless(row: Measurement) -> bool:
+    return (row.median or 0.0) >= ENDLESS
 
 
 def _memory(one: Contestant, plan: Plan) -> tuple[int, int]:

@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 LEAST, MOST = 3, 50  # samples of one contestant
 SLOW = 10  # times the seconds that a contestant has: from there on, two samples must do
+ENDLESS = 10.0  # seconds of a call from which on one must do, whatever the seconds that a contestant has
 SHORTEST = 2e-3  # seconds that a sample usually lasts at least: quicker calls are repeated within it
 CACHE = 2**28  # bytes; more than any GPU's caches hold
 
@@ -48,20 +49,24 @@ def compete(
     device: torch.device | str = "cpu",
     seconds: float = 1.0,
     shortest: float = SHORTEST,
+    before: Mapping[str, float] | None = None,
 ) -> dict[str, Timing]:
     """Times functions against one another: they run by turns, so that what slows the machine down slows all of them.
 
     Each is called once to warm up, then about as often as fits into ``seconds``, and at least three times. Where the
     call that warms up alone takes longer than ``seconds`` it counts; where it takes ten times that, one more is enough.
+    Whose call from ``before`` took :data:`ENDLESS` seconds is not called again: that one is its only sample.
 
     Args:
         calls: name → what is timed.
         device: where it computes: its work is waited for. On a GPU its caches are emptied before each call.
         seconds: for each of them, about.
         shortest: seconds that a sample lasts at least.
+        before: seconds that a call of each took already, by name; without those that are not known.
     """
     watch = stopwatch(torch.device(device))
-    first = {name: watch(call, 1) for name, call in calls.items()}
+    endless = {name: taken for name, taken in (before or {}).items() if taken >= ENDLESS and name in calls}
+    first = {name: watch(call, 1) for name, call in calls.items() if name not in endless}
     samples = {name: [taken] if taken > seconds else [] for name, taken in first.items()}
     repeats = {name: max(1, math.ceil(shortest / max(taken, 1e-9))) for name, taken in first.items()}
     counts = {}
@@ -70,7 +75,8 @@ def compete(
         counts[name] = min(MOST, max(least, round(seconds / (taken * repeats[name]))))
     for name in schedule(counts):
         samples[name].append(watch(calls[name], repeats[name]))
-    return {name: Timing(tuple(taken)) for name, taken in samples.items()}
+    samples |= {name: [taken] for name, taken in endless.items()}
+    return {name: Timing(tuple(samples[name])) for name in calls}
 
 
 def schedule(counts: Mapping[str, int]) -> Iterator[str]:

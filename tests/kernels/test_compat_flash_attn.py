@@ -350,3 +350,16 @@ def test_dropout_of_packed_sequences():
     assert torch.equal(weights[1:], parts[1][2])
     assert not weights[0, :, 2:].any()
     assert out[2].eq(0).all()  # a query that sees no key
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError])
+def test_keys_without_room_raise_what_the_package_raises_too(error):
+    q, pages, table = torch.randn(1, 1, 2, 4), torch.randn(3, 5, 2, 4), torch.zeros(1, 1, dtype=torch.int32)
+    with_cache = flash_attn.flash_attn_with_kvcache
+    with pytest.raises(error, match="with_kvcache: `block_table` has room for 5 tokens of a sequence; .* make 6"):
+        with_cache(q, pages, pages, q, q, cache_seqlens=5, block_table=table)
+    with pytest.raises(error, match="with_kvcache: the cache has room for 5 tokens of a sequence; .* make 6"):
+        with_cache(q, pages[:1], pages[:1], cache_seqlens=6)
+    borders = torch.tensor([0, 6], dtype=torch.int32)
+    with pytest.raises(error, match="varlen_func: `block_table` has room for 5 tokens a sequence; got 6"):
+        flash_attn.flash_attn_varlen_func(q[0], pages, pages, borders // 6, borders, 1, 6, block_table=table)

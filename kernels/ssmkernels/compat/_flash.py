@@ -17,6 +17,10 @@ from ssmkernels.core.validate import check_dtypes, check_options, check_shapes
 Found = tuple[Tensor, Tensor, Tensor | None]  # the output, the log-sum-exp, and the weights where some are dropped
 
 
+class NoRoomError(ValueError, RuntimeError):
+    """Keys beyond a cache or its pages, for which flash_attn raises a RuntimeError."""
+
+
 def dense(a: Any) -> Any:
     """As :func:`ssmkernels.compat.flash_attn.flash_attn_func`, from separate or packed tensors."""
     q, k, v = _unpacked(a, "b l", "b m")
@@ -97,7 +101,7 @@ def from_pages(op: str, pages: Tensor, block_table: Tensor, cu_seqlens: Tensor) 
     size, lengths = pages.shape[1], cu_seqlens.diff().long()
     room = block_table.shape[1] * size
     if len(lengths) and int(lengths.max()) > room:
-        raise ValueError(f"{op}: `block_table` has room for {room} tokens a sequence; got {int(lengths.max())}")
+        raise NoRoomError(f"{op}: `block_table` has room for {room} tokens a sequence; got {int(lengths.max())}")
     row = torch.arange(len(lengths), device=pages.device).repeat_interleave(lengths)
     place = torch.arange(len(row), device=pages.device) - cu_seqlens[row].long()
     page = block_table[row, place // size].long()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ssmkernels import decode_attention
 from ssmkernels.compat._dtypes import INDICES, beside
-from ssmkernels.compat._flash import attend, from_pages, window_of
+from ssmkernels.compat._flash import NoRoomError, attend, from_pages, window_of
 from ssmkernels.compat._rotary import turned
 from ssmkernels.core.validate import check_dtypes, check_options, check_same_dtype, check_shapes
 
@@ -29,8 +29,9 @@ def with_cache(a: Any) -> Tensor | tuple[Tensor, Tensor]:
     new = 0 if a.k is None else a.k.shape[1]
     lengths = before + new
     if b and not 0 <= int(before.min()) <= int(lengths.max()) <= room:
-        raise ValueError(
-            f"{a.op}: the cache has room for {room} tokens of a sequence; `cache_seqlens` and `k` make {lengths.max()}"
+        name = "the cache" if a.block_table is None else "`block_table`"
+        raise NoRoomError(
+            f"{a.op}: {name} has room for {room} tokens of a sequence; `cache_seqlens` and `k` make {lengths.max()}"
         )
     _check_places(a, table, lengths, size)
     q, k = a.q, a.k

@@ -16,6 +16,11 @@ def settings_option(help: str) -> Any:
     return typer.Option("--set", metavar="KEY=VALUE", help=help)
 
 
+def texts_option(help: str) -> Any:
+    """The option ``--data``, which takes several files or folders."""
+    return typer.Option(metavar="FILES|FOLDERS", help=help)
+
+
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
     """["d_model=64", "mixers.mamba.d_state=8"] → keys, dotted as they are, and values as YAML reads them.
 

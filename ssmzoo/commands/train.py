@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ssmzoo.commands._settings import parse_settings, settings_option
+from ssmzoo.commands._settings import parse_settings, settings_option, texts_option
 from ssmzoo.commands._stopping import stopping
 
 
@@ -23,10 +23,9 @@ def command(
     more_data: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="")] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="FILES|FOLDERS",
-            help="UTF-8 text files, or folders of them; or a corpus of `ssmzoo tokenize`; by default the source of "
-            "Python's standard library. For a classifier, a .npz file and optionally a second one for validation.",
+        texts_option(
+            "UTF-8 text files, or folders of them; or a corpus of `ssmzoo tokenize`; by default the source of Python's "
+            "standard library. For a classifier, a .npz file and optionally a second one for validation."
         ),
     ] = None,
     out: Annotated[

@@ -12,20 +12,14 @@ from torch import Tensor
 from ssmkernels import causal_conv1d_step, rms_norm, ssd_step
 from ssmkernels.native.calls import Calls
 from ssmzoo.linear import prepare_map
-from ssmzoo.mixers._one_call import in_one_call
+from ssmzoo.mixers._one_call import in_one_call, up_to_convolution
 
 
 def step_arguments(mixer: Any, x: Tensor, state: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of :func:`ssmkernels.mamba2_step`, and its options."""
-    in_proj, conv1d, out_proj, norm = mixer.in_proj, mixer.conv1d, mixer.out_proj, mixer.norm
+    out_proj, norm = mixer.out_proj, mixer.norm
     arguments = (
-        state.conv,
-        state.ssm,
-        x,
-        in_proj.weight,
-        in_proj.bias,
-        conv1d.weight.squeeze(1),
-        conv1d.bias,
+        *up_to_convolution(mixer, x, state),
         mixer.dt_bias,
         mixer.A_log,
         mixer._skip(mixer.D),

@@ -12,20 +12,14 @@ from torch import Tensor
 from ssmkernels import causal_conv1d_step, quantized_linear, selective_scan_step
 from ssmkernels.native.calls import Calls
 from ssmzoo.linear import is_plain, prepare_map
-from ssmzoo.mixers._one_call import in_one_call
+from ssmzoo.mixers._one_call import in_one_call, up_to_convolution
 
 
 def step_arguments(mixer: Any, x: Tensor, state: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of :func:`ssmkernels.mamba_step`, and its options."""
-    in_proj, conv1d, dt_proj, out_proj = mixer.in_proj, mixer.conv1d, mixer.dt_proj, mixer.out_proj
+    dt_proj, out_proj = mixer.dt_proj, mixer.out_proj
     arguments = (
-        state.conv,
-        state.ssm,
-        x,
-        in_proj.weight,
-        in_proj.bias,
-        conv1d.weight.squeeze(1),
-        conv1d.bias,
+        *up_to_convolution(mixer, x, state),
         mixer.x_proj.weight,
         dt_proj.weight,
         dt_proj.bias,

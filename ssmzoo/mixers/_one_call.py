@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ssmkernels.core.autocast import autocasts
 from ssmzoo.linear import is_plain
 from ssmzoo.norm import GatedRMSNorm
+
+
+def up_to_convolution(mixer: Any, x: Tensor, state: Any) -> tuple[Any, ...]:
+    """What the steps of Mamba's and Mamba-2's layers take first: states, input, first map and convolution."""
+    in_proj, conv1d = mixer.in_proj, mixer.conv1d
+    return state.conv, state.ssm, x, in_proj.weight, in_proj.bias, conv1d.weight.squeeze(1), conv1d.bias
 
 
 def in_one_call(x: Tensor, *modules: nn.Module | None, norm: nn.Module | None = None) -> bool:

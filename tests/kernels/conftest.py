@@ -178,13 +178,23 @@ def on_threads():
     torch.set_num_threads(before)
 
 
+def _computing_on(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def one_thread():
     """PyTorch computes on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    yield from _computing_on(1)
+
+
+@pytest.fixture
+def two_threads():
+    """PyTorch computes on two threads."""
+    yield from _computing_on(2)
 
 
 @pytest.fixture

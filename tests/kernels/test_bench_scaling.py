@@ -23,14 +23,6 @@ def plan(**changed):
     return bench.Plan(torch.device("cpu"), torch.float32, LIMITS, **given)
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize(
     ("longest", "lengths"),
     [(65536, [1024, 4096, 16384, 65536]), (5000, [1024, 4096, 5000]), (2048, [512, 2048]), (4, [1, 4])],

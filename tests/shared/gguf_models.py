@@ -2,6 +2,7 @@
 
 import math
 import struct
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,15 +15,22 @@ from ssmzoo.checkpoints.gguf.architectures import architecture
 TINY = {"d_model": 64, "n_layers": 2, "vocab_size": 96, "mlp": {"kind": "swiglu", "d_intermediate": 96}}
 BARE = {"d_model": 64, "n_layers": 2, "vocab_size": 96}
 ATTENTION = {"head_dim": 16, "n_heads": 4, "n_kv_heads": 2, "rope": False}
-GATED_ATTENTION = ATTENTION | {
-    "rope": True,
-    "rope_dim": 8,
-    "qk_norm": "centred",
-    "qk_norm_eps": 1e-6,
-    "gate": "elementwise",
-}
 MAMBA2 = {"d_state": 16, "headdim": 16, "ngroups": 2}
 EXPERTS = {"n_experts": 4, "top_k": 2, "d_intermediate": 32}
+
+
+def _qwen(n_v_heads: int) -> dict[str, Any]:
+    """Three layers of gated DeltaNet and of attention with a gate."""
+    delta = {"n_heads": 2, "n_v_heads": n_v_heads, "head_dim": 16, "head_v_dim": 16, "norm_eps": 1e-6}
+    attention = {"rope": True, "rope_dim": 8, "qk_norm": "centred", "qk_norm_eps": 1e-6, "gate": "elementwise"}
+    return {
+        "n_layers": 3,
+        "pattern": ["gated_deltanet", "attention", "gated_deltanet"],
+        "mixers": {"gated_deltanet": delta, "attention": ATTENTION | attention},
+        "norm": "centred_rms",
+        "norm_eps": 1e-6,
+    }
+
 
 MODELS = {
     "mamba": BARE | {"pattern": ["mamba"], "mixers": {"mamba": {"d_state": 8, "d_conv": 3}}, "norm_eps": 1e-4},
@@ -164,29 +172,12 @@ MODELS = {
         "tie_embeddings": False,
     },
     "qwen3-next": BARE
+    | _qwen(n_v_heads=4)
     | {
-        "n_layers": 3,
-        "pattern": ["gated_deltanet", "attention", "gated_deltanet"],
-        "mixers": {
-            "gated_deltanet": {"n_heads": 2, "n_v_heads": 4, "head_dim": 16, "head_v_dim": 16, "norm_eps": 1e-6},
-            "attention": GATED_ATTENTION,
-        },
         "mlp": {"kind": "moe", "shared_intermediate": 64, "shared_gate": True, **EXPERTS},
-        "norm": "centred_rms",
-        "norm_eps": 1e-6,
         "tie_embeddings": False,
     },
-    "qwen3.5": TINY
-    | {
-        "n_layers": 3,
-        "pattern": ["gated_deltanet", "attention", "gated_deltanet"],
-        "mixers": {
-            "gated_deltanet": {"n_heads": 2, "n_v_heads": 6, "head_dim": 16, "head_v_dim": 16, "norm_eps": 1e-6},
-            "attention": GATED_ATTENTION,
-        },
-        "norm": "centred_rms",
-        "norm_eps": 1e-6,
-    },
+    "qwen3.5": TINY | _qwen(n_v_heads=6),
     "kimi-linear": BARE
     | {
         "n_layers": 3,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import sys
 
 import pytest
 import torch
+from commands import calling
 
 import ssmzoo
-from ssmzoo import cli
 
 CONFIG = {
     "d_model": 16,
@@ -27,17 +26,8 @@ def run(capsys, monkeypatch, tmp_path):
     """Runs ``ssmzoo convert`` in a folder with a model in it."""
     torch.manual_seed(0)
     ssmzoo.save(ssmzoo.build(CONFIG), tmp_path / "ours")
-    monkeypatch.delenv("SSMZOO_DEBUG", raising=False)
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ssmzoo", "convert", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return stop.value.code or 0, captured.out, captured.err
-
-    return call
+    return calling(monkeypatch, capsys, "convert")
 
 
 def test_there_and_back(run, tmp_path):

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-import sys
 
 import pytest
 import torch
+from commands import calling
 from gguf_models import MODELS, random_model
 from gguf_tokenizers import trained
 from safetensors.torch import load_file
 
 import ssmzoo
-from ssmzoo import cli
 from ssmzoo.checkpoints.gguf.reading import gguf_config
 
 gguf = pytest.importorskip("gguf", reason="needs the gguf package")
@@ -24,17 +23,8 @@ def run(capsys, monkeypatch, tmp_path):
     ssmzoo.save(random_model("lfm2", vocab_size=256), tmp_path / "bytes")
     ssmzoo.save(ssmzoo.build(MODELS["lfm2"] | {"vocab_size": 304}), tmp_path / "words")
     ssmzoo.save(ssmzoo.build("gla-tiny", n_layers=1, d_model=32), tmp_path / "strange")
-    monkeypatch.delenv("SSMZOO_DEBUG", raising=False)
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ssmzoo", "export", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return stop.value.code or 0, captured.out, captured.err
-
-    return call
+    return calling(monkeypatch, capsys, "export")
 
 
 def fields(path):

@@ -10,6 +10,7 @@ import signal
 
 import pytest
 import torch
+from finished import finished_run
 
 import ssmzoo
 from ssmzoo import pretrained
@@ -64,12 +65,7 @@ def test_safetensors_errors_are_those_of_the_system(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run that nothing disturbs, beside its text."""
-    folder = tmp_path_factory.mktemp("whole")
-    (folder / "text.txt").write_text("the cat sat on the mat, and the dog sat on the log\n" * 20)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finish_module, "SAMPLE", 1)
-        train(LSTM, folder / "text.txt", QUICK, folder / "run", quiet=True)
-    return folder / "run"
+    return finished_run(tmp_path_factory.mktemp("whole"), LSTM, QUICK, sample=1)
 
 
 # The log is some 500 bytes, a checkpoint's largest file some 20,000.

@@ -10,6 +10,7 @@ import shutil
 
 import pytest
 import torch
+from finished import finished_run
 from safetensors.torch import load_file, save_file
 
 import ssmzoo
@@ -30,12 +31,7 @@ OPTIMIZER = "optimizer.safetensors"
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run of four steps, with checkpoints of steps 2 and 4."""
-    folder = tmp_path_factory.mktemp("finished")
-    (folder / "text.txt").write_text("the cat sat on the mat, and the dog sat on the log\n" * 20)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finish_module, "SAMPLE", 2)
-        train(LSTM, folder / "text.txt", QUICK, folder / "run", quiet=True)
-    return folder / "run"
+    return finished_run(tmp_path_factory.mktemp("finished"), LSTM, QUICK, sample=2)
 
 
 @pytest.fixture

@@ -171,16 +171,17 @@ def window_bound(bound: int) -> int:
     return -1 if bound >= NO_BOUND else bound
 
 
-def check_groups(op: str, sizes: Mapping[str, int], groups: str, first: str, second: str, whole: str) -> None:
-    """Checks that the groups (``g`` of the sizes) of two tensors, of these names, divide the heads (``h``) of another.
+def check_groups(op: str, sizes: Mapping[str, int], names: tuple[str, str, str, str], **_: Any) -> None:
+    """Checks that the groups, ``g`` of the sizes, divide the heads, ``h``.
 
     Args:
-        groups: what the groups are called.
+        names: what the groups are called, the two tensors that have them, and the one that has the heads.
 
     Raises:
-        ValueError: naming all three.
+        ValueError: naming all of these.
     """
     if sizes["g"] == 0 or sizes["h"] % sizes["g"]:
+        groups, first, second, whole = names
         g, h = sizes["g"], sizes["h"]
         raise ValueError(f"{op}: the {g} {groups} of `{first}` and `{second}` must divide the {h} heads of `{whole}`")
 

@@ -80,20 +80,27 @@ def decay(name: str, columns: int | None = None) -> Parts:
     return changed(name, read, write)
 
 
-def mamba_rules(layers: Layers = None) -> list[Rule]:
-    """Of Mamba, with the norms of Δ, B and C that Jamba has."""
-    at, mixer = block(layers), f"{OURS}mixer."
+def _outer_rules(at: str, mixer: str) -> list[Rule]:
+    """Of what Mamba and Mamba-2 have around their recurrences."""
     return [
         (rf"{at}ssm_in\.weight", f"{mixer}in_proj.weight"),
         (rf"{at}ssm_conv1d\.weight", convolution(f"{mixer}conv1d.weight")),
         (rf"{at}ssm_conv1d\.bias", f"{mixer}conv1d.bias"),
+        (rf"{at}ssm_out\.weight", f"{mixer}out_proj.weight"),
+    ]
+
+
+def mamba_rules(layers: Layers = None) -> list[Rule]:
+    """Of Mamba, with the norms of Δ, B and C that Jamba has."""
+    at, mixer = block(layers), f"{OURS}mixer."
+    return [
+        *_outer_rules(at, mixer),
         (rf"{at}ssm_x\.weight", f"{mixer}x_proj.weight"),
         (rf"{at}ssm_dt\.(weight|bias)", rf"{mixer}dt_proj.\2"),
         (rf"{at}ssm_(dt)_norm\.weight", rf"{mixer}\2_layernorm.weight"),
         (rf"{at}ssm_([bc])_norm\.weight", rf"{mixer}\2_layernorm.weight"),
         (rf"{at}ssm_a", decay(f"{mixer}A_log")),
         (rf"{at}ssm_d", f"{mixer}D"),
-        (rf"{at}ssm_out\.weight", f"{mixer}out_proj.weight"),
     ]
 
 
@@ -101,14 +108,11 @@ def mamba2_rules(groups: int, layers: Layers = None, place: str = "mixer") -> li
     """Of Mamba-2 with so many groups, under ``place`` in our layer."""
     at, mixer = block(layers), f"{OURS}{place}."
     return [
-        (rf"{at}ssm_in\.weight", f"{mixer}in_proj.weight"),
-        (rf"{at}ssm_conv1d\.weight", convolution(f"{mixer}conv1d.weight")),
-        (rf"{at}ssm_conv1d\.bias", f"{mixer}conv1d.bias"),
+        *_outer_rules(at, mixer),
         (rf"{at}ssm_dt\.bias", f"{mixer}dt_bias"),
         (rf"{at}ssm_a", decay(f"{mixer}A_log", 1)),
         (rf"{at}ssm_d", changed(f"{mixer}D", Tensor.flatten, lambda tensor: tensor.view(-1, 1))),
         (rf"{at}ssm_norm\.weight", changed(f"{mixer}norm.weight", Tensor.flatten, lambda t: t.view(groups, -1))),
-        (rf"{at}ssm_out\.weight", f"{mixer}out_proj.weight"),
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 from torch import Tensor
 
@@ -11,11 +11,6 @@ from ssmkernels.core.steps import step_of
 from ssmkernels.core.validate import check_groups
 
 __all__ = ["linear_attention", "linear_attention_step"]
-
-
-def _check(name: str, sizes: dict[str, int], **_: Any) -> None:
-    """Key heads that divide the value heads."""
-    check_groups(name, sizes, "heads", "q", "k", "v")
 
 
 @op(
@@ -28,7 +23,7 @@ def _check(name: str, sizes: dict[str, int], **_: Any) -> None:
     """,
     returns="o: b l h v; final_state: s h k v: sums if return_final_state",
     wide="log_decay bonus",
-    check=_check,
+    check=partial(check_groups, names=("heads", "q", "k", "v")),
 )
 def linear_attention(
     q: Tensor,

@@ -15,7 +15,7 @@ __all__ = ["mamba3_scan", "mamba3_scan_step"]
 
 def _check(name: str, sizes: dict[str, int], chunk_size: int | None = None, **_: Any) -> None:
     """Groups that divide the heads, two dimensions of the maps for each angle, a chunk of at least one token."""
-    check_groups(name, sizes, "groups", "B", "C", "x")
+    check_groups(name, sizes, ("groups", "B", "C", "x"))
     if 2 * sizes["a"] > sizes["n"]:
         raise ValueError(
             f"{name}: `angles` must rotate at most the {sizes['n']} dimensions of `B` and `C`, two for each angle; "

@@ -16,7 +16,7 @@ __all__ = ["ssd", "ssd_step"]
 
 def _check(name: str, sizes: dict[str, int], dt_limit: Any, chunk_size: int | None = None, **_: Any) -> None:
     """Groups that divide the heads, limits in order, and a chunk of at least one token."""
-    check_groups(name, sizes, "groups", "B", "C", "x")
+    check_groups(name, sizes, ("groups", "B", "C", "x"))
     low, high = dt_limit
     if not low <= high:
         raise ValueError(f"{name}: `dt_limit` must be (least, most) with least <= most; got {dt_limit!r}")

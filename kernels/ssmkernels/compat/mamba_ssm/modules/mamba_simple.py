@@ -10,23 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmkernels.compat.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from ssmkernels.compat.mamba_ssm import _layers as layers
 from ssmkernels.compat.mamba_ssm import mamba_inner_fn, selective_scan_fn, selective_state_update
-from ssmkernels.compat.mamba_ssm._layers import (
-    Device,
-    Recurrent,
-    check_one_token,
-    check_sizes,
-    last_inputs,
-    new_conv1d,
-    new_dt_bias,
-    parameter,
-    wide,
-)
 
 __all__ = ["Mamba"]
 
 
-class Mamba(Recurrent):
+class Mamba(layers.Recurrent):
     """Mamba's layer (Gu and Dao 2023, arXiv 2312.00752, figure 3).
 
     Args:
@@ -63,18 +53,18 @@ class Mamba(Recurrent):
         bias: bool = False,
         use_fast_path: bool = True,
         layer_idx: int | None = None,
-        device: Device = None,
+        device: layers.Device = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        check_sizes("Mamba", d_model, expand, d_state=d_state, d_conv=d_conv)
+        layers.check_sizes("Mamba", d_model, expand, d_state=d_state, d_conv=d_conv)
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
         self.d_inner = int(expand * d_model)
         self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
         self.use_fast_path, self.layer_idx, self.activation = use_fast_path, layer_idx, "silu"
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **made)
-        self.conv1d = new_conv1d(self.d_inner, d_conv, conv_bias, **made)
+        self.conv1d = layers.new_conv1d(self.d_inner, d_conv, conv_bias, **made)
         self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False, **made)
         self.dt_proj = nn.Linear(self.dt_rank, self.d_inner, bias=True, **made)
         bound = dt_scale * self.dt_rank**-0.5
@@ -85,11 +75,11 @@ class Mamba(Recurrent):
         else:
             raise ValueError(f"Mamba: `dt_init` must be 'random' or 'constant'; got {dt_init!r}")
         with torch.no_grad():
-            self.dt_proj.bias.copy_(new_dt_bias(self.d_inner, dt_min, dt_max, dt_init_floor, device))
+            self.dt_proj.bias.copy_(layers.new_dt_bias(self.d_inner, dt_min, dt_max, dt_init_floor, device))
         self.dt_proj.bias._no_reinit = True  # type: ignore[attr-defined]
         A = torch.arange(1, d_state + 1, dtype=torch.float32, device=device)
-        self.A_log = parameter(A.log().repeat(self.d_inner, 1))
-        self.D = parameter(torch.ones(self.d_inner, device=device))
+        self.A_log = layers.parameter(A.log().repeat(self.d_inner, 1))
+        self.D = layers.parameter(torch.ones(self.d_inner, device=device))
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **made)
 
     def forward(self, hidden_states: Tensor, inference_params: Any = None) -> Tensor:
@@ -104,7 +94,7 @@ class Mamba(Recurrent):
             if inference_params.seqlen_offset > 0:
                 return self.step(hidden_states, *states)[0]
         xz = self.in_proj(hidden_states).transpose(1, 2)  # (b 2d l)
-        A = -torch.exp(wide(self.A_log))
+        A = -torch.exp(layers.wide(self.A_log))
         if self.use_fast_path and states is None and self._maps_are_plain():
             return mamba_inner_fn(
                 xz,
@@ -115,17 +105,17 @@ class Mamba(Recurrent):
                 self.out_proj.weight,
                 self.out_proj.bias,
                 A,
-                D=wide(self.D),
-                delta_bias=wide(self.dt_proj.bias),
+                D=layers.wide(self.D),
+                delta_bias=layers.wide(self.dt_proj.bias),
             )
         x, z = xz.chunk(2, dim=1)
         if states is not None:
-            last_inputs(x.detach(), states[0])
+            layers.last_inputs(x.detach(), states[0])
         found = causal_conv1d_fn(x, self.conv1d.weight[:, 0], self.conv1d.bias, activation=self.activation)
         assert isinstance(found, Tensor)
         delta, bias, B, C = self._selected(found.transpose(1, 2))
         delta, B, C = (t.transpose(1, 2) for t in (delta, B, C))
-        y, last = selective_scan_fn(found, delta, A, B, C, wide(self.D), z, bias, True, return_last_state=True)
+        y, last = selective_scan_fn(found, delta, A, B, C, layers.wide(self.D), z, bias, True, return_last_state=True)
         if states is not None:
             states[1].copy_(last.detach())
         return self.out_proj(y.transpose(1, 2))
@@ -136,12 +126,12 @@ class Mamba(Recurrent):
         Returns:
             the output ``(b, 1, d_model)`` and the states.
         """
-        check_one_token("Mamba", hidden_states)
+        layers.check_one_token("Mamba", hidden_states)
         x, z = self.in_proj(hidden_states[:, 0]).chunk(2, dim=-1)  # (b d)
         x = causal_conv1d_update(x, conv_state, self.conv1d.weight[:, 0], self.conv1d.bias, self.activation)
         delta, bias, B, C = self._selected(x)
-        A = -torch.exp(wide(self.A_log))
-        y = selective_state_update(ssm_state, x, delta, A, B, C, wide(self.D), z, bias, dt_softplus=True)
+        A = -torch.exp(layers.wide(self.A_log))
+        y = selective_state_update(ssm_state, x, delta, A, B, C, layers.wide(self.D), z, bias, dt_softplus=True)
         return self.out_proj(y)[:, None], conv_state, ssm_state
 
     def allocate_inference_cache(
@@ -158,7 +148,7 @@ class Mamba(Recurrent):
         """Δ before its bias, its bias, B and C from (… d); the bias is None where Δ has it already."""
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         if _is_plain(self.dt_proj):  # the scan adds the bias, in float32
-            return F.linear(dt, self.dt_proj.weight), wide(self.dt_proj.bias), B, C
+            return F.linear(dt, self.dt_proj.weight), layers.wide(self.dt_proj.bias), B, C
         return self.dt_proj(dt), None, B, C
 
     def _maps_are_plain(self) -> bool:

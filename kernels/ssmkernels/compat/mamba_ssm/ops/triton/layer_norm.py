@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssmkernels.compat._calls import compatible
+from ssmkernels.compat._calls import compatible, taking
 from ssmkernels.compat._norms import added
 
 __all__ = ["RMSNorm", "layer_norm_fn", "rms_norm_fn"]
@@ -53,22 +53,15 @@ def layer_norm_fn(
     """
 
 
-@compatible(added)
-def rms_norm_fn(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None = None,
-    x1: Tensor | None = None,
-    weight1: Tensor | None = None,
-    bias1: Tensor | None = None,
-    eps: float = 1e-6,
-    dropout_p: float = 0.0,
-    rowscale: Tensor | None = None,
-    prenorm: bool = False,
-    residual_in_fp32: bool = False,
-    return_dropout_mask: bool = False,
-) -> Any:
+@taking(
+    added,
+    """
+        x weight bias residual x1 weight1 bias1
+        eps dropout_p rowscale prenorm residual_in_fp32 return_dropout_mask
+    """,
+    layer_norm_fn,
+)
+def rms_norm_fn(*args: Any, **options: Any) -> Any:
     """:func:`layer_norm_fn` with ``is_rms_norm``."""
 
 

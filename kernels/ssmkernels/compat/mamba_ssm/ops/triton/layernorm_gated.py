@@ -5,10 +5,12 @@ Sizes: d channels, in groups of ``group_size``, of which each is normalised by i
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from ssmkernels.compat._calls import compatible
+from ssmkernels.compat._calls import compatible, taking
 from ssmkernels.compat._norms import gated
 
 __all__ = ["LayerNorm", "RMSNorm", "layernorm_fn", "rmsnorm_fn"]
@@ -43,16 +45,8 @@ def layernorm_fn(
     """
 
 
-@compatible(gated)
-def rmsnorm_fn(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    z: Tensor | None = None,
-    eps: float = 1e-6,
-    group_size: int | None = None,
-    norm_before_gate: bool = True,
-) -> Tensor:
+@taking(gated, "x weight bias z eps group_size norm_before_gate", layernorm_fn)
+def rmsnorm_fn(*args: Any, **options: Any) -> Tensor:
     """:func:`layernorm_fn` with ``is_rms_norm``."""
 
 

@@ -224,3 +224,20 @@ def test_errors_of_the_step(randn):
         causal_conv1d_step(randn(2, 4, 5), randn(2, 5), randn(5, 4))
     with pytest.raises(TypeError, match="`state` must be float64; got float32"):
         causal_conv1d_step(randn(2, 3, 5).float(), randn(2, 5), randn(5, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("d", [256, 70])
+def test_results_in_half_precision_are_the_nearest(d, dtype):
+    """Of one tap they are products, exact in float32; many lie in the middle between two in half precision."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 50, d).mul(8).to(dtype), torch.zeros(d, 4)
+    weight[:, 3] = torch.randn(d).to(dtype)
+    x[0, 3, :2], x[1, 7, 1] = torch.tensor([torch.inf, torch.finfo(dtype).max]), -torch.inf
+    weight[1, 3] = 2.0
+    found = causal_conv1d(x, weight.to(dtype), implementation="cpu")
+    expected = (x.float() * weight[:, 3]).to(dtype)
+    reached = torch.ones_like(x, dtype=torch.bool)  # other taps of 0 times infinity are no numbers
+    reached[0, 4:7, 0] = reached[1, 8:11, 1] = False
+    assert torch.equal(found[reached], expected[reached])
+    assert found[~reached].isnan().all()

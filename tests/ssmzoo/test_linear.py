@@ -136,6 +136,19 @@ def test_products_of_any_shape_and_layout(rows, inner, columns, dtype, monkeypat
 
 
 @NEEDS_NATIVE
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("columns", [64, 70, 333])
+def test_results_in_half_precision_are_the_nearest(columns, dtype):
+    """Products of two numbers are exact in float32, and many lie in the middle between two in half precision."""
+    torch.manual_seed(0)
+    a, b = (torch.randn(count).mul(8).to(dtype) for count in (130, columns))
+    a[:4] = torch.tensor([torch.nan, torch.inf, 1.5, -1.0])
+    b[:3] = torch.tensor([torch.finfo(dtype).max, 0.0, -torch.inf])
+    expected = (a.float()[:, None] * b.float()).to(dtype)
+    assert torch.equal(matmul(a[:, None], b[None]).nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+@NEEDS_NATIVE
 @torch.no_grad()
 def test_a_row_does_not_depend_on_the_others(every_set):
     """Few rows are multiplied the other way round, with the same additions."""

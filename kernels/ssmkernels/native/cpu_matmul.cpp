@@ -14,6 +14,7 @@
 #include "gemm.h"
 #include "half.h"
 #include "parallel.h"
+#include "round.h"
 #include "turn.h"
 
 namespace ssmzoo {
@@ -57,37 +58,6 @@ SSMZOO_INLINE void fetch(const T* row, int64_t count, bool there) {
 template <class T>
 SSMZOO_INLINE void copy(S* to, const T* from, int64_t count) {
     for (int64_t i = 0; i < count; i += Lanes<S>::count) store(to + i, read(from + i));
-}
-
-// Rounds the first of `count` results, in whole vectors, and says how many: all as narrow does.
-template <class T>
-SSMZOO_INLINE int64_t round_vectors(T*, const S*, int64_t) {
-    return 0;
-}
-
-#if SSMZOO_VECTOR_BYTES >= 32
-// One by one those of bfloat16 take a tenth of a product's time.
-template <>
-SSMZOO_INLINE int64_t round_vectors(bfloat16* to, const S* from, int64_t count) {
-    const __m256i one = _mm256_set1_epi32(1), most = _mm256_set1_epi32(0x7fff), nan = _mm256_set1_epi32(0x7fc0);
-    int64_t i = 0;
-    for (; i + 8 <= count; i += 8) {
-        const __m256 x = _mm256_loadu_ps(from + i);
-        const __m256i bits = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
-        const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, most)), 16);
-        const __m256i none = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-        const __m256i halves = _mm256_blendv_epi8(rounded, nan, none);
-        const __m256i joined = _mm256_permute4x64_epi64(_mm256_packus_epi32(halves, halves), 0x08);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_castsi256_si128(joined));
-    }
-    return i;
-}
-#endif
-
-template <class T>
-SSMZOO_INLINE void round_row(T* to, const S* from, int64_t count) {
-    for (int64_t i = round_vectors(to, from, count); i < count; i += Lanes<S>::count)
-        write_some(to + i, read_some(from + i, count - i), count - i);
 }
 
 // `columns` of B in panels of kPanel, each k by k; zeros beyond them. Walks through B as it lies.
@@ -240,7 +210,9 @@ int multiply_all(const MatmulArguments& a, Left<A> left, Right<B> right, bool tu
             }
         } else if (!direct) {
             T* to = static_cast<T*>(a.c) + i0 * a.columns + j0;
-            for (int64_t i = 0; i < t.rows; ++i) round_row(to + i * a.columns, own + i * wide, t.columns);
+            for (int64_t i = 0; i < t.rows; ++i)
+                for (int64_t j = 0; j < t.columns; j += Lanes<S>::count)
+                    write_some_rounded(to + i * a.columns + j, load(own + i * wide + j), t.columns - j);
         }
     });
 }

@@ -14,6 +14,7 @@ from ssmkernels.bench.contest import Results
 from ssmzoo.bench.peers import MODELS, rivals
 from ssmzoo.bench.products import NAME, products
 from ssmzoo.building import build
+from ssmzoo.decoding.settling import settle_at_once
 from ssmzoo.model import SequenceModel
 from ssmzoo.steady import steady
 
@@ -111,6 +112,7 @@ def ours(model: SequenceModel, ids: Tensor, work: str) -> Callable[[], Results]:
     if work != DECODING:
         return read
 
+    settle_at_once(model)
     with torch.no_grad():
         prompt: Any = model(ids, model.initial_state(len(ids), max_length=ids.shape[1] + ROOM))[1]
     return functools.partial(next, _tokens(model, ids[:, -1:], prompt))

@@ -45,3 +45,9 @@ def settle(model: nn.Module) -> None:
             course.share = -(-len(course.blocks) // SHARES)
     if course.blocks:
         course.blocks.collapse(course.share)
+
+
+def settle_at_once(model: nn.Module) -> None:
+    """Does all that is due in the course of a long text, as for measurements in the middle of one."""
+    for _ in range(AFTER + SHARES):
+        settle(model)

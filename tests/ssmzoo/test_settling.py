@@ -7,6 +7,7 @@ import torch
 
 import ssmzoo
 from ssmkernels.core.pages import spans_of
+from ssmzoo.bench import models
 from ssmzoo.checkpoints import weights
 from ssmzoo.decoding import settling
 from ssmzoo.decoding.settling import AFTER, AGAIN, SHARES
@@ -109,3 +110,9 @@ def test_weights_of_a_file_are_read_into_pages_that_were_asked_for(tmp_path, mon
     monkeypatch.setattr(weights, "ask", lambda tensor: asked.append(tensor.data_ptr()))
     loaded = ssmzoo.build(tmp_path)
     assert {tensor.data_ptr() for tensor in loaded.state_dict().values()} <= {*asked}
+
+
+def test_a_model_that_is_timed_is_in_the_middle_of_a_text(made):
+    model = ssmzoo.build("mamba2-tiny").eval()
+    models.ours(model, torch.zeros(1, 5, dtype=torch.long), models.DECODING)
+    assert sum(made[0].asked) == 100

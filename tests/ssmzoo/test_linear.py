@@ -73,6 +73,22 @@ def test_it_is_torchs_product(shape, bias, measured, calls, monkeypatch):
 
 @NEEDS_NATIVE
 @torch.no_grad()
+@pytest.mark.parametrize("size", [5, 31, 32, 640, 768, 769, 800, 1536, 1543, 2400])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_token_of_each_sequence_gets_the_bits_that_it_gets_alone(size, bias, calls):
+    """Of sizes with and without a rest beyond whole steps and stretches; the outputs are no multiple of four."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(FEW, 1, size), torch.randn(LARGE // size + 3, size) / size**0.5
+    own = torch.randn(len(weight)) if bias else None
+    alone = torch.cat([linear(row, weight, own) for row in x])[:, None]
+    torch.testing.assert_close(alone, F.linear(x, weight, own), rtol=1e-5, atol=1e-5)
+    for rows in (2, 3, 4, 5, 6, 7, 13, 16, 17, FEW):
+        assert torch.equal(linear(x[:rows], weight, own), alone[:rows])
+    assert {*calls} == {"product"}
+
+
+@NEEDS_NATIVE
+@torch.no_grad()
 @pytest.mark.parametrize(("outputs", "size"), [(LARGE, 1), (1, LARGE), (1001, 525), (50280, 768)], ids=str)
 def test_one_row_gives_the_same_bits_on_any_threads(outputs, size, calls):
     torch.manual_seed(0)

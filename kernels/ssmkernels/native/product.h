@@ -75,6 +75,7 @@ constexpr int64_t kRowsTogether = 16;  // rows whose sums are kept while the wei
 constexpr int64_t kStretch = 768;  // inputs at once, a multiple of every step: so many weights stay in the fastest cache
 
 // Lines of the next weights to come, asked for at an even pace while several rows are multiplied with the present ones.
+// Handed on by value, so that it stays in registers.
 class Pace {
     static constexpr int64_t line = 64;
     const char *next_, *end_;
@@ -89,63 +90,96 @@ class Pace {
     }
 };
 
-// One of the two halves of add_products' sums for R rows of x, `row` apart, over `count` inputs: sums[2 * i] onwards
-// are those of row i.
-template <class T, class S, int R>
-SSMZOO_INLINE void add_half(const T* const* weights, const S* x, int64_t row, int64_t count,
-                            typename Lanes<S>::V (*sums)[kOutputs], Pace& pace) {
+// A number that a function's type may depend on.
+template <int n>
+struct Number {
+    static constexpr int value = n;
+};
+
+// The sums of the lanes of each of n vectors, a multiple of kOutputs: as many at once as a vector has lanes, which takes
+// a third of the additions that they take one by one, and gives the same bits.
+template <class S, int n>
+SSMZOO_INLINE void sum_each(const typename Lanes<S>::V* sums, S* to) {
     using V = typename Lanes<S>::V;
-    constexpr int64_t step = 2 * Lanes<S>::count;
-    V sum[R][kOutputs];
-    for (int r = 0; r < R; ++r)
-        for (int i = 0; i < kOutputs; ++i) sum[r][i] = sums[2 * r][i];
-    for (int64_t k = 0; k < count; k += step) {
-        pace.fetch();
-        V v[R];
-        for (int r = 0; r < R; ++r) v[r] = load(x + r * row + k);
-        for (int i = 0; i < kOutputs; ++i) {
-            const V weight = read(weights[i] + k);
-            for (int r = 0; r < R; ++r) sum[r][i] = fma(weight, v[r], sum[r][i]);
+    constexpr int lanes = Lanes<S>::count, here = n < lanes ? n : lanes;
+    constexpr int together = here == 12 ? 16 : here;  // a power of two
+    V v[together], done;
+    for (int i = 0; i < together; ++i) v[i] = i < here ? sums[i] : V{};
+    done = sum_lanes<S, together>(v);
+    memcpy(to, &done, sizeof(S) * here);
+    if constexpr (n > here) sum_each<S, n - here>(sums + here, to + here);
+}
+
+// add_products' sums of R rows of x, `row` apart, over `length` inputs, onto the halves in `kept`, or onto 0 where they
+// begin here. Where they end here, done(r, sums) with those of the kOutputs outputs.
+template <class T, class S, int R, class Done>
+SSMZOO_INLINE Pace add_block(const T* const* weights, const S* x, int64_t row, int64_t length, bool begins, bool ends,
+                             typename Lanes<S>::V (*kept)[R][kOutputs], Pace pace, const Done& done) {
+    using V = typename Lanes<S>::V;
+    constexpr int64_t lanes = Lanes<S>::count;
+    for (int64_t half = 0; half < 2; ++half) {
+        V sum[R][kOutputs];
+        for (int r = 0; r < R; ++r)
+            for (int i = 0; i < kOutputs; ++i) sum[r][i] = begins ? V{} : kept[half][r][i];
+        const T* from[kOutputs];
+        for (int i = 0; i < kOutputs; ++i) from[i] = weights[i] + half * lanes;
+        const S* own = x + half * lanes;
+        for (int64_t k = 0; k < length; k += 2 * lanes) {
+            pace.fetch();
+            V v[R];
+            for (int r = 0; r < R; ++r) v[r] = load(own + r * row + k);
+            for (int i = 0; i < kOutputs; ++i) {
+                const V weight = read(from[i] + k);
+                for (int r = 0; r < R; ++r) sum[r][i] = fma(weight, v[r], sum[r][i]);
+            }
+        }
+        if (half == 1 && ends) {
+            S each[R][kOutputs];
+            for (int r = 0; r < R; ++r)
+                for (int i = 0; i < kOutputs; ++i) sum[r][i] = kept[0][r][i] + sum[r][i];
+            sum_each<S, R * kOutputs>(sum[0], each[0]);
+            for (int r = 0; r < R; ++r) done(r, each[r]);
+        } else {
+            for (int r = 0; r < R; ++r)
+                for (int i = 0; i < kOutputs; ++i) kept[half][r][i] = sum[r][i];
         }
     }
-    for (int r = 0; r < R; ++r)
-        for (int i = 0; i < kOutputs; ++i) sums[2 * r][i] = sum[r][i];
+    return pace;
 }
 
 // add_products for several rows of x, `row` apart, at most kRowsTogether: the same additions in the same order, so that
-// each row gets the bits that it gets alone. `next` are the weights that will be read after these, for which
-// the `first` rows ask.
+// each row gets the bits that it gets alone; done(r, sums) with the numbers themselves. `next` are the weights that will
+// be read after these, for which the `first` rows ask.
 template <class T, class S, class Done>
 SSMZOO_INLINE void add_products_of_rows(const T* const* weights, const S* x, int64_t row, int64_t count, int64_t size,
                                         const T* next, bool first, const Done& done) {
     using V = typename Lanes<S>::V;
     constexpr int64_t lanes = Lanes<S>::count, step = 2 * lanes;
     static_assert(kStretch % step == 0, "stretches are whole steps");
-    V sums[2 * kRowsTogether][kOutputs];
-    memset(sums, 0, sizeof sums[0] * static_cast<size_t>(2 * count));
+    V kept[2 * kRowsTogether][kOutputs];
     const int64_t blocks = ceil_div(count, kShared), whole = size / step * step;
     Pace pace(next, first ? kOutputs * size * static_cast<int64_t>(sizeof(T)) : 0, 2 * blocks * (size / step) + 1);
-    const auto stretch = [&](const T* const* from, const S* by, int64_t by_row, int64_t length) {
+    const auto stretch = [&](const T* const* from, const S* by, int64_t by_row, int64_t length, bool begins, bool ends) {
         for (int64_t n = 0; n < blocks; ++n) {  // of sizes that differ by one at most
             const int64_t r = count * n / blocks, rows = count * (n + 1) / blocks - r;
-            for (int64_t half = 0; half < 2; ++half) {
-                const T* at_half[kOutputs];
-                for (int64_t i = 0; i < kOutputs; ++i) at_half[i] = from[i] + half * lanes;
-                const S* own = by + r * by_row + half * lanes;
-                V(*to)[kOutputs] = sums + 2 * r + half;
-                if (rows == 1) add_half<T, S, 1>(at_half, own, by_row, length, to, pace);
-                if (rows == 2) add_half<T, S, 2>(at_half, own, by_row, length, to, pace);
-                if (rows == 3) add_half<T, S, 3>(at_half, own, by_row, length, to, pace);
-                if constexpr (kShared > 3)
-                    if (rows == 4) add_half<T, S, 4>(at_half, own, by_row, length, to, pace);
-            }
+            const auto block = [&](auto number) {
+                constexpr int R = decltype(number)::value;
+                pace = add_block<T, S, R>(from, by + r * by_row, by_row, length, begins, ends,
+                                          reinterpret_cast<V(*)[R][kOutputs]>(kept + 2 * r), pace,
+                                          [&](int64_t i, const S* sums) { done(r + i, sums); });
+            };
+            if (rows == 1) block(Number<1>());
+            if (rows == 2) block(Number<2>());
+            if (rows == 3) block(Number<3>());
+            if constexpr (kShared > 3)
+                if (rows == 4) block(Number<4>());
         }
     };
     for (int64_t k = 0; k < whole; k += kStretch) {
         const T* from[kOutputs] = {weights[0] + k, weights[1] + k, weights[2] + k, weights[3] + k};
-        stretch(from, x + k, row, minimum(kStretch, whole - k));
+        stretch(from, x + k, row, minimum(kStretch, whole - k), k == 0, whole == size && k + kStretch >= size);
     }
-    if (whole < size) {
+    if (whole < size || size == 0) {
         T rest[kOutputs][step];
         S rest_of_x[kRowsTogether][step];
         memset(rest, 0, sizeof rest);
@@ -155,53 +189,42 @@ SSMZOO_INLINE void add_products_of_rows(const T* const* weights, const S* x, int
         for (int64_t r = 0; r < count; ++r)
             memcpy(rest_of_x[r], x + r * row + whole, static_cast<size_t>(size - whole) * sizeof(S));
         const T* from[kOutputs] = {rest[0], rest[1], rest[2], rest[3]};
-        stretch(from, rest_of_x[0], step, step);
-    }
-    for (int64_t r = 0; r < count; ++r) {
-        V both[kOutputs];
-        for (int i = 0; i < kOutputs; ++i) both[i] = sums[2 * r][i] + sums[2 * r + 1][i];
-        done(r, both);
+        stretch(from, rest_of_x[0], step, step, whole == 0, true);
     }
 }
 
-// The sums of the lanes of kOutputs vectors, which sum_lanes adds in the same order one by one.
-template <class S>
-SSMZOO_INLINE void sum_outputs(typename Lanes<S>::V* sums, S* to) {
-    if constexpr (Lanes<S>::count >= kOutputs) {
-        S all[Lanes<S>::count];
-        store(all, sum_lanes<S, kOutputs>(sums));
-        memcpy(to, all, sizeof(S) * kOutputs);
-    } else {
-        for (int i = 0; i < kOutputs; ++i) to[i] = sum_lanes<S, 1>(&sums[i])[0];
-    }
-}
-
-// weight (outputs size) times `from` (b size), plus a bias, for outputs [first, last); put(batch, output, value) takes
-// each. A row's bits do not depend on how many rows there are.
+// weight (outputs size) times `from` (b size), plus a bias, for outputs [first, last); put(batch, output, values, count)
+// takes kOutputs of them, or as many as there are. A row's bits do not depend on how many rows there are.
 template <class T, class S, class Store>
 void product(const void* weight, const void* bias, const S* from, int64_t batch, int64_t size, int64_t first,
              int64_t last, const Store& put) {
     using V = typename Lanes<S>::V;
     for (int64_t o = first; o < last; o += kOutputs) {
         const T* rows[kOutputs];
-        for (int64_t i = 0; i < kOutputs; ++i) rows[i] = at<T>(weight, minimum(o + i, last - 1) * size);
-        const auto give = [&](int64_t b, V* sums) {
-            S each[kOutputs];
-            sum_outputs<S>(sums, each);
-            for (int64_t i = 0; i < kOutputs && o + i < last; ++i)
-                put(b, o + i, each[i] + (bias ? *at<S>(bias, o + i) : S(0)));
+        S biases[kOutputs];
+        for (int64_t i = 0; i < kOutputs; ++i) {
+            const int64_t output = minimum(o + i, last - 1);
+            rows[i] = at<T>(weight, output * size);
+            biases[i] = bias ? *at<S>(bias, output) : S(0);
+        }
+        const auto give = [&](int64_t b, const S* sums) {
+            S values[kOutputs];
+            for (int64_t i = 0; i < kOutputs; ++i) values[i] = sums[i] + biases[i];
+            put(b, o, values, minimum(kOutputs, last - o));
         };
         if (batch == 1) {
             V sums[kOutputs];
+            S each[kOutputs];
             Ahead ahead(rows[0], kOutputs * size * static_cast<int64_t>(sizeof(T)));
             add_products(rows, from, size, ahead, [&](int i, V sum) { sums[i] = sum; });
-            give(0, sums);
+            sum_each<S, kOutputs>(sums, each);
+            give(0, each);
             continue;
         }
         for (int64_t b = 0; b < batch; b += kRowsTogether)
             add_products_of_rows(rows, from + b * size, size, minimum(kRowsTogether, batch - b), size,
                                  rows[0] + kOutputs * size, b == 0,
-                                 [&](int64_t r, V* sums) { give(b + r, sums); });
+                                 [&](int64_t r, const S* sums) { give(b + r, sums); });
     }
 }
 
@@ -209,8 +232,14 @@ void product(const void* weight, const void* bias, const S* from, int64_t batch,
 template <class T, class S, class Y>
 void product_part(const void* weight, const void* bias, const S* from, int64_t batch, int64_t size, int64_t outputs,
                   int64_t each, int64_t part, Y* y, int64_t row) {
-    product<T>(weight, bias, from, batch, size, part * each, minimum(outputs, (part + 1) * each),
-               [&](int64_t b, int64_t o, S value) { narrow(value, y + b * row + o); });
+    const auto put = [&](int64_t b, int64_t o, const S* values, int64_t count) {
+        Y* to = y + b * row + o;
+        if (count == kOutputs)  // one store
+            for (int64_t i = 0; i < kOutputs; ++i) narrow(values[i], to + i);
+        else
+            for (int64_t i = 0; i < count; ++i) narrow(values[i], to + i);
+    };
+    product<T>(weight, bias, from, batch, size, part * each, minimum(outputs, (part + 1) * each), put);
 }
 
 }  // namespace SSMZOO_ISA

@@ -17,13 +17,15 @@ struct MambaStepArguments {
     const void *x_proj, *dt_proj, *dt_bias, *A_log, *D;      // T: (r+2n d), (d r), contiguous; S: (d), (d n), (d)
     const void *out_proj, *out_bias;                         // T: (m d); S: (m) or null
     void* y;                                                 // T: (b m)
-    void* scratch;                                           // S: (b, m + 4d + r + 2n), then (threads, (w+1) 64)
+    void* scratch;                                           // S: (b, m + 4d + r + 2n), then (threads, max(w+1, n) 64)
     int64_t dtype, batch, m, d, n, width, rank, normalised, threads, x_batch;
     double eps;
 };
 
 namespace SSMZOO_ISA {
 namespace {
+
+constexpr int64_t kSequences = 4;  // of a task: what is made of a tile's weights serves all of them
 
 // What lies between the stages, for all sequences.
 template <class S>
@@ -48,9 +50,22 @@ void normalise(const MambaStepArguments& a, S* maps) {
     }
 }
 
-// As many channels as a vector has lanes, or fewer, from the first on: Δ, the recurrence, skip and gate → y.
+// -A log2(e) of a tile's channels → rates (channels n)
+template <class S>
+void read_rates(const MambaStepArguments& a, int64_t first, int64_t channels, S* rates) {
+    const int64_t count = channels * a.n;
+    const S* A_log = at<S>(a.A_log, first * a.n);
+    for (int64_t k = 0; k < count; k += Lanes<S>::count) {
+        const auto rate = finite_exp<S>(read_some(A_log + k, count - k)) * splat(Constants<S>::log2e);
+        write_some(rates + k, rate, count - k);
+    }
+}
+
+// As many channels as a vector has lanes, or fewer, from the first on: Δ, the recurrence, skip and gate → y. `rates` are
+// theirs. The state that lies `next` numbers further will be needed soon.
 template <class T, class S>
-void advance(const MambaStepArguments& a, const Between<S>& between, int64_t batch, int64_t first, int64_t channels) {
+void advance(const MambaStepArguments& a, const Between<S>& between, int64_t batch, int64_t first, int64_t channels,
+             const S* rates, int64_t next) {
     using V = typename Lanes<S>::V;
     constexpr int lanes = Lanes<S>::count;
     const int64_t n = a.n, r = a.rank;
@@ -72,13 +87,12 @@ void advance(const MambaStepArguments& a, const Between<S>& between, int64_t bat
     for (int c = 0; c < lanes; ++c) {
         sums[c] = V{};
         if (c >= channels) continue;
-        const S* A_log = at<S>(a.A_log, (first + c) * n);
         S* h = static_cast<S*>(a.ssm_state) + (batch * a.d + first + c) * n;
         const V step = splat(-steps[c]), input = splat(inputs[c]);
         for (int64_t j = 0; j < n; j += lanes) {
             const int64_t count = n - j;
-            const V rate = finite_exp<S>(read_some(A_log + j, count)) * splat(Constants<S>::log2e);
-            const V decay = exp2_product<S, true>(step, rate);
+            __builtin_prefetch(h + j + next, 1);
+            const V decay = exp2_product<S, true>(step, read_some(rates + c * n + j, count));
             const V now = fma(decay, read_some(h + j, count), input * read_some(B + j, count));
             write_some(h + j, now, count);
             sums[c] = fma(now, read_some(C + j, count), sums[c]);
@@ -95,6 +109,7 @@ int mamba_step(const MambaStepArguments& a) {
     constexpr int64_t lanes = Lanes<S>::count;
     const Between<S> between(a);
     const int64_t tiles = ceil_div(a.d, kTile), rows = a.rank + 2 * a.n;
+    const int64_t spare = (a.width + 1 > a.n ? a.width + 1 : a.n) * kTile;  // of each thread
     for (int64_t b = 0; b < a.batch; ++b)
         for (int64_t k = 0; k < a.m; k += lanes)
             write_some(between.x + b * a.m + k, read_some(at<T>(a.x, b * a.x_batch + k), a.m - k), a.m - k);
@@ -102,22 +117,28 @@ int mamba_step(const MambaStepArguments& a) {
     stage(ceil_div(2 * a.d, kTile), [&](int64_t i, int) {
         product_part<T>(a.in_proj, a.in_bias, between.x, a.batch, a.m, 2 * a.d, kTile, i, between.xz, 2 * a.d);
     });
-    stage(a.batch * tiles, [&](int64_t i, int thread) {
-        const int64_t batch = i / tiles, first = i % tiles * kTile;
-        conv_step_tile(static_cast<S*>(a.conv_state) + batch * (a.width - 1) * a.d + first, a.d,
-                       between.xz + batch * 2 * a.d + first, at<S>(a.conv_weight, first * a.width),
-                       a.conv_bias ? at<S>(a.conv_bias, first) : nullptr, a.width, true,
-                       between.inputs + batch * a.d + first, minimum(kTile, a.d - first),
-                       between.spare + thread * conv_step_scratch(a.width));
+    stage(tiles * ceil_div(a.batch, kSequences), [&](int64_t i, int thread) {
+        const int64_t first = i % tiles * kTile, channels = minimum(kTile, a.d - first), b0 = i / tiles * kSequences;
+        S* weights = between.spare + thread * spare;
+        read_conv_weights(at<S>(a.conv_weight, first * a.width), a.conv_bias ? at<S>(a.conv_bias, first) : nullptr,
+                          a.width, channels, weights);
+        for (int64_t b = b0; b < minimum(a.batch, b0 + kSequences); ++b)
+            conv_step_with(weights, static_cast<S*>(a.conv_state) + b * (a.width - 1) * a.d + first, a.d,
+                           between.xz + b * 2 * a.d + first, a.width, true, between.inputs + b * a.d + first, channels);
     });
     stage(ceil_div(rows, 2 * kOutputs), [&](int64_t i, int) {
         product_part<T>(a.x_proj, nullptr, between.inputs, a.batch, a.d, rows, 2 * kOutputs, i, between.maps, rows);
     });
     if (a.normalised) stage(a.batch, [&](int64_t b, int) { normalise(a, between.maps + b * rows); });
-    stage(a.batch * tiles, [&](int64_t i, int) {
-        const int64_t batch = i / tiles, tile = i % tiles * kTile;
-        for (int64_t first = tile; first < minimum(a.d, tile + kTile); first += lanes)
-            advance<T>(a, between, batch, first, minimum(a.d - first, lanes));
+    stage(tiles * ceil_div(a.batch, kSequences), [&](int64_t i, int thread) {
+        const int64_t tile = i % tiles * kTile, end = minimum(a.d, tile + kTile), b0 = i / tiles * kSequences;
+        const int64_t b1 = minimum(a.batch, b0 + kSequences);
+        S* rates = between.spare + thread * spare;
+        read_rates(a, tile, end - tile, rates);
+        for (int64_t b = b0; b < b1; ++b)
+            for (int64_t first = tile; first < end; first += lanes)
+                advance<T>(a, between, b, first, minimum(end - first, lanes), rates + (first - tile) * a.n,
+                           b + 1 < b1 ? a.d * a.n : 0);
     });
     stage(ceil_div(a.m, 4 * kOutputs), [&](int64_t i, int) {
         product_part<T>(a.out_proj, a.out_bias, between.y, a.batch, a.d, a.m, 4 * kOutputs, i, static_cast<T*>(a.y),

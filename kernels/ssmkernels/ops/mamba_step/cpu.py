@@ -46,7 +46,7 @@ def prepared(a: Any) -> Prepared:
     y = x.new_empty(batch, m)
     threads = native.threads(in_proj.numel() + out_proj.numel())
     between = batch * (m + 4 * d + rank + 2 * n)
-    scratch = a.ssm_state.new_empty(between + threads * (width + 1) * TILE)
+    scratch = a.ssm_state.new_empty(between + threads * max(width + 1, n) * TILE)
     return Prepared(
         "mamba_step",
         {

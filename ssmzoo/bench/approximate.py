@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from ssmkernels.bench.words import counted
 from ssmzoo.bench.record import Machine
 from ssmzoo.registry import build_mixer
 
@@ -114,13 +115,13 @@ def write(rows: Sequence[Row], options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """Prints a line for each way."""
     parser = argparse.ArgumentParser(prog="python -m ssmzoo.bench.approximate", description=str(__doc__).split("\n")[0])
-    parser.add_argument("--length", type=int, default=16384)
+    parser.add_argument("--length", type=counted, default=16384, help="tokens (16384)")
     parser.add_argument("--bidirectional", action="store_true", help="every token sees all others")
     parser.add_argument("--backward", action="store_true", help="time the gradient of the tokens too")
     parser.add_argument(
         "--only", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="WAY", help=", ".join(WAYS)
     )
-    parser.add_argument("--samples", type=int, default=3, help="calls of each that are timed (3)")
+    parser.add_argument("--samples", type=counted, default=3, help="calls of each that are timed (3)")
     parser.add_argument("--csv", help="write the lines, the options and the machine into this file")
     parser.add_argument("--figure", help="draw the errors into this file")
     options = parser.parse_args(arguments)

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import ssmzoo
+from ssmkernels.bench.words import counted
 from ssmzoo.devices import fit_threads
 from ssmzoo.train.corpora import tokenize
 from ssmzoo.train.corpora.packed import PackedTokens, load_corpus, packed_loss
@@ -165,13 +166,6 @@ def loader_share(corpus: Path, length: int, batch: int) -> float:
             loads.append(loaded - start)
             steps.append(time.process_time() - loaded)
     return statistics.median(loads) / statistics.median(steps)
-
-
-def counted(word: str) -> int:
-    """A number of the command line."""
-    if re.fullmatch("[1-9][0-9]{0,8}", word) is None:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 999999999; got {word!r:.80}")
-    return int(word)
 
 
 def folder_of(word: str) -> Path:

@@ -24,6 +24,7 @@ from ssmzoo.parallel.adjoints import ADJOINTS
 from ssmzoo.parallel.transitions import TRANSITIONS
 from ssmzoo.planning.counting import BACKWARD, BACKWARD_FLOPS, ENDS, FORWARD, op_flops
 from ssmzoo.planning.devices import Device
+from ssmzoo.planning.overheads import Overheads, overheads, with_overheads
 from ssmzoo.planning.pieces import DTYPES, parts_of
 from ssmzoo.planning.ranks import on_ranks
 
@@ -44,22 +45,25 @@ class Shapes:
         rows: tokens of a rank, as many as are worth it.
         width: of the model.
         ops: op → its sizes.
+        config: the model, and ``length`` its sequences' tokens.
     """
 
     precision: str
     rows: int
     width: int
     ops: Mapping[str, Mapping[str, Any]]
+    config: ModelConfig
+    length: int
 
 
 def shapes_of(config: ModelConfig, length: int, precision: str) -> Shapes:
     """Those of a model at a length."""
-    length = min(length, TOKENS)
-    parts = parts_of(config, 1, length, precision, "cpu")
+    rows = min(length, TOKENS)
+    parts = parts_of(config, 1, rows, precision, "cpu")
     ops: dict[str, dict[str, Any]] = {}
     for piece in (*parts.blocks, parts.ends):
         ops |= piece.counts.sizes
-    return Shapes(precision, length, config.d_model, {op: found for op, found in ops.items() if found})
+    return Shapes(precision, rows, config.d_model, {op: found for op, found in ops.items() if found}, config, length)
 
 
 def calibrated(config: ModelConfig, ranks: int, length: int, precision: str) -> Device:
@@ -79,7 +83,7 @@ def device_of(measured: Sequence[Rates], precision: str) -> Device:
     """The device of which each rank has measured its own; the slowest rank counts, as others wait for it."""
     ranks, memory = len(measured), memory_of(torch.device("cpu"))
     link = min(each.link for each in measured)
-    return Device(
+    device = Device(
         "this",
         "cpu",
         math.inf if memory is None else memory / ranks,
@@ -95,12 +99,17 @@ def device_of(measured: Sequence[Rates], precision: str) -> Device:
         f"measured on this machine: {cpu_name()}, {ranks} {'rank' if ranks == 1 else 'ranks'} of one thread",
         {"matrix": 1.0, "memory": 1.0, "vector": 1.0, "link": 1.0},
         {key: min(each.ops[key] for each in measured) for key in measured[0].ops},
+        {name: min(each.links[name] for each in measured) for name in measured[0].links},
     )
+    return with_overheads(device, [each.overheads for each in measured], precision)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """What one rank has measured: per second, and seconds of a message and of a call."""
+    """What one rank has measured: per second, and seconds of a message and of a call.
+
+    ``link`` and ``latency`` are those of a sum that all get, ``links`` those of other messages by what they are for.
+    """
 
     matrix: float
     bandwidth: float
@@ -108,6 +117,25 @@ class Rates:
     ops: dict[tuple[str, str], float]
     link: float
     latency: float
+    links: dict[str, float]
+    overheads: Overheads
+
+    def halfway(self, other: Rates) -> Rates:
+        """Between these and others that were measured later: the means of the times."""
+        return Rates(
+            _halfway(self.matrix, other.matrix),
+            _halfway(self.bandwidth, other.bandwidth),
+            (self.call + other.call) / 2,
+            {key: _halfway(rate, other.ops[key]) for key, rate in self.ops.items()},
+            _halfway(self.link, other.link),
+            (self.latency + other.latency) / 2,
+            {key: _halfway(rate, other.links[key]) for key, rate in self.links.items()},
+            self.overheads.halfway(other.overheads),
+        )
+
+
+def _halfway(rate: float, other: float) -> float:
+    return 1 / ((1 / rate + 1 / other) / 2) if math.isfinite(rate) else rate
 
 
 def measure(shapes: Shapes) -> Rates:
@@ -144,13 +172,42 @@ def measure(shapes: Shapes) -> Rates:
             ops[BACKWARD, op] = BACKWARD_FLOPS * flops / backward
         if flops and both_ends:
             ops[ENDS, op] = 2 * flops / both_ends
-    link, latency = math.inf, 0.0
+    link, latency, links = math.inf, 0.0, {}
     ranks = dist.get_world_size()
     if ranks > 1:
-        message, many = torch.zeros(1), torch.zeros(SENT)
+        message, many = torch.zeros(1), torch.zeros(SENT // ranks * ranks)
         latency = _latency(lambda: [x @ weight.t() for x in inputs[:BETWEEN]], lambda: dist.all_reduce(message))
         link = 2 * many.nbytes * (ranks - 1) / ranks / _seconds(lambda: dist.all_reduce(many))
-    return Rates(matrix, bandwidth, call, ops, link, latency)
+        links = _links(many, ranks)
+    beside = overheads(shapes.config, shapes.length, shapes.precision)
+    return Rates(matrix, bandwidth, call, ops, link, latency, links, beside)
+
+
+def _links(many: Tensor, ranks: int) -> dict[str, float]:
+    """Bytes a second, by what is sent: gloo has a way of its own for each kind of message."""
+    part = many[: len(many) // ranks].clone()
+    parts = [torch.empty_like(part) for _ in range(ranks)]
+    sent = part.nbytes * (ranks - 1)
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # as PyTorch calls it from 2.13 on
+    scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+    def shard() -> None:  # weights come twice, and gradients go once
+        for _ in range(2):
+            gather(many, part)
+        scatter(part, many)
+
+    def states() -> None:  # states come, and their gradients go
+        dist.all_gather(parts, part)
+        dist.all_to_all(parts, list(many.split(len(part))[:ranks]))
+
+    def keys() -> None:
+        dist.all_to_all_single(torch.empty_like(many[: ranks * len(part)]), many[: ranks * len(part)])
+
+    return {
+        "shard": 3 * sent / _seconds(shard),
+        "states": 2 * sent / _seconds(states),
+        "keys": sent / _seconds(keys),
+    }
 
 
 CHAIN = 100  # operators, one after another

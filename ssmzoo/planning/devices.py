@@ -34,6 +34,8 @@ class Device:
         reached: the share of the data sheet's numbers that programs reach, by what limits them; for ``matrix`` also of
             an op by its name.
         rates: phase and op → FLOPs of that op, where they are measured.
+        links: what is sent, as :mod:`ssmzoo.planning.links` names it → ``link`` for it, where it is measured.
+        waits: likewise → ``latency`` for it.
     """
 
     name: str
@@ -51,6 +53,8 @@ class Device:
     source: str
     reached: Mapping[str, float]
     rates: Mapping[tuple[str, str], float] = dataclasses.field(default_factory=dict)
+    links: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    waits: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def seconds(self, work: Mapping[Work, float], precision: str) -> dict[str, float]:
         """The time of operators, by their kind: each takes what its FLOPs or its bytes take, whichever is more.
@@ -72,9 +76,10 @@ class Device:
             return self.matrix[precision] * self.reached.get(item.kind, self.reached["matrix"])
         return self.vector * self.reached["vector"]
 
-    def bytes_a_second(self, span: int) -> float:
-        """To others of a group that reaches over so many neighbouring processors."""
-        return (self.link if span <= self.node else self.network) * self.reached["link"]
+    def sending(self, name: str, span: int, sent: float, messages: float) -> float:
+        """Seconds of what is sent to others of a group that reaches over so many neighbouring processors."""
+        rate = self.links.get(name, self.link) if span <= self.node else self.network
+        return sent / (rate * self.reached["link"]) + messages * self.waits.get(name, self.latency)
 
 
 # Ops whose kernels are matrix products of chunks; others compute element by element.

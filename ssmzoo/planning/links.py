@@ -58,9 +58,8 @@ def traffic(
     found: dict[str, Traffic] = {}
 
     def add(name: str, sent: float, messages: float, span: int) -> None:
-        rate = device.bytes_a_second(span)
         link = "node" if span <= device.node else "network"
-        found[name] = Traffic(sent, messages, link, sent / rate + messages * device.latency)
+        found[name] = Traffic(sent, messages, link, device.sending(name, span, sent, messages))
 
     same = mesh.data * mesh.context  # processors with the same share of the weights
     if same > 1:

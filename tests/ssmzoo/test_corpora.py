@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import typer
 
+from ssmzoo.bench import approximate
 from ssmzoo.bench import corpora as bench_corpora
 from ssmzoo.commands import tokenize as tokenize_command
+from ssmzoo.planning import validation
 from ssmzoo.train.corpora import read_manifest, sources, tokenize
 from ssmzoo.train.corpora.processes import over_processes
 from ssmzoo.train.vocabulary import Tokenizer, decode
@@ -418,20 +420,33 @@ def test_two_columns_of_one_name(tmp_path):
         tokenize(tmp_path / "x.parquet", tmp_path / "corpus", workers=1)
 
 
+@pytest.mark.parametrize("word", ["0", "-1", "1.5", "9" * 5000, ""])
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("main", "options"),
     [
-        (["--megabytes", "0"], "--megabytes: must be a whole number from 1 to 999999999; got '0'"),
-        (["--compared", "-1"], "--compared: must be a whole number"),
-        (["--workers", "1.5"], "--workers: must be a whole number"),
-        (["--length", "9" * 5000], "--length: must be a whole number"),
-        (["--folder", "none\x1b[2J"], r"--folder: must be a folder; got 'none\x1b[2J'"),
+        (bench_corpora.main, ["--megabytes", "--compared", "--workers", "--length"]),
+        (approximate.main, ["--length", "--samples"]),
+        (validation.main, ["--length"]),
     ],
+    ids=["corpora", "approximate", "validation"],
 )
-def test_the_benchmarks_options(capsys, words, said):
-    with pytest.raises(SystemExit) as stop:
-        bench_corpora.main(words)
-    assert stop.value.code == 2
-    shown = capsys.readouterr().err.splitlines()[-1]
-    assert said in shown
-    assert len(shown) < 300
+def test_numbers_of_commands(capsys, main, options, word):
+    for option in options:
+        with pytest.raises(SystemExit) as stop:
+            main([f"{option}={word}"])
+        assert stop.value.code == 2
+        shown = capsys.readouterr().err.splitlines()[-1]
+        assert f"{option}: must be a whole number from 1 to 999999999; got " in shown
+        assert len(shown) < 300
+
+
+def test_the_benchmarks_folder(capsys):
+    with pytest.raises(SystemExit):
+        bench_corpora.main(["--folder", "none\x1b[2J"])
+    assert r"--folder: must be a folder; got 'none\x1b[2J'" in capsys.readouterr().err
+
+
+def test_validation_needs_a_token_a_rank(capsys):
+    with pytest.raises(SystemExit):
+        validation.main(["--length", "1"])
+    assert "--length: must be at least 2, a token a rank; got 1" in capsys.readouterr().err

@@ -132,7 +132,7 @@ class Attending:
             return [(length * (ranks - 1) / ranks * everything,) * 2]
         if left < 0 and self.causal:
             return [self._folded(ranks, length, rank) for rank in range(ranks)]
-        found = []
+        found: list[tuple[float, float]] = []
         for rank in range(ranks):
             before, after = (min(left if left >= 0 else of, of) for of in (rank * length, (ranks - 1 - rank) * length))
             given, taken = (after, before) if self.causal else (before + after,) * 2

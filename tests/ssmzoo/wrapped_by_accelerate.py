@@ -35,7 +35,7 @@ IDS = torch.randint(30, (2, 8), generator=torch.Generator().manual_seed(1))
 def made():
     torch.manual_seed(0)
     model = bridge.SsmzooForCausalLM(bridge.SsmzooConfig(ARCHITECTURE)).train()
-    model.activation_checkpointing_enable()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()  # its name before 5.19
     return model, torch.optim.SGD(model.parameters(), lr=0.5)
 
 

@@ -14,8 +14,9 @@ from torch import nn
 from ssmkernels.core.names import unknown
 from ssmzoo.integrations.transformers.functions import supplied
 from ssmzoo.integrations.transformers.imports import forget_imports, loaded, watch_imports
+from ssmzoo.integrations.transformers.linears import replace_forward, restore_forward
 from ssmzoo.integrations.transformers.lookups import installed, lookups_of, published
-from ssmzoo.integrations.transformers.methods import METHODS, methods, methods_of
+from ssmzoo.integrations.transformers.methods import MAPS, METHODS, methods, methods_of
 from ssmzoo.screen import printable
 
 ALL = "*"  # the family that stands for all of them
@@ -177,11 +178,12 @@ def _rows(family: str) -> list[Row]:
             rows.append(Row(family, function, "transformers' own", "ssmkernels has no such function"))
         else:
             rows.append(Row(family, function, ours.runs))
-    rows += [Row(family, method.name, method.runs) for method in methods(family)]
+    rows += [Row(family, method.name, method.runs) for method in (*methods(family), MAPS)]
     return rows
 
 
 def _refresh_all() -> None:
+    replace_forward() if +_in_use else restore_forward()
     for family, module in loaded():
         _refresh(family, module)
 

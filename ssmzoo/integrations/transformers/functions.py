@@ -154,6 +154,8 @@ _FUNCTIONS = {
     ("mamba_ssm", "mamba_inner_fn"): Supplied(unfused, "the layer's steps, one by one"),
     ("mamba_ssm", "mamba_split_conv1d_scan_combined"): Supplied(unfused, "the layer's steps, one by one"),
 }
+for name in ("gated_delta_rule", "kda"):  # their names in the first versions that looked them up
+    _FUNCTIONS["fla", f"recurrent_{name}"] = _FUNCTIONS["fla", f"fused_recurrent_{name}"]
 # Mamba-2 and its hybrids have one decay a head, which selective_state_update recognises.
 _OF_HEADS = Supplied(mamba_ssm.selective_state_update, f"ssmkernels.ssd_step{_SMALL}")
 

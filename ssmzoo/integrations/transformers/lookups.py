@@ -2,7 +2,8 @@
 
 Since transformers 5.15, one decorator of its modeling files does this, ``use_kernel_func_from_hub_with_fallback``.
 What it found is in the cells of the function that it returns, where every call reads it. Our function goes into these
-cells, so that whoever holds the function, such as a model that exists already, calls ours.
+cells, so that whoever holds the function, such as a model that exists already, calls ours. Before 5.17 the cells hold
+less, and the sources tell the rest.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import functools
 import importlib.util
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
@@ -19,7 +20,8 @@ from typing import Any
 _DECORATOR = re.compile(
     r"^@use_kernel_func_from_hub_with_fallback\(\s*[\"'](\w+)[\"'],\s*[\"'](\w+)[\"']", re.MULTILINE
 )
-_CELLS = {"implementation", "torch_function", "applicable_params", "is_new_implementation", "func_name", "package"}
+_DECORATED = re.compile(_DECORATOR.pattern + r"[^)]*\)\n(?:@[^\n]*\n)*def (\w+)", re.MULTILINE)
+_CELLS = ("implementation", "applicable_params", "is_new_implementation")  # what is written; the last since 5.16
 
 
 class Lookup:
@@ -29,11 +31,12 @@ class Lookup:
         function, package: the names that it is looked up by.
     """
 
-    def __init__(self, wrapper: FunctionType):
+    def __init__(self, wrapper: FunctionType, function: str, package: str):
+        self.function, self.package = function, package
         self.cells = dict(zip(wrapper.__code__.co_freevars, wrapper.__closure__ or (), strict=True))
-        self.function: str = self.cells["func_name"].cell_contents
-        self.package: str = self.cells["package"].cell_contents
-        self.own = {name: self.cells[name].cell_contents for name in _CELLS}
+        self.own = {name: self.cells[name].cell_contents for name in _CELLS if name in self.cells}
+        self.own["torch_function"] = wrapper.__wrapped__  # type: ignore[attr-defined]
+        self._found = self.own["implementation"] is not self.own["torch_function"]  # in the package
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs what runs now, without the keyword arguments that it does not know, as transformers does."""
@@ -42,28 +45,36 @@ class Lookup:
 
     def supply(self, ours: Callable[..., Any]) -> None:
         """Our function runs from now on, unless transformers has found the package's own."""
-        if not self.own["is_new_implementation"]:
-            self._write(ours, _parameters(ours), True)
+        if not self._found:
+            self._write({"implementation": ours, "applicable_params": _parameters(ours), "is_new_implementation": True})
 
     def restore(self) -> None:
-        self._write(self.own["implementation"], self.own["applicable_params"], self.own["is_new_implementation"])
+        self._write(self.own)
 
-    def _write(self, implementation: Callable[..., Any], parameters: tuple[str, ...], new: bool) -> None:
-        self.cells["implementation"].cell_contents = implementation
-        self.cells["applicable_params"].cell_contents = parameters
-        self.cells["is_new_implementation"].cell_contents = new
+    def _write(self, contents: Mapping[str, Any]) -> None:
+        for name in _CELLS:
+            if name in self.cells:
+                self.cells[name].cell_contents = contents[name]
 
 
 @functools.cache
 def lookups_of(module: ModuleType) -> list[Lookup]:
     """Those of a modeling module of transformers, which has been imported whole."""
-    found = []
+    known, found = _decorated(module), []
     for value in list(vars(module).values()):
         for function in (value, getattr(value, "forward", None)):  # the package kernels makes modules of them
-            if isinstance(function, FunctionType) and _CELLS.issubset(function.__code__.co_freevars):
-                found.append(Lookup(function))
+            if isinstance(function, FunctionType) and set(_CELLS[:2]).issubset(function.__code__.co_freevars):
+                names = known.get(function.__name__)
+                if names is not None and hasattr(function, "__wrapped__"):
+                    found.append(Lookup(function, *names))
                 break
     return found
+
+
+def _decorated(module: ModuleType) -> dict[str, tuple[str, str]]:
+    """What a modeling module looks up, (function, package), by the names of its own functions."""
+    text = Path(module.__file__).read_text(encoding="utf-8") if module.__file__ else ""
+    return {own: (function, package) for function, package, own in _DECORATED.findall(text)}
 
 
 @functools.cache

@@ -19,6 +19,7 @@ from ssmzoo.integrations.transformers.layers import (
     told,
     weighted_key_values,
 )
+from ssmzoo.integrations.transformers.linears import owners_of, within
 from ssmzoo.integrations.transformers.norms import KINDS
 
 
@@ -47,6 +48,8 @@ class Method:
 _KEEPS = "transformers' own, which goes on from its state and keeps packed sequences apart"
 _TELLS = "transformers' own, which passes on its sequences"
 _ATTENTION = "ssmkernels.attention; PyTorch's with a mask or for few tokens"
+_MAPS = "the native product of ssmkernels; PyTorch's for small ones, and where it is as fast"
+MAPS = Method("Linear", "forward", within, _MAPS, over_time=False)  # of torch.nn, in layers and models of all families
 _NORMS = "ssmkernels.rms_norm; transformers' own for few numbers"
 
 
@@ -126,8 +129,16 @@ def _checkpointed(function: Any) -> CellType | None:
 
 @functools.cache
 def methods_of(family: str, module: ModuleType) -> list[Replaceable]:
-    """Those of a family that a module of it defines."""
-    owners = [(vars(module).get(method.owner, None if method.owner else module), method) for method in methods(family)]
+    """Those of a family that a module of it defines, and the forward passes within which linear maps are ours."""
+    named = {(method.owner, method.attribute): method for method in methods(family)}
+    for owner in owners_of(module):
+        where = owner, "forward"
+        named[where] = _within(named[where]) if where in named else Method(*where, within, _MAPS, over_time=False)
+    owners = [(vars(module).get(method.owner, None if method.owner else module), method) for method in named.values()]
     return [
         Replaceable(owner, method) for owner, method in owners if owner is not None and hasattr(owner, method.attribute)
     ]
+
+
+def _within(method: Method) -> Method:
+    return dataclasses.replace(method, make=lambda original: within(method.make(original)))

@@ -1,0 +1,71 @@
+"""The linear maps of accelerated families, by the fastest product that there is for their size.
+
+Such a map is a plain ``nn.Linear`` that any model may share, so its class has one forward for everybody, which looks
+whether a layer or model of an accelerated family is running.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssmkernels.native.products import linear
+from ssmzoo.integrations.transformers.layers import Function
+
+_running: ContextVar[bool] = ContextVar("running", default=False)
+_own = nn.Linear.forward
+
+
+def within(original: Function) -> Function:
+    """A layer or model: its linear maps are ours while it runs."""
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or _running.get():
+            return original(self, *args, **kwargs)
+        token = _running.set(True)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            _running.reset(token)
+
+    return forward
+
+
+def owners_of(module: ModuleType) -> list[str]:
+    """The layers and models of a modeling module: what is checkpointed as a whole, and what is called from outside."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+    from transformers.modeling_utils import PreTrainedModel
+
+    kinds = (GradientCheckpointingLayer, PreTrainedModel)
+    return [
+        name
+        for name, kind in vars(module).items()
+        if isinstance(kind, type) and issubclass(kind, kinds) and "forward" in vars(kind)
+        if kind.__module__ == module.__name__
+    ]
+
+
+@functools.wraps(_own)
+def _forward(self: nn.Linear, input: Tensor) -> Tensor:
+    if not torch.compiler.is_compiling() and _running.get():
+        return linear(input, self.weight, self.bias)
+    return F.linear(input, self.weight, self.bias)
+
+
+def replace_forward() -> None:
+    """Maps ask from now on who is running, unless somebody else has put a forward there."""
+    if nn.Linear.forward is _own:
+        nn.Linear.forward = _forward  # type: ignore[method-assign]
+
+
+def restore_forward() -> None:
+    """Undoes :func:`replace_forward`; a forward that was put over it since stays, and finds nobody running."""
+    if nn.Linear.forward is _forward:
+        nn.Linear.forward = _own  # type: ignore[method-assign]

@@ -1,0 +1,146 @@
+"""The linear maps of transformers' layers by our products: while an accelerated model runs, and for nobody else."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from parity import close
+from torch import nn
+
+from ssmkernels import native
+from ssmkernels.native import products
+from ssmzoo.integrations.transformers import accelerate, linears
+from ssmzoo.integrations.transformers.methods import methods_of
+
+transformers = pytest.importorskip("transformers", reason="needs transformers, whose layers run here")
+pytestmark = [
+    pytest.mark.mixer(),
+    pytest.mark.skipif(bool(native.missing()), reason=f"needs the native CPU library: {native.missing()}"),
+]
+SIZES = {"num_hidden_layers": 2, "vocab_size": 40, "hidden_size": 32, "num_heads": 4, "head_dim": 16, "state_size": 8}
+OWN = nn.Linear.forward
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The products that the native library makes, small ones too."""
+    monkeypatch.setattr(products, "MATMUL", frozenset({native.library().isa}))
+    for bound in ("LARGE", "WORK", "WORK_WITH_GRADIENTS"):
+        monkeypatch.setattr(products, bound, 0)
+    calls, run = [], native.run
+    monkeypatch.setattr(native, "run", lambda name, values: calls.append(name) or run(name, values))
+    return calls
+
+
+def model_of():
+    torch.manual_seed(0)
+    return transformers.Mamba2ForCausalLM(transformers.Mamba2Config(n_groups=1, chunk_size=8, **SIZES))
+
+
+def gradients(model, ids):
+    model.zero_grad()
+    logits = model(ids, use_cache=False).logits
+    weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3))
+    (logits * weight).sum().backward()
+    return {"logits": logits.detach(), **{name: p.grad.clone() for name, p in model.named_parameters()}}
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_outputs_and_gradients(reentrant, made):
+    model, ids = model_of(), torch.randint(40, (2, 9))
+    expected = gradients(model, ids)
+    assert "matmul" not in made
+    if reentrant is not None:
+        model.train()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    with accelerate("mamba2"):
+        found = gradients(model, ids)
+    maps = sum(isinstance(module, nn.Linear) for module in model.modules())
+    again = 0 if reentrant is None else maps - 1  # all but the head
+    assert made.count("matmul") == 3 * maps + again
+    for name, value in expected.items():
+        close(name, found[name], value)
+
+
+def test_models_of_other_families_and_maps_alone_stay_with_torch(made):
+    ids, alone = torch.randint(40, (2, 9)), nn.Linear(32, 32)
+    other = model_of()
+    with accelerate("mamba"):
+        gradients(other, ids)
+        alone(torch.randn(3, 32)).sum().backward()
+    assert "matmul" not in made
+
+
+def test_a_subclass_keeps_its_own_forward(made):
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * F.linear(x, self.weight)
+
+    model, ids = model_of(), torch.randint(40, (2, 9))
+    for layer in model.backbone.layers:
+        wrapped = Doubled(layer.mixer.in_proj.in_features, layer.mixer.in_proj.out_features, bias=False)
+        layer.mixer.in_proj = wrapped
+    expected = gradients(model, ids)
+    with accelerate("mamba2"):
+        close("the logits", gradients(model, ids)["logits"], expected["logits"])
+
+
+def test_an_error_ends_what_runs():
+    model = model_of()
+    with accelerate("mamba2"):
+        with pytest.raises(IndexError):
+            model(torch.full((1, 3), 40))
+        assert not linears._running.get()
+
+
+def test_the_class_gets_its_forward_back():
+    one, two = accelerate("mamba"), accelerate("mamba2")
+    assert nn.Linear.forward is not OWN
+    one.restore()
+    assert nn.Linear.forward is not OWN
+    two.restore()
+    assert nn.Linear.forward is OWN
+
+
+def test_a_forward_that_somebody_put_over_it_stays(monkeypatch):
+    with accelerate("mamba2"):
+        ours = nn.Linear.forward
+        theirs = lambda self, x: ours(self, x)  # noqa: E731
+        monkeypatch.setattr(nn.Linear, "forward", theirs)
+    assert nn.Linear.forward is theirs
+    linear, x = nn.Linear(4, 3), torch.randn(2, 4)
+    assert torch.equal(linear(x), F.linear(x, linear.weight, linear.bias))
+    with accelerate("mamba2"):
+        assert nn.Linear.forward is theirs
+
+
+def test_it_compiles_in_one_graph(made):
+    model, ids = model_of(), torch.randint(40, (2, 9))
+    with accelerate("mamba2"), torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        made.clear()
+        torch.compiler.reset()
+        map_ = torch.compile(model.lm_head, backend="eager", fullgraph=True)
+        x = torch.randn(2, 32)
+        assert torch.equal(map_(x), F.linear(x, model.lm_head.weight))
+        assert not made
+        close("the logits", torch.compile(model, backend="eager")(ids, use_cache=False).logits, expected)
+
+
+FOUND = {
+    "mamba2": {"Mamba2Block", "Mamba2Model", "Mamba2ForCausalLM"},
+    "bamba": {"BambaDecoderLayer", "BambaModel", "BambaForCausalLM"},
+    "recurrent_gemma": {"RecurrentGemmaDecoderLayer", "RecurrentGemmaModel", "RecurrentGemmaForCausalLM"},
+    "rwkv": {"RwkvBlock", "RwkvModel", "RwkvForCausalLM"},
+    "xlstm": {"xLSTMBlock", "xLSTMModel", "xLSTMForCausalLM"},
+}
+
+
+@pytest.mark.parametrize(("family", "owners"), FOUND.items())
+def test_layers_and_models_of_a_family_are_found(family, owners):
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    assert set(linears.owners_of(module)) >= owners
+    assert {there.method.owner for there in methods_of(family, module)} >= owners

@@ -7,17 +7,9 @@ import torch
 
 from ssmkernels import OPS
 from ssmkernels.check.spec import spec_of
+from ssmkernels.core import validate as validate
 from ssmkernels.core.names import unknown
 from ssmkernels.core.packing import pad, spans
-from ssmkernels.core.validate import (
-    check_cu_seqlens,
-    check_dtypes,
-    check_options,
-    check_parameters,
-    check_same_dtype,
-    check_shapes,
-    precision,
-)
 
 
 def zeros(*shape, dtype=torch.float32):
@@ -29,7 +21,9 @@ def borders(*values):
 
 
 def test_shapes_give_the_size_of_every_letter():
-    sizes = check_shapes("op", {"x": (zeros(2, 5, 3), "b l d"), "w": (zeros(3, 4), "d w"), "none": (None, "q")})
+    sizes = validate.check_shapes(
+        "op", {"x": (zeros(2, 5, 3), "b l d"), "w": (zeros(3, 4), "d w"), "none": (None, "q")}
+    )
     assert sizes == {"b": 2, "l": 5, "d": 3, "w": 4}
 
 
@@ -45,7 +39,7 @@ def test_shapes_give_the_size_of_every_letter():
     ],
 )
 def test_shapes_that_fit(value, shape):
-    check_shapes("op", {"x": (value, shape)}, b=2, d=3, w=4)
+    validate.check_shapes("op", {"x": (value, shape)}, b=2, d=3, w=4)
 
 
 @pytest.mark.parametrize(
@@ -61,36 +55,36 @@ def test_shapes_that_fit(value, shape):
 )
 def test_shapes_that_do_not_fit(value, shape, match):
     with pytest.raises(ValueError, match=match):
-        check_shapes("op", {"x": (value, shape)}, b=2, d=3, w=4)
+        validate.check_shapes("op", {"x": (value, shape)}, b=2, d=3, w=4)
 
 
 def test_a_letter_means_the_same_everywhere():
     with pytest.raises(ValueError, match=r"`y` must have shape \(l b\) with l=3, b=2; got \(2, 3\)"):
-        check_shapes("op", {"x": (zeros(2, 3), "b l"), "y": (zeros(2, 3), "l b")})
+        validate.check_shapes("op", {"x": (zeros(2, 3), "b l"), "y": (zeros(2, 3), "l b")})
     with pytest.raises(ValueError, match=r"`x` must have shape \(b b\); got \(2, 3\)"):
-        check_shapes("op", {"x": (zeros(2, 3), "b b")})
+        validate.check_shapes("op", {"x": (zeros(2, 3), "b b")})
 
 
 def test_what_is_no_tensor():
     with pytest.raises(TypeError, match=r"op: `x` must be a tensor of shape \(b d\); got list"):
-        check_shapes("op", {"x": ([1.0], "b d")})
+        validate.check_shapes("op", {"x": ([1.0], "b d")})
     with pytest.raises(TypeError, match=r"op: `x` must be a tensor of shape \(b d\); got NoneType"):
-        check_shapes("op", {"x": (None, "b d")}, ("x",))
+        validate.check_shapes("op", {"x": (None, "b d")}, ("x",))
 
 
 def test_devices():
     with pytest.raises(ValueError, match="op: `y` must be on cpu, where `x` is; got meta"):
-        check_shapes("op", {"x": (zeros(2), "b"), "y": (torch.zeros(2, device="meta"), "b")})
+        validate.check_shapes("op", {"x": (zeros(2), "b"), "y": (torch.zeros(2, device="meta"), "b")})
 
 
 def test_dtypes():
-    check_dtypes("op", {"x": zeros(1), "y": None}, [torch.float32])
+    validate.check_dtypes("op", {"x": zeros(1), "y": None}, [torch.float32])
     with pytest.raises(TypeError, match="op: `x` must be float64 or complex64; got float32"):
-        check_dtypes("op", {"x": zeros(1)}, [torch.float64, torch.complex64])
+        validate.check_dtypes("op", {"x": zeros(1)}, [torch.float64, torch.complex64])
     with pytest.raises(TypeError, match="op: `y` must be float32, as `x` is; got float16"):
-        check_same_dtype("op", {"x": zeros(1), "n": None, "y": zeros(1, dtype=torch.float16)})
+        validate.check_same_dtype("op", {"x": zeros(1), "n": None, "y": zeros(1, dtype=torch.float16)})
     with pytest.raises(TypeError, match=r"op: `x` must be .*; got int64"):
-        check_same_dtype("op", {"x": zeros(1, dtype=torch.int64)})
+        validate.check_same_dtype("op", {"x": zeros(1, dtype=torch.int64)})
 
 
 @pytest.mark.parametrize(
@@ -109,21 +103,21 @@ def test_dtypes():
 def test_parameters_may_be_wider(x, weight, good):
     arguments = {"weight": zeros(1, dtype=weight)}
     if good:
-        check_parameters("op", zeros(1, dtype=x), arguments)
+        validate.check_parameters("op", zeros(1, dtype=x), arguments)
     else:
         with pytest.raises(TypeError, match="op: `weight` must be"):
-            check_parameters("op", zeros(1, dtype=x), arguments)
+            validate.check_parameters("op", zeros(1, dtype=x), arguments)
 
 
 def test_precision():
-    assert precision(zeros(1, dtype=torch.bfloat16), None) == torch.float32
-    assert precision(zeros(1), zeros(1, dtype=torch.complex128)) == torch.float64
+    assert validate.precision(zeros(1, dtype=torch.bfloat16), None) == torch.float32
+    assert validate.precision(zeros(1), zeros(1, dtype=torch.complex128)) == torch.float64
 
 
 def test_borders():
-    assert check_cu_seqlens("op", None, zeros(3, 5)) == 3
-    assert check_cu_seqlens("op", borders(0, 2, 2, 5), zeros(1, 5)) == 3
-    assert check_cu_seqlens("op", borders(0), zeros(1, 0)) == 0
+    assert validate.check_cu_seqlens("op", None, zeros(3, 5)) == 3
+    assert validate.check_cu_seqlens("op", borders(0, 2, 2, 5), zeros(1, 5)) == 3
+    assert validate.check_cu_seqlens("op", borders(0), zeros(1, 0)) == 0
 
 
 @pytest.mark.parametrize(
@@ -143,7 +137,7 @@ def test_borders():
 )
 def test_borders_that_are_none(cu_seqlens, x, error, match):
     with pytest.raises(error, match=match):
-        check_cu_seqlens("op", cu_seqlens, x)
+        validate.check_cu_seqlens("op", cu_seqlens, x)
 
 
 def test_spans():
@@ -178,10 +172,10 @@ def test_unknown():
 )
 def test_options(kind, good, bad):
     for value in good:
-        check_options("toy", kind, size=value)
+        validate.check_options("toy", kind, size=value)
     for value in bad:
         with pytest.raises(TypeError, match=f"^toy: `size` must be {kind}; got {type(value).__name__}$"):
-            check_options("toy", kind, size=value)
+            validate.check_options("toy", kind, size=value)
 
 
 def _numbers():

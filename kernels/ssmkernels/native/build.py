@@ -28,6 +28,8 @@ from ssmkernels.native.sources import (
     ADDED,
     DIGEST,
     FLAGS,
+    LIGHT,
+    LIGHT_UNITS,
     NAME,
     PACKAGE,
     SourceError,
@@ -90,24 +92,24 @@ def build(
         flags += ["-pthread", *(["-fopenmp"] if openmp else [])]
         if _compiles(compiler, ["-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Werror"], temporary):
             flags += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # GCC's own headers of AVX-512 warn
+        told = any(flag.startswith("-O") for flag in flags[len(FLAGS) :])
+        light = LIGHT if not told and _compiles(compiler, [*LIGHT, "-Werror"], temporary) else []
         known = flags_by_isa(platform.machine())
         if isas is None:
             isas = [isa for isa, own in known.items() if _compiles(compiler, own, temporary)]
         isas = [isa for isa in known if isa in isas or isa in [ADDED.get(other) for other in isas]]
         version = _version(compiler, temporary)
-        defines = {
-            "COMPILER": version,
-            "ISAS": " ".join(isas),
-            "SOURCES": digest(package),
-            "LAYOUTS": _layouts(package),
+        macros = {"COMPILER": version, "ISAS": " ".join(isas), "SOURCES": digest(package), "LAYOUTS": _layouts(package)}
+        of_isa = {
+            isa: [*known[isa], *(f"-DSSMZOO_ISA_{each}" for each in {ADDED.get(isa, isa): 0, isa: 0})] for isa in isas
         }
         units = sorted(kernels(package).items(), key=lambda unit: -sum(file.stat().st_size for file in unit[1]))
         jobs = [
-            (name, files, [*known[isa], *(f"-DSSMZOO_ISA_{each}" for each in {ADDED.get(isa, isa): 0, isa: 0})])
+            (name, files, [*(light if name in LIGHT_UNITS else []), *of_isa[isa]])
             for name, files in units
             for isa in compiled_for(files, isas)
         ]
-        own = [f"-DSSMZOO_{name}={_quoted(value)}" for name, value in defines.items()]
+        own = [f"-DSSMZOO_{name}={_quoted(value)}" for name, value in macros.items()]
         jobs.append(("library", [package / "native" / "library.cpp"], own))
         jobs += [(name, [package / "native" / f"{name}.cpp"], []) for name in ("threads_openmp", "threads_pool")]
         compile_one = functools.partial(

@@ -31,7 +31,7 @@ BASE = {
     "x": 1.0,  # scale of u
 }
 
-ROWS = (
+ROWS: tuple[Case, ...] = (
     {"D": False, "z": False, "bias": False, "softplus": False, "state": False},
     {"l": 0},
     {"l": 1},

@@ -414,14 +414,13 @@ class TestChanges:
         assert all(third[name] != second[name] for name in third)
 
     def test_units_are_compiled_by_fewer_passes_unless_told_otherwise(self, compiler, tiny, monkeypatch):
-        assert {*sources.LIGHT_UNITS} <= {*sources.kernels()}
+        assert {*sources.LIGHT} <= {*sources.kernels()}
         (tiny / "ops/other/cpu.cpp").write_text("#ifdef LIGHT\nint light() { return 0; }\n#endif\n")
-        monkeypatch.setattr(build, "LIGHT_UNITS", ("other",))
-        monkeypatch.setattr(build, "LIGHT", ["-DLIGHT"])
+        monkeypatch.setattr(build, "LIGHT", {"other": ["-DLIGHT"]})
         assert b"light" in self.build(tiny, extra=[])["other"].read_bytes()
         for extra in (["-O0"], ["-O2"]):
             assert b"light" not in self.build(tiny, extra=extra)["other"].read_bytes()
-        monkeypatch.setattr(build, "LIGHT", ["-DLIGHT", "-fno-such-word-of-any-compiler"])
+        monkeypatch.setattr(build, "LIGHT", {"other": ["-DLIGHT", "-fno-such-word-of-any-compiler"]})
         assert b"light" not in self.build(tiny, extra=[])["other"].read_bytes()
 
     def test_a_kernel_takes_its_arguments_by_name(self, compiler, tiny, monkeypatch):

@@ -29,7 +29,6 @@ from ssmkernels.native.sources import (
     DIGEST,
     FLAGS,
     LIGHT,
-    LIGHT_UNITS,
     NAME,
     PACKAGE,
     SourceError,
@@ -93,7 +92,8 @@ def build(
         if _compiles(compiler, ["-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Werror"], temporary):
             flags += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # GCC's own headers of AVX-512 warn
         told = any(flag.startswith("-O") for flag in flags[len(FLAGS) :])
-        light = LIGHT if not told and _compiles(compiler, [*LIGHT, "-Werror"], temporary) else []
+        every = ["-Werror", *(flag for own in LIGHT.values() for flag in own)]
+        light = LIGHT if not told and _compiles(compiler, every, temporary) else {}
         known = flags_by_isa(platform.machine())
         if isas is None:
             isas = [isa for isa, own in known.items() if _compiles(compiler, own, temporary)]
@@ -105,7 +105,7 @@ def build(
         }
         units = sorted(kernels(package).items(), key=lambda unit: -sum(file.stat().st_size for file in unit[1]))
         jobs = [
-            (name, files, [*(light if name in LIGHT_UNITS else []), *of_isa[isa]])
+            (name, files, [*light.get(name, ()), *of_isa[isa]])
             for name, files in units
             for isa in compiled_for(files, isas)
         ]

@@ -60,9 +60,10 @@ Span span(const SsdArguments& a, const Sequence& s, int64_t chunk) {
 }
 
 // Of a matrix over two tokens, (j, i), only the part with i >= j is anybody's, and pairs within a step. Such a matrix is
-// worked out in strips of columns, as wide as a panel of a product, which have rows up to their last step's last token.
+// worked out in strips of columns, which have rows up to their last step's last token. The narrower they are the less of the
+// other half is computed: one vector, where six sums of one keep the multipliers busy, otherwise a panel of a product.
 template <class S>
-constexpr int64_t kStrip = kVectors * Lanes<S>::count;
+constexpr int64_t kStrip = (SSMZOO_VECTOR_BYTES == 64 ? 1 : kVectors) * Lanes<S>::count;
 
 template <class S>
 int64_t last_row(const SsdArguments& a, Span t, int64_t strip) {

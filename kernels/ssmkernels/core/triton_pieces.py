@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ssmkernels.core.strided import Strided
+
 
 @triton.jit
 def sigmoid(x):
@@ -38,3 +40,32 @@ def tanh(x):
     e = tl.exp(-2 * tl.abs(x))
     far = (1 - e) / (1 + e)
     return tl.where(square < 0.0625, series, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr = 0, WIDE: tl.constexpr = tl.float32):
+    """(ROWS, COLUMNS), or (ROWS) without columns. A shape in parentheses does not take the fields of a tuple."""
+    if COLUMNS:
+        found = tl.zeros((ROWS, COLUMNS), WIDE)
+    else:
+        found = tl.zeros((ROWS,), WIDE)
+    return found
+
+
+@triton.jit
+def head_of(x, batch, head):
+    """One head of a :class:`Strided` tensor: the same strides from another place on."""
+    return Strided(x.at + (batch * x.batch + head * x.head), x.batch, x.time, x.head, x.step)
+
+
+@triton.jit
+def heads_of(q, k, a, b, batch, head):
+    """One head of each of four tensors."""
+    return head_of(q, batch, head), head_of(k, batch, head), head_of(a, batch, head), head_of(b, batch, head)
+
+
+@triton.jit
+def load_channels(x, batch, head, channel, SIZE: tl.constexpr):
+    """(channels) of one head of one token; 0 from channel ``SIZE`` on."""
+    at = x.at + (batch * x.batch + head * x.head) + channel * x.step
+    return tl.load(at, mask=channel < SIZE, other=0.0)

@@ -14,7 +14,7 @@ from ssmkernels.core.names import OPS
 from ssmkernels.core.triton_support import all_registers, kernels, missing, on_device_of, owners
 from ssmkernels.core.validate import precision
 from ssmkernels.ops.causal_conv1d import triton_step as step
-from ssmkernels.ops.causal_conv1d.triton_step import block_of, unsupported, warps_of
+from ssmkernels.ops.causal_conv1d.triton_step import Dims, block_of, unsupported, warps_of
 
 __all__ = ["backward", "forward", "missing", "offline_cases", "unsupported"]
 
@@ -86,10 +86,7 @@ def _launch(a: Any, forward: bool) -> tuple[int, dict[str, Any], dict[str, Any]]
         "tiles": tiles,
         "d": d,
         "d_blocks": d_blocks,
-        "W": w,
-        "SILU": a.activation == "silu",
-        "T": T,
-        "BLOCK_D": block,
+        "dims": Dims(w, a.activation == "silu", T, block),
         **all_registers(),
         "num_warps": warps_of(block, 2 if forward and x.dtype != torch.float64 else 1),
     }

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ssmkernels.core.triton_pieces import sigmoid
+from ssmkernels.core.triton_pieces import sigmoid, zeros
 
 
 @triton.jit
@@ -74,28 +74,27 @@ def forward(
     tiles,
     d,
     d_blocks,
-    W: tl.constexpr,
-    SILU: tl.constexpr,
-    T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    dims: tl.constexpr,
 ):
     WIDE: tl.constexpr = final.dtype.element_ty
+    W: tl.constexpr = dims.W
+    T: tl.constexpr = dims.T
     pid = tl.program_id(0).to(tl.int64)
     sequence, batch, start, steps, first = place(pid // d_blocks, tiles, cu_seqlens, owners, length, T)
-    channel = pid % d_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    channel = pid % d_blocks * dims.BLOCK_D + tl.arange(0, dims.BLOCK_D)
     here = channel < d
     y += (batch * length + start) * d + channel
     x += batch * x_strides[0] + start * x_strides[1] + channel * x_strides[2]
     if initial is not None:
         initial += sequence * initial_strides[0] + channel * initial_strides[2]
-    weights, offset = taps(weight, weight_strides, bias, bias_d, channel, here, W, BLOCK_D, WIDE)
+    weights, offset = taps(weight, weight_strides, bias, bias_d, channel, here, W, dims.BLOCK_D, WIDE)
 
     inputs = rows(x, x_strides[1], initial, initial_strides[1], here, first, steps, T + W - 1, W, WIDE)
     for i in tl.static_range(T):
         sum = offset
         for j in tl.static_range(W):
             sum += weights[j] * inputs[i + j]
-        if SILU:
+        if dims.SILU:
             sum = sum * sigmoid(sum)
         tl.store(y + (first + i) * d, sum.to(y.dtype.element_ty), mask=here & (first + i < steps))
 
@@ -127,17 +126,16 @@ def backward(
     tiles,
     d,
     d_blocks,
-    W: tl.constexpr,
-    SILU: tl.constexpr,
-    T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    dims: tl.constexpr,
 ):
     """Gradients of x and the initial state; of the weights, and last of the bias, each tile's part, (tile W+1 d)."""
     WIDE: tl.constexpr = dweights.dtype.element_ty
+    W: tl.constexpr = dims.W
+    T: tl.constexpr = dims.T
     pid = tl.program_id(0).to(tl.int64)
     tile = pid // d_blocks
     sequence, batch, start, steps, first = place(tile, tiles, cu_seqlens, owners, length, T)
-    channel = pid % d_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    channel = pid % d_blocks * dims.BLOCK_D + tl.arange(0, dims.BLOCK_D)
     here = channel < d
     dx += (batch * length + start) * d + channel
     dy += batch * dy_strides[0] + start * dy_strides[1] + channel * dy_strides[2]
@@ -146,14 +144,14 @@ def backward(
         initial += sequence * initial_strides[0] + channel * initial_strides[2]
     if dfinal is not None:
         dfinal += sequence * (W - 1) * d + channel
-    weights, offset = taps(weight, weight_strides, bias, bias_d, channel, here, W, BLOCK_D, WIDE)
+    weights, offset = taps(weight, weight_strides, bias, bias_d, channel, here, W, dims.BLOCK_D, WIDE)
 
     # Gradients of the sums of this tile and of the W - 1 after it, which its inputs reach too
     inputs = rows(x, x_strides[1], initial, initial_strides[1], here, first, steps, T + 2 * (W - 1), W, WIDE)
     dsums = ()
     for i in tl.static_range(T + W - 1):
         dsum = tl.load(dy + (first + i) * dy_strides[1], mask=here & (first + i < steps), other=0.0).to(WIDE)
-        if SILU:
+        if dims.SILU:
             sum = offset
             for j in tl.static_range(W):
                 sum += weights[j] * inputs[i + j]
@@ -163,13 +161,13 @@ def backward(
 
     dweights += tile * (W + 1) * d + channel
     for j in tl.static_range(W + 1):
-        dweight = tl.zeros([BLOCK_D], WIDE)
+        dweight = zeros(dims.BLOCK_D, 0, WIDE)
         for i in tl.static_range(T):
             dweight += dsums[i] * inputs[i + j] if j < W else dsums[i]
         tl.store(dweights + j * d, dweight, mask=here)
 
     for i in tl.static_range(T):
-        dinput = tl.zeros([BLOCK_D], WIDE)
+        dinput = zeros(dims.BLOCK_D, 0, WIDE)
         for j in tl.static_range(W):
             dinput += weights[j] * dsums[i + W - 1 - j]
         t = first + i
@@ -181,7 +179,7 @@ def backward(
     if dinitial is not None:  # noqa: SIM102 (one is known to the compiler, the other is not)
         if first == 0:
             for i in tl.static_range(W - 1):
-                dinput = tl.zeros([BLOCK_D], WIDE)
+                dinput = zeros(dims.BLOCK_D, 0, WIDE)
                 for j in tl.static_range(i + 1):
                     dinput += weights[j] * dsums[i - j]
                 if dfinal is not None:  # a sequence shorter than the state hands it on
@@ -190,36 +188,22 @@ def backward(
 
 
 @triton.jit(do_not_specialize=["d_blocks"])
-def step(
-    state,
-    x,
-    weight,
-    bias,
-    y,
-    state_strides,
-    x_strides,
-    weight_strides,
-    bias_d,
-    d,
-    d_blocks,
-    W: tl.constexpr,
-    SILU: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+def step(state, x, weight, bias, y, state_strides, x_strides, weight_strides, bias_d, d, d_blocks, dims: tl.constexpr):
     WIDE: tl.constexpr = state.dtype.element_ty
+    W: tl.constexpr = dims.W
     pid = tl.program_id(0).to(tl.int64)
     batch = pid // d_blocks
-    channel = pid % d_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    channel = pid % d_blocks * dims.BLOCK_D + tl.arange(0, dims.BLOCK_D)
     here = channel < d
     state += batch * state_strides[0] + channel * state_strides[2]
-    weights, sum = taps(weight, weight_strides, bias, bias_d, channel, here, W, BLOCK_D, WIDE)
+    weights, sum = taps(weight, weight_strides, bias, bias_d, channel, here, W, dims.BLOCK_D, WIDE)
     inputs = ()
     for j in tl.static_range(W - 1):
         inputs = inputs + (tl.load(state + tl.cast(j, tl.int64) * state_strides[1], mask=here, other=0.0),)
     inputs = inputs + (tl.load(x + batch * x_strides[0] + channel * x_strides[1], mask=here, other=0.0).to(WIDE),)
     for j in tl.static_range(W):
         sum += weights[j] * inputs[j]
-    if SILU:
+    if dims.SILU:
         sum = sum * sigmoid(sum)
     tl.store(y + batch * d + channel, sum.to(y.dtype.element_ty), mask=here)
     for j in tl.static_range(W - 1):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -11,6 +11,15 @@ from ssmkernels.core.triton_support import kernels, missing, next_power_of_2, on
 __all__ = ["block_of", "forward", "missing", "unsupported", "warps_of"]
 
 WIDEST = 16  # taps are unrolled
+
+
+class Dims(NamedTuple):
+    """The constants of the kernels, in one argument: taps, the activation, and steps and channels of a program."""
+
+    W: int
+    SILU: bool
+    T: int
+    BLOCK_D: int
 
 
 def unsupported(a: Any) -> str | None:
@@ -39,9 +48,7 @@ def forward(a: Any, save: bool) -> Tensor:
                 0 if bias is None else bias.stride(0),
                 d,
                 d_blocks,
-                W=weight.shape[1],
-                SILU=a.activation == "silu",
-                BLOCK_D=block,
+                Dims(weight.shape[1], a.activation == "silu", 1, block),
                 num_warps=warps_of(block, 1),
             )
     return y

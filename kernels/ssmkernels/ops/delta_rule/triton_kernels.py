@@ -13,29 +13,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ssmkernels.ops.delta_rule.triton_pairs_kernels import keys_backward, prepare, weights_backward
+from ssmkernels.core.triton_pieces import head_of, zeros
+from ssmkernels.ops.delta_rule.triton_pairs_kernels import keys_backward, load_beta, prepare, weights_backward
 from ssmkernels.ops.delta_rule.triton_state_kernels import (
+    columns_of,
     copy_state,
     decayed,
     load_state,
+    load_values,
     read,
     store_state,
+    store_values,
     whole,
     write,
 )
 from ssmkernels.ops.delta_rule.triton_step_kernels import step
-from ssmkernels.ops.ssd.triton_pieces import load_tile, span
+from ssmkernels.ops.ssd.triton_pieces import product, square_at
 
 __all__ = ["keys_backward", "prepare", "step", "walk", "walk_backward", "weights_backward"]
 
 
-@triton.jit
-def load_beta(beta, time, stop, beta_time):
-    """(slots), 0 beyond the chunk."""
-    return tl.load(beta + time * beta_time, mask=time < stop, other=0.0).to(tl.float32)
-
-
-@triton.jit(do_not_specialize=["length", "per_sequence"])
+@triton.jit(do_not_specialize=["length"])
 def walk(
     q,
     k,
@@ -50,119 +48,69 @@ def walk(
     o,
     errors,
     states,
-    cu_seqlens,
-    q_batch,
-    q_time,
-    q_head,
-    q_step,
-    k_batch,
-    k_time,
-    k_head,
-    k_step,
-    v_batch,
-    v_time,
-    v_head,
-    v_step,
-    beta_batch,
-    beta_time,
-    beta_head,
+    packing,
     length,
-    per_sequence,
     scale,
-    H: tl.constexpr,
-    GROUP: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    Q: tl.constexpr,
-    B: tl.constexpr,
+    dims: tl.constexpr,
     REGISTERS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """o (b l h v) and the final state; or the errors (chunks h Q v), and the states before chunks (chunks h k v)."""
-    tiles: tl.constexpr = (V + BLOCK - 1) // BLOCK
-    task = tl.program_id(0).to(tl.int64)
-    column, head, sequence = task % tiles * BLOCK, task // tiles % H, task // tiles // H
-    batch, begin, end, chunk = span(cu_seqlens, sequence, length, per_sequence, Q)
-    slot, values = tl.arange(0, Q), column + tl.arange(0, BLOCK)
-    at = (sequence * H + head) * K * V
+    column, line, head, batch, begin, end, chunk = columns_of(packing, length, dims)
+    slot, values = tl.arange(0, dims.Q), column + tl.arange(0, dims.BLOCK_V)
+    at = line * dims.K * dims.V
     if REGISTERS:
-        S = load_state(initial, at, 0, values, V, K, B, BLOCK)
+        S = load_state(initial, at, 0, values, dims)
     else:
-        here = final + at if states is None else states + (chunk * H + head) * K * V
+        here = final + at if states is None else states + (chunk * dims.H + head) * dims.K * dims.V
         if states is None or begin < end:
-            copy_state(initial, at, here, values, V, K, B, BLOCK)
-    q += batch * q_batch + head // GROUP * q_head
-    k += batch * k_batch + head // GROUP * k_head
-    v += batch * v_batch + head * v_head
-    beta += batch * beta_batch + head * beta_head
-    for c in tl.range(0, (end - begin + Q - 1) // Q, disable_licm=True):  # addresses would fill the registers
-        own = (chunk + c) * H + head
-        time = begin + c * Q + slot
-        since, until = first + own * Q * K, last + own * Q * K
-        b = load_beta(beta, time, end, beta_time)
-        held = tl.zeros((Q, BLOCK), tl.float32)
+            copy_state(initial, at, here, values, dims)
+    q = head_of(q, batch, head // dims.GROUP)
+    k = head_of(k, batch, head // dims.GROUP)
+    v = head_of(v, batch, head)
+    beta = head_of(beta, batch, head)
+    for c in tl.range(0, (end - begin + dims.Q - 1) // dims.Q, disable_licm=True):  # addresses would fill the registers
+        own = (chunk + c) * dims.H + head
+        time = begin + c * dims.Q + slot
+        since, until = first + own * dims.Q * dims.K, last + own * dims.Q * dims.K
+        b = load_beta(beta, time, end)
+        held = zeros(dims.Q, dims.BLOCK_V)
         if REGISTERS:
             if states is not None:
-                store_state(states, own * K * V, 0, values, S, V, K, B)
-            keys = decayed(k, since, time, end, 0, k_time, k_step, K, Q, B)
-            held = tl.dot(keys, S, held, input_precision=PRECISION)
+                store_state(states, own * dims.K * dims.V, 0, values, S, dims)
+            keys = decayed(k, since, time, end, 0, dims)
+            held = product(keys, S, held, dims)
         else:
             tl.debug_barrier()  # what other threads wrote can be read after it
-            held = read(k, since, here, values, held, time, end, k_time, k_step, K, V, Q, B, BLOCK, PRECISION)
-        error = load_tile(v, time, v_time, end, column, v_step, V, BLOCK).to(tl.float32) - held
-        square = own * Q * Q + slot[:, None] * Q + slot[None, :]
-        error -= tl.dot(tl.load(erased + square), b[:, None] * error, input_precision=PRECISION)
+            held = read(k, since, here, values, held, time, end, dims)
+        error = load_values(v, time, end, column, dims).to(tl.float32) - held
+        error -= tl.dot(tl.load(square_at(erased, own, dims.Q)), b[:, None] * error, input_precision=dims.PRECISION)
         written = b[:, None] * error
         if errors is not None:
-            to = (own * Q + slot)[:, None] * V + values[None, :]
-            tl.store(errors + to, error, mask=(values < V)[None, :])
+            to = (own * dims.Q + slot)[:, None] * dims.V + values[None, :]
+            tl.store(errors + to, error, mask=(values < dims.V)[None, :])
         if o is not None:
-            out = tl.zeros((Q, BLOCK), tl.float32)
+            out = zeros(dims.Q, dims.BLOCK_V)
             if REGISTERS:
-                queries = decayed(q, since, time, end, 0, q_time, q_step, K, Q, B)
-                out = tl.dot(queries, S, out, input_precision=PRECISION)
+                queries = decayed(q, since, time, end, 0, dims)
+                out = product(queries, S, out, dims)
             else:
-                out = read(q, since, here, values, out, time, end, q_time, q_step, K, V, Q, B, BLOCK, PRECISION)
-            out = tl.dot(tl.load(pairs + square), written, scale * out, input_precision=PRECISION)
-            to = ((batch * length + time) * H + head)[:, None] * V + values[None, :]
-            tl.store(o + to, out.to(o.dtype.element_ty), mask=(time < end)[:, None] & (values < V)[None, :])
+                out = read(q, since, here, values, out, time, end, dims)
+            out = tl.dot(tl.load(square_at(pairs, own, dims.Q)), written, scale * out, input_precision=dims.PRECISION)
+            store_values(o, batch, time, end, head, values, out, length, dims)
         if REGISTERS:
-            keys = decayed(k, until, time, end, 0, k_time, k_step, K, Q, B)
-            S = tl.dot(tl.trans(keys), written, whole(since, 0, K, Q, B) * S, input_precision=PRECISION)
+            keys = decayed(k, until, time, end, 0, dims)
+            S = tl.dot(tl.trans(keys), written, whole(since, 0, dims) * S, input_precision=dims.PRECISION)
         else:
             tl.debug_barrier()  # all threads have read the state
-            to = here if states is None else here + H * K * V
-            if states is None or begin + (c + 1) * Q < end:
-                write(
-                    k,
-                    written,
-                    None,
-                    None,
-                    until,
-                    since,
-                    here,
-                    to,
-                    values,
-                    time,
-                    end,
-                    k_time,
-                    k_step,
-                    0,
-                    0,
-                    K,
-                    V,
-                    Q,
-                    B,
-                    BLOCK,
-                    PRECISION,
-                )
+            to = here if states is None else here + dims.H * dims.K * dims.V
+            if states is None or begin + (c + 1) * dims.Q < end:
+                write(k, written, None, None, until, since, here, to, values, time, end, dims)
             here = to
     if REGISTERS and final is not None:
-        store_state(final, at, 0, values, S, V, K, B)
+        store_state(final, at, 0, values, S, dims)
 
 
-@triton.jit(do_not_specialize=["length", "per_sequence"])
+@triton.jit(do_not_specialize=["length"])
 def walk_backward(
     q,
     k,
@@ -177,85 +125,55 @@ def walk_backward(
     X,
     dv,
     dstates,
-    cu_seqlens,
-    q_batch,
-    q_time,
-    q_head,
-    q_step,
-    k_batch,
-    k_time,
-    k_head,
-    k_step,
-    beta_batch,
-    beta_time,
-    beta_head,
-    do_batch,
-    do_time,
-    do_head,
-    do_step,
+    packing,
     length,
-    per_sequence,
     scale,
-    H: tl.constexpr,
-    GROUP: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    Q: tl.constexpr,
-    B: tl.constexpr,
+    dims: tl.constexpr,
     REGISTERS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """X (chunks h Q v), the gradients of v (b l h v), of states after chunks and, just before them, of initial ones."""
-    tiles: tl.constexpr = (V + BLOCK - 1) // BLOCK
-    task = tl.program_id(0).to(tl.int64)
-    column, head, sequence = task % tiles * BLOCK, task // tiles % H, task // tiles // H
-    batch, begin, end, chunk = span(cu_seqlens, sequence, length, per_sequence, Q)
-    slot, values = tl.arange(0, Q), column + tl.arange(0, BLOCK)
-    at = (sequence * H + head) * K * V
-    count = (end - begin + Q - 1) // Q
+    column, line, head, batch, begin, end, chunk = columns_of(packing, length, dims)
+    slot, values = tl.arange(0, dims.Q), column + tl.arange(0, dims.BLOCK_V)
+    at = line * dims.K * dims.V
+    count = (end - begin + dims.Q - 1) // dims.Q
     if REGISTERS:
-        dS = load_state(dfinal, at, 0, values, V, K, B, BLOCK)
+        dS = load_state(dfinal, at, 0, values, dims)
     else:
+        tiles: tl.constexpr = (dims.V + dims.BLOCK_V - 1) // dims.BLOCK_V
         chunks = tl.num_programs(0).to(tl.int64) // tiles + head  # after the initial states of all sequences
-        state = tl.where(count > 0, chunks + (chunk + count - 1) * H, sequence * H + head)
-        copy_state(dfinal, at, dinitial + state * K * V, values, V, K, B, BLOCK)
-    q += batch * q_batch + head // GROUP * q_head
-    k += batch * k_batch + head // GROUP * k_head
-    do += batch * do_batch + head * do_head
-    beta += batch * beta_batch + head * beta_head
+        state = tl.where(count > 0, chunks + (chunk + count - 1) * dims.H, line)
+        copy_state(dfinal, at, dinitial + state * dims.K * dims.V, values, dims)
+    q = head_of(q, batch, head // dims.GROUP)
+    k = head_of(k, batch, head // dims.GROUP)
+    do = head_of(do, batch, head)
+    beta = head_of(beta, batch, head)
     for back in tl.range(0, count, disable_licm=True):
         c = count - 1 - back
-        own = (chunk + c) * H + head
-        time = begin + c * Q + slot
-        since, until = first + own * Q * K, last + own * Q * K
-        b = load_beta(beta, time, end, beta_time)
-        dout = load_tile(do, time, do_time, end, column, do_step, V, BLOCK).to(tl.float32)
-        square = own * Q * Q + slot[:, None] * Q + slot[None, :]
-        x = tl.dot(tl.trans(tl.load(pairs + square)), dout, input_precision=PRECISION)
+        own = (chunk + c) * dims.H + head
+        time = begin + c * dims.Q + slot
+        since, until = first + own * dims.Q * dims.K, last + own * dims.Q * dims.K
+        b = load_beta(beta, time, end)
+        dout = load_values(do, time, end, column, dims).to(tl.float32)
+        x = tl.dot(tl.trans(tl.load(square_at(pairs, own, dims.Q))), dout, input_precision=dims.PRECISION)
         if REGISTERS:
-            keys = decayed(k, until, time, end, 0, k_time, k_step, K, Q, B)
-            x = tl.dot(keys, dS, x, input_precision=PRECISION)
+            keys = decayed(k, until, time, end, 0, dims)
+            x = product(keys, dS, x, dims)
         else:
             tl.debug_barrier()
-            x = read(
-                k, until, dinitial + state * K * V, values, x, time, end, k_time, k_step, K, V, Q, B, BLOCK, PRECISION
-            )
-        x -= tl.dot(tl.trans(tl.load(erased + square)), b[:, None] * x, input_precision=PRECISION)
-        tl.store(X + (own * Q + slot)[:, None] * V + values[None, :], x, mask=(values < V)[None, :])
-        to = ((batch * length + time) * H + head)[:, None] * V + values[None, :]
-        gradient = (b[:, None] * x).to(dv.dtype.element_ty)
-        tl.store(dv + to, gradient, mask=(time < end)[:, None] & (values < V)[None, :])
+            x = read(k, until, dinitial + state * dims.K * dims.V, values, x, time, end, dims)
+        x -= tl.dot(tl.trans(tl.load(square_at(erased, own, dims.Q))), b[:, None] * x, input_precision=dims.PRECISION)
+        tl.store(X + (own * dims.Q + slot)[:, None] * dims.V + values[None, :], x, mask=(values < dims.V)[None, :])
+        store_values(dv, batch, time, end, head, values, b[:, None] * x, length, dims)
         erasing, asking = -b[:, None] * x, scale * dout
         if REGISTERS:
-            store_state(dstates, own * K * V, 0, values, dS, V, K, B)
-            dS *= whole(since, 0, K, Q, B)
-            queries = decayed(q, since, time, end, 0, q_time, q_step, K, Q, B)
-            dS = tl.dot(tl.trans(queries), asking, dS, input_precision=PRECISION)
-            keys = decayed(k, since, time, end, 0, k_time, k_step, K, Q, B)
-            dS = tl.dot(tl.trans(keys), erasing, dS, input_precision=PRECISION)
+            store_state(dstates, own * dims.K * dims.V, 0, values, dS, dims)
+            dS *= whole(since, 0, dims)
+            queries = decayed(q, since, time, end, 0, dims)
+            dS = product(tl.trans(queries), asking, dS, dims)
+            keys = decayed(k, since, time, end, 0, dims)
+            dS = product(tl.trans(keys), erasing, dS, dims)
         else:
-            before = tl.where(c > 0, state - H, sequence * H + head)
+            before = tl.where(c > 0, state - dims.H, line)
             write(
                 q,
                 asking,
@@ -263,22 +181,13 @@ def walk_backward(
                 erasing,
                 since,
                 since,
-                dinitial + state * K * V,
-                dinitial + before * K * V,
+                dinitial + state * dims.K * dims.V,
+                dinitial + before * dims.K * dims.V,
                 values,
                 time,
                 end,
-                q_time,
-                q_step,
-                k_time,
-                k_step,
-                K,
-                V,
-                Q,
-                B,
-                BLOCK,
-                PRECISION,
+                dims,
             )
             state = before
     if REGISTERS:
-        store_state(dinitial, at, 0, values, dS, V, K, B)
+        store_state(dinitial, at, 0, values, dS, dims)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ssmkernels.core.strided import strided
 from ssmkernels.core.triton_support import all_registers, interpreting, kernels, next_power_of_2
 from ssmkernels.ops.delta_rule.reference import scale_of
-from ssmkernels.ops.ssd.triton_arguments import AXES, places, strides, wide
+from ssmkernels.ops.delta_rule.triton_dims import Dims
+from ssmkernels.ops.ssd.triton_arguments import places, wide
 
 NUMBERS = 2048  # of a state that a program has in registers, once or twice
 WIDE = 16 if interpreting() else 128  # keys of a state that fits into registers
@@ -37,59 +40,51 @@ class Chunks:
         k = a.k.shape[3]
         narrow = k <= WIDE and k % 16 == 0 and a.q.dtype != torch.float32
         self.a, self.Q = a, 32 if narrow and not interpreting() else 16
-        self.count, found = places(a.q, a.cu_seqlens, self.Q)
-        self.spans = {name: found[name] for name in ("cu_seqlens", "length", "per_sequence")}
-        self.owners = {"owners": found["owners"]}
+        self.count, self.places = places(a.q, a.cu_seqlens, self.Q)
         self.sequences = a.q.shape[0] if a.cu_seqlens is None else a.cu_seqlens.shape[0] - 1
         (h, v), (g, k) = a.v.shape[2:], a.k.shape[2:]
         self.h, self.k, self.v, self.channels = h, k, v, a.log_decay is not None and a.log_decay.ndim == 4
         self.registers = k <= WIDE
-        self.heads = {"H": h, "GROUP": h // g, "K": k, "Q": self.Q, "scale": scale_of(a.scale, k)}
-        self.precision = {"PRECISION": "ieee" if a.q.dtype == torch.float32 else "tf32"}
-        self.launched = {"num_stages": 1}
+        self.scale = scale_of(a.scale, k)
+        products = importlib.import_module("triton.language").float32, "ieee" if a.q.dtype == torch.float32 else "tf32"
+        self.dims = Dims(h, h // g, k, v, self.Q, min(self._block(k), 32), self._block(v), *products)
         self.first, self.last = self.empty(self.Q, k), self.empty(self.Q, k)
         self.pairs, self.erased = self.empty(self.Q, self.Q), self.empty(self.Q, self.Q)
-        block = min(self._block(k), 32)
-        self.run("prepare", 1, **self.keys(), **self.decays(), **self.between(), **self.heads, BLOCK=block)
+        self.run("prepare", 1, self.dims, **self.keys(), decay=self.decay(), **self.between())
 
     def empty(self, *shape: int) -> Tensor:
         """float32 (count h …)."""
         return self.a.q.new_empty((self.count, self.h, *shape), dtype=torch.float32)
 
-    def run(self, kernel: str, programs: int, **fields: Any) -> None:
+    def run(self, kernel: str, programs: int, dims: Dims, **fields: Any) -> None:
         """A kernel of so many programs for each head of each chunk."""
-        grid = self.count * self.h * programs
-        warps = 1 if interpreting() else 4
-        options = {"num_warps": warps, **self.launched, **all_registers(32 * warps)}
-        if grid:
-            getattr(kernels(__package__), kernel)[(grid,)](**fields, **self.spans, **self.owners, **options)
+        self._launch(kernel, self.count * self.h * programs, 1 if interpreting() else 4, dims, fields)
 
     def carry(self, kernel: str, **fields: Any) -> None:
         """A kernel that goes through each sequence, for some columns of each head's state."""
         rows = self._block(self.k) if self.registers else PIECE
         block = max(16, min(self._block(self.v), NUMBERS // self._block(self.k)))
-        grid = self.sequences * self.h * -(-self.v // block)
-        shared = self.keys() | self.between() | self.heads | self.spans | self.precision | self.launched
-        shared |= {"B": rows, "REGISTERS": self.registers, "BLOCK": block, "V": self.v}
-        if not interpreting():
-            shared |= {"num_warps": 8, **all_registers(256)}
-        if grid:
-            getattr(kernels(__package__), kernel)[(grid,)](**fields, **shared)
+        dims = self.dims._replace(BLOCK_K=rows, BLOCK_V=block)
+        fields |= self.keys() | self.between() | {"REGISTERS": self.registers}
+        self._launch(kernel, self.sequences * self.h * -(-self.v // block), 4 if interpreting() else 8, dims, fields)
+
+    def _launch(self, kernel: str, programs: int, warps: int, dims: Dims, fields: dict[str, Any]) -> None:
+        options = {"num_warps": warps, "num_stages": 1, **all_registers(32 * warps)}
+        if programs:
+            run = getattr(kernels(__package__), kernel)[(programs,)]
+            run(**fields, **self.places, scale=self.scale, dims=dims, **options)
 
     def walk(self, final: Tensor | None, o: Tensor | None, errors: Tensor | None, states: Tensor | None) -> None:
         a = self.a
         outputs = {"final": final, "o": o, "errors": errors, "states": states}
-        self.carry("walk", v=a.v, **strides("v", a.v), initial=wide(a.initial_state), **outputs)
+        self.carry("walk", v=strided(a.v), initial=wide(a.initial_state), **outputs)
 
     def keys(self) -> dict[str, Any]:
         a = self.a
-        beta = strides("beta", a.beta, AXES[:3])
-        return {"q": a.q, "k": a.k, "beta": a.beta, **strides("q", a.q), **strides("k", a.k), **beta}
+        return {"q": strided(a.q), "k": strided(a.k), "beta": strided(a.beta)}
 
-    def decays(self) -> dict[str, Any]:
-        g = self.a.log_decay
-        found = strides("decay", None) if g is None else strides("decay", g if g.ndim == 4 else g[..., None])
-        return {"decay": g, **found, **({} if self.channels else {"decay_step": 0})}
+    def decay(self) -> Any:
+        return strided(self.a.log_decay)
 
     def between(self) -> dict[str, Any]:
         return {"first": self.first, "last": self.last, "pairs": self.pairs, "erased": self.erased}
@@ -105,8 +100,7 @@ class Backward:
     def __init__(self, a: Any, grads: Any):
         self.chunks = chunks = Chunks(a)
         self.a, Q, k, v = chunks.a, chunks.Q, chunks.k, chunks.v
-        do = rows(grads.o)
-        self.do = {"do": do, **strides("do", do)}
+        self.do = strided(rows(grads.o))
         self.errors, self.X = chunks.empty(Q, v), chunks.empty(Q, v)
         self.states = chunks.empty(k, v)
         initial, count = chunks.sequences * chunks.h, chunks.count * chunks.h
@@ -122,25 +116,22 @@ class Backward:
         dv, dbeta = a.v.new_empty(a.v.shape), empty(a.beta.shape)
         chunks.carry(
             "walk_backward",
-            **self.do,
+            do=self.do,
             X=self.X,
             dv=dv,
             dstates=self.dstates,
             dfinal=wide(dfinal),
             dinitial=self.dinitial,
         )
-        blocks = {"BLOCK": 16 if interpreting() else 32, "V": chunks.v, **chunks.precision}
-        keys = chunks.keys()
-        beta = {name: keys[name] for name in keys if name.startswith("beta")}
-        heads = {name: chunks.heads[name] for name in ("H", "Q", "scale")}
-        made = {"errors": self.errors, "X": self.X, "dpairs": self.dpairs, "dkeys": self.dkeys}
-        chunks.run("weights_backward", 1, **beta, **self.do, **made, dbeta=dbeta, **heads, **blocks)
-        dq, dk, dg = self._keys(keys, made)
+        made = {"do": self.do, "errors": self.errors, "X": self.X, "dpairs": self.dpairs, "dkeys": self.dkeys}
+        dims = chunks.dims._replace(BLOCK_V=16 if interpreting() else 32)
+        chunks.run("weights_backward", 1, dims, beta=strided(a.beta), **made, dbeta=dbeta)
+        dq, dk, dg = self._keys(made)
         state = a.initial_state
         dinitial = None if state is None else self.dinitial.view(state.shape).clone()  # not a part of something large
         return {"q": dq, "k": dk, "v": dv, "beta": dbeta, "log_decay": dg, "initial_state": dinitial}
 
-    def _keys(self, keys: dict[str, Any], made: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _keys(self, made: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
         a, chunks = self.a, self.chunks
         b, l, h, _ = a.v.shape
         block = 16
@@ -149,28 +140,10 @@ class Backward:
         empty = functools.partial(a.q.new_empty, dtype=torch.float32)
         dq, dk = empty((b, l, h, chunks.k)), empty((b, l, h, chunks.k))
         dg, later = (None, None) if a.log_decay is None else (empty(shape), empty(shape))
-        between = {"first": chunks.first, "last": chunks.last}
-        chunks.run(
-            "keys_backward",
-            tiles,
-            **keys,
-            **chunks.decays(),
-            **self.do,
-            **between,
-            **made,
-            states=self.states,
-            dstates=self.dstates,
-            dq=dq,
-            dk=dk,
-            ddecay=dg,
-            dlater=later,
-            **chunks.heads,
-            **chunks.precision,
-            V=chunks.v,
-            CHANNELS=chunks.channels,
-            BLOCK=block,
-            BLOCK_V=16,
-        )
+        dims = chunks.dims._replace(BLOCK_K=block, BLOCK_V=16)
+        given = {**chunks.keys(), **made, "decay": chunks.decay(), "first": chunks.first, "last": chunks.last}
+        given |= {"states": self.states, "dstates": self.dstates, "CHANNELS": chunks.channels}
+        chunks.run("keys_backward", tiles, dims, **given, dq=dq, dk=dk, ddecay=dg, dlater=later)
         groups = (a.k.shape[2], -1)
         dq, dk = (t.unflatten(2, groups).sum(3) if groups[0] < h else t for t in (dq, dk))
         if dg is not None and later is not None:

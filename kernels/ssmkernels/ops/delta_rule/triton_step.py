@@ -6,14 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
+from ssmkernels.core.strided import strided_token
 from ssmkernels.core.triton_support import kernels, missing, next_power_of_2, on_device_of, wrong_device
 from ssmkernels.ops.delta_rule.reference import scale_of
-from ssmkernels.ops.ssd.triton_arguments import strides
 
 __all__ = ["forward", "missing", "unsupported"]
 
 NUMBERS = 4096  # of a state that a program has in registers
-AXES = ("batch", "head", "step")
 
 
 def unsupported(a: Any) -> str | None:
@@ -27,26 +26,17 @@ def forward(a: Any, _: bool) -> Tensor:
     (b, h, v), (g, k) = a.v.shape, a.k.shape[1:]
     rows = next_power_of_2(k)
     block = min(next_power_of_2(v), max(1, NUMBERS // rows))
-    decay = a.log_decay
-    found = strides("decay", decay if decay is None or decay.ndim == 3 else decay[..., None], AXES)
-    if decay is not None and decay.ndim == 2:
-        found["decay_step"] = 0
     programs = b * h * -(-v // block)
     if programs:
         with on_device_of(a.q):
             kernels(__package__).step[(programs,)](
                 state=a.state,
-                **strides("state", a.state, ("batch", "head", "key", "value")),
-                q=a.q,
-                k=a.k,
-                v=a.v,
-                **strides("q", a.q, AXES),
-                **strides("k", a.k, AXES),
-                **strides("v", a.v, AXES),
-                beta=a.beta,
-                **strides("beta", a.beta, AXES[:2]),
-                decay=decay,
-                **found,
+                state_strides=a.state.stride(),
+                q=strided_token(a.q),
+                k=strided_token(a.k),
+                v=strided_token(a.v),
+                beta=strided_token(a.beta),
+                decay=strided_token(a.log_decay),
                 o=o,
                 scale=scale_of(a.scale, k),
                 H=h,

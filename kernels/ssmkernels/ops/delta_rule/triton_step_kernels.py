@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ssmkernels.core.triton_pieces import load_channels
+
 
 @triton.jit
 def step(
@@ -15,24 +17,7 @@ def step(
     beta,
     decay,
     o,
-    state_batch,
-    state_head,
-    state_key,
-    state_value,
-    q_batch,
-    q_head,
-    q_step,
-    k_batch,
-    k_head,
-    k_step,
-    v_batch,
-    v_head,
-    v_step,
-    beta_batch,
-    beta_head,
-    decay_batch,
-    decay_head,
-    decay_step,
+    state_strides,
     scale,
     H: tl.constexpr,
     GROUP: tl.constexpr,
@@ -49,15 +34,15 @@ def step(
     group = head // GROUP
     key, value = tl.arange(0, BLOCK_K).to(tl.int64), column + tl.arange(0, BLOCK)
     inside = (key < K)[:, None] & (value < V)[None, :]
-    at = state + batch * state_batch + head * state_head + key[:, None] * state_key + value[None, :] * state_value
+    at = state + batch * state_strides[0] + head * state_strides[1]
+    at += key[:, None] * state_strides[2] + value[None, :] * state_strides[3]
     S = tl.load(at, mask=inside, other=0.0)
-    qs = tl.load(q + batch * q_batch + group * q_head + key * q_step, mask=key < K, other=0.0).to(WIDE)
-    ks = tl.load(k + batch * k_batch + group * k_head + key * k_step, mask=key < K, other=0.0).to(WIDE)
-    vs = tl.load(v + batch * v_batch + head * v_head + value * v_step, mask=value < V, other=0.0).to(WIDE)
+    qs = load_channels(q, batch, group, key, K).to(WIDE)
+    ks = load_channels(k, batch, group, key, K).to(WIDE)
+    vs = load_channels(v, batch, head, value, V).to(WIDE)
     if decay is not None:
-        log = tl.load(decay + batch * decay_batch + head * decay_head + key * decay_step, mask=key < K, other=0.0)
-        S *= tl.exp(log.to(WIDE))[:, None]
-    b = tl.load(beta + batch * beta_batch + head * beta_head).to(WIDE)
+        S *= tl.exp(load_channels(decay, batch, head, key, K).to(WIDE))[:, None]
+    b = tl.load(beta.at + batch * beta.batch + head * beta.head).to(WIDE)
     error = vs - tl.sum(S * ks[:, None], axis=0)
     S += ks[:, None] * (b * error)[None, :]
     tl.store(at, S, mask=inside)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ssmkernels.core.triton_support import interpreting, next_power_of_2
 from ssmkernels.ops.generalized_delta_rule.reference import scale_of
-from ssmkernels.ops.linear_attention.triton_channels import Chunks, Gradients, together
+from ssmkernels.ops.linear_attention.triton_channels import Chunks, Gradients, together, value_tiles
 from ssmkernels.ops.ssd.triton_arguments import wide
 
 PACKAGE = "ssmkernels.ops.generalized_delta_rule"
@@ -35,9 +35,7 @@ class Rule:
         self.qb, self.qk = (chunks.pairs(a.q, x, self.scale, False) for x in (a.b, a.k))
         ab, self.ak = (chunks.pairs(a.a, x, 1.0, True) for x in (a.b, a.k))
         self.solved = torch.empty_like(ab)
-        sizes = {name: chunks.sizes[name] for name in ("H", "Q")}
-        own = {"ab": ab, "solved": self.solved, **chunks.owners, **sizes}
-        chunks.run("solve", chunks.count * chunks.h, 4, own, PACKAGE)
+        chunks.run("solve", chunks.count * chunks.h, 4, chunks.dims, PACKAGE, ab=ab, solved=self.solved)
 
     def carry(self, kernel: str, **fields: Any) -> None:
         """A kernel that goes through each sequence, for some columns of each head's state."""
@@ -45,10 +43,10 @@ class Rule:
         rows = max(16, next_power_of_2(chunks.k))
         most = NUMBERS // 2 if a.q.dtype == torch.float32 else NUMBERS
         block = max(16, min(next_power_of_2(chunks.v), most // rows))
-        own = {**together(q=a.q, k=a.k, a=a.a, b=a.b), **chunks.decays, **chunks.sizes, "scale": self.scale}
+        dims = chunks.dims._replace(BLOCK_K=rows, BLOCK_V=block)
+        own = {**together(q=a.q, k=a.k, a=a.a, b=a.b), "decay": chunks.decay, "scale": self.scale}
         own |= {"qb": self.qb, "qk": self.qk, "ak": self.ak, "solved": self.solved}
-        own |= {"BLOCK_K": rows, "BLOCK_V": block}
-        chunks.run(kernel, chunks.sequences * chunks.h * -(-chunks.v // block), 8, own | fields, PACKAGE)
+        chunks.run(kernel, chunks.sequences * chunks.h * value_tiles(dims), 8, dims, PACKAGE, **own, **fields)
 
     def walk(self, final: Tensor | None, o: Tensor | None, U: Tensor | None, states: Tensor | None) -> None:
         a = self.a

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssmkernels.core.strided import strided
 from ssmkernels.core.triton_support import all_registers, interpreting, kernels, next_power_of_2
+from ssmkernels.ops.delta_rule.triton_dims import Dims
 from ssmkernels.ops.linear_attention.gradients import added
 from ssmkernels.ops.linear_attention.reference import scale_of
-from ssmkernels.ops.ssd.triton_arguments import AXES, places, strides, wide
+from ssmkernels.ops.ssd.triton_arguments import places, wide
 
 PACKAGE = "ssmkernels.ops.linear_attention"
 PART = 16  # tokens between which decays are multiplied on
@@ -37,45 +39,41 @@ class Chunks:
         self.a, self.Q = a, Q
         half = a.q.dtype.itemsize == 2
         self.block = 64 if half and not interpreting() else 32  # channels of a tile
-        self.count, found = places(a.q, a.cu_seqlens, Q)
-        self.spans = {name: found[name] for name in ("cu_seqlens", "length", "per_sequence")}
-        self.owners = {"owners": found["owners"]}
+        self.count, self.places = places(a.q, a.cu_seqlens, Q)
         self.sequences = a.q.shape[0] if a.cu_seqlens is None else a.cu_seqlens.shape[0] - 1
         (self.h, self.v), (g, self.k) = a.v.shape[2:], a.k.shape[2:]
-        self.sizes = {"H": self.h, "GROUP": self.h // g, "K": self.k, "V": self.v, "Q": Q}
-        language = importlib.import_module("triton.language")
-        self.factors = {"FACTOR": getattr(language, factor), "PRECISION": "tf32" if half else "ieee"}
+        blocks = (min(self.block, max(16, next_power_of_2(n))) for n in (self.k, self.v))
+        products = getattr(importlib.import_module("triton.language"), factor), "tf32" if half else "ieee"
+        self.dims = Dims(self.h, self.h // g, self.k, self.v, Q, *blocks, *products)
         g = a.log_decay
         if g is not None:  # channels that share one read it at a stride of 0
             g = (g if g.ndim == 4 else g.expand(a.v.shape[:3])[..., None]).expand(*a.v.shape[:3], self.k)
-        self.decays = {"decay": g, **strides("decay", g)}
+        self.decay = strided(g)
 
     def empty(self, *shape: int) -> Tensor:
         """float32 (count h …)."""
         return self.a.q.new_empty((self.count, self.h, *shape), dtype=torch.float32)
 
-    def blocks(self, k: int | None = None) -> tuple[dict[str, int], int, int]:
-        """Of key channels, at most k, and of value channels, and how many there are of each."""
-        own = [min(most, max(16, next_power_of_2(n))) for most, n in ((k or self.block, self.k), (self.block, self.v))]
-        return {"BLOCK_K": own[0], "BLOCK_V": own[1]}, -(-self.k // own[0]), -(-self.v // own[1])
+    def narrow(self) -> Dims:
+        """The constants of the kernels that have more beside a tile of key channels in registers."""
+        return self.dims._replace(BLOCK_K=min(32, self.dims.BLOCK_K))
 
-    def run(self, kernel: str, programs: int, warps: int, fields: dict[str, Any], package: str = PACKAGE) -> None:
+    def run(self, kernel: str, programs: int, warps: int, dims: Dims, package: str = PACKAGE, **fields: Any) -> None:
         """A kernel of so many programs, with what all of them take."""
         options = {"num_warps": 1 if interpreting() else warps, "num_stages": 1, **all_registers(32 * warps)}
         if programs:
-            getattr(kernels(package), kernel)[(programs,)](**fields, **self.spans, **self.factors, **options)
+            getattr(kernels(package), kernel)[(programs,)](**fields, **self.places, dims=dims, **options)
 
-    def parts(self, kernel: str, programs: int, warps: int, bonus: Tensor | None, fields: dict[str, Any]) -> None:
+    def parts(self, kernel: str, programs: int, warps: int, dims: Dims, bonus: Tensor | None, **fields: Any) -> None:
         """A kernel of so many programs for each part of a chunk."""
-        sizes = {name: self.sizes[name] for name in ("H", "GROUP", "K", "Q")}
-        own = {"bonus": None if bonus is None else bonus.contiguous(), "C": PART, **self.owners, **self.decays, **sizes}
-        self.run(kernel, self.count * self.h * (self.Q // PART) * programs, warps, own | fields)
+        programs *= self.count * self.h * (self.Q // PART)
+        bonus = None if bonus is None else bonus.contiguous()
+        self.run(kernel, programs, warps, dims, bonus=bonus, C=PART, decay=self.decay, **fields)
 
     def pairs(self, q: Tensor, k: Tensor, scale: float, shift: bool, bonus: Tensor | None = None) -> Tensor:
         """P (count h Q Q)."""
-        P, (blocks, _, _) = self.empty(self.Q, self.Q), self.blocks()
-        own: dict[str, Any] = {**together(q=q, k=k), "BLOCK_K": blocks["BLOCK_K"], "scale": scale, "SHIFT": int(shift)}
-        self.parts("pairs", 1, 4, bonus, own | {"P": P})
+        P = self.empty(self.Q, self.Q)
+        self.parts("pairs", 1, 4, self.dims, bonus, **together(q=q, k=k), scale=scale, SHIFT=int(shift), P=P)
         return P
 
     def walk(
@@ -89,48 +87,33 @@ class Chunks:
         reverse: bool,
     ) -> Tensor:
         """The states before the chunks, (count h k v), or the gradients of those after them; fills ``final``."""
-        states, (blocks, k_tiles, v_tiles) = self.empty(self.k, self.v), self.blocks()
-        own: dict[str, Any] = {
-            **together(x=x, y=y),
-            **self.decays,
-            **self.sizes,
-            **blocks,
-            "SHIFT": int(shift),
-            "REVERSE": reverse,
-        }
-        own |= {"initial": wide(initial), "final": final, "states": states, "scale": scale}
-        self.run("walk", self.sequences * self.h * k_tiles * v_tiles, 8, own)
+        states = self.empty(self.k, self.v)
+        programs = self.sequences * self.h * key_tiles(self.dims) * value_tiles(self.dims)
+        own = {**together(x=x, y=y), "decay": self.decay, "initial": wide(initial), "final": final, "states": states}
+        self.run("walk", programs, 8, self.dims, **own, scale=scale, SHIFT=int(shift), REVERSE=reverse)
         return states
 
     def outputs(
         self, x: Tensor, y: Tensor, P: Tensor, states: Tensor, to: Tensor, scale: float, shift: bool, reverse: bool
     ) -> None:
         """Fills ``to`` with the output, or with the gradient of the values."""
-        blocks, _, tiles = self.blocks()
-        own: dict[str, Any] = {
-            **together(x=x, y=y),
-            **self.decays,
-            **self.sizes,
-            **blocks,
-            "SHIFT": int(shift),
-            "REVERSE": reverse,
-        }
-        own |= {"P": P, "states": states, "to": to, "scale": scale}
-        self.run("outputs", self.count * self.h * tiles, 8, own | self.owners)
+        programs = self.count * self.h * value_tiles(self.dims)
+        own = {**together(x=x, y=y), "decay": self.decay, "P": P, "states": states, "to": to}
+        self.run("outputs", programs, 8, self.dims, **own, scale=scale, SHIFT=int(shift), REVERSE=reverse)
 
     def weights(self, v: Tensor, do: Tensor, scale: float) -> Tensor:
         """The gradient of P, with the scale of the queries."""
-        dP, (blocks, _, _) = self.empty(self.Q, self.Q), self.blocks()
-        sizes = {name: self.sizes[name] for name in ("H", "V", "Q")}
-        own: dict[str, Any] = {
-            **together(v=v, do=do),
-            **sizes,
-            **self.owners,
-            "scale": scale,
-            "BLOCK_V": blocks["BLOCK_V"],
-        }
-        self.run("weights_backward", self.count * self.h, 4, own | {"dP": dP})
+        dP = self.empty(self.Q, self.Q)
+        self.run("weights_backward", self.count * self.h, 4, self.dims, **together(v=v, do=do), scale=scale, dP=dP)
         return dP
+
+
+def key_tiles(dims: Dims) -> int:
+    return -(-dims.K // dims.BLOCK_K)
+
+
+def value_tiles(dims: Dims) -> int:
+    return -(-dims.V // dims.BLOCK_V)
 
 
 class Gradients:
@@ -162,45 +145,26 @@ class Gradients:
     ) -> tuple[Tensor, Tensor]:
         """Begins the gradients of q and k by what states carry; ``around``: and the decays' by what passes a chunk."""
         chunks, dq, dk = self.chunks, self.empty(), self.empty()
-        blocks, tiles, _ = chunks.blocks(k=32)
-        own: dict[str, Any] = {
-            **together(q=q, k=k, v=v, do=do),
-            **chunks.decays,
-            **chunks.owners,
-            **chunks.sizes,
-            **blocks,
-        }
-        own |= {"states": states, "dstates": dstates, "dq": dq, "dk": dk, "ddecay": self.decay}
-        own |= {"scale": scale, "SHIFT": int(shift), "AROUND": around}
-        chunks.run("states_backward", chunks.count * chunks.h * tiles, 8, own)
+        dims = chunks.narrow()
+        own = {**together(q=q, k=k, v=v, do=do), "decay": chunks.decay, "states": states, "dstates": dstates}
+        own |= {"dq": dq, "dk": dk, "ddecay": self.decay, "scale": scale, "SHIFT": int(shift), "AROUND": around}
+        chunks.run("states_backward", chunks.count * chunks.h * key_tiles(dims), 8, dims, **own)
         return dq, dk
 
     def of_pairs(
         self, q: Tensor, k: Tensor, dP: Tensor, dq: Tensor, dk: Tensor, shift: bool, bonus: Tensor | None = None
     ) -> Tensor | None:
         """Adds what pairs of tokens within a chunk give; returns the gradient of the bonus."""
-        chunks = self.chunks
+        chunks, dims = self.chunks, self.chunks.narrow()
         dbonus = None if bonus is None else chunks.empty(chunks.Q // PART, chunks.k)
-        blocks, tiles, _ = chunks.blocks(k=32)
-        own: dict[str, Any] = {
-            **together(q=q, k=k),
-            "dP": dP,
-            "dq": dq,
-            "dk": dk,
-            "ddecay": self.decay,
-            "dbonus": dbonus,
-        }
-        own |= {"BLOCK_K": blocks["BLOCK_K"], "SHIFT": int(shift)}
-        chunks.parts("keys_backward", tiles, 8, bonus, own)
+        own = {**together(q=q, k=k), "dP": dP, "dq": dq, "dk": dk, "ddecay": self.decay, "dbonus": dbonus}
+        chunks.parts("keys_backward", key_tiles(dims), 8, dims, bonus, **own, SHIFT=int(shift))
         return None if dbonus is None else dbonus.sum((0, 2))
 
 
 def together(**tensors: Tensor) -> dict[str, Any]:
-    """Tensors (b l h …) and their strides, by the kernels' names."""
-    found: dict[str, Any] = dict(tensors)
-    for name, x in tensors.items():
-        found |= strides(name, x, AXES)
-    return found
+    """Tensors (b l h …) as kernels take them."""
+    return {name: strided(x) for name, x in tensors.items()}
 
 
 def _chunks(a: Any) -> Chunks:

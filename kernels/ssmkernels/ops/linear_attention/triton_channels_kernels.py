@@ -18,44 +18,51 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ssmkernels.core.triton_pieces import head_of, zeros
 from ssmkernels.ops.delta_rule.triton_pairs_kernels import decay_of, load_row
-from ssmkernels.ops.delta_rule.triton_state_kernels import load_state, store_state
-from ssmkernels.ops.ssd.triton_pieces import load_tile, place, product, span
+from ssmkernels.ops.delta_rule.triton_state_kernels import (
+    load_keys,
+    load_state,
+    load_values,
+    store_state,
+    store_values,
+)
+from ssmkernels.ops.ssd.triton_pieces import place, product, span, square_at, turned_at
 
 
 @triton.jit
-def logarithms(decay, time, first, last, column, decay_time, decay_step, K: tl.constexpr):
+def logarithms(decay, time, first, last, column, dims: tl.constexpr):
     """(tokens, columns) of the decays, 0 outside of the tokens from ``first`` to before ``last``."""
     if decay is None:
         found = tl.zeros((time.shape[0], column.shape[0]), tl.float32)
     else:
-        inside = ((time >= first) & (time < last))[:, None] & (column < K)[None, :]
-        at = decay + time[:, None] * decay_time + column.to(tl.int64)[None, :] * decay_step
+        inside = ((time >= first) & (time < last))[:, None] & (column < dims.K)[None, :]
+        at = decay.at + time[:, None] * decay.time + column.to(tl.int64)[None, :] * decay.step
         found = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     return found
 
 
 @triton.jit
-def since(decay, time, first, last, column, decay_time, decay_step, K: tl.constexpr, SHIFT: tl.constexpr):
+def since(decay, time, first, last, column, dims: tl.constexpr, SHIFT: tl.constexpr):
     """(tokens, columns) the decay from before token ``first`` to each query."""
-    g = logarithms(decay, time - SHIFT, first, last, column, decay_time, decay_step, K)
+    g = logarithms(decay, time - SHIFT, first, last, column, dims)
     return tl.exp(tl.cumsum(g, axis=0))
 
 
 @triton.jit
-def until(decay, time, first, last, column, decay_time, decay_step, K: tl.constexpr):
+def until(decay, time, first, last, column, dims: tl.constexpr):
     """(tokens, columns) the decay from each key to before token ``last``."""
-    g = logarithms(decay, time + 1, first, last, column, decay_time, decay_step, K)
+    g = logarithms(decay, time + 1, first, last, column, dims)
     return tl.exp(tl.cumsum(g, axis=0, reverse=True))
 
 
 @triton.jit
-def over(decay, time, first, last, column, decay_time, decay_step, K: tl.constexpr):
+def over(decay, time, first, last, column, dims: tl.constexpr):
     """(columns) the decay over the tokens from ``first`` to before ``last``."""
-    return tl.exp(tl.sum(logarithms(decay, time, first, last, column, decay_time, decay_step, K), axis=0))
+    return tl.exp(tl.sum(logarithms(decay, time, first, last, column, dims), axis=0))
 
 
-@triton.jit(do_not_specialize=["length", "per_sequence"])
+@triton.jit(do_not_specialize=["length"])
 def walk(
     x,
     y,
@@ -63,133 +70,82 @@ def walk(
     initial,
     final,
     states,
-    cu_seqlens,
-    x_batch,
-    x_time,
-    x_head,
-    x_step,
-    y_batch,
-    y_time,
-    y_head,
-    y_step,
-    decay_batch,
-    decay_time,
-    decay_head,
-    decay_step,
+    packing,
     length,
-    per_sequence,
     scale,
-    H: tl.constexpr,
-    GROUP: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    Q: tl.constexpr,
+    dims: tl.constexpr,
     SHIFT: tl.constexpr,
     REVERSE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    FACTOR: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """The states before the chunks, from keys x and values y, and the last one.
 
     In reverse the gradients of the states after the chunks, from queries x and gradients y of the output. A program
     has a block of one head's state and goes through one sequence.
     """
-    v_tiles: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
-    k_tiles: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    v_tiles: tl.constexpr = (dims.V + dims.BLOCK_V - 1) // dims.BLOCK_V
+    k_tiles: tl.constexpr = (dims.K + dims.BLOCK_K - 1) // dims.BLOCK_K
     task = tl.program_id(0).to(tl.int64)
-    row, column, line = task // v_tiles % k_tiles * BLOCK_K, task % v_tiles * BLOCK_V, task // v_tiles // k_tiles
-    head, sequence = line % H, line // H
-    batch, begin, end, first = span(cu_seqlens, sequence, length, per_sequence, Q)
-    channel, values = row + tl.arange(0, BLOCK_K), column + tl.arange(0, BLOCK_V)
-    x += batch * x_batch + head // GROUP * x_head
-    y += batch * y_batch + head * y_head
+    row, column, line = (
+        task // v_tiles % k_tiles * dims.BLOCK_K,
+        task % v_tiles * dims.BLOCK_V,
+        task // v_tiles // k_tiles,
+    )
+    head, sequence = line % dims.H, line // dims.H
+    batch, begin, end, first = span(packing, length, sequence, dims.Q)
+    channel, values = row + tl.arange(0, dims.BLOCK_K), column + tl.arange(0, dims.BLOCK_V)
+    x = head_of(x, batch, head // dims.GROUP)
+    y = head_of(y, batch, head)
     if decay is not None:
-        decay += batch * decay_batch + head * decay_head
-    S = load_state(initial, line * K * V, row, values, V, K, BLOCK_K, BLOCK_V)
-    count = (end - begin + Q - 1) // Q
+        decay = head_of(decay, batch, head)
+    S = load_state(initial, line * dims.K * dims.V, row, values, dims)
+    count = (end - begin + dims.Q - 1) // dims.Q
     for i in tl.range(0, count, disable_licm=True):  # addresses would fill the registers
         chunk = count - 1 - i if REVERSE else i
-        start = begin + chunk * Q
-        stop = tl.minimum(start + Q, end)
-        time = start + tl.arange(0, Q)
-        store_state(states, ((first + chunk) * H + head) * K * V, row, values, S, V, K, BLOCK_K)
+        start = begin + chunk * dims.Q
+        stop = tl.minimum(start + dims.Q, end)
+        time = start + tl.arange(0, dims.Q)
+        store_state(states, ((first + chunk) * dims.H + head) * dims.K * dims.V, row, values, S, dims)
         if REVERSE:
-            weight = scale * since(decay, time, start, stop, channel, decay_time, decay_step, K, SHIFT)
+            weight = scale * since(decay, time, start, stop, channel, dims, SHIFT)
         else:
-            weight = until(decay, time, start, stop, channel, decay_time, decay_step, K)
-        weighed = load_tile(x, time, x_time, stop, row, x_step, K, BLOCK_K).to(tl.float32) * weight
-        S *= over(decay, time, start, stop, channel, decay_time, decay_step, K)[:, None]
-        S = product(
-            tl.trans(weighed), load_tile(y, time, y_time, stop, column, y_step, V, BLOCK_V), S, FACTOR, PRECISION
-        )
+            weight = until(decay, time, start, stop, channel, dims)
+        weighed = load_keys(x, time, stop, row, dims).to(tl.float32) * weight
+        S *= over(decay, time, start, stop, channel, dims)[:, None]
+        S = product(tl.trans(weighed), load_values(y, time, stop, column, dims), S, dims)
     if final is not None:
-        store_state(final, line * K * V, row, values, S, V, K, BLOCK_K)
+        store_state(final, line * dims.K * dims.V, row, values, S, dims)
 
 
-@triton.jit(do_not_specialize=["length", "per_sequence"])
-def pairs(
-    q,
-    k,
-    decay,
-    bonus,
-    P,
-    cu_seqlens,
-    owners,
-    q_batch,
-    q_time,
-    q_head,
-    q_step,
-    k_batch,
-    k_time,
-    k_head,
-    k_step,
-    decay_batch,
-    decay_time,
-    decay_head,
-    decay_step,
-    length,
-    per_sequence,
-    scale,
-    H: tl.constexpr,
-    GROUP: tl.constexpr,
-    K: tl.constexpr,
-    Q: tl.constexpr,
-    C: tl.constexpr,
-    SHIFT: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    FACTOR: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+@triton.jit(do_not_specialize=["length"])
+def pairs(q, k, decay, bonus, P, packing, length, scale, dims: tl.constexpr, C: tl.constexpr, SHIFT: tl.constexpr):
     """P, (chunks h Q Q). A program has the rows of one part."""
-    task = tl.program_id(0).to(tl.int64) // (Q // C)
-    part = tl.program_id(0).to(tl.int64) % (Q // C) * C
-    head = task % H
-    batch, start, stop = place(task // H, owners, cu_seqlens, length, per_sequence, Q)
-    slot, all_slots = tl.arange(0, C), tl.arange(0, Q)
+    task = tl.program_id(0).to(tl.int64) // (dims.Q // C)
+    part = tl.program_id(0).to(tl.int64) % (dims.Q // C) * C
+    head = task % dims.H
+    batch, start, stop = place(packing, length, task // dims.H, dims.Q)
+    slot, all_slots = tl.arange(0, C), tl.arange(0, dims.Q)
     time = start + part + slot
     border, last = tl.minimum(start + part, stop), tl.minimum(start + part + C, stop)
-    q += batch * q_batch + head // GROUP * q_head
-    k += batch * k_batch + head // GROUP * k_head
+    q = head_of(q, batch, head // dims.GROUP)
+    k = head_of(k, batch, head // dims.GROUP)
     if decay is not None:
-        decay += batch * decay_batch + head * decay_head
-    far, near = tl.zeros((C, Q), tl.float32), tl.zeros((C, C), tl.float32)
-    for row in tl.range(0, K, BLOCK_K, disable_licm=True):
-        channel = row + tl.arange(0, BLOCK_K)
+        decay = head_of(decay, batch, head)
+    far, near = zeros(C, dims.Q), tl.zeros((C, C), tl.float32)
+    for row in tl.range(0, dims.K, dims.BLOCK_K, disable_licm=True):
+        channel = row + tl.arange(0, dims.BLOCK_K)
         if part > 0:
-            queries = load_tile(q, time, q_time, last, row, q_step, K, BLOCK_K).to(tl.float32)
-            queries *= since(decay, time, border, last, channel, decay_time, decay_step, K, SHIFT)
-            earlier = load_tile(k, start + all_slots, k_time, border, row, k_step, K, BLOCK_K).to(tl.float32)
-            earlier *= until(decay, start + all_slots, start, border, channel, decay_time, decay_step, K)
-            far = product(queries, tl.trans(earlier), far, FACTOR, PRECISION)
-        keys = load_tile(k, time, k_time, last, row, k_step, K, BLOCK_K).to(tl.float32)
+            queries = load_keys(q, time, last, row, dims).to(tl.float32)
+            queries *= since(decay, time, border, last, channel, dims, SHIFT)
+            earlier = load_keys(k, start + all_slots, border, row, dims).to(tl.float32)
+            earlier *= until(decay, start + all_slots, start, border, channel, dims)
+            far = product(queries, tl.trans(earlier), far, dims)
+        keys = load_keys(k, time, last, row, dims).to(tl.float32)
         if bonus is not None:
-            u = tl.load(bonus + head * K + channel, mask=channel < K, other=0.0).to(tl.float32)
-        E = tl.zeros((C, BLOCK_K), tl.float32)
+            u = tl.load(bonus + head * dims.K + channel, mask=channel < dims.K, other=0.0).to(tl.float32)
+        E = zeros(C, dims.BLOCK_K)
         for i in range(last - border):
-            d = decay_of(decay, border + i, last, channel, decay_time, decay_step, K)
-            qs = load_row(q, border + i, last, channel, q_time, q_step, K)
+            d = decay_of(decay, border + i, last, channel, dims)
+            qs = load_row(q, border + i, last, channel, dims)
             here = (slot == i)[:, None]
             seen = E
             E = tl.where(here, 1.0, E * d[None, :])
@@ -199,78 +155,44 @@ def pairs(
                 seen = E
             row_of = tl.sum(seen * keys * qs[None, :], axis=1)
             near = tl.where(here, near + row_of[None, :], near)
-    at = P + (task * Q + part + slot)[:, None] * Q
+    at = P + (task * dims.Q + part + slot)[:, None] * dims.Q
     outside = (all_slots < part) | (all_slots >= part + C)
     tl.store(at + all_slots[None, :], scale * far, mask=outside[None, :])
     tl.store(at + part + slot[None, :], scale * near)
 
 
-@triton.jit(do_not_specialize=["length", "per_sequence"])
+@triton.jit(do_not_specialize=["length"])
 def outputs(
-    x,
-    y,
-    decay,
-    P,
-    states,
-    to,
-    cu_seqlens,
-    owners,
-    x_batch,
-    x_time,
-    x_head,
-    x_step,
-    y_batch,
-    y_time,
-    y_head,
-    y_step,
-    decay_batch,
-    decay_time,
-    decay_head,
-    decay_step,
-    length,
-    per_sequence,
-    scale,
-    H: tl.constexpr,
-    GROUP: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    Q: tl.constexpr,
-    SHIFT: tl.constexpr,
-    REVERSE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    FACTOR: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x, y, decay, P, states, to, packing, length, scale, dims: tl.constexpr, SHIFT: tl.constexpr, REVERSE: tl.constexpr
 ):
     """o (b l h v), from queries x, values y and the states before the chunks.
 
     In reverse the gradient of v, from keys x, gradients y of the output and those of the states after the chunks.
     """
-    tiles: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+    tiles: tl.constexpr = (dims.V + dims.BLOCK_V - 1) // dims.BLOCK_V
     task = tl.program_id(0).to(tl.int64) // tiles
-    column = tl.program_id(0).to(tl.int64) % tiles * BLOCK_V
-    head = task % H
-    batch, start, stop = place(task // H, owners, cu_seqlens, length, per_sequence, Q)
-    slot, values = tl.arange(0, Q), column + tl.arange(0, BLOCK_V)
+    column = tl.program_id(0).to(tl.int64) % tiles * dims.BLOCK_V
+    head = task % dims.H
+    batch, start, stop = place(packing, length, task // dims.H, dims.Q)
+    slot, values = tl.arange(0, dims.Q), column + tl.arange(0, dims.BLOCK_V)
     time = start + slot
-    x += batch * x_batch + head // GROUP * x_head
-    y += batch * y_batch + head * y_head
+    x = head_of(x, batch, head // dims.GROUP)
+    y = head_of(y, batch, head)
     if decay is not None:
-        decay += batch * decay_batch + head * decay_head
+        decay = head_of(decay, batch, head)
     if REVERSE:
-        seen = tl.load(P + task * Q * Q + slot[None, :] * Q + slot[:, None])
+        seen = tl.load(turned_at(P, task, dims.Q))
     else:
-        seen = tl.load(P + task * Q * Q + slot[:, None] * Q + slot[None, :])
-    total = tl.zeros((Q, BLOCK_V), tl.float32)
-    total = product(seen, load_tile(y, time, y_time, stop, column, y_step, V, BLOCK_V), total, FACTOR, PRECISION)
-    for row in tl.range(0, K, BLOCK_K, disable_licm=True):
-        channel = row + tl.arange(0, BLOCK_K)
+        seen = tl.load(square_at(P, task, dims.Q))
+    total = zeros(dims.Q, dims.BLOCK_V)
+    total = product(seen, load_values(y, time, stop, column, dims), total, dims)
+    for row in tl.range(0, dims.K, dims.BLOCK_K, disable_licm=True):
+        channel = row + tl.arange(0, dims.BLOCK_K)
         if REVERSE:
-            weight = until(decay, time, start, stop, channel, decay_time, decay_step, K)
+            weight = until(decay, time, start, stop, channel, dims)
         else:
-            weight = scale * since(decay, time, start, stop, channel, decay_time, decay_step, K, SHIFT)
-        weighed = load_tile(x, time, x_time, stop, row, x_step, K, BLOCK_K).to(tl.float32) * weight
-        S = load_state(states, task * K * V, row, values, V, K, BLOCK_K, BLOCK_V)
-        total = product(weighed, S, total, FACTOR, PRECISION)
-    at = to + ((batch * length + time) * H + head)[:, None] * V + values[None, :]
-    tl.store(at, total.to(to.dtype.element_ty), mask=(time < stop)[:, None] & (values < V)[None, :])
+            weight = scale * since(decay, time, start, stop, channel, dims, SHIFT)
+        weighed = load_keys(x, time, stop, row, dims).to(tl.float32) * weight
+        S = load_state(states, task * dims.K * dims.V, row, values, dims)
+        total = product(weighed, S, total, dims)
+    store_values(to, batch, time, stop, head, values, total, length, dims)

@@ -6,11 +6,12 @@ The backward pass is given the states before every ``CHUNK`` tokens.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ssmkernels.core.strided import Strided, strided, strided_token
 from ssmkernels.core.triton_support import all_registers, kernels, next_power_of_2
 from ssmkernels.core.validate import precision
 from ssmkernels.ops.linear_attention.gradients import added
@@ -18,6 +19,21 @@ from ssmkernels.ops.linear_attention.reference import scale_of
 
 CHUNK = 64  # tokens between saved states
 NUMBERS = 2048  # of a state that a program has in registers
+
+
+class Dims(NamedTuple):
+    """The constants of both kernels, as their module says: heads, channels, the decay's axes, and a program's part."""
+
+    H: int
+    GROUP: int
+    K: int
+    V: int
+    DECAY: int
+    SCALE: float
+    WIDE: Any
+    CHUNK: int
+    BLOCK_K: int
+    BLOCK_V: int
 
 
 def blocks(a: Any) -> tuple[int, int, int]:
@@ -40,40 +56,32 @@ def launch(kernel: str, a: Any, batch_axes: int, sequences: int, **fields: Any) 
     heads, v = a.v.shape[-2:]
     log_decay, wide = a.log_decay, precision(a.q)
     axes = 0 if log_decay is None else log_decay.ndim
-    given = {"q": a.q, "k": a.k, "v": a.v, "decay": log_decay if axes > 1 else None}
-    strides: dict[str, int] = {}
-    for name, x in given.items():
-        own = [0, 0, 0, 0] if x is None else list(x.stride())
-        own += [0] * (batch_axes + 2 - len(own))
-        if batch_axes == 1:
-            own.insert(1, 0)
-        strides |= {f"{name}_{axis}": s for axis, s in zip(("batch", "time", "head", "step"), own, strict=False)}
-    if axes == 1:
-        strides["decay_head"] = log_decay.stride(0)
-    length = a.q.shape[1] if batch_axes == 2 else 1
+    along = strided if batch_axes == 2 else strided_token
+    decay = along(log_decay) if axes != 1 else Strided(log_decay, 0, 0, log_decay.stride(0), 0)
     language = importlib.import_module("triton.language")
+    dims = Dims(
+        H=heads,
+        GROUP=heads // a.k.shape[-2],
+        K=a.k.shape[-1],
+        V=v,
+        DECAY=0 if log_decay is None else 1 if axes == 1 else axes - batch_axes + 1,
+        SCALE=float(scale_of(a.scale, a.k)),
+        WIDE=language.float64 if wide == torch.float64 else language.float32,
+        CHUNK=CHUNK,
+        BLOCK_K=block_k,
+        BLOCK_V=block_v,
+    )
     programs = sequences * heads * tiles
     if programs:
         getattr(kernels(__package__), kernel)[(programs,)](
-            q=a.q,
-            k=a.k,
-            v=a.v,
-            log_decay=log_decay,
+            q=along(a.q),
+            k=along(a.k),
+            v=along(a.v),
+            log_decay=decay,
             bonus=None if a.bonus is None else a.bonus.contiguous(),
-            **strides,
             **fields,
-            length=length,
-            per_sequence=-(-length // CHUNK),
-            SCALE=float(scale_of(a.scale, a.k)),
-            H=heads,
-            GROUP=heads // a.k.shape[-2],
-            K=a.k.shape[-1],
-            V=v,
-            DECAY=0 if log_decay is None else 1 if axes == 1 else axes - batch_axes + 1,
-            WIDE=language.float64 if wide == torch.float64 else language.float32,
-            CHUNK=CHUNK,
-            BLOCK_K=block_k,
-            BLOCK_V=block_v,
+            length=a.q.shape[1] if batch_axes == 2 else 1,
+            dims=dims,
             num_warps=4,
             **all_registers(),
         )

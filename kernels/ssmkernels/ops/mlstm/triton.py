@@ -16,16 +16,15 @@ import torch
 from torch import Tensor
 
 from ssmkernels.core.names import OPS
+from ssmkernels.core.strided import strided
 from ssmkernels.core.triton_support import kernels, missing, on_device_of, wrong_device
 from ssmkernels.ops.mlstm import surroundings, triton_step
 from ssmkernels.ops.mlstm.surroundings import SAVES, empty
-from ssmkernels.ops.ssd.triton_arguments import strides, wide
+from ssmkernels.ops.ssd.triton_arguments import Parts, wide
 from ssmkernels.ops.ssd.triton_backward import Backward
 from ssmkernels.ops.ssd.triton_launch import Chunks
 
 __all__ = ["SAVES", "backward", "empty", "forward", "missing", "offline_cases", "unsupported"]
-
-GATE = ("batch", "time", "head")
 
 
 def unsupported(a: Any) -> str | None:
@@ -57,13 +56,13 @@ class MemoryChunks(Chunks):
 
     def gate_fields(self) -> dict[str, Any]:
         a = self.call
-        found = {"i": a.i, **strides("i", a.i, GATE), "f": a.f, **strides("f", a.f, GATE), "m": self.m}
-        return found | {"initial": wide(a.initial_m), **self.places, "H": a.i.shape[2], "Q": self.Q, "num_warps": 4}
+        found = {"i": strided(a.i), "f": strided(a.f), "m": self.m, "initial": wide(a.initial_m)}
+        return found | {**self.places, "H": a.i.shape[2], "Q": self.Q, "num_warps": 4}
 
     def step_sizes(self) -> None:
         if self.final_m.numel():
             kernels(__package__).gates[(self.final_m.numel(),)](
-                **self.gate_fields(), final=self.final_m, delta=self.delta, high=self.high, low=self.low
+                **self.gate_fields(), final=self.final_m, steps=self.steps
             )
 
 
@@ -72,28 +71,13 @@ class MemoryBackward(Backward):
 
     chunks: MemoryChunks
 
-    def steps(
-        self, dexponent: Tensor, ddelta: Tensor, from_state: Tensor, to_state: Tensor
-    ) -> dict[str, Tensor | None]:
+    def steps(self, parts: Parts) -> dict[str, Tensor | None]:
         chunks, h = self.chunks, self.a.x.shape[2]
         ddecay, dweight = (torch.empty_like(chunks.m) for _ in range(2))
-        assert self.between is not None
         if chunks.count:
+            made = {"steps": chunks.steps, "parts": parts, "ddecay": ddecay, "dweight": dweight, **parts.counts()}
             kernels(__package__).decays_backward[(chunks.count * h,)](
-                delta=chunks.delta,
-                dexponent=dexponent,
-                ddelta=ddelta,
-                from_state=from_state,
-                to_state=to_state,
-                between=self.between,
-                ddecay=ddecay,
-                dweight=dweight,
-                **chunks.places,
-                H=h,
-                N_TILES=from_state.shape[2],
-                BLOCKS=self.between.shape[2],
-                Q=chunks.Q,
-                num_warps=4,
+                **made, **chunks.places, H=h, Q=chunks.Q, num_warps=4
             )
         return {"decay": ddecay, "weight": dweight}
 

@@ -13,9 +13,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ssmkernels.core.triton_pieces import sigmoid, softplus
+from ssmkernels.core.triton_pieces import head_of, load_channels, sigmoid, softplus
 from ssmkernels.ops.ssd.triton_backward_kernels import of_steps
-from ssmkernels.ops.ssd.triton_pieces import place
+from ssmkernels.ops.ssd.triton_pieces import place, span
 from ssmkernels.ops.ssd.triton_states_kernels import LEAST
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -28,56 +28,30 @@ def larger_of_both(sums, most, next_sums, next_most):
 
 
 @triton.jit
-def where_chunks_lie(sequence, cu_seqlens, length, per_sequence, Q: tl.constexpr):
-    """A sequence's batch, where it starts and ends there, its first chunk, and how many chunks it has."""
-    if cu_seqlens is not None:
-        begin = tl.load(cu_seqlens + sequence).to(tl.int64)
-        end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
-        return sequence * 0, begin, end, begin // Q + sequence, (end - begin + Q - 1) // Q
-    return sequence, sequence * 0, sequence * 0 + length, sequence * per_sequence, sequence * 0 + per_sequence
+def chunks_of(packing, length, H: tl.constexpr, Q: tl.constexpr):
+    """A program's head among those of all sequences and of its own; where this lies, its first chunk, and how many."""
+    line = tl.program_id(0).to(tl.int64)
+    batch, begin, end, first = span(packing, length, line // H, Q)
+    return line, line % H, batch, begin, end, first, (end - begin + Q - 1) // Q
 
 
-@triton.jit(do_not_specialize=["length", "per_sequence"])
-def gates(
-    i,
-    f,
-    initial,
-    m,
-    final,
-    delta,
-    high,
-    low,
-    cu_seqlens,
-    owners,
-    i_batch,
-    i_time,
-    i_head,
-    f_batch,
-    f_time,
-    f_head,
-    length,
-    per_sequence,
-    H: tl.constexpr,
-    Q: tl.constexpr,
-):
+@triton.jit(do_not_specialize=["length"])
+def gates(i, f, initial, m, final, steps, packing, length, H: tl.constexpr, Q: tl.constexpr):
     """m (b l h) and the last one (s h); weights and the sums of log2 of the decays, as ``step_sizes`` of the dual.
 
     A program walks over the chunks of one head of a sequence.
     """
-    line = tl.program_id(0).to(tl.int64)
-    sequence, head = line // H, line % H
-    batch, begin, end, first, count = where_chunks_lie(sequence, cu_seqlens, length, per_sequence, Q)
     slot = tl.arange(0, Q)
-    i += batch * i_batch + head * i_head
-    f += batch * f_batch + head * f_head
+    line, head, batch, begin, end, first, count = chunks_of(packing, length, H, Q)
+    i, f = head_of(i, batch, head), head_of(f, batch, head)
     last = tl.full((), 0.0, tl.float64)
     if initial is not None:
         last += tl.load(initial + line).to(tl.float64)
-    for step in range(count):
-        time = begin + step * Q + slot
+    for n in range(count):
+        time = begin + n * Q + slot
         there = time < end
-        gate = tl.load(i + time * i_time, mask=there, other=-float("inf")).to(tl.float64)
-        kept = -softplus(-tl.load(f + time * f_time, mask=there, other=0.0).to(tl.float32)).to(tl.float64)
+        gate = tl.load(i.at + time * i.time, mask=there, other=-float("inf")).to(tl.float64)
+        kept = -softplus(-tl.load(f.at + time * f.time, mask=there, other=0.0).to(tl.float32)).to(tl.float64)
         kept = tl.where(there, kept, 0.0)
         sums, most = tl.associative_scan((kept, gate), 0, larger_of_both)
         now = tl.maximum(most, sums + last)
@@ -85,29 +59,23 @@ def gates(
         decay = (kept + tl.where(slot == 0, last, before) - now) * LOG2E
         exponent = tl.cumsum(tl.where(decay < LEAST, LEAST, decay), axis=0)
         above = exponent.to(tl.float32)
-        to = ((first + step) * H + head) * Q + slot
+        to = ((first + n) * H + head) * Q + slot
         tl.store(m + ((batch * length + time) * H + head), now.to(tl.float32), mask=there)
-        tl.store(delta + to, tl.exp((gate - now).to(tl.float32)))
-        tl.store(high + to, above)
-        tl.store(low + to, (exponent - above.to(tl.float64)).to(tl.float32))
+        tl.store(steps.delta + to, tl.exp((gate - now).to(tl.float32)))
+        tl.store(steps.high + to, above)
+        tl.store(steps.low + to, (exponent - above.to(tl.float64)).to(tl.float32))
         last = tl.sum(tl.where(slot == Q - 1, now, 0.0), axis=0)
     tl.store(final + line, last.to(tl.float32))
 
 
-@triton.jit(do_not_specialize=["length", "per_sequence"])
+@triton.jit(do_not_specialize=["length"])
 def decays_backward(
-    delta,
-    dexponent,
-    ddelta,
-    from_state,
-    to_state,
-    between,
+    steps,
+    parts,
     ddecay,
     dweight,
-    cu_seqlens,
-    owners,
+    packing,
     length,
-    per_sequence,
     H: tl.constexpr,
     N_TILES: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -116,55 +84,29 @@ def decays_backward(
     """Gradients of the decays' logarithms and of the weights, (b l h) each."""
     task = tl.program_id(0).to(tl.int64)
     head, chunk = task % H, task // H
-    batch, start, stop = place(chunk, owners, cu_seqlens, length, per_sequence, Q)
+    batch, start, stop = place(packing, length, chunk, Q)
     slot = tl.arange(0, Q)
-    size = tl.load(delta + task * Q + slot)
-    da, dsize = of_steps(size, dexponent, ddelta, from_state, to_state, between, task, N_TILES, BLOCKS, Q)
+    da, dsize = of_steps(steps, parts, task, N_TILES, BLOCKS, Q)
     to = (batch * length + start + slot) * H + head
     tl.store(ddecay + to, da, mask=start + slot < stop)
     tl.store(dweight + to, dsize, mask=start + slot < stop)
 
 
-@triton.jit(do_not_specialize=["length", "per_sequence"])
+@triton.jit(do_not_specialize=["length"])
 def gates_backward(
-    i,
-    f,
-    initial,
-    m,
-    ddecay,
-    dweight,
-    dm,
-    dfinal,
-    di,
-    df,
-    dinitial,
-    cu_seqlens,
-    owners,
-    i_batch,
-    i_time,
-    i_head,
-    f_batch,
-    f_time,
-    f_head,
-    length,
-    per_sequence,
-    H: tl.constexpr,
-    Q: tl.constexpr,
+    i, f, initial, m, ddecay, dweight, dm, dfinal, di, df, dinitial, packing, length, H: tl.constexpr, Q: tl.constexpr
 ):
     """Gradients of i and f (b l h) and of the initial m (s h), as in ``tiled.py``."""
-    line = tl.program_id(0).to(tl.int64)
-    sequence, head = line // H, line % H
-    batch, begin, end, _, count = where_chunks_lie(sequence, cu_seqlens, length, per_sequence, Q)
     slot = tl.arange(0, Q)
-    i += batch * i_batch + head * i_head
-    f += batch * f_batch + head * f_head
+    line, head, batch, begin, end, _, count = chunks_of(packing, length, H, Q)
+    i, f = head_of(i, batch, head), head_of(f, batch, head)
     later = tl.load(dfinal + line)
-    for step in range(count):
-        time = begin + (count - 1 - step) * Q + slot
+    for n in range(count):
+        time = begin + (count - 1 - n) * Q + slot
         there = time < end
         at = (batch * length + time) * H + head
-        gate = tl.load(i + time * i_time, mask=there, other=0.0).to(tl.float32)
-        raw = tl.load(f + time * f_time, mask=there, other=0.0).to(tl.float32)
+        gate = tl.load(i.at + time * i.time, mask=there, other=0.0).to(tl.float32)
+        raw = tl.load(f.at + time * f.time, mask=there, other=0.0).to(tl.float32)
         last = tl.load(m + at - H, mask=there & (time > begin), other=0.0)
         if initial is not None:
             last += tl.where(time == begin, tl.load(initial + line), 0.0)
@@ -203,28 +145,7 @@ def step(
     i,
     f,
     y,
-    C_batch,
-    C_head,
-    C_k,
-    C_v,
-    n_batch,
-    n_head,
-    n_k,
-    m_batch,
-    m_head,
-    q_batch,
-    q_head,
-    q_k,
-    k_batch,
-    k_head,
-    k_k,
-    v_batch,
-    v_head,
-    v_v,
-    i_batch,
-    i_head,
-    f_batch,
-    f_head,
+    C_strides,
     scale,
     H: tl.constexpr,
     K: tl.constexpr,
@@ -237,36 +158,31 @@ def step(
     line = tl.program_id(0).to(tl.int64)
     batch, head = line // H, line % H
     keys, values = tl.arange(0, BLOCK_K).to(tl.int64), tl.arange(0, BLOCK_V).to(tl.int64)
-    gate = tl.load(i + batch * i_batch + head * i_head).to(WIDE)
-    m += batch * m_batch + head * m_head
-    kept = tl.load(m) - softplus(-tl.load(f + batch * f_batch + head * f_head).to(WIDE))
+    gate = tl.load(i.at + batch * i.batch + head * i.head).to(WIDE)
+    m = m.at + (batch * m.batch + head * m.head)
+    kept = tl.load(m) - softplus(-tl.load(f.at + batch * f.batch + head * f.head).to(WIDE))
     now = tl.maximum(kept, gate)
     decay, weight = tl.exp(kept - now), tl.exp(gate - now)
-    C += batch * C_batch + head * C_head
-    n += batch * n_batch + head * n_head
-    q += batch * q_batch + head * q_head
-    k += batch * k_batch + head * k_head
-    v += batch * v_batch + head * v_head
+    C += batch * C_strides[0] + head * C_strides[1]
     sums = tl.zeros((), WIDE)
     for first in range(0, K, BLOCK_K):
-        at, here = first + keys, first + keys < K
-        added = weight * tl.load(k + at * k_k, mask=here, other=0.0).to(WIDE)
-        norm = decay * tl.load(n + at * n_k, mask=here, other=0.0) + added
-        tl.store(n + at * n_k, norm, mask=here)
-        sums += tl.sum(norm * tl.load(q + at * q_k, mask=here, other=0.0).to(WIDE), axis=0)
+        at = first + keys
+        norm = decay * load_channels(n, batch, head, at, K) + weight * load_channels(k, batch, head, at, K).to(WIDE)
+        tl.store(n.at + (batch * n.batch + head * n.head) + at * n.step, norm, mask=at < K)
+        sums += tl.sum(norm * load_channels(q, batch, head, at, K).to(WIDE), axis=0)
     below = tl.maximum(tl.abs(sums * scale), tl.exp(tl.minimum(-now, 88.0))) + 1e-6
     for first_v in range(0, V, BLOCK_V):
         column = first_v + values
-        value = tl.load(v + column * v_v, mask=column < V, other=0.0).to(WIDE)
+        value = load_channels(v, batch, head, column, V).to(WIDE)
         total = tl.zeros((BLOCK_V,), WIDE)
         for first in range(0, K, BLOCK_K):
             at = first + keys
             there = (at < K)[:, None] & (column < V)[None, :]
-            place_of = C + at[:, None] * C_k + column[None, :] * C_v
-            key = weight * tl.load(k + at * k_k, mask=at < K, other=0.0).to(WIDE)
+            place_of = C + at[:, None] * C_strides[2] + column[None, :] * C_strides[3]
+            key = weight * load_channels(k, batch, head, at, K).to(WIDE)
             state = decay * tl.load(place_of, mask=there, other=0.0) + key[:, None] * value[None, :]
             tl.store(place_of, state, mask=there)
-            query = tl.load(q + at * q_k, mask=at < K, other=0.0).to(WIDE)
+            query = load_channels(q, batch, head, at, K).to(WIDE)
             total += tl.sum(state * query[:, None], axis=0)
         out = (total * scale / below).to(y.dtype.element_ty)
         tl.store(y + line * V + column, out, mask=column < V)

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ssmkernels.core.strided import strided_token
 from ssmkernels.core.triton_support import kernels, missing, next_power_of_2, on_device_of, wrong_device
 from ssmkernels.ops.mlstm.reference import scale_of
-from ssmkernels.ops.ssd.triton_arguments import strides
 
 __all__ = ["forward", "missing", "unsupported"]
 
@@ -23,17 +23,14 @@ def forward(a: Any, _: bool) -> Tensor:
     (y,) = a.declared.outputs(a)
     b, h, k, v = a.C.shape
     block_v = min(next_power_of_2(v), 64)
-    axes = {"C": ("k", "v"), "n": ("k",), "m": (), "q": ("k",), "k": ("k",), "v": ("v",), "i": (), "f": ()}
-    tensors = {name: getattr(a, name) for name in axes}
-    places: dict[str, int] = {}
-    for name, own in axes.items():
-        places |= strides(name, tensors[name], ("batch", "head", *own))
+    tensors = {name: strided_token(getattr(a, name)) for name in ("n", "m", "q", "k", "v", "i", "f")}
     if b * h:
         with on_device_of(a.q):
             kernels(__package__).step[(b * h,)](
+                C=a.C,
+                C_strides=a.C.stride(),
                 **tensors,
                 y=y,
-                **places,
                 scale=scale_of(a.scale, a.q),
                 H=h,
                 K=k,

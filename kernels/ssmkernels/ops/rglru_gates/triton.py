@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ssmkernels.core.names import OPS
+from ssmkernels.core.strided import strided
 from ssmkernels.core.triton_support import kernels, missing, next_power_of_2, on_device_of, wrong_device
 from ssmkernels.core.validate import precision
 from ssmkernels.native import plain, rows
@@ -54,13 +55,11 @@ def _launch(kernel: str, a: Any, programs: int, fields: dict[str, Any]) -> None:
     x, gates = rows(a.x), rows(a.gates)
     h, p = x.shape[2:]
     block = min(BLOCK, next_power_of_2(p))
-    for name, t in (("x", x), ("gates", gates)):
-        fields |= {f"{name}_{axis}": t.stride(i) for i, axis in enumerate(("batch", "time", "head"))}
     if programs:
         with on_device_of(x):
             getattr(kernels(__package__), kernel)[(programs * h * -(-p // block),)](
-                x=x,
-                gates=gates,
+                x=strided(x),
+                gates=strided(gates),
                 log_decay=plain(a.log_decay, precision(x)),
                 first=None if a.first is None else a.first.contiguous(),
                 length=x.shape[1],

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ssmkernels.core.triton_pieces import sigmoid
+from ssmkernels.core.triton_pieces import head_of, sigmoid
 
 
 @triton.jit
@@ -54,12 +54,6 @@ def forward(
     first,
     a,
     b,
-    x_batch,
-    x_time,
-    x_head,
-    gates_batch,
-    gates_time,
-    gates_head,
     length,
     H: tl.constexpr,
     P: tl.constexpr,
@@ -70,12 +64,12 @@ def forward(
     row, head, channel = place(tl.program_id(0), length, H, P, BLOCK)
     batch, time, here = row // length, row % length, channel < P
     rate = tl.load(log_decay + head * P + channel, mask=here, other=0.0)
-    logits = gates + batch * gates_batch + time * gates_time + head * gates_head + channel
+    logits = head_of(gates, batch, head).at + time * gates.time + channel
     _, inputs, decay, rest = opened(logits, rate, here, P, WIDE)
     root = tl.sqrt(rest)
     if first is not None:
         root = tl.where(tl.load(first + row) != 0, 1.0, root)
-    at = x + batch * x_batch + time * x_time + head * x_head + channel
+    at = head_of(x, batch, head).at + time * x.time + channel
     value = root * inputs * tl.load(at, mask=here, other=0.0).to(WIDE)
     to = (row * H + head) * P + channel
     tl.store(a + to, decay, mask=here)
@@ -93,12 +87,6 @@ def backward(
     dx,
     dgates,
     dlog_decay,
-    x_batch,
-    x_time,
-    x_head,
-    gates_batch,
-    gates_time,
-    gates_head,
     length,
     rows,
     H: tl.constexpr,
@@ -115,9 +103,9 @@ def backward(
     for token in range(part * TOKENS, tl.minimum(part * TOKENS + TOKENS, rows)):
         row = tl.cast(token, tl.int64)
         batch, time = row // length, row % length
-        logits = gates + batch * gates_batch + time * gates_time + head * gates_head + channel
+        logits = head_of(gates, batch, head).at + time * gates.time + channel
         recurrence, inputs, decay, rest = opened(logits, rate, here, P, WIDE)
-        at = x + batch * x_batch + time * x_time + head * x_head + channel
+        at = head_of(x, batch, head).at + time * x.time + channel
         value = tl.load(at, mask=here, other=0.0).to(WIDE)
         to = (row * H + head) * P + channel
         incoming = tl.load(db + to, mask=here, other=0.0).to(WIDE)

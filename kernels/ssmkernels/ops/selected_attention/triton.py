@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ def forward(a: Any, save: bool) -> tuple[Tensor, ...]:
     if out.numel():
         with on_device_of(a.q):
             kernels(__package__).attend[(q.shape[0] * q.shape[1],)](
-                **fields, **_by_query(a), **_options(a), out=out, lse=lse
+                **_settled(fields, _by_query(a), _options(a)), out=out, lse=lse
             )
     return tiled.results(a, save, heads_last(out, g), sums_by_head(lse, g))
 
@@ -61,15 +61,47 @@ def backward(a: Any, saved: Any, grads: Any) -> dict[str, Tensor]:
     with on_device_of(a.q):
         if dq.numel():
             kernels(__package__).queries_backward[(dq.shape[0] * dq.shape[1],)](
-                **fields, **_by_query(a), **_options(a), dq=dq
+                **_settled(fields, _by_query(a), _options(a)), dq=dq
             )
         if dk.numel() and dq.numel():
             options = _options(a, of_keys=True)
             parts = -(-a.block_size // options["KEYS"])
             kernels(__package__).keys_backward[(len(dk) * count(a) * parts,)](
-                **fields, **_by_block(a), **options, parts=parts, dk=dk, dv=dv
+                **_settled(fields, _by_block(a), options), parts=parts, dk=dk, dv=dv
             )
     return {"q": heads_last(dq, g), "k": keys_back(dk, h_kv), "v": keys_back(dv, h_kv)}
+
+
+class Dims(NamedTuple):
+    """The constants of the kernels, in one argument.
+
+    Attributes:
+        G, H_KV, GROUPS: selections, heads of keys, and heads that share a selection.
+        K, V, SIZE: channels of keys and values, and keys of a block.
+        KEYS, BLOCK_K, BLOCK_V: keys and channels that a program takes at once.
+        ROWS: of a program with one query.
+        LANES, QUERIES: rows of a query, and queries at once, of a program with keys.
+    """
+
+    G: int
+    H_KV: int
+    GROUPS: int
+    K: int
+    V: int
+    SIZE: int
+    KEYS: int
+    BLOCK_K: int
+    BLOCK_V: int
+    ROWS: int = 0
+    LANES: int = 0
+    QUERIES: int = 0
+
+
+def _settled(*given: dict[str, Any]) -> dict[str, Any]:
+    """A launch's fields with the constants in one."""
+    fields = {name: x for some in given for name, x in some.items()}
+    found = {name: x for name, x in fields.items() if name not in Dims._fields}
+    return found | {"dims": Dims(**{name: x for name, x in fields.items() if name in Dims._fields})}
 
 
 def _fields(a: Any) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ssmkernels.core.triton_pieces import zeros
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -52,168 +54,105 @@ def columns_of(x, key_row, m, keys, seen, D: tl.constexpr, BLOCK: tl.constexpr):
     return tl.load(x + (key_row * m + keys[:, None]) * D + at, mask=seen[:, None] & (at < D), other=0.0)
 
 
-@triton.jit(do_not_specialize=["l", "m", "n"])
-def attend(
-    q,
-    k,
-    v,
-    blocks,
-    out,
-    lse,
-    l,
-    m,
-    n,
-    scale,
-    G: tl.constexpr,
-    H_KV: tl.constexpr,
-    GROUPS: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    SIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """out (b·g l GROUPS V) and lse (b·g l GROUPS)."""
+@triton.jit
+def query_of(l, m, dims: tl.constexpr):
+    """A program's query, its row among those of all sequences and selections, that of its keys, and its place there."""
     task = tl.program_id(0).to(tl.int64)
     i, row = task % l, task // l
-    key_row, place = row // G * H_KV + row % G // (G // H_KV), i + m - l
-    lane, step, wide = tl.arange(0, ROWS), tl.arange(0, KEYS), tl.arange(0, BLOCK_V)
-    q_i = rows_of(q, row, i, l, lane, GROUPS, K, BLOCK_K)
-    top = tl.full((ROWS,), -3.4e38, tl.float32)  # and not -∞, as -∞ less -∞ is NaN
-    total = tl.zeros((ROWS,), tl.float32)
-    mean = tl.zeros((ROWS, BLOCK_V), tl.float32)
+    return i, row, row // dims.G * dims.H_KV + row % dims.G // (dims.G // dims.H_KV), i + m - l
+
+
+@triton.jit
+def keys_of(selected, place, dims: tl.constexpr):
+    """The first key of a selected block, and the first that the query at ``place`` does not see; none of block -1."""
+    block = tl.load(selected).to(tl.int64)
+    first = block * dims.SIZE
+    return first, tl.where(block >= 0, tl.minimum(first + dims.SIZE, place + 1), first)
+
+
+@triton.jit(do_not_specialize=["l", "m", "n"])
+def attend(q, k, v, blocks, out, lse, l, m, n, scale, dims: tl.constexpr):
+    """out (b·g l GROUPS V) and lse (b·g l GROUPS)."""
+    i, row, key_row, place = query_of(l, m, dims)
+    lane, step, wide = tl.arange(0, dims.ROWS), tl.arange(0, dims.KEYS), tl.arange(0, dims.BLOCK_V)
+    q_i = rows_of(q, row, i, l, lane, dims.GROUPS, dims.K, dims.BLOCK_K)
+    top = zeros(dims.ROWS) - 3.4e38  # and not -∞, as -∞ less -∞ is NaN
+    total = zeros(dims.ROWS)
+    mean = zeros(dims.ROWS, dims.BLOCK_V)
     for j in range(n):
-        block = tl.load(blocks + (row * l + i) * n + j).to(tl.int64)
-        first = block * SIZE
-        end = tl.where(block >= 0, tl.minimum(first + SIZE, place + 1), first)
-        for start in range(first, end, KEYS):
-            keys = start + step
-            seen = keys < end
-            k_j = columns_of(k, key_row, m, keys, seen, K, BLOCK_K)
-            s = product(q_i, tl.trans(k_j), tl.zeros((ROWS, KEYS), tl.float32)) * (scale * LOG2E)
+        first, end = keys_of(blocks + (row * l + i) * n + j, place, dims)
+        for start in range(first, end, dims.KEYS):
+            seen = start + step < end
+            k_j = columns_of(k, key_row, m, start + step, seen, dims.K, dims.BLOCK_K)
+            s = product(q_i, tl.trans(k_j), zeros(dims.ROWS, dims.KEYS)) * (scale * LOG2E)
             s = tl.where(seen, s, float("-inf"))
             now = tl.maximum(top, tl.max(s, 1))
             fades = tl.exp2(top - now)
             p = tl.exp2(s - now[:, None])
             total = total * fades + tl.sum(p, 1)
-            mean = precise(p, columns_of(v, key_row, m, keys, seen, V, BLOCK_V), mean * fades[:, None])
+            mean = precise(
+                p, columns_of(v, key_row, m, start + step, seen, dims.V, dims.BLOCK_V), mean * fades[:, None]
+            )
             top = now
     blind = total == 0
     mean = mean / tl.where(blind, 1, total)[:, None]
     sums = tl.where(blind, float("-inf"), (top + tl.log2(tl.where(blind, 1, total))) * LN2)
-    base = (row * l + i) * GROUPS + lane
-    tl.store(out + base[:, None] * V + wide, mean, mask=(lane < GROUPS)[:, None] & (wide < V))
-    tl.store(lse + base, sums, mask=lane < GROUPS)
+    base = (row * l + i) * dims.GROUPS + lane
+    tl.store(out + base[:, None] * dims.V + wide, mean, mask=(lane < dims.GROUPS)[:, None] & (wide < dims.V))
+    tl.store(lse + base, sums, mask=lane < dims.GROUPS)
 
 
 @triton.jit(do_not_specialize=["l", "m", "n"])
-def queries_backward(
-    q,
-    k,
-    v,
-    blocks,
-    dout,
-    lse,
-    delta,
-    dq,
-    l,
-    m,
-    n,
-    scale,
-    G: tl.constexpr,
-    H_KV: tl.constexpr,
-    GROUPS: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    SIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+def queries_backward(q, k, v, blocks, dout, lse, delta, dq, l, m, n, scale, dims: tl.constexpr):
     """dq (b·g l GROUPS K)."""
-    task = tl.program_id(0).to(tl.int64)
-    i, row = task % l, task // l
-    key_row, place = row // G * H_KV + row % G // (G // H_KV), i + m - l
-    lane, step, wide = tl.arange(0, ROWS), tl.arange(0, KEYS), tl.arange(0, BLOCK_K)
-    base = (row * l + i) * GROUPS + lane
-    q_i = rows_of(q, row, i, l, lane, GROUPS, K, BLOCK_K)
-    do_i = rows_of(dout, row, i, l, lane, GROUPS, V, BLOCK_V)
-    lse_i = tl.load(lse + base, mask=lane < GROUPS, other=0.0) * LOG2E
-    delta_i = tl.load(delta + base, mask=lane < GROUPS, other=0.0)
-    sums = tl.zeros((ROWS, BLOCK_K), tl.float32)
+    i, row, key_row, place = query_of(l, m, dims)
+    lane, step, wide = tl.arange(0, dims.ROWS), tl.arange(0, dims.KEYS), tl.arange(0, dims.BLOCK_K)
+    base = (row * l + i) * dims.GROUPS + lane
+    q_i = rows_of(q, row, i, l, lane, dims.GROUPS, dims.K, dims.BLOCK_K)
+    do_i = rows_of(dout, row, i, l, lane, dims.GROUPS, dims.V, dims.BLOCK_V)
+    lse_i = tl.load(lse + base, mask=lane < dims.GROUPS, other=0.0) * LOG2E
+    delta_i = tl.load(delta + base, mask=lane < dims.GROUPS, other=0.0)
+    sums = zeros(dims.ROWS, dims.BLOCK_K)
     for j in range(n):
-        block = tl.load(blocks + (row * l + i) * n + j).to(tl.int64)
-        first = block * SIZE
-        end = tl.where(block >= 0, tl.minimum(first + SIZE, place + 1), first)
-        for start in range(first, end, KEYS):
-            keys = start + step
-            seen = keys < end
-            k_j = columns_of(k, key_row, m, keys, seen, K, BLOCK_K)
-            zero = tl.zeros((ROWS, KEYS), tl.float32)
+        first, end = keys_of(blocks + (row * l + i) * n + j, place, dims)
+        for start in range(first, end, dims.KEYS):
+            seen = start + step < end
+            k_j = columns_of(k, key_row, m, start + step, seen, dims.K, dims.BLOCK_K)
+            zero = zeros(dims.ROWS, dims.KEYS)
             s = product(q_i, tl.trans(k_j), zero) * (scale * LOG2E)
             p = tl.where(seen, tl.exp2(s - lse_i[:, None]), 0.0)
-            dp = product(do_i, tl.trans(columns_of(v, key_row, m, keys, seen, V, BLOCK_V)), zero)
+            dp = product(do_i, tl.trans(columns_of(v, key_row, m, start + step, seen, dims.V, dims.BLOCK_V)), zero)
             sums = precise(p * (dp - delta_i[:, None]), k_j, sums)
-    tl.store(dq + base[:, None] * K + wide, sums * scale, mask=(lane < GROUPS)[:, None] & (wide < K))
+    tl.store(dq + base[:, None] * dims.K + wide, sums * scale, mask=(lane < dims.GROUPS)[:, None] & (wide < dims.K))
 
 
 @triton.jit(do_not_specialize=["l", "m", "count", "parts"])
-def keys_backward(
-    q,
-    k,
-    v,
-    offsets,
-    queries,
-    dout,
-    lse,
-    delta,
-    dk,
-    dv,
-    l,
-    m,
-    count,
-    parts,
-    scale,
-    G: tl.constexpr,
-    H_KV: tl.constexpr,
-    GROUPS: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    SIZE: tl.constexpr,
-    LANES: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+def keys_backward(q, k, v, offsets, queries, dout, lse, delta, dk, dv, l, m, count, parts, scale, dims: tl.constexpr):
     """dk and dv (b·h_kv m d) of ``KEYS`` keys of a block, whose queries lie between two of ``offsets``."""
     task = tl.program_id(0).to(tl.int64)
     part, task = task % parts, task // parts
     block, key_row = task % count, task // count
-    end = tl.minimum((block + 1) * SIZE, m)
-    keys = block * SIZE + part * KEYS + tl.arange(0, KEYS)
+    end = tl.minimum((block + 1) * dims.SIZE, m)
+    keys = block * dims.SIZE + part * dims.KEYS + tl.arange(0, dims.KEYS)
     there = keys < end
-    k_j = columns_of(k, key_row, m, keys, there, K, BLOCK_K)
-    v_j = columns_of(v, key_row, m, keys, there, V, BLOCK_V)
-    dk_j, dv_j = tl.zeros((KEYS, BLOCK_K), tl.float32), tl.zeros((KEYS, BLOCK_V), tl.float32)
-    number, at_k, at_v = tl.arange(0, QUERIES * LANES), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
-    lane = number % LANES
-    for head in range(G // H_KV):
-        row = key_row // H_KV * G + key_row % H_KV * (G // H_KV) + head
+    k_j = columns_of(k, key_row, m, keys, there, dims.K, dims.BLOCK_K)
+    v_j = columns_of(v, key_row, m, keys, there, dims.V, dims.BLOCK_V)
+    dk_j, dv_j = zeros(dims.KEYS, dims.BLOCK_K), zeros(dims.KEYS, dims.BLOCK_V)
+    number, at_k, at_v = tl.arange(0, dims.QUERIES * dims.LANES), tl.arange(0, dims.BLOCK_K), tl.arange(0, dims.BLOCK_V)
+    lane = number % dims.LANES
+    for head in range(dims.G // dims.H_KV):
+        row = key_row // dims.H_KV * dims.G + key_row % dims.H_KV * (dims.G // dims.H_KV) + head
         begin, stop = tl.load(offsets + row * count + block), tl.load(offsets + row * count + block + 1)
-        for start in range(begin, stop, QUERIES):
-            place_in_list = start + number // LANES
-            listed = (place_in_list < stop) & (lane < GROUPS)
+        for start in range(begin, stop, dims.QUERIES):
+            place_in_list = start + number // dims.LANES
+            listed = (place_in_list < stop) & (lane < dims.GROUPS)
             i = tl.load(queries + place_in_list, mask=listed, other=0)
-            base = (row * l + i) * GROUPS + lane
-            q_i = tl.load(q + base[:, None] * K + at_k, mask=listed[:, None] & (at_k < K), other=0.0)
-            do_i = tl.load(dout + base[:, None] * V + at_v, mask=listed[:, None] & (at_v < V), other=0.0)
+            base = (row * l + i) * dims.GROUPS + lane
+            q_i = tl.load(q + base[:, None] * dims.K + at_k, mask=listed[:, None] & (at_k < dims.K), other=0.0)
+            do_i = tl.load(dout + base[:, None] * dims.V + at_v, mask=listed[:, None] & (at_v < dims.V), other=0.0)
             lse_i = tl.load(lse + base, mask=listed, other=0.0) * LOG2E
             delta_i = tl.load(delta + base, mask=listed, other=0.0)
-            zero = tl.zeros((KEYS, QUERIES * LANES), tl.float32)
+            zero = zeros(dims.KEYS, dims.QUERIES * dims.LANES)
             s = product(k_j, tl.trans(q_i), zero) * (scale * LOG2E)
             seen = there[:, None] & listed & (keys[:, None] <= i + m - l)
             p = tl.where(seen, tl.exp2(s - lse_i), 0.0)
@@ -221,5 +160,5 @@ def keys_backward(
             dp = product(v_j, tl.trans(do_i), zero)
             dk_j = precise(tl.where(seen, p * (dp - delta_i), 0.0), q_i, dk_j)
     base = key_row * m + keys
-    tl.store(dk + base[:, None] * K + at_k, dk_j * scale, mask=there[:, None] & (at_k < K))
-    tl.store(dv + base[:, None] * V + at_v, dv_j, mask=there[:, None] & (at_v < V))
+    tl.store(dk + base[:, None] * dims.K + at_k, dk_j * scale, mask=there[:, None] & (at_k < dims.K))
+    tl.store(dv + base[:, None] * dims.V + at_v, dv_j, mask=there[:, None] & (at_v < dims.V))

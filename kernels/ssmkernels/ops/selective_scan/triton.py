@@ -14,7 +14,7 @@ from ssmkernels.core.names import OPS
 from ssmkernels.core.triton_support import kernels, missing, on_device_of
 from ssmkernels.core.validate import precision
 from ssmkernels.ops.selective_scan import triton_step as step
-from ssmkernels.ops.selective_scan.triton_arguments import chunk_length, count_groups, forward_options, values
+from ssmkernels.ops.selective_scan.triton_arguments import chunk_length, count_groups, forward_options, settled, values
 from ssmkernels.ops.selective_scan.triton_backward import backward
 from ssmkernels.ops.selective_scan.triton_step import unsupported
 
@@ -42,7 +42,7 @@ def forward(a: Any, save: bool) -> tuple[Tensor, Tensor, Tensor]:
             "zero": 0,
         }
         with on_device_of(a.u):
-            kernels(__package__).forward[(programs,)](**fields, **options)
+            kernels(__package__).forward[(programs,)](**settled(fields | options))
     return y, final_state, starts
 
 

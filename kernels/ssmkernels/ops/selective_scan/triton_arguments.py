@@ -3,13 +3,38 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ssmkernels.core.triton_support import all_registers, next_power_of_2
 from ssmkernels.core.validate import precision
+
+
+class Dims(NamedTuple):
+    """The constants of the kernels, in one argument.
+
+    Attributes:
+        n, N: states of a channel, and these rounded up to a power of two.
+        SOFTPLUS, FIXED_B, FIXED_C: what the call is like.
+        CHUNK, T, BLOCK_D: steps between saved states, steps that are loaded together, and channels of a program.
+    """
+
+    n: int
+    N: int
+    SOFTPLUS: bool
+    FIXED_B: bool
+    FIXED_C: bool
+    CHUNK: int
+    T: int
+    BLOCK_D: int
+
+
+def settled(fields: dict[str, Any]) -> dict[str, Any]:
+    """A launch's fields with the constants in one."""
+    found = {name: x for name, x in fields.items() if name not in Dims._fields}
+    return found | {"dims": Dims(**{name: fields[name] for name in Dims._fields})}
 
 
 def values(a: Any, groups: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ssmkernels.core.triton_support import kernels, on_device_of
 from ssmkernels.core.validate import precision
-from ssmkernels.ops.selective_scan.triton_arguments import backward_options, count_groups, values
+from ssmkernels.ops.selective_scan.triton_arguments import backward_options, count_groups, settled, values
 
 
 def backward(a: Any, saved: Any, grads: Any) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def backward(a: Any, saved: Any, grads: Any) -> dict[str, Any]:
         tiles = options["CHUNK"] // options["T"]
         fields["scratch"] = empty(programs, tiles, options["BLOCK_D"], options["N"])
         with on_device_of(u):
-            kernels(__package__).backward[(programs,)](**fields, **options)
+            kernels(__package__).backward[(programs,)](**settled(fields | options))
     return {
         "u": du,
         "delta": ddelta,

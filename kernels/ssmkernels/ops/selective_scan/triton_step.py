@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ssmkernels.core.names import OPS
 from ssmkernels.core.triton_support import kernels, missing, on_device_of, wrong_device
-from ssmkernels.ops.selective_scan.triton_arguments import forward_options, values
+from ssmkernels.ops.selective_scan.triton_arguments import forward_options, settled, values
 
 __all__ = ["forward", "missing", "unsupported"]
 
@@ -37,10 +37,9 @@ def forward(a: Any, _: bool) -> Tensor:
         u, delta, B, C = (x.unsqueeze(1) for x in (a.u, a.delta, a.B, a.C))  # a length of 1
         z = None if a.z is None else a.z.unsqueeze(1)
         fields = values(scan(u, delta, a.A, B, C, a.D, z, a.delta_bias, a.delta_softplus, None, None), groups)
-        fields = {k: v for k, v in fields.items() if k not in ("length", "cu_seqlens", "FIXED_B", "FIXED_C")}
+        fields = {k: v for k, v in fields.items() if k not in ("length", "cu_seqlens")}
         fields |= {"state": a.state, "state_strides": a.state.stride(), "y": y}
         fields |= {"blocks": blocks, "d_blocks": groups * blocks}
-        options = {name: option for name, option in options.items() if name not in ("CHUNK", "T")}
         with on_device_of(a.u):
-            kernels(__package__).step[(programs,)](**fields, **options)
+            kernels(__package__).step[(programs,)](**settled(fields | options))
     return y

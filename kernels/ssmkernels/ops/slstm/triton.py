@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ssmkernels.core.names import OPS
+from ssmkernels.core.strided import strided
 from ssmkernels.core.triton_support import (
     all_registers,
     interpreting,
@@ -20,7 +21,7 @@ from ssmkernels.core.triton_support import (
     wrong_device,
 )
 from ssmkernels.ops.slstm.saved import PARTS, SAVES, empty
-from ssmkernels.ops.ssd.triton_arguments import strides, wide
+from ssmkernels.ops.ssd.triton_arguments import wide
 
 __all__ = ["SAVES", "backward", "empty", "forward", "missing", "offline_cases", "unsupported"]
 
@@ -50,8 +51,8 @@ def forward(a: Any, save: bool) -> tuple[Tensor, ...]:
             a,
             tiles=-(-a.x.shape[4] // TILE) if one else 1,
             ONE=one,
-            x=a.x,
-            **strides("x", a.x, ("batch", "time", "gate", "head", "step")),
+            x=strided(a.x[:, :, 0]),
+            x_gate=a.x.stride(2),
             bias=wide(a.bias),
             h=wide(a.initial_h),
             y=y,

@@ -67,11 +67,7 @@ def forward(
     final_h,
     final_m,
     cu_seqlens,
-    x_batch,
-    x_time,
     x_gate,
-    x_head,
-    x_step,
     sequences,
     length,
     depth,
@@ -97,7 +93,6 @@ def forward(
     line = sequence * H + head
     token = (batch * length + start) * H + head  # of token 0 among (b l h)
     cell_of = token if gates is not None else (sequence * depth) * H + head
-    x += head * x_head
     x_gate = tl.cast(x_gate, tl.int64)  # three times as much may need it
     R += head * P * 4 * P
     channel = tl.arange(0, BLOCK_P).to(tl.int64)
@@ -107,7 +102,7 @@ def forward(
         for first in range(begin, end, BLOCK_P):
             p = first + channel
             there = running[:, None] & (p < P)[None, :]
-            at = x + (batch * x_batch + (start + t) * x_time)[:, None] + p[None, :] * x_step
+            at = x.at + head * x.head + (batch * x.batch + (start + t) * x.time)[:, None] + p[None, :] * x.step
             gate_i = tl.load(at, mask=there, other=0.0).to(tl.float32)
             gate_f = tl.load(at + x_gate, mask=there, other=0.0).to(tl.float32)
             gate_z = tl.load(at + 2 * x_gate, mask=there, other=0.0).to(tl.float32)

@@ -8,50 +8,37 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ssmkernels.ops.ssd.triton_pieces import decays_to_end, load_state, load_tile, place, product
+from ssmkernels.core.triton_pieces import head_of, zeros
+from ssmkernels.ops.ssd.triton_pieces import (
+    decays_from_start,
+    decays_to_end,
+    group_part,
+    load_inputs,
+    load_map,
+    load_state,
+    product,
+    sizes_of,
+    square_at,
+    store_rows,
+)
 
 
-@triton.jit(do_not_specialize=["length", "per_sequence"])
+@triton.jit(do_not_specialize=["length"])
 def maps_backward(
     x,
     own,
     other,
-    delta,
-    high,
-    low,
+    steps,
     dproducts,
     states,
     dmaps,
     dots,
-    cu_seqlens,
-    owners,
-    x_batch,
-    x_time,
-    x_head,
-    x_step,
-    own_batch,
-    own_time,
-    own_group,
-    own_step,
-    other_batch,
-    other_time,
-    other_group,
-    other_step,
     part_size,
+    packing,
     length,
-    per_sequence,
-    H: tl.constexpr,
-    GROUP: tl.constexpr,
-    P: tl.constexpr,
-    N: tl.constexpr,
+    dims: tl.constexpr,
     OUTPUT: tl.constexpr,
-    PARTS: tl.constexpr,
     HEADS: tl.constexpr,
-    Q: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    FACTOR: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """A part of the gradient of the map ``own``, (parts b l g n), from up to ``HEADS`` heads of a group.
 
@@ -59,38 +46,32 @@ def maps_backward(
     map is C, x is the gradient of y before the gate, and the states are those before the chunks. ``dots`` (chunks h
     tiles Q) are the products of what comes through states with the map itself, before step sizes.
     """
-    n_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    groups: tl.constexpr = H // GROUP
+    n_tiles: tl.constexpr = (dims.N + dims.BLOCK_N - 1) // dims.BLOCK_N
     task = tl.program_id(0).to(tl.int64)
     tile, task = task % n_tiles, task // n_tiles
-    part, line = task % PARTS, task // PARTS
-    group, chunk = line % groups, line // groups
-    batch, start, stop = place(chunk, owners, cu_seqlens, length, per_sequence, Q)
-    slot = tl.arange(0, Q)
-    time, first_n = start + slot, tile * BLOCK_N
-    owns = load_tile(own + batch * own_batch + group * own_group, time, own_time, stop, first_n, own_step, N, BLOCK_N)
-    others = load_tile(
-        other + batch * other_batch + group * other_group, time, other_time, stop, first_n, other_step, N, BLOCK_N
-    )
-    pairs = tl.load(dproducts + task * Q * Q + slot[:, None] * Q + slot[None, :])
+    part, _, group, chunk, batch, start, stop = group_part(task, packing, length, dims, HEADS)
+    slot = tl.arange(0, dims.Q)
+    time, first_n = start + slot, tile * dims.BLOCK_N
+    owns = load_map(head_of(own, batch, group), time, stop, first_n, dims)
+    others = load_map(head_of(other, batch, group), time, stop, first_n, dims)
+    pairs = tl.load(square_at(dproducts, task, dims.Q))
     pairs = pairs if OUTPUT else tl.trans(pairs)
-    total = product(pairs, others, tl.zeros((Q, BLOCK_N), tl.float32), FACTOR, PRECISION)
-    for within in range(part * HEADS, tl.minimum(part * HEADS + HEADS, GROUP)):
-        head = group * GROUP + within
-        of_head = chunk * H + head
-        rows = tl.zeros((Q, BLOCK_N), tl.float32)
-        for first_p in range(0, P, BLOCK_P):
-            xs = load_tile(x + batch * x_batch + head * x_head, time, x_time, stop, first_p, x_step, P, BLOCK_P)
-            S = load_state(states + of_head * P * N, first_p, first_n, P, N, BLOCK_P, BLOCK_N)
-            rows = product(xs, S, rows, FACTOR, PRECISION)
+    total = product(pairs, others, zeros(dims.Q, dims.BLOCK_N), dims)
+    for within in range(part * HEADS, tl.minimum(part * HEADS + HEADS, dims.GROUP)):
+        head = group * dims.GROUP + within
+        of_head = chunk * dims.H + head
+        rows = zeros(dims.Q, dims.BLOCK_N)
+        for first_p in range(0, dims.P, dims.BLOCK_P):
+            xs = load_inputs(head_of(x, batch, head), time, stop, first_p, dims)
+            S = load_state(states, of_head, first_p, first_n, dims)
+            rows = product(xs, S, rows, dims)
         if OUTPUT:
-            rows *= tl.exp2(tl.load(high + of_head * Q + slot))[:, None]
+            rows *= decays_from_start(steps, of_head, dims.Q)[:, None]
         else:
-            rows *= decays_to_end(high + of_head * Q, low + of_head * Q, Q)[:, None]
-        tl.store(dots + (of_head * n_tiles + tile) * Q + slot, tl.sum(rows * owns.to(tl.float32), axis=1))
+            rows *= decays_to_end(steps, of_head, dims.Q)[:, None]
+        tl.store(dots + (of_head * n_tiles + tile) * dims.Q + slot, tl.sum(rows * owns.to(tl.float32), axis=1))
         if not OUTPUT:
-            rows *= tl.load(delta + of_head * Q + slot)[:, None]
+            rows *= sizes_of(steps, of_head, dims.Q)[:, None]
         total += rows
-    n = first_n + tl.arange(0, BLOCK_N)
-    to = part * part_size + ((batch * length + time) * groups + group)[:, None] * N + n[None, :]
-    tl.store(dmaps + to, total.to(dmaps.dtype.element_ty), mask=(time < stop)[:, None] & (n < N)[None, :])
+    n = first_n + tl.arange(0, dims.BLOCK_N)
+    store_rows(dmaps + part * part_size, batch, time, stop, group, n, total, length, dims.H // dims.GROUP, dims.N)

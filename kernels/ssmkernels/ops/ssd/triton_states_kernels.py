@@ -12,46 +12,41 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ssmkernels.ops.ssd.triton_pieces import decays_to_end, load_tile, place, product, step_size
+from ssmkernels.core.triton_pieces import head_of, zeros
+from ssmkernels.ops.ssd.triton_pieces import (
+    chunks_of,
+    decays_from_start,
+    decays_to_end,
+    head_tile,
+    load_inputs,
+    load_map,
+    place,
+    product,
+    sizes_of,
+    square_at,
+    step_size,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LEAST = tl.constexpr(-1e4)  # the least exponent of one token's decay: 2 to the power of it is 0 all the same
 
 
-@triton.jit(do_not_specialize=["length", "per_sequence"])
+@triton.jit(do_not_specialize=["length"])
 def step_sizes(
-    dt,
-    A,
-    bias,
-    delta,
-    high,
-    low,
-    cu_seqlens,
-    owners,
-    dt_batch,
-    dt_time,
-    dt_head,
-    length,
-    per_sequence,
-    least,
-    most,
-    H: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
-    Q: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    dt, A, bias, steps, packing, length, least, most, dims: tl.constexpr, SOFTPLUS: tl.constexpr, BLOCK_H: tl.constexpr
 ):
     """Δ, 0 beyond a chunk's end, and the sums of log2 of the decays, high and low part.
 
     Without A, dt holds the logarithms of the decays themselves, and Δ is 1.
     """
-    blocks: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    blocks: tl.constexpr = (dims.H + BLOCK_H - 1) // BLOCK_H
     chunk = tl.program_id(0).to(tl.int64) // blocks
-    batch, start, stop = place(chunk, owners, cu_seqlens, length, per_sequence, Q)
+    batch, start, stop = place(packing, length, chunk, dims.Q)
     head = (tl.program_id(0) % blocks * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)
-    slot, here = tl.arange(0, Q), head < H
+    slot, here = tl.arange(0, dims.Q), head < dims.H
     time = start + slot
     there = here[:, None] & (time < stop)[None, :]
-    at = dt + batch * dt_batch + head[:, None] * dt_head + time[None, :] * dt_time
+    at = dt.at + batch * dt.batch + head[:, None] * dt.head + time[None, :] * dt.time
     raw = tl.load(at, mask=there, other=0.0).to(tl.float32)
     if bias is not None:
         raw += tl.load(bias + head, mask=here, other=0.0)[:, None]
@@ -63,110 +58,57 @@ def step_sizes(
         exponent = raw.to(tl.float64) * LOG2E
     sums = tl.cumsum(tl.where(exponent < LEAST, LEAST, exponent), axis=1)
     above = sums.to(tl.float32)
-    to = (chunk * H + head)[:, None] * Q + slot[None, :]
-    tl.store(delta + to, size, mask=here[:, None])
-    tl.store(high + to, above, mask=here[:, None])
-    tl.store(low + to, (sums - above.to(tl.float64)).to(tl.float32), mask=here[:, None])
+    to = (chunk * dims.H + head)[:, None] * dims.Q + slot[None, :]
+    tl.store(steps.delta + to, size, mask=here[:, None])
+    tl.store(steps.high + to, above, mask=here[:, None])
+    tl.store(steps.low + to, (sums - above.to(tl.float64)).to(tl.float32), mask=here[:, None])
 
 
-@triton.jit(do_not_specialize=["length", "per_sequence"])
-def map_products(
-    B,
-    C,
-    products,
-    cu_seqlens,
-    owners,
-    B_batch,
-    B_time,
-    B_group,
-    B_step,
-    C_batch,
-    C_time,
-    C_group,
-    C_step,
-    length,
-    per_sequence,
-    G: tl.constexpr,
-    N: tl.constexpr,
-    Q: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+@triton.jit(do_not_specialize=["length"])
+def map_products(B, C, products, packing, length, dims: tl.constexpr):
     """C_i · B_j of all tokens of a chunk, float32 (chunks g Q Q)."""
-    chunk, group = tl.program_id(0).to(tl.int64) // G, tl.program_id(0).to(tl.int64) % G
-    batch, start, stop = place(chunk, owners, cu_seqlens, length, per_sequence, Q)
-    slot = tl.arange(0, Q)
-    B += batch * B_batch + group * B_group
-    C += batch * C_batch + group * C_group
-    total = tl.zeros((Q, Q), tl.float32)
-    for first in range(0, N, BLOCK_N):
-        Bs = load_tile(B, start + slot, B_time, stop, first, B_step, N, BLOCK_N)
-        Cs = load_tile(C, start + slot, C_time, stop, first, C_step, N, BLOCK_N)
-        total = tl.dot(Cs, tl.trans(Bs), total, input_precision=PRECISION)
-    at = tl.program_id(0).to(tl.int64) * Q * Q + slot[:, None] * Q + slot[None, :]
-    tl.store(products + at, total)
+    groups: tl.constexpr = dims.H // dims.GROUP
+    task = tl.program_id(0).to(tl.int64)
+    chunk, group = task // groups, task % groups
+    batch, start, stop = place(packing, length, chunk, dims.Q)
+    slot = tl.arange(0, dims.Q)
+    B = head_of(B, batch, group)
+    C = head_of(C, batch, group)
+    total = zeros(dims.Q, dims.Q)
+    for first in range(0, dims.N, dims.BLOCK_N):
+        Bs = load_map(B, start + slot, stop, first, dims)
+        Cs = load_map(C, start + slot, stop, first, dims)
+        total = tl.dot(Cs, tl.trans(Bs), total, input_precision=dims.PRECISION)
+    tl.store(square_at(products, task, dims.Q), total)
 
 
-@triton.jit(do_not_specialize=["length", "per_sequence"])
-def chunk_states(
-    x,
-    maps,
-    delta,
-    high,
-    low,
-    states,
-    cu_seqlens,
-    owners,
-    x_batch,
-    x_time,
-    x_head,
-    x_step,
-    maps_batch,
-    maps_time,
-    maps_group,
-    maps_step,
-    length,
-    per_sequence,
-    H: tl.constexpr,
-    GROUP: tl.constexpr,
-    P: tl.constexpr,
-    N: tl.constexpr,
-    REVERSE: tl.constexpr,
-    Q: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    FACTOR: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+@triton.jit(do_not_specialize=["length"])
+def chunk_states(x, maps, steps, states, packing, length, dims: tl.constexpr, REVERSE: tl.constexpr):
     """What each chunk adds to the state after it: a sum of x_j B_jᵀ, by step sizes and the decay to the chunk's end.
 
     In reverse, what it adds to the gradient of the state before it: x is then the gradient of y before the gate, the
     map is C, and the weight is the decay from the chunk's start.
     """
-    p_tiles: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
-    n_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    n_tiles: tl.constexpr = (dims.N + dims.BLOCK_N - 1) // dims.BLOCK_N
     task = tl.program_id(0).to(tl.int64)
-    first_n, task = task % n_tiles * BLOCK_N, task // n_tiles
-    first_p, task = task % p_tiles * BLOCK_P, task // p_tiles
-    head, chunk = task % H, task // H
-    batch, start, stop = place(chunk, owners, cu_seqlens, length, per_sequence, Q)
-    time = start + tl.arange(0, Q)
-    line = task * Q
+    first_n, task = task % n_tiles * dims.BLOCK_N, task // n_tiles
+    first_p, task, head, _, batch, start, stop = head_tile(task, packing, length, dims)
+    time = start + tl.arange(0, dims.Q)
     if REVERSE:
-        weight = tl.exp2(tl.load(high + line + tl.arange(0, Q)))
+        weight = decays_from_start(steps, task, dims.Q)
     else:
-        weight = decays_to_end(high + line, low + line, Q) * tl.load(delta + line + tl.arange(0, Q))
-    x += batch * x_batch + head * x_head
-    xs = load_tile(x, time, x_time, stop, first_p, x_step, P, BLOCK_P).to(tl.float32) * weight[:, None]
-    maps += batch * maps_batch + head // GROUP * maps_group
-    rows = load_tile(maps, time, maps_time, stop, first_n, maps_step, N, BLOCK_N)
-    total = product(tl.trans(xs), rows, tl.zeros((BLOCK_P, BLOCK_N), tl.float32), FACTOR, PRECISION)
-    p, n = first_p + tl.arange(0, BLOCK_P), first_n + tl.arange(0, BLOCK_N)
-    at = task * P * N + p[:, None] * N + n[None, :]
-    tl.store(states + at, total, mask=(p < P)[:, None] & (n < N)[None, :])
+        weight = decays_to_end(steps, task, dims.Q) * sizes_of(steps, task, dims.Q)
+    x = head_of(x, batch, head)
+    xs = load_inputs(x, time, stop, first_p, dims).to(tl.float32) * weight[:, None]
+    maps = head_of(maps, batch, head // dims.GROUP)
+    rows = load_map(maps, time, stop, first_n, dims)
+    total = product(tl.trans(xs), rows, zeros(dims.BLOCK_P, dims.BLOCK_N), dims)
+    p, n = first_p + tl.arange(0, dims.BLOCK_P), first_n + tl.arange(0, dims.BLOCK_N)
+    at = task * dims.P * dims.N + p[:, None] * dims.N + n[None, :]
+    tl.store(states + at, total, mask=(p < dims.P)[:, None] & (n < dims.N)[None, :])
 
 
-@triton.jit(do_not_specialize=["per_sequence"])
+@triton.jit(do_not_specialize=["length"])
 def walk(
     states,
     high,
@@ -174,29 +116,23 @@ def walk(
     final,
     other,
     parts,
-    cu_seqlens,
-    per_sequence,
-    H: tl.constexpr,
-    SIZE: tl.constexpr,
+    packing,
+    length,
+    dims: tl.constexpr,
     REVERSE: tl.constexpr,
-    Q: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Replaces what each chunk adds to the state by the state before it; stores the last, (sequences h SIZE).
+    """Replaces what each chunk adds to the state by the state before it; stores the last, (sequences h p n).
 
     In reverse it goes from the last chunk to the first, so that each has the gradient of the state after it. With
     ``other``, the states before the chunks, also ``parts`` (chunks h blocks): the gradients of their decays.
     """
+    SIZE: tl.constexpr = dims.P * dims.N
     blocks: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     pid = tl.program_id(0).to(tl.int64)
     block, line = pid % blocks, pid // blocks
-    sequence, head = line // H, line % H
-    if cu_seqlens is not None:
-        begin = tl.load(cu_seqlens + sequence).to(tl.int64)
-        end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
-        first, count = begin // Q + sequence, (end - begin + Q - 1) // Q
-    else:
-        first, count = sequence * per_sequence, sequence * 0 + per_sequence
+    sequence, head = line // dims.H, line % dims.H
+    first, count = chunks_of(packing, length, sequence, dims.Q)
     index = block * BLOCK + tl.arange(0, BLOCK)
     here = index < SIZE
     state = tl.zeros((BLOCK,), tl.float32)
@@ -204,13 +140,13 @@ def walk(
         state += tl.load(initial + line * SIZE + index, mask=here, other=0.0)
     for step in range(count):
         chunk = first + (count - 1 - step if REVERSE else step)
-        at = (chunk * H + head) * SIZE + index
+        at = (chunk * dims.H + head) * SIZE + index
         added = tl.load(states + at, mask=here, other=0.0)
         tl.store(states + at, state, mask=here)
-        decay = tl.exp2(tl.load(high + (chunk * H + head) * Q + Q - 1))
+        decay = tl.exp2(tl.load(high + (chunk * dims.H + head) * dims.Q + dims.Q - 1))
         if other is not None:
             part = tl.sum(state * tl.load(other + at, mask=here, other=0.0), axis=0)
-            tl.store(parts + (chunk * H + head) * blocks + block, part * decay)
+            tl.store(parts + (chunk * dims.H + head) * blocks + block, part * decay)
         state = state * decay + added
     if final is not None:
         tl.store(final + line * SIZE + index, state, mask=here)

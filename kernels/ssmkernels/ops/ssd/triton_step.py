@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ssmkernels.core.strided import strided_token
 from ssmkernels.core.triton_support import kernels, missing, next_power_of_2, on_device_of, wrong_device
-from ssmkernels.ops.ssd.triton_arguments import sizes, skip, strides, wide
+from ssmkernels.ops.ssd.triton_arguments import sizes, skip, wide
 
 __all__ = ["forward", "missing", "unsupported"]
 
@@ -29,20 +30,15 @@ def forward(a: Any, _: bool) -> Tensor:
         with on_device_of(a.x):
             kernels(__package__).step[(programs,)](
                 state=a.state,
-                **strides("state", a.state, ("batch", "head", "p", "n")),
-                x=a.x,
-                **strides("x", a.x, ("batch", "head", "step")),
-                dt=a.dt,
-                **strides("dt", a.dt, ("batch", "head")),
+                state_strides=a.state.stride(),
+                x=strided_token(a.x),
+                dt=strided_token(a.dt),
                 A=wide(a.A, sums),
                 bias=wide(a.dt_bias, sums),
-                B=a.B,
-                **strides("B", a.B, ("batch", "group", "step")),
-                C=a.C,
-                **strides("C", a.C, ("batch", "group", "step")),
-                **skip(a.D, h, p, sums),
-                z=a.z,
-                **strides("z", a.z, ("batch", "head", "step")),
+                B=strided_token(a.B),
+                C=strided_token(a.C),
+                D=skip(a.D, h, p, sums),
+                z=strided_token(a.z),
                 y=y,
                 least=float(a.dt_limit[0]),
                 most=float(a.dt_limit[1]),

@@ -3,11 +3,14 @@
 import os
 import subprocess
 import sys
+import typing
 
 import pytest
 import torch
 
 import ssmkernels
+from ssmkernels.core.strided import strided, strided_token
+from ssmkernels.ops.ssd.triton_arguments import Packing, Parts, Steps
 
 PROGRAM = """
 import torch, ssmkernels
@@ -56,3 +59,19 @@ def test_a_forced_step_says_why_it_has_no_gradient():
         pytest.skip("needs the native library")
     with pytest.raises(ValueError, match="'cpu' .* cannot run this call: a step has no gradient here"):
         ssmkernels.causal_conv1d_step(torch.zeros(1, 2, 2), torch.randn(1, 2), weight, implementation="cpu")
+
+
+def test_a_tensor_and_its_strides_are_one_argument():
+    x = torch.empty(2, 3, 5, 7)
+    assert strided(x).at is x
+    assert strided(x)[1:] == (105, 35, 7, 1)
+    assert strided(x[..., 0])[1:] == (105, 35, 7, 0)
+    assert strided_token(x[:, 0])[1:] == (105, 0, 7, 1)
+    assert strided_token(x[:, 0, :, 0])[1:] == (105, 0, 7, 0)
+    assert strided(None) is strided_token(None) is None
+
+
+@pytest.mark.parametrize("argument", [Packing, Steps, Parts])
+def test_no_length_is_in_a_tuple(argument):
+    """For a number in a tuple that is 1 or a multiple of 16 Triton compiles again, do_not_specialize or not."""
+    assert set(typing.get_type_hints(argument).values()) == {torch.Tensor}

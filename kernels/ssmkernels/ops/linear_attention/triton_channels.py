@@ -42,9 +42,9 @@ class Chunks:
         self.count, self.places = places(a.q, a.cu_seqlens, Q)
         self.sequences = a.q.shape[0] if a.cu_seqlens is None else a.cu_seqlens.shape[0] - 1
         (self.h, self.v), (g, self.k) = a.v.shape[2:], a.k.shape[2:]
-        blocks = (min(self.block, max(16, next_power_of_2(n))) for n in (self.k, self.v))
+        block_k, block_v = (min(self.block, max(16, next_power_of_2(n))) for n in (self.k, self.v))
         products = getattr(importlib.import_module("triton.language"), factor), "tf32" if half else "ieee"
-        self.dims = Dims(self.h, self.h // g, self.k, self.v, Q, *blocks, *products)
+        self.dims = Dims(self.h, self.h // g, self.k, self.v, Q, block_k, block_v, *products)
         g = a.log_decay
         if g is not None:  # channels that share one read it at a stride of 0
             g = (g if g.ndim == 4 else g.expand(a.v.shape[:3])[..., None]).expand(*a.v.shape[:3], self.k)

@@ -102,7 +102,7 @@ def places(x: Tensor, cu_seqlens: Tensor | None, Q: int) -> tuple[int, dict[str,
     return len(owner), {"packing": Packing(borders, owner), "length": length}
 
 
-def sizes(a: Any) -> dict[str, int]:
+def sizes(a: Any) -> dict[str, Any]:
     """What the compiler may know."""
     (heads, p), (groups, n) = a.x.shape[-2:], a.B.shape[-2:]
     return {"H": heads, "GROUP": heads // groups, "P": p, "N": n}
@@ -119,7 +119,7 @@ def products(a: Any) -> dict[str, Any]:
     return {"FACTOR": factor, "PRECISION": "ieee" if dtype == torch.float32 else "tf32"}
 
 
-def options(kernel: str, a: Any) -> tuple[dict[str, int], dict[str, Any]]:
+def options(kernel: str, a: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Blocks of head dim and state, and launch settings: by dtype and sizes and never by length."""
     p, n = (max(16, next_power_of_2(size)) for size in (a.x.shape[3], a.B.shape[3]))
     if interpreting():

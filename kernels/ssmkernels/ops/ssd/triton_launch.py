@@ -124,6 +124,12 @@ class Chunks:
         a = self.a
         dims, launched = self.settings("outputs" if dy is None else "gates_backward")
         skipped = skip(a.D, dims.H, dims.P, torch.float32)
-        given = {"x": strided(a.x), "C": strided(a.C), "D": skipped, "z": strided(a.z), "dy": strided(dy)}
+        given: dict[str, Any] = {
+            "x": strided(a.x),
+            "C": strided(a.C),
+            "D": skipped,
+            "z": strided(a.z),
+            "dy": strided(dy),
+        }
         given |= {"steps": self.steps, "products": self.products, "states": self.states, "y": y, "dout": dout, "dz": dz}
         self.launch("outputs", dims.H * -(-dims.P // dims.BLOCK_P), dims=dims, **given, **launched)

@@ -27,8 +27,8 @@ FLAGS = [
     "-Wall",
     "-Wextra",
 ]
-# Flags of GCC for single units, whose kernels gain nothing from the passes that these leave out: a sixth of the
-# time of compiling. The scan's loops of known length stay unrolled: what they go through is in registers.
+# Flags of GCC for single units, whose kernels gain nothing from the passes that these leave out, which are up to a
+# sixth of the time of compiling. The scan's loops of known length stay unrolled: what they go through is in registers.
 FEWER = ["-fno-tree-pre", "-fno-gcse", "-fno-split-paths", "-fno-ipa-cp-clone", "-fno-tree-slp-vectorize"]
 LIGHT = {
     **dict.fromkeys(("causal_conv1d", "decode_attention", "dplr_kernel", "fft_conv"), FEWER),

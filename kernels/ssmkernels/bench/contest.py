@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -134,7 +135,7 @@ def clock(contest: Contest, plan: Plan) -> list[Measurement]:
     admitted: list[Contestant] = []
     refused: dict[str, str] = {}
     truth: Results | None = None
-    watch, taken = stopwatch(plan.device), {}
+    watch, taken = stopwatch(plan.device), dict[str, float]()
     for one in sorted(contest.contestants, key=lambda c: c.role != "ours"):
         if one.role in UNCOMPARED:
             admitted.append(one)
@@ -142,7 +143,7 @@ def clock(contest: Contest, plan: Plan) -> list[Measurement]:
         plan.say(f"{contest.what}, {contest.work}: comparing {one.name}")
         found: list[Results] = []
         try:
-            taken[one.name] = watch(lambda one=one, found=found: found.append(one.call()), 1)
+            taken[one.name] = watch(functools.partial(_keep, found, one.call), 1)
         except NotImplementedError as error:
             refused[one.name] = f"cannot do this: {first_line(error)}"
             continue
@@ -177,6 +178,10 @@ def clock(contest: Contest, plan: Plan) -> list[Measurement]:
             )
         )
     return rows
+
+
+def _keep(found: list[Results], call: Callable[[], Results]) -> None:
+    found.append(call())
 
 
 def weigh(contest: Contest, rows: list[Measurement], plan: Plan) -> list[Measurement]:

@@ -149,7 +149,7 @@ def bench_family(name: str, plan: Plan) -> Iterator[list[Measurement]]:
         for work, make in works:
             yield hold(_contest(name, work, sizes, [make(model, ids) for model in models], plan), plan)
         fast, slow = module_of(name, False), module_of(name, True)
-        for op in recorded(name, fast, slow, *models, ids) if plan.peers else ():
+        for op in recorded(name, fast, slow, models[0], models[1], ids) if plan.peers else ():
             for work, told in WORKS.items():
                 yield hold(_contest(name, told, sizes, op.calls(work), plan, op.name), plan)
 

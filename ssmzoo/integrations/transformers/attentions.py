@@ -62,7 +62,9 @@ def causal(
     plain = attention_mask is None and kwargs.get("position_bias") is None and not dropout and not asked
     if plain and one_way is True and _ours(query, key, value):
         q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-        return attention(q, k, v, causal=True, scale=scaling, implementation="cpu"), None
+        y = attention(q, k, v, causal=True, scale=scaling, implementation="cpu")
+        assert isinstance(y, Tensor)
+        return y, None
     found: tuple[Tensor, None] = original(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
     )

@@ -7,6 +7,7 @@ import mmap
 import os
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,18 @@ def test_pages_in_common_with_a_forked_process_are_left_alone(advised):
     os.waitpid(child, 0)
     Blocks(spans_of([weight])).collapse(100)
     assert len(advised) >= 3
+
+
+@LINUX
+def test_threads_share_the_blocks(advised):
+    """Each block is put into a large page once, whoever comes to it."""
+    weight = mapped(40, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    weight.fill_(1)
+    blocks = Blocks(spans_of([weight]))
+    waiting = len(blocks)
+    with ThreadPoolExecutor(4) as pool:
+        done = list(pool.map(blocks.collapse, [1] * 100))
+    assert sum(done) == waiting == len({start for start, *_ in advised})
 
 
 CANNOT = [(errno.EINVAL, 1), (errno.ENOMEM, 1), (errno.EAGAIN, 3), (errno.EBUSY, 3)]  # and how often it is asked

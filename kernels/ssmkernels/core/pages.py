@@ -14,6 +14,7 @@ import errno
 import functools
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -47,6 +48,7 @@ class Blocks:
         size = _size()
         self._waiting = _private(_covered(spans, size), size) if size else []
         self._waiting.reverse()
+        self._lock = threading.Lock()  # two threads may decode with one model
 
     def __len__(self) -> int:
         """How many are still to come."""
@@ -58,15 +60,16 @@ class Blocks:
         If the system has none to give, or cannot do it, no block waits any longer.
         """
         advise, size, done = _madvise(), _size(), 0
-        for _ in range(min(most, len(self._waiting))):
-            start = self._waiting.pop()
-            if not _own_pages(start, size):
-                continue
-            failure = advise(start, size, MADV_COLLAPSE)
-            done += not failure
-            if failure and ctypes.get_errno() not in (errno.EAGAIN, errno.EBUSY):  # somebody holds a page of this one
-                self._waiting.clear()
-                break
+        with self._lock:
+            for _ in range(min(most, len(self._waiting))):
+                start = self._waiting.pop()
+                if not _own_pages(start, size):
+                    continue
+                failure = advise(start, size, MADV_COLLAPSE)
+                done += not failure
+                if failure and ctypes.get_errno() not in (errno.EAGAIN, errno.EBUSY):  # somebody holds one of its pages
+                    self._waiting.clear()
+                    break
         return done
 
 

@@ -43,7 +43,7 @@ def prepare_parts(mixer: Any, calls: Calls, x: Tensor, state: Any) -> Tensor | N
     _, _, z, xBC, dt = prepare_map(calls, mixer.in_proj, x).split(mixer.splits, dim=-1)
     xBC = calls.op(causal_conv1d_step, state.conv, xBC, conv1d.weight.squeeze(1), conv1d.bias, "silu")
     x, B, C = mixer._split(xBC)
-    A, D = calls.activated(mixer.A_log[None], "exp", scale=-1.0)[0], mixer._skip(mixer.D)
+    A, D = calls.activated(mixer.A_log[None], "finite_exp", scale=-1.0)[0], mixer._skip(mixer.D)
     bias, limit = mixer.dt_bias, mixer.dt_limit
     y = calls.op(ssd_step, state.ssm, x, dt, A, B, C, D, dt_bias=bias, dt_softplus=True, dt_limit=limit).flatten(1)
     gate = {"gate": z, "norm_before_gate": norm.norm_before_gate}

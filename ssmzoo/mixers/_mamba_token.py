@@ -43,6 +43,6 @@ def prepare_parts(mixer: Any, calls: Calls, x: Tensor, state: Any) -> Tensor | N
         delta, bias = calls.op(quantized_linear, dt, dt_proj.weight), dt_proj.bias
     else:
         delta, bias = prepare_map(calls, dt_proj, dt), None
-    A = calls.activated(mixer.A_log, "exp", scale=-1.0)
+    A = calls.activated(mixer.A_log, "finite_exp", scale=-1.0)
     y = calls.op(selective_scan_step, state.ssm, x, delta, A, B, C, mixer.D, z, bias, True)
     return prepare_map(calls, mixer.out_proj, y)

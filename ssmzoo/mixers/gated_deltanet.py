@@ -106,7 +106,7 @@ class GatedDeltaNet(DeltaMixer):
         def log_decay() -> Tensor | None:
             if self.a_proj is None:
                 return None
-            a, A = prepare_map(calls, self.a_proj, x), calls.activated(self.A_log[None], "exp")
+            a, A = prepare_map(calls, self.a_proj, x), calls.activated(self.A_log[None], "finite_exp")
             return calls.activated(a, "softplus", bias=self.dt_bias, scale=-1.0, factor=A)
 
         return self.prepare_recall(calls, x, state, log_decay)

@@ -97,7 +97,7 @@ class KDA(DeltaMixer):
         def log_decay() -> Tensor:
             keys = (self.n_v_heads, self.head_k_dim)
             f = prepare_maps(calls, self.f_proj, x).view(-1, self.head_k_dim)  # (b h, k)
-            bias, A = self.dt_bias.view(keys), calls.activated(self.A_log[:, None], "exp")
+            bias, A = self.dt_bias.view(keys), calls.activated(self.A_log[:, None], "finite_exp")
             if self.gate_lower_bound is None:
                 log = calls.activated(f, "softplus", bias=bias, scale=-1.0, factor=A)
             else:

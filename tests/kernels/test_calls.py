@@ -26,7 +26,7 @@ MEANT = {
     "log_sigmoid": F.logsigmoid,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "heavy_tail": lambda x: x.clamp(min=0) + 1 / (1 - x.clamp(max=0)),
-    "exp": torch.exp,
+    "finite_exp": lambda x: torch.exp(x.clamp(max=88.0)),
 }
 
 

@@ -28,7 +28,7 @@ FUNCTIONS = {
     "log_sigmoid": 7,
     "gelu_tanh": 8,
     "heavy_tail": 9,
-    "exp": 10,
+    "finite_exp": 10,
 }
 
 SUMS = (torch.float32, torch.float64)

@@ -18,12 +18,13 @@ def float32(*tensors: Tensor) -> bool:
 def ordinary(dtype: torch.dtype, *tensors: Tensor) -> bool:
     """Whether all are ordinary tensors of a dtype on the CPU, in eager mode, with nobody watching PyTorch's operators.
 
-    Quantised and distributed tensors have operators of their own, autocast chooses the dtype, and modes such as one
-    that counts FLOPs know PyTorch's operators alone.
+    Quantised and distributed tensors have operators of their own, PyTorch puts off the sign of such views as
+    ``x.conj().imag``, autocast chooses the dtype, and modes such as one that counts FLOPs know PyTorch's operators alone.
     """
     return (
         all(x.dtype == dtype and type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" for x in tensors)
         and not torch.compiler.is_compiling()
+        and not any(x.is_neg() for x in tensors)
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()

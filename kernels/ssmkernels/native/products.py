@@ -11,6 +11,7 @@ from torch import Tensor
 from ssmkernels import native
 from ssmkernels.core.double_backward import twice_differentiable
 from ssmkernels.core.memory import large_pages
+from ssmkernels.core.plain import why_not_plain
 from ssmkernels.native import eager
 
 LARGE = 2**19  # weights from which a longer way to a call is worth it
@@ -31,21 +32,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     same bits whatever the other rows are, so a sequence is read and continued as it would be alone. On other sets
     products without gradients go to oneDNN, unless ``torch.backends.mkldnn.enabled = False``.
     """
-    if _large(x, weight):
+    if _large(x, weight) and _plain(x, weight, bias):
         rows = x.numel() // x.shape[-1]
         decoding = rows == 1 or (x.ndim > 2 and x.shape[-2] == 1 and rows <= native.FEW)
         if not eager.wants_gradient(x, weight, bias):
-            if _native(x, weight, bias):
+            if _native(weight):
                 if decoding:
                     return _few_rows(x, weight, bias)
                 if native.library().isa in MATMUL:
                     return of_rows(x, weight, bias)
             if torch.backends.mkldnn.enabled and _available():
+                bias = None if bias is None else bias.contiguous()  # which oneDNN takes it to be, whatever it is
                 return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         elif (
             rows > 1
             and x.numel() * weight.shape[0] >= WORK_WITH_GRADIENTS
-            and _native(x, weight, bias)
+            and _native(weight)
             and native.library().isa in MATMUL
         ):
             return _Linear.apply(x, weight, bias)
@@ -98,13 +100,19 @@ def _large(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _native(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the native library may do it."""
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether PyTorch's own product has nothing to add: derivatives that are carried forward, traces, odd biases.
+
+    oneDNN's product knows none of these either, and is silent about them.
+    """
     return (
-        weight.is_contiguous()
-        and (bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1] and bias.device == x.device))
-        and eager.reachable(x=x, weight=weight, bias=bias)
-    )
+        bias is None or (bias.shape == weight.shape[:1] and eager.float32(bias))
+    ) and not why_not_plain({"x": x, "weight": weight, "bias": bias})
+
+
+def _native(weight: Tensor) -> bool:
+    """Whether the native library may do it."""
+    return weight.is_contiguous() and native.missing() is None
 
 
 def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -19,7 +19,8 @@ def ordinary(dtype: torch.dtype, *tensors: Tensor) -> bool:
     """Whether all are ordinary tensors of a dtype on the CPU, in eager mode, with nobody watching PyTorch's operators.
 
     Quantised and distributed tensors have operators of their own, PyTorch puts off the sign of such views as
-    ``x.conj().imag``, autocast chooses the dtype, and modes such as one that counts FLOPs know PyTorch's operators alone.
+    ``x.conj().imag``, autocast chooses the dtype, and modes such as one that counts FLOPs know PyTorch's operators
+    alone.
     """
     return (
         all(x.dtype == dtype and type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" for x in tensors)

@@ -105,9 +105,9 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
     oneDNN's product knows none of these either, and is silent about them.
     """
-    return (
-        bias is None or (bias.shape == weight.shape[:1] and eager.float32(bias))
-    ) and not why_not_plain({"x": x, "weight": weight, "bias": bias})
+    return (bias is None or (bias.shape == weight.shape[:1] and eager.float32(bias))) and not why_not_plain(
+        {"x": x, "weight": weight, "bias": bias}
+    )
 
 
 def _native(weight: Tensor) -> bool:

@@ -6,6 +6,7 @@ import errno
 import mmap
 import os
 import re
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -141,9 +142,30 @@ def test_threads_share_the_blocks(advised):
     weight.fill_(1)
     blocks = Blocks(spans_of([weight]))
     waiting = len(blocks)
+
+    def until_none_waits(_):
+        done = 0
+        while blocks:
+            done += blocks.collapse(1)
+        return done
+
     with ThreadPoolExecutor(4) as pool:
-        done = list(pool.map(blocks.collapse, [1] * 100))
+        done = list(pool.map(until_none_waits, range(4)))
     assert sum(done) == waiting == len({start for start, *_ in advised})
+
+
+@LINUX
+def test_a_process_forked_while_a_thread_was_at_it_goes_on(advised):
+    weight = mapped(4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    weight.fill_(1)
+    blocks = Blocks(spans_of([weight]))
+    with blocks._lock:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)  # ends it if it waits
+            blocks.collapse(1)
+            os._exit(len(advised))
+    assert os.waitpid(child, 0)[1] == 0
 
 
 CANNOT = [(errno.EINVAL, 1), (errno.ENOMEM, 1), (errno.EAGAIN, 3), (errno.EBUSY, 3)]  # and how often it is asked

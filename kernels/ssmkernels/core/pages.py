@@ -57,10 +57,13 @@ class Blocks:
     def collapse(self, most: int) -> int:
         """Puts large pages under the next blocks, at most so many; returns under how many there are some now.
 
-        If the system has none to give, or cannot do it, no block waits any longer.
+        If the system has none to give, or cannot do it, no block waits any longer. While another thread is at it, this
+        does nothing.
         """
         advise, size, done = _madvise(), _size(), 0
-        with self._lock:
+        if not self._lock.acquire(blocking=False):  # for ever where this process was forked meanwhile
+            return done
+        try:
             for _ in range(min(most, len(self._waiting))):
                 start = self._waiting.pop()
                 if not _own_pages(start, size):
@@ -70,6 +73,8 @@ class Blocks:
                 if failure and ctypes.get_errno() not in (errno.EAGAIN, errno.EBUSY):  # somebody holds one of its pages
                     self._waiting.clear()
                     break
+        finally:
+            self._lock.release()
         return done
 
 

@@ -36,6 +36,12 @@ def given(length=LONG, keys=None, values=16):
     return [torch.randn(shape).requires_grad_() for shape in shapes]
 
 
+def shared():
+    """Keys and values for all sequences of a batch."""
+    q, k, v = given()
+    return q.detach().repeat(2, 1, 1, 1).requires_grad_(), k, v
+
+
 def found(q, k, v, mask=None, layer=LAYER, **options):
     y, _ = table().get_interface("sdpa", None)(layer, q, k, v, mask, **options)
     weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
@@ -66,6 +72,7 @@ def _flat(tensors):
 OTHERS = {
     "few tokens": (given(8), {}),
     "more keys than queries": (given(LONG, LONG + 3), {}),
+    "keys for all sequences": (shared(), {}),
     "not causal": (given(), {"is_causal": False}),
     "a layer that is not causal": (given(), {"layer": SimpleNamespace(is_causal=False, num_key_value_groups=2)}),
     "a mask": (given(), {"mask": torch.ones(1, 1, LONG, LONG).tril().bool()}),

@@ -74,12 +74,15 @@ def causal(
 def _ours(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether our kernel gives the same numbers, and sooner.
 
-    Where a cache holds more keys than there are queries, PyTorch's counts them from the first.
+    Where a cache holds more keys than there are queries, PyTorch's counts them from the first. It also shares keys
+    among the sequences of a batch.
     """
     return (
         eager.float32(query, key, value)
+        and 0 not in (*query.shape, *value.shape)
         and query.shape[2] == key.shape[2] >= FEW
-        and key.shape[1] == value.shape[1]
+        and (query.shape[0], query.shape[3]) == (key.shape[0], key.shape[3])
+        and key.shape[:3] == value.shape[:3]
         and query.shape[1] % key.shape[1] == 0
         and eager.reachable(query=query, key=key, value=value)
     )

@@ -14,11 +14,11 @@ class Period:
     """A time during which a model stays as it is.
 
     Attributes:
-        kept: what stays alive until it ends, such as the memory of weights that prepared calls read.
+        kept: what stays alive until it ends, by whose it is, such as the memory of weights that prepared calls read.
     """
 
     def __init__(self) -> None:
-        self.kept: list[object] = []
+        self.kept: dict[object, object] = {}
         self.users = 0
 
 

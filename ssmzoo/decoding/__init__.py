@@ -36,7 +36,7 @@ from ssmzoo.norm import LayerNorm, RMSNorm
 from ssmzoo.state import State
 from ssmzoo.steady import period_of
 
-__all__ = ["through_layers", "through_model"]
+__all__ = ["let_go", "through_layers", "through_model"]
 
 _METHODS = (types.FunctionType, property, classmethod, staticmethod)
 
@@ -57,6 +57,14 @@ def through_model(model: nn.Module, blocks: Sequence[Block], states: Sequence[St
 def through_layers(model: nn.Module, blocks: Sequence[Block], states: Sequence[State], x: Tensor) -> Tensor | None:
     """One token x ``(b 1 d_model)`` through the layers, whose states are updated; None where they must be called."""
     return _decode(_of_layers, model, blocks, states, x)
+
+
+def let_go(model: nn.Module) -> None:
+    """Forgets which states a model's calls run on unasked (:mod:`ssmzoo.steady`), which are kept alive for them."""
+    for decoders in (_of_layers, _of_models):
+        decoder = decoders.get(model)
+        if decoder is not None:
+            decoder.trust(None, (), ())
 
 
 def _decode(

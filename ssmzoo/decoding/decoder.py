@@ -101,8 +101,8 @@ class Decoder:
 
     def trust(self, period: Period | None, states: Sequence[State], tensors: tuple[Tensor, ...]) -> None:
         """Takes the parts and these states to stay as they are, as long as the period lasts."""
-        if period is not None and period is not self._period:
-            period.kept.append(self.parts.storages())
+        if period is not None and self.parts not in period.kept:
+            period.kept[self.parts] = self.parts.storages()  # once, however often the states change
         self._period = period
         self._states, self._held = ([*states], tensors) if period is not None else ((), ())
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import heapq
 import threading
+from typing import cast
 
+from torch import nn
+
+from ssmzoo.decoding import let_go
 from ssmzoo.engine.memory import Memory
 from ssmzoo.engine.prefixes import Prefixes
 from ssmzoo.engine.request import Job
@@ -88,6 +92,7 @@ class Active:
 
     def _keep(self, rows: list[int]) -> None:
         """Of those that are writing these alone."""
+        let_go(cast(nn.Module, self.memory.model))  # the batch before is within no budget any more
         self.writing = [self.writing[i] for i in rows]
         self.batch = self.batch.select(rows) if rows and self.batch is not None else None
 
@@ -96,6 +101,7 @@ class Active:
         states = [job.state for job in jobs if job.state is not None]
         for job in jobs:
             job.state = None
+        let_go(cast(nn.Module, self.memory.model))
         self.writing += jobs
         self.batch = State.concatenate(states if self.batch is None else [self.batch, *states])
 

@@ -7,11 +7,12 @@ import itertools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ssmzoo.decoding import let_go
 from ssmzoo.engine.active import Active
 from ssmzoo.engine.drafting import Drafting
 from ssmzoo.engine.memory import Memory
@@ -24,6 +25,7 @@ from ssmzoo.generate import Sampling, check_model
 from ssmzoo.generate.arguments import TokenModel, check_draft, is_int
 from ssmzoo.generate.loop import evaluating
 from ssmzoo.plain import short
+from ssmzoo.steady import steady
 
 
 class Engine:
@@ -241,6 +243,13 @@ class Engine:
             self._stepping = False
 
     def run(self) -> None:
-        """Steps until all requests are done."""
-        while self.step():
-            pass
+        """Steps until all requests are done.
+
+        The model stays as it is meanwhile: a change of its weights, options or hooks need not take effect.
+        """
+        with evaluating(self.model), steady(cast(nn.Module, self.model)):
+            try:
+                while self.step():
+                    pass
+            finally:
+                let_go(cast(nn.Module, self.model))

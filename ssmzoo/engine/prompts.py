@@ -29,20 +29,23 @@ class Prompts:
                 job.state, job.position = found.state.clone(), found.position
 
     def parts(self, reading: Sequence[Job]) -> list[tuple[Job, int]]:
-        """Who reads how much. Of those that read the same up to the next snapshot, only the first does."""
+        """Who reads how much: as much each, and what some leave of that goes to the earliest.
+
+        Of those that read the same up to the next snapshot, only the first does.
+        """
         leaders: dict[bytes | int, Job] = {}
         for job in reading:
             cut = self._cut(job)
             same = self.share and cut % self.page_size == 0 and cut > job.position
             leaders.setdefault(job.borders[cut // self.page_size - 1] if same else job.order, job)
-        left, parts = self.chunk, []
-        share = max(self.page_size, left // max(1, len(leaders)))
-        for job in leaders.values():
-            count = min(share, left, self._cut(job) - job.position)
-            if count > 0:
-                parts.append((job, count))
-                left -= count
-        return parts
+        wanted = {job: self._cut(job) - job.position for job in leaders.values()}
+        left, counts = self.chunk, dict.fromkeys(wanted, 0)
+        for most in (max(self.page_size, left // max(1, len(wanted))), self.chunk):
+            for job, want in wanted.items():
+                more = min(most, left, want - counts[job])
+                counts[job] += more
+                left -= more
+        return [(job, count) for job, count in counts.items() if count]
 
     def _cut(self, job: Job) -> int:
         """Where the next stretch of a prompt ends at the latest: at a snapshot, or its end."""

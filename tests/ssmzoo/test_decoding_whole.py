@@ -143,6 +143,16 @@ def test_other_states_are_looked_at_meanwhile(looks):
         assert torch.equal(found, expected)
 
 
+def test_a_period_notes_weights_once_however_often_states_change():
+    model = build()
+    with torch.no_grad(), steady(model):
+        states = [model.initial_state(rows) for rows in (1, 2)]
+        for turn in range(12):
+            ids = torch.ones(turn % 2 + 1, 1, dtype=torch.int64)
+            _, states[turn % 2] = model(ids, states[turn % 2])
+        assert len(period_of(model).kept) == 1
+
+
 def test_weights_stay_in_memory_as_long_as_calls_read_them_unasked():
     model, ids = build(), torch.tensor([[1]])
     weight = model.layers[0].mixer.in_proj.weight
@@ -154,12 +164,12 @@ def test_weights_stay_in_memory_as_long_as_calls_read_them_unasked():
                     _, state = model(ids, state)
             expected, _ = model(ids, state.clone())
             held = weakref.ref(period_of(model))
-            assert any(weight.data_ptr() == storage.data_ptr() for kept in held().kept for storage in kept)
+            assert any(weight.data_ptr() == storage.data_ptr() for kept in held().kept.values() for storage in kept)
             weight.data = torch.zeros_like(weight)
             found, _ = model(ids, state.clone())  # another state: it is looked at
             assert not torch.equal(found, expected)
             kept = held().kept
-        assert kept == []
+        assert kept == {}
         assert period_of(model) is None
         assert not decoding._of_models[model].trusts(period_of(model), state.layers, torch.zeros(1, 1, 16))
     del model, state

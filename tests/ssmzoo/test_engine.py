@@ -10,6 +10,9 @@ from engine_requests import MODELS, alone, build, engine, run_all, tight
 
 from ssmkernels import native
 from ssmkernels.native.prepared import Program
+from ssmzoo import decoding
+from ssmzoo.decoding.parts import Parts
+from ssmzoo.model import SequenceModel
 from ssmzoo.state import State
 
 
@@ -72,17 +75,44 @@ def test_a_long_prompt_is_read_beside_writing():
     assert len(writing.tokens) - before <= 2 + 2 * 64 // 8
 
 
-def test_a_shared_prefix_is_read_once(monkeypatch):
-    model = build("hybrid")
-    worker, prefix = engine(model, chunk=16), [5, 6, 7, 8] * 12
-    read = []
-    forward = type(model).forward
+@pytest.fixture
+def read(monkeypatch):
+    """How many tokens each call of a model reads."""
+    found, forward = [], SequenceModel.forward
 
     def count(self, ids, *arguments, **options):
-        read.append(ids.numel())
+        found.append(ids.numel())
         return forward(self, ids, *arguments, **options)
 
-    monkeypatch.setattr(type(model), "forward", count)
+    monkeypatch.setattr(SequenceModel, "forward", count)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("lengths", "first"),
+    [
+        ([1, 14, 1], [1, 14, 1]),
+        ([14, 14, 14], [6, 5, 5]),
+        ([3, 20, 20], [3, 8, 5]),
+        ([9, 9, 9, 9, 9], [4, 4, 4, 4, 0]),  # a page each at least
+    ],
+)
+@pytest.mark.parametrize("name", ["mamba", "hybrid"])
+def test_what_short_prompts_leave_of_a_step_goes_to_the_earliest(name, lengths, first, read):
+    model = build(name)
+    worker = engine(model, chunk=16, share_prefixes=False)
+    prompts = [[7 * i % 31 for i in range(length)] for length in lengths]
+    found = [worker.submit(prompt, max_tokens=2, temperature=0) for prompt in prompts]
+    worker.step()
+    assert (read, [job.position for job in worker._active.jobs]) == ([sum(first)], first)
+    worker.run()
+    for prompt, request in zip(prompts, found, strict=True):
+        assert request.tokens == alone(model, prompt, 2, {"temperature": 0}, None)
+
+
+def test_a_shared_prefix_is_read_once(read):
+    model = build("hybrid")
+    worker, prefix = engine(model, chunk=16), [5, 6, 7, 8] * 12
     worker.submit([*prefix, 1], max_tokens=1).result()
     assert sum(read) == 49
     read.clear()
@@ -221,3 +251,29 @@ def test_sixteen_write_in_one_native_call(dtype, monkeypatch):
         states = [state for _, state in alone]
         assert torch.equal(logits, torch.cat([each for each, _ in alone]))
         assert all(map(torch.equal, together.tensors(), State.concatenate(states).tensors()))
+
+
+def test_a_run_looks_once_for_each_batch_and_keeps_no_states(monkeypatch):
+    """Whether the model has changed, which takes as long as a layer of a small one. The batch before is let go of."""
+    if native.missing():
+        pytest.skip(f"needs the native CPU library: {native.missing()}")
+    looks, unchanged, kept = [], Parts.unchanged, []
+    monkeypatch.setattr(Parts, "unchanged", lambda self: (looks.append(self), unchanged(self))[1])
+    model = build("mamba", vocab_size=2**16).float()
+    decoders = (decoding._of_models, decoding._of_layers)
+
+    def held():
+        return [tensor for each in decoders for tensor in (each[model]._held if model in each else ())]
+
+    worker = engine(model, max_batch=4, chunk=512)
+    join, keep = worker._active.join, worker._active._keep
+    monkeypatch.setattr(worker._active, "join", lambda jobs: (join(jobs), kept.append(held()))[0])
+    monkeypatch.setattr(worker._active, "_keep", lambda rows: (keep(rows), kept.append(held()))[0])
+    found = [worker.submit([i, 1, 2], max_tokens=12 + 12 * (i % 2), temperature=0) for i in range(4)]
+    worker.run()
+    assert [len(request.tokens) for request in found] == [12, 24, 12, 24]
+    assert 2 <= len(looks) <= 6, "of the 23 calls with a state that has been met"
+    assert kept == [[]] * 3, "one join, and leaves of two requests each"
+    assert not held()
+    for i, request in enumerate(found):
+        assert request.tokens == alone(model, [i, 1, 2], len(request.tokens), {"temperature": 0}, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import threading
+from collections.abc import Sequence
 from typing import cast
 
 from torch import nn
@@ -96,9 +97,9 @@ class Active:
         self.writing = [self.writing[i] for i in rows]
         self.batch = self.batch.select(rows) if rows and self.batch is not None else None
 
-    def join(self, jobs: list[Job]) -> None:
-        """Requests with states of their own, to those that are writing."""
-        states = [job.state for job in jobs if job.state is not None]
+    def join(self, jobs: list[Job], states: Sequence[State] = ()) -> None:
+        """Requests, to those that are writing, with ``states`` that hold theirs in turn, or if none with their own."""
+        states = states or [job.state for job in jobs if job.state is not None]
         for job in jobs:
             job.state = None
         let_go(cast(nn.Module, self.memory.model))

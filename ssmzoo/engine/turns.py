@@ -57,19 +57,20 @@ class Turns:
             return
         logits, state = done
         self._advance(jobs, counts)
+        finished = [i for i, job in enumerate(jobs) if job.position == len(job.request.prompt)]
         for i, job in enumerate(jobs):
-            job.state = state if len(jobs) == 1 else state.select([i])
             border = self.prompts.border(job)
+            alone = border is not None or i not in finished  # the others' rows go into the batch all at once
+            job.state = None if not alone else state if len(jobs) == 1 else state.select([i])
             if border is not None:
                 self.active.snapshot(job, border)
-        finished = [i for i, job in enumerate(jobs) if job.position == len(job.request.prompt)]
         if finished:
             through = [jobs[i] for i in finished]
             self.active.reading = [job for job in self.active.reading if job not in through]
             pick(through, logits[finished, 0, : self.vocab].float())
-            through = [job for job in through if not job.request.done]
-            if through:
-                self.active.join(through)
+            rows = [i for i in finished if not jobs[i].request.done]
+            if rows:
+                self.active.join([jobs[i] for i in rows], [state if len(rows) == len(jobs) else state.select(rows)])
 
     def check(self) -> None:
         """The next tokens of those for which some were proposed."""

@@ -12,7 +12,7 @@ from ssmkernels import native
 from ssmkernels.native.prepared import Program
 from ssmzoo import decoding
 from ssmzoo.decoding.parts import Parts
-from ssmzoo.model import SequenceModel
+from ssmzoo.model import ModelState, SequenceModel
 from ssmzoo.state import State
 
 
@@ -108,6 +108,21 @@ def test_what_short_prompts_leave_of_a_step_goes_to_the_earliest(name, lengths, 
     worker.run()
     for prompt, request in zip(prompts, found, strict=True):
         assert request.tokens == alone(model, prompt, 2, {"temperature": 0}, None)
+
+
+@pytest.mark.parametrize(("lengths", "chosen"), [([3, 1, 2], []), ([3, 20, 2], [[1], [0, 2]])])
+@pytest.mark.parametrize("name", ["mamba", "hybrid"])
+def test_those_that_have_read_their_prompts_join_in_one_copy(name, lengths, chosen, monkeypatch):
+    model, found = build(name), []
+    select = ModelState.select
+    monkeypatch.setattr(ModelState, "select", lambda self, rows: (found.append(rows), select(self, rows))[1])
+    worker = engine(model, chunk=16, share_prefixes=False)
+    requests = [worker.submit([7] * length, max_tokens=3, temperature=0) for length in lengths]
+    worker.step()
+    assert found == chosen, "rows of the states that the call gives"
+    assert all(job.state is None for job in worker._active.writing)
+    for length, request in zip(lengths, requests, strict=True):
+        assert request.result() == alone(model, [7] * length, 3, {"temperature": 0}, None)
 
 
 def test_a_shared_prefix_is_read_once(read):
@@ -267,7 +282,7 @@ def test_a_run_looks_once_for_each_batch_and_keeps_no_states(monkeypatch):
 
     worker = engine(model, max_batch=4, chunk=512)
     join, keep = worker._active.join, worker._active._keep
-    monkeypatch.setattr(worker._active, "join", lambda jobs: (join(jobs), kept.append(held()))[0])
+    monkeypatch.setattr(worker._active, "join", lambda *given: (join(*given), kept.append(held()))[0])
     monkeypatch.setattr(worker._active, "_keep", lambda rows: (keep(rows), kept.append(held()))[0])
     found = [worker.submit([i, 1, 2], max_tokens=12 + 12 * (i % 2), temperature=0) for i in range(4)]
     worker.run()

@@ -401,9 +401,40 @@ def test_xlstm_trains_while_it_fills_a_cache():
 PACKS = sorted(set(MODELS) - {*OTHERS, "lfm2", "lfm2_moe", "inkling", "inkling2", "glm5_next", "minimax"})
 
 
+@contextlib.contextmanager
+def called_as_before(family):
+    """Layers and models called as transformers 5.15 and 5.16 call them, without ``seq_idx``."""
+
+    def dropping(call):
+        return lambda self, *args, seq_idx=None, **kwargs: call(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, method in DROPPED[family]:
+            kind = getattr(modeling(family), owner)
+            patch.setattr(kind, method, dropping(getattr(kind, method)))
+        yield
+
+
+DROPPED = {
+    "mamba2": [("Mamba2Block", "__call__"), ("Mamba2Mixer", "forward")],
+    "falcon_h1": [("FalconH1DecoderLayer", "__call__"), ("FalconH1Mixer", "forward")],
+    "nemotron_h": [("NemotronHMamba2Mixer", "forward")],
+}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("family", DROPPED)
+def test_packed_sequences_train_where_nobody_hands_them_on(family, checkpointed):
+    check_packed(family, checkpointed, called_as_before)
+
+
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("family", PACKS)
 def test_packed_sequences_train(family, checkpointed):
+    check_packed(family, checkpointed)
+
+
+def check_packed(family, checkpointed, calling=contextlib.nullcontext):
     model, lengths = made(family), (5, 1, 11)
     ids = torch.randint(1, 50, (1, sum(lengths)))
     weight = torch.randn(1, sum(lengths), 50)
@@ -422,7 +453,7 @@ def test_packed_sequences_train(family, checkpointed):
     if family == "granitemoehybrid":  # whose attention looks at no positions
         blocks = torch.block_diag(*(torch.ones(n, n) for n in lengths)).tril().bool()
         options["attention_mask"] = {"full_attention": blocks[None, None], "linear_attention": None}
-    with only_ours(family):
+    with only_ours(family), calling(family):
         logits = model(ids, use_cache=False, **options).logits
         (logits * weight).sum().backward()
     close("the logits", logits.detach(), torch.cat(alone, dim=1).detach())

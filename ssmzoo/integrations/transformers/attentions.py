@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +13,8 @@ from ssmkernels.native import eager
 from ssmzoo.integrations.transformers.layers import Function
 
 FEW = 2**9  # tokens below which PyTorch's own takes about as long, with gradients
+
+OPTIONS = ("cache", "position_bias", "s_aux", "softcap")  # of transformers, which it computes, refuses or passes over
 
 # The families with layers of attention, which look it up by the name in their config
 FAMILIES = frozenset(
@@ -40,8 +43,24 @@ class _Interfaces:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._own, name)
 
-    def __getitem__(self, name: str) -> Any:
-        return self._own[name]
+    def __getitem__(self, name: str) -> Function:
+        found: Function = self._own[name]
+        return found
+
+    def __setitem__(self, name: str, function: Function) -> None:
+        self._own[name] = function
+
+    def __delitem__(self, name: str) -> None:
+        del self._own[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._own
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._own)
+
+    def __len__(self) -> int:
+        return len(self._own)
 
 
 def causal(
@@ -58,8 +77,8 @@ def causal(
 ) -> tuple[Tensor, None]:
     """Attention of ``(b, h, l, d)``, ``(b, l, h, d)``; transformers' own where masks or anything else is asked for."""
     one_way = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    asked = any(kwargs.get(name) not in (None, False) for name in ("cache", "softcap", "output_attentions"))
-    plain = attention_mask is None and kwargs.get("position_bias") is None and not dropout and not asked
+    asked = any(kwargs.get(name) is not None for name in OPTIONS) or kwargs.get("output_attentions")
+    plain = attention_mask is None and not dropout and not asked
     if plain and one_way is True and _ours(query, key, value):
         q, k, v = (t.transpose(1, 2) for t in (query, key, value))
         y = attention(q, k, v, causal=True, scale=scaling, implementation="cpu")

@@ -126,6 +126,21 @@ def selective_scan_fn(*args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, Tenso
     return y, last if run is None else last[run[:, -1]]
 
 
+_bind_chunks = Binder(inspect.signature(mamba_ssm.mamba_chunk_scan_combined))
+
+
+@functools.wraps(mamba_ssm.mamba_chunk_scan_combined, assigned=())  # the signature alone
+def mamba_chunk_scan_combined(*args: Any, **kwargs: Any) -> Any:
+    """Keeps to the sequences of the layer that calls it, which transformers 5.15 and 5.16 do not hand on."""
+    seq_idx = current().seq_idx
+    if seq_idx is None:
+        return mamba_ssm.mamba_chunk_scan_combined(*args, **kwargs)
+    given = _bind_chunks(args, kwargs)
+    if given["seq_idx"] is None:
+        given["seq_idx"] = seq_idx
+    return mamba_ssm.mamba_chunk_scan_combined(**given)
+
+
 def unfused(*args: Any, **kwargs: Any) -> None:
     """Has the layer go through its own steps, each of which is one of our functions.
 
@@ -142,7 +157,7 @@ _FUNCTIONS = {
     ("mamba_ssm", "selective_state_update"): Supplied(
         mamba_ssm.selective_state_update, f"ssmkernels.selective_scan_step{_SMALL}", (0, "state")
     ),
-    ("mamba_ssm", "mamba_chunk_scan_combined"): Supplied(mamba_ssm.mamba_chunk_scan_combined, "ssmkernels.ssd"),
+    ("mamba_ssm", "mamba_chunk_scan_combined"): Supplied(mamba_chunk_scan_combined, "ssmkernels.ssd"),
     ("fla", "chunk_gated_delta_rule"): Supplied(fla.chunk_gated_delta_rule, "ssmkernels.delta_rule"),
     ("fla", "fused_recurrent_gated_delta_rule"): Supplied(
         fla.fused_recurrent_gated_delta_rule, f"ssmkernels.delta_rule_step{_SMALL}", (5, "initial_state")

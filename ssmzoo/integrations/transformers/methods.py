@@ -68,6 +68,8 @@ METHODS: dict[str, tuple[Method, ...]] = {
     "falcon_mamba": _mixing("FalconMambaMixer")
     + _dropping("FalconMambaForCausalLM", "FalconMambaModel", block="FalconMambaBlock"),
     "mamba2": _dropping("Mamba2ForCausalLM", "Mamba2Model", block="Mamba2Block"),
+    "falcon_h1": _dropping("FalconH1Model", block="FalconH1DecoderLayer"),  # until transformers 5.16, as the next
+    "nemotron_h": (Method("NemotronHBlock", "forward", telling, _TELLS),),
     "jamba": (*_mixing("JambaMambaMixer"), Method("JambaMambaDecoderLayer", "forward", telling, _TELLS)),
     "zamba": _mixing("ZambaMambaMixer"),
     "recurrent_gemma": (Method("RecurrentGemmaRglru", "_rnn_scan", rnn_scan, "ssmkernels.linear_recurrence"),),

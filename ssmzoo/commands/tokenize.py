@@ -66,9 +66,12 @@ def named(sources: list[str]) -> list[str] | dict[str, str]:
     Raises:
         ValueError: some have a name and others have none, or two have the same.
     """
+    from ssmzoo.train.corpora.hub import is_hub
+
     pairs = [source.partition("=") for source in sources]
     with_name = [
-        bool(equals) and not Path(source).exists() for source, (_, equals, _) in zip(sources, pairs, strict=True)
+        bool(equals) and not is_hub(source) and not Path(source).exists()
+        for source, (_, equals, _) in zip(sources, pairs, strict=True)
     ]
     if not any(with_name):
         return sources

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import socket
 import subprocess
 import sys
 
@@ -28,7 +30,7 @@ def _commit(repository, revision):
     if repository not in _hub():
         raise FileNotFoundError(f"Dataset '{repository}' doesn't exist on the Hub or cannot be accessed.")
     found = _hub()[repository]
-    name = revision or found["newest"]
+    name = found["newest"] if revision in (None, "newest") else revision
     if name not in found:
         raise FileNotFoundError(f"Revision '{revision}' doesn't exist for dataset '{repository}' on the Hub.")
     return name, found[name]
@@ -44,13 +46,16 @@ def load_dataset_builder(repository, config=None, revision=None):
     if config not in configs:
         raise ValueError(f"BuilderConfig '{config}' not found. Available: {list(configs)}")
 
+    size = _hub()[repository].get("bytes")
+    splits = None if size is None else {split: SimpleNamespace(num_bytes=size) for split in configs[config]}
+
     def streaming(split):
         if split not in configs[config]:
             raise ValueError(f"Bad split: {split}. Available splits: {list(configs[config])}")
         return Stream(configs[config][split])
 
     return SimpleNamespace(
-        hash=name, config=SimpleNamespace(name=config), info=SimpleNamespace(splits=None),
+        hash=name, config=SimpleNamespace(name=config), info=SimpleNamespace(splits=splits),
         as_streaming_dataset=streaming,
     )
 
@@ -90,6 +95,7 @@ def fake(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(package.parent)
     monkeypatch.delitem(sys.modules, "datasets", raising=False)
     monkeypatch.setenv("FAKE_HUB", str(place))
+    monkeypatch.setattr(hub, "_check_reach", lambda source, repository: None)
 
     def put(**repositories):
         hub._stream.cache_clear()
@@ -130,6 +136,62 @@ def test_configurations_splits_and_names(tmp_path, fake):
     named = command.named(["web=datasets:o/m:test", "code=datasets:o/n:a"])
     assert tokenize(named, tmp_path / "mixed", workers=1).sources == ["web", "code"]
     assert documents(tmp_path / "mixed") == ["last", "a"]
+
+
+@pytest.mark.parametrize("name", ["My Config", "en (US)", "zh-CN,à", "a=b"])
+def test_names_of_configurations_have_spaces_and_more(tmp_path, fake, name):
+    fake(
+        n={"newest": "c1", "c1": {name: FIRST["default"]}},
+        m={"newest": "c1", "c1": {"other": {}, name: {"x": [rows("m")]}}},
+    )
+    for source, wanted in (("n", "one"), (f"n:{name}", "one"), (f"m:{name}:x", "m")):
+        out = tmp_path / source
+        tokenize(command.named([f"datasets:o/{source}"]), out, workers=1)
+        assert documents(out)[0] == wanted
+
+
+def test_files_of_unknown_sizes_are_parts_and_small_ones_share_one(tmp_path, fake):
+    for i, (size, shards) in enumerate(
+        [(None, 3), (24, 1), (0, 3), (-5, 3), ("many", 3), (math.nan, 3), (2**99, 3), (True, 3)]
+    ):
+        fake(n={"newest": "c1", "c1": FIRST, "bytes": size})
+        made = tokenize("datasets:o/n", tmp_path / str(i), workers=1)
+        assert len(made.shards) == shards, size
+        assert documents(tmp_path / str(i)) == ["one", "two\nlines", "café"]
+
+
+def test_a_branch_that_moves_leaves_a_corpus_at_its_commit(tmp_path, fake):
+    tokenize("datasets:o/n@newest", tmp_path / "out", workers=1)
+    fake(n={"newest": "c2", "c1": FIRST, "c2": {"default": {"train": [rows("another")]}}})
+    assert tokenize("datasets:o/n@newest", tmp_path / "out", workers=1).made_from["datasets:o/n@newest"] == "c1"
+    assert tokenize("datasets:o/n@newest", tmp_path / "new", workers=1).made_from["datasets:o/n@newest"] == "c2"
+
+
+@pytest.mark.parametrize("row", [None, 3, "text", ["text"]])
+def test_rows_have_columns(tmp_path, fake, row):
+    fake(n={"newest": "c1", "c1": {"default": {"train": [[*rows("one"), row, *rows("two")]]}}})
+    with pytest.raises(ValueError, match=f"must have rows of named columns; got {type(row).__name__}"):
+        tokenize("datasets:o/n", tmp_path / "out", workers=1)
+
+
+def test_a_text_beyond_memory_is_refused(tmp_path, fake, monkeypatch):
+    monkeypatch.setattr(hub, "LONGEST", 40)
+    fake(n={"newest": "c1", "c1": {"default": {"train": [rows("é" * 20)], "x": [rows("é" * 21)]}}})
+    assert tokenize("datasets:o/n", tmp_path / "out", workers=1).bytes == 40
+    with pytest.raises(ValueError, match="must have at most 40 bytes in a row of 'text'; got more"):
+        tokenize("datasets:o/n:x", tmp_path / "new", workers=1)
+
+
+def test_a_hub_out_of_reach_is_told_at_once(monkeypatch):
+    constants = pytest.importorskip("huggingface_hub.constants", reason="needs huggingface_hub")
+    with socket.socket() as listener:  # a port where nobody listens once it is closed
+        listener.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{listener.getsockname()[1]}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(ConnectionError, match="datasets:o/n is out of reach: .*Call again to go on"):
+        hub._check_reach("datasets:o/n", "o/n")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # the cache may have it
+    hub._check_reach("datasets:o/n", "o/n")
 
 
 def test_what_breaks_off_goes_on_at_the_same_commit(tmp_path, fake, monkeypatch):

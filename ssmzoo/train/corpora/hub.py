@@ -15,7 +15,11 @@ from typing import Any, NamedTuple
 PREFIX = "datasets:"
 LEAST = 4  # the first version that cannot run a repository's code
 WORD = r"[\w.+-]+"
-SOURCE = re.compile(rf"{PREFIX}({WORD}(?:/{WORD})?)(?:@([\w./+-]+))?((?::{WORD}){{0,2}})")
+NAME = r"[^:/\\\x00-\x1f\x7f]+"  # of a configuration or a split, where datasets allows spaces and more
+SOURCE = re.compile(rf"{PREFIX}({WORD}(?:/{WORD})?)(?:@([\w./+-]+))?((?::{NAME}){{0,2}})")
+PATIENCE = 10  # seconds for the hub's first answer
+LONGEST = 2**30  # bytes of a document
+END = object()
 FORM = "datasets:OWNER/NAME, with @REVISION, :CONFIG and :SPLIT after it if need be"
 
 
@@ -27,7 +31,7 @@ class Split(NamedTuple):
         revision: the commit.
         config, split: names in it.
         files: how many data files it has.
-        size: bytes, as far as its description says.
+        size: bytes of its text, if its description says it; or else 0.
     """
 
     repository: str
@@ -62,7 +66,7 @@ def found(source: str, pinned: str | None) -> Split:
 
     Args:
         source: of the form above.
-        pinned: the commit that it had before, where a corpus has been begun; for a source without a revision.
+        pinned: the commit that it had before, where a corpus has been begun: a branch may have moved since.
 
     Raises:
         ImportError: the package is not installed, or so old that it could run code of the repository.
@@ -73,8 +77,9 @@ def found(source: str, pinned: str | None) -> Split:
     repository, revision, words = _parsed(source)
     if Path(repository).exists():
         raise ValueError(f"tokenize: `sources` has {source!r}, and {repository} is here: name it without {PREFIX}")
-    revision = revision or pinned
+    revision = pinned or revision
     datasets = _package(source)
+    _check_reach(source, repository)
     config, split = (*words, None, None)[:2]
     with _told(source):
         if len(words) == 1 and words[0] not in datasets.get_dataset_config_names(repository, revision=revision):
@@ -83,8 +88,9 @@ def found(source: str, pinned: str | None) -> Split:
         split = split or "train"
         files = builder.as_streaming_dataset(split=split).num_shards
     described = (builder.info.splits or {}).get(split)
-    size = max(files, getattr(described, "num_bytes", 0) or 0)
-    return Split(repository, builder.hash, builder.config.name, split, files, size)
+    size = getattr(described, "num_bytes", None)  # anybody wrote it, and anything
+    known = isinstance(size, int) and not isinstance(size, bool) and 0 < size < 2**63
+    return Split(repository, builder.hash, builder.config.name, split, files, size if known else 0)
 
 
 def texts(address: str, number: int, key: str) -> Iterator[str]:
@@ -96,7 +102,7 @@ def texts(address: str, number: int, key: str) -> Iterator[str]:
         key: the column.
 
     Raises:
-        ValueError: there is no such column of text, or the file is damaged.
+        ValueError: there is no such column of text, a text is too long, or the file is damaged.
         ConnectionError: the hub is out of reach.
     """
     stream = _stream(address)
@@ -106,15 +112,20 @@ def texts(address: str, number: int, key: str) -> Iterator[str]:
     rows = iter(stream.shard(num_shards=stream.num_shards, index=number))
     while True:
         with _told(address):
-            row = next(rows, None)
-        if row is None:
+            row = next(rows, END)
+        if row is END:
             return
+        if not isinstance(row, dict):
+            raise ValueError(f"{address} must have rows of named columns; got {type(row).__name__}")
         _check(address, key, list(row))
-        if row[key] is not None and not isinstance(row[key], str):
-            got = type(row[key]).__name__
-            raise ValueError(f"{address} must have text in the column {key!r:.80} (--key); got {got}")
-        if row[key] is not None:
-            yield row[key]
+        text = row[key]
+        if text is None:
+            continue
+        if not isinstance(text, str):
+            raise ValueError(f"{address} must have text in the column {key!r:.80} (--key); got {type(text).__name__}")
+        if len(text) > LONGEST // 4 and len(text.encode(errors="replace")) > LONGEST:
+            raise ValueError(f"{address} must have at most {LONGEST} bytes in a row of {key!r:.80}; got more")
+        yield text
 
 
 def _check(address: str, key: str, columns: list[str]) -> None:
@@ -141,6 +152,23 @@ def _stream(address: str) -> Any:
     if builder.hash != revision:
         raise FileNotFoundError(f"{address} is out of reach, and what the cache has is of {builder.hash}")
     return stream
+
+
+def _check_reach(source: str, repository: str) -> None:
+    """One request, as ``datasets`` makes each of many six times, minutes long, before it says that nobody is there.
+
+    Raises:
+        ConnectionError: the hub is out of reach, and not because the package is told to be offline.
+    """
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        with _told(source):
+            HfApi().dataset_info(repository, timeout=PATIENCE)
+    except (FileNotFoundError, ValueError):  # there is an answer: datasets tells more about it
+        pass
 
 
 def _package(source: str) -> Any:

@@ -148,8 +148,8 @@ def documents(piece: Piece, key: str) -> Iterator[tuple[str, bool]]:
 def _pieces(path: Path | hub.Split, size: int) -> Iterator[tuple[Piece, int]]:
     """A file's pieces, and how many bytes each has."""
     if isinstance(path, hub.Split):
-        for i in range(path.files):
-            yield Piece(path.address, i, i + 1), path.size // path.files
+        for i in range(path.files):  # of unknown sizes each is a part, so that processes share them
+            yield Piece(path.address, i, i + 1), path.size // path.files if path.size else size
         return
     name, length = path.name, path.stat().st_size
     if name.endswith((*GZIP, *ZSTD)):

@@ -85,6 +85,7 @@ MESHES = [
     {"tensor": 2},
     {"tensor": 2, "compile": True},
     {"shard": 2, "context": 2},
+    {"context": 2, "tensor": 2},
     {"data": 2, "tensor": 2},
     {"data": 2, "context": 2, "tensor": 2},
 ]

@@ -14,14 +14,11 @@ from ssmkernels.ops.attention import attention
 from ssmkernels.ops.attention._arguments import bounds
 from ssmkernels.ops.attention.reference import distances, in_window
 
+# As many keys m as queries l where it is None, and values as wide as keys where v is
+SIZES = {"b": 2, "l": 13, "m": None, "h": 4, "h_kv": 2, "k": 8, "v": None}
+
 BASE = {
-    "b": 2,
-    "l": 13,
-    "m": None,  # keys; None for l
-    "h": 4,
-    "h_kv": 2,
-    "k": 8,
-    "v": None,  # head dim of the values; None for k
+    **SIZES,
     "causal": True,
     "window": None,
     "scale": None,

@@ -9,13 +9,10 @@ import torch.nn.functional as F
 from ssmkernels.check.spec import Case, Draw, Spec
 from ssmkernels.check.steps import step_of
 
+SIZES = {"b": 2, "l": 13, "h": 4, "g": 2, "k": 5, "v": 3}
+
 BASE = {
-    "b": 2,
-    "l": 13,
-    "h": 4,
-    "g": 2,
-    "k": 5,
-    "v": 3,
+    **SIZES,
     "decay": "h",  # one a head, "k": one a key channel, "": none
     "strength": 1.0,  # scale of the log decay
     "wall": False,  # log decays of 0, -100 and -inf among the others

@@ -6,14 +6,10 @@ from typing import Any
 
 from ssmkernels.check.spec import Case, Draw, Spec
 
+SIZES = {"b": 2, "m": 5, "h": 4, "g": 2, "k": 5, "v": 3, "w": 4}  # m is the width of the layer
+
 BASE = {
-    "b": 2,
-    "m": 5,  # width of the layer
-    "h": 4,
-    "g": 2,
-    "k": 5,
-    "v": 3,
-    "w": 4,
+    **SIZES,
     "beta_scale": 1.0,
     "eps": 1e-5,
     "weights": "same",  # or "float32" beside half precision: all that may stay so
@@ -38,10 +34,8 @@ ROWS = (
     {"m": 1},
     {"m": 64, "h": 8, "k": 16, "v": 16, "b": 3},
     {"weights": "float32"},
-    {"x": 1e2},
-    {"x": 1e-3},
-    {"layout": "strided"},
-    {"layout": "far"},
+    *({"x": size} for size in (1e2, 1e-3)),
+    *({"layout": layout} for layout in ("strided", "far")),
 )
 
 

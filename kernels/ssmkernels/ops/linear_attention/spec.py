@@ -8,13 +8,10 @@ from typing import Any
 from ssmkernels.check.spec import Case, Draw, Spec
 from ssmkernels.check.steps import step_of
 
+SIZES = {"b": 2, "l": 13, "h": 4, "g": 2, "k": 5, "v": 3}
+
 BASE = {
-    "b": 2,
-    "l": 13,
-    "h": 4,
-    "g": 2,
-    "k": 5,
-    "v": 3,
+    **SIZES,
     "decay": "key",  # what has one: each key channel, each "token" of a head, each "head"; "" for none
     "rate": 1.0,  # scale of the decays' logarithms
     "off": 0.0,  # which part of the decays is -∞

@@ -7,14 +7,10 @@ from typing import Any
 
 from ssmkernels.check.spec import Case, Draw, Spec
 
+SIZES = {"b": 2, "m": 5, "h": 4, "p": 3, "n": 5, "g": 2, "w": 4}  # m is the width of the layer
+
 BASE = {
-    "b": 2,
-    "m": 5,  # width of the layer
-    "h": 4,
-    "p": 3,
-    "n": 5,
-    "g": 2,
-    "w": 4,
+    **SIZES,
     "mlp": 0,  # channels of the MLP beside the heads
     "D": "h",  # its shape in letters
     "bias": True,  # of the convolution
@@ -59,11 +55,9 @@ ROWS = (
     {"m": 1},
     {"m": 64, "h": 8, "p": 16, "n": 16, "b": 3},
     {"weights": "float32"},
-    {"x": 1e2},
-    {"x": 1e-3},
+    *({"x": size} for size in (1e2, 1e-3)),
     {"dt": 30.0},
-    {"layout": "strided"},
-    {"layout": "far"},
+    *({"layout": layout} for layout in ("strided", "far")),
 )
 
 

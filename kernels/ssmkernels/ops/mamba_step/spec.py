@@ -6,13 +6,10 @@ from typing import Any
 
 from ssmkernels.check.spec import Case, Draw, Spec
 
+SIZES = {"b": 2, "m": 5, "d": 6, "n": 4, "w": 4, "r": 3}  # m is the width of the layer, r the rank of Δ
+
 BASE = {
-    "b": 2,
-    "m": 5,  # width of the layer
-    "d": 6,
-    "n": 4,
-    "w": 4,
-    "r": 3,  # rank of Δ
+    **SIZES,
     "bias": True,  # of the convolution
     "biases": True,  # of the outer projections
     "norm_eps": None,
@@ -49,11 +46,9 @@ ROWS = (
     {"norm_eps": 0.1, "n": 16, "r": 17, "b": 3},
     {"weights": "float32"},
     {"weights": "float32", "norm_eps": 1e-5},
-    {"x": 1e2},
-    {"x": 1e-3},
+    *({"x": size} for size in (1e2, 1e-3)),
     {"dt": 30.0},
-    {"layout": "strided"},
-    {"layout": "far"},
+    *({"layout": layout} for layout in ("strided", "far")),
 )
 
 

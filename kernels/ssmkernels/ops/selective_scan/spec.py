@@ -9,6 +9,8 @@ import torch
 from ssmkernels.check.spec import Case, Draw, Spec
 from ssmkernels.check.steps import step_of
 
+SCALES = {"delta": 1.0, "decay": 1.0, "x": 1.0}  # of the step sizes, A and u
+
 BASE = {
     "b": 2,
     "l": 13,
@@ -26,16 +28,12 @@ BASE = {
     "state": True,
     "packed": False,
     "weights": "float32",  # of A, D and the bias beside half precision; or "same"
-    "delta": 1.0,  # scale of the step sizes
-    "decay": 1.0,  # scale of A
-    "x": 1.0,  # scale of u
+    **SCALES,
 }
 
 ROWS: tuple[Case, ...] = (
     {"D": False, "z": False, "bias": False, "softplus": False, "state": False},
-    {"l": 0},
-    {"l": 1},
-    {"l": 2},
+    *({"l": l} for l in (0, 1, 2)),
     {"l": 63, "d": 3},
     {"l": 64, "d": 3},
     {"l": 65, "d": 3},
@@ -68,11 +66,7 @@ ROWS: tuple[Case, ...] = (
     {"complex": True, "frequency": 1e3, "decay": 1e-3},
     {"complex": True, "delta": 30.0},
     {"complex": True, "layout": "strided"},
-    {"z": False},
-    {"D": False},
-    {"bias": False},
-    {"softplus": False},
-    {"state": False},
+    *({name: False} for name in ("z", "D", "bias", "softplus", "state")),
     {"b": 1, "packed": True, "l": 21},
     {"b": 1, "packed": True, "l": 21, "state": False, "g": 2},
     {"weights": "same"},

@@ -8,6 +8,8 @@ from typing import Any
 from ssmkernels.check.spec import Case, Draw, Spec
 from ssmkernels.check.steps import step_of
 
+SCALES = {"delta": 1.0, "decay": 1.0, "x": 1.0}  # of the step sizes, A and x
+
 BASE = {
     "b": 2,
     "l": 13,
@@ -24,16 +26,12 @@ BASE = {
     "state": True,
     "packed": False,
     "weights": "float32",  # of A, D and the bias beside half precision; or "same"
-    "delta": 1.0,  # scale of the step sizes
-    "decay": 1.0,  # scale of A
-    "x": 1.0,  # scale of x
+    **SCALES,
 }
 
 ROWS = (
     {"D": "", "z": False, "bias": False, "softplus": False, "state": False},
-    {"l": 0},
-    {"l": 1},
-    {"l": 2},
+    *({"l": l} for l in (0, 1, 2)),
     {"l": 63, "h": 2, "g": 1},
     {"l": 64, "h": 2, "g": 1},
     {"l": 65, "h": 2, "g": 1},
@@ -56,10 +54,7 @@ ROWS = (
     {"n": 33},
     {"D": "hp"},
     {"D": ""},
-    {"z": False},
-    {"bias": False},
-    {"softplus": False},
-    {"state": False},
+    *({name: False} for name in ("z", "bias", "softplus", "state")),
     {"limit": (0.3, 0.9)},
     {"limit": (0.3, 0.9), "softplus": False, "bias": False},
     {"limit": (0.5, 0.5)},

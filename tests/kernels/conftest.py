@@ -88,6 +88,17 @@ def assert_same() -> Callable[..., None]:
 
 
 @pytest.fixture
+def assert_repeats() -> Callable[..., None]:
+    """``assert_repeats(function, **arguments)``: a second call gives the same bits, of outputs and gradients."""
+
+    def check(function: Callable[..., Any], /, **arguments: Any) -> None:
+        first, second = _run(function, arguments), _run(function, arguments)
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+    return check
+
+
+@pytest.fixture
 def assert_in_budget() -> Callable[..., None]:
     """``assert_in_budget(function, reference, **arguments)``: nearly as close to the truth as the reference.
 

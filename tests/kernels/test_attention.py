@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import functools
 import gc
 import pathlib
 import re
@@ -10,16 +9,15 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from implementations import each_of, implemented
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssmkernels import OPS, attention, explain, merge_attention
 from ssmkernels.masks import from_function, random_blocks, window
 from ssmkernels.ops.attention import _parts, sdpa
 
-REFERENCE = functools.partial(attention, implementation="reference")
-SDPA = functools.partial(attention, implementation="sdpa")
-TILED = functools.partial(attention, implementation="tiled")
-EITHER = pytest.mark.parametrize("attend", [REFERENCE, SDPA, TILED], ids=["reference", "sdpa", "tiled"])
+REFERENCE, SDPA, TILED = implemented(attention, "reference", "sdpa", "tiled")
+EITHER = each_of("attend", [REFERENCE, SDPA, TILED])
 
 # A base case, and what each further one varies.
 CASES = {
@@ -349,10 +347,8 @@ def test_the_future_changes_nothing(attend, arguments):
 
 
 @EITHER
-def test_twice_the_same_bits(attend, arguments, run):
-    made = arguments(torch.float32, l=131, window=(9, 9), alibi=True)
-    first, second = run(attend, **made), run(attend, **made)
-    assert all(torch.equal(first[name], second[name]) for name in first)
+def test_twice_the_same_bits(attend, arguments, assert_repeats):
+    assert_repeats(attend, **arguments(torch.float32, l=131, window=(9, 9), alibi=True))
 
 
 @pytest.mark.parametrize(
@@ -386,7 +382,7 @@ def test_everything_compiles(arguments, assert_compiles):
     assert_compiles(with_lse, **arguments(torch.float32, **OF_REFERENCE["everything, packed"]))
 
 
-@pytest.mark.parametrize("attend", [REFERENCE, TILED], ids=["reference", "tiled"])
+@each_of("attend", [REFERENCE, TILED])
 def test_block_masks_compile(attend, arguments, assert_compiles):
     assert_compiles(attend, **arguments(torch.float32, **MASKED["mask, everything"]))
 

@@ -184,34 +184,14 @@ def test_the_step_has_gradients(randn):
         ({"x": None}, TypeError, "`x` must be a tensor"),
         ({"x": torch.zeros(17, 3)}, ValueError, r"`x` must have shape \(b l d\); got \(17, 3\)"),
         ({"x": torch.zeros(2, 17, 3, dtype=torch.int64)}, TypeError, "`x` must be float32 or .*; got int64"),
-        (
-            {"weight": torch.zeros(3, 1, 4)},
-            ValueError,
-            r"`weight` must have shape \(d w\) .*; got \(3, 1, 4\)",
-        ),
-        (
-            {"weight": torch.zeros(3, 0)},
-            ValueError,
-            r"`weight` \(d w\) must be at least 1 wide; got \(3, 0\)",
-        ),
+        ({"weight": torch.zeros(3, 1, 4)}, ValueError, r"`weight` must have shape \(d w\) .*; got \(3, 1, 4\)"),
+        ({"weight": torch.zeros(3, 0)}, ValueError, r"`weight` \(d w\) must be at least 1 wide; got \(3, 0\)"),
         ({"weight": torch.zeros(3, 4).half()}, TypeError, "`weight` must be float32; got float16"),
         ({"bias": torch.zeros(4)}, ValueError, r"`bias` must have shape \(d\) with d=3; got \(4,\)"),
         ({"activation": "relu"}, ValueError, "`activation` must be None or 'silu'; got 'relu'"),
-        (
-            {"initial_state": torch.zeros(2, 4, 3)},
-            ValueError,
-            r"shape \(s w-1 d\) with s=2, w=4, d=3; got \(2, 4, 3\)",
-        ),
-        (
-            {"initial_state": torch.zeros(2, 3, 3).half()},
-            TypeError,
-            "`initial_state` must be float32; got float16",
-        ),
-        (
-            {"cu_seqlens": torch.tensor([0, 17])},
-            TypeError,
-            "`cu_seqlens` must be an int32 tensor; got torch.int64",
-        ),
+        ({"initial_state": torch.zeros(2, 4, 3)}, ValueError, r"shape \(s w-1 d\) with s=2, w=4, d=3; got \(2, 4, 3\)"),
+        ({"initial_state": torch.zeros(2, 3, 3).half()}, TypeError, "`initial_state` must be float32; got float16"),
+        ({"cu_seqlens": torch.tensor([0, 17])}, TypeError, "`cu_seqlens` must be an int32 tensor; got torch.int64"),
     ],
 )
 def test_errors(changes, error, match, arguments):

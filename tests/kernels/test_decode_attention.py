@@ -1,18 +1,15 @@
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 import torch.nn.functional as F
+from implementations import each_of, implemented
 
 from ssmkernels import OPS, attention, decode_attention, explain, native
 
-REFERENCE = functools.partial(decode_attention, implementation="reference")
-SDPA = functools.partial(decode_attention, implementation="sdpa")
-CPU = functools.partial(decode_attention, implementation="cpu")
+REFERENCE, SDPA, CPU = implemented(decode_attention, "reference", "sdpa", "cpu")
 needs_native = pytest.mark.skipif(bool(native.missing()), reason=f"needs the native CPU library: {native.missing()}")
-EITHER = pytest.mark.parametrize("decode", [REFERENCE, SDPA], ids=["reference", "sdpa"])
+EITHER = each_of("decode", [REFERENCE, SDPA])
 
 # A base case, and what each further one varies.
 CASES = {
@@ -39,22 +36,13 @@ CASES = {
 CASES_OF_SDPA = [case for case, options in CASES.items() if not {"softcap", "sinks"} & options.keys()]
 
 
+SIZES = {"l": 1, "m": 11, "h": 4, "h_kv": 2, "k": 5, "v": 3}
+
+
 @pytest.fixture
 def arguments(randn):
-    def make(
-        dtype=torch.float64,
-        *,
-        l=1,
-        m=11,
-        h=4,
-        h_kv=2,
-        k=5,
-        v=3,
-        lengths=(7, 1, 11),
-        alibi=False,
-        sinks=False,
-        **options,
-    ):
+    def make(dtype=torch.float64, *, lengths=(7, 1, 11), alibi=False, sinks=False, **options):
+        l, m, h, h_kv, k, v = (options.pop(name, size) for name, size in SIZES.items())
         s, wide = len(lengths), torch.promote_types(dtype, torch.float32)
         made = {
             "q": randn(s, l, h, k, dtype=dtype),

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 import torch.nn.functional as F
-from implementations import every_implementation
+from implementations import every_implementation, with_final_state
 
 from ssmkernels import delta_rule, native
 
 EVERY = every_implementation("delta_rule")
+rule = with_final_state(delta_rule)
 DECAYS = pytest.mark.parametrize("decay", ["none", "head", "key"])
-
-
-@pytest.fixture
-def rule(implementation):
-    return functools.partial(delta_rule, implementation=implementation, return_final_state=True)
 
 
 @pytest.fixture

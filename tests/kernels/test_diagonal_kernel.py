@@ -303,10 +303,8 @@ def test_any_strides(kernel, arguments, run, assert_same, spread):
 
 
 @EITHER
-def test_twice_the_same_bits(kernel, arguments, run):
-    made = arguments(torch.float32, length=131)
-    first, second = run(kernel, **made), run(kernel, **made)
-    assert all(torch.equal(first[name], second[name]) for name in first)
+def test_twice_the_same_bits(kernel, arguments, assert_repeats):
+    assert_repeats(kernel, **arguments(torch.float32, length=131))
 
 
 @EITHER

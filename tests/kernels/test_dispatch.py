@@ -124,13 +124,16 @@ def test_use_leaves_ops_alone_that_have_no_such_implementation(toy):
         assert ran(toy) == QUICK
 
 
+def check_variable(toy, monkeypatch, name, chosen):
+    """The variable's values, one after another, lead to these implementations."""
+    for value, implementation in chosen.items():
+        monkeypatch.setenv(name, value)
+        assert ran(toy) == implementation
+
+
 def test_the_environment(toy, monkeypatch):
-    monkeypatch.setenv("SSMZOO_IMPLEMENTATION", "steady")
-    assert ran(toy) == STEADY
-    monkeypatch.setenv("SSMZOO_IMPLEMENTATION", f"reference, {toy.name}=steady")
-    assert ran(toy) == STEADY
-    monkeypatch.setenv("SSMZOO_IMPLEMENTATION", "selective_scan=tiled")
-    assert ran(toy) == QUICK
+    chosen = {"steady": STEADY, f"reference, {toy.name}=steady": STEADY, "selective_scan=tiled": QUICK}
+    check_variable(toy, monkeypatch, "SSMZOO_IMPLEMENTATION", chosen)
     monkeypatch.setenv("SSMZOO_IMPLEMENTATION", "steady")
     with use("reference"):
         assert ran(toy) == REFERENCE
@@ -138,12 +141,8 @@ def test_the_environment(toy, monkeypatch):
 
 
 def test_disable(toy, monkeypatch):
-    monkeypatch.setenv("SSMZOO_DISABLE", "quick")
-    assert ran(toy) == STEADY
-    monkeypatch.setenv("SSMZOO_DISABLE", f"quick:{toy.name},steady")
-    assert ran(toy) == REFERENCE
-    monkeypatch.setenv("SSMZOO_DISABLE", "tiled:selective_scan")
-    assert ran(toy) == QUICK
+    left = {"quick": STEADY, f"quick:{toy.name},steady": REFERENCE, "tiled:selective_scan": QUICK}
+    check_variable(toy, monkeypatch, "SSMZOO_DISABLE", left)
     monkeypatch.setenv("SSMZOO_DISABLE", "quick")
     with pytest.raises(ValueError, match=r"'quick' .* cannot run this call: disabled by SSMZOO_DISABLE"):
         toy(EVEN, implementation="quick")

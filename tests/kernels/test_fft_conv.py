@@ -1,19 +1,16 @@
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
+from implementations import each_of, implemented
 
 from ssmkernels import OPS, fft_conv
 from ssmkernels.ops.fft_conv.circle import Circles, fft_size, lay_out
 from ssmkernels.ops.fft_conv.cpu_circles import has_layout
 from ssmkernels.ops.fft_conv.cpu_circles import lay_out as native_layout
 
-REFERENCE = functools.partial(fft_conv, implementation="reference")
-FFT = functools.partial(fft_conv, implementation="fft")
-CPU = functools.partial(fft_conv, implementation="cpu")
-EITHER = pytest.mark.parametrize("convolve", [REFERENCE, FFT, CPU], ids=["reference", "fft", "cpu"])
+REFERENCE, FFT, CPU = implemented(fft_conv, "reference", "fft", "cpu")
+EITHER = each_of("convolve", [REFERENCE, FFT, CPU])
 
 # A base case, and what each further one varies.
 CASES = {
@@ -152,10 +149,8 @@ def test_a_neighbour_that_went_wrong_harms_nobody(convolve, arguments):
 
 
 @EITHER
-def test_twice_the_same_bits(convolve, arguments, run):
-    made = arguments(torch.float32, l=61)
-    first, second = run(convolve, **made), run(convolve, **made)
-    assert all(torch.equal(first[name], second[name]) for name in first)
+def test_twice_the_same_bits(convolve, arguments, assert_repeats):
+    assert_repeats(convolve, **arguments(torch.float32, l=61))
 
 
 @pytest.mark.parametrize("least", [*range(1, 70), 1000, 1025, 32767, 131073])
@@ -200,27 +195,15 @@ def test_opcheck(implementation, case, arguments, opcheck):
     ("changes", "error", "match"),
     [
         ({"u": torch.zeros(2, 17)}, ValueError, r"`u` must have shape \(b l d\); got \(2, 17\)"),
-        (
-            {"u": torch.zeros(2, 17, 3, dtype=torch.complex64)},
-            TypeError,
-            "`u` must be float32 or .*; got complex64",
-        ),
-        (
-            {"kernel": torch.zeros(4, 17)},
-            ValueError,
-            r"`kernel` must have shape \(d l_k\) with d=3; got \(4, 17\)",
-        ),
+        ({"u": torch.zeros(2, 17, 3, dtype=torch.complex64)}, TypeError, "`u` must be float32 or .*; got complex64"),
+        ({"kernel": torch.zeros(4, 17)}, ValueError, r"`kernel` must have shape \(d l_k\) with d=3; got \(4, 17\)"),
         ({"kernel": torch.zeros(3, 17).half()}, TypeError, "`kernel` must be float32; got float16"),
         ({"kernel_reverse": torch.zeros(3)}, ValueError, r"`kernel_reverse` must have shape \(d l_r\)"),
         ({"gate": torch.zeros(2, 16, 3)}, ValueError, r"`gate` must have shape \(b l d\) with b=2, l=17, d=3; got"),
         ({"gate": torch.zeros(2, 17, 3).half()}, TypeError, "`gate` must .*float32"),
         ({"D": 1.0}, TypeError, r"`D` must be a tensor of shape \(d\); got float"),
         ({"cu_seqlens": torch.tensor([0, 17], dtype=torch.int32)}, ValueError, "a batch of 2"),
-        (
-            {"implementation": "ftt"},
-            ValueError,
-            "unknown implementation of fft_conv: 'ftt'. Did you mean 'fft'?",
-        ),
+        ({"implementation": "ftt"}, ValueError, "unknown implementation of fft_conv: 'ftt'. Did you mean 'fft'?"),
     ],
 )
 def test_errors(changes, error, match, arguments):

@@ -7,18 +7,14 @@ import math
 
 import pytest
 import torch
-from implementations import every_implementation
+from implementations import every_implementation, with_final_state
 from linear_attention_parallel import parallel
 
 from ssmkernels import linear_attention, linear_attention_step, native
 
 EVERY = every_implementation("linear_attention")
+scan = with_final_state(linear_attention)
 DECAYS = pytest.mark.parametrize("decay", ["none", "head", "token", "key"])
-
-
-@pytest.fixture
-def scan(implementation):
-    return functools.partial(linear_attention, implementation=implementation, return_final_state=True)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from implementations import every_implementation
+from implementations import every_implementation, with_final_state
 from mamba3_parallel import mamba3_parallel
 
 from ssmkernels import mamba3_scan, mamba3_scan_step, ssd
@@ -15,11 +15,7 @@ from ssmkernels import mamba3_scan, mamba3_scan_step, ssd
 TIMED = ("x", "dt", "A", "B", "C", "trap", "angles", "z")
 STATES = ("state", "angle", "key", "value")
 EVERY = every_implementation("mamba3_scan")
-
-
-@pytest.fixture
-def scan(implementation):
-    return functools.partial(mamba3_scan, implementation=implementation, return_final_state=True)
+scan = with_final_state(mamba3_scan)
 
 
 @pytest.fixture

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 from gradients import check_same_with_gradients, leaves
-from implementations import every_implementation
+from implementations import every_implementation, with_final_state
 
 from ssmkernels import mlstm, mlstm_step, native
 from ssmkernels.ops.mlstm import cpu_arguments
 
 TIMED = ("q", "k", "v", "i", "f")
 EVERY = every_implementation("mlstm")
-
-
-@pytest.fixture
-def memory(implementation):
-    return functools.partial(mlstm, implementation=implementation, return_final_state=True)
+memory = with_final_state(mlstm)
 
 
 @pytest.fixture

@@ -1,18 +1,16 @@
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 import torch.nn.functional as F
 from einops import repeat
+from implementations import each_of, implemented
 
 from ssmkernels import OPS, selective_scan, selective_scan_step
 from ssmkernels.ops.selective_scan import tiled
 
-REFERENCE = functools.partial(selective_scan, implementation="reference", return_final_state=True)
-TILED = functools.partial(selective_scan, implementation="tiled", return_final_state=True)
-EITHER = pytest.mark.parametrize("scan", [REFERENCE, TILED], ids=["reference", "tiled"])
+REFERENCE, TILED = implemented(selective_scan, "reference", "tiled", return_final_state=True)
+EITHER = each_of("scan", [REFERENCE, TILED])
 
 # A base case, and what each further one varies.
 CASES = {
@@ -223,10 +221,8 @@ def test_the_future_changes_nothing(scan, arguments):
 
 
 @EITHER
-def test_twice_the_same_bits(scan, arguments, run):
-    made = arguments(torch.float32, l=131)
-    first, second = run(scan, **made), run(scan, **made)
-    assert all(torch.equal(first[name], second[name]) for name in first)
+def test_twice_the_same_bits(scan, arguments, assert_repeats):
+    assert_repeats(scan, **arguments(torch.float32, l=131))
 
 
 @EITHER
@@ -314,43 +310,15 @@ def test_the_step_compiles(arguments):
             TypeError,
             "`delta` must be float32, as `u` is; got float64",
         ),
-        (
-            {"A": torch.zeros(4, 2)},
-            ValueError,
-            r"`B` must have shape .* with b=2, l=17, n=2, d=4; got \(2, 17, 3\)",
-        ),
-        (
-            {"A": torch.zeros(4, 3, dtype=torch.int64)},
-            TypeError,
-            "`A` must be float32 or complex64; got int64",
-        ),
-        (
-            {"B": torch.zeros(2, 17, 3, 3)},
-            ValueError,
-            "the 3 groups of `B` and `C` must divide the 4 channels",
-        ),
-        (
-            {"B": torch.zeros(2, 17, 3, dtype=torch.complex64)},
-            TypeError,
-            "`B` must be float32; got complex64",
-        ),
+        ({"A": torch.zeros(4, 2)}, ValueError, r"`B` must have shape .* with b=2, l=17, n=2, d=4; got \(2, 17, 3\)"),
+        ({"A": torch.zeros(4, 3, dtype=torch.int64)}, TypeError, "`A` must be float32 or complex64; got int64"),
+        ({"B": torch.zeros(2, 17, 3, 3)}, ValueError, "the 3 groups of `B` and `C` must divide the 4 channels"),
+        ({"B": torch.zeros(2, 17, 3, dtype=torch.complex64)}, TypeError, "`B` must be float32; got complex64"),
         ({"C": torch.zeros(17, 3)}, ValueError, r"`C` must have shape \(b l n\) or \(b l g n\) or \(d n\)"),
         ({"D": torch.zeros(4, 1)}, ValueError, r"`D` must have shape \(d\)"),
-        (
-            {"initial_state": torch.zeros(1, 4, 3)},
-            ValueError,
-            r"`initial_state` must have shape \(s d n\) with s=2",
-        ),
-        (
-            {"initial_state": torch.zeros(2, 4, 3).half()},
-            TypeError,
-            "`initial_state` must be float32; got float16",
-        ),
-        (
-            {"z": torch.zeros(2, 17, 4, device="meta")},
-            ValueError,
-            "`z` must be on cpu, where `u` is; got meta",
-        ),
+        ({"initial_state": torch.zeros(1, 4, 3)}, ValueError, r"`initial_state` must have shape \(s d n\) with s=2"),
+        ({"initial_state": torch.zeros(2, 4, 3).half()}, TypeError, "`initial_state` must be float32; got float16"),
+        ({"z": torch.zeros(2, 17, 4, device="meta")}, ValueError, "`z` must be on cpu, where `u` is; got meta"),
         ({"cu_seqlens": torch.tensor([0, 17], dtype=torch.int32)}, ValueError, "a batch of 2"),
     ],
 )

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from gradients import check_same_with_gradients, leaves
-from implementations import every_implementation
+from implementations import every_implementation, with_final_state
 
 from ssmkernels import slstm, slstm_step
 
 EVERY = every_implementation("slstm")
-
-
-@pytest.fixture
-def network(implementation):
-    return functools.partial(slstm, implementation=implementation, return_final_state=True)
+network = with_final_state(slstm)
 
 
 @pytest.fixture

@@ -6,17 +6,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from implementations import every_implementation
+from implementations import every_implementation, with_final_state
 
 from ssmkernels import ssd, ssd_step
 
 TIMED = ("x", "dt", "B", "C", "z")
 EVERY = every_implementation("ssd")
-
-
-@pytest.fixture
-def scan(implementation):
-    return functools.partial(ssd, implementation=implementation, return_final_state=True)
+scan = with_final_state(ssd)
 
 
 @pytest.fixture

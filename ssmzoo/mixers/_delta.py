@@ -214,11 +214,11 @@ class DeltaMixer(Mixer):
         v = v.unflatten(-1, (-1, self.head_v_dim)) if values is None else values
         beta = self._beta(x, v)
         S = None if state is None else state.S
-        if self.steps > 1:
-            o, S = self._in_steps(q, k, v, beta, self.log_decay(x), S, cu_seqlens)
-        else:
-            o, S = recall(q, k, v, beta, self.log_decay(x), S, cu_seqlens)
-        return o, S, convs
+        log_decay, n = self.log_decay(x), self.steps
+        if n == 1:
+            return *recall(q, k, v, beta, log_decay, S, cu_seqlens), convs
+        o, S = recall(*in_steps(n, q, k, v, beta, log_decay), S, None if cu_seqlens is None else cu_seqlens * n)
+        return o[:, n - 1 :: n], S, convs
 
     def _projected(
         self, x: Tensor, state: DeltaState | None, cu_seqlens: Tensor | None
@@ -248,24 +248,16 @@ class DeltaMixer(Mixer):
         beta = torch.sigmoid(self.b_proj(x)).to(v.dtype)
         return beta if self.most_beta == 1 else self.most_beta * beta
 
-    def _in_steps(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        beta: Tensor,
-        log_decay: Tensor | None,
-        S: Tensor | None,
-        cu_seqlens: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Each token as several of the delta rule: the first decays, all write, the last reads."""
-        n = self.steps
-        k, v, beta = (rearrange(t, "b l (n h) ... -> b (l n) h ...", n=n) for t in (k, v, beta))
-        q = torch.stack([*[torch.zeros_like(q)] * (n - 1), q], dim=2).flatten(1, 2)
-        if log_decay is not None:
-            log_decay = torch.stack([log_decay, *[torch.zeros_like(log_decay)] * (n - 1)], dim=2).flatten(1, 2)
-        o, S = recall(q, k, v, beta, log_decay, S, None if cu_seqlens is None else cu_seqlens * n)
-        return o[:, n - 1 :: n], S
+
+def in_steps(
+    n: int, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Each token as n of the delta rule: the first decays, all write, the last reads."""
+    k, v, beta = (rearrange(t, "b l (n h) ... -> b (l n) h ...", n=n) for t in (k, v, beta))
+    q = torch.stack([*[torch.zeros_like(q)] * (n - 1), q], dim=2).flatten(1, 2)
+    if log_decay is not None:
+        log_decay = torch.stack([log_decay, *[torch.zeros_like(log_decay)] * (n - 1)], dim=2).flatten(1, 2)
+    return q, k, v, beta, log_decay
 
 
 def recall(

@@ -60,6 +60,7 @@ class RMSNorm(nn.Module):
     """
 
     bias: nn.Parameter | None
+    biased = False
 
     def __init__(
         self,
@@ -73,7 +74,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps, self.group_size, self.norm_before_gate = eps, group_size, norm_before_gate
         self.weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
-        self.register_parameter("bias", None)
+        self.register_parameter("bias", nn.Parameter(torch.zeros_like(self.weight)) if self.biased else None)
 
     def reset_parameters(self) -> None:
         """The weight as it starts."""
@@ -88,17 +89,7 @@ class RMSNorm(nn.Module):
 class LayerNorm(RMSNorm):
     """:func:`layernorm_fn` with a weight and a bias of its own; arguments as in :class:`RMSNorm`."""
 
-    def __init__(
-        self,
-        hidden_size: int,
-        eps: float = 1e-5,
-        group_size: int | None = None,
-        norm_before_gate: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__(hidden_size, eps, group_size, norm_before_gate, device, dtype)
-        self.bias = nn.Parameter(torch.zeros_like(self.weight))
+    biased = True
 
     def reset_parameters(self) -> None:
         super().reset_parameters()

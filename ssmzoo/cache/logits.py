@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from torch import Tensor
 
@@ -33,19 +34,7 @@ class Logits:
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None, cu_seqlens_k: Tensor | None = None
     ) -> Tensor:
         """Queries ``(b, l, h, k)`` over keys and values of whole sequences: ``(b, l, h, v)``."""
-        out = attention(
-            q,
-            k,
-            v,
-            causal=self.causal,
-            window=self.window,
-            scale=self.scale,
-            softcap=self.softcap,
-            alibi_slopes=self.alibi_slopes,
-            sinks=self.sinks,
-            cu_seqlens=cu_seqlens,
-            cu_seqlens_k=cu_seqlens_k,
-        )
+        out = attention(q, k, v, causal=self.causal, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, **self._shared())
         assert isinstance(out, Tensor)
         return out
 
@@ -53,17 +42,16 @@ class Logits:
         self, q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, block_table: Tensor | None = None
     ) -> Tensor:
         """A few queries of each sequence ``(s, l, h, k)``, the newest of its ``lengths`` tokens: ``(s, l, h, v)``."""
-        out = decode_attention(
-            q,
-            keys,
-            values,
-            lengths,
-            block_table=block_table,
-            window=self.window,
-            scale=self.scale,
-            softcap=self.softcap,
-            alibi_slopes=self.alibi_slopes,
-            sinks=self.sinks,
-        )
+        out = decode_attention(q, keys, values, lengths, block_table=block_table, **self._shared())
         assert isinstance(out, Tensor)
         return out
+
+    def _shared(self) -> dict[str, Any]:
+        """What both ops take under the same names."""
+        return {
+            "window": self.window,
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "alibi_slopes": self.alibi_slopes,
+            "sinks": self.sinks,
+        }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -48,62 +48,66 @@ def here(group: dist.ProcessGroup, lengths: list[int]) -> slice:
     return slice(start, start + lengths[group.rank()])
 
 
+def packing(borders: list[int] | None) -> Tensor | None:
+    """The borders of packed sequences as calls take them."""
+    return None if borders is None else torch.tensor(borders, dtype=torch.int32)
+
+
 def mixer(name: str, options: dict[str, Any], d_model: int = 16) -> ssmzoo.Mixer:
     torch.manual_seed(0)
     return ssmzoo.build_mixer(name, d_model, **options).double().eval()
 
 
-def trains(
-    group: dist.ProcessGroup,
-    name: str,
-    options: dict[str, Any],
-    lengths: list[int],
-    borders: list[int] | None,
-    reference: bool,
-) -> None:
+class Case(NamedTuple):
+    """A mixer, and sequences that are cut over processes into parts of these lengths."""
+
+    name: str
+    options: dict[str, Any]
+    lengths: list[int]
+    borders: list[int] | None  # of packed sequences; without, they are a batch of two
+    reference: bool
+
+    def tokens(self, d_model: int) -> tuple[Tensor, Tensor | None, int]:
+        """Random inputs of the mixer, the borders as it takes them, and how many sequences there are."""
+        batch = 2 if self.borders is None else 1
+        x = torch.randn(batch, sum(self.lengths), d_model, dtype=torch.float64)
+        return x, packing(self.borders), batch if self.borders is None else len(self.borders) - 1
+
+
+def trains(group: dist.ProcessGroup, case: Case) -> None:
     """Outputs and every gradient; without borders of a batch of two."""
-    whole = mixer(name, options)
+    whole, mine = mixer(case.name, case.options), here(group, case.lengths)
     cut = copy.deepcopy(whole)
-    length, cu_seqlens = sum(lengths), None if borders is None else torch.tensor(borders, dtype=torch.int32)
-    x = torch.randn(2 if borders is None else 1, length, whole.d_model, dtype=torch.float64)
-    part = x[:, here(group, lengths)].clone().requires_grad_()
+    x, cu_seqlens, _ = case.tokens(whole.d_model)
+    part = x[:, mine].clone().requires_grad_()
     x.requires_grad_()
     expected = whole(x, cu_seqlens=cu_seqlens)
     weight = weight_of(expected)
     (expected * weight).sum().backward()
-    y = parallel.context(cut, group, reduce_gradients=True, reference=reference)(part, cu_seqlens=cu_seqlens)
-    (y * weight[:, here(group, lengths)]).sum().backward()
-    close("output", y, expected[:, here(group, lengths)])
+    y = parallel.context(cut, group, reduce_gradients=True, reference=case.reference)(part, cu_seqlens=cu_seqlens)
+    (y * weight[:, mine]).sum().backward()
+    close("output", y, expected[:, mine])
     if part.numel():
-        close("gradient of x", part.grad, x.grad[:, here(group, lengths)])
+        close("gradient of x", part.grad, x.grad[:, mine])
     found = gradients(cut)
     for parameter, grad in gradients(whole).items():
         close(f"gradient of {parameter}", found[parameter], grad)
 
 
-def goes_on(
-    group: dist.ProcessGroup,
-    name: str,
-    options: dict[str, Any],
-    lengths: list[int],
-    borders: list[int] | None,
-    reference: bool,
-) -> None:
+def goes_on(group: dist.ProcessGroup, case: Case) -> None:
     """Two prefills over the processes, the second from the first one's state, then tokens on each process."""
-    whole = mixer(name, options)
+    whole, mine = mixer(case.name, case.options), here(group, case.lengths)
     if not (whole.has_state and whole.causal):
         return
-    cut = parallel.context(whole, group, reference=reference)
-    length, cu_seqlens = sum(lengths), None if borders is None else torch.tensor(borders, dtype=torch.int32)
-    sequences = 2 if borders is None else len(borders) - 1
+    cut = parallel.context(whole, group, reference=case.reference)
+    x, cu_seqlens, sequences = case.tokens(whole.d_model)
     with torch.no_grad():
-        x = torch.randn(2 if borders is None else 1, length, whole.d_model, dtype=torch.float64)
         expected, theirs = whole(x, whole.initial_state(sequences), cu_seqlens=cu_seqlens)
-        y, state = cut(x[:, here(group, lengths)], cut.initial_state(sequences), cu_seqlens=cu_seqlens)
-        close("output", y, expected[:, here(group, lengths)])
+        y, state = cut(x[:, mine], cut.initial_state(sequences), cu_seqlens=cu_seqlens)
+        close("output", y, expected[:, mine])
         expected, theirs = whole(-x, theirs, cu_seqlens=cu_seqlens)
-        y, state = cut(-x[:, here(group, lengths)], state, cu_seqlens=cu_seqlens)
-        close("output of a further call", y, expected[:, here(group, lengths)])
+        y, state = cut(-x[:, mine], state, cu_seqlens=cu_seqlens)
+        close("output of a further call", y, expected[:, mine])
         tokens = x.reshape(-1, whole.d_model)[:sequences, None]
         for _ in range(2):
             expected, theirs = whole(tokens, theirs)
@@ -118,7 +122,7 @@ def model_trains(
     torch.manual_seed(0)
     whole = ssmzoo.build(config).double().eval()
     cut = copy.deepcopy(whole)
-    cu_seqlens = None if borders is None else torch.tensor(borders, dtype=torch.int32)
+    cu_seqlens = packing(borders)
     ids = torch.randint(0, whole.config.vocab_size, (2 if borders is None else 1, sum(lengths)))
     for last_only in (False, True):
         whole.zero_grad()
@@ -335,7 +339,7 @@ def attends(
     leaves = whole | {name: torch.rand(h, dtype=torch.float64) for name in per_head}
     mine = {name: t[:, here(group, lengths)] if name in sizes else t for name, t in leaves.items()}
     leaves, mine = ({name: t.clone().requires_grad_() for name, t in each.items()} for each in (leaves, mine))
-    cu_seqlens = None if borders is None else torch.tensor(borders, dtype=torch.int32)
+    cu_seqlens = packing(borders)
     expected, sums = attention(**leaves, **given, cu_seqlens=cu_seqlens, return_lse=True)
     weights = weight_of(expected), weight_of(sums)
     ((expected * weights[0]).sum() + (sums * weights[1]).sum()).backward()
@@ -389,7 +393,7 @@ def sends_as_told(
     """The bytes of a forward and a backward pass are those of the steps that are explained, whose texts it returns."""
     torch.manual_seed(0)
     model = parallel.context(ssmzoo.build(config), group, how=how)
-    cu_seqlens = None if borders is None else torch.tensor(borders, dtype=torch.int32)
+    cu_seqlens = packing(borders)
     part = torch.randint(0, 8, (2 if borders is None else 1, lengths[group.rank()]))
     steps = model.explain(part, cu_seqlens=cu_seqlens)
     told = parallel.traffic(steps)
@@ -410,15 +414,7 @@ class Sent:
 
     def __enter__(self) -> Sent:
         self.bytes, self.kept = 0, {}
-        for name in (
-            "all_gather",
-            "all_to_all",
-            "all_to_all_single",
-            "all_reduce",
-            "broadcast",
-            "send",
-            "batch_isend_irecv",
-        ):
+        for name in COLLECTIVES:
             self.kept[name] = getattr(dist, name)
             setattr(dist, name, functools.partial(self._call, name))
         return self

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from context_cases import (
+    Case,
     beside_data_parallelism,
     beside_sharding,
     checkpoints,
@@ -98,10 +99,10 @@ def test_mixer(name: str, options: dict[str, Any], processes: Ranks):
 
 def check_mixer(processes: Ranks, name: str, options: dict[str, Any], reference: bool) -> None:
     for lengths in CUTS[2:] if reference else CUTS:
-        processes.run(len(lengths), trains, name, options, lengths, None, reference)
-    processes.run(3, trains, name, options, [4, 6, 11], BORDERS, reference)
-    processes.run(3, goes_on, name, options, [9, 0, 12], None, reference)
-    processes.run(2, goes_on, name, options, [4, 17], BORDERS, reference)
+        processes.run(len(lengths), trains, Case(name, options, lengths, None, reference))
+    processes.run(3, trains, Case(name, options, [4, 6, 11], BORDERS, reference))
+    processes.run(3, goes_on, Case(name, options, [9, 0, 12], None, reference))
+    processes.run(2, goes_on, Case(name, options, [4, 17], BORDERS, reference))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -6,22 +6,10 @@ import functools
 import importlib
 import itertools
 
+import attention_checks
 import pytest
 import torch
-from attention_layers import (
-    D_MODEL,
-    cache_of,
-    call_by_call,
-    check_autocast,
-    check_compiles_packed,
-    check_compiles_with_a_state,
-    check_single_tokens_on_meta,
-    gradients,
-    in_pieces,
-    inputs,
-    make_mixer,
-    packed,
-)
+from attention_layers import D_MODEL, cache_of, call_by_call, gradients, in_pieces, inputs, make_mixer, packed
 
 from ssmzoo import build_mixer
 from ssmzoo.cache.calls import FEW
@@ -198,7 +186,7 @@ class TestMemory:
     @pytest.mark.parametrize("even", [True, False])
     @torch.no_grad()
     def test_single_tokens_wait_for_no_device(self, even):
-        check_single_tokens_on_meta(make(window=5), even)
+        attention_checks.single_tokens_on_meta(make(window=5), even)
 
 
 class TestBoundedMemory:
@@ -456,7 +444,7 @@ def test_far_positions_stay_exact():
 
 
 def test_autocast():
-    check_autocast(make(qk_norm=True).float(), 12)
+    attention_checks.autocast(make(qk_norm=True).float(), 12)
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 3}, {"window": 99}, {"window": 1}, {"window": 3, "n_heads": 2}])
@@ -469,11 +457,11 @@ def test_flops_count_what_is_seen(options, bidirectional):
 
 
 def test_compiles_packed():
-    check_compiles_packed(make(n_kv_heads=2))
+    attention_checks.compiles_packed(make(n_kv_heads=2))
 
 
 def test_compiles_with_a_state(plain):
-    check_compiles_with_a_state(plain, [5, 1, 1, 1, 1])
+    attention_checks.compiles_with_a_state(plain, [5, 1, 1, 1, 1])
 
 
 class TestErrors:

@@ -6,21 +6,10 @@ import functools
 import importlib
 import math
 
+import attention_checks
 import pytest
 import torch
-from attention_layers import (
-    D_MODEL,
-    call_by_call,
-    check_autocast,
-    check_compiles_packed,
-    check_compiles_with_a_state,
-    check_single_tokens_on_meta,
-    gradients,
-    in_pieces,
-    inputs,
-    make_mixer,
-    packed,
-)
+from attention_layers import D_MODEL, call_by_call, gradients, in_pieces, inputs, make_mixer, packed
 
 import ssmzoo
 from ssmzoo import build_mixer
@@ -162,7 +151,7 @@ class TestState:
     @pytest.mark.parametrize("even", [True, False])
     @torch.no_grad()
     def test_single_tokens_wait_for_no_device(self, even):
-        check_single_tokens_on_meta(make(rope_scaling=YARN), even)
+        attention_checks.single_tokens_on_meta(make(rope_scaling=YARN), even)
 
     def test_the_state_of_attention_is_another(self, plain):
         state = build_mixer("attention", D_MODEL, head_dim=8).double().initial_state(2)
@@ -261,7 +250,7 @@ def test_autocast():
     mixer = make(q_lora_rank=16, rope_scaling=YARN).float()
     for parameter in mixer.parameters():
         parameter.mul_(0.5)
-    check_autocast(mixer, 10)
+    attention_checks.autocast(mixer, 10)
 
 
 def test_to_another_dtype():
@@ -287,11 +276,11 @@ def test_sizes_follow_from_the_width():
 
 
 def test_compiles_packed():
-    check_compiles_packed(make(rope_scaling=YARN, q_lora_rank=5))
+    attention_checks.compiles_packed(make(rope_scaling=YARN, q_lora_rank=5))
 
 
 def test_compiles_with_a_state(plain):
-    check_compiles_with_a_state(plain, [5, 1, 1, 1, 12])
+    attention_checks.compiles_with_a_state(plain, [5, 1, 1, 1, 12])
 
 
 def test_the_tiny_model_learns_and_generates():

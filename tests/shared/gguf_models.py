@@ -32,6 +32,16 @@ def _qwen(n_v_heads: int) -> dict[str, Any]:
     }
 
 
+# What GPT-2 and BERT have in common
+LEARNED_POSITIONS = BARE | {
+    "pattern": ["attention"],
+    "mixers": {"attention": {"head_dim": 16, "n_heads": 4, "rope": False, "bias": True, "out_bias": True}},
+    "learned_positions": 64,
+    "norm": "layer",
+    "norm_eps": 1e-4,
+    "dropout": 0.1,
+}
+
 MODELS = {
     "mamba": BARE | {"pattern": ["mamba"], "mixers": {"mamba": {"d_state": 8, "d_conv": 3}}, "norm_eps": 1e-4},
     "mamba untied": BARE | {"pattern": ["mamba"], "tie_embeddings": False},
@@ -208,28 +218,13 @@ MODELS = {
         "norm_eps": 1e-6,
         "tie_embeddings": False,
     },
-    "gpt2": BARE
+    "gpt2": LEARNED_POSITIONS | {"mlp": {"kind": "gelu_tanh", "d_intermediate": 96}},
+    "bert": LEARNED_POSITIONS
     | {
-        "pattern": ["attention"],
-        "mixers": {"attention": {"head_dim": 16, "n_heads": 4, "rope": False, "bias": True, "out_bias": True}},
-        "mlp": {"kind": "gelu_tanh", "d_intermediate": 96},
-        "learned_positions": 64,
-        "norm": "layer",
-        "norm_eps": 1e-4,
-        "dropout": 0.1,
-    },
-    "bert": BARE
-    | {
-        "pattern": ["attention"],
-        "mixers": {"attention": {"head_dim": 16, "n_heads": 4, "rope": False, "bias": True, "out_bias": True}},
         "mlp": {"kind": "gelu", "d_intermediate": 96},
-        "learned_positions": 64,
         "token_types": 3,
         "embedding_norm": True,
-        "norm": "layer",
         "norm_placement": "sum",
-        "norm_eps": 1e-4,
-        "dropout": 0.1,
         "bidirectional": True,
         "output": "classes",
         "n_classes": 5,

@@ -4,10 +4,10 @@ import pytest
 
 transformers = pytest.importorskip("transformers", reason="needs transformers, the other implementation")
 
-MAMBA2 = {
+SMALL = {"vocab_size": 50, "hidden_size": 24}
+
+MAMBA2 = SMALL | {
     "num_hidden_layers": 3,
-    "vocab_size": 50,
-    "hidden_size": 24,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "mamba_n_heads": 6,
@@ -17,10 +17,8 @@ MAMBA2 = {
     "rms_norm_eps": 1e-3,
 }
 
-LLAMA = {
+LLAMA = SMALL | {
     "num_hidden_layers": 2,
-    "vocab_size": 50,
-    "hidden_size": 24,
     "intermediate_size": 37,
     "num_attention_heads": 3,
     "num_key_value_heads": 1,

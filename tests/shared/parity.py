@@ -6,7 +6,7 @@ import torch
 
 import ssmzoo
 from ssmzoo.checkpoints.published import published_config
-from ssmzoo.pretrained import convert_mamba_state_dict, convert_state_dict
+from ssmzoo.pretrained import convert_mamba_state_dict, convert_state_dict, load
 
 # Ours and theirs round differently: relative to a tensor's largest value.
 TOLERANCE = 1e-4
@@ -78,6 +78,12 @@ def pair_of(tmp_path, theirs):
     ours.load_state_dict(convert_state_dict(tied_once(theirs), given["model_type"], given), strict=False)
     ours.tie_weights()
     return theirs.eval(), ours.eval()
+
+
+def saved_and_loaded(tmp_path, theirs):
+    """Ours from what transformers saves of a model."""
+    theirs.save_pretrained(tmp_path)
+    return load(tmp_path).eval()
 
 
 def tied_once(theirs):

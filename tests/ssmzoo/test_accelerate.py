@@ -344,18 +344,24 @@ def test_prefill_further_tokens_and_single_ones(family):
             close(f"tokens {start} to {end}", out.logits, expected[:, start:end])
 
 
+def continuation(family, tokens):
+    """A call that continues two prompts by so many tokens, the most likely ones."""
+    model, ids = made(family), torch.randint(1, 50, (2, 7))
+    options = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    return lambda **more: model.generate(ids, **options, **more)
+
+
 @torch.no_grad()
 @EVERY
 def test_generate(family):
-    model, ids = made(family), torch.randint(1, 50, (2, 7))
-    options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    expected = model.generate(ids, **options)
+    generate = continuation(family, 9)
+    expected = generate()
     with only_ours(family):
-        assert torch.equal(model.generate(ids, **options), expected)
+        assert torch.equal(generate(), expected)
         if family not in OTHERS:
-            beams = model.generate(ids, num_beams=3, **options)
+            beams = generate(num_beams=3)
     if family not in OTHERS:
-        assert torch.equal(beams, model.generate(ids, num_beams=3, **options))
+        assert torch.equal(beams, generate(num_beams=3))
 
 
 def test_single_tokens_with_small_states_are_transformers_own(monkeypatch):
@@ -377,11 +383,10 @@ def test_single_tokens_with_small_states_are_transformers_own(monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["jamba", "kimi_linear", "minimax"])
 def test_generate_with_small_states(family):
-    model, ids = made(family), torch.randint(1, 50, (2, 7))
-    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    expected = model.generate(ids, **options)
+    generate = continuation(family, 4)
+    expected = generate()
     with accelerate(family):
-        assert torch.equal(model.generate(ids, **options), expected)
+        assert torch.equal(generate(), expected)
 
 
 def test_xlstm_trains_while_it_fills_a_cache():

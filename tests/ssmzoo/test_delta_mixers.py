@@ -28,9 +28,7 @@ def build(name, **options):
 def of_transformers(family, layer, **config):
     """A layer of transformers' in float64 with random weights."""
     module = __import__(f"transformers.models.{family}.modeling_{family}", fromlist=[layer])
-    settings = getattr(__import__(f"transformers.models.{family}", fromlist=["x"]), config.pop("config"))(
-        hidden_size=D_MODEL, num_hidden_layers=4, **config
-    )
+    settings = transformers.AutoConfig.for_model(family, hidden_size=D_MODEL, num_hidden_layers=4, **config)
     place = settings.layer_types.index("linear_attention")
     theirs = getattr(module, layer)(settings, place).double()
     torch.manual_seed(1)
@@ -40,17 +38,14 @@ def of_transformers(family, layer, **config):
     return theirs
 
 
+def heads(g, h, k, v):
+    """The sizes of gated DeltaNet by the names of transformers' options."""
+    counts = {"linear_num_key_heads": g, "linear_num_value_heads": h}
+    return counts | {"linear_key_head_dim": k, "linear_value_head_dim": v}
+
+
 def qwen3_next(g, h, k, v):
-    theirs = of_transformers(
-        "qwen3_next",
-        "Qwen3NextGatedDeltaNet",
-        config="Qwen3NextConfig",
-        linear_num_key_heads=g,
-        linear_num_value_heads=h,
-        linear_key_head_dim=k,
-        linear_value_head_dim=v,
-        rms_norm_eps=1e-6,
-    )
+    theirs = of_transformers("qwen3_next", "Qwen3NextGatedDeltaNet", **heads(g, h, k, v), rms_norm_eps=1e-6)
     ours = build("gated_deltanet", n_heads=g, n_v_heads=h, head_dim=k, head_v_dim=v, norm_eps=1e-6)
     r = h // g
     grouped = theirs.in_proj_qkvz.weight.unflatten(0, (g, -1)).split([k, k, r * v, r * v], dim=1)
@@ -61,30 +56,16 @@ def qwen3_next(g, h, k, v):
 
 
 def olmo_hybrid(g, h, k, v):
-    theirs = of_transformers(
-        "olmo_hybrid",
-        "OlmoHybridGatedDeltaNet",
-        config="OlmoHybridConfig",
-        linear_num_key_heads=g,
-        linear_num_value_heads=h,
-        linear_key_head_dim=k,
-        linear_value_head_dim=v,
-        linear_allow_neg_eigval=True,
-    )
+    sizes = heads(g, h, k, v)
+    theirs = of_transformers("olmo_hybrid", "OlmoHybridGatedDeltaNet", **sizes, linear_allow_neg_eigval=True)
     ours = build("gated_deltanet", n_heads=g, n_v_heads=h, head_dim=k, head_v_dim=v, allow_neg_eigval=True)
     weights = {name: theirs.get_submodule(f"{name}_proj").weight for name in "qkvgbao"}
     return ours, theirs, weights, theirs.o_norm.weight
 
 
 def kimi_linear(g, h, k, v):
-    theirs = of_transformers(
-        "kimi_linear",
-        "KimiLinearDeltaAttention",
-        config="KimiLinearConfig",
-        linear_num_heads=h,
-        linear_head_dim=k,
-        rms_norm_eps=1e-6,
-    )
+    sizes = {"linear_num_heads": h, "linear_head_dim": k}
+    theirs = of_transformers("kimi_linear", "KimiLinearDeltaAttention", **sizes, rms_norm_eps=1e-6)
     ours = build("kda", n_heads=h, head_dim=k, norm_eps=1e-6, gate_bias=False)
     weights = {name: theirs.get_submodule(f"{name}_proj").weight for name in "qkvbo"}
     gate = theirs.forget_gate

@@ -3,9 +3,8 @@
 import pytest
 import torch
 from hybrid_models import MODELS, causal_lm, theirs_of
-from parity import close, pair_of, same_continuation, same_gradients
+from parity import close, pair_of, same_continuation, same_gradients, saved_and_loaded
 
-from ssmzoo import pretrained
 from ssmzoo.config import load_config
 from ssmzoo.footprint import footprint
 
@@ -50,8 +49,7 @@ def test_left_padding(tmp_path, name):
 @pytest.mark.parametrize("name", MODELS)
 def test_loading_what_transformers_saves(tmp_path, name):
     theirs, _ = pair(tmp_path, name)
-    theirs.save_pretrained(tmp_path)
-    ours = pretrained.load(tmp_path).eval()
+    ours = saved_and_loaded(tmp_path, theirs)
     ids = torch.randint(1, 50, (1, 7))
     close("the logits", ours(ids), theirs(ids, use_cache=False).logits)
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from parity import close, pair_of, same_continuation, same_gradients
+from parity import close, pair_of, same_continuation, same_gradients, saved_and_loaded
 from safetensors.torch import load_file
 
 from ssmzoo import pretrained
@@ -92,8 +92,7 @@ def test_prompt_and_continuation(tmp_path):
 @pytest.mark.parametrize("name", MODELS)
 def test_loading_what_transformers_saves(tmp_path, name):
     theirs, _ = pair(tmp_path, name)
-    theirs.save_pretrained(tmp_path)
-    ours = pretrained.load(tmp_path).eval()
+    ours = saved_and_loaded(tmp_path, theirs)
     ids = torch.randint(50, (1, 7))
     close("the logits", ours(ids), logits_of(theirs, ids))
 

@@ -18,19 +18,17 @@ pytest.importorskip("accelerate", reason="needs accelerate")
 pytest.importorskip("matplotlib", reason="needs matplotlib")
 pytestmark = pytest.mark.usefixtures("quick_curves")
 
-TINY = ssmzoo.ModelConfig.from_dict(
-    {
-        "d_model": 16,
-        "n_layers": 1,
-        "pattern": ["attention"],
-        "mixers": {"attention": {"head_dim": 8, "rope": False}},
-        "vocab_size": 257,
-        "learned_positions": 16,
-        "norm_placement": "sum",
-        "bidirectional": True,
-        "dropout": 0.1,
-        "embedding_dropout": 0.1,
-    }
+TINY = ssmzoo.ModelConfig(
+    d_model=16,
+    n_layers=1,
+    pattern=["attention"],
+    mixers={"attention": {"head_dim": 8, "rope": False}},
+    vocab_size=257,
+    learned_positions=16,
+    norm_placement="sum",
+    bidirectional=True,
+    dropout=0.1,
+    embedding_dropout=0.1,
 )
 QUICK = {"steps": 6, "batch_size": 4, "length": 12, "eval_every": 3, "eval_batches": 2, "save_every": 3}
 

@@ -23,7 +23,7 @@ BASE = {
     "x": 1.0,  # scale of u
 }
 
-ROWS = (
+ROWS: tuple[Case, ...] = (
     {"D": False},
     *({"l": l} for l in (0, 1, 2)),
     {"l": 63, "l_k": 63, "d": 2},

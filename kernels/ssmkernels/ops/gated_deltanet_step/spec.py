@@ -16,7 +16,7 @@ BASE = {
     "x": 1.0,  # scale of x and the convolutions' states
 }
 
-ROWS = (
+ROWS: tuple[Case, ...] = (
     {"b": 1},
     {"b": 0},
     {"b": 9},

@@ -25,7 +25,7 @@ BASE = {
     "dt": 1.0,  # scale of Δ's bias
 }
 
-ROWS = (
+ROWS: tuple[Case, ...] = (
     {"b": 1},
     {"b": 0},
     {"b": 9},

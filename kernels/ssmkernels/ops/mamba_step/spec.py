@@ -18,7 +18,7 @@ BASE = {
     "dt": 1.0,  # scale of what Δ's bias is added to
 }
 
-ROWS = (
+ROWS: tuple[Case, ...] = (
     {"b": 1},
     {"b": 0},
     {"b": 9},

@@ -29,7 +29,7 @@ BASE = {
     **SCALES,
 }
 
-ROWS = (
+ROWS: tuple[Case, ...] = (
     {"D": "", "z": False, "bias": False, "softplus": False, "state": False},
     *({"l": l} for l in (0, 1, 2)),
     {"l": 63, "h": 2, "g": 1},

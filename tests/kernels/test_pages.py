@@ -219,3 +219,7 @@ def test_weights_that_are_kept_are_asked_for_up_to_the_ends_of_their_pages(advis
     assert start % pages.PAGE == size % pages.PAGE == 0
     assert start <= large.data_ptr() < start + pages.PAGE
     assert 0 <= start + size - (large.data_ptr() + large.nbytes) < pages.PAGE
+
+
+def test_a_tensor_of_no_memory_lies_nowhere():
+    assert spans_of([torch._efficientzerotensor(SIZE)]) == frozenset()

@@ -86,6 +86,7 @@ def spans_of(tensors: Iterable[Tensor]) -> Spans:
         if type(tensor) in (Tensor, torch.nn.Parameter)
         and tensor.device.type == "cpu"
         and tensor.layout is torch.strided
+        and not tensor._is_zerotensor()  # which has no memory
     )
     return frozenset((storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages)
 

@@ -16,6 +16,7 @@ from ssmkernels.bench import Contest, Contestant, Measurement, Plan, clock, refu
 from ssmkernels.bench.contest import Results, blank
 from ssmzoo.bench.models import sizes_and_overrides
 from ssmzoo.building import build
+from ssmzoo.decoding.settling import settle_at_once
 from ssmzoo.engine import Engine
 from ssmzoo.model import SequenceModel
 
@@ -40,6 +41,7 @@ def bench_engine(name: str, plan: Plan) -> Iterator[list[Measurement]]:
     if model.config.output != "tokens" or model.config.d_input is not None:
         yield [refusal(KIND, name, "ssmzoo", "ours", "only models of tokens are timed", plan)]
         return
+    settle_at_once(model)
     yield clock(_many(name, model, sizes), plan)
     yield clock(_prefix(name, model, sizes), plan)
     yield clock(_drafted(name, model, sizes), plan)

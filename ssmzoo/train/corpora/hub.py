@@ -89,8 +89,9 @@ def found(source: str, pinned: str | None) -> Split:
         files = builder.as_streaming_dataset(split=split).num_shards
     described = (builder.info.splits or {}).get(split)
     size = getattr(described, "num_bytes", None)  # anybody wrote it, and anything
-    known = isinstance(size, int) and not isinstance(size, bool) and 0 < size < 2**63
-    return Split(repository, builder.hash, builder.config.name, split, files, size if known else 0)
+    if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < 2**63:
+        size = 0
+    return Split(repository, builder.hash, builder.config.name, split, files, size)
 
 
 def texts(address: str, number: int, key: str) -> Iterator[str]:

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from ssmkernels.bench import BOTH, FORWARD, Contest, Contestant, Measurement, Plan, clock, refusal
-from ssmkernels.bench.contest import Results
 from ssmkernels.bench.ops import Admitted, checked_rows, fails, make, real_use
 from ssmkernels.bench.ops import contest_of as contest_of_op
 from ssmkernels.bench.peers import peers_of, setting_of
+from ssmkernels.bench.terms import Results
 from ssmkernels.check.spec import spec_of, specs
 from ssmkernels.core.dispatch import explain
 from ssmzoo.bench import mixers, models

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ssmkernels.bench import Contest, Contestant, Measurement, Plan, clock, refusal
-from ssmkernels.bench.contest import Results, blank
+from ssmkernels.bench.contest import blank
+from ssmkernels.bench.terms import Results
 from ssmzoo.bench.models import sizes_and_overrides
 from ssmzoo.building import build
 from ssmzoo.decoding.settling import settle_at_once

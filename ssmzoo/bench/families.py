@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ssmkernels.bench import BOTH, FORWARD, Contest, Contestant, Measurement, Plan, hold, refusal
-from ssmkernels.bench.contest import Results
 from ssmkernels.bench.peers import ABSENT
+from ssmkernels.bench.terms import Results
 from ssmzoo.bench.family_ops import WORKS, recorded
 from ssmzoo.bench.models import DECODING
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmkernels.bench import BOTH, FORWARD
-from ssmkernels.bench.contest import Results
+from ssmkernels.bench.terms import Results
 from ssmzoo.integrations.transformers.layers import Function
 from ssmzoo.integrations.transformers.lookups import lookups_of
 from ssmzoo.integrations.transformers.methods import methods_of

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ssmkernels.bench import Contest, Contestant, Measurement, Plan, clock, refusal
-from ssmkernels.bench.contest import Results, Role
 from ssmkernels.bench.peers import ABSENT
+from ssmkernels.bench.terms import Results, Role
 from ssmzoo.bench.models import DECODING, PREFILL, QUICK, QUICK_LAYERS, ROOM, SIZES, ours
 from ssmzoo.building import build
 from ssmzoo.model import SequenceModel

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ssmkernels.bench import BOTH, FORWARD, Contest, Contestant, Measurement, Plan, grow, hold, refusal
-from ssmkernels.bench.contest import Results, first_line
+from ssmkernels.bench.contest import first_line
 from ssmkernels.bench.peers import ABSENT
+from ssmkernels.bench.terms import Results
 from ssmzoo.bench.peers import MIXERS, Twin, rivals
 from ssmzoo.bench.products import limit_of
 from ssmzoo.bench.yardsticks import another_kind, dense_attention

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmkernels.bench import Contest, Contestant, Measurement, Plan, clock, refusal, weigh
-from ssmkernels.bench.contest import Results
+from ssmkernels.bench.terms import Results
 from ssmzoo.bench.peers import MODELS, rivals
 from ssmzoo.bench.products import NAME, products
 from ssmzoo.building import build

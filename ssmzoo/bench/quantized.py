@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssmkernels import native, quantized_linear
 from ssmkernels.bench import Contest, Contestant, Measurement, Plan, clock, refusal
-from ssmkernels.bench.contest import Results
+from ssmkernels.bench.terms import Results
 from ssmkernels.native.calls import Calls
 from ssmkernels.native.prepared import Prepared, Program
 from ssmzoo.bench import models

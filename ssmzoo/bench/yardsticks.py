@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from ssmkernels.bench import FORWARD, Contestant, Plan
-from ssmkernels.bench.contest import Results
+from ssmkernels.bench.terms import Results
 from ssmzoo.bench.twins import Twin
 from ssmzoo.mixer import Mixer
 from ssmzoo.registry import build_mixer, list_mixers

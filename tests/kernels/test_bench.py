@@ -136,7 +136,7 @@ def test_who_takes_forever_is_called_once(monkeypatch):
         return {"y": torch.ones(2)}
 
     given = [bench.Contestant("quick", "ours", lambda: {"y": torch.ones(2)}), bench.Contestant("slow", "peer", slow)]
-    quick, last = contest.hold(contest.Contest("ops", "smooth", "forward", "", given), plan(seconds=1.0))
+    quick, last = contest.hold(bench.Contest("ops", "smooth", "forward", "", given), plan(seconds=1.0))
     assert len(calls) == last.samples == 1
     assert quick.samples >= 3
     assert last.median >= 0.03

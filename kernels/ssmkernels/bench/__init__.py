@@ -9,26 +9,14 @@
 ``ssmzoo bench`` does this for ops, mixers and models, with a table, a CSV file and a figure: see docs/bench.md.
 """
 
-from ssmkernels.bench.contest import (
-    BOTH,
-    FORWARD,
-    Contest,
-    Contestant,
-    Measurement,
-    Plan,
-    clock,
-    differs,
-    grow,
-    hold,
-    refusal,
-    weigh,
-)
+from ssmkernels.bench.contest import clock, differs, grow, hold, refusal, weigh
 from ssmkernels.bench.limits import Limits, measure_limits
 from ssmkernels.bench.measure import Timing, compete, exponent, peak_memory, schedule
 from ssmkernels.bench.ops import bench_op
 from ssmkernels.bench.peers import Package, Peer, Setting
 from ssmkernels.bench.resident import Resident, resident_memory
 from ssmkernels.bench.scaling import scale_op
+from ssmkernels.bench.terms import BOTH, FORWARD, Contest, Contestant, Measurement, Plan
 
 __all__ = [
     "BOTH",

@@ -9,20 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssmkernels.bench.contest import (
-    BOTH,
-    FORWARD,
-    Contest,
-    Contestant,
-    Measurement,
-    Plan,
-    Results,
-    first_line,
-    grow,
-    hold,
-    refusal,
-)
+from ssmkernels.bench.contest import first_line, grow, hold, refusal
 from ssmkernels.bench.peers import Peer, Setting, peers_of, setting_of
+from ssmkernels.bench.terms import BOTH, FORWARD, Contest, Contestant, Measurement, Plan, Results
 from ssmkernels.check.spec import Case, Draw, Spec, spec_of, tensors_of
 from ssmkernels.core.dispatch import explain
 from ssmkernels.testing import check

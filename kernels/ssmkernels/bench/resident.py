@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from ssmkernels.bench.contest import Results
 from ssmkernels.bench.ops import gradients_for, lengths_of, make, work_of
 from ssmkernels.bench.peers import setting_of
+from ssmkernels.bench.terms import Results
 from ssmkernels.check.spec import Case, spec_of
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")

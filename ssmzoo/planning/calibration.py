@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,26 +11,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssmkernels.bench.measure import SHORTEST
-from ssmkernels.check.spec import spec_of
-from ssmkernels.core.names import OPS
 from ssmzoo.config import ModelConfig
 from ssmzoo.devices import cpu_name
 from ssmzoo.footprint import memory_of
-from ssmzoo.parallel.adjoints import ADJOINTS
-from ssmzoo.parallel.transitions import TRANSITIONS
-from ssmzoo.planning.counting import BACKWARD, BACKWARD_FLOPS, ENDS, FORWARD, op_flops
+from ssmzoo.planning.counting import BACKWARD, BACKWARD_FLOPS, ENDS, FORWARD
 from ssmzoo.planning.devices import Device
+from ssmzoo.planning.op_times import COLD, TOKENS, op_seconds
 from ssmzoo.planning.overheads import Overheads, overheads, with_overheads
 from ssmzoo.planning.pieces import DTYPES, parts_of
 from ssmzoo.planning.ranks import on_ranks
+from ssmzoo.planning.stopwatch import seconds
 
 MOST_RANKS = 8
 SENT = 2**20  # numbers that processes add up
-COLD = 2**26  # bytes of tensors that are used in turn, as those of a step are: no cache holds them all
-MOST_BUFFERS, MOST_LAYERS = 64, 8
-TRIES = 7
-TOKENS = 2048  # of what is timed, at most
+MOST_BUFFERS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,8 +144,8 @@ def measure(shapes: Shapes) -> Rates:
     def sums() -> list[Tensor]:
         return [x + y for x, y in zip(inputs, reversed(inputs), strict=True)]
 
-    matrix = several * 12 * rows * width**2 / _seconds(products)
-    bandwidth = several * 3 * inputs[0].nbytes / _seconds(sums)
+    matrix = several * 12 * rows * width**2 / seconds(products)
+    bandwidth = several * 3 * inputs[0].nbytes / seconds(sums)
     small = torch.zeros(16, requires_grad=True)
 
     def chain() -> None:
@@ -163,10 +154,10 @@ def measure(shapes: Shapes) -> Rates:
             y = y * 2.0
         y.sum().backward()
 
-    call = _seconds(chain) / (2 * CHAIN)
+    call = seconds(chain) / (2 * CHAIN)
     ops: dict[tuple[str, str], float] = {}
     for op, given in shapes.ops.items():
-        forward, backward, both_ends, flops = _op(op, given, dtype)
+        forward, backward, both_ends, flops = op_seconds(op, given, dtype)
         if flops:
             ops[FORWARD, op] = flops / forward
             ops[BACKWARD, op] = BACKWARD_FLOPS * flops / backward
@@ -177,7 +168,7 @@ def measure(shapes: Shapes) -> Rates:
     if ranks > 1:
         message, many = torch.zeros(1), torch.zeros(SENT // ranks * ranks)
         latency = _latency(lambda: [x @ weight.t() for x in inputs[:BETWEEN]], lambda: dist.all_reduce(message))
-        link = 2 * many.nbytes * (ranks - 1) / ranks / _seconds(lambda: dist.all_reduce(many))
+        link = 2 * many.nbytes * (ranks - 1) / ranks / seconds(lambda: dist.all_reduce(many))
         links = _links(many, ranks)
     beside = overheads(shapes.config, shapes.length, shapes.precision)
     return Rates(matrix, bandwidth, call, ops, link, latency, links, beside)
@@ -204,9 +195,9 @@ def _links(many: Tensor, ranks: int) -> dict[str, float]:
         dist.all_to_all_single(torch.empty_like(many[: ranks * len(part)]), many[: ranks * len(part)])
 
     return {
-        "shard": 3 * sent / _seconds(shard),
-        "states": 2 * sent / _seconds(states),
-        "keys": sent / _seconds(keys),
+        "shard": 3 * sent / seconds(shard),
+        "states": 2 * sent / seconds(states),
+        "keys": sent / seconds(keys),
     }
 
 
@@ -225,98 +216,4 @@ def _latency(compute: Callable[[], object], meet: Callable[[], object]) -> float
         compute()
         meet()
 
-    return max(_seconds(both) - _seconds(compute), 1e-6)
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    """The median of some samples of at least a few milliseconds; the ranks begin the first together."""
-    call()
-    start = time.perf_counter()
-    call()
-    repeats = torch.tensor([max(1.0, SHORTEST // max(time.perf_counter() - start, 1e-6))])
-    dist.all_reduce(repeats, dist.ReduceOp.MAX)
-    taken = []
-    for _ in range(TRIES):
-        start = time.perf_counter()
-        for _ in range(int(repeats)):
-            call()
-        taken.append((time.perf_counter() - start) / int(repeats))
-    return statistics.median(taken)
-
-
-def _op(op: str, given: Mapping[str, Any], dtype: torch.dtype) -> tuple[float, float, float, float]:
-    """Seconds of an op's forward and backward pass at these sizes, and of what a part leaves and asks where sequences
-    are cut, 0 where that is not found by itself; and the FLOPs of the first."""
-    spec = spec_of(op)
-    short = {"l": min(given["l"], TOKENS)} if "l" in given else {}
-    short |= {"length": min(given["length"], TOKENS)} if "length" in given else {}
-    plain = {
-        key: False if isinstance(spec.base[key], bool) else None for key in ("packed", "state") if key in spec.base
-    }
-    case = spec.case({**spec.bench, **given, **short, **plain})
-    call, declared = spec.function(), OPS[op].declared
-    # As layers do, each call has inputs of its own, and what is kept of all waits for the backward passes
-    first = spec.inputs(case, dtype, "cpu", 0)
-    size = sum(x.nbytes for x in first.values() if isinstance(x, Tensor))
-    several = max(2, min(MOST_LAYERS, COLD // max(size, 1)))
-    layers = [first, *(spec.inputs(case, dtype, "cpu", seed) for seed in range(1, several))]
-    leaves = [[x.requires_grad_() for x in inputs.values() if _differentiable(x)] for inputs in layers]
-
-    def forwards() -> list[Tensor]:
-        every = [call(**inputs) for inputs in layers]
-        return [found if isinstance(found, Tensor) else found[0] for found in every]
-
-    gradient = torch.ones_like(forwards()[0])
-
-    def both() -> None:
-        for y, of in reversed(list(zip(forwards(), leaves, strict=True))):
-            torch.autograd.grad(y, of, gradient, allow_unused=True)
-
-    whole, forward = _seconds(both) / several, _seconds(forwards) / several
-    flops = op_flops(op, _taken(declared, first))[0]
-    both_ends = _ends(op, {name: x.detach() if isinstance(x, Tensor) else x for name, x in first.items()}, gradient)
-    return forward, max(whole - forward, 1e-9), both_ends, flops
-
-
-def _ends(op: str, inputs: Mapping[str, Any], gradient: Tensor) -> float:
-    """Seconds of both ends of a part: what it leaves and what it asks (:mod:`ssmzoo.parallel.adjoints`), or the first
-    alone with its gradient (:mod:`ssmzoo.parallel.left`)."""
-    if len(gradient) > 1 or op not in TRANSITIONS:
-        return 0.0
-    function = spec_of(op).function()
-    bound = inspect.signature(function).bind(**inputs)
-    bound.apply_defaults()
-    borders = torch.tensor([0, gradient.shape[1]], dtype=torch.int32)
-    call = {**bound.arguments, "cu_seqlens": borders, "return_final_state": True}
-    if op in ADJOINTS and ADJOINTS[op].can(call):
-        adjoint = ADJOINTS[op]
-
-        @torch.no_grad()
-        def both() -> None:
-            adjoint.found(function, call, True)
-            adjoint.asked(call, gradient)
-
-        return _seconds(both)
-    if not TRANSITIONS[op].summed:
-        return 0.0
-    shapes, _, wide = TRANSITIONS[op].like(call)
-    call = {key: x.requires_grad_() if _differentiable(x) else x for key, x in call.items()}
-    if "initial_angle" in call:
-        call["initial_angle"] = torch.zeros(shapes[1], dtype=wide)
-
-    def left() -> None:
-        E, M = TRANSITIONS[op].found(function, call)
-        sum(x.sum() for x in (*E, *M)).backward()  # type: ignore[union-attr]
-
-    return _seconds(left)
-
-
-def _differentiable(x: Any) -> bool:
-    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
-
-
-def _taken(declared: Any, inputs: Mapping[str, Any]) -> list[Any]:
-    """What implementations take of the public arguments; a causal attention's reach is -1 to 0."""
-    if declared.name == "attention":
-        inputs = {**inputs, "left": -1, "right": 0 if inputs["causal"] else -1}
-    return [inputs.get(name) for name in declared.takes]
+    return max(seconds(both) - seconds(compute), 1e-6)

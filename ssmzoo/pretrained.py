@@ -28,7 +28,8 @@ from ssmzoo.checkpoints.published import (
     take_converted,
 )
 from ssmzoo.checkpoints.rwkv7 import from_pth
-from ssmzoo.checkpoints.weights import assign, check_storable, main_dtype, read_tensors, skeleton, write_tensors
+from ssmzoo.checkpoints.tensors import read_tensors, write_tensors
+from ssmzoo.checkpoints.weights import assign, check_storable, main_dtype, skeleton
 from ssmzoo.config import ModelConfig, load_config, model_folder
 from ssmzoo.files import replacing
 from ssmzoo.footprint import check_memory, footprint

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ssmzoo.checkpoints.exporting import Export
 from ssmzoo.checkpoints.renaming import Written
-from ssmzoo.checkpoints.weights import write_tensors
+from ssmzoo.checkpoints.tensors import write_tensors
 from ssmzoo.files import naming, sync, unfinished
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

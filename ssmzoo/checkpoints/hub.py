@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ssmzoo.checkpoints.weights import line
+from ssmzoo.checkpoints.tensors import line
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"]

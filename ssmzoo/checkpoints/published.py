@@ -16,7 +16,8 @@ from torch import Tensor
 from ssmzoo.checkpoints.families import family, list_families
 from ssmzoo.checkpoints.renaming import renamed
 from ssmzoo.checkpoints.state_spaces import config_from_state_spaces, convert_mamba_state_dict
-from ssmzoo.checkpoints.weights import line, read_tensors, some
+from ssmzoo.checkpoints.tensors import line, read_tensors
+from ssmzoo.checkpoints.weights import some
 from ssmzoo.config import ModelConfig
 from ssmzoo.config.entries import reachable
 

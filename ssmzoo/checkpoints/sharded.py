@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ssmzoo.checkpoints import checksums
 from ssmzoo.checkpoints.divided import Layout
-from ssmzoo.checkpoints.weights import write_tensors
+from ssmzoo.checkpoints.tensors import write_tensors
 
 METADATA, LAYOUTS = ".metadata", "sharded.yaml"
 WEIGHTS_KIND, OPTIMIZER_KIND = "weights", "optimizer"

@@ -56,7 +56,7 @@ def _safetensors(model: SequenceModel, dtype: str | None, tokenizer: Path | str 
     import torch
 
     from ssmzoo.checkpoints.exporting import named_weights
-    from ssmzoo.checkpoints.weights import write_tensors
+    from ssmzoo.checkpoints.tensors import write_tensors
     from ssmzoo.files import replacing
 
     wanted = None if dtype is None else getattr(torch, dtype)

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from ssmzoo import files, pretrained
 from ssmzoo.checkpoints import checksums, sharded
 from ssmzoo.checkpoints.checksums import checkpoints
-from ssmzoo.checkpoints.weights import fill, read_tensors, write_tensors
+from ssmzoo.checkpoints.tensors import read_tensors, write_tensors
+from ssmzoo.checkpoints.weights import fill
 from ssmzoo.config import ModelConfig
 from ssmzoo.files import sync
 from ssmzoo.model import SequenceModel

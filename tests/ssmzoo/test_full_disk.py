@@ -14,7 +14,7 @@ from finished import finished_run
 
 import ssmzoo
 from ssmzoo import pretrained
-from ssmzoo.checkpoints import weights
+from ssmzoo.checkpoints import tensors
 from ssmzoo.train import finish as finish_module
 from ssmzoo.train import loop, resume, train
 
@@ -55,9 +55,9 @@ def test_a_model_that_cannot_be_saved_leaves_the_one_before(tmp_path):
 
 def test_safetensors_errors_are_those_of_the_system(tmp_path, monkeypatch):
     def full(*_):
-        raise weights.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise tensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(weights, "save_file", full)
+    monkeypatch.setattr(tensors, "save_file", full)
     with pytest.raises(OSError, match=r"\[Errno 28\] No space left on device: .*model\.safetensors"):
         pretrained.save(ssmzoo.build(LSTM), tmp_path)
 

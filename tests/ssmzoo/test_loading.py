@@ -13,7 +13,7 @@ from torch import nn
 
 import ssmzoo
 from ssmzoo import pretrained, registry
-from ssmzoo.checkpoints import weights
+from ssmzoo.checkpoints import tensors, weights
 
 NEEDED = {
     "parallel": {"branches": {"mamba": {"d_state": 4}, "attention": {"head_dim": 8}}},
@@ -34,7 +34,7 @@ def test_loaded_is_built_and_filled(tmp_path, name, dtype):
     model = ssmzoo.build(PLAIN | {"pattern": [name], "mixers": {name: NEEDED.get(name, heads)}})
     pretrained.save(model, tmp_path)
     filled = ssmzoo.build(model.config, dtype=dtype)
-    weights.fill(filled, weights.read_tensors(tmp_path / pretrained.WEIGHTS), "")
+    weights.fill(filled, tensors.read_tensors(tmp_path / pretrained.WEIGHTS), "")
     random = torch.get_rng_state()
     loaded = pretrained.load(tmp_path, dtype=dtype)
     assert torch.equal(torch.get_rng_state(), random)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import ssmzoo
 from ssmzoo import pretrained
-from ssmzoo.checkpoints import weights
+from ssmzoo.checkpoints import tensors
 
 TINY = {
     "d_model": 16,
@@ -91,7 +91,7 @@ def test_an_interrupted_save_leaves_what_was_there(tmp_path, monkeypatch):
         path.write_bytes(b"half a file")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(weights, "save_file", broken)
+    monkeypatch.setattr(tensors, "save_file", broken)
     with pytest.raises(OSError, match="no space left"):
         pretrained.save(ssmzoo.build(TINY), tmp_path)
     assert same_weights(before, pretrained.load(tmp_path))

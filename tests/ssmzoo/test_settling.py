@@ -8,7 +8,7 @@ import torch
 import ssmzoo
 from ssmkernels.core.pages import spans_of
 from ssmzoo.bench import models
-from ssmzoo.checkpoints import weights
+from ssmzoo.checkpoints import tensors
 from ssmzoo.decoding import settling
 from ssmzoo.decoding.settling import AFTER, AGAIN, SHARES
 
@@ -107,7 +107,7 @@ def test_outputs_have_the_same_bits(scheme, monkeypatch):
 def test_weights_of_a_file_are_read_into_pages_that_were_asked_for(tmp_path, monkeypatch):
     model, asked = ssmzoo.build("mamba2-tiny"), []
     ssmzoo.save(model, tmp_path)
-    monkeypatch.setattr(weights, "ask", lambda tensor: asked.append(tensor.data_ptr()))
+    monkeypatch.setattr(tensors, "ask", lambda tensor: asked.append(tensor.data_ptr()))
     loaded = ssmzoo.build(tmp_path)
     assert {tensor.data_ptr() for tensor in loaded.state_dict().values()} <= {*asked}
 

@@ -19,7 +19,7 @@ from ssmzoo.checkpoints.gguf.keys import check_kinds
 from ssmzoo.checkpoints.gguf.needed import need_gguf
 from ssmzoo.checkpoints.published import used
 from ssmzoo.checkpoints.renaming import renamed
-from ssmzoo.checkpoints.weights import line
+from ssmzoo.checkpoints.tensors import line
 from ssmzoo.config import ModelConfig
 from ssmzoo.model import SequenceModel
 

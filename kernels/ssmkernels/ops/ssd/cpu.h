@@ -9,9 +9,8 @@
 // transposed, (j, i), so that lanes run over the later token.
 //
 // Mamba-3's scan (mamba3_scan/cpu.py) is the same with two more numbers a token. There X = scale ∘ x, and a token's own
-// outputs do not see it through M, which is 0 there, but through direct_j G_ji x_j. `rank` tokens that follow one another
-// then are one step, whose tokens all see each other in this way. The scale depends on the next step; for outputs it is
-// part of M, as 0 · NaN would bring a NaN from there into this one.
+// outputs see it not through M, which is 0 there, but through direct_j G_ji x_j, as all `rank` tokens of one step see each
+// other. The scale depends on the next step; for outputs it is part of M, as 0 · NaN would bring a NaN from there into this.
 #pragma once
 
 #include "native/gemm.h"

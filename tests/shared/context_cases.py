@@ -279,47 +279,52 @@ class Checkpointed(nn.Module):
         )
 
 
+class Quarter:
+    """One of four processes' part of two sequences, each cut over two of them; what a whole model gives for it.
+
+    Attributes:
+        whole, cut: the same model twice; the first has the gradients of both sequences.
+        mesh: of sequences and their parts.
+    """
+
+    def __init__(self, config: dict[str, Any]):
+        torch.manual_seed(0)
+        self.whole = ssmzoo.build(config).double().eval()
+        self.cut = copy.deepcopy(self.whole)
+        ids = torch.randint(0, self.whole.config.vocab_size, (2, 9))
+        expected = self.whole(ids)
+        weight = weight_of(expected)
+        (expected * weight).sum().backward()
+        self.mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
+        row, column = self.mesh.get_coordinate()
+        part = (slice(row, row + 1), slice(0, 4) if column == 0 else slice(4, 9))
+        self.ids, self.expected, self.weight = ids[part], expected[part], weight[part]
+
+    def trains(self, model: nn.Module) -> None:
+        """Checks outputs, and leaves gradients; ``model`` takes their mean over all four processes."""
+        y = model(self.ids)
+        close("output", y, self.expected)
+        (4 * (y * self.weight).sum()).backward()
+
+
 def beside_data_parallelism(group: dist.ProcessGroup, config: dict[str, Any]) -> None:
     """Two sequences, each cut over two of four processes, under DDP over all of them: the gradients of both."""
-    torch.manual_seed(0)
-    whole = ssmzoo.build(config).double().eval()
-    cut = copy.deepcopy(whole)
-    ids = torch.randint(0, whole.config.vocab_size, (2, 9))
-    expected = whole(ids)
-    weight = weight_of(expected)
-    (expected * weight).sum().backward()
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
-    row, column = mesh.get_coordinate()
-    model = DistributedDataParallel(parallel.context(cut, mesh["context"]), process_group=group)
-    part = (slice(row, row + 1), slice(0, 4) if column == 0 else slice(4, 9))
-    y = model(ids[part])
-    close("output", y, expected[part])
-    (group.size() * (y * weight[part]).sum()).backward()  # DDP takes the mean over all processes
-    found = gradients(cut)
-    for name, grad in gradients(whole).items():
+    mine = Quarter(config)
+    mine.trains(DistributedDataParallel(parallel.context(mine.cut, mine.mesh["context"]), process_group=group))
+    found = gradients(mine.cut)
+    for name, grad in gradients(mine.whole).items():
         close(f"gradient of {name}", found[name], grad)
 
 
 def beside_sharding(group: dist.ProcessGroup, config: dict[str, Any]) -> None:
     """Likewise, with weights sharded over all four by FSDP."""
-    torch.manual_seed(0)
-    whole = ssmzoo.build(config).double().eval()
-    cut = copy.deepcopy(whole)
-    ids = torch.randint(0, whole.config.vocab_size, (2, 9))
-    expected = whole(ids)
-    weight = weight_of(expected)
-    (expected * weight).sum().backward()
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
+    mine = Quarter(config)
     everyone = init_device_mesh("cpu", (4,), mesh_dim_names=("shard",))
-    row, column = mesh.get_coordinate()
-    for block in cut.blocks:
+    for block in mine.cut.blocks:
         fully_shard(block, mesh=everyone)
-    fully_shard(cut, mesh=everyone)
-    part = (slice(row, row + 1), slice(0, 4) if column == 0 else slice(4, 9))
-    y = parallel.context(cut, mesh["context"])(ids[part])
-    close("output", y, expected[part])
-    (group.size() * (y * weight[part]).sum()).backward()  # FSDP takes the mean too
-    for (name, parameter), grad in zip(cut.named_parameters(), gradients(whole).values(), strict=True):
+    fully_shard(mine.cut, mesh=everyone)
+    mine.trains(parallel.context(mine.cut, mine.mesh["context"]))
+    for (name, parameter), grad in zip(mine.cut.named_parameters(), gradients(mine.whole).values(), strict=True):
         close(f"gradient of {name}", parameter.grad.full_tensor(), grad)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import pathlib
 import re
 import types
@@ -9,6 +10,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_formula import attend_to
 from implementations import each_of, implemented
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -184,25 +186,13 @@ def naive(
     lse = q.new_zeros(b, h, l) + connected  # 0 where there is none, to compare
     for n, i, head in torch.cartesian_prod(*(torch.arange(size) for size in (b, l, h))).tolist():
         shared, position = head // (h // k.shape[2]), i + m - l
-        logits, values = [], []
-        for j in range(m):
-            if causal and j > position:
-                continue
-            if (window[0] >= 0 and j < position - window[0]) or (window[1] >= 0 and j > position + window[1]):
-                continue
-            if shown is not None and not shown[head, i, j]:
-                continue
-            s = q[n, i, head].dot(k[n, j, shared]) * (q.shape[3] ** -0.5 if scale is None else scale)
-            s = softcap * torch.tanh(s / softcap) if softcap else s
-            s = s - alibi_slopes[head] * abs(position - j) if alibi_slopes is not None else s
-            logits.append(s)
-            values.append(v[n, j, shared])
-        if sinks is not None:
-            logits.append(sinks[head])
-            values.append(v.new_zeros(v.shape[3]))
-        if logits:
-            out[n, i, head] = torch.stack(logits).softmax(0) @ torch.stack(values)
-            lse[n, head, i] = torch.stack(logits).exp().sum().log()
+        left, right = (math.inf if side < 0 else side for side in window)
+        seen = [j for j in range(m) if position - left <= j <= position + (min(right, 0) if causal else right)]
+        seen = [j for j in seen if shown is None or shown[head, i, j]]
+        slope, sink = (None if x is None else x[head] for x in (alibi_slopes, sinks))
+        biases = {"scale": scale, "softcap": softcap, "slope": slope, "sink": sink}
+        head_of = q[n, i, head], k[n, :, shared], v[n, :, shared]
+        out[n, i, head], lse[n, head, i] = attend_to(*head_of, seen, position, **biases)
     return out, lse
 
 

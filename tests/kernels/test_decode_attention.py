@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_formula import attend_to
 from implementations import each_of, implemented
 
 from ssmkernels import OPS, attention, decode_attention, explain, native
@@ -91,7 +92,7 @@ def naive(
     sinks=None,
 ):
     """One query of one head at a time, over the keys that it sees."""
-    s, l, h, k = q.shape
+    s, l, h, _ = q.shape
     connected = 0 * sum(x.sum() for x in (q, k_cache, v_cache, alibi_slopes, sinks) if x is not None)
     out = q.new_zeros(s, l, h, v_cache.shape[3]) + connected
     lse = q.new_zeros(s, h, l) + connected  # 0 where there is none, to compare
@@ -99,18 +100,10 @@ def naive(
         shared, position = head // (h // k_cache.shape[2]), int(lengths[n]) - l + i
         first = 0 if window[0] < 0 else max(0, position - window[0])
         seen = range(first, position + 1)
-        logits = [q[n, i, head].dot(k_cache[n, j, shared]) * (k**-0.5 if scale is None else scale) for j in seen]
-        if softcap:
-            logits = [softcap * torch.tanh(x / softcap) for x in logits]
-        if alibi_slopes is not None:
-            logits = [x - alibi_slopes[head] * (position - j) for x, j in zip(logits, seen, strict=True)]
-        values = [v_cache[n, j, shared] for j in seen]
-        if sinks is not None:
-            logits.append(sinks[head])
-            values.append(v_cache.new_zeros(v_cache.shape[3]))
-        if logits:
-            out[n, i, head] = torch.stack(logits).softmax(0) @ torch.stack(values)
-            lse[n, head, i] = torch.stack(logits).exp().sum().log()
+        slope, sink = (None if x is None else x[head] for x in (alibi_slopes, sinks))
+        query, keys, values = q[n, i, head], k_cache[n, :, shared], v_cache[n, :, shared]
+        biases = {"softcap": softcap, "slope": slope, "sink": sink}
+        out[n, i, head], lse[n, head, i] = attend_to(query, keys, values, seen, position, scale=scale, **biases)
     return out, lse
 
 

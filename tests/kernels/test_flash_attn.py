@@ -66,22 +66,7 @@ def flash_attn_func(
 
 
 def flash_attn_varlen_func(
-    q,
-    k,
-    v,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    max_seqlen_q,
-    max_seqlen_k,
-    dropout_p=0.0,
-    softmax_scale=None,
-    causal=False,
-    window_size=(-1, -1),
-    softcap=0.0,
-    alibi_slopes=None,
-    deterministic=False,
-    return_attn_probs=False,
-    block_table=None,
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table=None, return_attn_probs=False, **more
 ):
     """One sequence after another; the log-sum-exp has no batch."""
     assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
@@ -96,8 +81,8 @@ def flash_attn_varlen_func(
         assert m <= max_seqlen_k
         out, lse = q[rows] * 0, torch.full((q.shape[1], l), torch.inf)
         if l and m:
-            options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, True)
-            out, lse, _ = flash_attn_func(q[None, rows], k[None, columns], v[None, columns], *options)
+            part = q[None, rows], k[None, columns], v[None, columns]
+            out, lse, _ = flash_attn_func(*part, **more, return_attn_probs=True)
             out, lse = out[0], lse[0]
         outs.append(out)
         lses.append(lse)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import itertools
 
 import attention_checks
 import pytest
 import torch
 from attention_layers import D_MODEL, cache_of, call_by_call, gradients, in_pieces, inputs, make_mixer, packed
+from their_attention import TheirAttention
 
 from ssmzoo import build_mixer
 from ssmzoo.cache.calls import FEW
@@ -366,30 +366,12 @@ class TestParity:
         ],
     )
     def test_transformers(self, name, given, options):
-        module = {"GptOss": "gpt_oss"}.get(name, name.lower())
-        pytest.importorskip("transformers")
-        modeling = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
-        configuration = importlib.import_module(f"transformers.models.{module}.configuration_{module}")
-        given = dict(given)
-        rope = {"rope_type": "default", "rope_theta": given.pop("rope_theta", 10000.0), **given.pop("rope", {})}
-        if "partial_rotary_factor" in given:
-            rope["partial_rotary_factor"] = given.pop("partial_rotary_factor")
-        config = getattr(configuration, f"{name}Config")(
-            hidden_size=64,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            max_position_embeddings=64,
-            rope_parameters=rope,
-            attn_implementation="eager",
-            **given,
-        )
-        torch.manual_seed(0)
-        theirs = getattr(modeling, f"{name}Attention")(config, layer_idx=1).eval()
+        sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+        theirs = TheirAttention({"GptOss": "gpt_oss"}.get(name, name.lower()), name, sizes | given)
         ours = Attention(64, head_dim=16, n_kv_heads=2, **options)
         weights = {
             key.replace("o_proj", "out_proj").replace("dense", "out_proj").replace("layernorm", "norm"): value
-            for key, value in theirs.state_dict().items()
+            for key, value in theirs.layer.state_dict().items()
         }
         with torch.no_grad():
             if "sinks" in weights:
@@ -398,12 +380,9 @@ class TestParity:
                 value.add_(torch.randn_like(value), alpha=0.1)  # biases and norms that are not 0 or 1
         ours.load_state_dict(weights)
 
-        x, positions = torch.randn(2, 19, 64), torch.arange(19)[None]
-        angles = getattr(modeling, f"{name}RotaryEmbedding")(config)(x, positions)
+        x = torch.randn(2, 19, 64)
         seen = torch.ones(19, 19).tril().triu(1 - options.get("window", 19)).bool()
-        mask = torch.zeros(19, 19).masked_fill(~seen, torch.finfo(torch.float32).min)
-        expected, _ = theirs(x, position_embeddings=angles, attention_mask=mask[None, None])
-        torch.testing.assert_close(ours(x), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours(x), theirs(x, seen), rtol=1e-5, atol=1e-5)
 
 
 class TestWindow:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 
 import attention_checks
 import pytest
 import torch
 from attention_layers import D_MODEL, call_by_call, gradients, in_pieces, inputs, make_mixer, packed
+from their_attention import TheirAttention
 
 import ssmzoo
 from ssmzoo import build_mixer
@@ -194,46 +194,25 @@ class TestParity:
         ids=str,
     )
     def test_transformers(self, version, given, options):
-        pytest.importorskip("transformers")
-        package = f"transformers.models.deepseek_v{version}"
-        modeling = importlib.import_module(f"{package}.modeling_deepseek_v{version}")
-        configuration = importlib.import_module(f"{package}.configuration_deepseek_v{version}")
-        given = dict(given)
-        rope = {"rope_type": "default", **given.pop("rope", {}), "rope_theta": given.pop("rope_theta", 10000.0)}
-        config = getattr(configuration, f"DeepseekV{version}Config")(
-            hidden_size=48,
-            num_attention_heads=3,
-            num_key_value_heads=3,
-            q_lora_rank=given.pop("q_lora_rank", None),
-            kv_lora_rank=14,  # their complex view wants it even
-            qk_nope_head_dim=10,
-            qk_rope_head_dim=6,
-            v_head_dim=7,
-            max_position_embeddings=64,
-            rope_parameters=rope,
-            attn_implementation="eager",
-            **given,
-        )
-        torch.manual_seed(0)
-        theirs = getattr(modeling, f"DeepseekV{version}Attention")(config, layer_idx=0)
+        heads = {"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 3, "v_head_dim": 7}
+        latent = {"q_lora_rank": None, "kv_lora_rank": 14}  # their complex view wants it even
+        parts = {"qk_nope_head_dim": 10, "qk_rope_head_dim": 6}
+        theirs = TheirAttention(f"deepseek_v{version}", f"DeepseekV{version}", heads | latent | parts | given)
         sizes = {"n_heads": 3, "kv_lora_rank": 14, "qk_nope_head_dim": 10, "qk_rope_head_dim": 6, "v_head_dim": 7}
         ours = build_mixer("mla", 48, **sizes, **options)
         with torch.no_grad():
-            for value in theirs.parameters():
+            for value in theirs.layer.parameters():
                 value.add_(torch.randn_like(value), alpha=0.2)  # biases and norms that are not 0 or 1
-        ours.load_state_dict({self.our_name(name): value for name, value in theirs.state_dict().items()})
+        ours.load_state_dict({self.our_name(name): value for name, value in theirs.layer.state_dict().items()})
 
-        x, positions = torch.randn(2, 19, 48), torch.arange(19)[None]
-        angles = getattr(modeling, f"DeepseekV{version}RotaryEmbedding")(config)(x, positions)
-        mask = torch.full((19, 19), torch.finfo(torch.float32).min).triu(1)[None, None]
-        kwargs = {"position_embeddings": angles, "attention_mask": mask}
-        expected, _ = theirs(x, **kwargs)
-        found = ours(x)
+        x = torch.randn(2, 19, 48)
+        expected, found = theirs(x, torch.ones(19, 19).tril().bool()), ours(x)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
         weight = torch.randn_like(expected)
-        wanted = torch.autograd.grad((expected * weight).sum(), list(theirs.parameters()))
-        named = {self.our_name(name): g for (name, _), g in zip(theirs.named_parameters(), wanted, strict=True)}
+        weights = dict(theirs.layer.named_parameters())
+        wanted = torch.autograd.grad((expected * weight).sum(), list(weights.values()))
+        named = {self.our_name(name): g for name, g in zip(weights, wanted, strict=True)}
         (found * weight).sum().backward()
         for name, parameter in ours.named_parameters():
             torch.testing.assert_close(parameter.grad, named.pop(name), rtol=1e-4, atol=1e-4)

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from convolution_inputs import convolution_inputs
 
 from ssmkernels import OPS, causal_conv1d, causal_conv1d_step
 
@@ -29,20 +30,10 @@ CASES = {
 @pytest.fixture
 def arguments(randn):
     def make(dtype=torch.float64, *, b=2, l=17, d=3, w=4, activation="silu", cu_seqlens=None, **given):
-        wide = torch.promote_types(dtype, torch.float32)
         b = b if cu_seqlens is None else 1
-        s = b if cu_seqlens is None else len(cu_seqlens) - 1
-        made = {
-            "x": randn(b, l, d, dtype=dtype),
-            "weight": randn(d, w, dtype=dtype),
-            "bias": randn(d, dtype=wide),
-            "initial_state": randn(s, w - 1, d, dtype=wide),
-        }
+        made = convolution_inputs(randn, dtype, b=b, l=l, d=d, w=w, cu_seqlens=cu_seqlens)
         made = {name: value for name, value in made.items() if given.get(name, True)}
-        made |= {"activation": activation, "return_final_state": True}
-        if cu_seqlens is not None:
-            made["cu_seqlens"] = torch.tensor(cu_seqlens, dtype=torch.int32)
-        return made
+        return made | {"activation": activation, "return_final_state": True}
 
     return make
 

@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from convolution_inputs import convolution_inputs
 
 from ssmkernels import OPS, causal_conv1d, causal_conv1d_step, explain, native, selective_scan, selective_scan_step
 from ssmkernels.ops.selective_scan import cpu as scan_cpu
@@ -53,17 +54,7 @@ def scan_inputs(randn):
 @pytest.fixture
 def conv_inputs(randn):
     def make(dtype=torch.float32, *, b=2, l=100, d=70, w=4, cu_seqlens=None):
-        wide = torch.promote_types(dtype, torch.float32)
-        s = b if cu_seqlens is None else len(cu_seqlens) - 1
-        made = {
-            "x": randn(b, l, d, dtype=dtype),
-            "weight": randn(d, w, dtype=wide),
-            "bias": randn(d, dtype=wide),
-            "initial_state": randn(s, w - 1, d, dtype=wide),
-        }
-        if cu_seqlens is not None:
-            made["cu_seqlens"] = torch.tensor(cu_seqlens, dtype=torch.int32)
-        return made
+        return convolution_inputs(randn, dtype, b=b, l=l, d=d, w=w, cu_seqlens=cu_seqlens, wide_weight=True)
 
     return make
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from gradients import check_same_with_gradients, leaves
 from implementations import every_implementation, with_final_state
+from pieces import check_steps_and_pieces
 
 from ssmkernels import mlstm, mlstm_step, native
 from ssmkernels.ops.mlstm import cpu_arguments
@@ -84,19 +85,9 @@ def test_large_states_are_saved_more_seldom(arguments, monkeypatch):
 
 @EVERY
 def test_steps_and_pieces_are_the_whole(memory, arguments):
-    made = arguments(l=70, b=1)
-    y, final = memory(**made)
-    begin = made.pop("initial_state")
-    state = tuple(t.clone() for t in begin)
-    for t in range(70):
-        one = {name: made[name][:, t] for name in TIMED}
-        torch.testing.assert_close(mlstm_step(state, **one), y[:, t], rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close(state, final, rtol=1e-9, atol=1e-11)
-    pieces, state = [], begin
-    for start, end in ((0, 1), (1, 40), (40, 40), (40, 70)):
-        piece, state = memory(**{name: made[name][:, start:end] for name in TIMED}, initial_state=state)
-        pieces.append(piece)
-    torch.testing.assert_close((torch.cat(pieces, 1), *state), (y, *final), rtol=1e-9, atol=1e-11)
+    inputs = arguments(l=70, b=1)
+    state = inputs.pop("initial_state")
+    check_steps_and_pieces(memory, mlstm_step, inputs, state, cuts=(1, 40, 40))
 
 
 @EVERY

@@ -6,6 +6,7 @@ import pytest
 import torch
 from gradients import check_same_with_gradients, leaves
 from implementations import every_implementation, with_final_state
+from pieces import check_steps_and_pieces
 
 from ssmkernels import slstm, slstm_step
 
@@ -60,17 +61,8 @@ def test_a_plain_loop_gives_the_same(network, arguments, randn, sizes):
 @EVERY
 def test_steps_and_pieces_are_the_whole(network, arguments):
     made = arguments(l=20)
-    y, final = network(**made)
-    begin, x = made.pop("initial_state"), made.pop("x")
-    state = tuple(t.clone() for t in begin)
-    for t in range(20):
-        torch.testing.assert_close(slstm_step(state, x[:, t], **made), y[:, t], rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close(state, final, rtol=1e-9, atol=1e-11)
-    pieces, state = [], begin
-    for piece in x.tensor_split((1, 1, 13), dim=1):
-        piece, state = network(piece, **made, initial_state=state)
-        pieces.append(piece)
-    torch.testing.assert_close((torch.cat(pieces, 1), *state), (y, *final), rtol=1e-9, atol=1e-11)
+    inputs, state = {"x": made.pop("x")}, made.pop("initial_state")
+    check_steps_and_pieces(network, slstm_step, inputs, state, cuts=(1, 1, 13), **made)
 
 
 @EVERY

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
@@ -15,10 +15,12 @@ class Period:
 
     Attributes:
         kept: what stays alive until it ends, by whose it is, such as the memory of weights that prepared calls read.
+        states: those that prepared calls run on unasked, by whose calls they are, and what is in them; also until then.
     """
 
     def __init__(self) -> None:
         self.kept: dict[object, object] = {}
+        self.states: dict[object, tuple[Sequence[object], object]] = {}
         self.users = 0
 
 
@@ -40,9 +42,12 @@ def steady(model: nn.Module) -> Iterator[None]:
     finally:
         with _lock:
             period.users -= 1
-            if period.users == 0:
+            ended = period.users == 0
+            if ended:
                 _periods.pop(model, None)  # at a program's end it may be gone
-                period.kept.clear()
+        if ended:  # without the lock, as what is freed here may call anybody
+            period.kept.clear()
+            period.states.clear()
 
 
 def period_of(model: nn.Module) -> Period | None:

@@ -60,11 +60,10 @@ def through_layers(model: nn.Module, blocks: Sequence[Block], states: Sequence[S
 
 
 def let_go(model: nn.Module) -> None:
-    """Forgets which states a model's calls run on unasked (:mod:`ssmzoo.steady`), which are kept alive for them."""
-    for decoders in (_of_layers, _of_models):
-        decoder = decoders.get(model)
-        if decoder is not None:
-            decoder.trust(None, (), ())
+    """Forgets which states a model's calls run on unasked, which a steady period keeps alive for them until its end."""
+    period = period_of(model)
+    if period is not None:
+        period.states.clear()
 
 
 def _decode(
@@ -82,12 +81,14 @@ def _decode(
             return None
         if decoder.trusts(period, states, x):
             return decoder.run(x)
+        if period is not None:
+            period.states.pop(decoder, None)
         if decoder.parts.unchanged() and (facts := _facts(blocks, states, x)) is not None:
             if not facts.same(decoder.facts):  # another state, as after a request has joined or left a batch
                 decoder = decoders[model] = decoder.turned(facts)
             if decoder.program is None:
                 decoder.prepare(blocks, states, x, facts.tensors)
-            if decoder.program is not None:
+            if decoder.program is not None and period is not None:
                 decoder.trust(period, states, facts.tensors)
             return decoder.run(x)
     ends = Ends.of(model) if decoders is _of_models else None

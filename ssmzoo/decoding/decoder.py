@@ -69,13 +69,9 @@ class Decoder:
         self.program: Program | None = None
         self.refused: torch.Size | None = None
         self.lock = threading.Lock()  # of the memory between the layers
-        self._period: Period | None = None  # for which the parts and the states were looked at
-        self._states: Sequence[State] = ()
-        self._held: tuple[Tensor, ...] = ()  # theirs, which the program reads unasked
 
     def turned(self, facts: Facts) -> Decoder:
         """That of the family for other states: one that was made for states of their shape, or a new one."""
-        self.trust(None, (), ())
         found = self.family.pop(facts.layout, None)
         if found is not None and found.program is not None and found.program.move(facts.tensors):
             found.facts = facts._replace(tensors=())
@@ -87,24 +83,27 @@ class Decoder:
 
     def trusts(self, period: Period | None, states: Sequence[State], x: Tensor) -> bool:
         """Whether the program may run without a look, as nothing has changed since :meth:`trust`."""
+        if period is None or (trusted := period.states.get(self)) is None:
+            return False
+        known, _ = trusted
         return (
-            period is not None
-            and period is self._period
-            and self.program is not None
+            self.program is not None
             and self.thread == threading.get_ident()  # or its own thread might move it to other states meanwhile
             and x.shape[0] == self.stream.shape[0]
             and x.dtype == self.stream.dtype
             and torch.is_inference_mode_enabled() == self.stream.is_inference()
-            and len(states) == len(self._states)
-            and all(map(operator.is_, states, self._states))
+            and len(states) == len(known)
+            and all(map(operator.is_, states, known))
         )
 
-    def trust(self, period: Period | None, states: Sequence[State], tensors: tuple[Tensor, ...]) -> None:
-        """Takes the parts and these states to stay as they are, as long as the period lasts."""
-        if period is not None and self.parts not in period.kept:
+    def trust(self, period: Period, states: Sequence[State], tensors: tuple[Tensor, ...]) -> None:
+        """Takes the parts and these states, which hold ``tensors``, to stay as they are, as long as the period lasts.
+
+        The period keeps them alive, and nothing here does, so that they go with it.
+        """
+        if self.parts not in period.kept:
             period.kept[self.parts] = self.parts.storages()  # once, however often the states change
-        self._period = period
-        self._states, self._held = ([*states], tensors) if period is not None else ((), ())
+        period.states[self] = [*states], tensors
 
     def prepare(self, blocks: Sequence[Block], states: Sequence[State], x: Tensor, tensors: tuple[Tensor, ...]) -> None:
         """Makes the program for x ``(b 1 d_model)``, unless a layer is more than native calls."""

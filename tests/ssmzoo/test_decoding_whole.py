@@ -12,6 +12,7 @@ import ssmzoo
 from ssmkernels import native
 from ssmkernels.native.prepared import Program
 from ssmzoo import decoding
+from ssmzoo.decoding.decoder import Decoder
 from ssmzoo.decoding.parts import Parts
 from ssmzoo.steady import period_of, steady
 
@@ -175,3 +176,71 @@ def test_weights_stay_in_memory_as_long_as_calls_read_them_unasked():
     del model, state
     gc.collect()
     assert not decoding._of_models
+
+
+@pytest.fixture
+def trusted(monkeypatch):
+    """The tensors of states that calls have run on unasked, by weak references."""
+    found, trust = [], Decoder.trust
+
+    def noting(self, period, states, tensors):
+        found.extend(map(weakref.ref, tensors))
+        trust(self, period, states, tensors)
+
+    monkeypatch.setattr(Decoder, "trust", noting)
+    return found
+
+
+def stopped_by_an_error(model):
+    steps = iter(range(6))
+    with pytest.raises(StopIteration):
+        model.generate([[1, 2]], 12, stream=lambda _: next(steps))
+
+
+def through_an_engine(model):
+    engine = ssmzoo.Engine(model)
+    engine.submit([1, 2], max_tokens=12)
+    engine.run()
+
+
+def with_a_draft(model):
+    draft = build(20, n_layers=1)
+    model.generate([[1, 2]], 12, draft=draft)
+    return draft
+
+
+WAYS = {
+    "alone": lambda model: model.generate([[1, 2]], 12, temperature=0),
+    "rows": lambda model: model.generate([[1, 2], [3, 4]], 12),
+    "beams": lambda model: model.generate([[1, 2]], 12, num_beams=3),
+    "draft": with_a_draft,
+    "error": stopped_by_an_error,
+    "engine": through_an_engine,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_state_outlives_what_it_was_made_for(way, trusted):
+    model = build(20)
+    left = WAYS[way](model)
+    gc.collect()
+    assert trusted
+    assert not any(ref() is not None for ref in trusted)
+    del left
+
+
+def test_states_may_be_let_go_meanwhile(trusted, looks):
+    model, ids = build(), torch.tensor([[1]])
+    with torch.no_grad(), steady(model):
+        state = model.initial_state(1)
+        for _ in range(4):
+            _, state = model(ids, state)
+        other = state.clone()
+        expected, _ = model(ids, state)
+        decoding.let_go(model)
+        del state, _
+        assert not any(ref() is not None for ref in trusted)
+        seen = len(looks)
+        found, _ = model(ids, other)
+        assert len(looks) > seen
+        assert torch.equal(found, expected)

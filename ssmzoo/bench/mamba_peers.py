@@ -91,15 +91,7 @@ def _kind(mixer: Any) -> tuple[str, dict[str, Any]]:
     refuse(mixer.bidirectional, "second direction")
     if isinstance(mixer, Mamba2):
         return "Mamba2", _mamba2_options(mixer)
-    options = {
-        "hidden_size": mixer.d_model,
-        "state_size": mixer.d_state,
-        "conv_kernel": mixer.d_conv,
-        "expand": _expand(mixer),
-        "time_step_rank": mixer.dt_rank,
-        "use_conv_bias": mixer.conv1d.bias is not None,
-        "use_bias": mixer.in_proj.bias is not None,
-    }
+    options = {**_common_options(mixer), "time_step_rank": mixer.dt_rank}
     if mixer.bcdt_norm:
         return "FalconMamba", {**options, "mixer_rms_eps": mixer.bcdt_norm_eps}
     return "Mamba", options
@@ -112,15 +104,22 @@ def _mamba2_options(mixer: Mamba2) -> dict[str, Any]:
     refuse(mixer.norm is None or mixer.norm.norm_before_gate or mixer.norm_groups != mixer.ngroups, "such norm")
     assert mixer.norm is not None
     return {
-        "hidden_size": mixer.d_model,
-        "state_size": mixer.d_state,
-        "conv_kernel": mixer.d_conv,
-        "expand": _expand(mixer),
+        **_common_options(mixer),
         "num_heads": mixer.n_heads,
         "head_dim": mixer.headdim,
         "n_groups": mixer.ngroups,
         "time_step_limit": mixer.dt_limit,
         "layer_norm_epsilon": mixer.norm.eps,
+    }
+
+
+def _common_options(mixer: Any) -> dict[str, Any]:
+    """What the configs of transformers' Mamba, Falcon Mamba and Mamba-2 all have."""
+    return {
+        "hidden_size": mixer.d_model,
+        "state_size": mixer.d_state,
+        "conv_kernel": mixer.d_conv,
+        "expand": _expand(mixer),
         "use_conv_bias": mixer.conv1d.bias is not None,
         "use_bias": mixer.in_proj.bias is not None,
     }

@@ -16,6 +16,7 @@ TINY = {"d_model": 64, "n_layers": 2, "vocab_size": 96, "mlp": {"kind": "swiglu"
 BARE = {"d_model": 64, "n_layers": 2, "vocab_size": 96}
 ATTENTION = {"head_dim": 16, "n_heads": 4, "n_kv_heads": 2, "rope": False}
 MAMBA2 = {"d_state": 16, "headdim": 16, "ngroups": 2}
+SUM = {"kind": "parallel", "branches": ["mamba2", "attention"], "combine": "sum"}
 EXPERTS = {"n_experts": 4, "top_k": 2, "d_intermediate": 32}
 
 
@@ -63,10 +64,8 @@ MODELS = {
     | {
         "pattern": ["both"],
         "mixers": {
-            "both": {
-                "kind": "parallel",
-                "branches": ["mamba2", "attention"],
-                "combine": "sum",
+            "both": SUM
+            | {
                 "in_multipliers": {"mamba2": 1.2, "attention": 0.9},
                 "out_multipliers": {"mamba2": 0.5, "attention": 1.1},
             },
@@ -81,7 +80,7 @@ MODELS = {
     | {
         "pattern": ["both"],
         "mixers": {
-            "both": {"kind": "parallel", "branches": ["mamba2", "attention"], "combine": "sum"},
+            "both": SUM,
             "mamba2": MAMBA2 | {"norm_before_gate": False},
             "attention": ATTENTION | {"rope": True},
         },

@@ -151,17 +151,11 @@ MODELS |= {
 }
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 10}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
-LOCAL = HEADS | {
-    "head_dim": 6,
-    "swa_num_attention_heads": 4,
-    "swa_num_key_value_heads": 2,
-    "swa_head_dim": 6,
-    "sliding_window_size": 32,
-    "d_rel": 4,
-    "rel_extent": 16,
-    "log_scaling_n_floor": 64,
-    "n_routed_experts": 4,
-}
+LOCAL = (
+    HEADS
+    | {"head_dim": 6, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 6}
+    | {"sliding_window_size": 32, "d_rel": 4, "rel_extent": 16, "log_scaling_n_floor": 64, "n_routed_experts": 4}
+)
 SHARED = DELTA | EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 10}
 del SHARED["intermediate_size"]
 MODELS |= {

@@ -227,17 +227,12 @@ def test_settings_are_yaml():
 
 
 @pytest.mark.parametrize(
-    ("function", "number", "text"),
+    ("function", "texts"),
     [
-        (_output.count, 999, "999"),
-        (_output.count, 1234, "1.2k"),
-        (_output.count, 129135360, "129.1M"),
-        (_output.count, 999_999_999, "1.0B"),
-        (_output.flops, 260e6, "260 M"),
-        (_output.flops, 5.56e9, "5.56 G"),
-        (_output.size, 512, "512 B"),
-        (_output.size, 1572864, "1.5 MiB"),
+        (_output.count, {999: "999", 1234: "1.2k", 129135360: "129.1M", 999_999_999: "1.0B"}),
+        (_output.flops, {260e6: "260 M", 5.56e9: "5.56 G"}),
+        (_output.size, {512: "512 B", 1572864: "1.5 MiB"}),
     ],
 )
-def test_numbers_as_people_write_them(function, number, text):
-    assert function(number) == text
+def test_numbers_as_people_write_them(function, texts):
+    assert {number: function(number) for number in texts} == texts

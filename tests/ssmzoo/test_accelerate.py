@@ -625,3 +625,17 @@ def test_compiled_models():
             close("the logits", compiled(ids, use_cache=False).logits, expected)
             if ours:
                 close("packed logits", compiled(ids, use_cache=False, seq_idx=seq_idx).logits, apart)
+
+
+MIXTURES = {"jamba", "lfm2_moe", "qwen3_5_moe", "qwen4_exp", "bailing_hybrid", "glm5_next"}
+MIXTURES |= {"inkling", "inkling2", "minimax"}  # whose experts are chosen by numbers in tensors
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", sorted(set(MODELS) - MIXTURES))
+def test_one_graph(family):
+    model, ids = made(family), torch.randint(1, 50, (1, 12))
+    torch.compiler.reset()
+    with accelerate(family):
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        close("the logits", compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)

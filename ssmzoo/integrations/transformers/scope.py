@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Iterator
-from contextvars import ContextVar
 
 from torch import Tensor
 
@@ -26,19 +26,32 @@ class Scope:
         return self.states.pop(0) if self.states else None
 
 
-_scope: ContextVar[Scope | None] = ContextVar("scope", default=None)
 _NOTHING = Scope()
+
+
+class _Here(threading.local):
+    """One for each thread: an attribute, which Dynamo reads, guards and sets, as it does no context variable.
+
+    It is the instance's from the start, as a class's own value could be taken for it.
+    """
+
+    def __init__(self) -> None:
+        self.scope = _NOTHING
+
+
+_here = _Here()
 
 
 def current() -> Scope:
     """The scope of the innermost layer, empty where none was told."""
-    return _scope.get() or _NOTHING
+    return _here.scope
 
 
 @contextlib.contextmanager
 def entered(scope: Scope) -> Iterator[None]:
-    token = _scope.set(scope)
+    before = _here.scope
+    _here.scope = scope
     try:
         yield
     finally:
-        _scope.reset(token)
+        _here.scope = before

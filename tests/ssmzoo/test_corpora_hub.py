@@ -17,14 +17,14 @@ from ssmzoo.train.corpora import hub, read_manifest, tokenize
 from ssmzoo.train.corpora.tokenize import PLAN
 
 PACKAGE = """
-import json, os
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 __version__ = "4.0.0"
 
 def _hub():
-    return json.loads(Path(os.environ["FAKE_HUB"]).read_text())
+    return json.loads((Path(__file__).parents[2] / "hub.json").read_text())  # other processes have other variables
 
 def _commit(repository, revision):
     if repository not in _hub():
@@ -94,7 +94,6 @@ def fake(tmp_path, monkeypatch):
     (package / "__init__.py").write_text(PACKAGE)
     monkeypatch.syspath_prepend(package.parent)
     monkeypatch.delitem(sys.modules, "datasets", raising=False)
-    monkeypatch.setenv("FAKE_HUB", str(place))
     monkeypatch.setattr(hub, "_check_reach", lambda source, repository: None)
 
     def put(**repositories):

@@ -10,10 +10,10 @@ from engine_requests import MODELS, alone, build, engine, run_all, tight
 
 from ssmkernels import native
 from ssmkernels.native.prepared import Program
-from ssmzoo import decoding
 from ssmzoo.decoding.parts import Parts
 from ssmzoo.model import ModelState, SequenceModel
 from ssmzoo.state import State
+from ssmzoo.steady import period_of
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -275,10 +275,10 @@ def test_a_run_looks_once_for_each_batch_and_keeps_no_states(monkeypatch):
     looks, unchanged, kept = [], Parts.unchanged, []
     monkeypatch.setattr(Parts, "unchanged", lambda self: (looks.append(self), unchanged(self))[1])
     model = build("mamba", vocab_size=2**16).float()
-    decoders = (decoding._of_models, decoding._of_layers)
 
     def held():
-        return [tensor for each in decoders for tensor in (each[model]._held if model in each else ())]
+        period = period_of(model)
+        return [] if period is None else [*period.states.values()]
 
     worker = engine(model, max_batch=4, chunk=512)
     join, keep = worker._active.join, worker._active._keep

@@ -117,7 +117,7 @@ def texts(address: str, number: int, key: str) -> Iterator[str]:
         if row is END:
             return
         if not isinstance(row, dict):
-            raise ValueError(f"{address} must have rows of named columns; got {type(row).__name__}")
+            raise ValueError(f"`sources`: {address} must have rows of named columns; got {type(row).__name__}")
         _check(address, key, list(row))
         text = row[key]
         if text is None:
@@ -125,7 +125,7 @@ def texts(address: str, number: int, key: str) -> Iterator[str]:
         if not isinstance(text, str):
             raise ValueError(f"{address} must have text in the column {key!r:.80} (--key); got {type(text).__name__}")
         if len(text) > LONGEST // 4 and len(text.encode(errors="replace")) > LONGEST:
-            raise ValueError(f"{address} must have at most {LONGEST} bytes in a row of {key!r:.80}; got more")
+            raise ValueError(f"{address} must have at most {LONGEST} bytes in a row of {key!r:.80} (--key); got more")
         yield text
 
 

@@ -1,7 +1,8 @@
 """The linear maps of accelerated families, by the fastest product that there is for their size.
 
 Such a map is a plain ``nn.Linear`` that any model may share, so its class has one forward for everybody, which looks
-whether a layer or model of an accelerated family is running.
+whether a layer or model of an accelerated family is running. Outside of those it is PyTorch's own product. What is
+taken back is only what was put there: :func:`restore_forward`.
 """
 
 from __future__ import annotations

@@ -177,7 +177,7 @@ def test_a_text_beyond_memory_is_refused(tmp_path, fake, monkeypatch):
     monkeypatch.setattr(hub, "LONGEST", 40)
     fake(n={"newest": "c1", "c1": {"default": {"train": [rows("é" * 20)], "x": [rows("é" * 21)]}}})
     assert tokenize("datasets:o/n", tmp_path / "out", workers=1).bytes == 40
-    with pytest.raises(ValueError, match="must have at most 40 bytes in a row of 'text'; got more"):
+    with pytest.raises(ValueError, match=r"must have at most 40 bytes in a row of 'text' \(--key\); got more"):
         tokenize("datasets:o/n:x", tmp_path / "new", workers=1)
 
 

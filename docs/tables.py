@@ -68,6 +68,8 @@ def measured(path: Path, names: list[str]) -> str:
     elif rows and rows[0]["kind"] == "context":
         columns = ["what", "processes", "median", "of the ideal rate", "memory of a process", ""]
         told = markdown_table(columns, list(contexts(rows)), columns[2:5])
+    elif rows and rows[0]["kind"] == "corpora":
+        told = markdown_table(["what", "of", "median", "memory", ""], list(corpora(rows)), ["median", "memory"])
     elif rows and rows[0]["kind"] == "scaling":
         told = markdown_table(["what", "measured"], list(scaling(rows)), ["measured"])
     else:
@@ -158,6 +160,14 @@ def contexts(rows: list[Row]) -> Iterator[list[str]]:
             memory = size(int(row["resident_bytes"])) if row["resident_bytes"] else ""
             what = f"{row['what']} ({row['shape']})"
             yield [what, row["implementation"], seconds(float(row["median_s"])), rate, memory, row["note"]]
+
+
+def corpora(rows: list[Row]) -> Iterator[list[str]]:
+    """What tokenising and loading take, and beside what."""
+    for row in rows:
+        memory = size(int(row["resident_bytes"])) if row["resident_bytes"] else ""
+        what = f"{row['pass']} ({row['shape']})"
+        yield [what, row["implementation"], seconds(float(row["median_s"])), memory, row["note"]]
 
 
 def scaling(rows: list[Row]) -> Iterator[list[str]]:

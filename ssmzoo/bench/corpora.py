@@ -1,159 +1,137 @@
-"""What ``ssmzoo tokenize`` takes beside the tokenizer alone, and the loader beside a step: ``python -m
-ssmzoo.bench.corpora``.
+"""What ``ssmzoo tokenize`` takes beside the tokenizer alone, the memory of its processes, and the loader beside a step.
 
-Documents are stretches of the Python standard library's source, from some dozens of characters to 16 Ki, in each of
-which some words get other endings, so that no two are alike. A tokenizer is trained on a few of them. Then the corpus
-is made, and parts of its text are encoded by ``encode_batch`` alone, on as many threads as the corpus had processes.
+A tokenizer is trained, and the command makes a corpus of text of the size that is asked for while its processes'
+memory is watched. Then it and ``encode_batch`` alone, on as many threads as it has processes, take turns over the
+first part of the text. At last batches are drawn from the corpus, and a model learns from them.
 """
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import itertools
 import json
 import os
-import random
-import re
+import shutil
 import statistics
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 import ssmzoo
-from ssmkernels.bench.words import counted
-from ssmzoo.devices import fit_threads
-from ssmzoo.train.corpora import tokenize
+from ssmkernels.bench import Contest, Contestant, Measurement, Plan, refusal
+from ssmkernels.bench.contest import blank
+from ssmkernels.bench.terms import Role
+from ssmzoo.bench.corpus_text import END, VOCABULARY, write_text, write_tokenizer
+from ssmzoo.bench.watched import watched
+from ssmzoo.train.corpora import read_manifest, tokenize
+from ssmzoo.train.corpora.manifest import Manifest, sizes
 from ssmzoo.train.corpora.packed import PackedTokens, load_corpus, packed_loss
 from ssmzoo.train.corpora.tokenize import cores
-from ssmzoo.train.data import standard_library
 
-END, VOCABULARY = "<|endoftext|>", 8192
-LEARNT_FROM, BATCH = 4000, 256  # documents that the tokenizer is trained on, and that are encoded at once
-CHANGED = 0.1  # of the words
+KIND = "corpora"
+DEFAULT = ("standard-library",)
+SIZES = {"megabytes": 64, "compared": 16, "workers": cores(), "length": 1024, "batch": 4, "learnt_from": 4000}
+QUICK = {"megabytes": 4, "compared": 2, "length": 128, "learnt_from": 200}
+OURS, ALONE, STEP = "ssmzoo tokenize", "encode_batch alone", "a step"
+BATCH = 256  # documents that encode_batch is given at once
 TURNS, STEPS = 3, 5
-PAUSE = 0.2  # seconds between two looks at memory
 
 
-def documents(seed: int) -> Iterator[str]:
-    """Texts without end."""
-    draw = random.Random(seed)
-    source = "\n".join(path.read_text() for path in standard_library())
+def bench_corpora(name: str, plan: Plan) -> Iterator[list[Measurement]]:
+    """Makes a corpus in the system's temporary folder, and times what makes it and what reads it.
 
-    def changed(word: re.Match[str]) -> str:
-        return word[0] + (f"_{draw.randrange(10**4)}" if draw.random() < CHANGED else "")
+    ``plan.changes`` may hold the sizes in ``SIZES``: megabytes of text, and of these as many as the tokenizer alone is
+    timed on; processes; tokens of a sequence and sequences of a batch; documents that the tokenizer is trained on.
+    """
+    asked = {**SIZES, **(QUICK if plan.quick else {}), **plan.changes}
+    for key, value in asked.items():
+        if value < 1:
+            raise ValueError(f"--set {key}: must be at least 1; got {value}")
+    if plan.device.type != "cpu" or plan.dtype != torch.float32:
+        yield [refusal(KIND, name, OURS, "ours", "corpora are measured on a CPU, with a model in float32", plan)]
+        return
+    os.environ.setdefault("RAYON_NUM_THREADS", str(asked["workers"]))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        text, tokenizer, corpus = folder / "text.jsonl", folder / "tokenizer.json", folder / "corpus"
+        plan.say(f"{name}: {asked['megabytes']} MB of text and a tokenizer")
+        write_tokenizer(tokenizer, asked["learnt_from"])
+        write_text(text, asked["megabytes"] * 10**6)
+        plan.say(f"{name}: making the corpus")
+        yield [_made(name, text, tokenizer, corpus, asked, plan)]
+        plan.say(f"{name}: {OURS} and {ALONE}")
+        yield _compared(name, text, tokenizer, asked, plan)
+        plan.say(f"{name}: loading beside training")
+        yield _loaded(name, corpus, asked, plan)
 
-    while True:
-        start, length = draw.randrange(len(source)), int(2 ** draw.uniform(6, 14))
-        yield re.sub(r"[A-Za-z]{4,}", changed, source[start : start + length])
 
-
-def write_text(path: Path, size: int) -> None:
-    """JSON lines of so many bytes of text."""
-    written = 0
-    with path.open("w") as file:
-        for text in documents(0):
-            file.write(json.dumps({"text": text}) + "\n")
-            written += len(text.encode())
-            if written >= size:
-                return
-
-
-def write_tokenizer(path: Path) -> None:
-    """A byte-level BPE tokenizer."""
-    import tokenizers
-
-    levels = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = levels, tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=VOCABULARY, show_progress=False, special_tokens=[END], initial_alphabet=levels.alphabet()
+def _made(name: str, text: Path, tokenizer: Path, corpus: Path, asked: Mapping[str, int], plan: Plan) -> Measurement:
+    """The command itself, on all of the text."""
+    command = [sys.executable, "-m", "ssmzoo", "tokenize", str(text), "--tokenizer", str(tokenizer), "--end", END]
+    taken, peak = watched([*command, "--out", str(corpus), "--workers", str(asked["workers"])])
+    made = read_manifest(corpus)
+    shape = f"{asked['megabytes']} MB of text, {asked['workers']} processes"
+    note = f"{made.tokens:,} tokens, {made.bytes / taken / 1e6:.1f} MB a second; memory is that of all processes"
+    row = _row(Contest(KIND, name, "making a corpus", shape, ()), OURS, "ours", [taken], plan)
+    return dataclasses.replace(
+        row, tokens_per_second=made.tokens / taken, resident_bytes=peak, result_bytes=_written(made), note=note
     )
-    tokenizer.train_from_iterator(itertools.islice(documents(1), LEARNT_FROM), trainer)
-    tokenizer.save(str(path))
 
 
-class Memory:
-    """The most memory that this process and those that it starts have at once; of what several share, each a part."""
-
-    def __init__(self) -> None:
-        self.peak, self._stop = 0, threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-
-    def __enter__(self) -> Memory:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(PAUSE):
-            self.peak = max(self.peak, sum(map(_memory_of, _family(os.getpid()))))
+def _written(made: Manifest) -> int:
+    """Bytes of all shards."""
+    return sum(size for shard in made.shards for size in sizes(shard, made.dtype).values())
 
 
-def _family(root: int) -> set[int]:
-    """A process and all that descend from it."""
-    parents = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(path.parent.name)] = int(path.read_text().rsplit(")", 1)[1].split()[1])
-        except OSError:  # it has ended
-            continue
-    found = {root}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found
-
-
-def _memory_of(process: int) -> int:
-    """Its proportional set size, in bytes."""
-    try:
-        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
-
-
-def seconds(call: Callable[[], object]) -> float:
-    """Of a call."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def compared(folder: Path, text: Path, tokenizer: Path, workers: int, size: int) -> float:
-    """The speed of ``ssmzoo tokenize`` over that of ``encode_batch`` on the first bytes of the text, in turns."""
+def _compared(name: str, text: Path, tokenizer: Path, asked: Mapping[str, int], plan: Plan) -> list[Measurement]:
+    """Both on the first bytes of the text, in turns."""
     import tokenizers
 
     alone = tokenizers.Tokenizer.from_file(str(tokenizer))
-    lines = list(itertools.takewhile(lambda line: line, text.open().readlines(size)))
-    texts = [json.loads(line)["text"] for line in lines]
-    # As many files as processes, which are a shard each
-    for i in range(workers):
-        (folder / f"part{i}.jsonl").write_text("".join(lines[i::workers]))
+    with text.open() as file:
+        lines = list(itertools.takewhile(lambda line: line, file.readlines(asked["compared"] * 10**6)))
+    texts, workers = [json.loads(line)["text"] for line in lines], asked["workers"]
+    parts = [text.with_name(f"part{i}.jsonl") for i in range(workers)]  # as many files as processes: a shard each
+    for i, part in enumerate(parts):
+        part.write_text("".join(lines[i::workers]))
+    out, tokens = text.with_name("again"), 0
 
-    def encode() -> None:
+    def ours() -> None:
+        nonlocal tokens
+        tokens = tokenize(parts, out, tokenizer, end=END, workers=workers).tokens - len(texts)
+
+    def theirs() -> None:
         for first in range(0, len(texts), BATCH):
-            alone.encode_batch(texts[first : first + BATCH], add_special_tokens=False)
+            encoded = alone.encode_batch(texts[first : first + BATCH], add_special_tokens=False)
+            counted.append(sum(len(each.ids) for each in encoded))
 
-    found = []
+    taken: dict[str, list[float]] = {OURS: [], ALONE: []}
     for turn in range(1 + TURNS):
-        out, sources = folder / f"turn{turn}", [folder / f"part{i}.jsonl" for i in range(workers)]
-        ours = seconds(lambda out=out, sources=sources: tokenize(sources, out, tokenizer, end=END, workers=workers))  # type: ignore[misc]
-        theirs = seconds(encode)
-        if turn:
-            found.append(theirs / ours)
-    return statistics.median(found)
+        counted: list[int] = []
+        shutil.rmtree(out, ignore_errors=True)
+        for who, call in ((OURS, ours), (ALONE, theirs)):
+            seconds = _seconds(call)
+            if turn:
+                taken[who].append(seconds)
+        if tokens != sum(counted):
+            raise RuntimeError(f"{OURS} wrote {tokens} tokens, where {ALONE} gives {sum(counted)}")
+    contest = Contest(KIND, name, "tokenizing", f"{asked['compared']} MB of text, {workers} processes or threads", ())
+    limit, mine = statistics.median(taken[ALONE]), statistics.median(taken[OURS])
+    rows = [_row(contest, OURS, "ours", taken[OURS], plan), _row(contest, ALONE, "limit", taken[ALONE], plan)]
+    rows[0] = dataclasses.replace(rows[0], note=f"{limit / mine:.2f} of the speed of {ALONE}")
+    return [_beside(row, limit, ALONE, mine, tokens) for row in rows]
 
 
-def loader_share(corpus: Path, length: int, batch: int) -> float:
-    """The processor time of a batch over that of a step forward and backward, of a Mamba of four layers."""
+def _loaded(name: str, corpus: Path, asked: Mapping[str, int], plan: Plan) -> list[Measurement]:
+    """Processor time of a batch, and of a step forward and backward with it, of a Mamba of four layers."""
+    batch, length = asked["batch"], asked["length"]
     data = load_corpus(corpus, 0.05, length, None).train
     assert isinstance(data, PackedTokens)
+    torch.manual_seed(0)
     model = ssmzoo.build("mamba-130m", d_model=256, n_layers=4, vocab_size=VOCABULARY)
     loads, steps = [], []
     for step in range(1 + STEPS):
@@ -165,44 +143,26 @@ def loader_share(corpus: Path, length: int, batch: int) -> float:
         if step:
             loads.append(loaded - start)
             steps.append(time.process_time() - loaded)
-    return statistics.median(loads) / statistics.median(steps)
+    contest = Contest(KIND, name, "loading", f"{batch} x {length} tokens, mamba, d_model 256, 4 layers", ())
+    mine, limit = statistics.median(loads), statistics.median(steps)
+    rows = [_row(contest, "the loader", "ours", loads, plan), _row(contest, STEP, "limit", steps, plan)]
+    rows[0] = dataclasses.replace(rows[0], note=f"{mine / limit:.2%} of a step's processor time")
+    return [_beside(row, limit, STEP, mine, batch * length) for row in rows]
 
 
-def folder_of(word: str) -> Path:
-    """A folder of the command line, which is there."""
-    if not Path(word).is_dir():
-        raise argparse.ArgumentTypeError(f"must be a folder; got {word!r:.200}")
-    return Path(word)
+def _row(contest: Contest, who: str, role: Role, seconds: Sequence[float], plan: Plan) -> Measurement:
+    low, _, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else (seconds[0],) * 3
+    row = blank(contest, plan, Contestant(who, role, dict))
+    return dataclasses.replace(row, median=statistics.median(seconds), low=low, high=high, samples=len(seconds))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Makes the corpus in a folder, which is removed in the end, and prints the numbers."""
-    parser = argparse.ArgumentParser(prog="python -m ssmzoo.bench.corpora", description=__doc__)
-    parser.add_argument("--megabytes", type=counted, default=2000, help="of text")
-    parser.add_argument(
-        "--compared", type=counted, default=32, help="of these, megabytes that encode_batch is timed on"
-    )
-    parser.add_argument("--workers", type=counted, default=cores(), help="processes")
-    parser.add_argument("--length", type=counted, default=1024, help="tokens of each of a batch's four sequences")
-    parser.add_argument("--folder", type=folder_of, help="where files are made; the system's temporary folder if none")
-    asked = parser.parse_args(arguments)
-    os.environ.setdefault("RAYON_NUM_THREADS", str(asked.workers))
-    fit_threads()
-    with tempfile.TemporaryDirectory(dir=asked.folder) as name:
-        folder = Path(name)
-        text, tokenizer, corpus = folder / "text.jsonl", folder / "tokenizer.json", folder / "corpus"
-        write_tokenizer(tokenizer)
-        write_text(text, asked.megabytes * 10**6)
-        with Memory() as memory:
-            taken = seconds(lambda: tokenize(text, corpus, tokenizer, end=END, workers=asked.workers))
-        tokens = ssmzoo.train.corpora.read_manifest(corpus).tokens
-        print(f"{asked.megabytes} MB of text: {tokens:,} tokens in {taken:.0f} s on {asked.workers} processes")
-        print(f"memory of all processes together: {memory.peak / 1e6:.0f} MB at most", flush=True)
-        ratio = compared(folder, text, tokenizer, asked.workers, asked.compared * 10**6)
-        print(f"speed of encode_batch alone: {ratio:.2f}", flush=True)
-        share = loader_share(corpus, asked.length, 4)
-        print(f"loader's share of a step of 4 x {asked.length} tokens: {share:.2%}")
+def _beside(row: Measurement, limit: float, what: str, ours: float, tokens: int) -> Measurement:
+    median = row.median or 0.0
+    ratios = {"of_limit": median / limit, "of_ours": median / ours}
+    return dataclasses.replace(row, limit=limit, limited_by=what, tokens_per_second=tokens / median, **ratios)
 
 
-if __name__ == "__main__":
-    main(sys.argv[1:])
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

@@ -24,6 +24,7 @@ TITLES = {
     "ops": "Ops: time relative to the limit of memory bandwidth and matrix rate",
     "mixers": "Mixers: time relative to their matrix products alone",
     "models": "Models: time relative to their matrix products alone",
+    "corpora": "Corpora: time relative to the tokenizer alone, and to a step of training",
     "context": "Over two processes: time relative to one process's time, shared",
     "busy": "Beside a busy process on each core: time relative to the same on one thread",
     "quantization": "Weights of fewer bytes: time relative to reading the bytes, and to the same in float32",

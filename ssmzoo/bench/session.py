@@ -12,7 +12,7 @@ from ssmkernels.check.spec import spec_of, specs
 from ssmkernels.core.names import unknown
 
 USUAL = ("ops", "mixers", "models")
-KINDS = (*USUAL, "scaling", "busy", "quantization", "engine", "context", "transformers", "llama.cpp")
+KINDS = (*USUAL, "scaling", "busy", "quantization", "engine", "context", "corpora", "transformers", "llama.cpp")
 ONE_OF = {
     "ops": "op",
     "mixers": "mixer",
@@ -22,6 +22,7 @@ ONE_OF = {
     "quantization": "op or model",
     "engine": "model",
     "context": "layer or long context",
+    "corpora": "text",
     "transformers": "family of transformers",
     "llama.cpp": "model",
 }
@@ -33,6 +34,7 @@ MADE_BY = {  # kind → module of this package, and its function of a name and a
     "quantization": ("quantized", "bench_quantized"),
     "engine": ("engine", "bench_engine"),
     "context": ("context", "bench_context"),
+    "corpora": ("corpora", "bench_corpora"),
     "transformers": ("families", "bench_family"),
     "llama.cpp": ("llama_cpp", "bench_llama_cpp"),
 }
@@ -56,6 +58,10 @@ def names_of(kind: str) -> list[str]:
         from ssmzoo.bench.context import DEFAULT
 
         return list(DEFAULT)
+    if kind == "corpora":
+        from ssmzoo.bench.corpora import DEFAULT as TEXTS
+
+        return list(TEXTS)
     if kind == "transformers":
         from ssmzoo.bench.families import FAMILIES
 
@@ -120,6 +126,10 @@ def check_changes(kind: str, names: Iterable[str], changes: Mapping[str, Any]) -
         from ssmzoo.bench.context import SIZES as CONTEXT_SIZES
 
         known |= CONTEXT_SIZES
+    if kind == "corpora":
+        from ssmzoo.bench.corpora import SIZES as CORPUS_SIZES
+
+        known |= CORPUS_SIZES
     if kind == "transformers":
         from ssmzoo.bench.families import SIZES as FAMILY_SIZES
 

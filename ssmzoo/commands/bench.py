@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ssmzoo.bench.record import Machine
 
 USUAL = ("ops", "mixers", "models")
-KINDS = (*USUAL, "scaling", "busy", "quantization", "engine", "context", "transformers", "llama.cpp")
+KINDS = (*USUAL, "scaling", "busy", "quantization", "engine", "context", "corpora", "transformers", "llama.cpp")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SECONDS, QUICK_SECONDS = 1.0, 0.1  # for each contestant of a contest
 
@@ -33,10 +33,10 @@ def command(
     what: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[ops|mixers|models|scaling|busy|quantization|engine|context|transformers|llama.cpp]",
+            metavar="[ops|mixers|models|scaling|busy|quantization|engine|context|corpora|transformers|llama.cpp]",
             help="What to time; ops, mixers and models by default. quantization: weights in fewer bits. engine: many "
-            "requests at once. context: sequences cut over processes. transformers: its models on our kernels. "
-            "llama.cpp: a model there and here.",
+            "requests at once. context: sequences cut over processes. corpora: text to tokens, and loading them. "
+            "transformers: its models on our kernels. llama.cpp: a model there and here.",
         ),
     ] = None,
     only: Annotated[

@@ -13,7 +13,6 @@ import pytest
 import typer
 
 from ssmzoo.bench import approximate
-from ssmzoo.bench import corpora as bench_corpora
 from ssmzoo.commands import tokenize as tokenize_command
 from ssmzoo.planning import validation
 from ssmzoo.train.corpora import read_manifest, sources, tokenize
@@ -424,11 +423,10 @@ def test_two_columns_of_one_name(tmp_path):
 @pytest.mark.parametrize(
     ("main", "options"),
     [
-        (bench_corpora.main, ["--megabytes", "--compared", "--workers", "--length"]),
         (approximate.main, ["--length", "--samples"]),
         (validation.main, ["--length"]),
     ],
-    ids=["corpora", "approximate", "validation"],
+    ids=["approximate", "validation"],
 )
 def test_numbers_of_commands(capsys, main, options, word):
     for option in options:
@@ -438,12 +436,6 @@ def test_numbers_of_commands(capsys, main, options, word):
         shown = capsys.readouterr().err.splitlines()[-1]
         assert f"{option}: must be a whole number from 1 to 999999999; got " in shown
         assert len(shown) < 300
-
-
-def test_the_benchmarks_folder(capsys):
-    with pytest.raises(SystemExit):
-        bench_corpora.main(["--folder", "none\x1b[2J"])
-    assert r"--folder: must be a folder; got 'none\x1b[2J'" in capsys.readouterr().err
 
 
 def test_validation_needs_a_token_a_rank(capsys):

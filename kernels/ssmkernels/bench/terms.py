@@ -64,7 +64,7 @@ class Contest:
     """What is to be done, and by whom.
 
     Attributes:
-        kind: "ops", "mixers", "models", "scaling", "busy" or "quantization".
+        kind: "ops", "mixers", "models", "scaling", "busy", or another of `ssmzoo bench`.
         what: the op's, mixer's or model's name.
         work: "forward", "forward + backward", "prefill" or "decoding".
         shape: the sizes, for people.

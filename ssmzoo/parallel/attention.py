@@ -1,4 +1,4 @@
-"""Attention over cuts, in one of three ways. None of them holds more keys than a process's own and as many again.
+"""Attention over cuts, in one of four ways. None of them holds more keys than a process's own and as many again.
 
 - ``"window"``: keys and values are sent to whoever's windows reach them, before anything is computed.
 - ``"heads"``: each process gets whole sequences of its share of the heads (:mod:`ssmzoo.parallel.channels`).
@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssmzoo.parallel.balanced import Balanced
 from ssmzoo.parallel.channels import to_channels, to_tokens
+from ssmzoo.parallel.kept import Here, attended
 from ssmzoo.parallel.layout import Layout, moves
 from ssmzoo.parallel.plan import Plan
 from ssmzoo.parallel.ring import Ring
@@ -38,10 +40,8 @@ def attend(side: Side, call: Callable[..., Any], given: Given) -> Any:
             raise ValueError(f"ssmzoo.parallel: attention over cuts needs `{name}` to be None")
     plan = Plan.of(side.layout, side.how, given)
     side.note("attention", plan.told(side.line.rank), plan.traffic(plan.how, side.line.rank))
-    if plan.how == "heads":
-        out, lse = _heads(side, call, given)
-    else:
-        out, lse = (_windows if plan.how == "window" else _round)(side, call, given, plan)
+    ways = {"window": _windows, "heads": _heads, "ring": _round, "balanced": _balanced}
+    out, lse = ways[plan.how](side, call, given, plan)
     return (out, lse) if given["return_lse"] else out
 
 
@@ -55,11 +55,10 @@ def _windows(side: Side, call: Callable[..., Any], given: Given, plan: Plan) -> 
     lengths = accumulate((b - a for a, b in seen[line.rank]), initial=0)
     borders = torch.tensor(list(lengths), dtype=torch.int32, device=k.device)
     keys, values = keys.unflatten(-1, k.shape[2:]), values.unflatten(-1, v.shape[2:])
-    found = call(**{**given, "k": keys, "v": values, "cu_seqlens_k": borders})
-    return found if given["return_lse"] else (found, None)
+    return _here(side, call, {**given, "k": keys, "v": values, "cu_seqlens_k": borders})
 
 
-def _heads(side: Side, call: Callable[..., Any], given: Given) -> tuple[Tensor, Tensor | None]:
+def _heads(side: Side, call: Callable[..., Any], given: Given, plan: Plan) -> tuple[Tensor, Tensor | None]:
     line, layout, q = side.line, side.layout, given["q"]
     h, mine = q.shape[2], share(q.shape[2], line.rank, line.ranks)
     parts = to_channels(line, layout, [given[name][0].flatten(1) for name in ("q", "k", "v")])
@@ -68,21 +67,39 @@ def _heads(side: Side, call: Callable[..., Any], given: Given) -> tuple[Tensor, 
         for name, part in zip(("q", "k", "v"), parts, strict=True)
     }
     of_head = {name: None if given[name] is None else given[name][mine] for name in ("alibi_slopes", "sinks")}
-    found = call(**{**given, **whole, **of_head, "cu_seqlens": side.cut.whole_cu_seqlens})
-    out, lse = found if given["return_lse"] else (found, None)
+    out, lse = _here(side, call, {**given, **whole, **of_head, "cu_seqlens": side.cut.whole_cu_seqlens})
     back = to_tokens(line, layout, out[0].flatten(1), h * out.shape[3]).unflatten(1, (h, -1))[None]
     return back, None if lse is None else to_tokens(line, layout, lse[0].T, h).T[None]
 
 
+def _here(side: Side, call: Callable[..., Any], given: Given) -> tuple[Tensor, Tensor | None]:
+    """Where all that the queries see is here; what is computed again takes its results from the first time."""
+    line = side.line
+    if line.tape is None and line.again is None:
+        found = call(**given)
+        return found if given["return_lse"] else (found, None)
+    q, k, v = (given[name][0] for name in ("q", "k", "v"))
+    out, lse = attended(Here(line, call, given), q, k, v, given["alibi_slopes"], given["sinks"])
+    return out[None], lse[None] if given["return_lse"] else None
+
+
+def _balanced(side: Side, call: Callable[..., Any], given: Given, plan: Plan) -> tuple[Tensor, Tensor]:
+    way = Balanced(side.line, plan.options, plan.schedule)
+    q, k, v = (given[name][0] for name in ("q", "k", "v"))
+    out, lse = attended(way, q, k, v, given["alibi_slopes"], given["sinks"])
+    return out[None], lse[None]
+
+
 def _round(side: Side, call: Callable[..., Any], given: Given, plan: Plan) -> tuple[Tensor, Tensor]:
-    line, layout, ring = side.line, side.layout, Ring(plan.layout, side.line, plan.options)
+    line, layout = side.line, side.layout
     q, k, v = (given[name][0] for name in ("q", "k", "v"))
     there, back = _dealt_out(layout, plan.layout, line.rank)
     if there is not None:
         sizes = [t.shape[1:].numel() for t in (q, k, v)]
         dealt = line.move(torch.cat([t.flatten(1) for t in (q, k, v)], dim=1), there).split(sizes, dim=1)
         q, k, v = (part.reshape(-1, *t.shape[1:]) for part, t in zip(dealt, (q, k, v), strict=True))
-    out, lse = ring.attend(q, k, v, given["alibi_slopes"], given["sinks"])
+    ring = Ring(plan.layout, line, plan.options)
+    out, lse = attended(ring, q, k, v, given["alibi_slopes"], given["sinks"])
     if back is not None:
         out = line.move(out.flatten(1), back).reshape(-1, *out.shape[1:])
         lse = line.move(lse.T, back).T if given["return_lse"] else lse

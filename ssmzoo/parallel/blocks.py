@@ -1,4 +1,4 @@
-"""Attention of one process's queries over one block of keys, for :mod:`ssmzoo.parallel.ring`."""
+"""Attention of some queries over one block of keys, for :mod:`ssmzoo.parallel.ring` and ``balanced`` beside it."""
 
 from __future__ import annotations
 
@@ -35,6 +35,29 @@ class Options(NamedTuple):
         first = k.first if self.left < 0 else max(k.first, q.first - self.left)
         end = k.end if self.right < 0 else min(k.end, q.end + self.right)
         return Run(k.sequence, first, end - first)
+
+    def asking(self, q: Run, k: Run) -> Run:
+        """The queries that see any of these keys, where any does."""
+        first = q.first if self.right < 0 else max(q.first, k.first - self.right)
+        end = q.end if self.left < 0 else min(q.end, k.end + self.left)
+        return Run(q.sequence, first, end - first)
+
+    def count(self, q: Run, k: Run) -> int:
+        """How many pairs of these queries and keys, of one sequence, see each other."""
+        found = q.length * k.length if self.right < 0 else _within(q, k, self.right)
+        return found - (0 if self.left < 0 else _within(q, k, -self.left - 1))
+
+
+def _within(q: Run, k: Run, most: int) -> int:
+    """How many pairs there are of a query and a key that stands at most so many places after it."""
+
+    def until(count: int) -> int:  # of queries with 0, 1, … of these keys, at most all of them; so many queries
+        count = max(count, 0)
+        rising = min(count, k.length)
+        return rising * (rising - 1) // 2 + (count - rising) * k.length
+
+    first = q.first + most + 1 - k.first
+    return until(first + q.length) - until(first)
 
 
 class Pair(NamedTuple):
@@ -148,16 +171,20 @@ def merged(out: Tensor, lse: Tensor, blocks: Blocks, pairs: Pairs, both: Tensor)
     for group in pairs.groups():
         q, (k, v) = blocks.queries(blocks.q, group), blocks.keys(both, group)
         part, sums = attention(q, k, v, return_lse=True, **blocks.call(group))
-        part, sums = part.flatten(0, 1), sums.transpose(0, 1).flatten(1)
-        at = 0
-        for (a, b), *_ in group:
-            rows = slice(at, at + b - a)
-            new = torch.logaddexp(lse[:, a:b], sums[:, rows])
-            finite = new.masked_fill(new == -torch.inf, 0)
-            before, here = ((x - finite).exp_().T[..., None] for x in (lse[:, a:b], sums[:, rows]))
-            out[a:b].mul_(before).add_(part[rows] * here)
-            lse[:, a:b] = new
-            at += b - a
+        merge_rows(out, lse, [pair.q for pair in group], part.flatten(0, 1), sums.transpose(0, 1).flatten(1))
+
+
+def merge_rows(out: Tensor, lse: Tensor, rows: list[Span], part: Tensor, sums: Tensor) -> None:
+    """Merges the outputs ``(n h v)`` and log-sum-exps ``(h n)`` of these rows over further keys, in place."""
+    at = 0
+    for a, b in rows:
+        here = slice(at, at + b - a)
+        new = torch.logaddexp(lse[:, a:b], sums[:, here])
+        finite = new.masked_fill(new == -torch.inf, 0)
+        before, now = ((x - finite).exp_().T[..., None] for x in (lse[:, a:b], sums[:, here]))
+        out[a:b].mul_(before).add_(part[here] * now)
+        lse[:, a:b] = new
+        at += b - a
 
 
 def gradients_of(
@@ -208,3 +235,8 @@ def of_sinks(sinks: Tensor | None, out: Tensor, lse: Tensor, d_out: Tensor, d_ls
     delta = (out * d_out).sum(-1).T  # (h l)
     delta = delta if d_lse is None else delta - d_lse
     return -(torch.exp(sinks.to(lse.dtype)[:, None] - lse) * delta).sum(1).to(sinks.dtype)
+
+
+def side_by_side(k: Tensor, v: Tensor) -> Tensor:
+    """Keys and values ``(m, channels)``."""
+    return torch.cat([k.flatten(1), v.flatten(1)], dim=1)

@@ -34,7 +34,7 @@ def context(
     *,
     reduce_gradients: bool = False,
     reference: bool = False,
-    how: Literal["window", "heads", "ring"] | None = None,
+    how: Literal["window", "heads", "ring", "balanced"] | None = None,
 ) -> Context:
     """The model, or one mixer, for sequences that are cut over the processes of a mesh dimension.
 
@@ -45,8 +45,8 @@ def context(
             or FSDP does so over a mesh that includes this dimension.
         reference: every mixer hands its state on from process to process or, without a state, sees whole sequences,
             where it has a faster way too.
-        how: the way of attention over the cuts, see docs/parallel.md: ``"window"``, ``"heads"`` or ``"ring"``. If
-            None, that which sends less, for each call.
+        how: the way of attention over the cuts, see docs/parallel.md: ``"window"``, ``"heads"``, ``"ring"`` or
+            ``"balanced"``. If None, that which sends less, for each call.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind; a mesh of several dimensions; another ``how``.

@@ -103,6 +103,19 @@ def take(x: Tensor, spans: list[Span]) -> Tensor:
     return torch.cat([x[:0], *(x[a:b] for a, b in spans)]) if len(spans) != 1 else x[spans[0][0] : spans[0][1]]
 
 
+def count(spans: list[Span]) -> int:
+    """How many rows these are."""
+    return sum(b - a for a, b in spans)
+
+
+def add_rows(x: Tensor, spans: list[Span], found: Tensor) -> None:
+    """Adds to these rows of x, in place, what was found for them, one after another."""
+    at = 0
+    for a, b in spans:
+        x[a:b] += found[at : at + b - a]
+        at += b - a
+
+
 def joined(spans: list[Span]) -> list[Span]:
     """The same with spans that follow on one another made one."""
     found: list[Span] = []

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ssmkernels.core.validate import precision
-from ssmzoo.parallel.blocks import Blocks, Options, Pairs, gradients_of, merged, of_sinks, with_sinks
-from ssmzoo.parallel.layout import Layout, Span, take
+from ssmzoo.parallel.blocks import Blocks, Options, Pairs, gradients_of, merged, side_by_side, with_sinks
+from ssmzoo.parallel.kept import Gradients
+from ssmzoo.parallel.layout import Layout, add_rows, count, take
 from ssmzoo.parallel.line import Line
+from ssmzoo.parallel.transfers import transfer
 
 
 @dataclasses.dataclass
@@ -45,20 +45,14 @@ class Ring:
         """The queries of one process and the keys of another, as far as they see each other."""
         return Pairs.of(self.layout, asking, giving, self.options)
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, sinks: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """q ``(l h k)``, k ``(l h_kv k)`` and v ``(l h_kv v)`` of this process → out ``(l h v)`` and lse ``(h l)``."""
-        out, lse, self.line.token = _Attend.apply(q, k, v, slopes, sinks, self.line.token, self)
-        return out, lse
-
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, sinks: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        """q ``(l h k)``, k ``(l h_kv k)`` and v ``(l h_kv v)`` of this process → out ``(l h v)`` and lse ``(h l)``."""
         blocks = Blocks(q, k.shape[1:], v.shape[1:], slopes, self.options)
         out = q.new_zeros(*q.shape[:2], v.shape[2], dtype=precision(q))
         lse = out.new_full((q.shape[1], len(q)), -torch.inf)
-        for _, pairs, keys in self._round(_side_by_side(k, v)):
+        for _, pairs, keys in self._round(side_by_side(k, v)):
             merged(out, lse, blocks, pairs, keys)
         return with_sinks(out, lse, sinks)
 
@@ -72,13 +66,13 @@ class Ring:
         lse: Tensor,
         d_out: Tensor,
         d_lse: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    ) -> Gradients:
         blocks = Blocks(q, k.shape[1:], v.shape[1:], slopes, self.options)
         wide = precision(q)
         dq, own = torch.zeros_like(q, dtype=wide), q.new_zeros(len(k), blocks.width, dtype=wide)
         d_slopes = None if slopes is None else torch.zeros_like(slopes, dtype=wide)
         back: Callable[[], None] | None = None
-        for t, pairs, keys in self._round(_side_by_side(k, v)):
+        for t, pairs, keys in self._round(side_by_side(k, v)):
             found = gradients_of(blocks, pairs, keys, out, lse, d_out, d_lse, dq, d_slopes)
             if back is not None:
                 back()
@@ -102,11 +96,10 @@ class Ring:
         """Starts the transfers of a step."""
         if t >= self.line.ranks:
             return lambda: both[:0]
-        came = both.new_empty(_count(self.steps[t].rows), both.shape[1])
+        came = both.new_empty(count(self.steps[t].rows), both.shape[1])
         sent = take(both, self.sends[t]).contiguous()
-        wait = self._transfer(
-            sent, (self.line.rank + t) % self.line.ranks, came, (self.line.rank - t) % self.line.ranks
-        )
+        rank, ranks = self.line.rank, self.line.ranks
+        wait = transfer(self.line, [(sent, (rank + t) % ranks)], [(came, (rank - t) % ranks)])
 
         def arrived() -> Tensor:
             wait()
@@ -119,66 +112,13 @@ class Ring:
         rank, ranks = self.line.rank, self.line.ranks
         rows = self.sends[t]
         if t == 0:
-            _add(own, rows, found)
+            add_rows(own, rows, found)
             return lambda: None
-        came = own.new_empty(_count(rows), own.shape[1])
-        wait = self._transfer(found, (rank - t) % ranks, came, (rank + t) % ranks)
+        came = own.new_empty(count(rows), own.shape[1])
+        wait = transfer(self.line, [(found, (rank - t) % ranks)], [(came, (rank + t) % ranks)])
 
         def add() -> None:
             wait()
-            _add(own, rows, came)
+            add_rows(own, rows, came)
 
         return add
-
-    def _transfer(self, sent: Tensor, to: int, came: Tensor, source: int) -> Callable[[], None]:
-        """Starts to send and to receive; neither where there is nothing, which the other side knows as well."""
-        group, calls = self.line.group, []
-        if sent.numel():
-            calls.append(dist.P2POp(dist.isend, sent, self.line.peer(to), group))
-        if came.numel():
-            calls.append(dist.P2POp(dist.irecv, came, self.line.peer(source), group))
-        works = dist.batch_isend_irecv(calls) if calls else []
-
-        def wait() -> None:
-            for work in works:
-                work.wait()
-            calls.clear()  # which keep what is sent alive until here
-
-        return wait
-
-
-def _side_by_side(k: Tensor, v: Tensor) -> Tensor:
-    return torch.cat([k.flatten(1), v.flatten(1)], dim=1)
-
-
-def _count(rows: list[Span]) -> int:
-    return sum(b - a for a, b in rows)
-
-
-def _add(own: Tensor, rows: list[Span], found: Tensor) -> None:
-    at = 0
-    for a, b in rows:
-        own[a:b] += found[at : at + b - a]
-        at += b - a
-
-
-class _Attend(torch.autograd.Function):
-    """Output and log-sum-exp are kept where the call may be computed again, so that nothing goes round twice."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, slopes: Any, sinks: Any, token: Tensor, ring: Ring
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        out, lse = ring.line.once(lambda: ring.forward(q, k, v, slopes, sinks))
-        ctx.ring = ring
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, slopes, sinks, out, lse)
-        return out.to(q.dtype, copy=True), lse.clone(), token.clone()
-
-    @staticmethod
-    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None, token: Tensor | None) -> tuple[Any, ...]:
-        q, k, v, slopes, sinks, out, lse = ctx.saved_tensors
-        d_out = torch.zeros_like(out, dtype=q.dtype) if d_out is None else d_out.contiguous()
-        dq, dk, dv, d_slopes = ctx.ring.backward(q, k, v, slopes, out, lse, d_out, d_lse)
-        d_slopes = None if slopes is None else d_slopes.to(slopes.dtype)
-        return dq, dk, dv, d_slopes, of_sinks(sinks, out, lse, d_out, d_lse), token, None

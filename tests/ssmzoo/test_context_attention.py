@@ -35,7 +35,7 @@ BORDERS = [0, 5, 5, 6, 13, 21]
 
 
 NOT_CAUSAL = [name for name in OPTIONS if "causal" not in OPTIONS[name]]
-WAYS = [(name, how) for name in OPTIONS for how in ("ring", "heads")]
+WAYS = [(name, how) for name in OPTIONS for how in ("ring", "heads", "balanced")]
 WAYS += [(name, "window") for name in OPTIONS if name not in NOT_CAUSAL]
 
 
@@ -52,7 +52,7 @@ def test_each_way(name: str, how: str, processes: Ranks):
 
 
 def plan_of(lengths: list[int], how: str | None = None, **changes: Any) -> Plan:
-    """Of attention of 8 heads, that many keys in each of 4 parts."""
+    """Of attention of 8 heads, over parts of these lengths."""
     cut = Cut.of_batch(0, lengths, 1, torch.device("cpu"))
     heads = changes.pop("h_kv", 8)
     tensors = {"q": torch.empty(1, 0, 8, 4), "k": torch.empty(1, 0, heads, 4), "v": torch.empty(1, 0, heads, 4)}
@@ -91,8 +91,14 @@ def test_the_way_that_sends_less():
     assert plan_of([64] * 4, window=(20, 0)).how == "window"
     assert plan_of([64] * 4).how == "heads"
     assert "would send" in plan_of([64] * 4).told(0)
-    assert plan_of([64] * 4, h_kv=2).how == "ring"
+    assert plan_of([64] * 4, h_kv=2).how == "balanced"
     assert "8 and 2 heads do not divide by 4" in plan_of([64] * 4, h_kv=2).told(0)
-    assert "as asked for" in plan_of([64] * 4, "ring").told(0)
+    assert plan_of([64] * 12, h_kv=1).how == "ring"  # whose few keys go round at little cost
+    assert plan_of([200, 0, 40, 16], h_kv=2).how == "ring"
+    assert "balanced, the busiest process would have too much to do" in plan_of([200, 0, 40, 16], h_kv=2).told(0)
+    assert plan_of([64] * 4, window=(100, 0), h_kv=2).how == "ring"
+    assert plan_of([64] * 4, causal=False, h_kv=2).how == "ring"
+    for how in ("ring", "balanced"):
+        assert "as asked for" in plan_of([64] * 4, how).told(0)
     with pytest.raises(ValueError, match="`how` 'heads' needs heads that 4 processes divide; got 8 of queries and 2"):
         plan_of([64] * 4, "heads", h_kv=2)

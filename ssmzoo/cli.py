@@ -5,6 +5,7 @@ An error is one line on standard error and exit status 1; with ``SSMZOO_DEBUG=1`
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import Annotated
@@ -27,6 +28,7 @@ from ssmzoo.commands import (
     verify,
 )
 from ssmzoo.commands import list as list_
+from ssmzoo.files import too_long
 from ssmzoo.screen import say
 
 app = typer.Typer(
@@ -102,6 +104,8 @@ def _message(error: Exception) -> str:
         hint = f". Try: {context.command_path} --help" if context is not None else ""
         said = " ".join(error.format_message().split())
         return said + hint.removeprefix(".") if said.endswith("?") else said.rstrip(".") + hint
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG and error.filename is not None:
+        return too_long(error.filename)
     text = " ".join(str(error).split())
     if isinstance(error, ValueError | TypeError | OSError | ImportError):
         return text or type(error).__name__

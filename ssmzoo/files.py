@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import shutil
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LEFT_OVER = re.compile(r"\..+\.tmp")  # what a process that was killed may leave
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, in Linux; macOS has shorter paths
+ROOM = 48  # bytes of a temporary file's name beside that of the file
 
 
 def sync(path: Path) -> None:
@@ -37,7 +40,10 @@ def naming(path: Path) -> Iterator[None]:
 
 def unfinished(path: Path) -> Path:
     """A hidden name beside a path that no other thread or process writes to."""
-    return path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    name = path.name
+    if len(os.fsencode(name)) > LONGEST_NAME - ROOM:
+        name = hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest()
+    return path.with_name(f".{name}.{os.getpid()}-{threading.get_ident()}.tmp")
 
 
 @contextlib.contextmanager
@@ -64,6 +70,15 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def too_long(path: str | bytes) -> str:
+    """Why the system takes no such path, in a line that shows its beginning."""
+    text = os.fsdecode(path)
+    name = max(len(os.fsencode(part)) for part in text.split(os.sep))
+    got = f"{name} bytes in a name" if name > LONGEST_NAME else f"{len(os.fsencode(text))} bytes"
+    most = f"at most {LONGEST_NAME} bytes in each name, and {LONGEST_PATH} in all"
+    return f"no file can be at {text!r:.80}: a path must have {most}; got {got}"
 
 
 def link(source: Path, target: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a command says whose training was stopped."""
+"""What a command says that was stopped amid its work, of which something is kept."""
 
 from __future__ import annotations
 
@@ -20,10 +20,15 @@ def stopping() -> Iterator[None]:
     try:
         yield
     except Interrupted as interrupted:
-        try:
-            say(f"\n{interrupted}")
-        except OSError:  # nobody reads: the reader of a pipe or the terminal has gone
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            with contextlib.suppress(OSError):
-                say(interrupted, sys.stderr)
-        raise typer.Exit(130) from None
+        raise stopped(str(interrupted)) from None
+
+
+def stopped(told: str) -> typer.Exit:
+    """Says what is kept and how to go on; what to raise then."""
+    try:
+        say(f"\n{told}")
+    except OSError:  # nobody reads: the reader of a pipe or the terminal has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with contextlib.suppress(OSError):
+            say(told, sys.stderr)
+    return typer.Exit(130)

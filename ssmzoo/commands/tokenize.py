@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ssmzoo.commands._output import console, count, table
+from ssmzoo.commands._stopping import stopped
 
 
 def command(
@@ -38,26 +40,39 @@ def command(
     """
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-    from ssmzoo.train.corpora.tokenize import summary
+    from ssmzoo.train.corpora.tokenize import kept, summary
     from ssmzoo.train.corpora.tokenize import tokenize as make
 
     screen = console()
     columns = (BarColumn(bar_width=20), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        made = make(
-            named(sources),
-            out,
-            tokenizer,
-            key=key,
-            end=end,
-            workers=workers,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+    try:
+        with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
+            task = bar.add_task("", total=None)
+            made = make(
+                named(sources),
+                out,
+                tokenizer,
+                key=key,
+                end=end,
+                workers=workers,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+    except KeyboardInterrupt:
+        options = {"--tokenizer": tokenizer, "--key": key, "--end": end, "--workers": workers, "--out": out}
+        words = [str(word) for name, value in options.items() if value not in (None, "text") for word in (name, value)]
+        again = shlex.join(["ssmzoo", "tokenize", *sources, *words])
+        raise stopped(f"{told(kept(out), out)}. The same command does the rest: {again}") from None
     numbers = ("documents", "tokens", "bytes")
     screen.print(table("", ("source", *numbers), summary(made), numbers))
     shards = f"{len(made.shards)} shard{'s' if len(made.shards) > 1 else ''}"
     screen.print(f"{count(made.tokens)} tokens in {shards}. Train on them: ssmzoo train MODEL --data {out}")
+
+
+def told(shards: int, out: Path) -> str:
+    """What is kept of a corpus that is not finished."""
+    if not shards:
+        return f"stopped before a shard in {out} was finished"
+    return f"stopped; {shards} {'shard is' if shards == 1 else 'shards are'} kept in {out}"
 
 
 def named(sources: list[str]) -> list[str] | dict[str, str]:

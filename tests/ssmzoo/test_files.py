@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from ssmzoo.files import replacing
+from ssmzoo.files import LEFT_OVER, replacing, too_long, unfinished
 
 
 def test_threads_that_write_the_same_file(tmp_path):
@@ -33,6 +33,24 @@ def test_threads_that_write_the_same_file(tmp_path):
     assert failed == []
     assert path.read_text() in ("aaaaa", "bbbbb", "ccccc")
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["a" * 255, "ä" * 127, "b" * 208, "short"])
+def test_the_longest_names_have_room_for_a_temporary_one(tmp_path, name):
+    with replacing(tmp_path / name) as temporary:
+        temporary.write_text("content")
+        assert LEFT_OVER.fullmatch(temporary.name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert unfinished(tmp_path / name) != unfinished(tmp_path / f"{name[:-1]}c")
+
+
+@pytest.mark.parametrize(("path", "got"), [("./" + "é" * 128, "256 bytes in a name"), ("ab/" * 1400, "4200 bytes")])
+def test_what_the_system_calls_too_long(path, got):
+    with pytest.raises(OSError, match="too long") as error:
+        os.stat(path)
+    told = too_long(error.value.filename)
+    assert told.endswith(f"a path must have at most 255 bytes in each name, and 4095 in all; got {got}")
+    assert len(told) < 250
 
 
 def test_a_pipe_is_not_replaced(tmp_path):

@@ -213,6 +213,13 @@ def _done(folder: Path, parts: Sequence[Part], dtype: str) -> dict[int, Shard]:
     return {i: shard for i, shard in found if shard is not None}
 
 
+def kept(folder: Path) -> int:
+    """How many shards a call that goes on with the corpus in a folder finds finished, if nothing has changed."""
+    if is_corpus(folder):
+        return len(read_sealed(folder / FILE)["shards"])
+    return len([*folder.glob(f"[0-9]*{RECORD}")])
+
+
 def cores() -> int:
     """The cores that this process may use."""
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -8,6 +8,8 @@ thousand of them. Per part of n tokens and over R processes:
 - window: the keys and values that the window reaches beyond the part, and their gradients back.
 - ring: keys and values go round as far as anyone sees them, once forward, and backward again with their gradients
   (arXiv 2310.01889). A causal mask without a window has tokens dealt out as an early and a late piece first.
+- balanced, for causal masks without a window: keys and values go from each process to the half of the others that come
+  after it, and queries and answers between those that are further apart; gradients likewise (arXiv 2310.03294).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ssmkernels.core.validate import precision
+from ssmzoo.parallel.plan import chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +29,8 @@ class Attending:
     Attributes:
         heads: of queries, and of keys and values.
         query, both, out: bytes of a token's queries, of its keys and values, and of its outputs.
-        sums: bytes of a token's log-sum-exps, 0 where nobody wants them.
+        lse: bytes of a token's log-sum-exps.
+        sums: of those that are asked for, 0 where nobody wants them.
         wider: bytes of a sum over those of a number.
         left: tokens before itself that a token sees; -1 for all.
         causal: it sees none after itself.
@@ -37,6 +41,7 @@ class Attending:
     query: int
     both: int
     out: int
+    lse: int
     sums: int
     wider: float
     left: int
@@ -55,6 +60,7 @@ class Attending:
             h * q.shape[3] * size,
             h_kv * (k.shape[3] + v.shape[3]) * size,
             h * v.shape[3] * size,
+            h * wide,
             h * wide if given["return_lse"] else 0,
             wide / size,
             left,
@@ -63,14 +69,16 @@ class Attending:
         )
 
     def way(self, ranks: int, length: int) -> str:
-        """ "window", "heads" or "ring", as the call would choose with parts of this length."""
+        """ "window", "heads", "ring" or "balanced", as the call would choose with parts of this length."""
         left = self._left(ranks, length)
         if self.causal and 0 <= left <= length:
             return "window"
-        if any(heads % ranks for heads in self.heads):
-            return "ring"
-        busiest = {way: max(map(sum, self._traffic(way, ranks, length))) for way in ("heads", "ring")}
-        return min(busiest, key=lambda way: busiest[way])
+        ways = ["heads"] * (not any(heads % ranks for heads in self.heads)) + ["ring"]
+        ways += ["balanced"] * (self.causal and left < 0)
+        dealt = 2 * (self._dealt(ranks, length, ranks - 1) > 0)
+        steps = {"heads": 2, "ring": ranks - 1 + dealt, "balanced": 1 + ranks // 2}
+        busiest = {way: max(map(sum, self._traffic(way, ranks, length))) for way in ways}
+        return chosen(busiest, steps.__getitem__)
 
     def sent(self, ranks: int, length: int) -> float:
         """Bytes in a step: of the process that sends most forward, and of the one that sends most backward."""
@@ -84,6 +92,8 @@ class Attending:
             return 2.0
         if way == "heads":
             return 4.0 + 2.0 * (self.sums > 0)
+        if way == "balanced":
+            return 4.0 * (ranks // 2)
         dealt = self._dealt(ranks, length, ranks - 1) > 0
         return 3.0 * (ranks - 1) + dealt * (4.0 + 2.0 * (self.sums > 0))
 
@@ -97,26 +107,33 @@ class Attending:
         return float(self.sequences * length * self.out)
 
     def taped(self, ranks: int, length: int) -> float:
-        """Bytes of what has come, which is kept where layers are computed again, so that nothing is sent twice."""
+        """Bytes that are kept where layers are computed again: what has come, and attention's output and log-sum-exp.
+
+        So nothing is sent, and attention is computed, once.
+        """
         way = self.way(ranks, length)
+        own = length * (self.out * (self.wider if way in ("ring", "balanced") else 1) + self.lse)
         if way == "window":
-            return float(self.sequences * (length + self._left(ranks, length)) * self.both)
-        dealt = way == "heads" or self._dealt(ranks, length, ranks - 1) > 0
-        own = self.out + self.sums if way == "ring" else 0
-        return self.sequences * length * (own + dealt * (self.query + self.both + self.out))
+            return float(self.sequences * (own + (length + self._left(ranks, length)) * self.both))
+        dealt = way == "heads" or (way == "ring" and self._dealt(ranks, length, ranks - 1) > 0)
+        return self.sequences * (own + dealt * length * (self.query + self.both + self.out))
 
     def moving(self, ranks: int, length: int) -> float:
         """Bytes of what travels, beyond what attention on a part by itself holds at its worst moment.
 
         What is dealt out is sent in the place of what attention has kept and frees, so that it counts once, as it
         comes. In a ring these are keys and values side by side, those of two steps, their gradients' sum, and its
-        parts that leave and come.
+        parts that leave and come. A process that helps another has its queries and the gradients of its outputs in the
+        place of keys and values.
         """
         way = self.way(ranks, length)
         if way == "window":
             return self.sequences * 2.0 * (length + self._left(ranks, length)) * self.both
         if way == "heads":
             return float(self.sequences * length * (self.query + self.both))
+        if way == "balanced":
+            lent, found = max(self.both, self.query + self.out + 2 * self.lse), max(self.both, self.query)
+            return self.sequences * length * (self.both * (1 + self.wider) + 2 * lent + 2 * found * self.wider)
         return self.sequences * length * self.both * (3 + 3 * self.wider)
 
     def _left(self, ranks: int, length: int) -> int:
@@ -130,6 +147,8 @@ class Attending:
             return [(gives * (r < ranks - 1), takes * (r > 0)) for r in (0, ranks // 2, ranks - 1)]
         if way == "heads":
             return [(length * (ranks - 1) / ranks * everything,) * 2]
+        if way == "balanced":
+            return [self._balanced(ranks, length, rank) for rank in range(ranks)]
         if left < 0 and self.causal:
             return [self._folded(ranks, length, rank) for rank in range(ranks)]
         found: list[tuple[float, float]] = []
@@ -145,6 +164,22 @@ class Attending:
         taken = (ranks - 1 - rank) * length + rank * length / 2
         dealt = self._dealt(ranks, length, rank) * (self.query + self.both + self.out + self.sums)
         return given * self.both + dealt, (given + self.wider * taken) * self.both + dealt
+
+    def _balanced(self, ranks: int, length: int, rank: int) -> tuple[float, float]:
+        """Blocks of processes up to half the circle apart are computed where their queries are, others at their keys.
+
+        Of those of processes halfway round each has one half of the queries, which are whole sequences if there are
+        several, so that these need no keys of the others.
+        """
+        near, after = (ranks - 1) // 2, ranks - 1 - rank
+        half = 0 if ranks % 2 else 1 if rank < ranks // 2 else -1  # whose keys, or whose queries are halved
+        met = (self.sequences + 1) // 2 / self.sequences
+        given, own = min(after, near) + (half > 0) * met, min(rank, near) + (half < 0) * met
+        asked = max(0, rank - ranks // 2) + (half < 0) / 2
+        helped = max(0, after - ranks // 2) + (half > 0) / 2
+        forward = given * self.both + asked * self.query + helped * (self.out + self.lse)
+        back = given * self.both + asked * (self.query + self.out + 2 * self.lse)
+        return length * forward, length * (back + self.wider * (own * self.both + helped * self.query))
 
     def _dealt(self, ranks: int, length: int, rank: int) -> float:
         """Tokens that leave a process for a ring, as many as come."""

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import ssmzoo
 from ssmkernels import attention
 from ssmkernels.core.crossing import crossing
+from ssmkernels.core.dispatch import Op
 from ssmzoo import parallel
 from ssmzoo.parallel.cut import Cut
 from ssmzoo.parallel.line import Line
@@ -227,12 +228,14 @@ def leaves_nothing(group: dist.ProcessGroup, config: dict[str, Any], how: str | 
     return sum(isinstance(each, Parts) for each in gc.get_objects())
 
 
-def half_precision(group: dist.ProcessGroup, name: str, options: dict[str, Any], lengths: list[int]) -> None:
+def half_precision(
+    group: dist.ProcessGroup, name: str, options: dict[str, Any], lengths: list[int], how: str | None = None
+) -> None:
     """bfloat16 weights and inputs: within its rounding of one process."""
     whole = mixer(name, options).bfloat16()
     x = torch.randn(2, sum(lengths), whole.d_model, dtype=torch.bfloat16)
     expected = whole(x)[:, here(group, lengths)]
-    y = parallel.context(whole, group)(x[:, here(group, lengths)])
+    y = parallel.context(whole, group, how=how)(x[:, here(group, lengths)])
     y.float().sum().backward()
     assert y.dtype == torch.bfloat16
     assert all(p.grad.isfinite().all() for p in whole.parameters() if p.grad is not None)
@@ -329,12 +332,18 @@ def beside_sharding(group: dist.ProcessGroup, config: dict[str, Any]) -> None:
 
 
 def attends(
-    group: dist.ProcessGroup, how: str | None, options: dict[str, Any], lengths: list[int], borders: list[int] | None
+    group: dist.ProcessGroup,
+    how: str | None,
+    options: dict[str, Any],
+    lengths: list[int],
+    borders: list[int] | None,
+    kept: bool = False,
 ) -> str:
     """Attention over cuts against one process: outputs, log-sum-exp and every gradient. Returns the way it took.
 
     Args:
         options: of attention; ``h_kv`` are heads of keys, ``per_head`` names arguments of one number for each head.
+        kept: as in a layer that is to be computed again.
     """
     torch.manual_seed(0)
     h, batch, given = 12, 2 if borders is None else 1, dict(options)
@@ -352,6 +361,7 @@ def attends(
     cpu, rank = torch.device("cpu"), group.rank()
     cut = Cut.of_batch(rank, lengths, 2, cpu) if borders is None else Cut.of_packed(rank, lengths, borders, cpu)
     parts = Parts(cut, Line(group), False, False, how, {})
+    parts.line.tape = [] if kept else None
     flat = {name: t.flatten(0, 1)[None] if name in sizes else t for name, t in mine.items()}
     with crossing(parts):
         out, lse = attention(**flat, **given, cu_seqlens=cut.cu_seqlens, return_lse=True)
@@ -370,7 +380,7 @@ def attends(
 
 
 def checkpoints_blocks(group: dist.ProcessGroup, config: dict[str, Any], lengths: list[int], how: str | None) -> None:
-    """Blocks that are computed again in the backward pass: gradients as without, and nothing sent meanwhile."""
+    """Blocks that are computed again in the backward pass: gradients as without, nothing sent, no attention again."""
     torch.manual_seed(0)
     whole = ssmzoo.build(config).double()
     cut = copy.deepcopy(whole)
@@ -381,12 +391,14 @@ def checkpoints_blocks(group: dist.ProcessGroup, config: dict[str, Any], lengths
     ids = torch.randint(0, whole.config.vocab_size, (2, sum(lengths)))
     part = ids[:, here(group, lengths)]
     for model in (whole, cut):
-        with Sent() as sent:
+        with Sent() as sent, Attended() as attended:
             y = parallel.context(model, group, how=how)(part)
+            forward = attended.times
             (y * weight_of(y)).sum().backward()
+        assert 0 < forward == attended.times
         if model is whole:
-            expected = sent.bytes
-    assert sent.bytes == expected
+            expected = sent.bytes, attended.times
+    assert (sent.bytes, attended.times) == expected
     found = gradients(cut)
     for name, grad in gradients(whole).items():
         close(f"gradient of {name}", found[name], grad)
@@ -409,6 +421,23 @@ def sends_as_told(
         y.float().sum().backward()
     assert sent.bytes == sum(of_layer.returned for of_layer in told.values()), f"backward: {sent.bytes}; {told}"
     return [str(step) for step in steps]
+
+
+class Attended:
+    """Within, forward passes of attention are counted, whatever computes them."""
+
+    def __enter__(self) -> Attended:
+        self.times, self.kept = 0, Op._run
+
+        def run(op: Op, name: str, a: Any) -> Any:
+            self.times += op.name == "attention"
+            return self.kept(op, name, a)
+
+        Op._run = run
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Op._run = self.kept
 
 
 COLLECTIVES = ("all_gather", "all_to_all", "all_to_all_single", "all_reduce", "broadcast", "send", "batch_isend_irecv")

@@ -27,6 +27,7 @@ from context_cases import (
 from ranks import Ranks
 
 import ssmzoo
+from ssmzoo.parallel.plan import WAYS
 
 SMALL = runpy.run_path(str(Path(__file__).with_name("small_mixers.py")))["SMALL"]
 
@@ -130,7 +131,7 @@ def test_gradients_add_up_over_passes(processes: Ranks):
     processes.run(3, sums_gradients, [4, 0, 9])
 
 
-@pytest.mark.parametrize("how", ["ring", "heads"])
+@pytest.mark.parametrize("how", WAYS)
 def test_a_call_leaves_nothing_behind(how: str, processes: Ranks):
     assert processes.run(2, leaves_nothing, TINY | MODELS["hybrid"], how) == [0, 0]
 
@@ -138,6 +139,12 @@ def test_a_call_leaves_nothing_behind(how: str, processes: Ranks):
 @pytest.mark.parametrize("name", ["mamba", "mamba2", "mamba3", "kda", "mlstm", "rwkv7", "rglru", "attention", "hyena"])
 def test_half_precision(name: str, processes: Ranks):
     processes.run(3, half_precision, name, SMALL[name], [4, 8, 9])
+
+
+@pytest.mark.mixer("attention")
+@pytest.mark.parametrize("how", WAYS)
+def test_attention_in_half_precision(how: str, processes: Ranks):
+    processes.run(2, half_precision, "attention", HEADS | {"d_conv": 3}, [4, 17], how)
 
 
 def test_explains_each_step(processes: Ranks):
@@ -185,6 +192,8 @@ OTHERS = TINY | {
         (MIXED, [6, 0, 5, 7], None, None),
         (MIXED, [6, 3, 5, 7], [0, 5, 5, 6, 13, 21], "ring"),
         (MIXED, [9, 7], [0, 3, 16], "window"),
+        (MIXED, [6, 3, 5, 7], [0, 5, 5, 6, 13, 21], "balanced"),
+        (MIXED, [9, 7], None, "balanced"),
         (OTHERS, [5, 2, 4], None, None),
     ],
 )
@@ -193,7 +202,7 @@ def test_sends_as_many_bytes_as_it_tells(config, lengths, borders, how, processe
         assert how is None or any(f"attention: {how}" in text for text in texts)
 
 
-@pytest.mark.parametrize("how", ["ring", "heads"])
+@pytest.mark.parametrize("how", WAYS)
 def test_computes_blocks_again_without_sending(how: str, processes: Ranks):
     processes.run(2, checkpoints_blocks, MIXED, [9, 5], how)
 

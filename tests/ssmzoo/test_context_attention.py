@@ -7,6 +7,8 @@ import torch
 from context_cases import attends
 from ranks import Ranks
 
+from ssmkernels import attention
+from ssmkernels.ops.attention.partial import partial_gradients
 from ssmzoo.parallel.blocks import Pairs
 from ssmzoo.parallel.cut import Cut
 from ssmzoo.parallel.layout import Layout
@@ -49,6 +51,30 @@ def test_each_way(name: str, how: str, processes: Ranks):
             assert all(text.startswith(how) for text in found)
     processes.run(3, attends, how, options, [4, 6, 11], BORDERS)
     processes.run(3, attends, how, options, [0, 0, 21], BORDERS)
+
+
+@pytest.mark.mixer("attention")
+@pytest.mark.parametrize(("name", "how"), [each for each in WAYS if each[1] in ("window", "heads")])
+def test_each_way_as_where_it_is_computed_again(name: str, how: str, processes: Ranks):
+    """Its gradients are then those of the output and the log-sum-exp that are kept."""
+    processes.run(3, attends, how, OPTIONS[name], [4, 6, 11], None, True)
+    processes.run(3, attends, how, OPTIONS[name], [0, 0, 21], BORDERS, True)
+
+
+@pytest.mark.mixer("attention")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_gradients_without_outputs(dtype: torch.dtype):
+    """A process that helps gets outputs' products with their gradients, a number a head, in the place of outputs."""
+    torch.manual_seed(0)
+    q, k, v, d_out = (torch.randn(1, 33, 4, 8, dtype=dtype) for _ in range(4))
+    wide = torch.promote_types(dtype, torch.float32)
+    out, lse = (x.to(wide) for x in attention(q, k, v, causal=True, return_lse=True))
+    d_lse = torch.randn_like(lse)
+    beside = d_lse - (out * d_out).sum(-1).transpose(1, 2)
+    expected = partial_gradients(q, k, v, out, lse, d_out, d_lse, causal=True)
+    found = partial_gradients(q, k, v, torch.zeros_like(out), lse, d_out, beside, causal=True)
+    for name in ("q", "k", "v"):
+        torch.testing.assert_close(found[name], expected[name])
 
 
 def plan_of(lengths: list[int], how: str | None = None, **changes: Any) -> Plan:

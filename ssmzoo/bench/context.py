@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -47,6 +48,7 @@ SMALL_MODEL = {"d_model": 32, "n_layers": 2, "vocab_size": 16}
 MILLION, RANKS = 1_048_576, 4
 ONE, APART = "1 process", "2 processes, apart"
 EACH, CUT = "2 processes, a sequence each", "2 processes, the sequence cut"
+FORCED = {"attention": ("ring", "balanced")}  # ways over the cut, beside the one that the call takes by itself
 
 
 def bench_context(name: str, plan: Plan) -> Iterator[list[Measurement]]:
@@ -71,11 +73,12 @@ def _layer(name: str, plan: Plan) -> list[Measurement]:
     shape = f"1 x {sizes['length']}, d_model {sizes['d_model']}"
     rows = []
     apart = statistics.median(seconds[APART])
-    for what, sequences in ((ONE, 1), (APART, 2), (EACH, 2), (CUT, 1)):
+    for what in seconds:
+        sequences = 2 if what in (APART, EACH) else 1
         row = _timed(name, what, shape, seconds[what], one if what == ONE else one * sequences / 2, plan)
         rate = sequences * sizes["length"] / (row.median or 1)
         ratio = apart * sequences / 2 / (row.median or 1)
-        note = f"{ratio:.2f} of the rate of two processes apart" if what in (EACH, CUT) else ""
+        note = f"{ratio:.2f} of the rate of two processes apart" if what not in (ONE, APART) else ""
         rows.append(dataclasses.replace(row, tokens_per_second=rate, note=note))
     return rows
 
@@ -88,7 +91,8 @@ def layer_times(group: dist.ProcessGroup, name: str, d_model: int, length: int, 
     torch.manual_seed(0)
     layer = ssmzoo.build_mixer(name, d_model, **LAYERS[name])
     copied = DistributedDataParallel(copy.deepcopy(layer), process_group=group)
-    cut = parallel.context(layer, group, reduce_gradients=True)
+    cuts = {CUT: None} | {f"{CUT}, {how}": how for how in FORCED.get(name, ())}
+    models = {what: parallel.context(layer, group, reduce_gradients=True, how=how) for what, how in cuts.items()}
     x = torch.randn(1, length, d_model)
     half = x.tensor_split(2, dim=1)[group.rank()].clone()
 
@@ -98,10 +102,11 @@ def layer_times(group: dist.ProcessGroup, name: str, d_model: int, length: int, 
     def each() -> None:
         copied(x.requires_grad_()).sum().backward()
 
-    def both() -> None:
-        cut(half.requires_grad_()).sum().backward()
+    def both(model: parallel.Context) -> None:
+        model(half.requires_grad_()).sum().backward()
 
-    ways: dict[str, Callable[[], None]] = {ONE: alone, APART: alone, EACH: each, CUT: both}
+    ways: dict[str, Callable[[], None]] = {ONE: alone, APART: alone, EACH: each}
+    ways |= {what: functools.partial(both, model) for what, model in models.items()}
     found: dict[str, list[float]] = {what: [] for what in ways}
     for turn in range(1 + max(3, min(20, round(5 * seconds)))):
         for what, way in ways.items():

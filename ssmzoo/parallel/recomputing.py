@@ -14,10 +14,10 @@ from ssmzoo.parallel.parts import Parts
 def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """For ``torch.utils.checkpoint.checkpoint(..., use_reentrant=False, context_fn=checkpoint_contexts)``.
 
-    What processes have sent each other in the forward pass is kept: states, a few tokens before each part, and of ring
-    attention its output and log-sum-exp, as in DistFlashAttn (Li et al. 2023, arXiv 2310.03294, section 3.3). Computing
-    the layer again takes that from there. So nothing is sent twice, no process waits for another, and keys and values
-    do not go round again. Outside of a call over cuts both contexts do nothing.
+    What processes have sent each other in the forward pass is kept: states, a few tokens before each part, and of
+    attention, whichever way it goes, its output and log-sum-exp, as in DistFlashAttn (Li et al. 2023, arXiv 2310.03294,
+    section 3.3). Computing the layer again takes that from there. So nothing is sent twice, no process waits for
+    another, and attention is computed once. Outside of a call over cuts both contexts do nothing.
     """
     over = current()
     if not isinstance(over, Parts):

@@ -162,19 +162,20 @@ def test_threads_beside_busy_processes_from_end_to_end(run, tmp_path, monkeypatc
 
 def test_sequences_over_processes_from_end_to_end(run, tmp_path):
     small = ("--set", "d_model=64", "--set", "length=256", "--quick")
-    status, _, _ = run("context", *small, "--out", str(tmp_path), "--only", "mamba2", "million-mamba")
+    status, _, _ = run("context", *small, "--out", str(tmp_path), "--only", "attention", "million-mamba")
     assert status == 0
     rows = read(tmp_path)
-    one, apart, each, cut, million = rows
+    one, apart, each, cut, ring, balanced, million = rows
     assert {row["kind"] for row in rows} == {"context"}
     assert [row["implementation"] for row in rows] == [
         *(context.ONE, context.APART, context.EACH, context.CUT),
+        *(f"{context.CUT}, {how}" for how in ("ring", "balanced")),
         "4 processes",
     ]
     assert float(one["limit_s"]) == float(one["median_s"]) == float(each["limit_s"]) == 2 * float(cut["limit_s"])
-    assert float(cut["note"].split()[0]) == pytest.approx(
-        float(apart["median_s"]) / 2 / float(cut["median_s"]), abs=0.01
-    )
+    for row in (cut, ring, balanced):
+        of_apart = float(apart["median_s"]) / 2 / float(row["median_s"])
+        assert float(row["note"].split()[0]) == pytest.approx(of_apart, abs=0.01)
     assert each["note"].endswith("of the rate of two processes apart")
     assert int(million["resident_bytes"]) > 0
     assert "of one alone" in million["note"]

@@ -3,8 +3,9 @@
 A table is read in stretches: row groups of Parquet, record batches of Arrow. ``Dataset.save_to_disk`` writes a folder
 of ``.arrow`` files, and descriptions of them that are no documents.
 
-A small file can hold any amount of text: rows of one large value, or bytes that are alike. So few rows of Parquet are
-read at once that they fit, and what a batch of Arrow unpacks to is known before (:mod:`ssmzoo.train.corpora.unpacked`).
+A small file can hold any amount of text: rows of one large value, or bytes that are alike, and may say of itself what
+it likes. So few rows of Parquet are read at once that they fit even if each is as large as the largest page, and what a
+batch of Arrow unpacks to is known before (:mod:`ssmzoo.train.corpora.unpacked`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ PARQUET, ARROW = (".parquet",), (".arrow",)
 DESCRIPTIONS = ("state.json", "dataset_info.json", "dataset_dict.json")  # beside Arrow files
 
 LONGEST = 2**30  # bytes of a document, and of a compressed batch of Arrow, which are in memory whole
+PAGE = 2**20  # bytes of a page of Parquet beside the longest document in it
+READ = 2**20  # bytes of Parquet that are read from disk at once
 LISTED = 8  # names in an error
 
 
@@ -48,13 +51,12 @@ def texts(path: Path, start: int, stop: int, key: str) -> Iterator[str]:
         file = _parquet(path)
         _check_column(path, file.schema_arrow, key)
         for group in range(start, stop):
-
-            def read(rows: int, group: int = group) -> Iterator[Any]:
-                return _batches(path, "Parquet", file.iter_batches(rows, row_groups=[group], columns=[key]))
-
-            if next(read(1), None) is not None:  # which tells damage: PyArrow's descriptions of a column do not
-                rows = unpacked.rows_at_once(path, file, group, key)
-                yield from _column(path, "Parquet", read(rows), key)
+            try:
+                rows = unpacked.rows_at_once(path, file, group, key, LONGEST + PAGE)
+            except Exception as error:  # whatever PyArrow raises where a description is damaged
+                raise _damaged(path, "Parquet", error) from None
+            batches = file.iter_batches(rows, row_groups=[group], columns=[key])
+            yield from _column(path, "Parquet", _batches(path, "Parquet", batches), key)
         return
     with _arrow(path) as reader:
         _check_column(path, reader.schema, key)
@@ -112,7 +114,7 @@ def _parquet(path: Path) -> Any:
     from pyarrow import parquet
 
     try:
-        return parquet.ParquetFile(path)
+        return parquet.ParquetFile(path, pre_buffer=False, buffer_size=READ)  # not a whole group of rows at once
     except Exception as error:  # whatever its parsers raise
         raise _damaged(path, "Parquet", error) from None
 

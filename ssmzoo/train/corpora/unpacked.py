@@ -1,4 +1,4 @@
-"""How much memory a stretch of a table takes, told by its description before it is unpacked."""
+"""How much memory a stretch of a table takes, told before it is unpacked."""
 
 from __future__ import annotations
 
@@ -6,52 +6,42 @@ import struct
 from pathlib import Path
 from typing import Any
 
-ROWS, ROOM = 64, 2**26  # of Parquet, read at once, and the bytes that they should have at most
-HEADER = 32  # bytes within which the first three numbers of a page's header are
-DICTIONARY_PAGE = 2
+from ssmzoo.train.corpora.pages import pages
+
+ROWS, ROOM = 64, 2**26  # of Parquet, read at once, and the bytes that they may have at most
+POINTER = 16  # bytes that PyArrow keeps for a value of a dictionary
 
 
-def rows_at_once(path: Path, file: Any, group: int, key: str) -> int:
+def rows_at_once(path: Path, file: Any, group: int, key: str, longest: int) -> int:
     """How many rows of a column of Parquet are read at once.
 
-    A row has the bytes of the others, as the file says; or all bytes of the column's dictionary, to which any number
-    of rows can point.
+    No row is larger than the largest page, whichever way values are written: whole, as what they have beyond the one
+    before, or as a place in a dictionary, to which any number of rows can point.
 
     Args:
         path: of the file.
-        file: PyArrow's, of which the first row of this group has been read.
+        file: PyArrow's.
         group: of rows.
         key: the column.
+        longest: bytes that a page may have.
+
+    Raises:
+        ValueError: a page or a dictionary takes more memory than that, or the column lies outside of the file.
     """
     names = [file.schema.column(i).path for i in range(len(file.schema))]
-    described = file.metadata.row_group(group)
-    column = described.column(names.index(key))
-    mean = column.total_uncompressed_size // max(described.num_rows, 1)
-    first = min(filter(None, (column.dictionary_page_offset, column.data_page_offset)))
-    return max(1, min(ROWS, ROOM // max(mean, _dictionary_bytes(path, first), 1)))
-
-
-def _dictionary_bytes(path: Path, place: int) -> int:
-    """The bytes of the dictionary that a column begins with, unpacked; 0 if it begins with something else.
-
-    A page's header is a struct of Thrift's compact protocol, whose first fields are its kind and its size.
-    """
-    with path.open("rb") as file:
-        file.seek(place)
-        header = file.read(HEADER)
-    found, at = [], 0
-    for _ in range(2):
-        if header[at : at + 1] != b"\x15":  # the next field, an int32
-            return 0
-        number = shift = 0
-        at += 1
-        while at < len(header):
-            number |= (header[at] & 127) << shift
-            shift, at = shift + 7, at + 1
-            if header[at - 1] < 128:
-                break
-        found.append(number >> 1 ^ -(number & 1))
-    return max(found[1], 0) if found[0] == DICTIONARY_PAGE else 0
+    column = file.metadata.row_group(group).column(names.index(key))
+    start = column.data_page_offset
+    if column.has_dictionary_page and 0 < column.dictionary_page_offset < start:
+        start = column.dictionary_page_offset
+    stop, size = start + column.total_compressed_size, path.stat().st_size
+    if not 0 < start <= stop <= size:
+        raise ValueError(f"the column's bytes {start} to {stop} are not in a file of {size} bytes")
+    largest = 1
+    for page in pages(path, start, stop):
+        if page.size > longest or POINTER * page.values > longest:
+            raise ValueError(f"a page has {page.size} bytes and a dictionary of {page.values} values, more than fit")
+        largest = max(largest, page.size)
+    return max(1, min(ROWS, ROOM // largest))
 
 
 def batch_bytes(message: Any) -> int:

@@ -64,11 +64,20 @@ void try_one(int64_t kind, int64_t size, int64_t group, int64_t outputs, int64_t
     const ssmzoo::QuantizedLinearArguments a = {w, x, nullptr, y, 0, rows, size, 1, rounded};
     if (SSMZOO_JOIN(SSMZOO_ISA, quantized_linear)(&a)) exit(2);
     const int64_t span = group < 128 ? group : 128;
-    for (int64_t r = 0; r < rows; ++r)
+    double* read = static_cast<double*>(take(size * 8));  // a row of x as the kernel takes it
+    for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t k = 0; k < size; ++k) read[k] = x[r * size + k];
+        for (int64_t begin = 0; rounded && begin < size; begin += span) {
+            const int64_t end = begin + span < size ? begin + span : size;
+            float largest = 0;
+            for (int64_t k = begin; k < end; ++k) largest = fmaxf(largest, fabsf(x[r * size + k]));
+            const float step = fmaxf(largest / 127.0f, 0x1p-100f);
+            for (int64_t k = begin; k < end; ++k) read[k] = static_cast<double>(nearbyintf(x[r * size + k] / step)) * step;
+        }
         for (int64_t o = 0; o < outputs; ++o) {
             double sum = 0, sizes = 0;
             for (int64_t k = 0; k < size; ++k) {
-                double q, v = x[r * size + k];
+                double q;
                 const uint8_t* at = weight + o * row * each;
                 if (kind == 5) {
                     const int byte = at[k / 32 * 16 + k % 16];
@@ -84,16 +93,9 @@ void try_one(int64_t kind, int64_t size, int64_t group, int64_t outputs, int64_t
                     memcpy(&bits, at + 2 * k, 2);
                     q = half(bits, kind == 2);
                 }
-                if (rounded) {
-                    float largest = 0;
-                    for (int64_t j = k / span * span; j < size && j < (k / span + 1) * span; ++j)
-                        largest = fmaxf(largest, fabsf(x[r * size + j]));
-                    const float step = fmaxf(largest / 127.0f, 0x1p-100f);
-                    v = static_cast<double>(nearbyintf(x[r * size + k] / step)) * step;
-                }
                 const double by = whole ? scales[o * groups + k / group] : 1.0;
-                sum += by * q * v;
-                sizes += fabs(by) * (fabs(q) + (kind == 5 ? 16 : 0)) * fabs(v);
+                sum += by * q * read[k];
+                sizes += fabs(by) * (fabs(q) + (kind == 5 ? 16 : 0)) * fabs(read[k]);
             }
             const double off = fabs(y[r * outputs + o] - sum);
             if (!(off <= 1e-6 * sizes + 1e-37)) {
@@ -103,8 +105,9 @@ void try_one(int64_t kind, int64_t size, int64_t group, int64_t outputs, int64_t
                            static_cast<int>(r), static_cast<int>(o), y[r * outputs + o], sum);
             }
         }
+    }
     if (kind == 5) note(y, static_cast<size_t>(rows * outputs) * 4);
-    free(weight), free(scales), free(zero), free(x), free(y);
+    free(weight), free(scales), free(zero), free(x), free(y), free(read);
 }
 
 }  // namespace

@@ -38,6 +38,9 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "delta_rule": [
         {"l": 4, "h": 2, "g": 1, "k": 2, "v": 2},
         {"b": 1, "l": 21, "h": 2, "g": 1, "k": 2, "v": 2, "decay": "k", "packed": True},
+        {"l": 4, "h": 2, "g": 1, "k": 2, "v": 2, "decay": "", "beta": 0.0},
+        {"l": 4, "h": 2, "g": 1, "k": 2, "v": 2, "decay": "k", "beta": 2.0, "state": False},
+        {"b": 1, "l": 21, "h": 2, "g": 1, "k": 2, "v": 2, "decay": "h", "packed": True, "beta": 2.0},
     ],
     "fft_conv": [
         {"l": 6, "d": 2, "l_k": 4, "l_r": 3, "gate": True},

@@ -48,7 +48,7 @@ attentions += [dict(decay="token", off=0.3), dict(decay="head")]
 same = dict(bits="same", zeros=False, group_size=None, k=37)
 rules = [dict(b=1, l=70, h=2, k=7, v=5), dict(k=33, v=37), dict(packed=True, b=1, l=21)]
 for op, dtypes, cases in (
-    ("delta_rule", both, deltas),
+    ("delta_rule", halves, deltas),
     ("delta_rule_step", both, [dict(k=7, v=5), dict(k=17, v=33, decay="k"), dict(k=1, v=1, decay="")]),
     ("selective_scan", single, [dict(b=1, l=9, d=5, n=n, complex=n % 2 == 1) for n in states]),
     ("selective_scan", halves, scans),
@@ -57,11 +57,11 @@ for op, dtypes, cases in (
     ("ssd_step", both, [dict(p=7, n=5), dict(p=33, n=17, D="hp"), dict(p=1, n=1)]),
     ("mamba3_scan", both, rotated),
     ("mamba3_scan_step", both, [dict(p=7, n=5), dict(p=33, n=17, a=8, r=2, interleaved=False)]),
-    ("mlstm", both, [dict(l=67, h=9, k=7, v=5), dict(packed=True, b=1, l=21), dict(k=33, v=17, h=1)]),
+    ("mlstm", halves, [dict(l=67, h=9, k=7, v=5), dict(packed=True, b=1, l=21), dict(k=33, v=17, h=1)]),
     ("mlstm_step", both, [dict(h=9, k=7, v=5), dict(k=33, v=17)]),
-    ("linear_attention", both, attentions),
+    ("linear_attention", halves, attentions),
     ("linear_attention_step", both, [dict(k=7, v=5), dict(k=17, v=33, bonus=True), dict(k=1, v=1, decay="head")]),
-    ("generalized_delta_rule", both, rules),
+    ("generalized_delta_rule", halves, rules),
     ("generalized_delta_rule_step", both, [dict(k=7, v=5), dict(k=33, v=37)]),
     ("slstm", both, [dict(b=9, l=12, p=5, h=1), dict(packed=True, b=1, l=21), dict(p=33, h=1, l=9)]),
     ("slstm_step", halves, [dict(p=5), dict(p=33, h=1)]),

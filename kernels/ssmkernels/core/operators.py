@@ -151,12 +151,15 @@ def _differentiable(
         ctx.set_materialize_grads(False)  # zeros in place of gradients that nobody has, as large as what is saved
         ctx.constants = [None if isinstance(x, Tensor) else x for x in inputs[:count]]
         tensors = [x if isinstance(x, Tensor) and i not in drops else None for i, x in enumerate(inputs[:count])]
+        ctx.contiguous = [outputs[i].is_contiguous() for i in places]
         ctx.save_for_backward(*tensors, *(outputs[i] for i in places))
 
     def arguments(ctx: Any) -> tuple[Any, Any]:
         kept = ctx.saved_tensors
         values = [c if x is None else x for x, c in zip(kept, ctx.constants, strict=False)]
-        return Arguments(*values), Saved(*kept[count:])
+        # Hooks may bring what was saved back with other strides, and kernels read it as they wrote it
+        saved = (x.contiguous() if as_was else x for x, as_was in zip(kept[count:], ctx.contiguous, strict=True))
+        return Arguments(*values), Saved(*saved)
 
     def again(ctx: Any) -> tuple[Callable[..., Any], list[Any]]:
         a, saved = arguments(ctx)

@@ -175,6 +175,19 @@ void transpose(S* to, int64_t ldt, const S* from, int64_t ldf, int64_t rows, int
         for (int64_t r = i; r < rows; ++r) to[j * ldt + r] = from[r * ldf + j];
 }
 
+// Rows [first, first + rows) of KeptRows, turned over; `room` takes a vector of rows, each in whole vectors.
+template <class S, class Kept>
+void transpose_kept(S* to, int64_t ldt, const Kept& from, int64_t first, int64_t rows, S* room) {
+    if (!from.compact()) return transpose(to, ldt, at<S>(from.p, first * from.count), from.count, rows, from.count);
+    constexpr int64_t together = Lanes<S>::count;
+    const int64_t width = ceil_div(from.count, together) * together;
+    for (int64_t i = 0; i < rows; i += together) {
+        const int64_t some = minimum(together, rows - i);
+        for (int64_t r = 0; r < some; ++r) from.read(room + r * width, first + i + r);
+        transpose(to + i, ldt, room, width, some, from.count);
+    }
+}
+
 template <class To, class From>
 void convert(To* to, const From* from, int64_t count) {
     for (int64_t i = 0; i < count; ++i) to[i] = static_cast<To>(from[i]);

@@ -9,8 +9,8 @@ namespace {
 template <class S>
 struct Forward {
     Tile<S> tile;
-    S *state, *rows;
-    int64_t width;  // columns of a task at most, in whole vectors
+    S *state, *rows, *errors;  // errors: (c, width), where they are kept compact
+    int64_t width;             // columns of a task at most, in whole vectors
 
     int64_t take(S* p, const DeltaArguments& a) {
         Memory<S> memory = {p, 0};
@@ -18,6 +18,7 @@ struct Forward {
         width = round_up(minimum(kPart, a.values), Lanes<S>::count);
         state = memory.take(a.keys * width);
         rows = memory.take(minimum(kChunk, a.length) * width);
+        errors = a.errors && is_half(a.dtype) ? memory.take(minimum(kChunk, a.length) * width) : nullptr;
         return memory.used;
     }
 
@@ -26,9 +27,8 @@ struct Forward {
         const int64_t own = (s.index * a.heads + head) * a.keys * a.values + first;
         into_blocks(state, a.initial ? at<S>(a.initial, own) : nullptr, a.values, a.keys, values);
         for (int64_t start = 0; start < s.length; start += kChunk) {
-            if (a.starts && start % (kChunk * kSegment) == 0)
-                out_of_blocks(static_cast<S*>(a.starts) + start_of(a, s, start / (kChunk * kSegment), head) + first,
-                              a.values, state, a.keys, values);
+            if (a.starts && start % (kChunk * a.segment) == 0)
+                keep_state(a, start_of(a, s, start / (kChunk * a.segment), head), first, values);
             tile.read(a, s, start, minimum(kChunk, s.length - start), head);
             for (int64_t i = 0; i < tile.tokens; ++i)
                 read_row(rows + i * width, a.v, a.dtype,
@@ -37,9 +37,12 @@ struct Forward {
             Upcoming next = upcoming(a, s, start + kChunk, head, true);
             next.add(a.v, a.dtype, s.batch * a.v_batch + after * a.v_time + head * a.v_head + first, a.v_time, values);
             if (a.errors) {
-                const int64_t row = round_up(a.values, kLine<S>);
-                S* errors = static_cast<S*>(a.errors) + errors_of(a, s, head, row) + start * row + first;
-                walk<S, true>(decay_of(a), state, 0, a.keys, tile, S(a.scale), rows, width, columns, next, errors, row);
+                const KeptRows<S> kept = kept_errors<S>(a);
+                const int64_t place = errors_of(a, s, head, start), row = kept.compact() ? width : kept.count;
+                S* to = kept.compact() ? errors : static_cast<S*>(a.errors) + place * row + first;
+                walk<S, true>(decay_of(a), state, 0, a.keys, tile, S(a.scale), rows, width, columns, next, to, row);
+                for (int64_t i = 0; kept.compact() && i < tile.tokens; ++i)
+                    kept.write(place + i, first, errors + i * width, values);
             } else {
                 walk<S, false>(decay_of(a), state, 0, a.keys, tile, S(a.scale), rows, width, columns, next);
             }
@@ -50,7 +53,23 @@ struct Forward {
         }
         out_of_blocks(static_cast<S*>(a.final_state) + own, a.values, state, a.keys, values);
     }
+
+    // The state's columns from `first` on, as rows from `row` on.
+    void keep_state(const DeltaArguments& a, int64_t row, int64_t first, int64_t values) const {
+        const KeptRows<S> kept = starts_of<S>(a);
+        if (!kept.compact())
+            return out_of_blocks(static_cast<S*>(a.starts) + row * a.values + first, a.values, state, a.keys, values);
+        S line[kPart];
+        for (int64_t j = 0; j < a.keys; ++j) {
+            blocks<S>(round_up(values, Lanes<S>::count), [&](int64_t at, int64_t wide) {
+                memcpy(line + at, state + at * a.keys + j * wide, sizeof(S) * static_cast<size_t>(wide));
+            });
+            kept.write(row + j, first, line, values);
+        }
+    }
 };
+
+static_assert(kPart == kOfStep, "a task writes numbers that share a step");
 
 template <class S>
 int forward(const DeltaArguments& a) {

@@ -8,6 +8,7 @@
 // small nor large.
 #pragma once
 
+#include "native/compact.h"
 #include "native/math.h"
 #include "native/packed.h"
 #include "native/parallel.h"
@@ -23,7 +24,8 @@ struct DeltaArguments {
     const int32_t* cu_seqlens;            // (s + 1) or null
     void *o, *final_state;                // (b l h values), contiguous; S: (s h keys values)
     void *starts, *errors;                // S, or null: (segments h keys values); (b h l row), v - S'ᵀ k in whole cache lines
-    int64_t dtype, sequences, length, heads, groups, keys, values, channels, threads;  // channels: of a head's decay
+    int64_t dtype, sequences, length, heads, groups, keys, values, channels, segment, threads;  // channels: of a head's
+                                           // decay; segment: chunks between saved states
     int64_t q_batch, q_time, q_head, k_batch, k_time, k_head, v_batch, v_time, v_head;  // strides; the last axis has 1
     double scale;
 };
@@ -31,22 +33,32 @@ struct DeltaArguments {
 namespace SSMZOO_ISA {
 
 constexpr int64_t kChunk = 64;              // tokens of a tile
-constexpr int64_t kSegment = 4;             // tiles between saved states
 constexpr int64_t kPart = 128;              // columns of a task in the forward pass
 constexpr int kColumns = SSMZOO_VECTOR_BYTES == 64 ? 2 : 4;  // vectors of a block: 128 keys of it take half of a first cache
 
 inline Sequence sequence(const DeltaArguments& a, int64_t i) {
-    return sequence(a.cu_seqlens, a.length, kChunk * kSegment, i);
+    return sequence(a.cu_seqlens, a.length, kChunk * a.segment, i);
 }
 
-// Where a head's state before a segment of its sequence is kept.
+// The first row of a head's state before a segment of its sequence, where it is kept.
 inline int64_t start_of(const DeltaArguments& a, const Sequence& s, int64_t segment, int64_t head) {
-    return ((s.first_segment + segment) * a.heads + head) * a.keys * a.values;
+    return ((s.first_segment + segment) * a.heads + head) * a.keys;
 }
 
-// Where a head's errors of a sequence are kept, `row` numbers for each token.
-inline int64_t errors_of(const DeltaArguments& a, const Sequence& s, int64_t head, int64_t row) {
-    return ((s.batch * a.heads + head) * a.length + s.start) * row;
+// The row of a head's errors at token `from` of a sequence.
+inline int64_t errors_of(const DeltaArguments& a, const Sequence& s, int64_t head, int64_t from) {
+    return (s.batch * a.heads + head) * a.length + s.start + from;
+}
+
+template <class S>
+KeptRows<S> starts_of(const DeltaArguments& a) {
+    return {a.starts, a.dtype, a.values};
+}
+
+// Of whole cache lines, if they are not compact: the walk writes whole vectors.
+template <class S>
+KeptRows<S> kept_errors(const DeltaArguments& a) {
+    return {a.errors, a.dtype, is_half(a.dtype) ? a.values : round_up(a.values, kLine<S>)};
 }
 
 enum class Decay { none, head, channels };

@@ -10,12 +10,14 @@ from ssmkernels import native
 from ssmkernels.core.memory import large_pages
 from ssmkernels.core.validate import precision
 from ssmkernels.native import missing, wrong_device
+from ssmkernels.native.kept import kept_row
 from ssmkernels.ops.delta_rule.cpu_arguments import segments, values
 from ssmkernels.ops.delta_rule.cpu_backward import backward
 
 __all__ = ["SAVES", "backward", "empty", "forward", "missing", "unsupported"]
 
-# The states before every segment, (segments h k v), and the errors of all tokens, (b h l v), each in whole cache lines
+# The states before every segment, (segments h k v), and the errors of all tokens, (b h l v): rows as ``kept_row`` says,
+# and where errors are not compact each row in whole cache lines
 SAVES = ("starts", "errors")
 
 
@@ -37,9 +39,10 @@ def empty(a: Any, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     o, final_state = a.declared.outputs(a)
     wide = precision(a.q)
     batch, length, heads, size = a.v.shape
-    shape = (segments(a) if save else 0, heads, a.k.shape[3], size)
+    row, kept = kept_row(size, a.q)
     line = 64 // wide.itemsize
-    errors = a.q.new_empty((batch, heads, length if save else 0, -(-size // line) * line), dtype=wide)
+    whole = row if kept != wide else -(-size // line) * line
+    errors = a.q.new_empty((batch, heads, length if save else 0, whole), dtype=kept)
     # Packed, some segments belong to no sequence
     starts = a.q.new_zeros if save and a.cu_seqlens is not None else a.q.new_empty
-    return o, final_state, starts(shape, dtype=wide), errors
+    return o, final_state, starts((segments(a) if save else 0, heads, a.k.shape[3], row), dtype=kept), errors

@@ -69,7 +69,7 @@ struct ChannelsBackward {
         decays();
         for (int64_t I = 0; I < pairs.count; ++I) within(I * kBlock);
         step_back(a);
-        const S* of_k = later + pairs.tokens * width;
+        S* of_k = later + pairs.tokens * width;
         own.write(b, s, s.start + from, head, first, pairs.t, pairs.tokens, later, of_k, earlier);
         for (int64_t i = 0; i < pairs.t.tokens; ++i) {
             const int64_t token = (s.batch * a.length + s.start + from + i) * a.heads + head;

@@ -9,17 +9,29 @@ from torch import Tensor
 from ssmkernels import native
 from ssmkernels.core.validate import precision
 from ssmkernels.native import fields_of, plain, rows
+from ssmkernels.native.kept import kept_row
 from ssmkernels.ops.delta_rule.reference import scale_of
 
-SEGMENT = 4 * 64  # tokens between saved states: kSegment kChunk in cpu.h
+CHUNK = 64  # tokens: kChunk in cpu.h
+
+
+def segment(k: Tensor, v: Tensor) -> int:
+    """Chunks between saved states: four, as the fewer they are the less is computed again.
+
+    More where heads share keys or are wide, and states and errors would take more memory than queries, keys and values.
+    """
+    (groups, keys), (heads, values) = k.shape[-2:], v.shape[-2:]
+    row, _ = kept_row(values, v)
+    room = 2 * keys * groups / heads + values - row  # numbers of a token and head
+    return next((chunks for chunks in (4, 8) if keys * row <= room * chunks * CHUNK), 16)
 
 
 def segments(a: Any) -> Any:
-    """How many states are saved. Packed, sequence i's start at number cu_seqlens[i] // SEGMENT + i."""
-    batch, length = a.q.shape[:2]
+    """How many states are saved. Packed, sequence i's start at number cu_seqlens[i] // tokens + i."""
+    tokens, (batch, length) = segment(a.k, a.v) * CHUNK, a.q.shape[:2]
     if a.cu_seqlens is None:
-        return batch * -(-length // SEGMENT)
-    return length // SEGMENT + a.cu_seqlens.shape[0] - 1
+        return batch * -(-length // tokens)
+    return length // tokens + a.cu_seqlens.shape[0] - 1
 
 
 def values(
@@ -58,6 +70,7 @@ def values(
         "keys": keys,
         "values": size,
         "channels": keys if decay is not None and decay.ndim > a.beta.ndim else 1,
+        "segment": 4 if outputs.get("starts") is None else segment(k, v),
         "threads": native.threads(batch * length * heads * keys * size),
         "scale": scale_of(a.scale, keys),
     }

@@ -15,15 +15,15 @@ void head_backward(const DeltaBackwardArguments& b, const Sequence& s, int64_t h
     const DeltaArguments& a = b.forward;
     const int64_t state = (s.index * a.heads + head) * a.keys * a.values, chunks = ceil_div(s.length, kChunk);
     w.own.begin(b, state);
-    for (int64_t segment = ceil_div(chunks, kSegment) - 1; segment >= 0; --segment) {
-        const int64_t own = segment * kSegment, last = minimum(kSegment, chunks - own) - 1;
+    for (int64_t segment = ceil_div(chunks, a.segment) - 1; segment >= 0; --segment) {
+        const int64_t own = segment * a.segment, last = minimum(a.segment, chunks - own) - 1;
         w.own.begin_segment(b, s, segment, head);
         for (int64_t k = 0; k < last; ++k) {
             w.own.expect(b, s, own + k + 1, head, k + 1 < last);
             w.ahead(b, s, (own + k) * kChunk, k, head);
         }
         for (int64_t k = last; k >= 0; --k) {
-            w.own.expect(b, s, k > 0 ? own + k - 1 : own - kSegment, head, k == 0);
+            w.own.expect(b, s, k > 0 ? own + k - 1 : own - a.segment, head, k == 0);
             w.chunk(b, s, (own + k) * kChunk, k, head, first);
         }
     }

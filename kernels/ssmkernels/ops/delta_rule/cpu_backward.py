@@ -20,8 +20,9 @@ def backward(a: Any, saved: Any, grads: Any) -> dict[str, Tensor | None]:
     wide = precision(a.q)
     fields, _kept = values(a, {"starts": saved.starts, "errors": saved.errors}, a.initial_state, a.cu_seqlens)
     empty = functools.partial(a.q.new_empty, dtype=wide)
-    parts = -(-(a.v.shape[2] // a.k.shape[2]) // HEADS)
-    dq, dk = (empty((parts, *a.k.shape)) for _ in range(2))
+    ratio = a.v.shape[2] // a.k.shape[2]
+    parts = -(-ratio // HEADS)
+    dq, dk = (a.q.new_empty((parts, *a.k.shape), dtype=wide if ratio > 1 else a.q.dtype) for _ in range(2))
     dv = a.v.new_empty(a.v.shape)
     dbeta = empty(a.beta.shape)
     ddecay = None if a.log_decay is None else empty(a.log_decay.shape)

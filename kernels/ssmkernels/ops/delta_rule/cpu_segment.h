@@ -14,7 +14,7 @@ namespace ssmzoo {
 struct DeltaBackwardArguments {
     DeltaArguments forward;     // whose outputs are not looked at
     const void *d_o, *dfinal;   // (b l h values), contiguous; S: (s h keys values) or null
-    void *dq, *dk;              // S: (parts b l g keys)
+    void *dq, *dk;              // S: (parts b l g keys); of the activations' dtype where no heads share keys
     void* dv;                   // (b l h values)
     void *dbeta, *ddecay;       // S: (b l h); as the log decay, or null
     void* dinitial;             // S: (s h keys values) or null
@@ -41,19 +41,21 @@ struct Segment {
     S *given, *U, *U_turned;     // [dO; X] (2 n, columns), (n, columns), (values, c): n tokens in whole blocks
     S* panel;
     const S* errors;             // of a chunk's tokens, `row` numbers each
+    S* wide_errors;              // those that are kept compact (c, columns)
     Upcoming next;               // tokens of the chunk after it, fetched a few at each product
     int64_t width, columns, row;
 
     void take(Memory<S>& memory, const DeltaArguments& a) {
         width = round_up(a.keys, Lanes<S>::count);
         columns = round_up(a.values, Lanes<S>::count);
-        row = round_up(a.values, kLine<S>);
-        turned = memory.take(kSegment * columns * width);
+        row = is_half(a.dtype) ? columns : kept_errors<S>(a).count;
+        turned = memory.take(a.segment * columns * width);
         dstate = memory.take(a.keys * columns);
         dturned = memory.take(columns * width);
         given = memory.take(2 * kChunk * columns);
         U = memory.take(kChunk * columns);
         U_turned = memory.take(columns * kChunk);
+        wide_errors = memory.take(is_half(a.dtype) ? kChunk * columns : 0);
         panel = memory.take(panel_size<S>(columns > width ? columns : width) + panel_size<S>(2 * kChunk));
     }
 
@@ -68,9 +70,10 @@ struct Segment {
     // What chunk `chunk` of a sequence's head will read: only keys and errors to run ahead.
     void expect(const DeltaBackwardArguments& b, const Sequence& s, int64_t chunk, int64_t head, bool ahead) {
         const DeltaArguments& a = b.forward;
-        const int64_t start = chunk * kChunk, kind = sizeof(S) == 8;  // of errors, float or double
+        const KeptRows<S> kept = kept_errors<S>(a);
+        const int64_t start = chunk * kChunk, stride = kept.stride(), kind = kept.compact() ? a.dtype : sizeof(S) == 8;
         next = upcoming(a, s, start, head, !ahead);
-        next.add(a.errors, kind, errors_of(a, s, head, row) + start * row, row, a.values);
+        next.add(a.errors, kind, errors_of(a, s, head, start) * stride, stride, kept.compact() ? stride : a.values);
         if (ahead) return;
         next.add(b.d_o, a.dtype, ((s.batch * a.length + s.start + start) * a.heads + head) * a.values, a.heads * a.values,
                  a.values);
@@ -96,7 +99,7 @@ struct Segment {
     // The state before a segment.
     void begin_segment(const DeltaBackwardArguments& b, const Sequence& s, int64_t segment, int64_t head) {
         const DeltaArguments& a = b.forward;
-        transpose(turned, width, at<S>(a.starts, start_of(a, s, segment, head)), a.values, a.keys, a.values);
+        transpose_kept(turned, width, starts_of<S>(a), start_of(a, s, segment, head), a.keys, dturned);
         for (int64_t c = 0; c < a.values; ++c)
             for (int64_t j = a.keys; j < width; ++j) turned[c * width + j] = S(0);
     }
@@ -107,14 +110,17 @@ struct Segment {
                    const S* keys, const S* factors, Onto<S> left) {
         constexpr int64_t part = 8 * kRows;  // of the state's columns: so that tokens are fetched at an even pace
         const int64_t size = columns * width;
-        find_errors(b.forward, s, from, head);
+        find_errors(b.forward, s, from, kChunk, head);
         for (int64_t c = 0; c < b.forward.values; c += part)
             multiply({errors + c, 1, row}, keys, width, turned + (k + 1) * size + c * width, width,
                      minimum(part, b.forward.values - c), width, kChunk, 0, left, factors);
     }
 
-    void find_errors(const DeltaArguments& a, const Sequence& s, int64_t from, int64_t head) {
-        errors = at<S>(a.errors, errors_of(a, s, head, row) + from * row);
+    void find_errors(const DeltaArguments& a, const Sequence& s, int64_t from, int64_t tokens, int64_t head) {
+        const KeptRows<S> kept = kept_errors<S>(a);
+        const int64_t place = errors_of(a, s, head, from);
+        errors = kept.compact() ? wide_errors : at<S>(a.errors, place * row);
+        for (int64_t i = 0; kept.compact() && i < tokens; ++i) kept.read(wide_errors + i * row, place + i);
     }
 
     const S* state_turned(int64_t k) const { return turned + k * columns * width; }
@@ -122,7 +128,7 @@ struct Segment {
     // Of a chunk, with n tokens in whole blocks: dO, U, and both U and dS' turned.
     void read(const DeltaBackwardArguments& b, const Sequence& s, int64_t from, int64_t head, const Tile<S>& t, int64_t n) {
         const DeltaArguments& a = b.forward;
-        find_errors(a, s, from, head);
+        find_errors(a, s, from, t.tokens, head);
         const int64_t padding = (n - t.tokens) * columns;
         for (int64_t i = 0; i < t.tokens; ++i) {
             read_row(given + i * columns, b.d_o, a.dtype,
@@ -159,7 +165,7 @@ struct Segment {
 
     // The gradients of q, k, v and beta: of q and k the sums of what the group's heads give, of k in two parts.
     void write(const DeltaBackwardArguments& b, const Sequence& s, int64_t time, int64_t head, bool first, const Tile<S>& t,
-               int64_t n, const S* of_q, const S* of_k, const S* of_k_too) {
+               int64_t n, const S* of_q, S* of_k, const S* of_k_too) {
         const DeltaArguments& a = b.forward;
         const int64_t ratio = a.heads / a.groups, batches = a.cu_seqlens ? 1 : a.sequences;
         const int64_t part = head % ratio / kHeads * batches + s.batch;
@@ -170,6 +176,13 @@ struct Segment {
             scale_row(X + i * columns, columns, t.beta[i]);
             write_row(b.dv, a.dtype, token * a.values, X + i * columns, a.values);
             const int64_t shared = ((part * a.length + time + i) * a.groups + head / ratio) * a.keys;
+            if (ratio == 1) {
+                S* both = of_k + i * width;
+                vectors<S>(width, [&](int64_t c) { store(both + c, load(both + c) + load(of_k_too + i * width + c)); });
+                write_row(b.dq, a.dtype, shared, of_q + i * width, a.keys);
+                write_row(b.dk, a.dtype, shared, both, a.keys);
+                continue;
+            }
             S *dq = static_cast<S*>(b.dq) + shared, *dk = static_cast<S*>(b.dk) + shared;
             for (int64_t c = 0; c < a.keys; c += Lanes<S>::count) {
                 const int64_t place = i * width + c, there = a.keys - c;

@@ -32,8 +32,8 @@ void head_forward(const DeltaRuleArguments& x, const Task& t, char* scratch) {
     for (int64_t first = 0; first < t.length; first += x.segment) {
         const int64_t count = minimum(x.segment, t.length - first);
         if (x.starts) {
-            const int64_t segment = t.first_segment + first / x.segment;
-            write_state(x.starts, (segment * x.heads + t.head) * size, w.state, x, width);
+            const int64_t row = start_of(x, t, first / x.segment);
+            for (int64_t j = 0; j < x.keys; ++j) starts_of<S>(x).write(row + j, 0, w.state + j * width, x.values);
         }
         w.tokens.read(x, t, first, count);
         const V scale = splat(S(x.scale));

@@ -5,6 +5,7 @@
 // tokens would take as many operations at a head dim of 64, and more memory.
 #pragma once
 
+#include "native/compact.h"
 #include "native/math.h"
 #include "native/parallel.h"
 #include "ssd/cpu_rows.h"
@@ -17,7 +18,7 @@ struct DeltaRuleArguments {
     const void* log_decay;               // S: (b l h keys) or null
     const void* initial;                 // S: (s h keys values) or null
     const int32_t* cu_seqlens;           // (s + 1) or null
-    void *o, *final_state, *starts;      // (b l h values); S: (s h keys values); (segments h keys values) or null
+    void *o, *final_state, *starts;      // (b l h values); S: (s h keys values); rows of (segments h keys), see compact.h, or null
     int64_t dtype, sequences, length, heads, keys, values, segment, threads;
     int64_t q_batch, q_time, k_batch, k_time, v_batch, v_time, a_batch, a_time, b_batch, b_time, g_batch, g_time;
     double scale;
@@ -35,6 +36,16 @@ inline Task task(const DeltaRuleArguments& a, int64_t i) {
     if (!a.cu_seqlens) return {s, head, s, 0, a.length, s * ceil_div(a.length, a.segment)};
     const int64_t start = a.cu_seqlens[s], end = a.cu_seqlens[s + 1];
     return {s, head, 0, start, end - start, start / a.segment + s};  // at most length / segment + 1 each: none overlap
+}
+
+template <class S>
+KeptRows<S> starts_of(const DeltaRuleArguments& x) {
+    return {x.starts, x.dtype, x.values};
+}
+
+// The first row of a task's state before a segment.
+inline int64_t start_of(const DeltaRuleArguments& x, const Task& t, int64_t segment) {
+    return ((t.first_segment + segment) * x.heads + t.head) * x.keys;
 }
 
 // A segment's tokens as numbers of sums, and the state, with room for both passes.

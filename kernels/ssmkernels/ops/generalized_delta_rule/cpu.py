@@ -10,11 +10,12 @@ from ssmkernels import native
 from ssmkernels.core.memory import large_pages
 from ssmkernels.core.validate import precision
 from ssmkernels.native import address, missing, plain, wrong_device
-from ssmkernels.ops.generalized_delta_rule.cpu_arguments import ACTIVATIONS, segments, values
+from ssmkernels.native.kept import kept_row
+from ssmkernels.ops.generalized_delta_rule.cpu_arguments import ACTIVATIONS, segments, tokens, values
 
 __all__ = ["SAVES", "backward", "empty", "forward", "missing", "unsupported"]
 
-SAVES = ("starts",)  # the states before every segment, (segments h k v)
+SAVES = ("starts",)  # the states before every segment, (segments h k v): rows as ``kept_row`` says
 
 
 def unsupported(a: Any) -> str | None:
@@ -47,7 +48,7 @@ def backward(a: Any, saved: Any, grads: Any) -> dict[str, Tensor | None]:
 
 def empty(a: Any, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     o, final_state = a.declared.outputs(a)
-    shape = (segments(a) if save else 0, *final_state.shape[1:])
+    row, dtype = kept_row(a.v.shape[3], a.q)
     # Packed, some segments belong to no sequence
     new = a.q.new_zeros if save and a.cu_seqlens is not None else a.q.new_empty
-    return o, final_state, new(shape, dtype=precision(a.q))
+    return o, final_state, new((segments(a, tokens(a)) if save else 0, *final_state.shape[1:3], row), dtype=dtype)

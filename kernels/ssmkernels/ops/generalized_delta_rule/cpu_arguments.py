@@ -9,20 +9,31 @@ from torch import Tensor
 from ssmkernels import native
 from ssmkernels.core.validate import precision
 from ssmkernels.native import fields_of, plain
+from ssmkernels.native.kept import kept_row
 from ssmkernels.ops.generalized_delta_rule.reference import scale_of
 from ssmkernels.ops.ssd.cpu_arguments import side_by_side
 
 ACTIVATIONS = ("q", "k", "v", "a", "b")
 
 
-def segment_length(keys: int, values: int) -> int:
-    """Tokens between saved states, which then take less memory than q, k and v of these tokens."""
-    return max(32, -(-keys * values // (2 * keys + values) // 16) * 16)
+def segment_length(keys: int, values: int, row: int | None = None) -> int:
+    """Tokens between saved states, which then take less memory than q, k and v of these tokens.
+
+    Args:
+        row: numbers of a state's row as it is saved, as wide as those of v; as many as v has if None.
+    """
+    return max(32, -(-keys * (row or values) // (2 * keys + values) // 16) * 16)
 
 
-def segments(a: Any) -> Any:
+def tokens(a: Any) -> int:
+    """Those of a segment of a call here, whose saved states are compact beside half precision."""
+    values = a.v.shape[3]
+    return segment_length(a.q.shape[3], values, kept_row(values, a.q)[0])
+
+
+def segments(a: Any, tokens: int) -> Any:
     """How many states are saved. Packed, sequence i's start at number cu_seqlens[i] // tokens + i."""
-    tokens, (batch, length) = segment_length(a.q.shape[3], a.v.shape[3]), a.q.shape[:2]
+    batch, length = a.q.shape[:2]
     if a.cu_seqlens is None:
         return batch * -(-length // tokens)
     return length // tokens + a.cu_seqlens.shape[0] - 1
@@ -41,7 +52,7 @@ def values(a: Any, starts: Tensor | None) -> tuple[dict[str, float], list[Any]]:
         "heads": heads,
         "keys": keys,
         "values": a.v.shape[3],
-        "segment": min(segment_length(keys, a.v.shape[3]), max(length, 1)),
+        "segment": min(tokens(a), max(length, 1)),
         "threads": native.threads(batch * length * heads * keys * a.v.shape[3]),
         "scale": scale_of(a.q, a.scale),
     }

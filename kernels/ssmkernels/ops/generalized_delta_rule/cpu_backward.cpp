@@ -140,7 +140,8 @@ void head_backward(const DeltaRuleBackwardArguments& y, const Task& t, char* scr
     for (int64_t segment = ceil_div(t.length, x.segment) - 1; segment >= 0; --segment) {
         const int64_t first = segment * x.segment, count = minimum(x.segment, t.length - first);
         w.tokens.read(x, t, first, count);
-        read_state(w.states, x.starts, ((t.first_segment + segment) * x.heads + t.head) * size, x, width);
+        const int64_t row = start_of(x, t, segment);
+        for (int64_t j = 0; j < x.keys; ++j) starts_of<S>(x).read(w.states + j * width, row + j);
         w.run_ahead(count);
         const int64_t time = t.batch * x.length + t.start + first;
         for (int64_t i = 0; i < count; ++i)

@@ -14,7 +14,7 @@ from ssmkernels.core.names import OPS
 from ssmkernels.core.triton_support import missing, on_device_of
 from ssmkernels.core.validate import precision
 from ssmkernels.ops.generalized_delta_rule import triton_chunks, triton_sequential, triton_step
-from ssmkernels.ops.generalized_delta_rule.cpu_arguments import segments
+from ssmkernels.ops.generalized_delta_rule.cpu_arguments import segment_length, segments
 from ssmkernels.ops.generalized_delta_rule.triton_step import unsupported
 
 __all__ = ["SAVES", "backward", "empty", "forward", "missing", "offline_cases", "unsupported"]
@@ -47,10 +47,11 @@ def backward(a: Any, saved: Any, grads: Any) -> dict[str, Tensor | None]:
 def empty(a: Any, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     o, final_state = a.declared.outputs(a)
     new = a.q.new_zeros if save and a.cu_seqlens is not None else a.q.new_empty
+    states = segments(a, segment_length(a.q.shape[3], a.v.shape[3])) if save and sequential(a) else 0
     return (
         o,
         final_state,
-        new((segments(a) if save and sequential(a) else 0, *final_state.shape[1:]), dtype=precision(a.q)),
+        new((states, *final_state.shape[1:]), dtype=precision(a.q)),
     )
 
 

@@ -65,8 +65,8 @@ void head_forward(const LinearAttentionArguments& a, const HeadSequence& s, int6
     for (int64_t chunk = 0; chunk * a.chunk < s.length; ++chunk) {
         const Tokens t = tokens(a, s, chunk);
         if (a.starts) {
-            S* kept = static_cast<S*>(a.starts) + ((s.first_chunk + chunk) * a.heads + head) * size;
-            copy_rows(kept, a.values, state, rows.value, a.keys, a.values);
+            const int64_t row = start_of(a, s, chunk, head);
+            for (int64_t j = 0; j < a.keys; ++j) starts_of<S>(a).write(row + j, 0, state + j * rows.value, a.values);
         }
         rows.read(a, s, t, head);
         memset(o, 0, sizeof(S) * static_cast<size_t>(t.count * rows.value));

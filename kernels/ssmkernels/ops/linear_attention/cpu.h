@@ -6,6 +6,7 @@
 // matrices in chunks take at these sizes, and no decay is ever a quotient of others.
 #pragma once
 
+#include "native/compact.h"
 #include "native/gemm.h"
 #include "native/math.h"
 #include "native/parallel.h"
@@ -19,7 +20,7 @@ struct LinearAttentionArguments {
     const void *log_decay, *bonus;        // S: (h), (b l h), (b l h k) or null; (h k) or null
     const void* initial;                  // S: (s h k v) or null
     const int32_t* cu_seqlens;            // (s + 1) or null
-    void *o, *final_state, *starts;       // (b l h v); S: (s h k v); (chunks h k v) or null
+    void *o, *final_state, *starts;       // (b l h v); S: (s h k v); rows of (chunks h k), see compact.h, or null
     int64_t dtype, sequences, length, heads, groups, keys, values, chunk, threads;
     int64_t per_token, per_key;           // whether there is a decay for each token, and for each channel of the key
     int64_t q_batch, q_time, q_head, k_batch, k_time, k_head, v_batch, v_time, v_head;
@@ -111,6 +112,16 @@ struct ChunkRows {
             store(to + c, exp<S>(read_some(log + c, a.keys - c)));
     }
 };
+
+template <class S>
+KeptRows<S> starts_of(const LinearAttentionArguments& a) {
+    return {a.starts, a.dtype, a.values};
+}
+
+// The first row of a head's state before a chunk.
+inline int64_t start_of(const LinearAttentionArguments& a, const HeadSequence& s, int64_t chunk, int64_t head) {
+    return ((s.first_chunk + chunk) * a.heads + head) * a.keys;
+}
 
 // Rows (count, from) → (count, to), of which the first `width` numbers are copied.
 template <class S>

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from ssmkernels import native
 from ssmkernels.core.memory import large_pages
-from ssmkernels.core.validate import precision
 from ssmkernels.native import missing, wrong_device
+from ssmkernels.native.kept import kept_row
 from ssmkernels.ops.linear_attention.cpu_arguments import chunks, values
 from ssmkernels.ops.linear_attention.cpu_backward import backward
 
 __all__ = ["SAVES", "backward", "empty", "forward", "missing", "unsupported"]
 
-SAVES = ("starts",)  # the states before the chunks, (chunks h k v)
+SAVES = ("starts",)  # the states before the chunks, (chunks h k v): rows as ``kept_row`` says
 
 
 def unsupported(a: Any) -> str | None:
@@ -34,7 +34,7 @@ def forward(a: Any, save: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 def empty(a: Any, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     o, final_state = a.declared.outputs(a)
-    shape = (chunks(a) if save else 0, *final_state.shape[1:])
+    row, dtype = kept_row(a.v.shape[3], a.q)
     # Packed, some chunks belong to no sequence
     starts = a.q.new_zeros if save and a.cu_seqlens is not None else a.q.new_empty
-    return o, final_state, starts(shape, dtype=precision(a.q))
+    return o, final_state, starts((chunks(a) if save else 0, *final_state.shape[1:3], row), dtype=dtype)

@@ -42,6 +42,7 @@ struct Backward {
     S *d_o, *dq, *dk, *d_decay, *dv;     // (c, value), (c, key) three times, (c, value)
     S *before, *after;                   // (value, key): the state before the chunk, the gradient of that after it
     S *kept, *sums, *d_bonus, *line;     // a tile's states (c, columns, vectors); its sums of dv, a vector each; (key)
+    S* room;                             // a vector of rows of a state
 
     int64_t take(S* p, const LinearAttentionArguments& a) {
         Memory<S> memory = {p, 0};
@@ -56,6 +57,7 @@ struct Backward {
         sums = memory.take(a.chunk * kColumns * lanes);
         d_bonus = memory.take(rows.key);
         line = memory.take(rows.key);
+        room = memory.take(lanes * rows.value);
         return memory.used;
     }
 
@@ -197,8 +199,7 @@ void head_backward(const LinearAttentionBackwardArguments& b, const HeadSequence
     S of_head = S(0);
     for (int64_t chunk = ceil_div(s.length, a.chunk) - 1; chunk >= 0; --chunk) {
         const Tokens t = tokens(a, s, chunk);
-        const S* kept = at<S>(a.starts, ((s.first_chunk + chunk) * a.heads + head) * size);
-        transpose(w.before, key, kept, a.values, a.keys, a.values);
+        transpose_kept(w.before, key, starts_of<S>(a), start_of(a, s, chunk, head), a.keys, w.room);
         w.rows.read(a, s, t, head);
         const int64_t first = (s.batch * a.length + t.start) * a.heads + head;
         for (int64_t i = 0; i < t.count; ++i)

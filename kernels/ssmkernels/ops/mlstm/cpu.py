@@ -10,13 +10,14 @@ from ssmkernels import native
 from ssmkernels.core.memory import large_pages
 from ssmkernels.core.validate import precision
 from ssmkernels.native import missing, wrong_device
-from ssmkernels.ops.mlstm import surroundings
+from ssmkernels.native.kept import kept_row
 from ssmkernels.ops.mlstm.cpu_arguments import chunk_length, core, gates, segment
 from ssmkernels.ops.mlstm.cpu_backward import backward
 
 __all__ = ["SAVES", "backward", "empty", "forward", "missing", "unsupported"]
 
-SAVES = (*surroundings.SAVES, "starts")  # the states before every segment of chunks, (segments h k v+1)
+# Scaled n·q and m, (b l h); the states before every segment of chunks, (segments h k v+1), rows as ``kept_row`` says
+SAVES = ("sums", "m", "starts")
 
 
 def unsupported(a: Any) -> str | None:
@@ -24,19 +25,20 @@ def unsupported(a: Any) -> str | None:
 
 
 def forward(a: Any, save: bool) -> tuple[Tensor, ...]:
-    y, final_C, final_n, _, sums, exact, kept, starts = empty(a, save)
+    y, final_C, final_n, _, sums, kept, starts = empty(a, save)
     g = gates(a)
-    _call, fields, _kept = core(a, g, starts if save else None, y, sums, exact)
+    _call, fields, _kept = core(a, g, starts if save else None, sums)
     state = g.m.new_empty((*g.final_m.shape, a.v.shape[3] + 1, a.q.shape[3]))
-    large_pages(y, exact, starts)
-    native.run("ssd", fields | {"final_state": state.data_ptr()})
+    large_pages(y, starts)
+    native.run("ssd", fields | {"y": y.data_ptr(), "final_state": state.data_ptr()})
     final_C.copy_(state[:, :, :-1].mT)
     final_n.copy_(state[:, :, -1])
-    return y, final_C, final_n, g.final_m, sums, exact, g.m if save else kept, starts
+    return y, final_C, final_n, g.final_m, sums, g.m if save else kept, starts
 
 
 def empty(a: Any, save: bool) -> tuple[Tensor, ...]:
-    return *surroundings.empty(a, save), _starts(a, save)
+    sums, m = (a.q.new_empty(a.i.shape if save else 0, dtype=precision(a.q)) for _ in range(2))
+    return *a.declared.outputs(a), sums, m, _starts(a, save)
 
 
 def _starts(a: Any, save: bool) -> Tensor:
@@ -47,4 +49,5 @@ def _starts(a: Any, save: bool) -> Tensor:
         segments = length // tokens + a.cu_seqlens.shape[0] - 1
     # Packed, some segments belong to no sequence
     new = a.q.new_zeros if save and a.cu_seqlens is not None else a.q.new_empty
-    return new((segments if save else 0, heads, keys, a.v.shape[3] + 1), dtype=precision(a.q))
+    row, dtype = kept_row(a.v.shape[3] + 1, a.q)
+    return new((segments if save else 0, heads, keys, row), dtype=dtype)

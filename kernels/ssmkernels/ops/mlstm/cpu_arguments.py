@@ -9,13 +9,14 @@ from torch import Tensor
 from ssmkernels import native
 from ssmkernels.core.validate import precision
 from ssmkernels.native import address, plain
+from ssmkernels.native.kept import kept_row
 from ssmkernels.ops.mamba3_scan.cpu_arguments import Core
 from ssmkernels.ops.mlstm.reference import scale_of
 from ssmkernels.ops.mlstm.surroundings import recurrence
 from ssmkernels.ops.ssd.cpu_arguments import values
 
 CHUNK = 48  # tokens: eight times the rows of a product's tile; heads are wider than most of the dual's
-MOST = 1.0  # saved states against queries, keys and values, numbers
+MOST = 1.0  # saved states against queries, keys and values
 NARROW = 32  # keys and values of a head, for which the matrices over two tokens are what takes the time
 
 
@@ -27,7 +28,8 @@ def chunk_length(a: Any) -> int:
 def segment(a: Any) -> int:
     """Chunks between saved states: two, as to compute more again takes longer than to keep them; four of large ones."""
     keys, values = a.k.shape[3], a.v.shape[3]
-    return 2 if keys * (values + 1) <= MOST * 2 * chunk_length(a) * (2 * keys + values) else 4
+    row, _ = kept_row(values + 1, a.q)
+    return 2 if keys * row <= MOST * 2 * chunk_length(a) * (2 * keys + values) else 4
 
 
 class Gates(NamedTuple):
@@ -67,13 +69,11 @@ def gates(a: Any) -> Gates:
     return found
 
 
-def core(
-    a: Any, g: Gates, starts: Tensor | None, y: Tensor, sums: Tensor, exact: Tensor
-) -> tuple[Core, dict[str, float], list[Any]]:
+def core(a: Any, g: Gates, starts: Tensor | None, sums: Tensor) -> tuple[Core, dict[str, float], list[Any]]:
     """The call of the state-space dual that divides its outputs, its fields, and the tensors that they point into."""
     call = recurrence(a, a.v, a.k, a.q, g.decay, chunk_length(a))
     fields, kept = values(call, starts)
-    own = {"scale": g.weight, "m": g.m, "y": y, "sums": sums, "exact": exact}
+    own = {"scale": g.weight, "m": g.m, "sums": sums}
     fields |= {name: t.data_ptr() for name, t in own.items()}
     fields |= {"segment": segment(a), "p": a.v.shape[3] + 1, "query_scale": scale_of(a.scale, a.q)}
     return call, fields, [*kept, g]

@@ -22,7 +22,7 @@ def backward(a: Any, saved: Any, grads: Any) -> dict[str, Tensor | None]:
     g = gates(a)
 
     def of_recurrence(dstate: Tensor | None) -> dict[str, Any]:
-        call, fields, _kept = core(a, g, saved.starts, saved.y, saved.sums, saved.exact)
+        call, fields, _kept = core(a, g, saved.starts, saved.sums)
         found: dict[str, Any] = dual.gradients(call, fields, Incoming(grads.y, dstate), ("scale", "m"))
         return found | {"decay": found["dt"], "weight": found["scale"]}
 

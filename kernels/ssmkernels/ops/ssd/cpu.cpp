@@ -83,9 +83,8 @@ void block_forward(const SsdArguments& a, const Sequence& s, const Block& heads,
             S* state = w.states + h * w.size;
             const int64_t head = heads.first + h;
             if (a.starts && chunk % a.segment == 0) {
-                S* kept = static_cast<S*>(a.starts) + start_of(a, s, chunk / a.segment, head);
-                for (int64_t j = 0; j < a.n; ++j)
-                    memcpy(kept + j * a.p, state + j * width, sizeof(S) * static_cast<size_t>(a.p));
+                const int64_t row = start_of(a, s, chunk / a.segment, head);
+                for (int64_t j = 0; j < a.n; ++j) starts_of<S>(a).write(row + j, 0, state + j * width, a.p);
             }
             w.advance(a, s, t, head, state, w.D + h * width, Next::of(heads, h, 1));
         }

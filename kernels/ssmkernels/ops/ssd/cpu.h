@@ -29,9 +29,14 @@ inline Sequence sequence(const SsdArguments& a, int64_t i) {
     return sequence(a.cu_seqlens, a.length, a.chunk * a.segment, i);
 }
 
-// Where a head's state before a segment of its sequence is kept.
+// The first row of a head's state before a segment of its sequence, where it is kept.
 inline int64_t start_of(const SsdArguments& a, const Sequence& s, int64_t segment, int64_t head) {
-    return ((s.first_segment + segment) * a.heads + head) * a.n * a.p;
+    return ((s.first_segment + segment) * a.heads + head) * a.n;
+}
+
+template <class S>
+KeptRows<S> starts_of(const SsdArguments& a) {
+    return {a.starts, a.m ? a.dtype : sizeof(S) == 8, a.p};
 }
 
 // A block of heads of one group; `part` is its number within the group.

@@ -38,7 +38,7 @@ struct Backward : BackwardMemory<S> {
     using Held::shared, Held::steps, Held::outputs, Held::dstates, Held::states, Held::x, Held::dY, Held::dX,
           Held::x_turned, Held::dY_turned, Held::strip, Held::W, Held::sums, Held::da, Held::e, Held::f, Held::gate,
           Held::dB, Held::dC, Held::dG, Held::D, Held::dD, Held::dA, Held::dbias, Held::panel, Held::width, Held::size,
-          Held::state, Held::turn, Held::sum, Held::dot;
+          Held::state, Held::turn, Held::sum, Held::dot, Held::products_within, Held::add_last;
 
     void read_inputs(const SsdArguments& a, const Sequence& s, Span t, int64_t head, Next next) {
         const HeadRows from(a, s, t, head, a.x, a.x_batch, a.x_time, next);
@@ -69,7 +69,6 @@ struct Backward : BackwardMemory<S> {
         const SsdArguments& a = b.forward;
         const int64_t time = a.heads * stored(a), batch = a.length * time;
         const HeadRows dy(a, s, t, head, b.dy, batch, time, next), dz(a, s, t, head, b.dz, batch, time);
-        const HeadRows y(a, s, t, head, a.y, batch, time, next);
         const HeadRows z(a, s, t, head, a.z, a.z_batch, a.z_time, next);
         if (a.z) {
             outputs.compute(a, t, shared, steps, before, x, dX, panel);
@@ -79,11 +78,7 @@ struct Backward : BackwardMemory<S> {
             const int64_t row = i * width;
             read_channels(a, dY + row, dy.from, a.dtype, dy(i), width, S(0));
             dy.fetch(a, i);
-            if (a.m) {
-                if (!a.exact) y.fetch(a, i);
-                const int64_t place = (s.batch * a.length + s.start + t.start + i) * a.heads + head;
-                static_cast<S*>(b.dm)[place] = divide_gradient(a, place, dY + row, gate, width);
-            }
+            if (a.m) divide_gradient(a, place_of(a, s, t, head) + i * a.heads, dY + row, width);
             if (a.z) {
                 read_row(gate, z.from, a.dtype, z(i), a.p);
                 z.fetch(a, i);
@@ -103,14 +98,14 @@ struct Backward : BackwardMemory<S> {
         }
     }
 
-    // M, L ∘ (dY Xᵀ) to dG, and Σ_{j < k ≤ i} W_ij for each k into da.
+    // From W = dY Xᵀ: M, L ∘ (dY Xᵀ) to dG, and Σ_{j < k ≤ i} W_ij for each k into da.
     void pair_gradients(const SsdArguments& a, Span t) {
         const int64_t stride = a.chunk;
-        product_of_pairs<S>(a, {x, width, 1}, dY_turned, W, t, a.p, panel);
         if (a.direct) clear_steps(a, t, W);
         decays(t, steps.decay, shared.G, stride, outputs.row, [&](int64_t j, int64_t i, V L, V G) {
             const int64_t place = j * stride + i;
-            const V M = L * G, gradient = splat(steps.scale[j]) * load(W + place);
+            const V last = a.m ? load(dY_turned + stored(a) * stride + i) : V{};  // times 1, the last number of x
+            const V M = L * G, gradient = splat(steps.scale[j]) * (load(W + place) + last);
             store(outputs.M + place, M);
             store(W + place, M * gradient);
             store(dG + place, fma(L, gradient, load(dG + place)));
@@ -128,7 +123,7 @@ struct Backward : BackwardMemory<S> {
     // What passes between the tokens of one step, to dG and ddirect.
     void direct_gradients(const SsdBackwardArguments& b, const Sequence& s, Span t, int64_t head) {
         const SsdArguments& a = b.forward;
-        S* to = static_cast<S*>(b.ddirect) + (s.batch * a.length + s.start + t.start) * a.heads + head;
+        S* to = static_cast<S*>(b.ddirect) + place_of(a, s, t, head);
         for (int64_t j = 0; j < t.tokens; ++j) {
             S total = S(0);
             of_step(a, j, [&](int64_t i) {
@@ -151,6 +146,16 @@ struct Backward : BackwardMemory<S> {
         read_gradients(b, s, t, head, before, D + h * width, dD + h * width, next);
         turn(a, t, x_turned, x);
         turn(a, t, dY_turned, dY);
+        product_of_pairs<S>(a, {x, width, 1}, dY_turned, W, t, a.p, panel);
+        if (a.m) products_within(a, t);
+
+        // Sums over heads: E ∘ (S dYᵀ) to dC
+        for (int64_t i = 0; i < t.padded; i += kStrip<S>) {
+            const int64_t columns = minimum(kStrip<S>, t.padded - i);
+            product({before, width, 1}, dY_turned + i, stride, strip, kStrip<S>, n, columns, a.p, panel);
+            if (a.m) add_last(a, place_of(a, s, t, head), t, i, columns, before, static_cast<S*>(b.dm));
+            add_strip(i, columns, stride, n);
+        }
         pair_gradients(a, t);
         if (a.direct) direct_gradients(b, s, t, head);
 
@@ -159,12 +164,7 @@ struct Backward : BackwardMemory<S> {
         product<S, Shape::upper>({outputs.M, stride, 1}, dY, width, dX, width, t.tokens, width, t.tokens, panel, 0,
                                  {true, S(1), steps.F});
 
-        // Sums over heads: E ∘ (S dYᵀ) to dC, F ∘ (dS' Xᵀ) to dB, with X = scale ∘ x
-        for (int64_t i = 0; i < t.padded; i += kStrip<S>) {
-            const int64_t columns = minimum(kStrip<S>, t.padded - i);
-            product({before, width, 1}, dY_turned + i, stride, strip, kStrip<S>, n, columns, a.p, panel);
-            add_strip(i, columns, stride, n);
-        }
+        // F ∘ (dS' Xᵀ) to dB, with X = scale ∘ x
         for (int64_t c = 0; c < a.p; ++c)
             vectors<S>(t.padded, [&](int64_t i) {
                 store(x_turned + c * stride + i, load(steps.fed + i) * load(x_turned + c * stride + i));
@@ -220,7 +220,7 @@ struct Backward : BackwardMemory<S> {
             e[i] = a.scale ? A * da[i] : dot(dX + i * width, x + i * width, width) + A * da[i];  // of Δ
         }
         if (a.scale) {
-            S* to = static_cast<S*>(b.dscale) + (s.batch * a.length + s.start + t.start) * a.heads + head;
+            S* to = static_cast<S*>(b.dscale) + place_of(a, s, t, head);
             for (int64_t i = 0; i < t.tokens; ++i) to[i * a.heads] = dot(dX + i * width, x + i * width, width);
         }
         vectors<S>(t.padded, [&](int64_t i) {
@@ -232,7 +232,7 @@ struct Backward : BackwardMemory<S> {
             const auto within = (step >= splat(least)) & (step <= splat(most));
             store(e + i, from_bits<S>(bits_of<S>(gradient) & within));
         });
-        S* to = static_cast<S*>(b.ddt) + (s.batch * a.length + s.start + t.start) * a.heads + head;
+        S* to = static_cast<S*>(b.ddt) + place_of(a, s, t, head);
         for (int64_t i = 0; i < t.tokens; ++i) {
             to[i * a.heads] = e[i];
             dbias[h] = dbias[h] + e[i];

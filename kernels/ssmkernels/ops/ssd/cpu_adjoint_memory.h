@@ -6,6 +6,11 @@
 namespace ssmzoo {
 namespace SSMZOO_ISA {
 
+// Where a head's number at a span's first token lies in (b l h).
+inline int64_t place_of(const SsdArguments& a, const Sequence& s, Span t, int64_t head) {
+    return (s.batch * a.length + s.start + t.start) * a.heads + head;
+}
+
 // A task's memory, and what is done with it whatever the gradients are.
 template <class S>
 struct BackwardMemory {
@@ -61,6 +66,37 @@ struct BackwardMemory {
         transpose(to, a.chunk, from, width, t.tokens, a.p);
         for (int64_t c = 0; c < a.p; ++c)
             for (int64_t i = t.tokens; i < t.padded; ++i) to[c * a.chunk + i] = S(0);
+    }
+
+    // Where outputs are divided: of Y · dY what comes from within the chunk, to sums.
+    void products_within(const SsdArguments& a, Span t) {
+        constexpr int64_t lanes = Lanes<S>::count;
+        vectors<S>(t.padded, [&](int64_t i) { store(sums + i, V{}); });
+        decays(t, steps.decay, shared.G, a.chunk, outputs.row, [&](int64_t j, int64_t i, V L, V G) {
+            const V scaled = splat(steps.scale[j]) * L * G, product = load(W + j * a.chunk + i);
+            if (i >= j) return store(sums + i, fma(scaled, product, load(sums + i)));
+            for (int64_t c = j - i; c < lanes; ++c) sums[i + c] += scaled[c] * product[c];  // 0 · NaN is left out
+        });
+    }
+
+    // And with what comes from the state, in a strip of S dYᵀ, the gradients of the last channel and of m.
+    void add_last(const SsdArguments& a, int64_t place, Span t, int64_t i, int64_t columns, const S* before, S* dm) {
+        const int64_t last = stored(a);
+        for (int64_t c = 0; c < columns; c += Lanes<S>::count) {
+            V sum = {};
+            for (int64_t j = 0; j < a.n; ++j)
+                sum = fma(load(shared.C_turned + j * a.chunk + i + c), load(strip + j * kStrip<S> + c), sum);
+            store(sums + i + c, fma(load(steps.E + i + c), sum, load(sums + i + c)));
+        }
+        for (int64_t k = i; k < minimum(i + columns, t.tokens); ++k) {
+            const int64_t own = place + k * a.heads;
+            dY[k * width + last] = dY_turned[last * a.chunk + k] = last_gradient(a, own, sums[k], dm + own);
+        }
+        for (int64_t j = 0; j < a.n; ++j)
+            vectors<S>(columns, [&](int64_t c) {
+                S* to = strip + j * kStrip<S> + c;
+                store(to, fma(splat(before[j * width + last]), load(dY_turned + last * a.chunk + i + c), load(to)));
+            });
     }
 
     static S sum(const S* from, int64_t count) {

@@ -60,7 +60,6 @@ def values(a: Any, starts: Tensor | None) -> tuple[dict[str, float], list[Any]]:
         "starts": starts,
         "m": None,
         "sums": None,
-        "exact": None,
     }
     found = fields_of(pointers, x, cu_seqlens) | {
         "heads": heads,

@@ -32,9 +32,8 @@ void block_backward(const SsdBackwardArguments& b, const Sequence& s, const Bloc
         const int64_t first = segment * a.segment, count = minimum(a.segment, chunks - first);
         for (int64_t h = 0; h < heads.heads; ++h) {
             const int64_t head = heads.first + h;
-            const S* kept = at<S>(a.starts, start_of(a, s, segment, head));
-            for (int64_t j = 0; j < a.n; ++j)
-                memcpy(w.state(h, 0) + j * width, kept + j * a.p, sizeof(S) * static_cast<size_t>(a.p));
+            const int64_t row = start_of(a, s, segment, head);
+            for (int64_t j = 0; j < a.n; ++j) starts_of<S>(a).read(w.state(h, 0) + j * width, row + j);
         }
         w.run_ahead(a, s, first, count, heads);
         for (int64_t k = count - 1; k >= 0; --k) {

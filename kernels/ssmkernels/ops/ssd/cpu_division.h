@@ -6,10 +6,12 @@
 //     y = σ Y / d      d = max(|s|, exp(-m)) + ε      s = σ Y_last      σ the scale of queries
 //
 // Backward, with dd = -(dy · y) / d: dY = σ dy / d. Where |s| is the larger, dY_last = σ sign(s) dd; where exp(-m) is,
-// m's gradient is -exp(-m) dd.
+// m's gradient is -exp(-m) dd. dy · y is that of dY and Y without the last channel, which the backward pass has from
+// other sums: y need not be kept, and what cancels in the gradients cancels to the last bit of what they are made of.
 #pragma once
 
 #include "native/choose.h"
+#include "native/compact.h"
 #include "native/math.h"
 #include "ssd/cpu_arguments.h"
 #include "ssd/cpu_rows.h"
@@ -47,26 +49,26 @@ void divide(const SsdArguments& a, int64_t place, S* Y, int64_t width) {
     const auto factor = splat(scale / below);
     vectors<S>(width, [&](int64_t c) { store(Y + c, factor * load(Y + c)); });
     if (a.sums) static_cast<S*>(a.sums)[place] = sum;
-    if (a.exact) narrow_row<S, S>(a.exact, place * stored(a), Y, stored(a));
 }
 
-// dy becomes dY, and m's gradient is returned; y is room for a row.
+// dy becomes dY, but for the last channel's.
 template <class S>
-S divide_gradient(const SsdArguments& a, int64_t place, S* dy, S* y, int64_t width) {
-    const S scale = S(a.query_scale), sum = *at<S>(a.sums, place), m = *at<S>(a.m, place);
-    const S floor = exp<S>(splat(-m))[0], below = denominator<S>(splat(sum), splat(m))[0];
-    constexpr int64_t exact = sizeof(S) == 8 ? 1 : 0;
-    read_channels(a, y, a.exact ? a.exact : a.y, a.exact ? exact : a.dtype, place * stored(a), width, S(0));
-    typename Lanes<S>::V total = {};
-    vectors<S>(width, [&](int64_t c) { total = fma(load(dy + c), load(y + c), total); });
-    const S product = sum_lanes<S, 1>(&total)[0], gradient = -product / below;
-    const auto factor = splat(scale / below);
+void divide_gradient(const SsdArguments& a, int64_t place, S* dy, int64_t width) {
+    const S sum = *at<S>(a.sums, place), m = *at<S>(a.m, place);
+    const auto factor = splat(S(a.query_scale)) / denominator<S>(splat(sum), splat(m));
     vectors<S>(width, [&](int64_t c) { store(dy + c, factor * load(dy + c)); });
+}
+
+// From dy · y the gradient of the last channel, which is returned, and of m.
+template <class S>
+S last_gradient(const SsdArguments& a, int64_t place, S product, S* dm) {
+    const S sum = *at<S>(a.sums, place), m = *at<S>(a.m, place);
+    const S floor = exp<S>(splat(-m))[0], below = denominator<S>(splat(sum), splat(m))[0];
     const S of_floor = S(1) / (S(1) + S(kEpsilon) * exp<S>(splat(m))[0]);  // exp(-m) / d
     const S size = sum < S(0) ? -sum : sum, counted = size > floor ? S(1) : (size < floor ? S(0) : S(0.5));
     const S sign = sum > S(0) ? S(1) : (sum < S(0) ? S(-1) : S(0));
-    dy[stored(a)] = gradient * counted * sign * scale;
-    return (S(1) - counted) * product * of_floor;
+    *dm = (S(1) - counted) * product * of_floor;
+    return -product / below * counted * sign * S(a.query_scale);
 }
 
 }  // namespace SSMZOO_ISA

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import parquet_attack
 import pytest
 
 from ssmzoo.train.corpora import read_manifest, sources, tables, tokenize, unpacked
@@ -83,6 +89,38 @@ def test_few_rows_are_read_at_once_where_they_are_long(tmp_path, monkeypatch):
         most = max(most, pool.bytes_allocated() - before)
     assert found == texts
     assert most < 16 * 2**20
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="needs /proc, for a process's memory")
+def test_parquet_that_lies(tmp_path):
+    """About sizes, counts and places, in the footer and in pages: each file is read, or refused in a line, in little
+    memory, of which all rows at once would take more."""
+    pytest.importorskip("pyarrow", reason="needs pyarrow")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    environment |= {"OMP_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
+    command = [sys.executable, "-W", "error", parquet_attack.__file__, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("encoding", ["DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY", "PLAIN"])
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+def test_rows_that_repeat_the_one_before_are_read_one_by_one(tmp_path, monkeypatch, encoding, version):
+    """A page holds of each only what differs, so that a batch of rows may be many times as large."""
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")
+    monkeypatch.setattr(unpacked, "ROOM", 2**18)
+    path, texts = tmp_path / "x.parquet", ["x" * 2**17] * 64 + [None, "", "y"]
+    options = {"use_dictionary": False, "column_encoding": {"text": encoding}, "data_page_version": version}
+    parquet.write_table(pyarrow.table({"text": texts}), path, data_page_size=2**24, **options)
+    pool = pyarrow.default_memory_pool()
+    before, most, found = pool.bytes_allocated(), 0, []
+    for text in tables.texts(path, 0, 1, "text"):
+        found.append(text)
+        most = max(most, pool.bytes_allocated() - before)
+    assert found == [*texts[:64], "", "y"]
+    page = 2**17 if encoding == "DELTA_BYTE_ARRAY" else 2**23
+    assert most < 3 * page + 2**20
 
 
 @pytest.mark.parametrize("kind", ["string", "large_string"])

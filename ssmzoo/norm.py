@@ -48,6 +48,21 @@ class CentredRMSNorm(nn.Module):
         return cast(Tensor, rms_norm(x, (1 + weight).to(x.dtype), eps=self.eps)).to(weight.dtype)
 
 
+def prepare_norm(calls: Calls, norm: nn.Module | None, x: Tensor) -> Tensor:
+    """Adds the native calls of a norm of the last axis to those of a token; x ``(…, d)`` has the weight's dtype.
+
+    Raises:
+        NotPreparedError: it is none of the two above.
+    """
+    if not is_plain(norm, kinds=(RMSNorm, CentredRMSNorm)):
+        raise NotPreparedError("norm")
+    assert isinstance(norm, RMSNorm | CentredRMSNorm)
+    weight: Tensor = norm.weight
+    if isinstance(norm, CentredRMSNorm):
+        weight = calls.activated(weight[None], addend=torch.ones_like(weight)[None])[0]
+    return calls.op(rms_norm, x, weight, eps=norm.eps)
+
+
 class GatedRMSNorm(nn.Module):
     """The norm of a gated output, as in Mamba-2: norm(y · silu(z)), or norm(y) · silu(z).
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssmzoo.cache.tokens import TokenCache, owners
+from ssmkernels.ops.decode_attention.token import Place
+from ssmzoo.cache.tokens import TokenCache, laid_out, owners
 from ssmzoo.state import State
 
 C = TypeVar("C", bound="KVCache")
@@ -65,6 +66,22 @@ class KVCache(TokenCache):
             self.values[row, position] = v
         self.lengths = self.lengths + l  # not in place: a backward pass may still need the old ones
         self.longest += l
+
+    @property
+    def layout(self) -> tuple[object, ...] | None:
+        return laid_out(self, self.keys, self.values) if type(self) is KVCache else None
+
+    def take_token(self, dtype: torch.dtype) -> Place:
+        self._make_room(self.longest + 1, dtype, False)
+        positions, before = self.lengths, self.held
+        if int(before.max()) > self.longest:
+            raise ValueError(
+                f"KVCache: `lengths` must be at most {self.longest} beyond `starts`, as `longest` says; got {before}"
+            )
+        self.lengths = positions + 1
+        self.longest += 1
+        after = self.lengths if self.starts is None else before + 1
+        return Place(self.keys, self.values, None, positions, before, after, self.longest)
 
     def append_packed(self, k: Tensor, v: Tensor, cu_seqlens: Tensor, differentiable: bool) -> None:
         on_host = (self.held + cu_seqlens.diff()).tolist()

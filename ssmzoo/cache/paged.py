@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssmkernels.ops.decode_attention.token import Place
 from ssmzoo.cache.elastic import new_pool
 from ssmzoo.cache.kv import KVCache
 from ssmzoo.cache.logits import Logits
 from ssmzoo.cache.pages import Holding, on_device
-from ssmzoo.cache.tokens import TokenCache
+from ssmzoo.cache.tokens import TokenCache, laid_out
 from ssmzoo.state import State, row_indices
 
 C = TypeVar("C", bound="PagedCache")
@@ -157,6 +158,17 @@ class PagedCache(TokenCache):
         self._make_room(on_host, k.dtype, differentiable)
         self._write(on_host, k, v)
         self.lengths = self.lengths + new
+
+    @property
+    def layout(self) -> tuple[object, ...] | None:
+        return laid_out(self, self.pages.pool.keys, self.pages.pool.values) if type(self) is PagedCache else None
+
+    def take_token(self, dtype: torch.dtype) -> Place:
+        before = torch.tensor(self.counts, dtype=torch.int32)
+        self._make_room([1] * len(self.counts), dtype, False)
+        positions, pool = self.lengths, self.pages.pool
+        self.lengths = positions + 1
+        return Place(pool.keys, pool.values, self.block_table, positions, before, before + 1, self.longest)
 
     def at(self, row: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         pool = self.pages.pool

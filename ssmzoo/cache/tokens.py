@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssmkernels.ops.decode_attention.token import Place
 from ssmzoo.cache.logits import Logits
 from ssmzoo.state import State
 
@@ -68,6 +69,18 @@ class TokenCache(State):
         """
         raise NotImplementedError
 
+    def take_token(self, dtype: torch.dtype) -> Place:
+        """As :meth:`append` of one token of each sequence, whose keys and values of this dtype the caller writes.
+
+        Only where :attr:`layout` is not None, and no gradients are wanted.
+        """
+        raise NotImplementedError
+
+    @property
+    def layout(self) -> tuple[object, ...] | None:
+        """What stays as it is while tokens come, for a caller of :meth:`take_token`; None where there may be none."""
+        return None
+
     def trim(self) -> None:
         """Drops what no token to come will see. Nothing is asked of the device, nor is anything written into what a
         backward pass may still need."""
@@ -99,6 +112,13 @@ class TokenCache(State):
     def decode(self, q: Tensor, logits: Logits) -> Tensor:
         """Attention of each sequence's newest tokens, q ``(s, l, h, k)``, over what is held: ``(s, l, h, v)``."""
         return logits.decode(q, *self.cached(q, logits))
+
+
+def laid_out(cache: TokenCache, keys: Tensor, values: Tensor) -> tuple[object, ...] | None:
+    """The ``layout`` of a cache of these keys and values ``(…, h_kv, channels)``; None where channels lie apart."""
+    if any(x.stride(-1) != 1 < x.shape[-1] for x in (keys, values)):
+        return None
+    return type(cache), keys.device, keys.shape[2:], values.shape[2:], cache.keep
 
 
 def owners(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ssmkernels.core.validate import HALF
 from ssmkernels.native.prepared import undisturbed
 from ssmzoo.block import Block, LayerState
+from ssmzoo.cache.tokens import TokenCache
 from ssmzoo.decoding.decoder import Decoder, Facts, dtypes_of
 from ssmzoo.decoding.ends import Ends
 from ssmzoo.decoding.parts import HOOKS, Parts, is_told_by_facts
@@ -80,7 +81,7 @@ def _decode(
         if decoder.refused == x.shape:
             return None
         if decoder.trusts(period, states, x):
-            return decoder.run(x)
+            return decoder.run(x, states)
         if period is not None:
             period.states.pop(decoder, None)
         if decoder.parts.unchanged() and (facts := _facts(blocks, states, x)) is not None:
@@ -90,7 +91,7 @@ def _decode(
                 decoder.prepare(blocks, states, x, facts.tensors)
             if decoder.program is not None and period is not None:
                 decoder.trust(period, states, facts.tensors)
-            return decoder.run(x)
+            return decoder.run(x, states)
     ends = Ends.of(model) if decoders is _of_models else None
     if ends is None and decoders is _of_models:
         return None
@@ -109,6 +110,11 @@ def _facts(blocks: Sequence[Block], states: Sequence[State], x: Tensor) -> Facts
     tensors: list[Tensor] = []
     parts = [part for s in states for part in ((s.mixer, s.mlp) if isinstance(s, LayerState) else (s,))]
     for state in parts:
+        if isinstance(state, TokenCache):  # where its memory lies is asked for at each token
+            if (told := state.layout) is None:
+                return None
+            layout += told
+            continue
         for held in vars(state).values():
             for tensor in held if type(held) is list else (held,):
                 if type(tensor) is Tensor:

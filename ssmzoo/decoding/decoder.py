@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmkernels import rms_norm
-from ssmkernels.native.calls import Calls, NotPreparedError
+from ssmkernels.native.calls import Calls, NotPreparedError, Renewed
 from ssmkernels.native.prepared import Program
 from ssmzoo.block import Block, LayerState
 from ssmzoo.decoding.ends import Ends
@@ -111,8 +111,12 @@ class Decoder:
         self.stream = x.new_empty(x.shape[0], x.shape[2])
         self.normed, self.mixed = (torch.empty_like(self.stream, dtype=inside) for _ in range(2))
         calls, values = Calls(), list[Tensor]()  # the first layer's values, for value residuals
+        renewed: list[tuple[int, Renewed]] = []  # by the number of the layer
         try:
-            done = all(self._prepare_block(calls, *each, values) for each in zip(blocks, states, strict=True))
+            done = True
+            for i, each in enumerate(zip(blocks, states, strict=True)):
+                done = done and self._prepare_block(calls, *each, values)
+                renewed += [(i, one) for one in calls.renewed[len(renewed) :]]
             if done and self.ends is not None:
                 self.outputs = self.ends.prepare(calls, self.mixed, self.stream)
         except NotPreparedError:
@@ -120,13 +124,14 @@ class Decoder:
         if not done:
             self.refused = x.shape
             return
-        self.program = Program(calls.made, tensors)
+        self.program = program = Program(calls.made, tensors)
+        self.renewals = [(i, [program.place_of(*f) for f in each.fields], each) for i, each in renewed]
         if self.ends is not None:
             self._outputs_at = self.program.result_at(len(calls.made) - 1)
 
     def _prepare_block(self, calls: Calls, block: Block, state: State, values: list[Tensor]) -> bool:
         """Adds a layer's calls; False where it is more than those."""
-        before, shift = (state.mixer, state.mlp) if isinstance(state, LayerState) else (state, None)
+        before, shift = mixing(state), state.mlp if isinstance(state, LayerState) else None
         for norm, part in ((block.norm, block.mixer), (block.norm2, block.mlp)):
             if part is None:
                 continue
@@ -158,7 +163,7 @@ class Decoder:
                 calls.op(rms_norm, self.mixed, norm.weight, eps=norm.eps, residual=self.stream)
         calls.into(self.normed)
 
-    def run(self, x: Tensor) -> Tensor | None:
+    def run(self, x: Tensor, states: Sequence[State]) -> Tensor | None:
         """x ``(b 1 d_model)`` → the same after the layers, or the head's ``(b 1 outputs)`` if that is in the program.
 
         None while another thread's token is under way.
@@ -169,18 +174,26 @@ class Decoder:
             self.stream.copy_(x[:, 0])
             if self.mixed.dtype != self.stream.dtype:
                 self.mixed.zero_()
-            if self.ends is None:
-                self.program.run()
-                return (self.stream + self.mixed)[:, None]
-            outputs = torch.empty_like(self.outputs)  # which the caller may keep
-            self._outputs_at.value = outputs.data_ptr()
+            outputs = None if self.ends is None else torch.empty_like(self.outputs)  # which the caller may keep
+            if outputs is not None:
+                self._outputs_at.value = outputs.data_ptr()
+            for layer, places, renewed in self.renewals:
+                for place, value in zip(places, renewed.before(mixing(states[layer])), strict=True):
+                    place.value = value
             self.program.run()
-            return outputs[:, None]
+            for layer, _, renewed in self.renewals:
+                renewed.after(mixing(states[layer]))
+            return (self.stream + self.mixed if outputs is None else outputs)[:, None]
         finally:
             self.lock.release()
 
 
 Family = OrderedDict[tuple[object, ...], Decoder]
+
+
+def mixing(state: State) -> State:
+    """Of a layer's state what its mixer carries."""
+    return state.mixer if isinstance(state, LayerState) else state
 
 
 def dtypes_of(blocks: Sequence[Block]) -> set[torch.dtype]:

@@ -6,8 +6,8 @@ For models that decode: what :mod:`ssmkernels.native.prepared` then runs in one 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -38,15 +38,32 @@ class NotPreparedError(Exception):
     """A call that the native library cannot make as it stands; the layers have to be called."""
 
 
+class Renewed(Protocol):
+    """Arguments that are others at each token.
+
+    Attributes:
+        fields: number of the call, and name of the argument.
+    """
+
+    fields: Sequence[tuple[int, str]]
+
+    def before(self, state: Any) -> Sequence[int]:
+        """Their values for a token that is about to be taken, of which a layer's state learns here."""
+
+    def after(self, state: Any) -> None:
+        """What is left to do once it has been."""
+
+
 class Calls:
     """Calls in their order, on tensors that lie where they will be at each token.
 
     Arguments are weights, states, and earlier results, or views of them; they are read when the calls are made, so a
-    number that is computed from a weight has to be a call too.
+    number that is computed from a weight has to be a call too. What else differs from token to token is ``renewed``.
     """
 
     def __init__(self) -> None:
         self.made: list[Prepared] = []
+        self.renewed: list[Renewed] = []
 
     def add(self, call: Prepared) -> Tensor:
         self.made.append(call)
@@ -197,9 +214,10 @@ class Calls:
         return self.add(Prepared("head_sum", values | {"rows": rows, "heads": heads, "p": p}, (x, weight), y))
 
     def rotary(self, x: Tensor, positions: Tensor, frequency: Tensor) -> Tensor:
-        """Turns channels i and i + k/2 of each head of x ``(b, h, k)`` by the angle positions · frequency_i.
+        """Turns channels i and i + r of each head of x ``(b, h, k)`` by the angle positions · frequency_i.
 
-        positions is int32 ``(b)``, at least 0, and frequency ``(k/2)`` in the precision of sums.
+        positions is int32 ``(b)``, at least 0, and frequency ``(r)`` in the precision of sums. Channels from 2 r on
+        stay.
 
         Raises:
             NotPreparedError: other dtypes, or tensors that are not contiguous.
@@ -209,17 +227,7 @@ class Calls:
         if not dtypes or any(t.stride(-1) != 1 < t.shape[-1] for t in given) or given[0].data_ptr() != x.data_ptr():
             raise NotPreparedError("rotary")
         y = x.new_empty(x.shape)
-        values = {
-            "x": x.data_ptr(),
-            "positions": positions.data_ptr(),
-            "frequency": frequency.data_ptr(),
-            "y": y.data_ptr(),
-            "dtype": native.DTYPES[x.dtype],
-            "rows": x.shape[0],
-            "heads": x.shape[1],
-            "half": x.shape[2] // 2,
-            "x_row": x.stride(0),
-        }
+        values = placing(x, frequency) | {"positions": positions.data_ptr(), "y": y.data_ptr()}
         return self.add(Prepared("rotary", values, (x, positions, frequency), y))
 
     def count(self, counts: Tensor) -> Tensor:
@@ -237,6 +245,32 @@ class Calls:
         given = [t for t in tensors if t is not None]
         if not _alike(given, REAL) or not all(t.is_contiguous() for t in given):
             raise NotPreparedError(name)
+
+
+def placing(x: Tensor, frequency: Tensor | None) -> dict[str, float]:
+    """Arguments of the kernel ``rotary`` for x ``(b, h, k)``: all but positions, and where its result, in one row,
+    lies.
+    """
+    b, h, k = x.shape
+    return {
+        "x": x.data_ptr(),
+        "positions": 0,
+        "frequency": native.address(frequency),
+        "places": 0,
+        "table": 0,
+        "dtype": native.DTYPES[x.dtype],
+        "rows": b,
+        "heads": h,
+        "half": 0 if frequency is None else len(frequency),
+        "width": k,
+        "x_row": x.stride(0),
+        "page_size": 1,
+        "y_page": h * k,
+        "y_position": 0,
+        "y_head": k,
+        "table_row": 0,
+        "table_block": 0,
+    }
 
 
 def _alike(tensors: list[Tensor], dtypes: tuple[torch.dtype, ...]) -> bool:

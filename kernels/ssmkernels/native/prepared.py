@@ -143,11 +143,12 @@ class Program:
 
     def result_at(self, number: int) -> ctypes.c_int64:
         """Where the address of a call's result stands: whoever sets it gets the result elsewhere from then on."""
-        call = self._calls[number]
-        fields = native.kernel(call.kernel).fields
-        return ctypes.c_int64.from_buffer(
-            self._packed[number], ctypes.sizeof(ctypes.c_int64) * fields.index(call.output)
-        )
+        return self.place_of(number, self._calls[number].output)
+
+    def place_of(self, number: int, name: str) -> ctypes.c_int64:
+        """Where a call's argument stands, an address or a whole number."""
+        place = native.kernel(self._calls[number].kernel).fields.index(name)
+        return ctypes.c_int64.from_buffer(self._packed[number], ctypes.sizeof(ctypes.c_int64) * place)
 
     def _places_of(
         self, calls: Sequence[Prepared], states: Sequence[Tensor]

@@ -57,11 +57,11 @@ def forward(a: Any, _: bool) -> tuple[Tensor, Tensor]:
             "left": a.left,
             "splits": a.num_splits or 0,
             "threads": native.threads(int(keys) * l * h * (k_size + v_size)),
-            **_steps("q", q, "sequence", "position", "head"),
+            **steps("q", q, "sequence", "position", "head"),
             "lengths_step": lengths.stride(0),
-            **_steps("table", block_table, "sequence", "block"),
-            **_steps("k", k_cache, "page", "position", "head", "step"),
-            **_steps("v", v_cache, "page", "position", "head", "step"),
+            **steps("table", block_table, "sequence", "block"),
+            **steps("k", k_cache, "page", "position", "head", "step"),
+            **steps("v", v_cache, "page", "position", "head", "step"),
             "scale": a.scale,
             "softcap": a.softcap,
         },
@@ -71,7 +71,7 @@ def forward(a: Any, _: bool) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _steps(name: str, x: Tensor | None, *axes: str) -> dict[str, int]:
+def steps(name: str, x: Tensor | None, *axes: str) -> dict[str, int]:
     """The strides of the named axes. A head of one element has a step of 1, so that it counts as contiguous."""
     steps = (0,) * len(axes) if x is None else x.stride()
     if x is not None and axes[-1] == "step" and x.shape[-1] <= 1:

@@ -91,7 +91,7 @@ def layer_times(group: dist.ProcessGroup, name: str, d_model: int, length: int, 
     torch.manual_seed(0)
     layer = ssmzoo.build_mixer(name, d_model, **LAYERS[name])
     copied = DistributedDataParallel(copy.deepcopy(layer), process_group=group)
-    cuts = {CUT: None} | {f"{CUT}, {how}": how for how in FORCED.get(name, ())}
+    cuts: dict[str, Any] = {CUT: None} | {f"{CUT}, {how}": how for how in FORCED.get(name, ())}
     models = {what: parallel.context(layer, group, reduce_gradients=True, how=how) for what, how in cuts.items()}
     x = torch.randn(1, length, d_model)
     half = x.tensor_split(2, dim=1)[group.rank()].clone()

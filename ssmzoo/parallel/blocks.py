@@ -42,7 +42,7 @@ class Options(NamedTuple):
         end = q.end if self.left < 0 else min(q.end, k.end + self.left)
         return Run(q.sequence, first, end - first)
 
-    def count(self, q: Run, k: Run) -> int:
+    def visible(self, q: Run, k: Run) -> int:
         """How many pairs of these queries and keys, of one sequence, see each other."""
         found = q.length * k.length if self.right < 0 else _within(q, k, self.right)
         return found - (0 if self.left < 0 else _within(q, k, -self.left - 1))

@@ -97,7 +97,7 @@ class _Block:
             if whole.sequence in keys and options.sees(whole, k):
                 q = options.asking(whole, k)
                 self.runs.append((row + q.first - whole.first, q, at, k))
-                self.area += options.count(q, k)
+                self.area += options.visible(q, k)
 
     def tasks(self, share: float) -> Iterator[Task]:
         """That of the process that asks, with the first queries, as far as they make this share; and of the other."""
@@ -112,7 +112,7 @@ class _Block:
         low, high = 0, total
         while low < high:
             middle = (low + high) // 2
-            area = sum(self.options.count(q, k) for _, q, _, k in self._between(0, middle))
+            area = sum(self.options.visible(q, k) for _, q, _, k in self._between(0, middle))
             low, high = (low, middle) if area >= share * self.area else (middle + 1, high)
         return low
 
@@ -133,7 +133,7 @@ class _Block:
             queries.append((row, row + q.length))
             keys.append((key_row + seen.first - k.first, key_row + seen.end - k.first))
             pairs.append(Pair((to, to + q.length), (here, here + seen.length), q.first - seen.first))
-            to, here, area = to + q.length, here + seen.length, area + self.options.count(q, k)
+            to, here, area = to + q.length, here + seen.length, area + self.options.visible(q, k)
         return Task(self.asks, self.gives, at, joined(queries), Pairs(joined(keys), pairs), area)
 
 

@@ -2,14 +2,19 @@
 
 import itertools
 import random
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from ssmzoo.parallel.blocks import Options
+from ssmzoo.parallel import balanced
+from ssmzoo.parallel.blocks import Options, merged
 from ssmzoo.parallel.cut import Cut
 from ssmzoo.parallel.layout import Layout, Run, Span
+from ssmzoo.parallel.line import Line
 from ssmzoo.parallel.schedule import loads, schedule
+from ssmzoo.parallel.transfers import To
 
 pytestmark = pytest.mark.mixer("attention")
 CAUSAL = (-1, 0)
@@ -119,7 +124,38 @@ def test_pairs_are_counted():
         expected = [
             (i, j) for i in range(q.first, q.end) for j in range(k.first, k.end) if sees(options, (0, i), (0, j))
         ]
-        assert options.count(q, k) == len(expected)
+        assert options.visible(q, k) == len(expected)
         if expected:
             asking = options.asking(q, k)
             assert sorted({i for i, _ in expected}) == [*range(asking.first, asking.end)]
+
+
+@pytest.mark.parametrize("rank", [0, 3, 4])
+def test_transfers_travel_while_steps_are_computed(rank: int, monkeypatch):
+    """What step t + 1 needs is on its way before step t is computed; what step t has found, until t + 1 is computed."""
+    layout = Layout.of_cut(Cut.of_batch(0, [8] * 5, 1, torch.device("cpu")))
+    steps = schedule(layout, options_of(CAUSAL))
+    events: list[str] = []
+
+    def transfer(line: Line, sends: list[To], comes: list[To]) -> Callable[[], None]:
+        number = sum("start" in event for event in events)
+        events.append(f"start {number}")
+        for x, _ in comes:
+            x.zero_()
+        return lambda: events.append(f"wait {number}")
+
+    def computes(*args: object) -> None:
+        events.append("compute")
+        merged(*args)
+
+    monkeypatch.setattr(balanced, "transfer", transfer)
+    monkeypatch.setattr(balanced, "merged", computes)
+    q, k, v = torch.randn(3, 8, 2, 4).unbind(0)
+    line = SimpleNamespace(rank=rank, ranks=5)
+    balanced.Balanced(line, options_of(CAUSAL), steps).forward(q, k, v, None, None)
+    # 0: nothing for step 0; 1: for step 1; 2: of step 0, nothing; 3: for step 2; 4: of step 1; 5: nothing; 6: of step 2
+    assert [event for event in events if event not in ("start 0", "wait 0", "start 2", "wait 2", "start 5")] == [
+        *("start 1", "compute"),
+        *("wait 1", "start 3", "compute", "start 4"),
+        *("wait 3", "compute", "wait 4", "start 6", "wait 6"),
+    ]

@@ -146,13 +146,25 @@ def test_bytes_between_processors():
     assert weights_of_one(parts, Mesh(), parameters) == pytest.approx(parameters)
 
 
-def test_keys_go_round_the_ring():
+def test_few_keys_go_round_the_ring():
+    config = small("attention", 64, 2).override({"mixers": {"attention": {"head_dim": 4, "n_kv_heads": 1}}})
+    parts = parts_of(config, 1, LENGTH, "fp32", "cuda")
+    found = traffic(parts, Mesh(context=12), H100, "fp32", False, 1.0)
+    token, keys = 64 * 4, 2 * 4 * 4
+    dealt = 2 * token + keys  # with queries and outputs
+    forward, backward = 11 * keys + dealt, 16.5 * keys + dealt  # the last of twelve gives all its keys to all others
+    assert found["keys"].sent == 2 * LENGTH * (forward + backward)
+
+
+def test_queries_go_where_keys_are():
+    """Of one head over four: the first gives keys to two and helps one and a half; the last asks as much of others."""
     parts = parts_of(MODELS["attention"], 1, LENGTH, "fp32", "cuda")
     found = traffic(parts, Mesh(context=4), H100, "fp32", False, 1.0)
-    token = 64 * 4
-    keys, dealt = 2 * token, 4 * token  # with queries and outputs
-    forward, backward = 3 * keys + dealt, 4.5 * keys + dealt  # the last of four gives all its keys to all others
+    token, number = 64 * 4, 4  # bytes of a query and of an output; of a log-sum-exp
+    forward = 2 * 2 * token + 1.5 * (token + number)
+    backward = 1.5 * (2 * token + 2 * number) + 2 * 2 * token
     assert found["keys"].sent == 2 * LENGTH * (forward + backward)
+    assert found["keys"].messages == 2 * 4 * 2
 
 
 def test_links_within_a_node_and_beyond():

@@ -7,15 +7,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ssmkernels.native.alone import alone
 from ssmzoo.engine.request import Job, TokenLogprob
 from ssmzoo.generate.penalties import History
 
 
-def pick(jobs: Sequence[Job], scores: Tensor) -> None:
-    """Gives each job its next token from scores ``(jobs, vocab)``; one whose scores are not finite fails.
+def pick(jobs: Sequence[Job], logits: Tensor) -> None:
+    """Gives each job its next token from logits ``(jobs, vocab)``; one whose logits are not finite fails.
 
     Requests with the same options are drawn for together, each with its own random numbers.
     """
+    with alone(logits, max(job.sampling.operations for job in jobs)):
+        _pick(jobs, logits.float())
+
+
+def _pick(jobs: Sequence[Job], scores: Tensor) -> None:
     finite = scores.amax(-1).isfinite().tolist()
     groups: dict[tuple, list[int]] = {}
     for i, job in enumerate(jobs):

@@ -41,7 +41,7 @@ class Turns:
             self._advance(jobs, [1] * len(jobs))
             for job in jobs:
                 job.unread = []
-            pick(jobs, logits[:, 0, : self.vocab].float())
+            pick(jobs, logits[:, 0, : self.vocab])
 
     def read(self) -> None:
         """A part of the prompts of those that have not read theirs, the earliest first."""
@@ -67,7 +67,7 @@ class Turns:
         if finished:
             through = [jobs[i] for i in finished]
             self.active.reading = [job for job in self.active.reading if job not in through]
-            pick(through, logits[finished, 0, : self.vocab].float())
+            pick(through, logits[finished, 0, : self.vocab])
             rows = [i for i in finished if not jobs[i].request.done]
             if rows:
                 self.active.join([jobs[i] for i in rows], [state if len(rows) == len(jobs) else state.select(rows)])

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ssmkernels.native.alone import alone
 from ssmzoo.generate.arguments import TokenModel
 from ssmzoo.state import State
 
@@ -47,11 +48,12 @@ def beam_search(
     done = [False] * b
     wide = min(max(2, 1 + len(ends)) * num_beams, num_beams * vocab)  # enough that num_beams of them do not end
     for step in range(1, steps + 1):
-        raw = logits[:, 0, :vocab].float()
-        check_finite(raw.amax(-1), step)
-        totals = raw.log_softmax(-1).view(b, num_beams, vocab) + scores[:, :, None]
-        best, places = totals.flatten(1).topk(wide)
-        values, chosen = best.tolist(), places.tolist()
+        with alone(logits, 16):
+            raw = logits[:, 0, :vocab].float()
+            check_finite(raw.amax(-1), step)
+            totals = raw.log_softmax(-1).view(b, num_beams, vocab) + scores[:, :, None]
+            best, places = totals.flatten(1).topk(wide)
+            values, chosen = best.tolist(), places.tolist()
         rows, tokens, kept = [], [], []
         for i in range(b):
             new = [] if done[i] else _branch(values[i], chosen[i], running[i], ended[i], num_beams, vocab, ends, step)

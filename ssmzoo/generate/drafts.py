@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ssmkernels.native.alone import alone
 from ssmzoo.generate.arguments import TokenModel
 from ssmzoo.generate.sampling import Sampling
 from ssmzoo.state import State
@@ -89,11 +90,15 @@ class ModelDraft:
         self._read = len(text)
         state = self._state.clone() if count > 1 else self._state  # what is proposed is not yet part of the text
         while True:
-            scores = logits[:, -1, : self.model.config.vocab_size].float()
-            if not bool(scores.amax().isfinite()):
-                read = len(text) + len(found.tokens)
-                raise ValueError(f"{self._caller}: the logits of `draft` are not finite after {read} tokens of text")
-            token, probabilities = self.sampling.draw(scores, None, self._draws)
+            scores = logits[:, -1, : self.model.config.vocab_size]
+            with alone(scores, self.sampling.operations):
+                scores = scores.float()
+                if not bool(scores.amax().isfinite()):
+                    read = len(text) + len(found.tokens)
+                    raise ValueError(
+                        f"{self._caller}: the logits of `draft` are not finite after {read} tokens of text"
+                    )
+                token, probabilities = self.sampling.draw(scores, None, self._draws)
             found.tokens.append(token)
             found.probabilities.append(probabilities)
             if len(found.tokens) == count:

@@ -11,6 +11,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from ssmkernels.native.alone import alone
 from ssmzoo.generate.arguments import (
     TokenModel,
     check_alone,
@@ -148,11 +149,12 @@ def _sampled(
     new: list[Tensor] = []
     logits, state = model(prompts, model.initial_state(b, l + min(steps, ROOM)), mask=mask, last_only=True)
     while True:
-        scores = logits[:, 0, :vocab].float()
-        highest.append(scores.amax(-1))
-        if device.type == "cpu":  # on other devices reading it would wait; they are checked at the end
-            check_finite(highest.pop(), len(new) + 1)
-        token = sampling.pick(scores, history, draws)
+        with alone(logits, sampling.operations):
+            scores = logits[:, 0, :vocab].float()
+            highest.append(scores.amax(-1))
+            if device.type == "cpu":  # on other devices reading it would wait; they are checked at the end
+                check_finite(highest.pop(), len(new) + 1)
+            token = sampling.pick(scores, history, draws)
         if ends:
             token = torch.where(ended, ends[0], token)
             ended |= torch.isin(token, stops)

@@ -65,6 +65,12 @@ class Sampling:
         options = dataclasses.astuple(dataclasses.replace(self, logit_bias=None, seed=None))
         return (*options, biases)
 
+    @property
+    def operations(self) -> int:
+        """About how many simple operations :meth:`pick` takes for each score."""
+        sorts = self.top_k is not None or (self.top_p is not None and self.top_p < 1)
+        return 64 if sorts else 1 if self.temperature == 0 else 16
+
     def history(self, prompts: Tensor, mask: Tensor | None, vocab: int) -> History | None:
         """What the penalties have to know of prompts (b l); None without penalties."""
         seen, counts = self.repetition_penalty != 1, self.presence_penalty != 0 or self.frequency_penalty != 0

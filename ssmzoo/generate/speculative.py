@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ssmkernels.native.alone import alone
 from ssmzoo.generate.arguments import TokenModel
 from ssmzoo.generate.beams import ROOM, check_finite
 from ssmzoo.generate.drafts import Draft, Lookup, ModelDraft, Proposal
@@ -78,8 +79,9 @@ class Speculation:
             fresh = []
             for i in range(len(proposal.tokens) + 1):
                 row = scores[:, i - len(proposal.tokens) - 1]
-                check_finite(row.amax(-1), made + 1)
-                token, kept = self._next(row, history, proposal, i)
+                with alone(row, self.sampling.operations):
+                    check_finite(row.amax(-1), made + 1)
+                    token, kept = self._next(row, history, proposal, i)
                 self.kept += kept
                 made += 1
                 fresh.append(token)

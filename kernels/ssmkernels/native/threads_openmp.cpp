@@ -24,6 +24,13 @@ void record(bool helped, int64_t worked, int64_t waiting, int64_t time) {
 // The version of OpenMP, as year and month.
 extern "C" __attribute__((visibility("default"))) int ssmzoo_openmp() { return _OPENMP; }
 
+// How many threads OpenMP, and so PyTorch, uses for what the calling thread does; returns how many these were.
+extern "C" __attribute__((visibility("default"))) int ssmzoo_set_threads(int threads) {
+    const int before = omp_get_max_threads();
+    omp_set_num_threads(threads);
+    return before;
+}
+
 void ssmzoo_share_long(int64_t threads, int64_t tasks, SsmzooBody body, void* context) {
     if (threads > tasks) threads = tasks;
     if (threads > kMost) threads = kMost;

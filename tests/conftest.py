@@ -8,10 +8,11 @@ import os
 import re
 import socket
 import sys
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
+import curves
 import pytest
 import torch
 from forks import Forks
@@ -60,6 +61,40 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 20, 50)
+    gc.callbacks.append(_collections)
+
+
+class _Collections:
+    """The seconds that full collections of garbage have taken since all objects were set aside."""
+
+    seconds = began = 0.0
+
+    def __call__(self, phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            self.began = time.thread_time()
+        elif info["generation"] == 2:
+            self.seconds += time.thread_time() - self.began
+
+
+_collections = _Collections()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish() -> None:
+    """What tests have imported is set aside as well, between two of them, once looking through it has taken a while.
+
+    A measurement of memory collects garbage first, which would take half a second each time.
+    """
+    if _collections.seconds > 0.5:
+        gc.collect()
+        gc.freeze()
+        _collections.seconds = 0.0
+
+
+def pytest_runtest_setup() -> None:
+    """PyTorch's compiler does not time what it guards, for which it empties the processor's caches at each graph."""
+    if guards := sys.modules.get("torch._dynamo.guards"):
+        guards.profile_guard_manager = lambda *_: 0.0
 
 
 def _check(kind: str, names: Iterable[str], known: Collection[str]) -> None:
@@ -138,19 +173,9 @@ def _allocator(monkeypatch):
 
 @pytest.fixture(scope="module")
 def quick_curves() -> Iterator[Callable[..., None]]:
-    """Figures are saved as their numbers. Yields the method that renders them.
-
-    For tests that train: a run draws its curve at every checkpoint, and rendering takes longer than the steps between.
-    """
-    figures = pytest.importorskip("matplotlib.figure", reason="needs matplotlib")
-
-    def save(figure: Any, file: Path, **_: object) -> None:
-        lines = [line.get_xydata().tolist() for axes in figure.axes for line in axes.lines]
-        file.write_bytes(b"\x89PNG" + repr(lines).encode())
-
-    render = figures.Figure.savefig
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures.Figure, "savefig", save)
+    """Figures are saved as their numbers. Yields the method that renders them."""
+    pytest.importorskip("matplotlib.figure", reason="needs matplotlib")
+    with curves.quick() as render:
         yield render
 
 

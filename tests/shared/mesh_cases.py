@@ -11,6 +11,7 @@ import resource
 from pathlib import Path
 from typing import Any
 
+import curves
 import torch
 import torch.distributed as dist
 from context_cases import close, gradients, mixer, weight_of
@@ -32,6 +33,7 @@ def ids() -> Tensor:
     return torch.randint(0, 256, (3000,), generator=torch.Generator().manual_seed(0))
 
 
+@curves.quick()
 def trains(group: Any, config: dict[str, Any], data: Any, settings: dict[str, Any], out: Path) -> None:
     """A run from its beginning; without a group in one process.
 
@@ -43,6 +45,7 @@ def trains(group: Any, config: dict[str, Any], data: Any, settings: dict[str, An
     train(model, ids() if data is None else data, TrainConfig(**(SETTINGS | settings)), out, quiet=True)
 
 
+@curves.quick()
 def trains_narrow(group: Any, config: dict[str, Any], settings: dict[str, Any], out: Path) -> None:
     """Likewise in float32, or what the settings say."""
     torch.set_num_threads(1)
@@ -72,6 +75,7 @@ def gathers(group: Any, config: dict[str, Any], settings: dict[str, Any], out: P
     return found
 
 
+@curves.quick()
 def goes_on(group: Any, settings: dict[str, Any], out: Path) -> None:
     """The rest of a run."""
     torch.set_num_threads(1)
@@ -113,6 +117,7 @@ def breaks_down(group: Any, config: dict[str, Any], out: Path) -> None:
         MeshTrainer.begin_step = begin  # type: ignore[method-assign]
 
 
+@curves.quick()
 def differs(group: Any, config: dict[str, Any], settings: dict[str, Any], what: str, out: Path) -> None:
     """A run in which the second process has something of its own."""
     torch.set_num_threads(1)

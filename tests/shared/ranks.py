@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import multiprocessing
 import tempfile
 import traceback
@@ -66,6 +67,9 @@ def _work(connection: Connection, store: Path, rank: int, most: int) -> None:
     import torch
     import torch.distributed as dist
 
+    gc.collect()
+    gc.freeze()  # or each measurement of memory would look through all modules
+    gc.set_threshold(10_000, 20, 50)
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=300)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=most, timeout=timeout)

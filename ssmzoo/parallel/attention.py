@@ -1,4 +1,4 @@
-"""Attention over cuts, in one of four ways. None of them holds more keys than a process's own and as many again.
+"""Attention over cuts, in one of four ways. Unless forced, it holds no more keys than its own and those of two parts.
 
 - ``"window"``: keys and values are sent to whoever's windows reach them, before anything is computed.
 - ``"heads"``: each process gets whole sequences of its share of the heads (:mod:`ssmzoo.parallel.channels`).

@@ -87,7 +87,7 @@ def _decode(
         if decoder.parts.unchanged() and (facts := _facts(blocks, states, x)) is not None:
             if not facts.same(decoder.facts):  # another state, as after a request has joined or left a batch
                 decoder = decoders[model] = decoder.turned(facts)
-            if decoder.program is None:
+            if decoder.program is None and decoder.refused is None:
                 decoder.prepare(blocks, states, x, facts.tensors)
             if decoder.program is not None and period is not None:
                 decoder.trust(period, states, facts.tensors)

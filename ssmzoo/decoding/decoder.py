@@ -71,9 +71,9 @@ class Decoder:
         self.lock = threading.Lock()  # of the memory between the layers
 
     def turned(self, facts: Facts) -> Decoder:
-        """That of the family for other states: one that was made for states of their shape, or a new one."""
+        """That of the family for other states: the one for their shape, if it can go there or is none; or a new one."""
         found = self.family.pop(facts.layout, None)
-        if found is not None and found.program is not None and found.program.move(facts.tensors):
+        if found is not None and (found.refused or (found.program is not None and found.program.move(facts.tensors))):
             found.facts = facts._replace(tensors=())
             self.family[facts.layout] = found  # the last one to be forgotten
             return found
@@ -113,6 +113,8 @@ class Decoder:
         calls, values = Calls(), list[Tensor]()  # the first layer's values, for value residuals
         renewed: list[tuple[int, Renewed]] = []  # by the number of the layer
         try:
+            if self.ends is not None:
+                self.ends.check(len(x), inside)
             done = True
             for i, each in enumerate(zip(blocks, states, strict=True)):
                 done = done and self._prepare_block(calls, *each, values)

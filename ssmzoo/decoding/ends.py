@@ -32,6 +32,17 @@ class Ends(NamedTuple):
         assert isinstance(head, Linear | QuantizedLinear)
         return cls(norm, head)
 
+    def check(self, rows: int, dtype: torch.dtype) -> None:
+        """Before the layers' calls are made: whether :meth:`prepare` might add its own for so many rows of a dtype.
+
+        Raises:
+            NotPreparedError: it would not.
+        """
+        if isinstance(self.head, Linear):
+            large = self.head.weight.numel() >= products.LARGE
+            if not large or (dtype not in HALF and (dtype != torch.float32 or rows > native.FEW)):
+                raise NotPreparedError("lm_head")
+
     def prepare(self, calls: Calls, mixed: Tensor, stream: Tensor) -> Tensor:
         """Adds the norm of what the last layer gives plus the stream, both ``(b, d_model)``, and the head's product.
 
@@ -42,8 +53,5 @@ class Ends(NamedTuple):
             NotPreparedError: the modules would compute it in another way, so that its bits would differ.
         """
         x = calls.op(rms_norm, mixed, self.norm.weight, eps=self.norm.eps, residual=stream)
-        if isinstance(self.head, Linear):
-            large = self.head.weight.numel() >= products.LARGE
-            if not large or (x.dtype not in HALF and (x.dtype != torch.float32 or len(x) > native.FEW)):
-                raise NotPreparedError("lm_head")
+        self.check(len(x), x.dtype)
         return prepare_map(calls, self.head, x)

@@ -58,6 +58,8 @@ class Drafting:
             if job.proposal:
                 active.take_out(job)
                 active.drafting.append(job)
+        if not active.drafting:
+            return
         if active.next_need() > active.memory.limit:
             for job in active.drafting:
                 job.proposal = []

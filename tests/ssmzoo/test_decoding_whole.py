@@ -244,3 +244,16 @@ def test_states_may_be_let_go_meanwhile(trusted, looks):
         found, _ = model(ids, other)
         assert len(looks) > seen
         assert torch.equal(found, expected)
+
+
+def test_a_head_that_is_left_out_is_left_out_once(monkeypatch):
+    """A fault: with each change of a batch the layers' calls were prepared again, up to a head that is too small."""
+    made, prepare = [], Decoder._prepare_block
+    monkeypatch.setattr(Decoder, "_prepare_block", lambda self, *args: (made.append(self), prepare(self, *args))[1])
+    model = build(vocab_size=16)
+    with torch.no_grad():
+        for rows in (1, 2, 1, 2, 1):
+            state = model.initial_state(rows)
+            for t in range(4):
+                _, state = model(torch.full((rows, 1), t), state)
+    assert len(made) == 2 * len(model.layers), "one program for each number of rows, of the layers alone"

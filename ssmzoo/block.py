@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ssmkernels.native import eager
 from ssmzoo.config import ModelConfig
 from ssmzoo.feed import FedState, Feed, SharedBlock
 from ssmzoo.init import initialise_mixer, initialise_mlp
@@ -152,7 +153,7 @@ class Block(nn.Module):
         """The residual stream and what a mixer or MLP made of it, with the norm after one of the two, or the sum."""
         if self.norms_sum and norm is not None:
             return norm(self._skip(x, normed) + self._part(y, None)).to(x.dtype)
-        return self._skip(x, normed) + self._part(y, norm)
+        return eager.add(self._skip(x, normed), self._part(y, norm))
 
     def _skip(self, x: Tensor, normed: Tensor) -> Tensor:
         """What of the residual stream goes on, before or after its norm."""

@@ -9,8 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmkernels import rms_norm
+from ssmkernels.native import eager
 from ssmkernels.native.calls import Calls, NotPreparedError
 from ssmzoo.linear import is_plain
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x ``(..., d)`` over its root mean square, times the weight ``(d)``, in the weight's dtype."""
+    if x.dtype == weight.dtype:
+        return cast(Tensor, rms_norm(x, weight, eps=eps))
+    y = eager.rms_norm_in_half(x, weight, eps)
+    return cast(Tensor, rms_norm(x, weight.to(x.dtype), eps=eps)).to(weight.dtype) if y is None else y
 
 
 class RMSNorm(nn.Module):
@@ -26,10 +35,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(d))
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        if x.dtype == weight.dtype:
-            return cast(Tensor, rms_norm(x, weight, eps=self.eps))
-        return cast(Tensor, rms_norm(x, weight.to(x.dtype), eps=self.eps)).to(weight.dtype)
+        return _rms_norm(x, self.weight, self.eps)
 
 
 class CentredRMSNorm(nn.Module):
@@ -44,8 +50,7 @@ class CentredRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(d))
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        return cast(Tensor, rms_norm(x, (1 + weight).to(x.dtype), eps=self.eps)).to(weight.dtype)
+        return _rms_norm(x, 1 + self.weight, self.eps)
 
 
 def prepare_norm(calls: Calls, norm: nn.Module | None, x: Tensor) -> Tensor:

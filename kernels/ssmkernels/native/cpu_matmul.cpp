@@ -8,13 +8,12 @@
 // matrix multiplication", 2008.) Each element of C is one chain of fused multiply-adds in the order of k: it depends on
 // its row and its column alone, not on how many others there are.
 //
-// Numbers in half precision become float as they are copied, those of A before, as each block of columns reads them
-// again. Results are rounded once, at the end.
+// Numbers in half precision become float as they are copied, those of A before where many blocks of columns read them.
+// Results are rounded once, at the end, while they are near.
 #include "exports.h"
 #include "gemm.h"
 #include "half.h"
 #include "parallel.h"
-#include "round.h"
 #include "turn.h"
 
 namespace ssmzoo {
@@ -24,7 +23,7 @@ struct MatmulArguments {
     const void* b;     // T: (inner columns)
     const void* bias;  // float: (columns), or null
     void* c;           // T: (rows columns), contiguous
-    void* wide;        // float: (rows inner), scratch where T is half precision; null for float
+    void* wide;        // float: (rows inner), scratch for A in half precision, or null: each block of columns reads A
     int64_t dtype, rows, columns, inner, a_row, a_column, b_row, b_column, threads;
 };
 
@@ -133,11 +132,11 @@ void copy_rows(S* to, Left<T> from, int64_t inner, int64_t rows) {
             write_some(to + i * inner + k, read_some(from.p + i * from.row + k, inner - k), inner - k);
 }
 
-// `begun`: c holds what the sums begin with.
-template <class A, class B>
-void multiply_block(const Task<A, B>& t, S* c, int64_t ldc, S* panels, S* strips, bool begun) {
+// `begun`: c holds what the sums begin with. done(i, count) when so many rows from the i-th on are there.
+template <class A, class B, class Done>
+void multiply_block(const Task<A, B>& t, S* c, int64_t ldc, S* panels, S* strips, bool begun, const Done& done) {
     const Reading how = reading(t.a);
-    for (int64_t k0 = 0; k0 < t.inner; k0 += kDepth) {
+    for (int64_t k0 = 0; k0 == 0 || k0 < t.inner; k0 += kDepth) {  // once for a bias alone, too
         const int64_t depth = minimum(kDepth, t.inner - k0);
         const Onto<S> onto = {begun || k0 > 0, S(1)};
         copy_panels<B>(panels, {t.b.p + k0 * t.b.row, t.b.row, t.b.column}, depth, t.columns);
@@ -160,6 +159,7 @@ void multiply_block(const Task<A, B>& t, S* c, int64_t ldc, S* panels, S* strips
                         multiply_rows<S, kRows - 1, kVectors, Shape::full>(strip, panel, kPanel, to, ldc, near - r,
                                                                            depth, 0, onto);
                 }
+            if (k0 + depth == t.inner) done(i, near);
         }
     }
 }
@@ -177,18 +177,43 @@ int widen_rows(const MatmulArguments& a) {
     });
 }
 
+// Rows of a block of C: as they are, or each of C's columns where they were computed `turned`. There `from` is as long
+// as whole vectors.
+template <class T>
+void put_rows(T* to, int64_t stride, const S* from, int64_t wide, int64_t rows, int64_t columns, bool turned) {
+    constexpr int64_t lanes = Lanes<S>::count;
+    for (int64_t i = 0; i < rows && !turned; ++i)
+        for (int64_t j = 0; j < columns; j += lanes)
+            write_some(to + i * stride + j, load(from + i * wide + j), columns - j);
+    for (int64_t i = 0; i < rows && turned; i += lanes)
+        for (int64_t j = 0; j < columns; j += lanes) {
+            VF v[lanes];
+            for (int64_t r = 0; r < lanes; ++r) v[r] = load(from + (i + r) * wide + j);
+            turn<S>(v);
+            for (int64_t r = 0; r < minimum(lanes, columns - j); ++r)
+                write_some(to + (j + r) * stride + i, v[r], rows - i);
+        }
+}
+
+// Rows of a task: as few as `most` allows, as even as can be, and where that leaves a thread without a task, fewer.
+int64_t rows_of_task(int64_t rows, int64_t most, int64_t across, int64_t threads) {
+    const int64_t enough = minimum(ceil_div(threads, across), ceil_div(rows, kNear)), least = ceil_div(rows, most);
+    return ceil_div(ceil_div(rows, enough > least ? enough : least), kRows) * kRows;
+}
+
 // C = A B for factors that lie as told; of results in `turned` order, rows are C's columns.
 template <class T, class A, class B>
 int multiply_all(const MatmulArguments& a, Left<A> left, Right<B> right, bool turned) {
     const S* bias = static_cast<const S*>(a.bias);
     const int64_t rows = turned ? a.columns : a.rows, columns = turned ? a.rows : a.columns;
-    const int64_t chunk = turned ? 2 * kNear : 4 * kNear;
-    const int64_t down = ceil_div(rows, chunk), across = ceil_div(columns, kBlock);
+    const int64_t across = ceil_div(columns, kBlock);
+    const int64_t chunk = rows_of_task(rows, turned ? 2 * kNear : 4 * kNear, across, a.threads);
+    const int64_t down = ceil_div(rows, chunk);
     // No more scratch memory than a small product needs: for much of it malloc asks the system.
     const bool direct = !turned && columns % kPanel == 0 && sizeof(T) == sizeof(S);
     const int64_t wide = minimum(kBlock, ceil_div(columns, kPanel) * kPanel), depth = minimum(kDepth, a.inner);
     const int64_t near = reading(left) == Reading::in_place ? 0 : ceil_div(minimum(kNear, rows), kRows) * kRows;
-    const int64_t own_size = direct ? 0 : minimum(chunk, rows) * wide;
+    const int64_t own_size = direct ? 0 : ceil_div(chunk, Lanes<S>::count) * Lanes<S>::count * wide;
     const size_t bytes = sizeof(S) * static_cast<size_t>((wide + near) * depth + own_size);
     return parallel_for(down * across, a.threads, bytes, [&](int64_t number, char* scratch) {
         const int64_t i0 = number % down * chunk, j0 = number / down * kBlock;
@@ -202,18 +227,11 @@ int multiply_all(const MatmulArguments& a, Left<A> left, Right<B> right, bool tu
         if (bias)
             for (int64_t i = 0; i < t.rows; ++i)
                 for (int64_t j = 0; j < t.columns; ++j) c[i * ldc + j] = bias[turned ? i0 + i : j0 + j];
-        multiply_block(t, c, ldc, panels, strips, bias != nullptr);
-        if (turned) {
-            for (int64_t j = 0; j < t.columns; ++j) {
-                T* to = static_cast<T*>(a.c) + (j0 + j) * a.columns + i0;
-                for (int64_t i = 0; i < t.rows; ++i) narrow(own[i * wide + j], to + i);
-            }
-        } else if (!direct) {
-            T* to = static_cast<T*>(a.c) + i0 * a.columns + j0;
-            for (int64_t i = 0; i < t.rows; ++i)
-                for (int64_t j = 0; j < t.columns; j += Lanes<S>::count)
-                    write_some_rounded(to + i * a.columns + j, load(own + i * wide + j), t.columns - j);
-        }
+        multiply_block(t, c, ldc, panels, strips, bias != nullptr, [&](int64_t i, int64_t count) {
+            if (direct) return;
+            T* to = static_cast<T*>(a.c) + (turned ? j0 * a.columns + i0 + i : (i0 + i) * a.columns + j0);
+            put_rows(to, a.columns, own + i * wide, wide, count, t.columns, turned);
+        });
     });
 }
 
@@ -228,12 +246,13 @@ int matmul(const MatmulArguments& a) {
     // For few rows Cᵀ = Bᵀ Aᵀ, so that A is copied and B, which is a weight as it lies in PyTorch, is read in place.
     if (a.rows <= kFew && a.b_row == 1)
         return multiply_all<T>(a, Left<T>{right.p, right.column, right.row}, Right<T>{left.p, left.column, left.row}, true);
-    if constexpr (sizeof(T) == sizeof(S)) {
-        return multiply_all<T>(a, left, right, false);
-    } else {
-        const int failure = widen_rows<T>(a);
-        return failure ? failure : multiply_all<T>(a, Left<S>{static_cast<const S*>(a.wide), a.inner, 1}, right, false);
-    }
+    if constexpr (sizeof(T) != sizeof(S))
+        if (a.wide) {
+            const int failure = widen_rows<T>(a);
+            const Left<S> wide = {static_cast<const S*>(a.wide), a.inner, 1};
+            return failure ? failure : multiply_all<T>(a, wide, right, false);
+        }
+    return multiply_all<T>(a, left, right, false);
 }
 
 }  // namespace

@@ -17,6 +17,7 @@ from ssmkernels.native import eager
 LARGE = 2**19  # weights from which a longer way to a call is worth it
 WORK = 2**23  # multiply-adds from which it is, too
 WORK_WITH_GRADIENTS = 2**26  # likewise where autograd has to be told
+NARROW = 256  # columns up to which numbers in half precision are converted anew for each block of them (cpu_matmul.cpp)
 
 # Instruction sets for which the native product of several rows is no slower than PyTorch's libraries, as measured.
 MATMUL = frozenset({"avx2", "avxvnni"})
@@ -146,10 +147,10 @@ def of_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         bias: ``(out)``, float32.
     """
     outputs, size = weight.shape
-    x = x.contiguous()
-    bias = None if bias is None else bias.contiguous()
     y = x.new_empty(*x.shape[:-1], outputs)
-    _matmul(x, (size, 1), weight, (1, size), bias, y, x.numel() // size, outputs, size)
+    x = native.rows(x).reshape(-1, size)  # a part of each row, as of what several maps take theirs from, as it lies
+    bias = None if bias is None else bias.contiguous()
+    _matmul(x, x.stride(), weight, (1, size), bias, y, len(x), outputs, size)
     return y
 
 
@@ -172,7 +173,8 @@ def _matmul(
     columns: int,
     inner: int,
 ) -> None:
-    wide = None if c.dtype == torch.float32 else c.new_empty(rows, inner, dtype=torch.float32)
+    half = c.dtype != torch.float32 and columns > NARROW
+    wide = c.new_empty(rows, inner, dtype=torch.float32) if half else None
     large_pages(c, wide)
     native.run(
         "matmul",

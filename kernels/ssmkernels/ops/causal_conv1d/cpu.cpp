@@ -2,7 +2,6 @@
 #include "causal_conv1d/cpu.h"
 #include "causal_conv1d/cpu_step.h"
 #include "native/exports.h"
-#include "native/round.h"
 
 namespace ssmzoo {
 
@@ -31,7 +30,7 @@ void conv_block(const ConvArguments& a, const Block& b, int64_t first, int64_t c
         for (int64_t t = 0; t < b.steps; ++t) {
             auto sum = taps(rows + c, t);
             if (a.silu) sum = silu<S>(sum);
-            write_some_rounded(y + t * a.d + c, sum, channels - c);
+            write_some(y + t * a.d + c, sum, channels - c);
         }
     }
     if (!b.last) return;
@@ -69,7 +68,7 @@ void conv_stream(const ConvArguments& a, const Block& b, int64_t first, char* sc
                 V sum = load(bias + c + i * lanes);
                 for (int j = 0; j < w; ++j) sum = fma(taps[j][i], rows[j][i], sum);
                 for (int j = 0; j < w - 1; ++j) rows[j][i] = rows[j + 1][i];
-                write_rounded(y + t * a.d + c + i * lanes, a.silu ? silu<S>(sum) : sum);
+                write(y + t * a.d + c + i * lanes, a.silu ? silu<S>(sum) : sum);
             }
     }
     if (!b.last) return;

@@ -1,5 +1,5 @@
 // Root-mean-square normalisation, forward: y = v / sqrt(mean(v^2) + eps) * weight, with v = x, plus a residual, and a
-// gate through silu before or after.
+// gate through silu before or after. Without x, v is the residual, which may be wider than y.
 #include "native/exports.h"
 #include "rms_norm/cpu.h"
 
@@ -14,17 +14,21 @@ void norm_row(const NormArguments& a, int64_t row) {
     const T* gate = a.gate ? at<T>(a.gate, row * a.gate_row) : nullptr;
     const S* weight = at<S>(a.weight, 0);
     T* y = static_cast<T*>(a.y) + row * a.d;
-    const T* x = at<T>(a.x, row * a.x_row);
     const auto groups = [&](const auto* r) {
         for (int64_t first = 0; first < a.d; first += a.group)
             norm_group<T>(r + first, gate ? gate + first : nullptr, a.gate_first, weight + first, y + first, a.group,
                           a.eps);
     };
-    if (!a.residual) return groups(x);
-    const R* residual = at<R>(a.residual, row * a.residual_row);
-    R* summed = static_cast<R*>(a.summed) + row * a.d;
-    for (int64_t c = 0; c < a.d; c += lanes) write_some(summed + c, read_some(x + c, a.d - c) + read_some(residual + c, a.d - c), a.d - c);
-    groups(static_cast<const R*>(summed));
+    if (!a.residual) return groups(at<T>(a.x, row * a.x_row));
+    const R* r = at<R>(a.residual, row * a.residual_row);
+    if (a.x) {
+        const T* x = at<T>(a.x, row * a.x_row);
+        R* summed = static_cast<R*>(a.summed) + row * a.d;
+        for (int64_t c = 0; c < a.d; c += lanes)
+            write_some(summed + c, read_some(x + c, a.d - c) + read_some(r + c, a.d - c), a.d - c);
+        r = summed;
+    }
+    groups(r);
 }
 
 template <class T, class R>

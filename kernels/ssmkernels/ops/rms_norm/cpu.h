@@ -9,7 +9,7 @@ namespace ssmzoo {
 
 // Strides count elements; the last axis is contiguous. T is x's dtype, S its precision, R the residual's.
 struct NormArguments {
-    const void *x, *weight, *gate, *residual;  // T: (rows d); S: (d); T: (rows d) or null; R: (rows d) or null
+    const void *x, *weight, *gate, *residual;  // T: (rows d) or null; S: (d); T: (rows d) or null; R: (rows d) or null
     void *y, *summed;                          // T: (rows d); R: (rows d) where there is a residual
     int64_t dtype, residual_wide, rows, d, group, gate_first, threads;
     int64_t x_row, gate_row, residual_row;

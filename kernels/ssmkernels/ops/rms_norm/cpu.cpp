@@ -7,19 +7,20 @@ namespace ssmzoo {
 namespace SSMZOO_ISA {
 namespace {
 
+// Not inlined: beside another's, its loops would find no registers.
+template <class T, class R>
+__attribute__((noinline)) void norm_groups(const NormArguments& a, int64_t row, const R* r) {
+    const T* gate = a.gate ? at<T>(a.gate, row * a.gate_row) : nullptr;
+    const auto* weight = at<typename Sum<T>::type>(a.weight, 0);
+    T* y = static_cast<T*>(a.y) + row * a.d;
+    for (int64_t first = 0; first < a.d; first += a.group)
+        norm_group<T>(r + first, gate ? gate + first : nullptr, a.gate_first, weight + first, y + first, a.group, a.eps);
+}
+
 template <class T, class R>
 void norm_row(const NormArguments& a, int64_t row) {
-    typedef typename Sum<T>::type S;
-    constexpr int64_t lanes = Lanes<S>::count;
-    const T* gate = a.gate ? at<T>(a.gate, row * a.gate_row) : nullptr;
-    const S* weight = at<S>(a.weight, 0);
-    T* y = static_cast<T*>(a.y) + row * a.d;
-    const auto groups = [&](const auto* r) {
-        for (int64_t first = 0; first < a.d; first += a.group)
-            norm_group<T>(r + first, gate ? gate + first : nullptr, a.gate_first, weight + first, y + first, a.group,
-                          a.eps);
-    };
-    if (!a.residual) return groups(at<T>(a.x, row * a.x_row));
+    constexpr int64_t lanes = Lanes<typename Sum<T>::type>::count;
+    if (!a.residual) return norm_groups<T>(a, row, at<T>(a.x, row * a.x_row));
     const R* r = at<R>(a.residual, row * a.residual_row);
     if (a.x) {
         const T* x = at<T>(a.x, row * a.x_row);
@@ -28,7 +29,7 @@ void norm_row(const NormArguments& a, int64_t row) {
             write_some(summed + c, read_some(x + c, a.d - c) + read_some(r + c, a.d - c), a.d - c);
         r = summed;
     }
-    groups(r);
+    norm_groups<T>(a, row, r);
 }
 
 template <class T, class R>

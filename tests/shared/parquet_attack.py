@@ -8,10 +8,12 @@ from __future__ import annotations
 import resource
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from parquet_bytes import (
     DATA,
+    DELTA_BYTES,
     DELTA_LENGTH,
     DICTIONARY,
     RLE_DICTIONARY,
@@ -40,10 +42,15 @@ def dictionary(backwards: bool = False, codec: int = ZSTD, values: int = 1) -> l
     ]
 
 
-def lengths_said(count: int) -> Page:
+def lengths_said(
+    count: int, values: int, encoding: int = DELTA_LENGTH, before: bytes = b"", block: int = 2**30
+) -> Page:
     """Lengths of zero, as many as it says, in a few bytes: blocks of any size whose differences take no bits."""
-    body = number(2**30) + number(1) + number(count) + signed(0) + signed(0) + b"\0" + signed(0) + b"\0"
-    return Page(DATA, body, count, DELTA_LENGTH)
+    body = before + number(block) + number(1) + number(count) + signed(0) + signed(0) + b"\0" + signed(0) + b"\0"
+    return Page(DATA, body, values, encoding)
+
+
+FEW = number(128) + number(4) + number(10) + signed(0) + signed(0) + bytes(4)  # ten lengths of zero
 
 
 def page_by_page(**lies: int) -> bytes:
@@ -70,7 +77,13 @@ FILES: dict[str, tuple[bytes, int | None]] = {  # content, and the bytes of text
     "a column after the file": (parquet([ONE], 2, first=2**40), None),
     "a column of negative length": (parquet([ONE], 2, packed=-5), None),
     "a column longer than the file": (parquet([ONE], 2, packed=2**40), None),
-    "many lengths of zero": (parquet([lengths_said(HUGE)], HUGE), None),
+    "many lengths of zero": (parquet([lengths_said(HUGE, HUGE)], HUGE), None),
+    "more lengths than values": (parquet([lengths_said(HUGE, 10)], 10), None),
+    "more beginnings than values": (parquet([lengths_said(HUGE, 10, DELTA_BYTES)], 10), None),
+    "more lengths after beginnings": (parquet([lengths_said(HUGE, 10, DELTA_BYTES, FEW)], 10), None),
+    "blocks of no parts": (parquet([lengths_said(10, 10, block=0)], 10), None),
+    "differences without an end": (parquet([Page(DATA, FEW[:-2], 10, DELTA_BYTES)], 10), None),
+    "more lengths, packed": (parquet([replace(lengths_said(HUGE, 10), codec=ZSTD)], 10), None),
 }
 
 

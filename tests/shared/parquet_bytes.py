@@ -9,7 +9,7 @@ from typing import Any
 
 I32, I64, BINARY, LIST, STRUCT = 5, 6, 8, 9, 12  # types of Thrift's compact protocol
 DATA, DICTIONARY = 0, 2  # kinds of pages
-PLAIN, DELTA_LENGTH, RLE_DICTIONARY = 0, 6, 8
+PLAIN, DELTA_LENGTH, DELTA_BYTES, RLE_DICTIONARY = 0, 6, 7, 8
 UNCOMPRESSED, ZSTD = 0, 6
 BYTE_ARRAY, REQUIRED, UTF8 = 6, 0, 0
 

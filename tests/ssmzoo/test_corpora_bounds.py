@@ -123,6 +123,24 @@ def test_rows_that_repeat_the_one_before_are_read_one_by_one(tmp_path, monkeypat
     assert most < 3 * page + 2**20
 
 
+@pytest.mark.parametrize("codec", ["none", "snappy", "zstd", "gzip", "lz4", "brotli"])
+@pytest.mark.parametrize("encoding", ["DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"])
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("nulls", [True, False])
+def test_texts_as_differences(tmp_path, codec, encoding, version, nulls):
+    """In pages that begin amid them, some of them of nulls alone."""
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")
+    texts = [f"{'beginning ' * (i % 7)}{i}" for i in range(2000)]
+    texts += ([None] * 1500 if nulls else []) + ["the last"]
+    table = pyarrow.table([texts], schema=pyarrow.schema([pyarrow.field("text", pyarrow.string(), nulls)]))
+    options = {"use_dictionary": False, "column_encoding": {"text": encoding}, "data_page_version": version}
+    parquet.write_table(
+        table, tmp_path / "x.parquet", compression=codec, data_page_size=2**9, write_batch_size=100, **options
+    )
+    assert list(tables.texts(tmp_path / "x.parquet", 0, 1, "text")) == [text for text in texts if text is not None]
+
+
 @pytest.mark.parametrize("kind", ["string", "large_string"])
 def test_a_row_beyond_memory_is_refused(tmp_path, monkeypatch, kind):
     pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")

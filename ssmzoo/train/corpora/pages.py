@@ -17,18 +17,35 @@ WINDOWS = (2**8, 2**12, 2**16, 2**20, 2**24)  # bytes of a header: the last is w
 DEEPEST = 16  # structs in structs
 
 # Fields of PageHeader
-KIND, UNPACKED, PACKED, DICTIONARY = 1, 2, 3, 7
-DICTIONARY_PAGE = 2
+KIND, UNPACKED, PACKED, DATA, DICTIONARY, DATA_2 = 1, 2, 3, 5, 7, 8
+DICTIONARY_PAGE, DATA_PAGE_2 = 2, 3
+# Fields of what follows: of a dictionary and of data pages; of the second version's, whose levels are apart
+VALUES, ENCODING, ENCODING_2, LEVELS, IS_PACKED = 1, 2, 4, (5, 6), 7
 # Types of Thrift's compact protocol
 STOP, TRUE, FALSE, BYTE, I16, I32, I64, DOUBLE, BINARY, LIST, SET, MAP, STRUCT = range(13)
 
 
 class Page(NamedTuple):
-    """A page: whether it is a dictionary, the bytes that it unpacks to, and a dictionary's values."""
+    """A page, by its header.
 
-    dictionary: bool
+    Attributes:
+        kind: ``DICTIONARY_PAGE``, ``DATA_PAGE_2``, or another.
+        size: bytes that it unpacks to.
+        values: how many, nulls among them.
+        encoding: of the values.
+        place, packed: where it begins in the file after its header, and how long it is there.
+        levels: bytes before the values that are never packed; None where levels are packed with the values.
+        is_packed: the rest is.
+    """
+
+    kind: int
     size: int
     values: int
+    encoding: int
+    place: int
+    packed: int
+    levels: int | None
+    is_packed: bool
 
 
 def pages(path: Path, start: int, stop: int) -> Iterator[Page]:
@@ -40,16 +57,24 @@ def pages(path: Path, start: int, stop: int) -> Iterator[Page]:
     with path.open("rb") as file:
         while start < stop:
             header, length = _header(file, start)
-            sizes = [header.get(field) for field in (UNPACKED, PACKED)]
-            if not all(isinstance(size, int) and size >= 0 for size in sizes):
+            unpacked, packed, kind = (_number(header, field, -1) for field in (UNPACKED, PACKED, KIND))
+            if unpacked < 0 or packed < 0:
                 raise ValueError(f"the page at byte {start} does not tell its size")
-            unpacked, packed = sizes
-            start += length + packed  # type: ignore[operator]
+            place, start = start + length, start + length + packed
             if start > stop:
                 raise ValueError(f"the page that ends at byte {start} leaves its column, which ends at byte {stop}")
-            of_dictionary = header.get(DICTIONARY)
-            values = of_dictionary.get(1) if isinstance(of_dictionary, dict) else 0
-            yield Page(header.get(KIND) == DICTIONARY_PAGE, unpacked, values if isinstance(values, int) else 0)  # type: ignore[arg-type]
+            second = kind == DATA_PAGE_2
+            told = header.get(DICTIONARY if kind == DICTIONARY_PAGE else DATA_2 if second else DATA)
+            told = told if isinstance(told, dict) else {}
+            levels = sum(_number(told, field, 0) for field in LEVELS) if second else None
+            encoding = _number(told, ENCODING_2 if second else ENCODING, -1)
+            is_packed = told.get(IS_PACKED) is not False
+            yield Page(kind, unpacked, _number(told, VALUES, 0), encoding, place, packed, levels, is_packed)
+
+
+def _number(found: dict[int, Any], field: int, default: int) -> int:
+    value = found.get(field)
+    return value if type(value) is int else default
 
 
 def _header(file: BinaryIO, place: int) -> tuple[dict[int, Any], int]:
@@ -66,7 +91,7 @@ def _header(file: BinaryIO, place: int) -> tuple[dict[int, Any], int]:
 
 
 class _Compact:
-    """Reads Thrift's compact protocol: structs as dicts of their whole numbers and structs by field; others are passed.
+    """Reads Thrift's compact protocol: structs as dicts by field, of whole numbers, truths and structs alone.
 
     A field that comes again takes the place of the one before, and a struct that does so is filled further, as in the
     readers that Thrift makes.
@@ -91,7 +116,9 @@ class _Compact:
             elif kind == STRUCT:
                 before = found.get(field)
                 found[field] = self._struct(before if isinstance(before, dict) else {}, depth + 1)
-            elif kind not in (TRUE, FALSE):
+            elif kind in (TRUE, FALSE):
+                found[field] = kind == TRUE
+            else:
                 self._pass(kind, depth)
         return found
 

@@ -6,10 +6,12 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from ssmzoo.train.corpora.pages import pages
+from ssmzoo.train.corpora.lengths import DELTA_BYTES, DELTA_LENGTH, check_lengths
+from ssmzoo.train.corpora.pages import DICTIONARY_PAGE, Page, pages
 
 ROWS, ROOM = 64, 2**26  # of Parquet, read at once, and the bytes that they may have at most
-POINTER = 16  # bytes that PyArrow keeps for a value of a dictionary
+POINTER, LENGTH = 16, 4  # bytes that PyArrow keeps for a value of a dictionary, and for a length
+CODECS = {"LZ4": "lz4_raw"}  # as PyArrow calls those that it calls otherwise elsewhere
 
 
 def rows_at_once(path: Path, file: Any, group: int, key: str, longest: int) -> int:
@@ -38,10 +40,35 @@ def rows_at_once(path: Path, file: Any, group: int, key: str, longest: int) -> i
         raise ValueError(f"the column's bytes {start} to {stop} are not in a file of {size} bytes")
     largest = 1
     for page in pages(path, start, stop):
-        if page.size > longest or POINTER * page.values > longest:
-            raise ValueError(f"a page has {page.size} bytes and a dictionary of {page.values} values, more than fit")
+        is_dictionary, is_delta = page.kind == DICTIONARY_PAGE, page.encoding in (DELTA_LENGTH, DELTA_BYTES)
+        kept = page.values * (POINTER * is_dictionary + LENGTH * is_delta)
+        if max(page.size, kept) > longest:
+            what = "a dictionary" if is_dictionary else "a page"
+            raise ValueError(f"{what} has {page.size} bytes and {page.values} values, more than fit")
+        if is_delta and not is_dictionary:
+            nulls = file.schema.column(names.index(key)).max_definition_level > 0
+            check_lengths(_content(path, page, column.compression, nulls), page.encoding, page.values)
         largest = max(largest, page.size)
     return max(1, min(ROWS, ROOM // largest))
+
+
+def _content(path: Path, page: Page, codec: str, nulls: bool) -> memoryview:
+    """The values of a data page, unpacked; without the levels before them, which tell nulls."""
+    import pyarrow
+
+    with path.open("rb") as file:
+        file.seek(page.place)
+        content = file.read(page.packed)
+    levels = page.levels or 0
+    if not 0 <= levels <= min(page.size, page.packed):
+        raise ValueError(f"a page of {page.size} bytes has {levels} of levels")
+    content = content[levels:]
+    if codec != "UNCOMPRESSED" and page.is_packed:
+        content = pyarrow.decompress(content, page.size - levels, CODECS.get(codec, codec.lower()), asbytes=True)
+    if page.levels is None and nulls:
+        levels = 4 + struct.unpack_from("<I", content)[0]
+        content = content[levels:]
+    return memoryview(content)
 
 
 def batch_bytes(message: Any) -> int:

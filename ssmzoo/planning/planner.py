@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -49,13 +50,22 @@ class Plan:
     remedies: tuple[str, ...]
 
     def to_json(self) -> str:
-        """All of it, with seconds, bytes and FLOPs as numbers."""
+        """All of it, with seconds, bytes and FLOPs as numbers; null for those that have no end, as one rank's link."""
         found = dataclasses.asdict(self)
         found["device"] |= {"rates": {" ".join(key): rate for key, rate in self.device.rates.items()}}
         for where, what in ((found["best"], self.best), *zip(found["others"], self.others, strict=True)):
             where |= {"step": what.step, "tokens_per_second": what.tokens_per_second}
             where["memory"]["total"] = what.memory.total
-        return json.dumps(found, indent=2)
+        return json.dumps(_finite(found), indent=2)
+
+
+def _finite(found: Any) -> Any:
+    """The same with None for infinite numbers, which JSON has not."""
+    if isinstance(found, dict):
+        return {key: _finite(value) for key, value in found.items()}
+    if isinstance(found, list | tuple):
+        return [_finite(value) for value in found]
+    return None if isinstance(found, float) and not math.isfinite(found) else found
 
 
 def plan(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import datetime
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -20,41 +21,54 @@ def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """``function(*args)`` on so many new processes of one default group; what each returns.
 
     Raises:
-        ChildProcessError: a process failed; with its rank and its error.
+        ChildProcessError: a process failed, or was killed; with its rank and its error. All are ended.
     """
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        answers = context.SimpleQueue()
-        store = Path(folder) / "store"
-        processes = [
-            context.Process(target=_work, args=(answers, store, rank, ranks, function, args), daemon=True)
-            for rank in range(ranks)
-        ]
-        for process in processes:
-            process.start()
+        store, started = Path(folder) / "store", dict[Any, tuple[int, Any]]()
         found: dict[int, Any] = {}
         try:
-            for _ in range(ranks):
-                rank, value, error = answers.get()
-                if error:
-                    raise ChildProcessError(f"rank {rank} of {ranks}: {error}")
-                found[rank] = value
+            for rank in range(ranks):
+                ours, theirs = context.Pipe(duplex=False)
+                process = context.Process(target=_work, args=(theirs, store, rank, ranks, function, args), daemon=True)
+                process.start()
+                theirs.close()  # so that the end of the process is heard
+                started[ours] = rank, process
+            while len(found) < ranks:
+                found |= _answers({c: of for c, of in started.items() if of[0] not in found}, ranks)
         finally:
-            for process in processes:
+            for _, process in started.values():
                 process.join(0 if len(found) < ranks else 10)
                 process.terminate()
                 process.join()
     return [found[rank] for rank in range(ranks)]
 
 
-def _work(answers: Any, store: Path, rank: int, ranks: int, function: Callable[..., Any], args: Any) -> None:
+def _answers(waiting: Mapping[Any, tuple[int, Any]], ranks: int) -> dict[int, Any]:
+    """What those ranks return that are the next to do so."""
+    found = {}
+    ready: Any = wait(list(waiting))
+    for connection in ready:
+        rank, process = waiting[connection]
+        try:
+            value, error = connection.recv()
+        except EOFError:
+            process.join()
+            error = f"it ended with status {process.exitcode} and no answer, perhaps for want of memory"
+        if error:
+            raise ChildProcessError(f"rank {rank} of {ranks}: {error}")
+        found[rank] = value
+    return found
+
+
+def _work(answers: Connection, store: Path, rank: int, ranks: int, function: Callable[..., Any], args: Any) -> None:
     torch.set_num_threads(1)
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(ranks)
     try:
         timeout = datetime.timedelta(seconds=SECONDS)
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timeout)
-        answers.put((rank, function(*args), None))
+        answers.send((function(*args), None))
     except Exception as error:
-        answers.put((rank, None, f"{type(error).__name__}: {error}"))
+        answers.send((None, f"{type(error).__name__}: {error}"))
     else:
         dist.destroy_process_group()

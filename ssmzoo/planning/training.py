@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -66,9 +68,13 @@ def wrapped(model: SequenceModel, mesh: Mesh, group: dist.ProcessGroup) -> nn.Mo
         from torch.distributed.fsdp import fully_shard
 
         over: DeviceMesh = init_device_mesh("cpu", (mesh.shard,))
+        # FSDP gathers weights of one dtype; the few that stay float32 in a model of bfloat16 are whole on all ranks
+        narrow = {p for p in model.parameters() if p.dtype != torch.float32}
+        wide = {p for p in model.parameters() if p.dtype == torch.float32} if narrow else set()
+        options: dict[str, Any] = {"ignored_params": wide} if wide else {}
         for block in model.blocks:
-            fully_shard(block, mesh=over)
-        fully_shard(model, mesh=over)
+            fully_shard(block, mesh=over, **options)
+        fully_shard(model, mesh=over, **options)
     return model
 
 

@@ -45,6 +45,24 @@ class State:
 
         return self._map(rows)
 
+    def closed_up(self: S, rows: Sequence[int]) -> S:
+        """As :meth:`select` of :func:`closing` rows, in this state's own memory: it is of no use any more afterwards.
+
+        Only rows that move are copied; the memory of those that are gone stays with the others.
+        """
+
+        def close(part: P) -> P:
+            if isinstance(part, State):
+                return part.closed_up(rows)
+            if any(step == 0 and size > 1 for size, step in zip(part.shape, part.stride(), strict=True)):
+                return part.index_select(0, torch.tensor(rows, device=part.device))
+            for i, row in enumerate(rows):
+                if row != i:
+                    part[i] = part[row]
+            return part[: len(rows)]
+
+        return self._map(close)
+
     def to(self: S, *args: Any, **kwargs: Any) -> S:
         """Every tensor through ``Tensor.to``; a dtype changes floating-point tensors alone."""
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
@@ -163,6 +181,14 @@ def _restored(empty: Any, stored: Any) -> Any:
     if isinstance(stored, list):
         return [_restored(*pair) for pair in zip(empty, stored, strict=True)]
     return stored
+
+
+def closing(staying: Sequence[int]) -> list[int]:
+    """These rows, in rising order, so that the last ones fill the gaps and none of the others moves."""
+    count = len(staying)
+    last = [row for row in staying if row >= count]
+    there = {row for row in staying if row < count}
+    return [row if row in there else last.pop() for row in range(count)]
 
 
 def row_indices(indices: object, n_sequences: Callable[[], int]) -> Tensor:

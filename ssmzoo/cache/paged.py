@@ -104,6 +104,10 @@ class PagedCache(TokenCache):
         selected._count([self.counts[i] for i in chosen])
         return selected
 
+    def closed_up(self: C, rows: Sequence[int]) -> C:
+        """As :meth:`State.closed_up`: a selection, which copies no page, as tensors may be others' too."""
+        return self.select(rows)
+
     def stored(self) -> State:  # type: ignore[override]
         """What it holds, in one stretch of memory."""
         keys, values, _ = self.recent(self.longest, -1)

@@ -14,7 +14,7 @@ from ssmzoo.engine.memory import Memory
 from ssmzoo.engine.prefixes import Prefixes
 from ssmzoo.engine.request import Job
 from ssmzoo.engine.swap import Store
-from ssmzoo.state import State
+from ssmzoo.state import State, closing
 
 
 class Active:
@@ -43,7 +43,7 @@ class Active:
         self.writing: list[Job] = []
         self.batch: State | None = None
         self.drafting: list[Job] = []
-        self.swaps = 0
+        self.swaps = self._spare = 0
         self._queue: list[tuple[int, Job]] = []  # without a state, or with one that is put away: a heap
         self._lock = threading.Lock()  # of the queue
 
@@ -66,8 +66,8 @@ class Active:
         return self.memory.pages + self.memory.rows(self.lengths())
 
     def lengths(self) -> list[int]:
-        """Tokens of each state and snapshot."""
-        return [job.position for job in self.jobs] + self.prefixes.lengths
+        """Tokens of each state and snapshot, and none of each spare row."""
+        return [job.position for job in self.jobs] + self.prefixes.lengths + [0] * self.spare
 
     def enqueue(self, job: Job) -> None:
         """A request that waits."""
@@ -94,8 +94,26 @@ class Active:
     def _keep(self, rows: list[int]) -> None:
         """Of those that are writing these alone."""
         let_go(cast(nn.Module, self.memory.model))  # the batch before is within no budget any more
+        held, batch = len(self.writing) + self.spare, self.batch
+        few = 2 * len(rows) < held
+        if not few:
+            rows = closing(rows)
         self.writing = [self.writing[i] for i in rows]
-        self.batch = self.batch.select(rows) if rows and self.batch is not None else None
+        self.batch = None if not rows or batch is None else batch.select(rows) if few else batch.closed_up(rows)
+        self._spare = 0 if few else held - len(rows)
+
+    @property
+    def spare(self) -> int:
+        """Rows of the batch that nobody has: at most as many as somebody has."""
+        return 0 if self.batch is None else self._spare
+
+    def _compact(self) -> bool:
+        """Gives back the memory of spare rows; whether there were any."""
+        if not self.spare or self.batch is None:
+            return False
+        let_go(cast(nn.Module, self.memory.model))
+        self.batch, self._spare = self.batch.select(range(len(self.writing))), 0
+        return True
 
     def join(self, jobs: list[Job], states: Sequence[State] = ()) -> None:
         """Requests, to those that are writing, with ``states`` that hold theirs in turn, or if none with their own."""
@@ -104,12 +122,12 @@ class Active:
             job.state = None
         let_go(cast(nn.Module, self.memory.model))
         self.writing += jobs
-        self.batch = State.concatenate(states if self.batch is None else [self.batch, *states])
+        self.batch, self._spare = State.concatenate(states if self.batch is None else [self.batch, *states]), 0
 
     def make_room(self) -> None:
         """Drops snapshots, and puts away the states of the youngest requests, until the next tokens have room."""
         while self.next_need() > self.memory.limit:
-            if self.prefixes.drop_oldest():
+            if self._compact() or self.prefixes.drop_oldest():
                 continue
             jobs = self.jobs
             if len(jobs) <= 1:
@@ -186,7 +204,7 @@ class Active:
             needed = self.next_need(ahead) + self.memory.all_pages(job.position, new) + rows
             if needed <= self.memory.limit:
                 return True
-            if not self.prefixes.drop_oldest():
+            if not self._compact() and not self.prefixes.drop_oldest():
                 return not len(self)
 
     def next_need(self, ahead: int = 1) -> int:
@@ -194,7 +212,8 @@ class Active:
         new = [(job.position, self._new(job, ahead)) for job in self.jobs]
         pages = sum(self.memory.new_pages(*each) for each in new)
         pages += len(self.drafting) * self.memory.one_page  # of a copy of the state, in place of one that both share
-        rows = self.memory.rows([length + more for length, more in new] + self.prefixes.lengths)
+        lengths = [length + more for length, more in new] + self.prefixes.lengths
+        rows = self.memory.rows(lengths + [0] * self.spare)
         return self.memory.pages + pages + rows
 
     def _new(self, job: Job, ahead: int) -> int:
@@ -211,7 +230,7 @@ class Active:
             rows = self.memory.rows([*self.lengths(), job.position])
             if self.memory.pages + rows <= self.memory.limit:
                 break
-            if not self.prefixes.drop_oldest():
+            if not self._compact() and not self.prefixes.drop_oldest():
                 return
         if job.state is not None:
             self.prefixes.add(digest, job.position, job.state)

@@ -125,6 +125,34 @@ def test_those_that_have_read_their_prompts_join_in_one_copy(name, lengths, chos
         assert request.result() == alone(model, [7] * length, 3, {"temperature": 0}, None)
 
 
+@pytest.mark.parametrize("name", ["mamba", "hybrid"])
+def test_who_leaves_is_replaced_by_the_last_and_spare_rows_go_where_room_is_wanted(name):
+    model = build(name)
+    worker = engine(model, share_prefixes=False, max_batch=8, chunk=64)
+    counts = [9, 3, 12, 5, 12, 12]
+    found = [worker.submit([i, 1], max_tokens=count, temperature=0) for i, count in enumerate(counts)]
+    active = worker._active
+    worker.step()
+    assert len(active.writing) == 6
+    where, row = active.batch.tensors()[0].data_ptr(), worker._memory.row
+    for order in ([0, 5, 2, 3, 4], [0, 5, 2, 4]):
+        for _ in range(2):
+            worker.step()
+        assert [found.index(job.request) for job in active.writing] == order
+        assert active.spare == 6 - len(order)
+    assert active.batch.tensors()[0].data_ptr() == where, "nobody's state has been copied but the last one's"
+    used = worker.nbytes
+    assert used == worker._memory.pages + 6 * row, "what is spare is in use"
+    worker._memory.limit = active.next_need() - 1
+    worker.step()
+    assert active.spare == worker.swaps == 0
+    assert worker.nbytes <= used - 2 * row + worker._memory.one_page * 4
+    worker.run()
+    assert worker.nbytes == 0
+    for i, (count, request) in enumerate(zip(counts, found, strict=True)):
+        assert request.tokens == alone(model, [i, 1], count, {"temperature": 0}, None)
+
+
 def test_a_shared_prefix_is_read_once(read):
     model = build("hybrid")
     worker, prefix = engine(model, chunk=16), [5, 6, 7, 8] * 12

@@ -11,7 +11,8 @@ import torch
 import ssmzoo
 from ssmzoo.cache import PagedCache
 from ssmzoo.cache.elastic import ElasticPages, elastic
-from ssmzoo.state import State
+from ssmzoo.mixers.mamba import MambaState
+from ssmzoo.state import State, closing
 
 SMALL = runpy.run_path(str(Path(__file__).with_name("small_mixers.py")))["SMALL"]
 VOCAB = 19
@@ -72,6 +73,44 @@ def test_rows_go_on_as_alone(name, in_pages):
             rows[row] = torch.cat([rows[row], new[i]])
             torch.testing.assert_close(out[i, 0], alone(model, rows[row]), rtol=1e-9, atol=1e-10)
     assert state.n_sequences == 2
+
+
+@pytest.mark.parametrize("in_pages", [False, True], ids=["as they are", "elastic"])
+@pytest.mark.parametrize("name", MIXERS)
+@torch.no_grad()
+def test_closing_up_is_a_selection_in_the_same_memory(name, in_pages):
+    model = build(name)
+    start = model.initial_state(1)
+    if in_pages:
+        with elastic(4, 10**6):
+            start = model.initial_state(1)
+    state = State.concatenate([model(tokens(1, length, seed=length), start.clone())[1] for length in (9, 3, 14, 5, 4)])
+    rows = closing([0, 2, 4])
+    assert rows == [0, 4, 2]
+    chosen = state.select(rows)
+    closed = state.closed_up(rows)
+    assert closed.n_sequences == 3
+    for step in range(3):
+        new = tokens(3, 1, seed=step)
+        expected, chosen = model(new, chosen)
+        found, closed = model(new, closed)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_the_last_rows_fill_the_gaps():
+    assert closing([]) == []
+    assert closing([3]) == [3]
+    assert closing([0, 1, 2]) == [0, 1, 2]
+    assert closing([1, 2, 5, 6]) == [6, 1, 2, 5]
+
+
+def test_memory_that_rows_share_is_not_written_to():
+    """Several rows that are one in memory, and numbers of a row that are."""
+    for held in (torch.arange(3.0)[:, None].expand(3, 4), torch.arange(4.0).expand(3, 4)):
+        before = held.clone()
+        closed = MambaState(held, held.clone()).closed_up([0, 2])
+        assert torch.equal(closed.conv, before[[0, 2]])
+        assert torch.equal(held, before)
 
 
 @pytest.mark.parametrize("name", MIXERS)

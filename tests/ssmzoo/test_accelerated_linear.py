@@ -28,6 +28,7 @@ OWN = nn.Linear.forward
 def made(monkeypatch):
     """The products that the native library makes, small ones too."""
     monkeypatch.setattr(products, "MATMUL", frozenset({native.library().isa}))
+    monkeypatch.setattr(products, "MATMUL_WITH_GRADIENTS", products.MATMUL)
     for bound in ("LARGE", "WORK", "WORK_WITH_GRADIENTS"):
         monkeypatch.setattr(products, bound, 0)
     calls, run = [], native.run

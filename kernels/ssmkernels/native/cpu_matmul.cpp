@@ -37,6 +37,7 @@ constexpr int64_t kBlock = 128;                         // columns of a task
 constexpr int64_t kDepth = 256;                         // rows of B at once
 constexpr int64_t kNear = 96;                           // rows of A that stay in a core's cache for all of a block's panels
 constexpr int64_t kAhead = 8;                           // rows that are asked for before they are copied
+constexpr int64_t kTogether = 8;                        // rows of a transposed A that are copied together
 constexpr int64_t kFew = 48;                            // rows, up to which C is computed transposed
 
 // Part of B, of which element (k, j) is p[k * row + j * column].
@@ -98,16 +99,27 @@ struct Task {
     int64_t rows, columns, inner;
 };
 
+// kRows numbers: those of float are read before any is written, so that the compiler takes several at once.
+template <class T>
+SSMZOO_INLINE void copy_row(S* to, const T* from) {
+    if constexpr (sizeof(T) == sizeof(S)) {
+        memcpy(to, from, sizeof(S) * kRows);
+    } else {
+        for (int64_t r = 0; r < kRows; ++r) to[r] = widen(from[r]);
+    }
+}
+
 // `rows` of A in strips of kRows, each k by k. Walks through A as it lies: by k, in the product for a weight's
-// gradient.
+// gradient, kTogether of them at a time: with single ones a strip's line would be written in pieces, and leave the
+// fastest cache in between, as strips lie a multiple of its size apart.
 template <class T>
 void copy_strips(S* to, Left<T> from, int64_t inner, int64_t rows) {
     const int64_t whole = from.row == 1 ? rows / kRows * kRows : 0;
-    for (int64_t k = 0; k < inner && whole; ++k) {
-        fetch(from.p + (k + kAhead) * from.column, whole, k + kAhead < inner);
+    for (int64_t k0 = 0; k0 < inner && whole; k0 += kTogether) {
+        const int64_t end = minimum(k0 + kTogether, inner);
+        for (int64_t k = k0; k < end; ++k) fetch(from.p + (k + kTogether) * from.column, whole, k + kTogether < inner);
         for (int64_t i = 0; i < whole; i += kRows)
-            for (int64_t r = 0; r < kRows; ++r)
-                to[i * inner + k * kRows + r] = widen(from.p[k * from.column + i + r]);
+            for (int64_t k = k0; k < end; ++k) copy_row(to + i * inner + k * kRows, from.p + k * from.column + i);
     }
     for (int64_t i = whole; i < rows; ++i)
         for (int64_t k = 0; k < inner; ++k)
@@ -210,10 +222,11 @@ int multiply_all(const MatmulArguments& a, Left<A> left, Right<B> right, bool tu
     const int64_t chunk = rows_of_task(rows, turned ? 2 * kNear : 4 * kNear, across, a.threads);
     const int64_t down = ceil_div(rows, chunk);
     // No more scratch memory than a small product needs: for much of it malloc asks the system.
-    const bool direct = !turned && columns % kPanel == 0 && sizeof(T) == sizeof(S);
+    const bool as_it_lies = !turned && sizeof(T) == sizeof(S);  // but for columns that fill no panel
     const int64_t wide = minimum(kBlock, ceil_div(columns, kPanel) * kPanel), depth = minimum(kDepth, a.inner);
     const int64_t near = reading(left) == Reading::in_place ? 0 : ceil_div(minimum(kNear, rows), kRows) * kRows;
-    const int64_t own_size = direct ? 0 : ceil_div(chunk, Lanes<S>::count) * Lanes<S>::count * wide;
+    const int64_t own_size =
+        as_it_lies && columns % kPanel == 0 ? 0 : ceil_div(chunk, Lanes<S>::count) * Lanes<S>::count * wide;
     const size_t bytes = sizeof(S) * static_cast<size_t>((wide + near) * depth + own_size);
     return parallel_for(down * across, a.threads, bytes, [&](int64_t number, char* scratch) {
         const int64_t i0 = number % down * chunk, j0 = number / down * kBlock;
@@ -222,6 +235,7 @@ int multiply_all(const MatmulArguments& a, Left<A> left, Right<B> right, bool tu
         S* panels = reinterpret_cast<S*>(scratch);
         S* strips = panels + wide * depth;
         S* own = strips + near * depth;
+        const bool direct = as_it_lies && t.columns % kPanel == 0;
         S* c = direct ? static_cast<S*>(a.c) + i0 * a.columns + j0 : own;
         const int64_t ldc = direct ? a.columns : wide;
         if (bias)

@@ -11,17 +11,16 @@ from torch import Tensor, nn
 
 from ssmkernels.core.validate import precision
 from ssmkernels.native.calls import Calls
-from ssmkernels.ops.decode_attention.token import attend
 from ssmzoo.cache import FEW, Cache, KVCache, Logits, PagedCache, append, borders, empty, newest, positions
 from ssmzoo.cache.hidden import HiddenCache, PagedHiddenCache
-from ssmzoo.linear import Linear, prepare_map
+from ssmzoo.linear import Linear
 from ssmzoo.mixers._alibi import alibi_slopes
 from ssmzoo.mixers._attention_options import check_hidden, heads, norms_of, rotary_dim
+from ssmzoo.mixers._attention_token import prepare_token
 from ssmzoo.mixers._convolution import convolve
 from ssmzoo.mixers._hidden_attention import HiddenAttention
-from ssmzoo.mixers._rope import frequencies, rotary_angles, rotate, scaling_of
+from ssmzoo.mixers._rope import rotary_angles, rotate, scaling_of
 from ssmzoo.mixers._unit_values import matrix_of, unit_values
-from ssmzoo.norm import prepare_norm
 from ssmzoo.registry import register_mixer
 from ssmzoo.state import State
 
@@ -234,42 +233,9 @@ class Attention(HiddenAttention):
         return self.out_proj(out.flatten(2)), state
 
     def prepare_step(self, calls: Calls, x: Tensor, state: Cache | ConvolvedState) -> Tensor | None:
-        scaling, turns = self.scaling, self.rope_dim is not None
-        if state.layout is None or (scaling is not None and (scaling.by_length or scaling.amplitude != 1)):
+        if isinstance(state, ConvolvedState) or state.layout is None:
             return None
-        q, k, v = (prepare_map(calls, module, x) for module in (self.q_proj, self.k_proj, self.v_proj))
-        if self.qk_norm == "whole":
-            q, k = prepare_norm(calls, self.q_norm, q), prepare_norm(calls, self.k_norm, k)
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
-        if self.qk_norm and self.qk_norm != "whole":
-            q, k = prepare_norm(calls, self.q_norm, q), prepare_norm(calls, self.k_norm, k)
-        frequency = frequencies(self.rope_dim, self.rope_base, precision(x), x.device) if turns else None
-        if frequency is not None and scaling is not None:
-            frequency = scaling.scale(frequency, self.rope_base, torch.zeros((), dtype=torch.int32))
-        logits, wide = self.logits, precision(x)
-        sinks = logits.sinks
-        if sinks is not None and sinks.dtype != wide:
-            sinks = calls.widened(sinks)
-        out = attend(
-            calls,
-            q,
-            k,
-            v,
-            frequency=frequency,
-            left=-1 if logits.window is None else logits.window[0],
-            scale=logits.scale,
-            softcap=logits.softcap,
-            slopes=None if logits.alibi_slopes is None else logits.alibi_slopes.to(wide),
-            sinks=sinks,
-        )
-        if self.gate_proj is not None:
-            gate = prepare_map(calls, self.gate_proj, x)
-            if gate.shape[1] == self.n_heads:  # one for all channels of a head
-                gates = calls.activated(gate, "sigmoid").view(-1, 1)
-                out = calls.activated(out.flatten(0, 1), factor=gates).view_as(out)
-            else:
-                out = calls.activated(gate, "sigmoid", factor=out.flatten(1))
-        return prepare_map(calls, self.out_proj, out.flatten(1))
+        return prepare_token(self, calls, x)
 
     def matrix(self, x: Tensor) -> Tensor:
         q, k, _, _ = self._project(x, positions(x, None, None), None, None)

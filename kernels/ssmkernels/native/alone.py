@@ -43,4 +43,4 @@ def _teller() -> Callable[[int], int] | None:
     if handle is None or not handle.ssmzoo_openmp():
         return None
     handle.ssmzoo_set_threads.argtypes, handle.ssmzoo_set_threads.restype = [ctypes.c_int], ctypes.c_int
-    return handle.ssmzoo_set_threads  # type: ignore[no-any-return]
+    return handle.ssmzoo_set_threads

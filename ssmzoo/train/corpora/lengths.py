@@ -7,6 +7,8 @@ number of lengths, so the number has to be one that the page's header allows (pa
 
 from __future__ import annotations
 
+from ssmzoo.train.corpora.pages import Damaged
+
 DELTA_LENGTH, DELTA_BYTES = 6, 7
 BLOCK, MINIBLOCK = 128, 32  # values of a block and of a part of it are multiples of these
 WIDEST = 64  # bits of a difference
@@ -21,7 +23,7 @@ def check_lengths(content: memoryview, encoding: int, values: int) -> None:
         values: of the page, by its header.
 
     Raises:
-        ValueError: it says that it has more, or it is damaged.
+        Damaged: it says that it has more, or it is damaged.
     """
     if not len(content):  # of nulls alone
         return
@@ -30,7 +32,7 @@ def check_lengths(content: memoryview, encoding: int, values: int) -> None:
         if encoding == DELTA_BYTES:
             _passed(content, after, values, False)
     except IndexError:
-        raise ValueError("a page ends amid its lengths") from None
+        raise Damaged("a page ends amid its lengths") from None
 
 
 def _passed(content: memoryview, at: int, values: int, on: bool) -> int:
@@ -40,9 +42,9 @@ def _passed(content: memoryview, at: int, values: int, on: bool) -> int:
     count, at = _varint(content, at)
     _, at = _varint(content, at)  # the first length
     if block == 0 or block % BLOCK or not 0 < parts <= block // MINIBLOCK or block // parts % MINIBLOCK:
-        raise ValueError(f"a page has lengths in blocks of {block}, of {parts} parts")
+        raise Damaged(f"a page has lengths in blocks of {block}, of {parts} parts")
     if count > values:
-        raise ValueError(f"a page of {values} values has {count} lengths")
+        raise Damaged(f"a page of {values} values has {count} lengths")
     left, each = count - 1, block // parts
     while on and left > 0:
         _, at = _varint(content, at)  # the least difference
@@ -53,7 +55,7 @@ def _passed(content: memoryview, at: int, values: int, on: bool) -> int:
             if left <= 0:
                 break
             if width > WIDEST:
-                raise ValueError(f"a page has differences of {width} bits")
+                raise Damaged(f"a page has differences of {width} bits")
             at, left = at + width * each // 8, left - each
     return at
 
@@ -67,4 +69,4 @@ def _varint(content: memoryview, at: int) -> tuple[int, int]:
         if content[at - 1] < 128:
             return number, at
         if shift > 63:
-            raise ValueError("a page has a length of more than 64 bits")
+            raise Damaged("a page has a length of more than 64 bits")

@@ -25,6 +25,10 @@ VALUES, ENCODING, ENCODING_2, LEVELS, IS_PACKED = 1, 2, 4, (5, 6), 7
 STOP, TRUE, FALSE, BYTE, I16, I32, I64, DOUBLE, BINARY, LIST, SET, MAP, STRUCT = range(13)
 
 
+class Damaged(Exception):
+    """Why a column cannot be read: a reason, which the error about the file puts in."""
+
+
 class Page(NamedTuple):
     """A page, by its header.
 
@@ -52,17 +56,17 @@ def pages(path: Path, start: int, stop: int) -> Iterator[Page]:
     """The pages that lie between two places in a file.
 
     Raises:
-        ValueError: one has no header that can be read, or is longer than the space there is.
+        Damaged: one has no header that can be read, or is longer than the space there is.
     """
     with path.open("rb") as file:
         while start < stop:
             header, length = _header(file, start)
             unpacked, packed, kind = (_number(header, field, -1) for field in (UNPACKED, PACKED, KIND))
             if unpacked < 0 or packed < 0:
-                raise ValueError(f"the page at byte {start} does not tell its size")
+                raise Damaged(f"the page at byte {start} does not tell its size")
             place, start = start + length, start + length + packed
             if start > stop:
-                raise ValueError(f"the page that ends at byte {start} leaves its column, which ends at byte {stop}")
+                raise Damaged(f"the page that ends at byte {start} leaves its column, which ends at byte {stop}")
             second = kind == DATA_PAGE_2
             told = header.get(DICTIONARY if kind == DICTIONARY_PAGE else DATA_2 if second else DATA)
             told = told if isinstance(told, dict) else {}
@@ -87,7 +91,7 @@ def _header(file: BinaryIO, place: int) -> tuple[dict[int, Any], int]:
         except (IndexError, struct.error):  # it goes on after the window
             if len(content) < window:
                 break
-    raise ValueError(f"the page at byte {place} has no header")
+    raise Damaged(f"the page at byte {place} has no header")
 
 
 class _Compact:
@@ -106,7 +110,7 @@ class _Compact:
 
     def _struct(self, found: dict[int, Any], depth: int) -> dict[int, Any]:
         if depth > DEEPEST:
-            raise ValueError(f"a page's header has structs in more than {DEEPEST} others")
+            raise Damaged(f"a page's header has structs in more than {DEEPEST} others")
         field = 0
         while (first := self._byte()) & 15 != STOP:
             field = field + (first >> 4) if first >> 4 else self._number()
@@ -145,7 +149,7 @@ class _Compact:
         elif kind == STRUCT:
             self._struct({}, depth + 1)
         else:
-            raise ValueError(f"a page's header has a value of the unknown type {kind}")
+            raise Damaged(f"a page's header has a value of the unknown type {kind}")
 
     def _byte(self) -> int:
         self._at += 1
@@ -165,7 +169,7 @@ class _Compact:
             if byte < 128:
                 return number
             if shift > 63:
-                raise ValueError("a page's header has a number of more than 64 bits")
+                raise Damaged("a page's header has a number of more than 64 bits")
 
     def _number(self) -> int:
         """A signed one."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ssmzoo.train.corpora.lengths import DELTA_BYTES, DELTA_LENGTH, check_lengths
-from ssmzoo.train.corpora.pages import DICTIONARY_PAGE, Page, pages
+from ssmzoo.train.corpora.pages import DICTIONARY_PAGE, Damaged, Page, pages
 
 ROWS, ROOM = 64, 2**26  # of Parquet, read at once, and the bytes that they may have at most
 POINTER, LENGTH = 16, 4  # bytes that PyArrow keeps for a value of a dictionary, and for a length
@@ -28,7 +28,7 @@ def rows_at_once(path: Path, file: Any, group: int, key: str, longest: int) -> i
         longest: bytes that a page may have.
 
     Raises:
-        ValueError: a page or a dictionary takes more memory than that, or the column lies outside of the file.
+        Damaged: a page or a dictionary takes more memory than that, or the column lies outside of the file.
     """
     names = [file.schema.column(i).path for i in range(len(file.schema))]
     column = file.metadata.row_group(group).column(names.index(key))
@@ -37,14 +37,14 @@ def rows_at_once(path: Path, file: Any, group: int, key: str, longest: int) -> i
         start = column.dictionary_page_offset
     stop, size = start + column.total_compressed_size, path.stat().st_size
     if not 0 < start <= stop <= size:
-        raise ValueError(f"the column's bytes {start} to {stop} are not in a file of {size} bytes")
+        raise Damaged(f"the column's bytes {start} to {stop} are not in a file of {size} bytes")
     largest = 1
     for page in pages(path, start, stop):
         is_dictionary, is_delta = page.kind == DICTIONARY_PAGE, page.encoding in (DELTA_LENGTH, DELTA_BYTES)
         kept = page.values * (POINTER * is_dictionary + LENGTH * is_delta)
         if max(page.size, kept) > longest:
             what = "a dictionary" if is_dictionary else "a page"
-            raise ValueError(f"{what} has {page.size} bytes and {page.values} values, more than fit")
+            raise Damaged(f"{what} has {page.size} bytes and {page.values} values, more than fit")
         if is_delta and not is_dictionary:
             nulls = file.schema.column(names.index(key)).max_definition_level > 0
             check_lengths(_content(path, page, column.compression, nulls), page.encoding, page.values)
@@ -61,7 +61,7 @@ def _content(path: Path, page: Page, codec: str, nulls: bool) -> memoryview:
         content = file.read(page.packed)
     levels = page.levels or 0
     if not 0 <= levels <= min(page.size, page.packed):
-        raise ValueError(f"a page of {page.size} bytes has {levels} of levels")
+        raise Damaged(f"a page of {page.size} bytes has {levels} of levels")
     content = content[levels:]
     if codec != "UNCOMPRESSED" and page.is_packed:
         content = pyarrow.decompress(content, page.size - levels, CODECS.get(codec, codec.lower()), asbytes=True)

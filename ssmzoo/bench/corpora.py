@@ -158,8 +158,9 @@ def _row(contest: Contest, who: str, role: Role, seconds: Sequence[float], plan:
 
 def _beside(row: Measurement, limit: float, what: str, ours: float, tokens: int) -> Measurement:
     median = row.median or 0.0
-    ratios = {"of_limit": median / limit, "of_ours": median / ours}
-    return dataclasses.replace(row, limit=limit, limited_by=what, tokens_per_second=tokens / median, **ratios)
+    rate = tokens / median
+    row = dataclasses.replace(row, limit=limit, limited_by=what, tokens_per_second=rate)
+    return dataclasses.replace(row, of_limit=median / limit, of_ours=median / ours)
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ssmkernels import native
 from ssmkernels.core.memory import large_pages
 from ssmkernels.native import missing, wrong_device
-from ssmkernels.native.kept import kept_row
+from ssmkernels.native.kept import kept_row, room_for_starts
 from ssmkernels.ops.linear_attention.cpu_arguments import chunks, values
 from ssmkernels.ops.linear_attention.cpu_backward import backward
 
@@ -35,6 +35,5 @@ def forward(a: Any, save: bool) -> tuple[Tensor, Tensor, Tensor]:
 def empty(a: Any, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     o, final_state = a.declared.outputs(a)
     row, dtype = kept_row(a.v.shape[3], a.q)
-    # Packed, some chunks belong to no sequence
-    starts = a.q.new_zeros if save and a.cu_seqlens is not None else a.q.new_empty
-    return o, final_state, starts((chunks(a) if save else 0, *final_state.shape[1:3], row), dtype=dtype)
+    shape = (chunks(a) if save else 0, *final_state.shape[1:3], row)
+    return o, final_state, room_for_starts(a.q, a.cu_seqlens, shape, dtype)

@@ -9,6 +9,7 @@ from torch import Tensor
 from ssmkernels import native
 from ssmkernels.core.validate import precision
 from ssmkernels.native import fields_of, plain, rows
+from ssmkernels.native.kept import kept_starts
 from ssmkernels.ops.linear_attention.reference import scale_of
 
 CHUNK = 64  # tokens: a tile's states then stay in a core's first cache
@@ -22,11 +23,8 @@ def chunk_length(a: Any) -> int:
 
 
 def chunks(a: Any) -> Any:
-    """How many states are saved. Packed, sequence i's start at number cu_seqlens[i] // chunk + i."""
-    tokens, (batch, length) = chunk_length(a), a.q.shape[:2]
-    if a.cu_seqlens is None:
-        return batch * -(-length // tokens)
-    return length // tokens + a.cu_seqlens.shape[0] - 1
+    """How many states are saved."""
+    return kept_starts(a.q, a.cu_seqlens, chunk_length(a))
 
 
 def kinds(log_decay: Tensor | None, batch_axes: int) -> dict[str, int]:

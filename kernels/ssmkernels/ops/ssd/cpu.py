@@ -10,6 +10,7 @@ from ssmkernels import native
 from ssmkernels.core.memory import large_pages
 from ssmkernels.core.validate import precision
 from ssmkernels.native import missing, wrong_device
+from ssmkernels.native.kept import room_for_starts
 from ssmkernels.ops.ssd.cpu_arguments import segments, values
 from ssmkernels.ops.ssd.cpu_backward import backward
 
@@ -34,8 +35,5 @@ def forward(a: Any, save: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 def empty(a: Any, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     y, final_state = a.declared.outputs(a)
-    _, _, heads, p = a.x.shape
-    shape = (segments(a) if save else 0, heads, a.B.shape[3], p)
-    # Packed, some segments belong to no sequence
-    starts = a.x.new_zeros if save and a.cu_seqlens is not None else a.x.new_empty
-    return y, final_state, starts(shape, dtype=precision(a.x))
+    shape = (segments(a) if save else 0, a.x.shape[2], a.B.shape[3], a.x.shape[3])
+    return y, final_state, room_for_starts(a.x, a.cu_seqlens, shape, precision(a.x))

@@ -9,6 +9,7 @@ from torch import Tensor
 from ssmkernels import native
 from ssmkernels.core.validate import precision
 from ssmkernels.native import fields_of, plain, rows, turned
+from ssmkernels.native.kept import kept_starts
 
 CHUNK = 64  # tokens: a head's matrices then stay in a core's own cache
 LONGEST = 256
@@ -22,11 +23,8 @@ def chunk_length(a: Any) -> int:
 
 
 def segments(a: Any) -> Any:
-    """How many states are saved. Packed, sequence i's start at number cu_seqlens[i] // tokens + i."""
-    tokens, (batch, length) = chunk_length(a) * SEGMENT, a.x.shape[:2]
-    if a.cu_seqlens is None:
-        return batch * -(-length // tokens)
-    return length // tokens + a.cu_seqlens.shape[0] - 1
+    """How many states are saved."""
+    return kept_starts(a.x, a.cu_seqlens, chunk_length(a) * SEGMENT)
 
 
 def side_by_side(x: Tensor) -> Tensor:

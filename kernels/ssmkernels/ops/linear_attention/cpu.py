@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-from torch import Tensor
-
-from ssmkernels import native
-from ssmkernels.core.memory import large_pages
 from ssmkernels.native import missing, wrong_device
-from ssmkernels.native.kept import kept_row, room_for_starts
+from ssmkernels.native.kept import Results, filled, kept_row, room_for_starts
 from ssmkernels.ops.linear_attention.cpu_arguments import chunks, values
 from ssmkernels.ops.linear_attention.cpu_backward import backward
 
@@ -23,16 +20,11 @@ def unsupported(a: Any) -> str | None:
     return wrong_device(a) or ("no heads or channels" if 0 in sizes else None)
 
 
-def forward(a: Any, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    o, final_state, starts = empty(a, save)
-    large_pages(o, starts)
-    fields, _kept = values(a, starts if save else None)
-    fields |= {"o": o.data_ptr(), "final_state": final_state.data_ptr()}
-    native.run("linear_attention", fields)
-    return o, final_state, starts
+def forward(a: Any, save: bool) -> Results:
+    return filled("linear_attention", "o", empty(a, save), functools.partial(values, a), save)
 
 
-def empty(a: Any, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+def empty(a: Any, save: bool) -> Results:
     o, final_state = a.declared.outputs(a)
     row, dtype = kept_row(a.v.shape[3], a.q)
     shape = (chunks(a) if save else 0, *final_state.shape[1:3], row)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-from torch import Tensor
-
-from ssmkernels import native
-from ssmkernels.core.memory import large_pages
 from ssmkernels.core.validate import precision
 from ssmkernels.native import missing, wrong_device
-from ssmkernels.native.kept import room_for_starts
+from ssmkernels.native.kept import Results, filled, room_for_starts
 from ssmkernels.ops.ssd.cpu_arguments import segments, values
 from ssmkernels.ops.ssd.cpu_backward import backward
 
@@ -24,16 +21,11 @@ def unsupported(a: Any) -> str | None:
     return wrong_device(a) or ("no heads, channels or states" if 0 in sizes else None)
 
 
-def forward(a: Any, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    y, final_state, starts = empty(a, save)
-    large_pages(y, starts)
-    fields, _kept = values(a, starts if save else None)
-    fields |= {"y": y.data_ptr(), "final_state": final_state.data_ptr()}
-    native.run("ssd", fields)
-    return y, final_state, starts
+def forward(a: Any, save: bool) -> Results:
+    return filled("ssd", "y", empty(a, save), functools.partial(values, a), save)
 
 
-def empty(a: Any, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+def empty(a: Any, save: bool) -> Results:
     y, final_state = a.declared.outputs(a)
     shape = (segments(a) if save else 0, a.x.shape[2], a.B.shape[3], a.x.shape[3])
     return y, final_state, room_for_starts(a.x, a.cu_seqlens, shape, precision(a.x))

@@ -48,7 +48,7 @@ def _answers(waiting: Mapping[Any, tuple[int, Any]], ranks: int) -> dict[int, An
     """What those ranks return that are the next to do so."""
     found = {}
     ready: Any = wait(list(waiting))
-    for connection in ready:
+    for connection in sorted(ready, key=lambda one: waiting[one][1].exitcode or 0):  # who was killed before who lost it
         rank, process = waiting[connection]
         try:
             value, error = connection.recv()

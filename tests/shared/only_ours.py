@@ -32,7 +32,6 @@ def only_ours(family):
         patch.setattr(norms, "FEW", 0)
         patch.setattr(attentions, "FEW", 0)
         patch.setattr(products, "MATMUL", frozenset({native.library().isa}))
-        patch.setattr(products, "MATMUL_WITH_GRADIENTS", products.MATMUL)
         for bound in ("LARGE", "WORK", "WORK_WITH_GRADIENTS"):
             patch.setattr(products, bound, 0)
         ours = {row.function for row in running.rows if not row.why}

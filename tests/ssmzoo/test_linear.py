@@ -45,7 +45,6 @@ def calls(monkeypatch):
 def every_set(monkeypatch):
     """The native product of several rows on this machine's instruction set, whichever that is."""
     monkeypatch.setattr(products, "MATMUL", EVERY_SET)
-    monkeypatch.setattr(products, "MATMUL_WITH_GRADIENTS", EVERY_SET)
 
 
 @torch.no_grad()
@@ -294,19 +293,6 @@ class TestGradients:
         for f, e in zip(found, expected, strict=True):
             assert f.shape == e.shape
             torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-3)
-
-    @NEEDS_NATIVE
-    @pytest.mark.parametrize("measured", [True, False])
-    def test_a_set_may_be_measured_for_them_alone(self, measured, calls, monkeypatch):
-        monkeypatch.setattr(products, "MATMUL", frozenset())
-        monkeypatch.setattr(products, "MATMUL_WITH_GRADIENTS", EVERY_SET if measured else frozenset())
-        inputs = self.inputs("x", "weight", "bias")
-        linear(*inputs).sum().backward()
-        assert calls == ["matmul"] * 3 * measured
-        calls.clear()
-        with torch.no_grad():
-            linear(*inputs)
-        assert calls == ["onednn"]
 
     @NEEDS_NATIVE
     def test_a_gradient_that_lies_otherwise(self, every_set):

@@ -22,7 +22,6 @@ WAYS = {"the native product": EVERY_SET, "oneDNN": frozenset()}
 def way(request, monkeypatch):
     """Whichever takes several rows on some machine."""
     monkeypatch.setattr(products, "MATMUL", WAYS[request.param])
-    monkeypatch.setattr(products, "MATMUL_WITH_GRADIENTS", WAYS[request.param])
 
 
 def given(shape=(9, IN)):

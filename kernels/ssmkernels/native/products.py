@@ -19,10 +19,8 @@ WORK = 2**23  # multiply-adds from which it is, too
 WORK_WITH_GRADIENTS = 2**26  # likewise where autograd has to be told
 NARROW = 256  # columns up to which numbers in half precision are converted anew for each block of them (cpu_matmul.cpp)
 
-# Instruction sets for which the native product of several rows is no slower than PyTorch's libraries, as measured:
-# without gradients, for which there is oneDNN's, and with them, for which there is none.
+# Instruction sets for which the native product of several rows is no slower than PyTorch's libraries, as measured.
 MATMUL = frozenset({"avx2", "avxvnni"})
-MATMUL_WITH_GRADIENTS = MATMUL | {"avx512", "avx512vnni"}
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -31,10 +29,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     PyTorch sends float32 products to whichever BLAS it was built with, whose threads wait for one another. Large
     float32 products on a CPU go to the native library, whose threads a busy machine does not hold up: those of one
     row, or of a token of each of at most :data:`ssmkernels.native.FEW` sequences ``(b, 1, in)``, on all instruction
-    sets, and those of several rows on the sets in :data:`MATMUL`, or where there are gradients, with these, on the
-    sets in :data:`MATMUL_WITH_GRADIENTS`. Either way gives a row the same bits whatever the other rows are, so a
-    sequence is read and continued as it would be alone. On other sets products without gradients go to oneDNN, unless
-    ``torch.backends.mkldnn.enabled = False``.
+    sets, and those of several rows, with their gradients, on the sets in :data:`MATMUL`. Either way gives a row the
+    same bits whatever the other rows are, so a sequence is read and continued as it would be alone. On other sets
+    products without gradients go to oneDNN, unless ``torch.backends.mkldnn.enabled = False``.
     """
     if _large(x, weight) and _plain(x, weight, bias):
         rows = x.numel() // x.shape[-1]
@@ -52,7 +49,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             rows > 1
             and x.numel() * weight.shape[0] >= WORK_WITH_GRADIENTS
             and _native(weight)
-            and native.library().isa in MATMUL_WITH_GRADIENTS
+            and native.library().isa in MATMUL
         ):
             return _Linear.apply(x, weight, bias)
     return F.linear(x, weight, bias)

@@ -1,8 +1,10 @@
 """The linear maps of accelerated families, by the fastest product that there is for their size.
 
 Such a map is a plain ``nn.Linear`` that any model may share, so its class has one forward for everybody, which looks
-whether a layer or model of an accelerated family is running. Outside of those it is PyTorch's own product. What is
-taken back is only what was put there: :func:`restore_forward`.
+whether a layer or model of an accelerated family is running. Outside of those it is PyTorch's own product, and so it
+is where there may be gradients: a step of training goes back and forth between products and PyTorch's operations, whose
+threads spin on for a while on the cores that the native library's want then. What is taken back is only what was put
+there: :func:`restore_forward`.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ def owners_of(module: ModuleType) -> list[str]:
 
 @functools.wraps(_own)
 def _forward(self: nn.Linear, input: Tensor) -> Tensor:
-    if not torch.compiler.is_compiling() and _running.get():
+    if not torch.compiler.is_compiling() and not torch.is_grad_enabled() and _running.get():
         return linear(input, self.weight, self.bias)
     return F.linear(input, self.weight, self.bias)
 

@@ -252,6 +252,7 @@ int multiply_all(const MatmulArguments& a, Left<A> left, Right<B> right, bool tu
 
 template <class T>
 int matmul(const MatmulArguments& a) {
+    if (a.rows == 0 || a.columns == 0) return 0;
     if (a.inner == 0 && !a.bias) {
         memset(a.c, 0, sizeof(T) * static_cast<size_t>(a.rows * a.columns));
         return 0;

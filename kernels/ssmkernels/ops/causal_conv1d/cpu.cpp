@@ -45,7 +45,7 @@ template <class T, int w>
 void conv_stream(const ConvArguments& a, const Block& b, int64_t first, char* scratch) {
     typedef typename Sum<T>::type S;
     using V = typename Lanes<S>::V;
-    constexpr int lanes = Lanes<S>::count, side = 4;  // vectors side by side
+    constexpr int lanes = Lanes<S>::count, side = SSMZOO_VECTOR_BYTES == 32 ? 2 : 4;  // vectors side by side
     static_assert(kTile % (side * lanes) == 0, "vectors fill a tile");
     S* before = reinterpret_cast<S*>(scratch);
     S* weight = before + (w - 1) * kTile;

@@ -63,19 +63,11 @@ class Attended:
     def __init__(self, first: int, q: Tensor, v_size: int, left: int):
         self.dtype, self.left = q.dtype, left
         self.work = q.shape[0] * q.shape[1] * (q.shape[2] + v_size)  # multiply-adds for each key
-        placed: tuple[str, ...] = ("positions", "places", "y", "table", "page_size")
-        placed += ("y_page", "y_position", "y_head", "table_row", "table_block")
-        seen: tuple[str, ...] = (
-            "k",
-            "v",
-            "lengths",
-            "block_table",
-            "page_size",
-            "threads",
-            "table_sequence",
-            "table_block",
-        )
-        seen += tuple(f"{x}_{axis}" for x in "kv" for axis in ("page", "position", "head"))
+        axes = ("page", "position", "head")
+        placed = ["positions", "places", "y", "table", "page_size", *(f"y_{axis}" for axis in axes)]
+        placed += ["table_row", "table_block"]
+        seen = ["k", "v", "lengths", "block_table", "page_size", "threads", "table_sequence", "table_block"]
+        seen += [f"{x}_{axis}" for x in "kv" for axis in axes]
         self.fields: Sequence[tuple[int, str]] = (
             (first, "positions"),
             *((first + i, name) for i in (1, 2) for name in placed),

@@ -218,7 +218,6 @@ template <class T, class A, class B>
 int multiply_all(const MatmulArguments& a, Left<A> left, Right<B> right, bool turned) {
     const S* bias = static_cast<const S*>(a.bias);
     const int64_t rows = turned ? a.columns : a.rows, columns = turned ? a.rows : a.columns;
-    if (rows == 0 || columns == 0) return 0;
     const int64_t across = ceil_div(columns, kBlock);
     const int64_t chunk = rows_of_task(rows, turned ? 2 * kNear : 4 * kNear, across, a.threads);
     const int64_t down = ceil_div(rows, chunk);

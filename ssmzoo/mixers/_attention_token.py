@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -11,14 +9,12 @@ from ssmkernels.core.validate import precision
 from ssmkernels.native.calls import Calls
 from ssmkernels.ops.decode_attention.token import attend
 from ssmzoo.linear import prepare_map
+from ssmzoo.mixers._hidden_attention import HiddenAttention
 from ssmzoo.mixers._rope import frequencies
 from ssmzoo.norm import prepare_norm
 
-if TYPE_CHECKING:
-    from ssmzoo.mixers.attention import Attention
 
-
-def prepare_token(mixer: Attention, calls: Calls, x: Tensor) -> Tensor | None:
+def prepare_token(mixer: HiddenAttention, calls: Calls, x: Tensor) -> Tensor | None:
     """Adds the calls for one token of each sequence, x ``(b, d_model)`` → ``(b, d_model)``.
 
     Returns:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssmzoo.cache import FEW, Cache, Logits, append
 from ssmzoo.cache.hidden import fold, unfold
 from ssmzoo.linear import Linear, is_plain
 from ssmzoo.mixer import Mixer
+from ssmzoo.mixers._rope import Scaling
 
 
 class HiddenAttention(Mixer):
@@ -17,9 +18,22 @@ class HiddenAttention(Mixer):
     n_heads: int
     n_kv_heads: int
     window: int | None
+    rope_dim: int | None
+    rope_base: float
+    scaling: Scaling | None
+    qk_norm: bool | str
+    q_norm: nn.Module | None
+    k_norm: nn.Module | None
     q_proj: Linear
     k_proj: Linear
     v_proj: Linear
+    out_proj: Linear
+    gate_proj: Linear | None
+
+    @property
+    def logits(self) -> Logits:
+        """What the ops are told beside queries, keys and values."""
+        raise NotImplementedError
 
     @property
     def folds_up_to(self) -> float:

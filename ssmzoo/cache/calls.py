@@ -67,7 +67,11 @@ def append(cache: Cache, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, querie
         k, v: of the new tokens, ``(b, l, h_kv, k)`` and ``(b, l, h_kv, v)``.
         cu_seqlens: their borders, or None.
         queries: what will meet the cache: their gradients need it as it is then.
+
+    Raises:
+        ValueError: the cache is one of other heads.
     """
+    cache.check_heads(k, v)
     over = current()
     if over is not None:  # a cache holds whole sequences
         k, v, cu_seqlens = over.whole(k), over.whole(v), over.whole_cu_seqlens

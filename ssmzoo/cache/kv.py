@@ -68,15 +68,20 @@ class KVCache(TokenCache):
         self.longest += l
 
     @property
+    def heads(self) -> tuple[torch.Size, torch.Size]:
+        return self.keys.shape[2:], self.values.shape[2:]
+
+    @property
     def layout(self) -> tuple[object, ...] | None:
-        return laid_out(self, self.keys, self.values) if type(self) is KVCache else None
+        return laid_out(self, self.keys, self.values, len(self.keys)) if type(self) is KVCache else None
 
     def take_token(self, dtype: torch.dtype) -> Place:
         self._make_room(self.longest + 1, dtype, False)
         positions, before = self.lengths, self.held
-        if int(before.max()) > self.longest:
+        low, high = before.aminmax()
+        if int(high) > self.longest or int(low) < 0:
             raise ValueError(
-                f"KVCache: `lengths` must be at most {self.longest} beyond `starts`, as `longest` says; got {before}"
+                f"KVCache: `lengths` must be from 0 to {self.longest} beyond `starts`, as `longest` says; got {before}"
             )
         self.lengths = positions + 1
         self.longest += 1

@@ -164,8 +164,13 @@ class PagedCache(TokenCache):
         self.lengths = self.lengths + new
 
     @property
+    def heads(self) -> tuple[torch.Size, torch.Size]:
+        return self.pages.pool.keys.shape[2:], self.pages.pool.values.shape[2:]
+
+    @property
     def layout(self) -> tuple[object, ...] | None:
-        return laid_out(self, self.pages.pool.keys, self.pages.pool.values) if type(self) is PagedCache else None
+        pool, rows = self.pages.pool, len(self.counts)
+        return laid_out(self, pool.keys, pool.values, rows) if type(self) is PagedCache else None
 
     def take_token(self, dtype: torch.dtype) -> Place:
         before = torch.tensor(self.counts, dtype=torch.int32)

@@ -77,6 +77,21 @@ class TokenCache(State):
         raise NotImplementedError
 
     @property
+    def heads(self) -> tuple[torch.Size, torch.Size]:
+        """Heads and channels of each, of keys and of values."""
+        raise NotImplementedError
+
+    def check_heads(self, k: Tensor, v: Tensor) -> None:
+        """Raises ValueError where keys and values ``(…, h_kv, channels)`` of a layer are none for this cache."""
+        if (k.shape[-2:], v.shape[-2:]) != self.heads:
+            (h, k_size), v_size = k.shape[-2:], v.shape[-1]
+            (own_h, own_k), (_, own_v) = self.heads
+            raise ValueError(
+                f"{type(self).__name__}: `state` must have keys and values of {h} heads of {k_size} and {v_size} "
+                f"channels, as the layer has; got {own_h} of {own_k} and {own_v}"
+            )
+
+    @property
     def layout(self) -> tuple[object, ...] | None:
         """What stays as it is while tokens come, for a caller of :meth:`take_token`; None where there may be none."""
         return None
@@ -114,11 +129,26 @@ class TokenCache(State):
         return logits.decode(q, *self.cached(q, logits))
 
 
-def laid_out(cache: TokenCache, keys: Tensor, values: Tensor) -> tuple[object, ...] | None:
-    """The ``layout`` of a cache of these keys and values ``(…, h_kv, channels)``; None where channels lie apart."""
-    if any(x.stride(-1) != 1 < x.shape[-1] for x in (keys, values)):
+def laid_out(cache: TokenCache, keys: Tensor, values: Tensor, rows: int) -> tuple[object, ...] | None:
+    """The ``layout`` of a cache of so many sequences, with keys and values ``(…, h_kv, channels)``.
+
+    None where a native kernel cannot read it as it is: on another device, with channels or counts that lie apart, or
+    with tensors that do not belong together.
+    """
+    if keys.shape[:3] != values.shape[:3]:
         return None
-    return type(cache), keys.device, keys.shape[2:], values.shape[2:], cache.keep
+    for x in (keys, values):
+        if x.device.type != "cpu" or x.stride(-1) != 1 < x.shape[-1]:
+            return None
+    for counts in (cache.lengths, cache.starts):
+        if counts is not None and (
+            counts.dtype != torch.int32
+            or counts.device.type != "cpu"
+            or counts.shape != (rows,)
+            or not counts.is_contiguous()
+        ):
+            return None
+    return type(cache), rows, keys.shape[2:], values.shape[2:], cache.keep
 
 
 def owners(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:

@@ -110,6 +110,7 @@ def _facts(blocks: Sequence[Block], states: Sequence[State], x: Tensor) -> Facts
     tensors: list[Tensor] = []
     parts = [part for s in states for part in ((s.mixer, s.mlp) if isinstance(s, LayerState) else (s,))]
     for state in parts:
+        layout.append(type(state))
         if isinstance(state, TokenCache):  # where its memory lies is asked for at each token
             if (told := state.layout) is None:
                 return None

@@ -106,7 +106,12 @@ class Decoder:
         period.states[self] = [*states], tensors
 
     def prepare(self, blocks: Sequence[Block], states: Sequence[State], x: Tensor, tensors: tuple[Tensor, ...]) -> None:
-        """Makes the program for x ``(b 1 d_model)``, unless a layer is more than native calls."""
+        """Makes the program for x ``(b 1 d_model)``, unless a layer is more than native calls.
+
+        There is none for states that are not the layers' own, either: whoever calls those learns what is wrong.
+        """
+        if not all(_belongs(*each, len(x)) for each in zip(blocks, states, strict=True)):
+            return
         (inside,) = dtypes_of(blocks)  # of what the layers get and give; the stream may be wider
         self.stream = x.new_empty(x.shape[0], x.shape[2])
         self.normed, self.mixed = (torch.empty_like(self.stream, dtype=inside) for _ in range(2))
@@ -191,6 +196,15 @@ class Decoder:
 
 
 Family = OrderedDict[tuple[object, ...], Decoder]
+
+
+def _belongs(block: Block, state: State, rows: int) -> bool:
+    """Whether a layer's state is of its kind, and has so many sequences."""
+    before, shift = mixing(state), state.mlp if isinstance(state, LayerState) else None
+    if (shift is not None) != isinstance(block.mlp, ShiftingChannelMixer):
+        return False
+    held = [before] if shift is None else [before, shift]
+    return before.serves(block.mixer.state_class) and all(each.n_sequences == rows for each in held)
 
 
 def mixing(state: State) -> State:

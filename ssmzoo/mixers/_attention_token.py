@@ -8,17 +8,21 @@ from torch import Tensor
 from ssmkernels.core.validate import precision
 from ssmkernels.native.calls import Calls
 from ssmkernels.ops.decode_attention.token import attend
+from ssmzoo.cache import Cache
 from ssmzoo.linear import prepare_map
 from ssmzoo.mixers._hidden_attention import HiddenAttention
 from ssmzoo.mixers._rope import frequencies
 from ssmzoo.norm import prepare_norm
 
 
-def prepare_token(mixer: HiddenAttention, calls: Calls, x: Tensor) -> Tensor | None:
+def prepare_token(mixer: HiddenAttention, calls: Calls, x: Tensor, cache: Cache) -> Tensor | None:
     """Adds the calls for one token of each sequence, x ``(b, d_model)`` → ``(b, d_model)``.
 
     Returns:
         The result, or None where positions are scaled by the length, or with an amplitude.
+
+    Raises:
+        ValueError: the cache is one of other heads.
     """
     scaling, logits, wide = mixer.scaling, mixer.logits, precision(x)
     if scaling is not None and (scaling.by_length or scaling.amplitude != 1):
@@ -29,6 +33,7 @@ def prepare_token(mixer: HiddenAttention, calls: Calls, x: Tensor) -> Tensor | N
     q, k, v = (t.unflatten(-1, (-1, mixer.head_dim)) for t in (q, k, v))
     if mixer.qk_norm and mixer.qk_norm != "whole":
         q, k = prepare_norm(calls, mixer.q_norm, q), prepare_norm(calls, mixer.k_norm, k)
+    cache.check_heads(k, v)
     frequency = None
     if mixer.rope_dim is not None:
         frequency = frequencies(mixer.rope_dim, mixer.rope_base, wide, x.device)

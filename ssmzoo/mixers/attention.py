@@ -235,7 +235,7 @@ class Attention(HiddenAttention):
     def prepare_step(self, calls: Calls, x: Tensor, state: Cache | ConvolvedState) -> Tensor | None:
         if isinstance(state, ConvolvedState) or state.layout is None:
             return None
-        return prepare_token(self, calls, x)
+        return prepare_token(self, calls, x, state)
 
     def matrix(self, x: Tensor) -> Tensor:
         q, k, _, _ = self._project(x, positions(x, None, None), None, None)

@@ -172,7 +172,7 @@ def test_lengths_beyond_a_cache_are_refused(programs):
     count = len(programs)
     assert count
     state.layers[1].lengths += 1000
-    with pytest.raises(ValueError, match=r"KVCache: `lengths` must be at most 8 beyond `starts`"):
+    with pytest.raises(ValueError, match=r"KVCache: `lengths` must be from 0 to 8 beyond `starts`"):
         model(torch.ones(2, 1, dtype=torch.long), state)
     assert len(programs) == count
 

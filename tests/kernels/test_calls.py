@@ -12,6 +12,7 @@ import ssmkernels
 from ssmkernels import native
 from ssmkernels.native.calls import FUNCTIONS, Calls, NotPreparedError
 from ssmkernels.native.prepared import Program
+from ssmkernels.ops.decode_attention.token import attend
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason="needs the native CPU library")
 
@@ -180,3 +181,68 @@ def test_what_native_calls_cannot_do_is_not_prepared():
         with torch.no_grad(), pytest.raises(NotPreparedError):
             refused()
     assert not calls.made
+
+
+def into(calls, result):
+    calls.activated(torch.randn(2, 6))
+    try:
+        calls.into(result)
+    finally:
+        calls.made.clear()
+
+
+def test_shapes_that_do_not_fit_are_not_prepared():
+    """A fault: kernels read and wrote beyond the tensors, as they go by addresses."""
+    calls, x, heads, ones = Calls(), torch.randn(2, 6), torch.randn(2, 3, 4), torch.ones
+    positions = torch.zeros(2, dtype=torch.int32)
+    for refused in (
+        lambda: calls.linear(x, ones(5, 4)),
+        lambda: calls.linear(x, ones(5, 8)),
+        lambda: calls.linear(x, ones(5, 6), ones(1)),
+        lambda: calls.activated(x, bias=ones(1)),
+        lambda: calls.activated(x, bias=ones(3, 6)),
+        lambda: calls.activated(x, bias=ones(0, 6)),
+        lambda: calls.activated(x, bias=ones(1, 2, 6)),
+        lambda: calls.activated(x, factor=ones(2, 3)),
+        lambda: calls.activated(x, factor=ones(6)),
+        lambda: calls.activated(x, factor=ones(3, 1)),
+        lambda: calls.activated(x, addend=ones(1, 6)),
+        lambda: calls.activated(x, addend=ones(2, 1)),
+        lambda: calls.head_norm(heads, ones(4), eps=1.0),
+        lambda: calls.head_norm(heads, ones(12), ones(3), eps=1.0),
+        lambda: calls.head_sum(heads, ones(4)),
+        lambda: calls.rotary(heads, positions[:1], ones(2)),
+        lambda: calls.rotary(heads, positions, ones(3)),
+        lambda: into(calls, ones(2, 5)),
+        lambda: into(calls, ones(6)),
+        lambda: into(calls, ones(2, 6).double()),
+    ):
+        with torch.no_grad(), pytest.raises(NotPreparedError):
+            refused()
+    assert not calls.made
+
+
+def test_attention_of_shapes_that_do_not_fit_is_not_prepared():
+    q, kv = torch.randn(2, 4, 8), torch.randn(2, 2, 8)
+    fitting = {"q": q, "k": kv, "v": kv, "frequency": torch.ones(4), "slopes": torch.ones(4), "sinks": torch.ones(4)}
+    rest = {"left": -1, "scale": 1.0, "softcap": 0.0}
+    calls = Calls()
+    attend(calls, **fitting, **rest)
+    count = len(calls.made)
+    for change in (
+        {"q": torch.randn(2, 5, 8)},
+        {"q": torch.randn(2, 4, 6)},
+        {"k": torch.randn(2, 1, 8)},
+        {"k": torch.randn(1, 2, 8)},
+        {"v": torch.randn(2, 4, 8)},
+        {"v": torch.randn(2, 0, 8)},
+        {"frequency": torch.ones(5)},
+        {"frequency": torch.ones(1, 4)},
+        {"slopes": torch.ones(1)},
+        {"sinks": torch.ones(2, 2)},
+        {"scale": math.nan},
+        {"softcap": -1.0},
+    ):
+        with pytest.raises(NotPreparedError):
+            attend(calls, **fitting | rest | change)
+    assert len(calls.made) == count

@@ -1,6 +1,7 @@
-"""States that a model's native calls cannot run on: of other models, other sequences, or changed by hand.
+"""What a model's native calls cannot run on: states of other models, or changed by hand, and weights that do not fit.
 
-A fault: calls wrote past the end of a cache that had fewer heads, or fewer sequences, than the layer.
+A fault: calls wrote past the end of a cache that had fewer heads, or fewer sequences, than the layer; and they read and
+wrote beyond weights that had been replaced by smaller ones, where the layers raise an error.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 import ssmzoo
 from ssmkernels import native
 from ssmkernels.native.prepared import Program
+from ssmzoo.linear import Linear
 from ssmzoo.state import State
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason="needs the native CPU library")
@@ -155,3 +157,60 @@ def test_pages_of_several_pools_and_wide_caches_are_read_rightly(programs):
             (expected, _), (found, _) = called(model, state.to(dtype))
             torch.testing.assert_close(found, expected)
             assert len(programs) == count + 1
+
+
+def replaced(name, *shape):
+    """The change of a map of each layer for one of another shape, ``(inputs, outputs)``, or of a parameter."""
+
+    def change(model):
+        for layer in model.layers:
+            owner, _, last = name.rpartition(".")
+            new = (
+                Linear(*shape, bias=False)
+                if last.endswith(("proj", "fc1", "fc2"))
+                else torch.nn.Parameter(torch.ones(shape))
+            )
+            setattr(layer.get_submodule(owner), last, new)
+
+    return change
+
+
+def options(**values):
+    """The change of options of each layer's mixer."""
+
+    def change(model):
+        for layer in model.layers:
+            vars(layer.mixer).update(values)
+
+    return change
+
+
+MISFITS = [
+    replaced("mixer.q_proj", 16, 20),
+    replaced("mixer.q_proj", 16, 24),
+    replaced("mixer.q_proj", 12, 16),
+    replaced("mixer.q_proj", 32, 16),
+    replaced("mixer.out_proj", 32, 16),
+    replaced("mixer.out_proj", 16, 12),
+    replaced("mixer.sinks", 1),
+    replaced("mixer.gate_proj", 16, 2),
+    replaced("mixer.q_proj.bias", 8),
+    replaced("mlp.fc1", 12, 64),
+    replaced("mlp.fc2", 16, 16),
+    replaced("norm.weight", 1),
+    options(rope_dim=8),
+    options(scale=float("nan")),
+    options(softcap=-1.0),
+]
+
+
+@pytest.mark.parametrize("change", range(len(MISFITS)))
+def test_weights_that_do_not_fit_are_refused_as_by_the_layers(change, programs):
+    model = build(sinks=True, gate="headwise")
+    state, count = decoded(model), len(programs)
+    MISFITS[change](model)
+    for _ in range(2):
+        for logits, error in called(model, state):
+            assert logits is None
+            assert isinstance(error, RuntimeError | ValueError)
+    assert len(programs) == count

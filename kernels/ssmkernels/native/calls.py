@@ -59,6 +59,8 @@ class Calls:
 
     Arguments are weights, states, and earlier results, or views of them; they are read when the calls are made, so a
     number that is computed from a weight has to be a call too. What else differs from token to token is ``renewed``.
+
+    Kernels go by addresses, so that shapes are checked here: what does not fit is for the layers to say.
     """
 
     def __init__(self) -> None:
@@ -70,7 +72,14 @@ class Calls:
         return call.result
 
     def into(self, result: Tensor) -> None:
-        """Sends the last call's result into memory of the caller's."""
+        """Sends the last call's result into memory of the caller's.
+
+        Raises:
+            NotPreparedError: it has another shape or dtype.
+        """
+        made = self.made[-1].result
+        if (made.shape, made.dtype) != (result.shape, result.dtype):
+            raise NotPreparedError("into")
         self.made[-1] = self.made[-1].into(result)
 
     def op(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -101,12 +110,15 @@ class Calls:
         """x ``(b, in)``, weight ``(out, in)``, bias ``(out)`` → ``(b, out)``, all float32 or all float64.
 
         Raises:
-            NotPreparedError: other dtypes, more than ``native.FEW`` sequences, or tensors that are not contiguous.
+            NotPreparedError: other shapes or dtypes, more than ``native.FEW`` sequences, or tensors that are not
+                contiguous.
         """
         given = [t for t in (x, weight, bias) if t is not None]
-        (batch, size), (outputs, _) = x.shape, weight.shape
+        (batch, size), outputs = x.shape, len(weight)
         if (
             not _alike(given, SUMS)
+            or weight.shape != (outputs, size)
+            or (bias is not None and bias.shape != (outputs,))
             or not all(t.is_contiguous() for t in given)
             or not 0 < batch <= native.FEW
             or not size
@@ -144,9 +156,12 @@ class Calls:
         row i mod r.
 
         Raises:
-            NotPreparedError: a function that is not in ``FUNCTIONS``, several dtypes, or rows that are not contiguous.
+            NotPreparedError: a function that is not in ``FUNCTIONS``, other shapes, several dtypes, or rows that are
+                not contiguous.
         """
         given = [t for t in (x, bias, factor, addend) if t is not None]
+        if not (_met(x, bias) and _met(x, factor, one=True) and (addend is None or addend.shape == x.shape)):
+            raise NotPreparedError(f"activated {function}")
         if function not in FUNCTIONS or not _alike(given, REAL) or any(t.stride(-1) != 1 < t.shape[-1] for t in given):
             raise NotPreparedError(f"activated {function}")
         y = x.new_empty(x.shape)
@@ -183,7 +198,7 @@ class Calls:
         weight and bias are ``(h p)``; with ``centred`` the factor is 1 + weight.
 
         Raises:
-            NotPreparedError: several dtypes, or tensors that are not contiguous.
+            NotPreparedError: other shapes, several dtypes, or tensors that are not contiguous.
         """
         self._check_heads("head_norm", x, weight, bias)
         (rows, heads, p), y = x.shape, x.new_empty(x.shape[0], x.shape[1] * x.shape[2])
@@ -206,7 +221,7 @@ class Calls:
         """Σ x · weight over each head's channels: x ``(b, h, p)``, weight ``(h, p)`` → ``(b, h)``.
 
         Raises:
-            NotPreparedError: several dtypes, or tensors that are not contiguous.
+            NotPreparedError: other shapes, several dtypes, or tensors that are not contiguous.
         """
         self._check_heads("head_sum", x, weight)
         (rows, heads, p), y = x.shape, x.new_empty(x.shape[:2])
@@ -220,8 +235,10 @@ class Calls:
         stay.
 
         Raises:
-            NotPreparedError: other dtypes, or tensors that are not contiguous.
+            NotPreparedError: other shapes or dtypes, or tensors that are not contiguous.
         """
+        if positions.shape != x.shape[:1] or not turns(x, frequency):
+            raise NotPreparedError("rotary")
         given = (x.flatten(1), positions, frequency)
         dtypes = positions.dtype == torch.int32 and frequency.dtype == precision(x) and _alike([x], REAL)
         if not dtypes or any(t.stride(-1) != 1 < t.shape[-1] for t in given) or given[0].data_ptr() != x.data_ptr():
@@ -241,10 +258,26 @@ class Calls:
         values = {"counts": counts.data_ptr(), "rows": counts.shape[0]}
         return self.add(Prepared("count", values, (counts,), counts, output="counts"))
 
-    def _check_heads(self, name: str, *tensors: Tensor | None) -> None:
-        given = [t for t in tensors if t is not None]
-        if not _alike(given, REAL) or not all(t.is_contiguous() for t in given):
+    def _check_heads(self, name: str, x: Tensor, *weights: Tensor | None) -> None:
+        """x ``(b, h, p)``, and weights of as many numbers as a row of it has."""
+        given = [t for t in (x, *weights) if t is not None]
+        fit = all(len(x) * t.numel() == x.numel() for t in given[1:])
+        if not fit or not _alike(given, REAL) or not all(t.is_contiguous() for t in given):
             raise NotPreparedError(name)
+
+
+def turns(x: Tensor, frequency: Tensor) -> bool:
+    """Whether frequencies ``(r)`` are for channels that heads ``(b, h, k)`` have."""
+    return frequency.ndim == 1 and 2 * len(frequency) <= x.shape[2]
+
+
+def _met(x: Tensor, other: Tensor | None, one: bool = False) -> bool:
+    """Whether rows of x ``(b, c)`` meet those of the other, ``(c)`` or ``(r, c)``, or with ``one`` ``(r, 1)``."""
+    if other is None:
+        return True
+    channels = other.shape[-1] == x.shape[1] or (one and other.shape[-1] == 1)
+    rows = other.ndim == 2 and len(other) > 0 and len(x) % len(other) == 0
+    return channels and (rows or (other.ndim == 1 and not one))
 
 
 def placing(x: Tensor, frequency: Tensor | None) -> dict[str, float]:

@@ -5,6 +5,7 @@ Where the cache lies, and how far it is filled, is another matter at each token,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ssmkernels import native
 from ssmkernels.core.validate import REAL, precision
-from ssmkernels.native.calls import Calls, NotPreparedError, placing
+from ssmkernels.native.calls import Calls, NotPreparedError, placing, turns
 from ssmkernels.native.prepared import Prepared
 from ssmkernels.ops.decode_attention.cpu import steps
 
@@ -123,7 +124,7 @@ def attend(
         slopes, sinks: ``(h)``, in the precision of sums, or None.
 
     Raises:
-        NotPreparedError: other dtypes, or tensors that are not contiguous.
+        NotPreparedError: other shapes or dtypes, tensors that are not contiguous, or what the op refuses.
     """
     wide, (b, h, k_size), (_, h_kv, v_size) = precision(q), q.shape, v.shape
     halves = [t for t in (frequency, slopes, sinks) if t is not None]
@@ -132,6 +133,12 @@ def attend(
         or any(t.dtype != q.dtype or t.device.type != "cpu" or not t[0].is_contiguous() for t in (q, k, v))
         or any(t.dtype != wide or not t.is_contiguous() for t in halves)
         or v_size == 0
+        or k.shape != (b, h_kv, k_size)
+        or (h % h_kv if h_kv else h)
+        or any(t.shape != (h,) for t in (slopes, sinks) if t is not None)
+        or (frequency is not None and not turns(q, frequency))
+        or not math.isfinite(scale)
+        or softcap < 0
     ):
         raise NotPreparedError("attend")
     renewed = Attended(len(calls.made), q, v_size, left)

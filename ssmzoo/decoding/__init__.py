@@ -154,11 +154,16 @@ def _may_be_calls(block: Block) -> bool:
     )
 
 
+def _counts(method: str) -> bool:
+    """Whether a method may change what a call of a module gives; not its ``__init__``, say."""
+    return not method.startswith("__") or method in ("__call__", "__getattr__", "__getattribute__")
+
+
 def _prepares(kind: type) -> bool:
     """Whether ``prepare_step`` was written for this class: none derived from the one that defines it has a method."""
     for each in kind.__mro__:
         if "prepare_step" in vars(each):
             return each not in (Mixer, ChannelMixer)
-        if any(isinstance(value, _METHODS) and not name.startswith("__") for name, value in vars(each).items()):
+        if any(isinstance(value, _METHODS) and _counts(name) for name, value in vars(each).items()):
             return False
     return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import types
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -75,9 +76,11 @@ def is_told_by_facts(module: nn.Module) -> bool:
     own = module.__dict__
     if not has_own_forward(type(module)):
         return False
-    if issubclass(type(module), Mixer) and ("mix" in own or not has_own_method(type(module), "mix")):
+    if issubclass(type(module), Mixer) and not has_own_method(type(module), "mix"):
         return False
-    if "forward" in own or "_parameters" not in own:  # scripted modules keep theirs elsewhere
+    if "_parameters" not in own:  # scripted modules keep theirs elsewhere
+        return False
+    if any(isinstance(getattr(type(module), name, None), types.FunctionType) for name in own):  # a replaced method
         return False
     if any(isinstance(value, Tensor) for value in own.values()):  # in a weight's place
         return False

@@ -352,6 +352,32 @@ def test_a_mix_that_was_replaced_is_called(name, place, first, programs, monkeyp
     torch.testing.assert_close(found, then)
 
 
+METHODS = {"attention": ["_over_keys", "_project"], "gla": ["log_decay", "_read"], "mamba": ["_step"]}
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["between two tokens", "before the first"])
+@pytest.mark.parametrize(("name", "method"), [(name, m) for name, found in METHODS.items() for m in found])
+def test_a_method_that_was_replaced_in_a_mixer_is_called(name, method, first, programs):
+    """A fault: programs of native calls went past it."""
+    model = build(name)
+    state = model.initial_state(1) if first else decoded(model, model.initial_state(1), tolerance=1e-5)[1]
+    mixer, count, asked = model.blocks[1].mixer, len(programs), []
+    own = getattr(mixer, method)
+    setattr(mixer, method, lambda *args, **kwargs: (asked.append(method), own(*args, **kwargs))[1])
+    decoded(model, state, tolerance=1e-5)
+    assert len(asked) == 2 * 3  # with native calls and without
+    assert len(programs) == count
+
+
+def a_call_of_a_subclass(model, state):
+    class Doubled(GLA):
+        def __call__(self, *args, **kwargs):
+            y, state = super().__call__(*args, **kwargs)
+            return 2 * y, state
+
+    model.layers[0].mixer.__class__ = Doubled
+
+
 def another_activation(model, state):
     model.layers[0].mlp.f = torch.relu
 
@@ -401,6 +427,7 @@ def a_map_with_calls_of_its_own(model, state):
         (a_multiplier_of_an_mlp, False),
         (options_in_place, True),
         (a_method_of_a_subclass, False),
+        (a_call_of_a_subclass, False),
         (a_map_of_another_kind, False),
         (a_map_with_calls_of_its_own, True),
     ],

@@ -75,7 +75,12 @@ def test_ctrl_c_reaches_all_processes_and_none_complains(pause, sources, tmp_pat
     """A terminal sends it to the whole group, and to processes that are only starting, too."""
     call = [sys.executable, "-m", "ssmzoo", "tokenize", *sources, "--key", "words", "--workers", "2", "--out", "corpus"]
     (tmp_path / "a 2.jsonl").write_text('{"words": "hello, world"}\n' * 400_000)
-    job = subprocess.Popen(call, stdout=-1, stderr=-1, text=True, start_new_session=True)
+    # What a shell starts in the background is deaf to it, and so is what that starts
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        job = subprocess.Popen(call, stdout=-1, stderr=-1, text=True, start_new_session=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     while not (tmp_path / "corpus" / PLAN).exists() and job.poll() is None:
         time.sleep(0.002)
     time.sleep(pause)

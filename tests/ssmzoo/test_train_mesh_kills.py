@@ -35,6 +35,7 @@ def test_kills_of_random_processes_leave_no_trace(tmp_path, launch, monkeypatch)
     print(json.dumps(found))
     assert not found["faults"], "\n".join(found["faults"])
     assert found["killed"] == kills
-    assert found["told"] > 0  # by the process that was left
+    # By the process that was left, unless none had met the other yet
+    assert found["told"] > 0 or found["phases"]["starting"] == kills
     if kills >= 20:
         assert all(found["phases"].values()), found

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ssmzoo.parallel.balanced import Balanced
 from ssmzoo.parallel.channels import to_channels, to_tokens
+from ssmzoo.parallel.inputs import Inputs
 from ssmzoo.parallel.kept import Here, attended
 from ssmzoo.parallel.layout import Layout, moves
 from ssmzoo.parallel.plan import Plan
@@ -78,28 +79,25 @@ def _here(side: Side, call: Callable[..., Any], given: Given) -> tuple[Tensor, T
     if line.tape is None and line.again is None:
         found = call(**given)
         return found if given["return_lse"] else (found, None)
-    q, k, v = (given[name][0] for name in ("q", "k", "v"))
-    out, lse = attended(Here(line, call, given), q, k, v, given["alibi_slopes"], given["sinks"])
+    out, lse = attended(Here(line, call, given), Inputs.of(given))
     return out[None], lse[None] if given["return_lse"] else None
 
 
 def _balanced(side: Side, call: Callable[..., Any], given: Given, plan: Plan) -> tuple[Tensor, Tensor]:
-    way = Balanced(side.line, plan.options, plan.schedule)
-    q, k, v = (given[name][0] for name in ("q", "k", "v"))
-    out, lse = attended(way, q, k, v, given["alibi_slopes"], given["sinks"])
+    out, lse = attended(Balanced(side.line, plan.options, plan.schedule), Inputs.of(given))
     return out[None], lse[None]
 
 
 def _round(side: Side, call: Callable[..., Any], given: Given, plan: Plan) -> tuple[Tensor, Tensor]:
-    line, layout = side.line, side.layout
-    q, k, v = (given[name][0] for name in ("q", "k", "v"))
+    line, layout, inputs = side.line, side.layout, Inputs.of(given)
     there, back = _dealt_out(layout, plan.layout, line.rank)
     if there is not None:
-        sizes = [t.shape[1:].numel() for t in (q, k, v)]
-        dealt = line.move(torch.cat([t.flatten(1) for t in (q, k, v)], dim=1), there).split(sizes, dim=1)
-        q, k, v = (part.reshape(-1, *t.shape[1:]) for part, t in zip(dealt, (q, k, v), strict=True))
-    ring = Ring(plan.layout, line, plan.options)
-    out, lse = attended(ring, q, k, v, given["alibi_slopes"], given["sinks"])
+        of_tokens = inputs[:3]
+        sizes = [t.shape[1:].numel() for t in of_tokens]
+        dealt = line.move(torch.cat([t.flatten(1) for t in of_tokens], dim=1), there).split(sizes, dim=1)
+        q, k, v = (part.reshape(-1, *t.shape[1:]) for part, t in zip(dealt, of_tokens, strict=True))
+        inputs = inputs._replace(q=q, k=k, v=v)
+    out, lse = attended(Ring(plan.layout, line, plan.options), inputs)
     if back is not None:
         out = line.move(out.flatten(1), back).reshape(-1, *out.shape[1:])
         lse = line.move(lse.T, back).T if given["return_lse"] else lse

@@ -18,12 +18,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from ssmkernels.core.validate import precision
-from ssmzoo.parallel.blocks import Blocks, Options, gradients_of, merge_rows, merged, side_by_side, with_sinks
-from ssmzoo.parallel.kept import Gradients
+from ssmzoo.parallel.blocks import Blocks, Options, gradients_of, merge_rows, merged, with_sinks
+from ssmzoo.parallel.inputs import Gradients, Inputs, Results, Sums
 from ssmzoo.parallel.layout import add_rows, count, take
 from ssmzoo.parallel.line import Line
 from ssmzoo.parallel.schedule import Schedule, Task
@@ -67,62 +65,46 @@ class Balanced:
     options: Options
     steps: Schedule
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, sinks: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """q ``(l h k)``, k ``(l h_kv k)`` and v ``(l h_kv v)`` of this process → out ``(l h v)`` and lse ``(h l)``."""
-        wide, out = precision(q), q.new_zeros(*q.shape[:2], v.shape[2], dtype=precision(q))
-        lse = out.new_full((q.shape[1], len(q)), -torch.inf)
+    def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Output ``(l h v)`` and log-sum-exp ``(h l)``, in the precision of sums."""
+        q, (out, lse) = inputs.q, inputs.before_any_key()
 
         def work(task: Task, asked: list[Tensor], both: Tensor) -> tuple[list[Tensor], list[Tensor]]:
             (rows,) = asked
-            blocks = Blocks(rows, k.shape[1:], v.shape[1:], slopes, self.options)
-            part = rows.new_zeros(*rows.shape[:2], v.shape[2], dtype=wide)
-            sums = part.new_full((rows.shape[1], len(rows)), -torch.inf)
-            merged(part, sums, blocks, task.keys, both)
+            theirs = inputs._replace(q=rows)
+            part, sums = theirs.before_any_key()
+            merged(part, sums, Blocks(theirs, self.options), task.keys, both)
             return [part.to(q.dtype), sums.T.contiguous()], []
 
         def collect(task: Task, answers: list[Tensor]) -> None:
             part, sums = answers
             merge_rows(out, lse, task.queries, part, sums.T)
 
-        answered = [q.new_empty(q.shape[1], v.shape[2]), lse.new_empty(q.shape[1])]
-        self._run(_Pass([q], side_by_side(k, v), answered, [], work, collect, lambda *_: None))
-        return with_sinks(out, lse, sinks)
+        answered = [q.new_empty(out.shape[1:]), lse.new_empty(len(lse))]
+        self._run(_Pass([q], inputs.both, answered, [], work, collect, lambda *_: None))
+        return with_sinks(out, lse, inputs.sinks)
 
-    def backward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        slopes: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
-        d_out: Tensor,
-        d_lse: Tensor | None,
-    ) -> Gradients:
-        wide, both = precision(q), side_by_side(k, v)
-        dq, own = torch.zeros_like(q, dtype=wide), torch.zeros_like(both, dtype=wide)
-        d_slopes = None if slopes is None else torch.zeros_like(slopes, dtype=wide)
-        beside = -(out * d_out).sum(-1) if d_lse is None else d_lse.T - (out * d_out).sum(-1)  # (l h)
+    def backward(self, inputs: Inputs, results: Results) -> Gradients:
+        sums = Sums.of(inputs)
 
         def work(task: Task, asked: list[Tensor], both: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-            rows, d_rows, sums, d_sums = asked
-            blocks = Blocks(rows, k.shape[1:], v.shape[1:], slopes, self.options)
-            nothing, found = d_rows.new_zeros(d_rows.shape, dtype=wide), rows.new_zeros(rows.shape, dtype=wide)
-            of_keys = gradients_of(blocks, task.keys, both, nothing, sums.T, d_rows, d_sums.T, found, d_slopes)
+            rows, d_rows, lse, beside = asked
+            blocks = Blocks(inputs._replace(q=rows), self.options)
+            nothing, found = (x.new_zeros(x.shape, dtype=sums.q.dtype) for x in (d_rows, rows))
+            theirs = Results(nothing, lse.T, d_rows, beside.T)
+            of_keys = gradients_of(blocks, task.keys, both, theirs, sums._replace(q=found))
             return [found], [of_keys]
 
         def collect(task: Task, answers: list[Tensor]) -> None:
-            add_rows(dq, task.queries, answers[0])
+            add_rows(sums.q, task.queries, answers[0])
 
         def add(task: Task, returned: list[Tensor]) -> None:
-            add_rows(own, task.keys.rows, returned[0])
+            add_rows(sums.both, task.keys.rows, returned[0])
 
-        asked = [q, d_out, lse.T, beside]
-        self._run(_Pass(asked, both, [dq.new_empty(q.shape[1:])], [own.new_empty(own.shape[1])], work, collect, add))
-        dk, dv = own.split([k.shape[1:].numel(), v.shape[1:].numel()], dim=1)
-        return dq.to(q.dtype), dk.reshape(k.shape).to(k.dtype), dv.reshape(v.shape).to(v.dtype), d_slopes
+        asked = [inputs.q, results.d_out, results.lse.T, -results.delta]
+        answered, returned = ([x.new_empty(x.shape[1:])] for x in (sums.q, sums.both))
+        self._run(_Pass(asked, inputs.both, answered, returned, work, collect, add))
+        return sums.gradients(inputs)
 
     def _run(self, over: _Pass) -> None:
         """Every process starts the transfers of all steps in the same order, whether or not it takes part in one."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -12,7 +11,8 @@ from torch import Tensor
 
 from ssmkernels import attention
 from ssmkernels.ops.attention.partial import partial_gradients
-from ssmzoo.parallel.layout import Layout, Run, Span, joined, take
+from ssmzoo.parallel.inputs import Inputs, Results, Sums
+from ssmzoo.parallel.layout import Layout, Run, Span, add_rows, joined, take
 
 
 class Options(NamedTuple):
@@ -118,14 +118,9 @@ class Pairs(NamedTuple):
 class Blocks:
     """The queries of a call, and what attention over a block of keys needs beside."""
 
-    def __init__(self, q: Tensor, k: torch.Size, v: torch.Size, slopes: Tensor | None, options: Options):
-        self.q, self.slopes, self.options = q, slopes, options
-        self.shapes, self.sizes = (k, v), [math.prod(k), math.prod(v)]
-
-    @property
-    def width(self) -> int:
-        """Channels of keys and values together."""
-        return sum(self.sizes)
+    def __init__(self, inputs: Inputs, options: Options):
+        self.q, self.slopes, self.options = inputs.q, inputs.slopes, options
+        self.shapes, self.sizes = (inputs.k.shape[1:], inputs.v.shape[1:]), inputs.sizes
 
     def queries(self, x: Tensor, group: list[Pair]) -> Tensor:
         """The rows of these pairs ``(b n …)``: packed one after another, or one batch a pair."""
@@ -187,36 +182,23 @@ def merge_rows(out: Tensor, lse: Tensor, rows: list[Span], part: Tensor, sums: T
         at += b - a
 
 
-def gradients_of(
-    blocks: Blocks,
-    pairs: Pairs,
-    both: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    d_out: Tensor,
-    d_lse: Tensor | None,
-    dq: Tensor,
-    d_slopes: Tensor | None,
-) -> Tensor:
+def gradients_of(blocks: Blocks, pairs: Pairs, both: Tensor, results: Results, sums: Sums) -> Tensor:
     """Gradients of these keys and values ``(m, channels)``; those of queries and slopes are added in place."""
-    found = dq.new_zeros(both.shape)
+    found = sums.q.new_zeros(both.shape)
     for group in pairs.groups():
         k, v = blocks.keys(both, group)
-        q, o, do = (blocks.queries(x, group) for x in (blocks.q, out, d_out))
-        sums, d_sums = (
-            None if x is None else blocks.queries(x.T, group).transpose(1, 2).contiguous() for x in (lse, d_lse)
+        q, out, d_out = (blocks.queries(x, group) for x in (blocks.q, results.out, results.d_out))
+        lse, d_lse = (
+            None if x is None else blocks.queries(x.T, group).transpose(1, 2).contiguous()
+            for x in (results.lse, results.d_lse)
         )
-        assert sums is not None
-        grads = partial_gradients(q, k, v, o, sums, do, d_sums, **blocks.call(group))
+        assert lse is not None
+        grads = partial_gradients(q, k, v, out, lse, d_out, d_lse, **blocks.call(group))
         rows = torch.cat([grads[name].flatten(2) for name in ("k", "v")], dim=-1).flatten(0, 1)  # type: ignore[union-attr]
-        of_q = grads["q"].flatten(0, 1)  # type: ignore[union-attr]
-        at = to = 0
-        for (a, b), (first, end), _ in group:
-            dq[a:b] += of_q[to : to + b - a]
-            found[first:end] += rows[at : at + end - first]
-            at, to = at + end - first, to + b - a
-        if d_slopes is not None:
-            d_slopes += grads["alibi_slopes"]  # type: ignore[arg-type]
+        add_rows(sums.q, [pair.q for pair in group], grads["q"].flatten(0, 1))  # type: ignore[union-attr]
+        add_rows(found, [pair.k for pair in group], rows)
+        if sums.slopes is not None:
+            sums.slopes.add_(grads["alibi_slopes"])  # type: ignore[arg-type]
     return found
 
 
@@ -228,15 +210,9 @@ def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tensor, 
     return out * (lse - total).exp().T[..., None], total
 
 
-def of_sinks(sinks: Tensor | None, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None) -> Tensor | None:
+def of_sinks(sinks: Tensor | None, results: Results) -> Tensor | None:
     """The gradient of ``sinks``."""
     if sinks is None:
         return None
-    delta = (out * d_out).sum(-1).T  # (h l)
-    delta = delta if d_lse is None else delta - d_lse
-    return -(torch.exp(sinks.to(lse.dtype)[:, None] - lse) * delta).sum(1).to(sinks.dtype)
-
-
-def side_by_side(k: Tensor, v: Tensor) -> Tensor:
-    """Keys and values ``(m, channels)``."""
-    return torch.cat([k.flatten(1), v.flatten(1)], dim=1)
+    weights = torch.exp(sinks.to(results.lse.dtype)[:, None] - results.lse)
+    return -(weights * results.delta.T).sum(1).to(sinks.dtype)

@@ -11,12 +11,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 
-import torch
 from torch import Tensor
 
-from ssmkernels.core.validate import precision
-from ssmzoo.parallel.blocks import Blocks, Options, Pairs, gradients_of, merged, side_by_side, with_sinks
-from ssmzoo.parallel.kept import Gradients
+from ssmzoo.parallel.blocks import Blocks, Options, Pairs, gradients_of, merged, with_sinks
+from ssmzoo.parallel.inputs import Gradients, Inputs, Results, Sums
 from ssmzoo.parallel.layout import Layout, add_rows, count, take
 from ssmzoo.parallel.line import Line
 from ssmzoo.parallel.transfers import transfer
@@ -45,42 +43,25 @@ class Ring:
         """The queries of one process and the keys of another, as far as they see each other."""
         return Pairs.of(self.layout, asking, giving, self.options)
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, sinks: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """q ``(l h k)``, k ``(l h_kv k)`` and v ``(l h_kv v)`` of this process → out ``(l h v)`` and lse ``(h l)``."""
-        blocks = Blocks(q, k.shape[1:], v.shape[1:], slopes, self.options)
-        out = q.new_zeros(*q.shape[:2], v.shape[2], dtype=precision(q))
-        lse = out.new_full((q.shape[1], len(q)), -torch.inf)
-        for _, pairs, keys in self._round(side_by_side(k, v)):
+    def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Output ``(l h v)`` and log-sum-exp ``(h l)``, in the precision of sums."""
+        blocks = Blocks(inputs, self.options)
+        out, lse = inputs.before_any_key()
+        for _, pairs, keys in self._round(inputs.both):
             merged(out, lse, blocks, pairs, keys)
-        return with_sinks(out, lse, sinks)
+        return with_sinks(out, lse, inputs.sinks)
 
-    def backward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        slopes: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
-        d_out: Tensor,
-        d_lse: Tensor | None,
-    ) -> Gradients:
-        blocks = Blocks(q, k.shape[1:], v.shape[1:], slopes, self.options)
-        wide = precision(q)
-        dq, own = torch.zeros_like(q, dtype=wide), q.new_zeros(len(k), blocks.width, dtype=wide)
-        d_slopes = None if slopes is None else torch.zeros_like(slopes, dtype=wide)
+    def backward(self, inputs: Inputs, results: Results) -> Gradients:
+        blocks, sums = Blocks(inputs, self.options), Sums.of(inputs)
         back: Callable[[], None] | None = None
-        for t, pairs, keys in self._round(side_by_side(k, v)):
-            found = gradients_of(blocks, pairs, keys, out, lse, d_out, d_lse, dq, d_slopes)
+        for t, pairs, keys in self._round(inputs.both):
+            found = gradients_of(blocks, pairs, keys, results, sums)
             if back is not None:
                 back()
-            back = self._return(t, found, own)
+            back = self._return(t, found, sums.both)
         if back is not None:
             back()
-        dk, dv = own.split(blocks.sizes, dim=1)
-        return dq.to(q.dtype), dk.reshape(k.shape).to(k.dtype), dv.reshape(v.shape).to(v.dtype), d_slopes
+        return sums.gradients(inputs)
 
     def _round(self, both: Tensor) -> Iterator[tuple[int, Pairs, Tensor]]:
         """Each step with anything to do: its keys and values ``(rows, channels)``, while those of the next travel."""

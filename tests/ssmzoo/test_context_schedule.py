@@ -11,6 +11,7 @@ import torch
 from ssmzoo.parallel import balanced
 from ssmzoo.parallel.blocks import Options, merged
 from ssmzoo.parallel.cut import Cut
+from ssmzoo.parallel.inputs import Inputs
 from ssmzoo.parallel.layout import Layout, Run, Span
 from ssmzoo.parallel.line import Line
 from ssmzoo.parallel.schedule import loads, schedule
@@ -152,7 +153,7 @@ def test_transfers_travel_while_steps_are_computed(rank: int, monkeypatch):
     monkeypatch.setattr(balanced, "merged", computes)
     q, k, v = torch.randn(3, 8, 2, 4).unbind(0)
     line = SimpleNamespace(rank=rank, ranks=5)
-    balanced.Balanced(line, options_of(CAUSAL), steps).forward(q, k, v, None, None)
+    balanced.Balanced(line, options_of(CAUSAL), steps).forward(Inputs(q, k, v, None, None))
     # 0: nothing for step 0; 1: for step 1; 2: of step 0, nothing; 3: for step 2; 4: of step 1; 5: nothing; 6: of step 2
     assert [event for event in events if event not in ("start 0", "wait 0", "start 2", "wait 2", "start 5")] == [
         *("start 1", "compute"),

@@ -21,6 +21,8 @@ from ssmzoo.train.masked import MaskedData, masked_data, masking_of
 from ssmzoo.train.record import DataSource
 from ssmzoo.train.vocabulary import Vocabulary, open_vocabulary
 
+AnyData = Data | MaskedData | LabelledData
+
 
 def chosen_data(data: DataSource, config: TrainConfig) -> tuple[DataSource, TrainConfig]:
     """The data of a run, given or named by its settings; and the settings, with the tokenizer of a corpus.
@@ -49,9 +51,7 @@ def chosen_data(data: DataSource, config: TrainConfig) -> tuple[DataSource, Trai
     return data, config
 
 
-def load_data(
-    data: DataSource, model_config: ModelConfig, config: TrainConfig
-) -> tuple[Data | MaskedData | LabelledData, Vocabulary | None]:
+def load_data(data: DataSource, model_config: ModelConfig, config: TrainConfig) -> tuple[AnyData, Vocabulary | None]:
     """The data, and the vocabulary where they are text; both checked against the model.
 
     Raises:

@@ -20,9 +20,9 @@ from ssmzoo.train.corpora.packed import NOTHING, Packed, PackedTokens, packed_lo
 from ssmzoo.train.data import Data, Labelled, batch, fixed_batches
 from ssmzoo.train.experts import Balance
 from ssmzoo.train.interrupt import Interrupt, Interrupted
-from ssmzoo.train.labelled import LabelledData
+from ssmzoo.train.loading import AnyData
 from ssmzoo.train.log import Log, Row
-from ssmzoo.train.masked import Masked, MaskedData
+from ssmzoo.train.masked import Masked
 from ssmzoo.train.optimizer import build_optimizer, lr_factor, set_lr
 from ssmzoo.train.output import Output
 from ssmzoo.train.placing import as_built, wide, with_blocks
@@ -52,13 +52,7 @@ class Trainer:
     main_alone = False
 
     def __init__(
-        self,
-        model: SequenceModel,
-        data: Data | MaskedData | LabelledData,
-        config: TrainConfig,
-        run: Path,
-        accelerator: Accelerator,
-        name: str,
+        self, model: SequenceModel, data: AnyData, config: TrainConfig, run: Path, accelerator: Accelerator, name: str
     ):
         self.config, self.data, self.run, self.accelerator, self.name = config, data, run, accelerator, name
         self.step, self.sequences, self._fresh = 0, 0, True

@@ -22,10 +22,10 @@ from ssmzoo.train import checkpoint, plot
 from ssmzoo.train.config import TrainConfig
 from ssmzoo.train.corpora.packed import NOTHING, Packed
 from ssmzoo.train.data import Data, Labelled, fixed_batches
-from ssmzoo.train.labelled import LabelledData
+from ssmzoo.train.loading import AnyData
 from ssmzoo.train.log import Log, Row
 from ssmzoo.train.loop import Trainer
-from ssmzoo.train.masked import Masked, MaskedData
+from ssmzoo.train.masked import Masked
 from ssmzoo.train.mesh.alike import check_alike, weights_of
 from ssmzoo.train.mesh.engine import Engine
 from ssmzoo.train.mesh.failures import telling
@@ -44,13 +44,7 @@ class MeshTrainer(Trainer):
     main_alone = True
 
     def __init__(
-        self,
-        model: SequenceModel,
-        data: Data | MaskedData | LabelledData,
-        config: TrainConfig,
-        run: Path,
-        accelerator: Any,
-        name: str,
+        self, model: SequenceModel, data: AnyData, config: TrainConfig, run: Path, accelerator: Any, name: str
     ):
         self.engine: Engine = accelerator
         check_mesh(model, data, config)

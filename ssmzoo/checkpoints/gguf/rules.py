@@ -156,12 +156,25 @@ def mlp_rules(layers: Layers = None, suffix: str = "", place: str = "mlp") -> li
     ]
 
 
+def plain_mlp_rules(layers: Layers = None, suffix: str = "", place: str = "mlp") -> list[Rule]:
+    """Of an MLP of two maps, or of experts or shared ones that are such MLPs; arguments as in :func:`mlp_rules`."""
+    maps = (("up", "fc1"), ("down", "fc2"))
+    return [
+        (rf"{block(layers)}ffn_{theirs}{suffix}\.(weight|bias)", rf"{OURS}{place}.{ours}.\2") for theirs, ours in maps
+    ]
+
+
+def router_rules(layers: Layers = None, place: str = "mlp") -> list[Rule]:
+    """Of a router of experts."""
+    at, router = block(layers), f"{OURS}{place}.router."
+    return [(rf"{at}ffn_gate_inp\.weight", f"{router}proj.weight"), (rf"{at}exp_probs_b\.bias", f"{router}correction")]
+
+
 def expert_rules(layers: Layers = None) -> list[Rule]:
     """Of a router and gated experts; :mod:`ssmzoo.checkpoints.gguf.experts` cuts gate and up apart."""
     at = block(layers)
     return [
-        (rf"{at}ffn_gate_inp\.weight", f"{OURS}mlp.router.proj.weight"),
-        (rf"{at}exp_probs_b\.bias", f"{OURS}mlp.router.correction"),
+        *router_rules(layers),
         (rf"{at}ffn_gate_up_exps\.weight", f"{OURS}mlp.experts.fc1.weight"),
         (rf"{at}ffn_down_exps\.weight", f"{OURS}mlp.experts.fc2.weight"),
     ]

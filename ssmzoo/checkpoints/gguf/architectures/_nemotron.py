@@ -6,7 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from ssmzoo.checkpoints.gguf import keys as gguf
-from ssmzoo.checkpoints.gguf.rules import OURS, attention_rules, block, ends_rules, mamba2_rules, norm_rules
+from ssmzoo.checkpoints.gguf.rules import (
+    OURS,
+    attention_rules,
+    block,
+    ends_rules,
+    mamba2_rules,
+    norm_rules,
+    plain_mlp_rules,
+    router_rules,
+)
 from ssmzoo.checkpoints.renaming import Rule
 
 SIZES: gguf.Table = {
@@ -67,21 +76,17 @@ def given_of(keys: Mapping[str, Any], names: set[str], channel: str) -> dict[str
 
 
 def rules(given: Mapping[str, Any]) -> list[Rule]:
-    at = gguf.places(given)
-    mlp, moe, inside = block(at.get("mlp", [])), block(at.get("moe", [])), f"{OURS}mixer.mlp."
+    at, place = gguf.places(given), "mixer.mlp"
+    moe = at.get("moe", [])
     return [
         *ends_rules(),
         *norm_rules(),
         *attention_rules(at.get("attention", [])),
         *mamba2_rules(given["n_groups"], at.get("mamba2", [])),
-        (rf"{mlp}ffn_up\.(weight|bias)", rf"{inside}fc1.\2"),
-        (rf"{mlp}ffn_down\.(weight|bias)", rf"{inside}fc2.\2"),
-        (rf"{moe}ffn_gate_inp\.weight", f"{inside}router.proj.weight"),
-        (rf"{moe}exp_probs_b\.bias", f"{inside}router.correction"),
-        (rf"{moe}ffn_up_exps\.weight", f"{inside}experts.fc1.weight"),
-        (rf"{moe}ffn_down_exps\.weight", f"{inside}experts.fc2.weight"),
-        (rf"{moe}ffn_up_shexp\.weight", f"{inside}shared.fc1.weight"),
-        (rf"{moe}ffn_down_shexp\.weight", f"{inside}shared.fc2.weight"),
-        (rf"{moe}ffn_latent_down\.weight", f"{inside}latent_in.weight"),
-        (rf"{moe}ffn_latent_up\.weight", f"{inside}latent_out.weight"),
+        *plain_mlp_rules(at.get("mlp", []), place=place),
+        *router_rules(moe, place),
+        *plain_mlp_rules(moe, "_exps", f"{place}.experts"),
+        *plain_mlp_rules(moe, "_shexp", f"{place}.shared"),
+        (rf"{block(moe)}ffn_latent_down\.weight", f"{OURS}{place}.latent_in.weight"),
+        (rf"{block(moe)}ffn_latent_up\.weight", f"{OURS}{place}.latent_out.weight"),
     ]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ssmzoo.checkpoints.families import bert, family
 from ssmzoo.checkpoints.gguf.keys import ENDS, Table, read, written
-from ssmzoo.checkpoints.gguf.rules import OURS, attention_rules, block
+from ssmzoo.checkpoints.gguf.rules import OURS, attention_rules, block, plain_mlp_rules
 from ssmzoo.checkpoints.renaming import Rule
 
 NAME = "BERT"
@@ -89,8 +89,7 @@ def rules(given: Mapping[str, Any]) -> list[Rule]:
         (r"token_embd_norm\.(weight|bias)", r"embedding_norm.\1"),
         *attention_rules(),
         *((rf"{at}{theirs}\.(weight|bias)", rf"{OURS}{ours}.\2") for theirs, ours in NORMS.items()),
-        (rf"{at}ffn_up\.(weight|bias)", rf"{OURS}mlp.fc1.\2"),
-        (rf"{at}ffn_down\.(weight|bias)", rf"{OURS}mlp.fc2.\2"),
+        *plain_mlp_rules(),
         (r"cls\.(weight|bias)", r"head_transform.linear.\1"),
         (r"cls\.output\.(weight|bias)", r"lm_head.\1"),
     ]

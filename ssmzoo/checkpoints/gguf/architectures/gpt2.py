@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ssmzoo.checkpoints.gguf.keys import Table, read, tied, written
-from ssmzoo.checkpoints.gguf.rules import OURS, attention_rules, block, ends_rules, norm_rules
+from ssmzoo.checkpoints.gguf.rules import OURS, attention_rules, block, ends_rules, norm_rules, plain_mlp_rules
 from ssmzoo.checkpoints.renaming import Parts, Rule
 
 NAME = "GPT-2"
@@ -53,6 +53,5 @@ def rules(given: Mapping[str, Any]) -> list[Rule]:
             for kind in ("weight", "bias")
         ),
         *attention_rules(),
-        (rf"{at}ffn_up\.(weight|bias)", rf"{OURS}mlp.fc1.\2"),
-        (rf"{at}ffn_down\.(weight|bias)", rf"{OURS}mlp.fc2.\2"),
+        *plain_mlp_rules(),
     ]

@@ -8,10 +8,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ssmkernels.ops.linear_recurrence.triton_pieces import extent, finite, rows, times
+from ssmkernels.ops.linear_recurrence.triton_pieces import block_of, extent, finite, rows, times
 
 
-@triton.jit(do_not_specialize=["length", "per_sequence", "d_blocks"])
+@triton.jit(do_not_specialize=["length", "per_sequence"])
 def summaries(
     a,
     b,
@@ -27,7 +27,6 @@ def summaries(
     b_d,
     length,
     per_sequence,
-    d_blocks,
     d,
     COMPLEX: tl.constexpr,
     COMPLEX_A: tl.constexpr,
@@ -48,7 +47,7 @@ def summaries(
     TO: tl.constexpr = -1 if REVERSE else T
     BY: tl.constexpr = -1 if REVERSE else 1
     chunk, _, batch, start, steps, _, _, channel = extent(
-        tl.program_id(0), cu_seqlens, owners, length, per_sequence, d_blocks, SPAN, BLOCK_D
+        tl.program_id(0), cu_seqlens, owners, length, per_sequence, d, SPAN, BLOCK_D
     )
     here = channel < d
     a += batch * a_batch + start * a_time + channel * a_d
@@ -92,14 +91,13 @@ def summaries(
         tl.store(added + at * PARTS + 1, imaginary, mask=here)
 
 
-@triton.jit(do_not_specialize=["per_sequence", "d_blocks"])
+@triton.jit(do_not_specialize=["per_sequence"])
 def walk(
     decay,
     added,
     initial,
     cu_seqlens,
     per_sequence,
-    d_blocks,
     d,
     COMPLEX: tl.constexpr,
     COMPLEX_A: tl.constexpr,
@@ -115,8 +113,7 @@ def walk(
     FROM: tl.constexpr = T - 1 if REVERSE else 0
     TO: tl.constexpr = -1 if REVERSE else T
     BY: tl.constexpr = -1 if REVERSE else 1
-    pid = tl.program_id(0).to(tl.int64)
-    sequence, channel = pid // d_blocks, pid % d_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    sequence, channel = block_of(tl.program_id(0), d, BLOCK_D)
     if cu_seqlens is not None:
         begin = tl.load(cu_seqlens + sequence).to(tl.int64)
         end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)

@@ -26,7 +26,7 @@ from ssmkernels.ops.linear_recurrence.triton_pieces import extent, rows
 __all__ = ["backward", "forward", "summaries", "walk"]
 
 
-@triton.jit(do_not_specialize=["length", "per_sequence", "d_blocks"])
+@triton.jit(do_not_specialize=["length", "per_sequence"])
 def forward(
     a,
     b,
@@ -44,7 +44,6 @@ def forward(
     b_d,
     length,
     per_sequence,
-    d_blocks,
     d,
     COMPLEX: tl.constexpr,
     COMPLEX_A: tl.constexpr,
@@ -60,7 +59,7 @@ def forward(
     WIDE: tl.constexpr = final.dtype.element_ty
     PARTS: tl.constexpr = 2 if COMPLEX else 1
     chunk, sequence, batch, start, steps, _, last, channel = extent(
-        tl.program_id(0), cu_seqlens, owners, length, per_sequence, d_blocks, SPAN, BLOCK_D
+        tl.program_id(0), cu_seqlens, owners, length, per_sequence, d, SPAN, BLOCK_D
     )
     here = channel < d
     a += batch * a_batch + start * a_time + channel * a_d
@@ -106,7 +105,7 @@ def forward(
         tl.store(final + at + 1, imaginary, mask=here & last)
 
 
-@triton.jit(do_not_specialize=["length", "per_sequence", "d_blocks"])
+@triton.jit(do_not_specialize=["length", "per_sequence"])
 def backward(
     a,
     states,
@@ -126,7 +125,6 @@ def backward(
     dh_d,
     length,
     per_sequence,
-    d_blocks,
     d,
     COMPLEX: tl.constexpr,
     COMPLEX_A: tl.constexpr,
@@ -144,7 +142,7 @@ def backward(
     PARTS: tl.constexpr = 2 if COMPLEX else 1
     PARTS_A: tl.constexpr = 2 if COMPLEX_A else 1
     chunk, sequence, batch, start, steps, begins, _, channel = extent(
-        tl.program_id(0), cu_seqlens, owners, length, per_sequence, d_blocks, SPAN, BLOCK_D
+        tl.program_id(0), cu_seqlens, owners, length, per_sequence, d, SPAN, BLOCK_D
     )
     here = channel < d
     a += batch * a_batch + start * a_time + channel * a_d

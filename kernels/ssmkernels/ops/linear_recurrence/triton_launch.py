@@ -48,7 +48,7 @@ class Chunks:
         """Runs a kernel of one program for each block of channels of so many chunks or sequences."""
         blocks = -(-self.d // OPTIONS["BLOCK_D"])
         if programs * blocks:
-            fields |= {"d_blocks": blocks, "d": self.d, "COMPLEX": self.complex, "COMPLEX_A": self.complex_a}
+            fields |= {"d": self.d, "COMPLEX": self.complex, "COMPLEX_A": self.complex_a}
             if kernel != "walk":
                 fields |= {"owners": self.owners, "length": self.length, "LOG": self.log_a, **self.decay}
             getattr(kernels(__package__), kernel)[(programs * blocks,)](

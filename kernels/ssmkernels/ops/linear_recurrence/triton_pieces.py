@@ -10,11 +10,17 @@ import triton.language as tl
 
 
 @triton.jit
-def extent(pid, cu_seqlens, owners, length, per_sequence, d_blocks, SPAN: tl.constexpr, BLOCK_D: tl.constexpr):
+def block_of(pid, d, BLOCK_D: tl.constexpr):
+    """A program's chunk or sequence, and its block of channels; blocks of one follow on one another."""
+    pid, blocks = pid.to(tl.int64), tl.cdiv(d, BLOCK_D)
+    return pid // blocks, pid % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+
+
+@triton.jit
+def extent(pid, cu_seqlens, owners, length, per_sequence, d, SPAN: tl.constexpr, BLOCK_D: tl.constexpr):
     """A program's chunk, sequence and batch; the time where it starts, its steps; whether it is a sequence's first and
     last; and the channels. A chunk without steps is the last only of an empty sequence."""
-    pid = pid.to(tl.int64)
-    chunk, channel = pid // d_blocks, pid % d_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    chunk, channel = block_of(pid, d, BLOCK_D)
     if cu_seqlens is not None:
         sequence = tl.load(owners + chunk).to(tl.int64)
         batch = sequence * 0

@@ -8,8 +8,8 @@
 // small nor large.
 #pragma once
 
+#include "delta_rule/cpu_remaining.h"
 #include "native/compact.h"
-#include "native/math.h"
 #include "native/packed.h"
 #include "native/parallel.h"
 #include "ssd/cpu_upcoming.h"
@@ -129,39 +129,11 @@ inline Upcoming upcoming(const DeltaArguments& a, const Sequence& s, int64_t sta
     return rows;
 }
 
-// A number that a head's state still has to be multiplied by: what the tokens so far have left of it.
-template <class S>
-struct Remaining {
-    static constexpr S least = S(1) / 65536, most = 65536;
-    static constexpr S large = S(sizeof(S) == 4 ? 1e30 : 1e300);  // what is written, over the least, must not overflow
-
-    S factor = S(1);
-
-    // Takes one more decay; returns what to multiply the state by now, 1 for most tokens.
-    S take(S decay) {
-        const S product = factor * decay;
-        const bool kept = product >= least && product <= most;  // neither 0 nor NaN
-        factor = kept ? product : S(1);
-        return kept ? S(1) : product;
-    }
-};
-
 // A bool as a type: the standard library's header is not there for every compiler that builds this.
 template <bool truth>
 struct Whether {
     static constexpr bool value = truth;
 };
-
-// Whether a number of N vectors is beyond `limit`, by its size.
-template <class S, int N>
-SSMZOO_INLINE bool beyond(const typename Lanes<S>::V* x, S limit) {
-    auto found = absolute<S>(x[0]) > splat(limit);
-    for (int n = 1; n < N; ++n) found |= absolute<S>(x[n]) > splat(limit);
-    uint64_t parts[sizeof found / sizeof(uint64_t)], any = 0;
-    memcpy(parts, &found, sizeof found);
-    for (const uint64_t part : parts) any |= part;
-    return any != 0;
-}
 
 // Through the tokens of a tile with N vectors of the state's columns; `rows` (c, stride) has v and takes the outputs,
 // and `errors` (c, row), if they are kept, v - S'ᵀ k.

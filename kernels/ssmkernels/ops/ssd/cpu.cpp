@@ -1,6 +1,6 @@
 // The state-space dual's forward pass.
 #include "native/exports.h"
-#include "ssd/cpu.h"
+#include "ssd/cpu_head_rows.h"
 
 namespace ssmzoo {
 namespace SSMZOO_ISA {

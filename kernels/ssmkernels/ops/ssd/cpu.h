@@ -263,38 +263,6 @@ struct Outputs {
     }
 };
 
-// Which head of which chunk comes next in a block: so many heads and chunks further.
-struct Next {
-    int64_t heads, chunks;
-
-    static Next of(const Block& block, int64_t head, int64_t chunks) {
-        if (head + 1 < block.heads) return {1, 0};
-        return {1 - block.heads, chunks};
-    }
-};
-
-// One head's rows of x, z or y in a chunk: where the first token's lies, and from token to token.
-struct HeadRows {
-    const void* from;
-    int64_t offset, stride, ahead, first, length;
-
-    // `next` is whose rows are read after these.
-    HeadRows(const SsdArguments& a, const Sequence& s, Span t, int64_t head, const void* of, int64_t batch, int64_t time,
-         Next next = {0, 0})
-        : from(of), offset(s.batch * batch + (s.start + t.start) * time + head * stored(a)), stride(time),
-          ahead(next.heads * stored(a) + next.chunks * a.chunk * time), first(t.start + next.chunks * a.chunk),
-          length(s.length) {}
-
-    int64_t operator()(int64_t token) const { return offset + token * stride; }
-
-    // Each row lies in a page of its own, so that the machine does not see the next one coming.
-    void fetch(const SsdArguments& a, int64_t token) const {
-        if (first + token < 0 || first + token >= length) return;
-        const int64_t size = a.dtype == 1 ? 8 : a.dtype == 0 ? 4 : 2;
-        fetch_bytes(static_cast<const char*>(from) + ((*this)(token) + ahead) * size, stored(a) * size);
-    }
-};
-
 // The factor of x in y: a number for all of the head's channels, or one for each.
 template <class S>
 S skip(const SsdArguments& a, int64_t head, int64_t channel) {

@@ -15,6 +15,7 @@
 #pragma once
 
 #include "ssd/cpu_adjoint_memory.h"
+#include "ssd/cpu_head_rows.h"
 
 namespace ssmzoo {
 

@@ -255,3 +255,22 @@ def launch(forks: Forks) -> Callable[..., str]:
         return "".join(done.out for done in both)
 
     return run
+
+
+def _computing_on(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread():
+    """PyTorch computes on one thread."""
+    yield from _computing_on(1)
+
+
+@pytest.fixture
+def two_threads():
+    """PyTorch computes on two threads."""
+    yield from _computing_on(2)

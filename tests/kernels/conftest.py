@@ -189,25 +189,6 @@ def on_threads():
     torch.set_num_threads(before)
 
 
-def _computing_on(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def one_thread():
-    """PyTorch computes on one thread."""
-    yield from _computing_on(1)
-
-
-@pytest.fixture
-def two_threads():
-    """PyTorch computes on two threads."""
-    yield from _computing_on(2)
-
-
 @pytest.fixture
 def gpu(monkeypatch):
     """As if there were a GPU, and CPU tensors were on it, for what asks ``ssmkernels.core.external``."""

@@ -65,6 +65,13 @@ double value(T pattern) {
 
 bool same(double x, double y) { return x == y ? signbit(x) == signbit(y) : x != x && y != y; }
 
+template <class F>
+void flushing(bool flush, const F& work) {
+    if (!flush) return work();
+    const FlushSubnormals here;
+    work();
+}
+
 template <class T>
 void try_writing(uint32_t lower, bool flush) {
     for (uint32_t upper = 0; upper < 1 << 16; upper += kLanes) {
@@ -73,17 +80,11 @@ void try_writing(uint32_t lower, bool flush) {
         const int count = static_cast<int>(upper / kLanes) % (kLanes + 1);
         T alone[kLanes], whole[kLanes], part[kLanes];
         memset(part, 0xa5, sizeof part);
-        const auto work = [&] {
+        flushing(flush, [&] {
             for (int i = 0; i < kLanes; ++i) narrow(x[i], alone + i);
             write(whole, load(x));
             write_some(part, load(x), count);
-        };
-        if (flush) {
-            const FlushSubnormals here;
-            work();
-        } else {
-            work();
-        }
+        });
         for (int i = 0; i < kLanes; ++i) {
             const uint32_t bits = (upper + i) << 16 | lower;
             if (!same(value(alone[i]), nearest<T>(x[i]))) fail("one number", bits, alone[i]);
@@ -100,17 +101,11 @@ void try_reading(bool flush) {
         for (int i = 0; i < kLanes; ++i) patterns[i].bits = static_cast<uint16_t>(first + i);
         const int count = static_cast<int>(first / kLanes) % (kLanes + 1);
         float alone[kLanes], whole[kLanes], part[kLanes];
-        const auto work = [&] {
+        flushing(flush, [&] {
             for (int i = 0; i < kLanes; ++i) alone[i] = widen(patterns[i]);
             store(whole, read(patterns));
             store(part, read_some(patterns, count));
-        };
-        if (flush) {
-            const FlushSubnormals here;
-            work();
-        } else {
-            work();
-        }
+        });
         for (int i = 0; i < kLanes; ++i) {
             const float rest = i < count ? whole[i] : 0.0f;
             if (!same(alone[i], value(patterns[i]))) fail("reading one number", first + i, patterns[i]);

@@ -6,23 +6,11 @@ import threading
 
 import pytest
 import torch
+from threads import needs_openmp
 
-from ssmkernels import native
 from ssmkernels.native.alone import GRAIN, WORTH, alone
 
-pytestmark = pytest.mark.skipif(
-    native.missing() is not None or not native.library().handle.ssmzoo_openmp(),
-    reason="needs the native CPU library, built with OpenMP",
-)
-
-
-@pytest.fixture(autouse=True)
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    assert torch.get_num_threads() == 2
-    torch.set_num_threads(before)
+pytestmark = [needs_openmp, pytest.mark.usefixtures("two_threads")]
 
 
 def test_little_work_is_the_calling_threads_alone():
@@ -45,6 +33,7 @@ def test_what_shares_nothing_or_is_much_stays_as_it_is():
             assert torch.get_num_threads() == 2
     with alone(torch.zeros(GRAIN, device="meta")):
         assert torch.get_num_threads() == 2
+    assert torch.get_num_threads() == 2
 
 
 def test_an_error_puts_the_threads_back():

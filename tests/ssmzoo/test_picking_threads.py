@@ -4,24 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from threads import needs_openmp
 
 import ssmzoo
-from ssmkernels import native
 from ssmkernels.native.alone import GRAIN
 from ssmzoo.generate.sampling import Sampling
 
-pytestmark = pytest.mark.skipif(
-    native.missing() is not None or not native.library().handle.ssmzoo_openmp(),
-    reason="needs the native CPU library, built with OpenMP",
-)
-
-
-@pytest.fixture(autouse=True)
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [needs_openmp, pytest.mark.usefixtures("two_threads")]
 
 
 def build():

@@ -43,6 +43,13 @@ def tokens(*shape, seed):
     return torch.randint(0, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
 
 
+def beginning(model, in_pages):
+    if not in_pages:
+        return model.initial_state(1)
+    with elastic(4, 10**6):
+        return model.initial_state(1)
+
+
 def alone(model, ids):
     """The outputs of the last token of ids (l), by itself."""
     return model(ids[None])[0, -1]
@@ -54,10 +61,7 @@ def alone(model, ids):
 def test_rows_go_on_as_alone(name, in_pages):
     """States of several lengths join, a further one comes later, the longest leaves, and all go on."""
     model = build(name)
-    start = model.initial_state(1)
-    if in_pages:
-        with elastic(4, 10**6):
-            start = model.initial_state(1)
+    start = beginning(model, in_pages)
     rows = [tokens(length, seed=length) for length in (14, 3, 9)]
     states = [model(row[None], start.clone())[1] for row in rows]
     state = State.concatenate(states[:2])
@@ -80,10 +84,7 @@ def test_rows_go_on_as_alone(name, in_pages):
 @torch.no_grad()
 def test_closing_up_is_a_selection_in_the_same_memory(name, in_pages):
     model = build(name)
-    start = model.initial_state(1)
-    if in_pages:
-        with elastic(4, 10**6):
-            start = model.initial_state(1)
+    start = beginning(model, in_pages)
     state = State.concatenate([model(tokens(1, length, seed=length), start.clone())[1] for length in (9, 3, 14, 5, 4)])
     rows = closing([0, 2, 4])
     assert rows == [0, 4, 2]

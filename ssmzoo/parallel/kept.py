@@ -82,10 +82,10 @@ class Here:
     def backward(self, inputs: Inputs, results: Results) -> Gradients:
         left_out = ("q", "k", "v", "alibi_slopes", "sinks", "block_mask", "return_lse")
         options = {name: value for name, value in self.given.items() if name not in left_out}
-        out, lse, d_out, d_lse = results
+        (q, k, v, slopes, _), (out, lse, d_out, d_lse) = inputs, results
         sums = None if d_lse is None else d_lse[None].contiguous()
-        wide = out.to(precision(inputs.q))
-        rows = (*(x[None] for x in (inputs.q, inputs.k, inputs.v, wide, lse, d_out)), sums)
-        found = partial_gradients(*rows, **options, alibi_slopes=inputs.slopes)
+        wide = out.to(precision(q))
+        rows = (q[None], k[None], v[None], wide[None], lse[None], d_out[None], sums)
+        found = partial_gradients(*rows, **options, alibi_slopes=slopes)
         dq, dk, dv = (found[name][0] for name in ("q", "k", "v"))  # type: ignore[index]
         return dq, dk, dv, found.get("alibi_slopes")

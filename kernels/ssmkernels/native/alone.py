@@ -1,8 +1,8 @@
 """PyTorch's operations on the calling thread alone.
 
 Its other threads spin for milliseconds after each operation that they had a part in, on the cores that the native
-library's threads want next: a greedy token's maximum over a vocabulary of 50 000 takes 50 microseconds, and
-made the model's next call take a third longer.
+library's threads want next: a greedy token's maximum over a vocabulary takes little time itself, and held up the
+model's next call.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch import Tensor
 from ssmkernels.core.names import OPS
 from ssmkernels.core.triton_support import kernels, missing, on_device_of, wrong_device
 from ssmkernels.core.validate import precision
-from ssmkernels.ops.attention.triton_arguments import lacking, options, places, query_lists, values
+from ssmkernels.ops.attention.triton_arguments import lacking, options, places, query_lists, settled, values
 from ssmkernels.ops.attention.triton_backward import backward
 
 __all__ = ["SAVES", "backward", "empty", "forward", "missing", "offline_cases", "unsupported"]
@@ -33,14 +33,13 @@ def forward(a: Any, save: bool) -> tuple[Tensor, Tensor]:
     if out.numel():
         with on_device_of(a.q):
             kernels(__package__).forward[(tiles * a.q.shape[2] * a.q.shape[0],)](
-                **fields,
+                **settled(fields, own),
                 **where,
                 **query_lists(a),
                 sinks=None if a.sinks is None else a.sinks.contiguous(),
                 out=out,
                 lse=lse,
                 tiles=tiles,
-                **own,
             )
     return out, lse
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ssmkernels.core.strided import strided
 from ssmkernels.core.triton_support import all_registers, interpreting, next_power_of_2, owners
 
 LOG2E = math.log2(math.e)
@@ -25,29 +26,95 @@ def lacking(q: Tensor, v: Tensor) -> str | None:
     return "the values have no head dim" if v.shape[3] == 0 else None
 
 
+class Dims(NamedTuple):
+    """The constants of the kernels that meet tiles, in one argument.
+
+    Attributes:
+        H, GROUP: heads, and how many of them share one of keys.
+        K, V, BLOCK_K, BLOCK_V: channels of queries and values, and these rounded up.
+        SOFTCAP: whether logits are capped.
+        MASK_Q, MASK_K: queries and keys of a mask's block, 0 without a mask.
+        ROWS, COLUMNS: queries and keys of a tile.
+        HEADS: of a group, over which a program sums that has a tile of keys.
+    """
+
+    H: int
+    GROUP: int
+    K: int
+    V: int
+    SOFTCAP: bool
+    MASK_Q: int
+    MASK_K: int
+    BLOCK_K: int
+    BLOCK_V: int
+    ROWS: int
+    COLUMNS: int
+    HEADS: int = 0
+
+
+class Sides(NamedTuple):
+    """Borders of packed sequences and tokens' own positions, of queries and of keys; None where there are none."""
+
+    cu_seqlens: Tensor | None
+    cu_seqlens_k: Tensor | None
+    q_positions: Tensor | None
+    k_positions: Tensor | None
+
+
+class Places(NamedTuple):
+    """Of each tile of a packed row, the sequence that it belongs to, and where it starts."""
+
+    owners: Tensor | None
+    starts: Tensor | None
+
+
+class Lists(NamedTuple):
+    """A mask's blocks, by the side that a program keeps; all None without a mask.
+
+    Attributes:
+        offsets: where each line's blocks begin in ``listed``, ``head`` numbers a head (0: all heads have the same).
+        listed, patterns: the blocks of the other side, and which pattern of bits each shows (all of it, below 0).
+        bits: of the patterns.
+    """
+
+    offsets: Tensor | None
+    listed: Tensor | None
+    patterns: Tensor | None
+    bits: Tensor | None
+    head: int
+
+
+class Scales(NamedTuple):
+    """Of products of queries and keys: what makes them logits to base 2, or the cap's argument; the cap; ``scale``."""
+
+    factor: float
+    cap: float
+    scale: float
+
+
+def settled(*given: Mapping[str, Any]) -> dict[str, Any]:
+    """A launch's fields with the constants in one."""
+    fields = {name: x for some in given for name, x in some.items()}
+    found = {name: x for name, x in fields.items() if name not in Dims._fields}
+    return found | {"dims": Dims(**{name: x for name, x in fields.items() if name in Dims._fields})}
+
+
 def values(a: Any) -> dict[str, Any]:
     """What all kernels that meet tiles take, but for the tiles' own places and lists."""
     (l, h, k_size), (m, h_kv, v_size) = a.q.shape[1:], a.v.shape[1:]
     soft = a.softcap > 0
     return {
-        "q": a.q,
-        "k": a.k,
-        "v": a.v,
-        "q_strides": a.q.stride(),
-        "k_strides": a.k.stride(),
-        "v_strides": a.v.stride(),
-        "slopes": None if a.alibi_slopes is None else a.alibi_slopes.contiguous(),
-        "cu_seqlens": None if a.cu_seqlens is None else a.cu_seqlens.contiguous(),
-        "cu_seqlens_k": None if a.cu_seqlens_k is None else a.cu_seqlens_k.contiguous(),
-        "q_positions": None if a.q_positions is None else a.q_positions.contiguous(),
-        "k_positions": None if a.k_positions is None else a.k_positions.contiguous(),
+        "q": strided(a.q),
+        "k": strided(a.k),
+        "v": strided(a.v),
+        "slopes": _dense(a.alibi_slopes),
+        "sides": Sides(*map(_dense, (a.cu_seqlens, a.cu_seqlens_k, a.q_positions, a.k_positions))),
         "l": l,
         "m": m,
         "zero": 0,
         "left": a.left if a.q_positions is not None else min(a.left, l + m),
         "right": a.right if a.q_positions is not None else min(a.right, l + m),
-        "factor": a.scale / a.softcap if soft else a.scale * LOG2E,
-        "cap": a.softcap * LOG2E,
+        "scales": Scales(a.scale / a.softcap if soft else a.scale * LOG2E, a.softcap * LOG2E, a.scale),
         "H": h,
         "GROUP": h // h_kv,
         "K": k_size,
@@ -85,10 +152,12 @@ def key_lists(a: Any) -> dict[str, Any]:
 def _lists(
     offsets: Tensor | None, listed: Tensor | None, patterns: Tensor | None, bits: Tensor | None
 ) -> dict[str, Any]:
-    tensors = {"offsets": offsets, "listed": listed, "patterns": patterns, "bits": bits}
-    found: dict[str, Any] = {name: None if x is None else x.contiguous() for name, x in tensors.items()}
-    found["offsets_head"] = 0 if offsets is None or offsets.shape[0] == 1 else offsets.shape[1]
-    return found
+    head = 0 if offsets is None or offsets.shape[0] == 1 else offsets.shape[1]
+    return {"lists": Lists(*map(_dense, (offsets, listed, patterns, bits)), head)}
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def places(cu_seqlens: Tensor | None, length: int, mask_block: int, block: int) -> tuple[int, dict[str, Any]]:
@@ -100,7 +169,7 @@ def places(cu_seqlens: Tensor | None, length: int, mask_block: int, block: int) 
     per_block = -(-mask_block // block)
     tiles = -(-length // mask_block) * per_block if mask_block else -(-length // block)
     if cu_seqlens is None:
-        return tiles, {"owners": None, "starts": None}
+        return tiles, {"places": Places(None, None)}
     if mask_block:
         at = torch.arange(tiles, device=cu_seqlens.device, dtype=torch.int32)
         starts = torch.cat([at // per_block * mask_block + at % per_block * block, cu_seqlens[:-1]]).sort().values
@@ -113,7 +182,7 @@ def places(cu_seqlens: Tensor | None, length: int, mask_block: int, block: int) 
         number = torch.arange(len(owner), device=cu_seqlens.device, dtype=torch.int32)
         first = cu_seqlens[owner]
         starts = first + (number - first // block - owner) * block
-    return len(owner), {"owners": owner, "starts": starts}
+    return len(owner), {"places": Places(owner, starts)}
 
 
 # Queries and keys of a tile, warps and stages of the pipeline, for head dims to 64, 128 and 256: what registers hold
@@ -150,7 +219,7 @@ def options(kernel: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     A tile does not cross the mask's blocks on the side that its program keeps. On the other side it divides a block, or
     is gathered where that would make it small.
     """
-    machine = _machine(fields["q"].dtype)
+    machine = _machine(fields["q"].at.dtype)
     widest = max(fields["BLOCK_K"], fields["BLOCK_V"])
     rows, columns, warps, stages = TILES[machine][kernel][0 if widest <= 64 else 1 if widest <= 128 else 2]
     if fields["MASK_Q"]:
@@ -159,10 +228,10 @@ def options(kernel: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         small = min(own, max(16, next_power_of_2(own_block)))
         warps = max(4, warps * small // own)  # each has as many rows as before
         other = _dividing(max(16, other // 2), other_block)  # the lists take registers
-        if fields["SOFTCAP"] and fields["cu_seqlens"] is not None and widest > 64:
+        if fields["SOFTCAP"] and fields["sides"].cu_seqlens is not None and widest > 64:
             small = max(16, small // 2)  # so do a soft cap and borders: with slopes besides, larger tiles would spill
         rows, columns = (other, small) if kernel == "keys_backward" else (small, other)
-    if fields["q_positions"] is not None:  # those of both sides take registers too
+    if fields["sides"].q_positions is not None:  # those of both sides take registers too
         tight = machine == "ampere" and kernel == "forward"
         if widest > 128 and machine != "blackwell":  # its sums fill them: a smaller own side would free none
             rows, columns = (rows // 2, columns) if kernel == "keys_backward" else (rows, columns // 2)

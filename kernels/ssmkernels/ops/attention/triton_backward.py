@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssmkernels.core.strided import strided
 from ssmkernels.core.triton_support import kernels, next_power_of_2, on_device_of
 from ssmkernels.core.validate import precision
-from ssmkernels.ops.attention.triton_arguments import key_lists, options, places, query_lists, values
+from ssmkernels.ops.attention.triton_arguments import key_lists, options, places, query_lists, settled, values
 
 HEADS = 4  # of a group, for whose keys one program sums; more are parts
 
@@ -18,7 +19,7 @@ def backward(a: Any, saved: Any, grads: Any) -> dict[str, Tensor | None]:
     dout, lse = grads.out, saved.lse
     dlse = None if grads.lse is None else grads.lse.contiguous()
     tops, delta = _row_sums(saved.out, lse, dout, dlse)
-    shared = values(a) | {"dout": dout, "tops": tops, "delta": delta, "scale": a.scale, "dout_strides": dout.stride()}
+    shared = values(a) | {"dout": strided(dout), "tops": tops, "delta": delta}
     with on_device_of(a.q):
         dq, dslopes = _queries_backward(a, shared, dlse, "alibi_slopes" in grads.wanted)
         dk, dv = _keys_backward(a, shared)
@@ -37,9 +38,9 @@ def _row_sums(out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> tu
     rows = 32
     if lse.numel():
         with on_device_of(out):
-            tensors = out, lse, dout, dlse, tops, delta
+            tensors = out, lse, strided(dout), dlse, tops, delta
             sizes = {"H": h, "V": v_size, "ROWS": rows, "BLOCK_V": next_power_of_2(v_size)}
-            kernels(__package__).row_sums[(-(-l // rows) * h * b,)](*tensors, dout.stride(), l, **sizes, num_warps=4)
+            kernels(__package__).row_sums[(-(-l // rows) * h * b,)](*tensors, l, **sizes, num_warps=4)
     return tops, delta
 
 
@@ -53,7 +54,7 @@ def _queries_backward(
     dslopes = a.q.new_zeros((h, b * tiles), dtype=precision(a.q)) if slopes_wanted else None
     if dq.numel():
         kernels(__package__).queries_backward[(tiles * h * b,)](
-            **shared, **where, **query_lists(a), dlse=dlse, dq=dq, dslopes=dslopes, tiles=tiles, **own
+            **settled(shared, own), **where, **query_lists(a), dlse=dlse, dq=dq, dslopes=dslopes, tiles=tiles
         )
     return dq, dslopes
 
@@ -65,7 +66,7 @@ def _keys_backward(a: Any, shared: dict[str, Any]) -> tuple[Tensor, Tensor]:
     tiles, where = places(a.cu_seqlens_k, m, shared["MASK_K"], own["COLUMNS"])
     dk, dv = (x.new_empty((parts, *x.shape), dtype=precision(x) if parts > 1 else x.dtype) for x in (a.k, a.v))
     if dk.numel():
-        fields = {**shared, **where, **key_lists(a), "tiles": tiles, "parts": parts, "HEADS": HEADS, **own}
+        fields = settled(shared, where, key_lists(a), {"tiles": tiles, "parts": parts, "HEADS": HEADS}, own)
         apart = max(shared["BLOCK_K"], shared["BLOCK_V"]) > 128
         for sums in ({"dk": dk, "dv": None}, {"dk": None, "dv": dv}) if apart else ({"dk": dk, "dv": dv},):
             kernels(__package__).keys_backward[(tiles * parts * h_kv * b,)](**fields, **sums)

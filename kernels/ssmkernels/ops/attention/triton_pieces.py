@@ -13,25 +13,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ssmkernels.core.strided import Strided
 from ssmkernels.core.triton_pieces import tanh
 
+LOG2E = tl.constexpr(1.4426950408889634)
 SCANNED = tl.constexpr(128)  # entries of a list that are looked at together
 BEYOND = tl.constexpr(2**30)  # an index that nothing has
 
 
 @triton.jit
-def tile_of(
-    number, owners, starts, borders, other_borders, length, other_length, SIZE: tl.constexpr, BLOCK: tl.constexpr
-):
+def tile_of(number, places, borders, other_borders, length, other_length, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """Where a tile starts and stops, its sequence begins and ends, and so on the other side.
 
     ``SIZE`` is that of the mask's blocks, which a tile does not cross; 0 where there is no mask.
     """
-    if owners is not None:
-        sequence = tl.load(owners + number)
+    if places.owners is not None:
+        sequence = tl.load(places.owners + number)
         begin, end = tl.load(borders + sequence), tl.load(borders + sequence + 1)
         other_begin, other_end = tl.load(other_borders + sequence), tl.load(other_borders + sequence + 1)
-        start = tl.load(starts + number)
+        start = tl.load(places.starts + number)
     else:
         begin, end, other_begin, other_end = 0, length, 0, other_length
         if SIZE:
@@ -45,6 +45,21 @@ def tile_of(
     else:
         stop = start + BLOCK
     return start, tl.minimum(stop, end), begin, end, other_begin, other_end
+
+
+@triton.jit
+def own_queries(tiles, places, sides, l, m, dims: tl.constexpr):
+    """The tile of queries that a program has: its number, head and batch, and where it lies, as :func:`tile_of`.
+
+    Under a causal mask the longest work is at the end, so that the last tiles come first.
+    """
+    number, head = tl.program_id(0) % tiles, tl.program_id(0) // tiles % dims.H
+    number = tiles - 1 - number
+    batch = (tl.program_id(0) // tiles // dims.H).to(tl.int64)
+    start, stop, _, end, begin_k, end_k = tile_of(
+        number, places, sides.cu_seqlens, sides.cu_seqlens_k, l, m, dims.MASK_Q, dims.ROWS
+    )
+    return number, head, batch, start, stop, end, begin_k, end_k
 
 
 @triton.jit
@@ -113,9 +128,24 @@ def within(positions, s, distance, before, after):
 
 
 @triton.jit
-def at_head(x, strides, batch, head, across):
-    """Pointers to one head of x at position 0, spread over its width; strides of (batch, position, head, step)."""
-    return x + (batch * strides[0] + head.to(tl.int64) * strides[2] + across.to(tl.int64) * strides[3])
+def at_head(x, batch, head, across):
+    """One head of x at position 0, its pointers spread over its width."""
+    at = x.at + (batch * x.batch + head.to(tl.int64) * x.head + across.to(tl.int64) * x.step)
+    return Strided(at, x.batch, x.time, x.head, x.step)
+
+
+@triton.jit
+def across(dims: tl.constexpr):
+    """Channels (1, BLOCK_K) of queries and keys, and (1, BLOCK_V) of values."""
+    return tl.arange(0, dims.BLOCK_K)[None, :], tl.arange(0, dims.BLOCK_V)[None, :]
+
+
+@triton.jit
+def at_heads(q, k, v, batch, head, across_k, across_v, dims: tl.constexpr):
+    """One head of the queries, and its group's of keys and values, as :func:`at_head`."""
+    q = at_head(q, batch, head, across_k)
+    of_group = head // dims.GROUP
+    return q, at_head(k, batch, of_group, across_k), at_head(v, batch, of_group, across_v)
 
 
 @triton.jit
@@ -187,8 +217,7 @@ def blocks_at(listed, patterns, place, count, whole_low, whole_high, SIZE: tl.co
 
 @triton.jit
 def indices(
-    listed,
-    patterns,
+    lists,
     entry,
     count,
     met,
@@ -204,7 +233,7 @@ def indices(
     """Indices of the n-th tile of :func:`work`, and (pattern, cut, partial) as :func:`blocks_at`, 0 without a list."""
     if SIZE:
         index, pattern, cut, partial = blocks_at(
-            listed + entry, patterns + entry, n * BLOCK, count, met[2], met[3], SIZE, BLOCK
+            lists.listed + entry, lists.patterns + entry, n * BLOCK, count, met[2], met[3], SIZE, BLOCK
         )
         return index, (pattern, cut, partial)
     else:  # noqa: RET505 (the compiler wants to see it)
@@ -213,9 +242,9 @@ def indices(
 
 
 @triton.jit
-def take(x, index, position, begin, end, WIDTH: tl.constexpr, PADDED: tl.constexpr, GUARDED: tl.constexpr):
+def take(x, index, begin, end, WIDTH: tl.constexpr, PADDED: tl.constexpr, GUARDED: tl.constexpr):
     """Rows of x, whose pointers already go (1, PADDED) across; 0 beyond the width and, if guarded, begin … end - 1."""
-    at = x + index.to(tl.int64)[:, None] * position
+    at = x.at + index.to(tl.int64)[:, None] * x.time
     within = (tl.arange(0, PADDED) < WIDTH)[None, :]
     if GUARDED:
         there = ((index >= begin) & (index < end))[:, None]
@@ -226,14 +255,14 @@ def take(x, index, position, begin, end, WIDTH: tl.constexpr, PADDED: tl.constex
 
 
 @triton.jit
-def logits(product, distance, slope, factor, cap, SOFTCAP: tl.constexpr):
+def logits(product, distance, slope, scales, SOFTCAP: tl.constexpr):
     """Logits to base 2 of products of queries and keys, and their slope before ALiBi, less the factor."""
     slant = product
     if SOFTCAP:
-        bent = tanh(product * factor)
-        s, slant = cap * bent, 1 - bent * bent
+        bent = tanh(product * scales.factor)
+        s, slant = scales.cap * bent, 1 - bent * bent
     else:
-        s = product * factor
+        s = product * scales.factor
     if slope is not None:
         s -= slope * tl.abs(distance).to(tl.float32)
     return s, slant

@@ -12,20 +12,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ssmkernels.core.triton_pieces import zeros
 from ssmkernels.ops.attention.triton_pieces import (
+    LOG2E,
+    across,
     at_head,
+    at_heads,
     indices,
     logits,
     meets,
+    own_queries,
     own_side,
     take,
-    tile_of,
     visible,
     within,
     work,
 )
-
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit(do_not_specialize=["l"])
@@ -36,7 +38,6 @@ def row_sums(
     dlse,
     tops,
     delta,
-    dout_strides,
     l,
     H: tl.constexpr,
     V: tl.constexpr,
@@ -51,11 +52,11 @@ def row_sums(
     head = tl.program_id(0) // tiles % H
     batch = (tl.program_id(0) // tiles // H).to(tl.int64)
     i = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
-    across = tl.arange(0, BLOCK_V)[None, :]
-    mask = (i < l)[:, None] & (across < V)
-    value = tl.load(out + (((batch * l + i) * H + head) * V)[:, None] + across, mask=mask, other=0.0)
-    dout = at_head(dout, dout_strides, batch, head, across)
-    gradient = tl.load(dout + i.to(tl.int64)[:, None] * dout_strides[1], mask=mask, other=0.0)
+    at_v = tl.arange(0, BLOCK_V)[None, :]
+    mask = (i < l)[:, None] & (at_v < V)
+    value = tl.load(out + (((batch * l + i) * H + head) * V)[:, None] + at_v, mask=mask, other=0.0)
+    dout = at_head(dout, batch, head, at_v)
+    gradient = tl.load(dout.at + i.to(tl.int64)[:, None] * dout.time, mask=mask, other=0.0)
     total = tl.sum(value.to(tl.float32) * gradient.to(tl.float32), axis=1)
     row = (batch * H + head) * l + i
     if dlse is not None:
@@ -77,83 +78,57 @@ def queries_backward(
     dlse,
     dq,
     dslopes,
-    cu_seqlens,
-    cu_seqlens_k,
-    q_positions,
-    k_positions,
-    owners,
-    starts,
-    offsets,
-    listed,
-    patterns,
-    bits,
-    q_strides,
-    k_strides,
-    v_strides,
-    dout_strides,
-    offsets_head,
+    sides,
+    places,
+    lists,
     l,
     m,
     tiles,
     zero,
     left,
     right,
-    factor,
-    cap,
-    scale,
-    H: tl.constexpr,
-    GROUP: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    MASK_Q: tl.constexpr,
-    MASK_K: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    scales,
+    dims: tl.constexpr,
 ):
     """dq (b l H K) of one tile of queries, and its part of dslopes (H, tiles of all b)."""
-    number, head = tl.program_id(0) % tiles, tl.program_id(0) // tiles % H
-    number = tiles - 1 - number  # as forward
-    batch = (tl.program_id(0) // tiles // H).to(tl.int64)
-    start, stop, _, end, begin_k, end_k = tile_of(number, owners, starts, cu_seqlens, cu_seqlens_k, l, m, MASK_Q, ROWS)
+    MASK_Q: tl.constexpr = dims.MASK_Q
+    number, head, batch, start, stop, end, begin_k, end_k = own_queries(tiles, places, sides, l, m, dims)
     if start >= stop:
         return
+    q_positions, k_positions = sides.q_positions, sides.k_positions
     if q_positions is not None:
         q_positions, k_positions = q_positions + batch * l, k_positions + batch * m
-    i, p, low, high, met = own_side(start, stop, end_k - end, q_positions, begin_k, end_k, left, right, ROWS)
-    across_k, across_v = tl.arange(0, BLOCK_K)[None, :], tl.arange(0, BLOCK_V)[None, :]
-    q = at_head(q, q_strides, batch, head, across_k)
-    k = at_head(k, k_strides, batch, head // GROUP, across_k)
-    v = at_head(v, v_strides, batch, head // GROUP, across_v)
-    dout = at_head(dout, dout_strides, batch, head, across_v)
-    queries = take(q, i, q_strides[1], start, stop, K, BLOCK_K, True)
-    gradients = take(dout, i, dout_strides[1], start, stop, V, BLOCK_V, True)
-    row = (batch * H + head) * l + i
+    i, p, low, high, met = own_side(start, stop, end_k - end, q_positions, begin_k, end_k, left, right, dims.ROWS)
+    across_k, across_v = across(dims)
+    q, k, v = at_heads(q, k, v, batch, head, across_k, across_v, dims)
+    dout = at_head(dout, batch, head, across_v)
+    queries = take(q, i, start, stop, dims.K, dims.BLOCK_K, True)
+    gradients = take(dout, i, start, stop, dims.V, dims.BLOCK_V, True)
+    row = (batch * dims.H + head) * l + i
     top = tl.load(tops + row, mask=i < stop, other=float("inf"))
     own_delta = tl.load(delta + row, mask=i < stop, other=0.0)
     slope = None
     if slopes is not None:
         slope = tl.load(slopes + head).to(tl.float32) * LOG2E
-    own = tl.zeros((ROWS, BLOCK_K), tl.float32)
-    far, gain, far_gain = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    own = zeros(dims.ROWS, dims.BLOCK_K)
+    far, gain, far_gain = zeros(dims.ROWS), zeros(dims.ROWS), zeros(dims.ROWS)
+    offsets = lists.offsets
     if MASK_Q:
-        offsets += head * offsets_head + start // MASK_Q
-    entry, count, a, b, c, d = work(offsets, listed, met, begin_k, m, MASK_K, COLUMNS)
+        offsets += head * lists.head + start // MASK_Q
+    entry, count, a, b, c, d = work(offsets, lists.listed, met, begin_k, m, dims.MASK_K, dims.COLUMNS)
     for GUARDED in tl.static_range((MASK_Q > 0) or (k_positions is not None), 2):
         for n in range(a if GUARDED else b, d - (c - b) if GUARDED else c):
-            j, listing = indices(listed, patterns, entry, count, met, n, b, c, begin_k, zero, GUARDED, MASK_K, COLUMNS)
+            j, listing = indices(lists, entry, count, met, n, b, c, begin_k, zero, GUARDED, dims.MASK_K, dims.COLUMNS)
             at, seen = meets(p, i < stop, k_positions, j, begin_k, end_k, left, right)
             if seen:
-                keys = take(k, j, k_strides[1], begin_k, end_k, K, BLOCK_K, GUARDED)
+                keys = take(k, j, begin_k, end_k, dims.K, dims.BLOCK_K, GUARDED)
                 product = tl.dot(queries, tl.trans(keys), input_precision="ieee")
                 distance = p[:, None] - at[None, :]
-                s, slant = logits(product, distance, slope, factor, cap, SOFTCAP)
-                s = visible(s, j, low, high, listing, bits, i[:, None], j[None, :], GUARDED, MASK_Q, MASK_K)
+                s, slant = logits(product, distance, slope, scales, dims.SOFTCAP)
+                s = visible(s, j, low, high, listing, lists.bits, i[:, None], j[None, :], GUARDED, MASK_Q, dims.MASK_K)
                 s = within(k_positions, s, distance, left, right)
                 weights = tl.exp2(s - top[:, None])
-                values = take(v, j, v_strides[1], begin_k, end_k, V, BLOCK_V, GUARDED)
+                values = take(v, j, begin_k, end_k, dims.V, dims.BLOCK_V, GUARDED)
                 dweights = tl.dot(gradients, tl.trans(values), input_precision="ieee")
                 if dslopes is not None:
                     apart = tl.abs(distance).to(tl.float32)
@@ -161,16 +136,16 @@ def queries_backward(
                     gain += tl.sum(weights * dweights, axis=1)
                     far_gain += tl.sum(weights * dweights * apart, axis=1)
                 ds = weights * (dweights - own_delta[:, None])
-                if SOFTCAP:
+                if dims.SOFTCAP:
                     ds *= slant
                 own = tl.dot(ds.to(keys.dtype), keys, own, input_precision="ieee")
-    i = (start ^ zero) + tl.arange(0, ROWS)
-    row = ((batch * l + i) * H + head) * K
-    mask = (i < stop)[:, None] & (across_k < K)
-    tl.store(dq + row[:, None] + across_k, (own * scale).to(dq.dtype.element_ty), mask=mask)
+    i = (start ^ zero) + tl.arange(0, dims.ROWS)
+    row = ((batch * l + i) * dims.H + head) * dims.K
+    mask = (i < stop)[:, None] & (across_k < dims.K)
+    tl.store(dq + row[:, None] + across_k, (own * scales.scale).to(dq.dtype.element_ty), mask=mask)
     if dslopes is not None:
         # Slopes may be float32 beside half precision: their gradient does without the delta that a rounded out gives
         if dlse is not None:
-            gain -= tl.load(dlse + (batch * H + head) * l + i, mask=i < stop, other=0.0)
-        parts = tl.num_programs(0) // H
+            gain -= tl.load(dlse + (batch * dims.H + head) * l + i, mask=i < stop, other=0.0)
+        parts = tl.num_programs(0) // dims.H
         tl.store(dslopes + head.to(tl.int64) * parts + batch * tiles + number, tl.sum(gain * far - far_gain, axis=0))

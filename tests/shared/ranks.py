@@ -12,8 +12,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-# Imported once; the processes are then copies.
+# Imported once, with what training imports at its first step and at its first figure; the processes are then copies.
 PRELOAD = ["torch.utils.checkpoint", "torch._dynamo", "torch.distributed.fsdp", "torch.nn.parallel", "ssmzoo.parallel"]
+PRELOAD += ["ssmzoo.train.mesh.trainer", "accelerate", "matplotlib.backends.backend_agg"]
 
 
 class Ranks:

@@ -153,7 +153,7 @@ def _lists(
     offsets: Tensor | None, listed: Tensor | None, patterns: Tensor | None, bits: Tensor | None
 ) -> dict[str, Any]:
     head = 0 if offsets is None or offsets.shape[0] == 1 else offsets.shape[1]
-    return {"lists": Lists(*map(_dense, (offsets, listed, patterns, bits)), head)}
+    return {"lists": Lists(_dense(offsets), _dense(listed), _dense(patterns), _dense(bits), head)}
 
 
 def _dense(x: Tensor | None) -> Tensor | None:

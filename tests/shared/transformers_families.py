@@ -168,6 +168,18 @@ MODELS |= {
         {**SIZES, **LOCAL, **EXPERTS, **NO_TOKENS, "intermediate_size": 28, "mlp_layer_types": ["dense", "sparse"]},
     ),
     "inkling2": ("Inkling2", {**SIZES, **LOCAL, **EXPERTS, **NO_TOKENS, "unpadded_vocab_size": 50}),
+    "inkling2_loop": (
+        "Inkling2Loop",
+        {**SIZES, **LOCAL, **EXPERTS, **NO_TOKENS, "unpadded_vocab_size": 50, "num_hidden_layers": 4}
+        | {"loop_layer_index_start": 1, "loop_layer_index_end": 3, "loop_num_passes": 2, "loop_gate_rank": 4}
+        | {"n_layers_per_attn_res_block": 1},
+    ),
+    "lfm3": (
+        "Lfm3",
+        {**SIZES, **HEADS, **NO_TOKENS, "head_dim": 8, "intermediate_size": 28, "num_hidden_layers": 3}
+        | {"layer_types": ["conv", "full_attention", "sliding_attention"], "sliding_window": 32},
+    ),
+    "lara_mini": ("LaraMini", SHARED | {"layer_types": ["linear_attention", "full_attention"]} | NO_TOKENS),
 }
 # Those that see as well, and have no class for text alone: options of the text's config, and of the vision's.
 SEEING = {

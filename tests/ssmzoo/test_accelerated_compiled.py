@@ -33,7 +33,13 @@ def test_compiled_models():
 
 
 MIXTURES = {"jamba", "lfm2_moe", "qwen3_5_moe", "qwen4_exp", "bailing_hybrid", "glm5_next"}
-MIXTURES |= {"inkling", "inkling2", "minimax"}  # whose experts are chosen by numbers in tensors
+MIXTURES |= {
+    "inkling",
+    "inkling2",
+    "inkling2_loop",
+    "lara_mini",
+    "minimax",
+}  # whose experts are chosen by numbers in tensors
 
 
 @torch.no_grad()

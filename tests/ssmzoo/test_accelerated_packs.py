@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,12 +12,13 @@ from parity import close
 from transformers_families import ALONE, MODELS, OTHERS, made, modeling
 
 from ssmzoo.integrations.transformers.functions import selective_scan_fn
+from ssmzoo.integrations.transformers.layers import apart
 from ssmzoo.integrations.transformers.lookups import published
 from ssmzoo.integrations.transformers.scope import Scope, entered
 
 pytestmark = pytest.mark.mixer()
 
-PACKS = sorted(set(MODELS) - {*OTHERS, "lfm2", "lfm2_moe", "inkling", "inkling2", "glm5_next", "minimax"})
+PACKS = sorted(set(MODELS) - {*OTHERS, "glm5_next", "minimax"})
 DROPPED = {
     "mamba2": [("Mamba2Block", "__call__"), ("Mamba2Mixer", "forward")],
     "falcon_h1": [("FalconH1DecoderLayer", "__call__"), ("FalconH1Mixer", "forward")],
@@ -99,3 +101,31 @@ def test_packed_rows_give_and_take_the_states_at_their_ends():
     again = Scope(seq_idx=torch.tensor([[0, 1, 0, 0, 0, 0, 0, 0, 0]] * 2))
     with entered(again), pytest.raises(ValueError, match="`seq_idx`, row 0, number 0 stops after position 0"):
         selective_scan_fn(u, delta.abs(), A, B, C)
+
+
+@pytest.mark.parametrize("width", [1, 2, 4])
+@pytest.mark.parametrize("masked", [False, True])
+def test_convolutions_that_no_sequences_reach(width, masked):
+    """Rows with other borders, sequences shorter than the convolution, and one that begins within padding."""
+
+    def convolution(self, x, weights, cache=None, conv_mask=None, **_):
+        x = x if conv_mask is None else x * conv_mask[..., None]
+        lagged = [torch.nn.functional.pad(x, (0, 0, lag, 0))[:, : x.shape[1]] for lag in range(width)]
+        return (torch.stack(lagged, -1) * weights[:, :, None]).sum(-1)
+
+    torch.manual_seed(0)
+    x, weights = torch.randn(2, 9, 3), torch.randn(2, 9, width)
+    seq_idx = torch.tensor([[0] * 4 + [1] * 5, [3] * 2 + [2] + [4] * 6])
+    mask = torch.ones(2, 9).index_fill(1, torch.tensor([0, 4]), 0.0) if masked else None
+    layer = SimpleNamespace(conv_kernel_size=width)
+    with entered(Scope(seq_idx=seq_idx)):
+        found = apart(convolution)(layer, x, weights, conv_mask=mask)
+        whole = apart(convolution)(layer, x, weights, conv_mask=mask, seq_idx=seq_idx)
+    assert torch.equal(whole, convolution(layer, x, weights, conv_mask=mask))  # which knows of them itself
+    for row, borders in enumerate(((0, 4, 9), (0, 2, 3, 9))):
+        for start, end in zip(borders, borders[1:], strict=False):
+            here = row, slice(start, end)
+            alone = convolution(
+                layer, x[here][None], weights[here][None], conv_mask=mask[here][None] if masked else None
+            )
+            torch.testing.assert_close(found[here], alone[0])

@@ -18,9 +18,9 @@ OPTIONS = ("cache", "position_bias", "s_aux", "softcap")  # of transformers, whi
 
 # The families with layers of attention, which look it up by the name in their config
 FAMILIES = frozenset(
-    {"bailing_hybrid", "bamba", "falcon_h1", "glm5_next", "granitemoehybrid", "inkling", "inkling2", "jamba"}
-    | {"kimi_linear", "lfm2", "lfm2_moe", "minimax", "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_moe"}
-    | {"qwen3_next", "qwen4_exp", "recurrent_gemma", "zamba", "zamba2"}
+    {"bailing_hybrid", "bamba", "falcon_h1", "glm5_next", "granitemoehybrid", "inkling", "inkling2", "inkling2_loop"}
+    | {"jamba", "kimi_linear", "lara_mini", "lfm2", "lfm2_moe", "lfm3", "minimax", "nemotron_h", "olmo_hybrid"}
+    | {"qwen3_5", "qwen3_5_moe", "qwen3_next", "qwen4_exp", "recurrent_gemma", "zamba", "zamba2"}
 )
 
 

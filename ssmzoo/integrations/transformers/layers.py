@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ssmkernels import linear_attention, linear_recurrence, mlstm
+from ssmkernels.compat.sequences import runs
 from ssmzoo.integrations.transformers.scope import Scope, current, entered
 
 Function = Callable[..., Any]
@@ -74,6 +75,35 @@ def told(original: Function) -> Function:
         return original(self, *args, **(kwargs if seq_idx is None else {"seq_idx": seq_idx} | kwargs))
 
     return call
+
+
+def apart(original: Function) -> Function:
+    """A convolution that no sequences reach: the first outputs of each are computed once more, from that one alone.
+
+    Those further on see tokens of their own sequence only. The first sequence of a row goes on from the cache.
+    """
+
+    @functools.wraps(original)
+    def forward(self: Any, hidden_states: Tensor, dynamic_input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y: Tensor = original(self, hidden_states, dynamic_input, *args, **kwargs)
+        seq_idx, reach, length = current().seq_idx, self.conv_kernel_size - 1, hidden_states.shape[1]
+        if seq_idx is None or kwargs.get("seq_idx") is not None or reach == 0:  # which it takes since transformers 5.24
+            return y
+        borders = runs("Inkling2DynamicShortConvolution", seq_idx, self.conv_kernel_size)[1].tolist()
+        x, others, mask = hidden_states.flatten(0, 1), dynamic_input.flatten(0, 1), kwargs.get("conv_mask")
+        mask = None if mask is None else mask.flatten(0, 1)
+        parts, done = [], 0
+        for start, end in zip(borders, borders[1:], strict=False):
+            if start % length:
+                few = slice(start, min(start + reach, end))
+                alone = original(
+                    self, x[None, few], others[None, few], conv_mask=None if mask is None else mask[None, few]
+                )
+                parts += [y.flatten(0, 1)[done:start], alone[0]]
+                done = few.stop
+        return torch.cat([*parts, y.flatten(0, 1)[done:]]).view_as(y)
+
+    return forward
 
 
 def rnn_scan(original: Function) -> Function:

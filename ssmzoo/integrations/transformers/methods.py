@@ -11,6 +11,7 @@ from typing import Any
 from ssmzoo.integrations.transformers.attentions import FAMILIES, interfaces
 from ssmzoo.integrations.transformers.layers import (
     Function,
+    apart,
     lightning,
     matrix_memory,
     mixer,
@@ -72,6 +73,14 @@ METHODS: dict[str, tuple[Method, ...]] = {
     "nemotron_h": (Method("NemotronHBlock", "forward", telling, _TELLS),),
     "jamba": (*_mixing("JambaMambaMixer"), Method("JambaMambaDecoderLayer", "forward", telling, _TELLS)),
     "zamba": _mixing("ZambaMambaMixer"),
+    "inkling": (Method("InklingDecoderLayer", "forward", telling, _TELLS),),
+    "inkling2": (
+        Method("Inkling2SlidingDecoderLayer", "forward", telling, _TELLS),  # until transformers 5.23, as the others
+        Method("Inkling2FullDecoderLayer", "forward", telling, _TELLS),
+        Method(
+            "Inkling2DynamicShortConvolution", "forward", apart, "transformers' own, which keeps packed sequences apart"
+        ),
+    ),
     "recurrent_gemma": (Method("RecurrentGemmaRglru", "_rnn_scan", rnn_scan, "ssmkernels.linear_recurrence"),),
     "minimax": (Method("MiniMaxLightningAttention", "forward", lightning, "ssmkernels.linear_attention"),),
     "rwkv": (Method("", "rwkv_linear_attention", weighted_key_values, "ssmkernels.linear_recurrence"),),

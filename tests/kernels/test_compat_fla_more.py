@@ -98,8 +98,64 @@ def test_attention():
     s = (heads[0] @ heads[1].mT * 8**-0.5).masked_fill(distance > 0, -torch.inf)
     weights = torch.cat([s, sink[:, None, None].expand(1, 4, 7, 1)], -1).softmax(-1)[..., :-1]
     torch.testing.assert_close(ops.parallel_attn(q, k, v, sink_bias=sink), (weights @ heads[2]).transpose(1, 2))
-    with pytest.raises(ValueError, match="parallel_attn: `g` must be None, as decays of attention are not supported"):
-        ops.parallel_attn(q, k, v, g=sink)
+
+
+def decaying(q, k, v, g, scale=None, window=None, sink=None):
+    """Attention of one sequence, (b l h d), whose logits have the decays after a key added, one by one."""
+    l, shared = q.shape[1], q.shape[2] // k.shape[2]
+    heads = [t.transpose(1, 2) for t in (q, k.repeat_interleave(shared, 2), v.repeat_interleave(shared, 2))]
+    s = heads[0] @ heads[1].mT * (q.shape[3] ** -0.5 if scale is None else scale)
+    added = [[g[:, min(j, i) + 1 : i + 1].sum(1) for j in range(l)] for i in range(l)]
+    s = s + torch.stack([torch.stack(row, -1) for row in added], 2)
+    distance = torch.arange(l)[:, None] - torch.arange(l)
+    s = s.masked_fill((distance < 0) | (distance >= (window or l)), -torch.inf)
+    if sink is not None:
+        s = torch.cat([s, sink[:, None, None].expand(len(q), -1, l, 1)], -1)
+    return (s.softmax(-1)[..., :l] @ heads[2]).transpose(1, 2)
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": 0.3}, {"scale": 0.0}, {"window": 3}, {"sink": True}], ids=str)
+@pytest.mark.parametrize("heads", [(4, 2), (3, 3), (4, 1)], ids=str)
+def test_attention_that_forgets(heads, options):
+    h, shared = heads
+    q, k, v, g, sink = drawn((2, 7, h, 8), (2, 7, shared, 8), (2, 7, shared, 5), (2, 7, h), h)
+    q, k, v, g, sink = leaves = [t.requires_grad_() for t in (q, k, v, -g.detach().abs(), sink)]
+    named = {"sink": sink} if "sink" in options else options
+    others = {{"window": "window_size", "sink": "sink_bias"}.get(name, name): t for name, t in named.items()}
+    expected, found = decaying(q, k, v, g, **named), ops.parallel_attn(q, k, v, g, **others)
+    torch.testing.assert_close(found, expected)
+    wanted = leaves if "sink" in options else leaves[:4]
+    weight = torch.randn_like(expected)
+    same(torch.autograd.grad(found, wanted, weight), torch.autograd.grad(expected, wanted, weight))
+    if "sink" not in options:
+        assert torch.equal(ops.parallel_forgetting_attn(q, k, v, g, **others), found)
+
+
+def test_packed_attention_that_forgets():
+    """Each sequence as alone; decays that come to thousands by its start do not blur it."""
+    q, k, v, g = drawn((1, 9, 4, 8), (1, 9, 2, 8), (1, 9, 2, 5), (1, 9, 4))
+    g = torch.cat([-3e6 * g[:, :4].abs(), -g[:, 4:].abs()], 1)
+    q, k, v, g = (t.float() for t in (q, k, v, g))
+    found = ops.parallel_forgetting_attn(q, k, v, g, cu_seqlens=torch.tensor([0, 4, 9]))
+    alone = [ops.parallel_forgetting_attn(*(t[:, s] for t in (q, k, v, g))) for s in (slice(0, 4), slice(4, 9))]
+    torch.testing.assert_close(found, torch.cat(alone, 1))
+    narrow = ops.parallel_forgetting_attn(q.half(), k.half(), v.half(), g.clamp(-9))
+    wide = ops.parallel_forgetting_attn(q.half().float(), k.half().float(), v.half().float(), g.clamp(-9))
+    assert torch.equal(narrow, wide.half())
+    nothing = ops.parallel_forgetting_attn(q, k, v, g, window_size=0)
+    assert torch.equal(nothing, torch.zeros(1, 9, 4, 5))
+
+
+def test_wrong_decays():
+    q, k, v, g = drawn((1, 7, 4, 8), (1, 7, 3, 8), (1, 7, 3, 8), (1, 7, 4))
+    with pytest.raises(ValueError, match="parallel_attn: `g` must have shape .b l h. with b=1, l=7, h=4; got .4"):
+        ops.parallel_attn(q, k, v, g=g[0, 0])
+    with pytest.raises(ValueError, match="parallel_attn: `q` must have a multiple of `k`'s 3 heads; got 4"):
+        ops.parallel_attn(q, k, v, g)
+    with pytest.raises(TypeError, match="parallel_forgetting_attn: `scale` must be number.*; got str"):
+        ops.parallel_forgetting_attn(q, k[:, :, :2], v[:, :, :2], g, "1")
+    with pytest.raises(TypeError, match="parallel_forgetting_attn: `g` must be .*; got "):
+        ops.parallel_forgetting_attn(q, k[:, :, :2], v[:, :, :2], None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

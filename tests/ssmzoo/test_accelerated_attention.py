@@ -14,15 +14,14 @@ from torch.utils.checkpoint import checkpoint
 
 from ssmkernels import native
 from ssmzoo.integrations.transformers import accelerate, attentions
-from ssmzoo.integrations.transformers.lookups import published
-from ssmzoo.integrations.transformers.methods import METHODS
+from ssmzoo.integrations.transformers.acceleration import known_families
 
 transformers = pytest.importorskip("transformers", reason="needs transformers, whose attention runs here")
 pytestmark = [
     pytest.mark.mixer("attention"),
     pytest.mark.skipif(bool(native.missing()), reason=f"needs the native CPU library: {native.missing()}"),
 ]
-HERE = sorted(attentions.FAMILIES & {*published(), *METHODS})
+HERE = sorted(attentions.FAMILIES.intersection(known_families()))
 LONG = 2 * attentions.FEW
 LAYER = SimpleNamespace(is_causal=True, num_key_value_groups=2)
 
@@ -278,7 +277,7 @@ def test_functions_of_ones_own_go_into_the_table():
 
 def test_every_family_with_attention_is_known():
     there = set()
-    for family in {*published(), *METHODS}:
+    for family in known_families():
         module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
         if re.search(r"\bALL_ATTENTION_FUNCTIONS\b", Path(module.__file__).read_text()):
             there.add(family)

@@ -11,8 +11,7 @@ import torch
 from parity import close
 
 from ssmzoo.integrations.transformers import accelerate, norms
-from ssmzoo.integrations.transformers.lookups import published
-from ssmzoo.integrations.transformers.methods import METHODS
+from ssmzoo.integrations.transformers.acceleration import known_families
 
 pytest.importorskip("transformers", reason="needs transformers, whose norms run here")
 pytestmark = pytest.mark.mixer()
@@ -27,7 +26,7 @@ NORMS = sorted(
     for families in norms.KINDS.values()
     for family, owners in families.items()
     for owner in owners
-    if family in {*published(), *METHODS} and hasattr(modeling(family), owner)
+    if family in known_families() and hasattr(modeling(family), owner)
 )
 EVERY = pytest.mark.parametrize(("family", "owner"), NORMS)
 # Without weights, for a few states of every channel, or with dtypes that xLSTM chooses by its config

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ssmkernels import attention, generalized_delta_rule, linear_attention, linear_recurrence
@@ -80,11 +81,12 @@ def gated(a: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def softmax(a: Any) -> Tensor:
-    """Causal attention."""
-    shapes = {"q": "b l h k", "k": "b l h_kv k", "v": "b l h_kv v", "sink_bias": "h"}
-    _checked(a, shapes, "sink_bias")
-    if a.g is not None:
-        raise ValueError(f"{a.op}: `g` must be None, as decays of attention are not supported")
+    """Causal attention, whose logits may decay by g of all tokens after the key, that of the query included."""
+    shapes = {"q": "b l h k", "k": "b l h_kv k", "v": "b l h_kv v", "g": "b l h"}
+    shapes |= {"sink_bias": "h"} if hasattr(a, "sink_bias") else {}
+    optional = ("g", "sink_bias") if hasattr(a, "sink_bias") else ()  # the op that has sinks can do without decays
+    _checked(a, shapes, *optional)
+    sinks = getattr(a, "sink_bias", None)
     if a.window_size is not None:
         check_options(a.op, "int", window_size=a.window_size)
         if a.window_size < 0:
@@ -92,22 +94,50 @@ def softmax(a: Any) -> Tensor:
         if a.window_size == 0:  # as a bound of attention it would be none
             return _of_nothing(a)
     borders = None if a.cu_seqlens is None else int32_borders(a.op, a.cu_seqlens, a.q.shape[1])
+    q, k, v, scale = a.q, a.k, a.v, a.scale
+    if a.g is not None:
+        q, k, scale = *_decaying(a, borders), 1.0
+        v = v.to(q.dtype)
     found = attention(
-        a.q,
-        a.k,
-        a.v,
+        q,
+        k,
+        v,
         causal=True,
         window=None if a.window_size is None else (a.window_size - 1, 0),
-        scale=a.scale,
-        sinks=beside(a.sink_bias, a.q),
+        scale=scale,
+        sinks=beside(sinks, q),
         cu_seqlens=borders,
         implementation=a.implementation,
     )
     assert isinstance(found, Tensor)
-    return found
+    return found.to(a.q.dtype)
+
+
+def _decaying(a: Any, borders: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Queries and keys whose products are the logits, decays included: these are differences of sums over time.
+
+    A query has its head's sum beside a one for its place among the heads that share keys; the keys have a one, and the
+    negative sum for each of these places. All of it is at least float32, as the package's own sums are.
+    """
+    (heads, size), shared = a.q.shape[2:], a.k.shape[2]
+    if shared == 0 or heads % shared:
+        raise ValueError(f"{a.op}: `q` must have a multiple of `k`'s {shared} heads; got {heads}")
+    check_options(a.op, "number or None", scale=a.scale)
+    wide = precision(a.q, a.k, a.v)
+    total = a.g.double().cumsum(1)
+    if borders is not None:  # each sequence sums from its own start
+        before = F.pad(total, (0, 0, 1, 0))[:, borders[:-1].long()]
+        total = total - before.repeat_interleave(borders.diff().long(), 1)
+    total = total.to(wide)
+    place = torch.eye(heads // shared, dtype=wide, device=a.q.device).repeat(shared, 1).expand(*total.shape, -1)
+    q = a.q.to(wide) * (max(1, size) ** -0.5 if a.scale is None else a.scale)
+    k = a.k.to(wide)
+    q = torch.cat([q, total[..., None], place], -1)
+    return q, torch.cat([k, torch.ones_like(total[:, :, :shared, None]), -total.unflatten(2, (shared, -1))], -1)
 
 
 def _of_nothing(a: Any) -> Tensor:
     """What queries that see no key get: zeros, and so are their gradients."""
-    zero = sum(t.flatten()[:0].sum(dtype=a.q.dtype) for t in (a.q, a.k, a.v, a.sink_bias) if t is not None)
+    given = (a.q, a.k, a.v, a.g, getattr(a, "sink_bias", None))
+    zero = sum(t.flatten()[:0].sum(dtype=a.q.dtype) for t in given if t is not None)
     return a.q.new_zeros(*a.q.shape[:3], a.v.shape[-1]) + zero

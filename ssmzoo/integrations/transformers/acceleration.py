@@ -15,7 +15,7 @@ from ssmkernels.core.names import unknown
 from ssmzoo.integrations.transformers.functions import supplied
 from ssmzoo.integrations.transformers.imports import forget_imports, loaded, watch_imports
 from ssmzoo.integrations.transformers.linears import replace_forward, restore_forward
-from ssmzoo.integrations.transformers.lookups import installed, lookups_of, published
+from ssmzoo.integrations.transformers.lookups import installed, installed_families, lookups_of, published
 from ssmzoo.integrations.transformers.methods import MAPS, METHODS, methods, methods_of
 from ssmzoo.screen import printable
 
@@ -129,7 +129,7 @@ def accelerate(model_or_family: nn.Module | str | Iterable[str] | None = None) -
         ImportError: transformers is not installed.
         TypeError, ValueError: ``model_or_family`` is of another kind, or nothing that can be accelerated.
     """
-    known = _known()
+    known = known_families()
     if model_or_family is None:
         return Acceleration(known, asked=ALL)
     if isinstance(model_or_family, nn.Module):
@@ -156,8 +156,9 @@ def accelerate(model_or_family: nn.Module | str | Iterable[str] | None = None) -
     return Acceleration(set(families))
 
 
-def _known() -> list[str]:
-    return sorted({*published(), *METHODS})
+def known_families() -> list[str]:
+    """Those that can be accelerated, of which older versions of transformers lack some."""
+    return sorted({*published(), *METHODS} & installed_families().keys())
 
 
 def _families_in(model: nn.Module, known: Iterable[str]) -> set[str]:
@@ -191,7 +192,7 @@ def _refresh_all() -> None:
 def _refresh(family: str, module: ModuleType) -> None:
     """Gives a module of transformers our functions if an acceleration asks for its family, else its own."""
     with _changing:
-        wanted = _in_use[family] > 0 or (_in_use[ALL] > 0 and family in _known())
+        wanted = _in_use[family] > 0 or (_in_use[ALL] > 0 and family in known_families())
         for lookup in lookups_of(module):
             ours = supplied(lookup.package, lookup.function)
             if wanted and ours is not None:

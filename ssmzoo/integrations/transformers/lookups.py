@@ -83,19 +83,30 @@ def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 @functools.cache
-def published() -> dict[str, list[tuple[str, str]]]:
-    """Families of the transformers that is installed, and what each looks up: (function, package), from its sources.
+def installed_families() -> dict[str, Path]:
+    """All families of the transformers that is installed, and the file with each one's model.
 
     Raises:
-        ImportError: transformers is not installed, or older than 5.15.
+        ImportError: transformers is not installed.
     """
     spec = importlib.util.find_spec("transformers")
     if spec is None or spec.origin is None:
         raise ImportError("accelerate needs the package transformers: pip install transformers")
+    found = sorted(Path(spec.origin).parent.glob("models/*/modeling_*.py"))
+    return {path.parent.name: path for path in found if path.stem == f"modeling_{path.parent.name}"}
+
+
+@functools.cache
+def published() -> dict[str, list[tuple[str, str]]]:
+    """Those that look functions up, and what each looks up: (function, package), from its sources.
+
+    Raises:
+        ImportError: transformers is not installed, or older than 5.15.
+    """
     found = {}
-    for path in sorted(Path(spec.origin).parent.glob("models/*/modeling_*.py")):
+    for family, path in installed_families().items():
         if matches := _DECORATOR.findall(path.read_text(encoding="utf-8")):
-            found[path.parent.name] = list(dict.fromkeys(matches))
+            found[family] = list(dict.fromkeys(matches))
     if not found:
         import transformers
 

@@ -3,6 +3,7 @@
 from ssmkernels.compat import fla
 from ssmkernels.compat.fla import *  # noqa: F403
 from ssmkernels.compat.fla.ops.attn import parallel_attn
+from ssmkernels.compat.fla.ops.forgetting_attn import parallel_forgetting_attn
 from ssmkernels.compat.fla.ops.gated_delta_rule import chunk_gdn, fused_recurrent_gdn
 from ssmkernels.compat.fla.ops.generalized_delta_rule import (
     chunk_dplr_delta_rule,
@@ -34,6 +35,7 @@ __all__ = [
     "fused_recurrent_rwkv6",
     "fused_recurrent_rwkv7",
     "parallel_attn",
+    "parallel_forgetting_attn",
     "parallel_retention",
     "parallel_simple_gla",
 ]

@@ -28,7 +28,8 @@ def parallel_attn(
     Args:
         q: ``(b, l, h, k)``.
         k, v: ``(b, l, h_kv, k)`` and ``(b, l, h_kv, v)``.
-        g: None; decays are refused.
+        g: ``(b, l, h)``, logarithms of decays: to the logit of a key are added those of later tokens, the query's
+            included. No decays if None.
         scale: of the products; 1/√k if None.
         window_size: how many keys a query sees, its own included; all if None, and zeros come out if 0.
         cu_seqlens: integers ``(s + 1)``, borders of sequences packed into a batch of one.

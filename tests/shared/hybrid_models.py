@@ -286,14 +286,30 @@ MODELS["kimi_linear"] = (
 )
 
 
+def there(name):
+    """A class of transformers; skips the test where older versions lack it."""
+    if not hasattr(transformers, name):
+        pytest.skip(f"needs a transformers that has {name}")
+    return getattr(transformers, name)
+
+
 def causal_lm(kind):
     """Theirs with a head; that of a text part is named without it."""
-    return getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")
+    return there(f"{kind.removesuffix('Text')}ForCausalLM")
+
+
+def in_groups(theirs):
+    """The model; skips the test where gated norms take all groups of channels together, which mamba_ssm's do not."""
+    for layer in theirs.modules():
+        norm = getattr(layer, "norm", None)
+        if getattr(layer, "n_groups", 1) > 1 and norm is not None and not {"group_size", "n_groups"} & {*vars(norm)}:
+            pytest.skip("needs transformers 5.23, whose gated norm keeps groups of channels apart")
+    return theirs
 
 
 def theirs_of(name):
     """A model of transformers, with random weights."""
     kind, options = MODELS[name]
-    config = getattr(transformers, f"{kind}Config")(**options)
+    config = there(f"{kind}Config")(**options)
     config._experts_implementation = "eager"  # their default needs widths that are multiples of four
     return causal_lm(kind)(config)

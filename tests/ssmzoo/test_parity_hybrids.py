@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hybrid_models import MODELS, causal_lm, theirs_of
+from hybrid_models import MODELS, causal_lm, in_groups, theirs_of
 from parity import close, pair_of, same_continuation, same_gradients, saved_and_loaded
 
 from ssmzoo.config import load_config
@@ -16,7 +16,7 @@ PADS_CLEANLY = sorted(set(MODELS) - {"recurrent_gemma", "xlstm", "llama-dynamic"
 
 def pair(tmp_path, name):
     torch.manual_seed(0)
-    return pair_of(tmp_path, theirs_of(name))
+    return pair_of(tmp_path, in_groups(theirs_of(name)))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from hybrid_models import in_groups
 from parity import close, same_gradients, share_weights
 
 import ssmzoo
@@ -52,7 +53,7 @@ def pair(tmp_path, **options):
         **{"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "tie_word_embeddings": True, "chunk_size": 8}
         | options
     )
-    theirs = transformers.Mamba2ForCausalLM(config).eval()
+    theirs = in_groups(transformers.Mamba2ForCausalLM(config)).eval()
     config.to_json_file(tmp_path / "config.json", use_diff=False)
     ours = ssmzoo.build(published_config(tmp_path / "config.json")).eval()
     share_weights(theirs, ours)

@@ -40,7 +40,7 @@ def zero_centred(original: Function) -> Function:
 
 
 def gate_first(original: Function) -> Function:
-    """The norm of x · silu(gate), over groups of channels since transformers 5.20, as in Mamba-2."""
+    """The norm of x · silu(gate), over groups of channels since transformers 5.23, as in Mamba-2."""
 
     @functools.wraps(original)
     def forward(self: Any, hidden_states: Tensor, gate: Tensor | None = None) -> Any:

@@ -1,5 +1,7 @@
 """The same weights in transformers' hybrids give the same logits, gradients and continuation."""
 
+import re
+
 import pytest
 import torch
 from hybrid_models import MODELS, causal_lm, in_groups, theirs_of
@@ -7,6 +9,7 @@ from parity import close, pair_of, same_continuation, same_gradients, saved_and_
 
 from ssmzoo.config import load_config
 from ssmzoo.footprint import footprint
+from ssmzoo.pretrained import convert_state_dict
 
 transformers = pytest.importorskip("transformers", reason="needs transformers, the other implementation")
 
@@ -52,6 +55,17 @@ def test_loading_what_transformers_saves(tmp_path, name):
     ours = saved_and_loaded(tmp_path, theirs)
     ids = torch.randint(1, 50, (1, 7))
     close("the logits", ours(ids), theirs(ids, use_cache=False).logits)
+
+
+def test_names_of_older_versions(tmp_path):
+    """Nemotron-H's embedding as transformers 5.15 saves it."""
+    theirs = theirs_of("nemotron_h")
+    given = theirs.config.to_dict()
+    names = {re.sub(r"^(?:model|backbone)\.", "backbone.", name): t for name, t in theirs.state_dict().items()}
+    older = {name.replace("embeddings", "embedding"): t for name, t in names.items()}
+    assert "backbone.embedding.weight" in older
+    expected, found = (convert_state_dict(state, "nemotron_h", given) for state in (theirs.state_dict(), older))
+    assert {name: t.data_ptr() for name, t in found.items()} == {name: t.data_ptr() for name, t in expected.items()}
 
 
 GRANITE = {

@@ -31,7 +31,7 @@ OUTPUT: Rule = (rf"{LAYER}mixer\.o_proj\.weight", r"layers.\1.mixer.out_proj.wei
 MIXERS = {"attention": [OUTPUT]}
 
 RULES: list[Rule] = [
-    (r"(?:backbone\.|model\.)?embeddings\.weight", "embedding.weight"),
+    (r"(?:backbone\.|model\.)?(?:embeddings|embedding)\.weight", "embedding.weight"),
     (r"(?:backbone\.|model\.)?norm_f\.weight", "norm_f.weight"),
     (r"lm_head\.weight", "lm_head.weight"),
     (rf"{LAYER}norm\.weight", r"layers.\1.norm.weight"),

@@ -15,6 +15,7 @@ from ssmkernels import quantized_linear
 from ssmkernels.core.validate import HALF
 from ssmkernels.native import eager, products
 from ssmkernels.native.calls import Calls, NotPreparedError
+from ssmzoo.written import defines, has_own_method
 
 WORK_IN_HALF = 2**18  # multiply-adds in half precision from which PyTorch takes longer than the way to our own product
 
@@ -32,6 +33,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         and not eager.wants_gradient(x, weight, bias)
         and eager.ordinary(x.dtype, x, weight, *(() if bias is None else (bias,)))
         and (weight.numel() >= products.LARGE or x.numel() * weight.shape[0] >= WORK_IN_HALF)
+        and (bias is None or bias.shape == weight.shape[:1])
         and eager.reachable(x=x, weight=weight, bias=bias)
     ):
         return quantized_linear(x, weight, bias=bias)
@@ -65,7 +67,8 @@ def is_plain(*modules: nn.Module | None, kinds: tuple[type[nn.Module], ...] = _M
 
     They may not where someone else has a say in the result: an adapter or a quantised map in the place of one, a
     parametrisation, pruning or weight norm, a weight that is no ordinary floating-point tensor, a replaced ``forward``,
-    or a hook, be it the module's own or one on all modules.
+    or a hook, be it the module's own or one on all modules. Nor may a linear map whose bias is not one number for each
+    output, which PyTorch's product takes and kernels do not.
     """
     compiling = torch.compiler.is_compiling()
     if (
@@ -86,6 +89,9 @@ def is_plain(*modules: nn.Module | None, kinds: tuple[type[nn.Module], ...] = _M
         weight = own["_parameters"].get("weight")  # pruning and weight norm make it a plain attribute
         if type(weight) not in _WEIGHTS or not weight.is_floating_point() or "forward" in own or "bias" in own:
             return False
+        bias = own["_parameters"].get("bias")
+        if bias is not None and weight.ndim == 2 and bias.shape != weight.shape[:1]:
+            return False
     return True
 
 
@@ -105,15 +111,6 @@ def has_own_forward(kind: type) -> bool:
     return True
 
 
-def has_own_method(kind: type, method: str) -> bool:
-    """The same of any method, by its name."""
-    function = getattr(kind, method)
-    by = next(each for each in kind.__mro__ if method in each.__dict__)
-    name = (getattr(function, "__module__", None), getattr(function, "__qualname__", None))
-    own = by is nn.Module or (name == (by.__module__, f"{by.__qualname__}.{method}"))
-    return own and not hasattr(function, "__wrapped__")
-
-
 def prepare_map(calls: Calls, module: nn.Module | None, x: Tensor) -> Tensor:
     """Adds the native call of a linear map, x ``(b, in)`` → ``(b, out)``, to those of a token.
 
@@ -122,9 +119,8 @@ def prepare_map(calls: Calls, module: nn.Module | None, x: Tensor) -> Tensor:
     Raises:
         NotPreparedError: somebody else has a say in the result, or no native call computes it.
     """
-    own = getattr(type(module), "prepare_step", None)
-    if own is not None:
-        return cast(Tensor, own(module, calls, x))
+    if defines(type(module), "prepare_step") is not None:
+        return cast(Tensor, cast(Any, module).prepare_step(calls, x))
     wide_bias = isinstance(module, WideBiasLinear) and x.dtype in HALF
     if not is_plain(module) or not isinstance(module, nn.Linear) or wide_bias:
         raise NotPreparedError(type(module).__name__)

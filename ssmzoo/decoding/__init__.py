@@ -3,19 +3,18 @@
 A token of a small model spends a good part of its time in Python: each layer's norm, its mixer's step and the sum with
 the residual stream are calls that check their arguments and choose an implementation, every time with the same result.
 Where a model's mixers and MLPs are native calls alone (``Mixer.prepare_step``, ``ChannelMixer.prepare_step``), all of
-them are prepared once and then made together, on the same memory, with the last norm and the head where these would
-be the same kernels. Where a layer is one op and no MLP, every bit stays as it was; elsewhere native kernels
+them are prepared at the first token and then made together, on the same memory, with the last norm and the head where
+these would be the same kernels. Where a layer is one op and no MLP, every bit stays as it was; elsewhere native kernels
 take the place of PyTorch's, and results are the same to rounding.
 
 Whether that is still what calling the layers would do is asked at each token: whether a module, a weight, an option, a
-hook or a state has changed, or an interpreter of PyTorch wants to see the calls. The former is asked once for as long
-as somebody says that the model stays as it is (:mod:`ssmzoo.steady`).
+hook, a class's method or a state has changed, or an interpreter of PyTorch wants to see the calls. The former is asked
+once for as long as somebody says that the model stays as it is (:mod:`ssmzoo.steady`).
 """
 
 from __future__ import annotations
 
 import threading
-import types
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -35,11 +34,10 @@ from ssmzoo.mixer import Mixer
 from ssmzoo.mlp import ChannelMixer
 from ssmzoo.norm import LayerNorm, RMSNorm
 from ssmzoo.state import State
-from ssmzoo.steady import period_of
+from ssmzoo.steady import Period, period_of
+from ssmzoo.written import defines, is_method
 
 __all__ = ["let_go", "through_layers", "through_model"]
-
-_METHODS = (types.FunctionType, property, classmethod, staticmethod)
 
 Decoders = weakref.WeakKeyDictionary[nn.Module, Decoder]
 
@@ -84,23 +82,34 @@ def _decode(
             return decoder.run(x, states)
         if period is not None:
             period.states.pop(decoder, None)
-        if decoder.parts.unchanged() and (facts := _facts(blocks, states, x)) is not None:
+        facts = _facts(blocks, states, x) if decoder.parts.unchanged() else None
+        if facts is not None and facts.kinds <= decoder.parts.classes.kinds:
             if not facts.same(decoder.facts):  # another state, as after a request has joined or left a batch
                 decoder = decoders[model] = decoder.turned(facts)
-            if decoder.program is None and decoder.refused is None:
-                decoder.prepare(blocks, states, x, facts.tensors)
-            if decoder.program is not None and period is not None:
-                decoder.trust(period, states, facts.tensors)
-            return decoder.run(x, states)
+            return _run(decoder, period, blocks, states, x, facts)
     ends = Ends.of(model) if decoders is _of_models else None
     if ends is None and decoders is _of_models:
         return None
     if all(_may_be_calls(block) for block in blocks) and _narrows(x.dtype, dtypes_of(blocks)):
         modules = [*(() if ends is None else ends), *(module for block in blocks for module in block.modules())]
         facts = _facts(blocks, states, x) if all(map(is_told_by_facts, modules)) else None
-        if facts is not None and not any((parts := Parts(modules, model)).hooks):
-            decoders[model] = Decoder(parts, facts, ends)
+        if facts is not None:
+            parts = Parts(modules, model, facts.kinds)
+            if not any(parts.hooks) and parts.classes.as_written():
+                decoder = decoders[model] = Decoder(parts, facts, ends)
+                return _run(decoder, period, blocks, states, x, facts)
     return None
+
+
+def _run(
+    decoder: Decoder, period: Period | None, blocks: Sequence[Block], states: Sequence[State], x: Tensor, facts: Facts
+) -> Tensor | None:
+    """Runs a decoder for these facts, after it has been prepared."""
+    if decoder.program is None and decoder.refused is None:
+        decoder.prepare(blocks, states, x, facts.tensors)
+    if decoder.program is not None and period is not None:
+        decoder.trust(period, states, facts.tensors)
+    return decoder.run(x, states)
 
 
 def _facts(blocks: Sequence[Block], states: Sequence[State], x: Tensor) -> Facts | None:
@@ -112,7 +121,7 @@ def _facts(blocks: Sequence[Block], states: Sequence[State], x: Tensor) -> Facts
     for state in parts:
         layout.append(type(state))
         if isinstance(state, TokenCache):  # where its memory lies is asked for at each token
-            if (told := state.layout) is None:
+            if (told := state.layout) is None or any(is_method(type(state), name) for name in vars(state)):
                 return None
             layout += told
             continue
@@ -125,7 +134,8 @@ def _facts(blocks: Sequence[Block], states: Sequence[State], x: Tensor) -> Facts
                     return None
                 else:
                     layout.append(None)
-    return Facts(tuple(layout), tuple(map(Tensor.data_ptr, tensors)), tuple(tensors))
+    kinds = frozenset(map(type, [*states, *parts]))
+    return Facts(tuple(layout), tuple(map(Tensor.data_ptr, tensors)), tuple(tensors), kinds)
 
 
 def _narrows(stream: torch.dtype, inside: set[torch.dtype]) -> bool:
@@ -154,16 +164,6 @@ def _may_be_calls(block: Block) -> bool:
     )
 
 
-def _counts(method: str) -> bool:
-    """Whether a method may change what a call of a module gives; not its ``__init__``, say."""
-    return not method.startswith("__") or method in ("__call__", "__getattr__", "__getattribute__")
-
-
 def _prepares(kind: type) -> bool:
-    """Whether ``prepare_step`` was written for this class: none derived from the one that defines it has a method."""
-    for each in kind.__mro__:
-        if "prepare_step" in vars(each):
-            return each not in (Mixer, ChannelMixer)
-        if any(isinstance(value, _METHODS) and _counts(name) for name, value in vars(each).items()):
-            return False
-    return False
+    """Whether ``prepare_step`` was written for this class."""
+    return defines(kind, "prepare_step") not in (None, Mixer, ChannelMixer)

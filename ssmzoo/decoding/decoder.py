@@ -31,12 +31,13 @@ class Facts(NamedTuple):
     """What a program depends on beside the layers' parts.
 
     ``layout`` is what it was made for: the thread that runs it, shapes, strides, dtypes. ``addresses`` are those of the
-    states' ``tensors``, which may move.
+    states' ``tensors``, which may move. ``kinds`` are the states' classes.
     """
 
     layout: tuple[object, ...]
     addresses: tuple[int, ...]
     tensors: tuple[Tensor, ...]
+    kinds: frozenset[type]
 
     def same(self, other: Facts) -> bool:
         """Whether a program for the one runs for the other."""
@@ -46,9 +47,9 @@ class Facts(NamedTuple):
 class Decoder:
     """The prepared calls, or that there are none.
 
-    A program is worth its making from the second token on, when the parts are met again as they were. To make it again
-    for a state of another shape takes no longer than to call the layers; one for states of the same shape is there
-    already, and is told where the new ones lie.
+    To make a program takes about as long as to call the layers, so that the first token goes through it too: the same
+    text would otherwise end differently the first time and later, where native kernels round differently. One for
+    states of the same shape is there already, and is told where the new ones lie.
 
     Args:
         parts: the layers and all their parts, as they were.

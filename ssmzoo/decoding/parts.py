@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import operator
-import types
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ssmzoo.linear import has_own_forward, has_own_method
-from ssmzoo.mixer import Mixer
+from ssmzoo.written import Classes, is_method
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-FORWARD = operator.attrgetter("forward")
-MIX = operator.attrgetter("mix")  # what mixers are written as, and ``forward`` calls
 
 
 class Parts:
@@ -27,14 +23,12 @@ class Parts:
     Args:
         modules: those that prepared calls stand for.
         owner: the model, of which the options and parts count, but not whether somebody hooks into it.
+        states: the classes of states that the calls are for.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], owner: nn.Module):
+    def __init__(self, modules: Sequence[nn.Module], owner: nn.Module, states: Iterable[type]):
         self.modules, self.kinds, self.owns = modules, [*map(type, modules)], [*map(vars, modules)]
-        self.classes = [*dict.fromkeys(self.kinds)]
-        self.forwards = [*map(FORWARD, self.classes)]
-        self.mixers = [kind for kind in self.classes if issubclass(kind, Mixer)]
-        self.mixes = [*map(MIX, self.mixers)]
+        self.classes = Classes([*self.kinds, *states])
         self.hooks = [own[name] for own in self.owns for name in HOOKS]
         options = [vars(own["options"]) for own in self.owns if "options" in own]  # of dataclasses the fields count
         self.dicts = [*self.owns, *(own["_modules"] for own in self.owns), *options]
@@ -49,8 +43,7 @@ class Parts:
             not any(self.hooks)
             and all(map(operator.is_, map(vars, self.modules), self.owns))
             and all(map(operator.is_, map(type, self.modules), self.kinds))
-            and all(map(operator.is_, map(FORWARD, self.classes), self.forwards))
-            and all(map(operator.is_, map(MIX, self.mixers), self.mixes))
+            and self.classes.unchanged()
             and sum(map(len, self.dicts)) == len(self.values)
             and all(map(operator.is_, chain.from_iterable(map(dict.values, self.dicts)), self.values))
             and self._memory() == self.memory
@@ -72,15 +65,14 @@ class Parts:
 
 
 def is_told_by_facts(module: nn.Module) -> bool:
-    """Whether a module is what it was built as, and changes are seen: its weights are tensors of PyTorch's own."""
+    """Whether a module of a class as it was written is what it was built as, and changes are seen.
+
+    Its weights are tensors of PyTorch's own.
+    """
     own = module.__dict__
-    if not has_own_forward(type(module)):
-        return False
-    if issubclass(type(module), Mixer) and not has_own_method(type(module), "mix"):
-        return False
     if "_parameters" not in own:  # scripted modules keep theirs elsewhere
         return False
-    if any(isinstance(getattr(type(module), name, None), types.FunctionType) for name in own):  # a replaced method
+    if any(is_method(type(module), name) for name in own):  # a replaced method
         return False
     if any(isinstance(value, Tensor) for value in own.values()):  # in a weight's place
         return False

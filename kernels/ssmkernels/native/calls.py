@@ -86,12 +86,16 @@ class Calls:
         """An op with one result, or its first; half-precision parameters become float32 if its kernel reads that.
 
         Raises:
-            NotPreparedError: another implementation than the native one would run it, or one that copies an argument.
-            TypeError, ValueError: what the op itself would raise.
+            NotPreparedError: another implementation than the native one would run it, or one that copies an argument,
+                or the op would refuse the call, as layers need not that compute the same in another way.
         """
-        call = prepare_with(self.widened, op, *args, **kwargs)
+        name = getattr(op, "__name__", str(op))
+        try:
+            call = prepare_with(self.widened, op, *args, **kwargs)
+        except (TypeError, ValueError) as error:
+            raise NotPreparedError(name) from error
         if call is None:
-            raise NotPreparedError(getattr(op, "__name__", str(op)))
+            raise NotPreparedError(name)
         return self.add(call)
 
     def widened(self, x: Tensor) -> Tensor:

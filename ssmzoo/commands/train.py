@@ -44,7 +44,8 @@ def command(
     file has `inputs` (n, l) of token ids or (n, l, d_input) of numbers, `labels` (n), and `lengths` (n) if they differ.
     The run's folder receives the config, the weights, a log and the loss curve. Ctrl-C saves the run and shows how to
     continue it. Over many GPUs: `torchrun --nproc-per-node 8 -m ssmzoo train MODEL --set parallel.shard=8`, and
-    parallel.data, parallel.context and parallel.tensor likewise.
+    parallel.data, parallel.context and parallel.tensor likewise; parallel.how=ring, heads, window or balanced forces a
+    way of attention with parallel.context.
     """
     from ssmkernels import keep_memory
     from ssmzoo import train as training

@@ -89,7 +89,7 @@ def _balanced(side: Side, call: Callable[..., Any], given: Given, plan: Plan) ->
 
 
 def _round(side: Side, call: Callable[..., Any], given: Given, plan: Plan) -> tuple[Tensor, Tensor]:
-    line, layout, inputs = side.line, side.layout, Inputs.of(given)
+    line, layout, inputs = side.line, plan.parts, Inputs.of(given)
     there, back = _dealt_out(layout, plan.layout, line.rank)
     if there is not None:
         of_tokens = inputs[:3]

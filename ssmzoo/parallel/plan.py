@@ -15,6 +15,7 @@ from ssmzoo.parallel.steps import Traffic
 
 WAYS = ("window", "heads", "ring", "balanced")
 UNEVEN = 1.1  # how much more work of the busiest process is too much
+KEPT = 32  # plans: a model's kinds of layers, for some lengths
 NEAR = 1.1  # up to how many more bytes than the least the way in fewer steps is taken
 
 
@@ -61,7 +62,7 @@ class Plan:
         widths = (h * q.shape[3], h_kv * (k.shape[3] + v.shape[3]), h * v.shape[3], h if given["return_lse"] else 0)
         sizes = (q.element_size(), precision(q).itemsize)
         options = Options(left, right, given["scale"], given["softcap"])
-        return cls(layout, options, (h, h_kv), widths, sizes, how)
+        return _kept(layout, options, (h, h_kv), widths, sizes, how)
 
     @functools.cached_property
     def how(self) -> str:
@@ -215,6 +216,12 @@ class Plan:
         before, after = self.parts.spans(rank), self.layout.spans(rank)
         kept = sum(max(0, min(b, d) - max(a, c)) for a, b in before for c, d in after)
         return count(before) - kept, count(after) - kept
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _kept(*call: Any) -> Plan:
+    """The plan of all calls alike: every layer and step asks, and it looks at all pairs of processes."""
+    return Plan(*call)
 
 
 def chosen(busiest: Mapping[str, float], steps: Callable[[str], int]) -> str:

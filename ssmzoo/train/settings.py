@@ -6,7 +6,7 @@ import dataclasses
 import math
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from ssmkernels.core.names import unknown
 from ssmzoo.options import convert
@@ -22,6 +22,8 @@ class ParallelConfig:
             their own (FSDP).
         context: processes that cut each sequence among them: see :mod:`ssmzoo.parallel`. Weights are cut over them too.
         tensor: processes that share out the heads and channels of each layer.
+        how: with ``context``, the way of attention over the cuts, as :func:`ssmzoo.parallel.context` takes it; if None,
+            that which sends less, for each call.
         offload: weights, gradients and the optimiser's state stay in the CPU's memory between their uses on a GPU.
         asynchronous: training goes on while a checkpoint is written.
         narrow: with ``shard`` or ``context``, weights of linear maps travel in bfloat16, in which ``precision=bf16``
@@ -32,6 +34,7 @@ class ParallelConfig:
     shard: int = 1
     context: int = 1
     tensor: int = 1
+    how: Literal["window", "heads", "ring", "balanced"] | None = None
     offload: bool = False
     asynchronous: bool = False
     narrow: bool = False

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import ssmzoo
 from ssmzoo.mlp import build_mlp
+from ssmzoo.parallel.plan import Plan
 from ssmzoo.parallel.tensor.plans import plan_of
 from ssmzoo.parallel.tensor.share import Share
 from ssmzoo.parallel.tensor.sums import Enter
@@ -51,6 +52,23 @@ def trains_narrow(group: Any, config: dict[str, Any], settings: dict[str, Any], 
     """Likewise in float32, or what the settings say."""
     torch.set_num_threads(1)
     train(ssmzoo.ModelConfig.from_dict(config), ids(), TrainConfig(**(SETTINGS | settings)), out, quiet=True)
+
+
+def ways_of_attention(group: Any, config: dict[str, Any], settings: dict[str, Any], out: Path) -> set[str]:
+    """A run; the ways in which attention has crossed the cuts."""
+    found: set[str] = set()
+    told = Plan.told
+
+    def noted(self: Plan, rank: int) -> str:
+        found.add(self.how)
+        return told(self, rank)
+
+    Plan.told = noted  # type: ignore[method-assign]
+    try:
+        trains_narrow(group, config, settings, out)
+    finally:
+        Plan.told = told  # type: ignore[method-assign]
+    return found
 
 
 def gathers(group: Any, config: dict[str, Any], settings: dict[str, Any], out: Path) -> set[torch.dtype]:

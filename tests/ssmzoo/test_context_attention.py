@@ -86,6 +86,24 @@ def plan_of(lengths: list[int], how: str | None = None, **changes: Any) -> Plan:
     return Plan.of(Layout.of_cut(cut), how, tensors | given | changes)
 
 
+def test_calls_alike_have_one_plan(monkeypatch):
+    """A fault: every call of attention looked at all pairs of processes anew."""
+    looked, of = [], Pairs.of
+    monkeypatch.setattr(Pairs, "of", lambda *args: (looked.append(1), of(*args))[1])
+    lengths = [7, 5, 9]  # of no other test here
+    first = plan_of(lengths, window=(2, 0))
+    assert first.how
+    assert looked
+    count = len(looked)
+    again = plan_of(lengths, window=(2, 0))
+    assert again.how == first.how
+    assert again.told(1) == first.told(1)
+    assert again.traffic(again.how, 1) == first.traffic(first.how, 1)
+    assert len(looked) == count
+    others = [plan_of(lengths, "ring", window=(2, 0)), plan_of([7, 9, 5], window=(2, 0)), plan_of(lengths)]
+    assert len({first, *others}) == 4
+
+
 def products(plan: Plan, layout: Layout) -> list[int]:
     """Of queries and the keys that they see, on each process, counted one by one."""
     held = [[p for run in runs for p in range(run.first, run.end)] for runs in layout.runs]

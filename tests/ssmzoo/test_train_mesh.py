@@ -21,12 +21,14 @@ from mesh_cases import (
     losses,
     trains,
     trains_narrow,
+    ways_of_attention,
 )
 from ranks import Ranks
 
 import ssmzoo
 from ssmzoo.checkpoints.divided import Layout
 from ssmzoo.checkpoints.sharded import consolidate, read_layouts
+from ssmzoo.parallel.plan import WAYS
 from ssmzoo.train import TrainConfig, corpora, train
 from ssmzoo.train.config import split_settings
 from ssmzoo.train.mesh.meeting import key_of_start
@@ -81,6 +83,8 @@ MESHES = [
     {"shard": 2},
     {"context": 2},
     {"context": 2, "checkpointing": True},
+    {"context": 2, "how": "ring"},
+    {"context": 2, "how": "balanced"},
     {"context": 2, "compile": True},
     {"tensor": 2},
     {"tensor": 2, "compile": True},
@@ -295,7 +299,14 @@ def test_pieces_make_a_whole():
     assert layout.common(2) == [slice(2, 4)]
 
 
+def test_attention_goes_the_way_that_is_asked_for(processes, tmp_path):
+    for how in WAYS:
+        settings = {"parallel": {"context": 2, "how": how}, "steps": 2}
+        assert processes[2].run(2, ways_of_attention, MODEL, settings, tmp_path / how) == [{how}] * 2
+
+
 REFUSED = [
+    (MODEL, {"parallel": {"shard": 2, "how": "ring"}}, "`parallel.how` must be null unless `parallel.context` is at l"),
     (MODEL, {"parallel": {"tensor": 2}, "sample_every": 1}, "`sample_every` must be 0 with `parallel`; got 1"),
     (MODEL, {"parallel": {"shard": 2}, "precision": "fp16"}, "`precision` must be bf16 or fp32 with `parallel`"),
     (MODEL, {"parallel": {"shard": 2, "narrow": True}}, "`parallel.narrow` needs `precision`='bf16'; got 'fp32'"),
@@ -327,6 +338,7 @@ def test_settings_by_name(tmp_path):
     assert TrainConfig.of(config.to_dict()) == config
     for settings, message in (
         ({"parallel": {"dota": 2}}, r"unknown training setting of `parallel`: 'dota'. Did you mean 'data'"),
+        ({"parallel": {"how": "rings"}}, r"`parallel.how` must be .*'window'.*'balanced'.*; got 'rings'"),
         ({"parallel": {"data": 0}}, r"`parallel.data` must be at least 1; got 0"),
         ({"parallel": {"data": "x"}}, r"`parallel.data` must be"),
         ({"log": 3}, r"training setting `log` must be a mapping, such as log.tensorboard=…; got 3"),

@@ -75,7 +75,7 @@ class MeshTrainer(Trainer):
 
     def learner(self) -> torch.nn.Module:
         if self.engine.parts > 1:
-            return parallel.context(self.model, self.engine.mesh["context"])
+            return parallel.context(self.model, self.engine.mesh["context"], how=self.engine.parallel.how)
         if self.weights.cut:
             return self.model
         return DistributedDataParallel(self.model)
@@ -182,6 +182,10 @@ def check_mesh(model: SequenceModel, data: Any, config: TrainConfig) -> None:
     if sizes.context > 1 and not isinstance(data, Data):
         raise ValueError(
             f"training setting `parallel.context` must be 1 unless the model learns the next token; got {sizes.context}"
+        )
+    if sizes.how is not None and sizes.context == 1:
+        raise ValueError(
+            f"training setting `parallel.how` must be null unless `parallel.context` is at least 2; got {sizes.how!r}"
         )
     if config.sample_every:
         raise ValueError(

@@ -44,6 +44,9 @@ class Facts(NamedTuple):
         return self.addresses == other.addresses and self.layout == other.layout
 
 
+_NOWHERE = Facts((), (), (), frozenset())
+
+
 class Decoder:
     """The prepared calls, or that there are none.
 
@@ -74,6 +77,8 @@ class Decoder:
     def turned(self, facts: Facts) -> Decoder:
         """That of the family for other states: the one for their shape, if it can go there or is none; or a new one."""
         found = self.family.pop(facts.layout, None)
+        if found is not None:
+            found.facts = _NOWHERE  # should this be interrupted
         if found is not None and (found.refused or (found.program is not None and found.program.move(facts.tensors))):
             found.facts = facts._replace(tensors=())
             self.family[facts.layout] = found  # the last one to be forgotten
@@ -132,10 +137,11 @@ class Decoder:
         if not done:
             self.refused = x.shape
             return
-        self.program = program = Program(calls.made, tensors)
+        program = Program(calls.made, tensors)
         self.renewals = [(i, [program.place_of(*f) for f in each.fields], each) for i, each in renewed]
         if self.ends is not None:
-            self._outputs_at = self.program.result_at(len(calls.made) - 1)
+            self._outputs_at = program.result_at(len(calls.made) - 1)
+        self.program = program  # last of all, as Ctrl-C may come anywhere
 
     def _prepare_block(self, calls: Calls, block: Block, state: State, values: list[Tensor]) -> bool:
         """Adds a layer's calls; False where it is more than those."""
@@ -176,9 +182,13 @@ class Decoder:
 
         None while another thread's token is under way.
         """
-        if self.program is None or not self.lock.acquire(blocking=False):
+        if self.program is None:
             return None
+        mine = False
         try:
+            mine = self.lock.acquire(blocking=False)
+            if not mine:
+                return None
             self.stream.copy_(x[:, 0])
             if self.mixed.dtype != self.stream.dtype:
                 self.mixed.zero_()
@@ -193,7 +203,8 @@ class Decoder:
                 renewed.after(mixing(states[layer]))
             return (self.stream + self.mixed if outputs is None else outputs)[:, None]
         finally:
-            self.lock.release()
+            if mine:
+                self.lock.release()
 
 
 Family = OrderedDict[tuple[object, ...], Decoder]

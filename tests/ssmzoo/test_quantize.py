@@ -181,7 +181,7 @@ def test_a_token_through_all_layers_in_one_native_call(kind, scheme, monkeypatch
             found, state = model(ids, state)
             for a, b in zip((found, *state.tensors()), (expected, *after.tensors()), strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-        assert len(runs) == 3
+        assert len(runs) == 4
         changed = next(m for m in model.layers[1].mixer.children() if isinstance(m, QuantizedLinear))
         changed.scales = changed.scales * 2
         assert not torch.allclose(model(ids, before)[0], found)

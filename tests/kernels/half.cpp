@@ -5,7 +5,7 @@
 #include <math.h>
 #include <stdio.h>
 
-#include "native/half.h"
+#include "native/pairs.h"
 #include "native/parallel.h"
 
 namespace {
@@ -94,6 +94,33 @@ void try_writing(uint32_t lower, bool flush) {
     }
 }
 
+// Rows of every length up to some pairs of vectors, each with another number at each place.
+template <class T>
+void try_rows(uint32_t lower, bool flush) {
+    constexpr int most = 5 * kLanes;
+    float x[most], wide[most];
+    T alone[most], row[most], pair[2 * kLanes];
+    int count = 0;
+    for (uint32_t upper = 0; upper < 1 << 16; upper += kLanes, count = (count + 1) % (most + 1)) {
+        for (int i = 0; i < most; ++i) x[i] = float_of((upper + i) << 16 | lower);
+        memset(row, 0xa5, sizeof row);
+        memset(wide, 0xa5, sizeof wide);
+        flushing(flush, [&] {
+            for (int i = 0; i < most; ++i) narrow(x[i], alone + i);
+            write_row(row, x, count);
+            write_pair(pair, load(x), load(x + kLanes));
+            read_row(wide, alone, count);
+        });
+        for (int i = 0; i < most; ++i) {
+            const uint32_t bits = (upper + i) << 16 | lower;
+            if (row[i].bits != (i < count ? alone[i].bits : 0xa5a5)) fail("a row", bits, row[i]);
+            if (i < 2 * kLanes && pair[i].bits != alone[i].bits) fail("a pair of vectors", bits, pair[i]);
+            if (i < count ? !same(wide[i], value(alone[i])) : memcmp(wide + i, "\xa5\xa5\xa5\xa5", 4) != 0)
+                fail("reading a row", bits, alone[i]);
+        }
+    }
+}
+
 template <class T>
 void try_reading(bool flush) {
     for (uint32_t first = 0; first < 1 << 16; first += kLanes) {
@@ -122,6 +149,8 @@ int main() {
         for (const uint32_t lower : kLower) {
             try_writing<bfloat16>(lower, flush);
             try_writing<float16>(lower, flush);
+            try_rows<bfloat16>(lower, flush);
+            try_rows<float16>(lower, flush);
         }
         try_reading<bfloat16>(flush);
         try_reading<float16>(flush);

@@ -12,7 +12,7 @@
 // Results are rounded once, at the end, while they are near.
 #include "exports.h"
 #include "gemm.h"
-#include "half.h"
+#include "pairs.h"
 #include "parallel.h"
 #include "turn.h"
 
@@ -138,10 +138,7 @@ Reading reading(Left<T> a) {
 // `rows` of A, which become float.
 template <class T>
 void copy_rows(S* to, Left<T> from, int64_t inner, int64_t rows) {
-    constexpr int64_t lanes = Lanes<S>::count;
-    for (int64_t i = 0; i < rows; ++i)
-        for (int64_t k = 0; k < inner; k += lanes)
-            write_some(to + i * inner + k, read_some(from.p + i * from.row + k, inner - k), inner - k);
+    for (int64_t i = 0; i < rows; ++i) read_row(to + i * inner, from.p + i * from.row, inner);
 }
 
 // `begun`: c holds what the sums begin with. done(i, count) when so many rows from the i-th on are there.
@@ -194,9 +191,7 @@ int widen_rows(const MatmulArguments& a) {
 template <class T>
 void put_rows(T* to, int64_t stride, const S* from, int64_t wide, int64_t rows, int64_t columns, bool turned) {
     constexpr int64_t lanes = Lanes<S>::count;
-    for (int64_t i = 0; i < rows && !turned; ++i)
-        for (int64_t j = 0; j < columns; j += lanes)
-            write_some(to + i * stride + j, load(from + i * wide + j), columns - j);
+    for (int64_t i = 0; i < rows && !turned; ++i) write_row(to + i * stride, from + i * wide, columns);
     for (int64_t i = 0; i < rows && turned; i += lanes)
         for (int64_t j = 0; j < columns; j += lanes) {
             VF v[lanes];
@@ -219,7 +214,7 @@ int multiply_all(const MatmulArguments& a, Left<A> left, Right<B> right, bool tu
     const S* bias = static_cast<const S*>(a.bias);
     const int64_t rows = turned ? a.columns : a.rows, columns = turned ? a.rows : a.columns;
     const int64_t across = ceil_div(columns, kBlock);
-    const int64_t chunk = rows_of_task(rows, turned ? 2 * kNear : 4 * kNear, across, a.threads);
+    const int64_t chunk = rows_of_task(rows, turned ? 2 * kNear : 8 * kNear, across, a.threads);
     const int64_t down = ceil_div(rows, chunk);
     // No more scratch memory than a small product needs: for much of it malloc asks the system.
     const bool as_it_lies = !turned && sizeof(T) == sizeof(S);  // but for columns that fill no panel

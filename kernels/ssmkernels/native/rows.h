@@ -6,6 +6,7 @@
 #pragma once
 
 #include "exports.h"
+#include "pairs.h"
 #include "tiles.h"
 
 namespace ssmzoo {
@@ -28,16 +29,20 @@ struct Rows {
 
 template <class T>
 __attribute__((noinline)) void widen_rows(float* to, const T* from, int64_t stride, int64_t rows, int64_t channels) {
-    for (int64_t t = 0; t < rows; ++t)
-        for (int64_t c = 0; c < channels; c += Lanes<float>::count)
-            store(to + t * kTile + c, read_some(from + t * stride + c, channels - c));
+    if (channels == kTile)
+        for (int64_t t = 0; t < rows; ++t) read_row(to + t * kTile, from + t * stride, kTile);
+    else
+        for (int64_t t = 0; t < rows; ++t)
+            for (int64_t c = 0; c < channels; c += Lanes<float>::count)
+                store(to + t * kTile + c, read_some(from + t * stride + c, channels - c));
 }
 
 template <class T>
 __attribute__((noinline)) void narrow_rows(T* to, const float* from, int64_t stride, int64_t rows, int64_t channels) {
-    for (int64_t t = 0; t < rows; ++t)
-        for (int64_t c = 0; c < channels; c += Lanes<float>::count)
-            write_some(to + t * stride + c, load(from + t * kTile + c), channels - c);
+    if (channels == kTile)
+        for (int64_t t = 0; t < rows; ++t) write_row(to + t * stride, from + t * kTile, kTile);
+    else
+        for (int64_t t = 0; t < rows; ++t) write_row(to + t * stride, from + t * kTile, channels);
 }
 
 // Up to 64 channels of some rows; `scratch` (rows 64) is where half-precision ones are widened.

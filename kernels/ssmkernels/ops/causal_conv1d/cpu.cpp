@@ -2,6 +2,7 @@
 #include "causal_conv1d/cpu.h"
 #include "causal_conv1d/cpu_step.h"
 #include "native/exports.h"
+#include "native/pairs.h"
 
 namespace ssmzoo {
 
@@ -62,14 +63,17 @@ void conv_stream(const ConvArguments& a, const Block& b, int64_t first, char* sc
                 taps[j][i] = load(weight + j * kTile + c + i * lanes);
                 if (j < w - 1) rows[j][i] = load(before + j * kTile + c + i * lanes);
             }
-        for (int64_t t = 0; t < b.steps; ++t)
+        for (int64_t t = 0; t < b.steps; ++t) {
+            V sums[side];
             for (int i = 0; i < side; ++i) {
                 rows[w - 1][i] = read(x + t * a.x_time + c + i * lanes);
                 V sum = load(bias + c + i * lanes);
                 for (int j = 0; j < w; ++j) sum = fma(taps[j][i], rows[j][i], sum);
                 for (int j = 0; j < w - 1; ++j) rows[j][i] = rows[j + 1][i];
-                write(y + t * a.d + c + i * lanes, a.silu ? silu<S>(sum) : sum);
+                sums[i] = a.silu ? silu<S>(sum) : sum;
             }
+            for (int i = 0; i < side; i += 2) write_pair(y + t * a.d + c + i * lanes, sums[i], sums[i + 1]);
+        }
     }
     if (!b.last) return;
     S* state = static_cast<S*>(a.final_state) + b.sequence * (w - 1) * a.d + first;

@@ -7,11 +7,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssmkernels import native
+from ssmkernels import native, quantized_linear, use
 from ssmkernels.core.validate import HALF
 from ssmkernels.native import products
 from ssmkernels.native.eager import finite_exp
 from ssmkernels.native.products import LARGE, WORK_WITH_GRADIENTS, linear, matmul
+from ssmkernels.ops.quantized_linear.cpu import FEW as FEW_IN_HALF
 from ssmzoo.linear import Linear, WideBiasLinear
 from ssmzoo.linear import linear as linear_of_any_dtype
 
@@ -212,6 +213,27 @@ def test_half_precision_is_summed_in_float32_and_rounded_once(dtype, biased, way
         assert torch.equal(linear_of_any_dtype(x[-rows:], weight, bias), found[-rows:])
     with_gaps, turned = torch.stack([x, x], 2).flatten(1)[:, ::2], weight.t().contiguous().t()
     assert torch.equal(linear_of_any_dtype(with_gaps, turned, bias), found)
+
+
+@NEEDS_NATIVE
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("rows", [1, FEW_IN_HALF, FEW_IN_HALF + 1, 60])
+def test_half_precision_is_what_the_op_gives(rows, dtype, way):
+    """Which has the last word where an implementation is forced, and on what does not fit."""
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(1, rows, IN).to(dtype), torch.randn(OUT, IN).to(dtype), torch.randn(OUT).to(dtype)
+    for own in (bias, None):
+        assert torch.equal(linear_of_any_dtype(x, weight, own), quantized_linear(x, weight, bias=own))
+    with use("reference"):
+        assert torch.equal(linear_of_any_dtype(x, weight, bias), quantized_linear(x, weight, bias=bias))
+    for name, arguments in {
+        "x": (x[..., 1:], weight, bias),
+        "bias": (x, weight, bias[1:]),
+        "weight": (x, weight[0], None),
+    }.items():
+        with pytest.raises(ValueError, match=f"quantized_linear: .*`{name}`"):
+            linear_of_any_dtype(*arguments)
 
 
 @torch.no_grad()

@@ -177,16 +177,20 @@ def test_a_row_does_not_depend_on_the_others(every_set):
         assert torch.equal(linear(x[-rows:], weight, bias), whole[-rows:])
 
 
-HALF_WAYS = ["native", "oneDNN", "by tiles"]
+HALF_WAYS = ["native", "native without pairs", "oneDNN", "by tiles"]
 
 
 @pytest.fixture(params=HALF_WAYS)
 def way(request, calls, monkeypatch):
     """Each way that products of several rows in half precision may take, where this machine has it."""
     monkeypatch.setattr(products, "MATMUL", EVERY_SET if request.param == "native" else frozenset())
+    if request.param != "native without pairs":
+        monkeypatch.setattr(products, "MATMUL_IN_HALF", products.MATMUL)
     if request.param == "oneDNN" and not products._pairs():
         pytest.skip("needs a CPU with products of pairs of bfloat16")
-    if request.param == "by tiles":
+    if request.param == "native without pairs" and native.library().isa not in products.MATMUL_IN_HALF:
+        pytest.skip("needs an instruction set of those for which it was measured")
+    if request.param in ("by tiles", "native without pairs"):
         monkeypatch.setattr(products, "_pairs", lambda: False)
     calls.clear()
     return request.param
@@ -204,7 +208,9 @@ def test_half_precision_is_summed_in_float32_and_rounded_once(dtype, biased, way
     x, weight, bias = torch.randn(130, IN).to(dtype), torch.randn(OUT, IN).to(dtype), torch.randn(OUT).to(dtype)
     bias = bias if biased else None
     found = linear_of_any_dtype(x.view(2, 65, IN), weight, bias).view(130, OUT)
-    assert {*calls} == ({"matmul"} if way == "native" else {"onednn"} if way == "oneDNN" else {"dequantize", "onednn"})
+    assert {*calls} == (
+        {"matmul"} if way.startswith("native") else {"onednn"} if way == "oneDNN" else {"dequantize", "onednn"}
+    )
     assert found.dtype == dtype
     expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     torch.testing.assert_close(found.double(), expected, rtol=torch.finfo(dtype).eps * 0.51, atol=1e-3)

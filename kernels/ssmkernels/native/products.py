@@ -21,6 +21,8 @@ NARROW = 256  # columns up to which numbers in half precision are converted anew
 
 # Instruction sets for which the native product of several rows is no slower than PyTorch's libraries, as measured.
 MATMUL = frozenset({"avx2", "avxvnni"})
+# And those for which the one in half precision is, where the CPU has no products of pairs.
+MATMUL_IN_HALF = MATMUL | {"avx512", "avx512vnni"}
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -58,8 +60,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def in_half(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """:func:`linear` of several rows in half precision with sums in float32, without gradients.
 
-    By the native library, which converts numbers as it copies them, on the sets in :data:`MATMUL`; by oneDNN where
-    the CPU multiplies pairs of bfloat16 by itself. A row has the same bits whatever the other rows are.
+    By the native library, which converts numbers as it copies them, on the sets in :data:`MATMUL_IN_HALF`; on those
+    that are not in :data:`MATMUL` by oneDNN where the CPU multiplies pairs of bfloat16 by itself. A row has the same
+    bits whatever the other rows are.
 
     Args:
         x: ``(..., in)``, bfloat16 or float16.
@@ -69,11 +72,10 @@ def in_half(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     Returns:
         ``(..., out)``, or None where neither is faster than float32's products.
     """
-    if native.library().isa in MATMUL:
-        return of_rows(x, weight.contiguous(), bias)
-    if x.dtype == torch.bfloat16 and bias is None and torch.backends.mkldnn.enabled and _pairs():
+    isa = native.library().isa
+    if isa not in MATMUL and x.dtype == torch.bfloat16 and bias is None and torch.backends.mkldnn.enabled and _pairs():
         return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight.contiguous(), None, "none", [], "")
-    return None
+    return of_rows(x, weight.contiguous(), bias) if isa in MATMUL_IN_HALF else None
 
 
 @functools.cache

@@ -8,15 +8,15 @@ from torch import Tensor
 
 from ssmkernels import native
 from ssmkernels.core.memory import large_pages
-from ssmkernels.core.validate import precision
 from ssmkernels.native import missing, wrong_device
+from ssmkernels.native.kept import kept_row, room_for_starts
 from ssmkernels.ops.mamba3_scan.cpu_arguments import chunk_length, coefficients, core, last_steps, rotate, unit
 from ssmkernels.ops.mamba3_scan.cpu_backward import backward
 from ssmkernels.ops.ssd.cpu_arguments import LONGEST, SEGMENT
 
 __all__ = ["SAVES", "backward", "empty", "forward", "missing", "unsupported"]
 
-SAVES = ("starts",)  # the states before every fourth chunk, (segments h n p)
+SAVES = ("starts",)  # the states before every fourth chunk, (segments h n p), rows as ``kept_row`` says
 
 
 def unsupported(a: Any) -> str | None:
@@ -45,7 +45,6 @@ def empty(a: Any, save: bool) -> tuple[Tensor, ...]:
         segments = batch * -(-inputs // tokens)
     else:
         segments = inputs // tokens + a.cu_seqlens.shape[0] - 1
-    shape = (segments if save else 0, heads, a.B.shape[-1], p)
-    # Packed, some segments belong to no sequence
-    starts = a.x.new_zeros if save and a.cu_seqlens is not None else a.x.new_empty
-    return *a.declared.outputs(a), starts(shape, dtype=precision(a.x))
+    row, dtype = kept_row(p, a.x)
+    shape = (segments if save else 0, heads, a.B.shape[-1], row)
+    return *a.declared.outputs(a), room_for_starts(a.x, a.cu_seqlens, shape, dtype)

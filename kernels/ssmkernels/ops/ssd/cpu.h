@@ -36,7 +36,7 @@ inline int64_t start_of(const SsdArguments& a, const Sequence& s, int64_t segmen
 
 template <class S>
 KeptRows<S> starts_of(const SsdArguments& a) {
-    return {a.starts, a.m ? a.dtype : sizeof(S) == 8, a.p};
+    return {a.starts, a.dtype, a.p};
 }
 
 // A block of heads of one group; `part` is its number within the group.
@@ -95,23 +95,27 @@ struct Shared {
 
     // `ahead`: how many chunks further the rows lie that are read next, if there are any.
     void read(const SsdArguments& a, const Sequence& s, Span t, int64_t group, int64_t ahead, S* panel) {
+        read_rows(a, s, t, a.C, s.batch * a.C_batch + (s.start + t.start) * a.C_time + group * a.C_group, a.C_time, ahead);
+        transpose(C_turned, a.chunk, own, row(a), t.tokens, a.n);
         read_B(a, s, t, group, ahead);
-        const S* C = at<S>(a.C, s.batch * a.C_batch + (s.start + t.start) * a.C_time + group * a.C_group);
-        transpose(C_turned, a.chunk, C, a.C_time, t.tokens, a.n);
-        each_ahead(a, s, t, ahead, [&](int64_t i) { fetch_row(C + i * a.C_time, a.n); });
         for (int64_t j = 0; j < a.n; ++j)
             for (int64_t i = t.tokens; i < t.padded; ++i) C_turned[j * a.chunk + i] = S(0);
         product_of_pairs<S>(a, B, C_turned, G, t, a.n, panel);
     }
 
-    // B's rows often lie a power of two apart, where a cache has room for few of them: they are copied to where they are
-    // a little more than n apart.
     void read_B(const SsdArguments& a, const Sequence& s, Span t, int64_t group, int64_t ahead) {
-        const S* from = at<S>(a.B, s.batch * a.B_batch + (s.start + t.start) * a.B_time + group * a.B_group);
-        for (int64_t i = 0; i < t.tokens; ++i)
-            memcpy(own + i * row(a), from + i * a.B_time, sizeof(S) * static_cast<size_t>(a.n));
-        each_ahead(a, s, t, ahead, [&](int64_t i) { fetch_row(from + i * a.B_time, a.n); });
+        read_rows(a, s, t, a.B, s.batch * a.B_batch + (s.start + t.start) * a.B_time + group * a.B_group, a.B_time, ahead);
         B = {own, row(a), 1};
+    }
+
+    // Rows of B or C to `own`, in S. They often lie a power of two apart, where a cache has room for few of them; there they
+    // are a little more than n apart.
+    void read_rows(const SsdArguments& a, const Sequence& s, Span t, const void* from, int64_t first, int64_t time,
+                   int64_t ahead) {
+        for (int64_t i = 0; i < t.tokens; ++i) read_row(own + i * row(a), from, a.map_dtype, first + i * time, a.n);
+        const int64_t size = bytes_of(a.map_dtype);
+        const char* bytes = static_cast<const char*>(from) + first * size;
+        each_ahead(a, s, t, ahead, [&](int64_t i) { fetch_bytes(bytes + i * time * size, a.n * size); });
     }
 
     // f(token) for those of another chunk, counted from the start of this one.

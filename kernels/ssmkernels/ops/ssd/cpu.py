@@ -5,15 +5,14 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from ssmkernels.core.validate import precision
 from ssmkernels.native import missing, wrong_device
-from ssmkernels.native.kept import Results, filled, room_for_starts
+from ssmkernels.native.kept import Results, filled, kept_row, room_for_starts
 from ssmkernels.ops.ssd.cpu_arguments import segments, values
 from ssmkernels.ops.ssd.cpu_backward import backward
 
 __all__ = ["SAVES", "backward", "empty", "forward", "missing", "unsupported"]
 
-SAVES = ("starts",)  # the states before every fourth chunk, (segments h n p)
+SAVES = ("starts",)  # the states before every fourth chunk, (segments h n p), rows as ``kept_row`` says
 
 
 def unsupported(a: Any) -> str | None:
@@ -27,5 +26,6 @@ def forward(a: Any, save: bool) -> Results:
 
 def empty(a: Any, save: bool) -> Results:
     y, final_state = a.declared.outputs(a)
-    shape = (segments(a) if save else 0, a.x.shape[2], a.B.shape[3], a.x.shape[3])
-    return y, final_state, room_for_starts(a.x, a.cu_seqlens, shape, precision(a.x))
+    row, dtype = kept_row(a.x.shape[3], a.x)
+    shape = (segments(a) if save else 0, a.x.shape[2], a.B.shape[3], row)
+    return y, final_state, room_for_starts(a.x, a.cu_seqlens, shape, dtype)

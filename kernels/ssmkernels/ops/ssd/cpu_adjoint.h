@@ -24,10 +24,10 @@ struct SsdBackwardArguments {
     const void *dy, *dfinal;          // (b l h p), contiguous; S: (s h p n) or null
     void *dx, *dz;                    // (b l h p); dz where there is a z
     void *ddt, *dscale, *ddirect, *dm;  // S: (b l h); the last three where there are scale, direct and m
-    void *dB, *dC;                    // S: (parts b l g n), of which the first takes the sum of all
+    void *dB, *dC;                    // of dmap_dtype: (parts b l g n), of which the first takes the sum of all, then in S
     void *dA, *dD, *dbias;            // S: (s h), (s h p), (s h), likewise
     void *dinitial;                   // S: (s h p n) or null
-    int64_t map_part, map_batch, map_time, map_group;  // strides of dB and dC
+    int64_t dmap_dtype, map_part, map_batch, map_time, map_group;  // strides of dB and dC
 };
 
 namespace SSMZOO_ISA {
@@ -282,8 +282,17 @@ struct Backward : BackwardMemory<S> {
         }
         const int64_t offset = heads.part * b.map_part + s.batch * b.map_batch + (s.start + t.start) * b.map_time +
                                heads.group * b.map_group;
-        transpose(static_cast<S*>(b.dB) + offset, b.map_time, dB, stride, n, t.tokens);
-        transpose(static_cast<S*>(b.dC) + offset, b.map_time, dC, stride, n, t.tokens);
+        write_map(b, t, b.dB, offset, dB);
+        write_map(b, t, b.dC, offset, dC);
+    }
+
+    // The gradient of B or C, (n, c), by way of where B was.
+    void write_map(const SsdBackwardArguments& b, Span t, void* to, int64_t first, const S* gradient) {
+        const SsdArguments& a = b.forward;
+        const int64_t row = Shared<S>::row(a);
+        transpose(shared.own, row, gradient, a.chunk, a.n, t.tokens);
+        for (int64_t i = 0; i < t.tokens; ++i)
+            write_row(to, b.dmap_dtype, first + i * b.map_time, shared.own + i * row, a.n);
     }
 };
 

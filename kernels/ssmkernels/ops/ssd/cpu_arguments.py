@@ -38,7 +38,7 @@ def values(a: Any, starts: Tensor | None) -> tuple[dict[str, float], list[Any]]:
     wide = precision(a.x)
     x, dt = side_by_side(a.x), rows(a.dt)
     z = None if a.z is None else side_by_side(a.z)
-    B, C = (rows(t.to(wide)) for t in (a.B, a.C))
+    B, C = rows(a.B), rows(a.C)
     D, dt_bias, initial = (None if t is None else plain(t, wide) for t in (a.D, a.dt_bias, a.initial_state))
     cu_seqlens = None if a.cu_seqlens is None else a.cu_seqlens.contiguous()
     batch, length, heads, p = x.shape
@@ -60,6 +60,7 @@ def values(a: Any, starts: Tensor | None) -> tuple[dict[str, float], list[Any]]:
         "sums": None,
     }
     found = fields_of(pointers, x, cu_seqlens) | {
+        "map_dtype": native.DTYPES[B.dtype],
         "heads": heads,
         "p": p,
         "n": B.shape[3],

@@ -42,9 +42,11 @@ def gradients(
     dx = a.x.new_empty(a.x.shape)
     dz = None if a.z is None else a.x.new_empty(a.x.shape)
     ddt = empty((batch, length, heads))
-    dB, dC = (empty((parts, batch, length, groups, n)) for _ in range(2))
+    maps = wide if parts > 1 else a.B.dtype  # parts are added before they are rounded
+    shape = (parts, batch, groups, length, n) if by_head else (parts, batch, length, groups, n)
+    dB, dC = (a.x.new_empty(shape, dtype=maps) for _ in range(2))
     if by_head:
-        dB, dC = (empty((parts, batch, groups, length, n)).transpose(2, 3) for _ in range(2))
+        dB, dC = (t.transpose(2, 3) for t in (dB, dC))
     strides = dict(zip(("map_part", "map_batch", "map_time", "map_group"), dB.stride(), strict=False))
     dscale, ddirect, dm = (empty(ddt.shape) if name in also else None for name in ("scale", "direct", "m"))
     # Of no sequence at all the sums are 0
@@ -56,7 +58,7 @@ def gradients(
     outputs = {"dx": dx, "dz": dz, "ddt": ddt, "dB": dB, "dC": dC, "dA": dA, "dD": dD, "dbias": dbias}
     outputs |= {"dinitial": dinitial, "dy": dy, "dfinal": dfinal}
     outputs |= {"dscale": dscale, "ddirect": ddirect, "dm": dm}
-    found = strides | {name: address(t) for name, t in outputs.items()}
+    found = {"dmap_dtype": native.DTYPES[maps]} | strides | {name: address(t) for name, t in outputs.items()}
     native.run("ssd_backward", {"y": 0, "final_state": 0} | fields | found)
     if parts > 1:  # the first one as it is would keep all others alive
         dB, dC = dB[:1].clone(), dC[:1].clone()

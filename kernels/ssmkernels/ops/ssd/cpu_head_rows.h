@@ -33,7 +33,7 @@ struct HeadRows {
     // Each row lies in a page of its own, so that the machine does not see the next one coming.
     void fetch(const SsdArguments& a, int64_t token) const {
         if (first + token < 0 || first + token >= length) return;
-        const int64_t size = a.dtype == 1 ? 8 : a.dtype == 0 ? 4 : 2;
+        const int64_t size = bytes_of(a.dtype);
         fetch_bytes(static_cast<const char*>(from) + ((*this)(token) + ahead) * size, stored(a) * size);
     }
 };

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "native/half.h"
+#include "native/rows.h"
 #include "native/tiles.h"
 
 namespace ssmzoo {

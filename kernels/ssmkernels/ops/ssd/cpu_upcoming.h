@@ -15,7 +15,7 @@ struct Upcoming {
 
     // So many numbers of each token, `stride` numbers apart.
     void add(const void* array, int64_t dtype, int64_t offset, int64_t stride, int64_t count) {
-        const int64_t size = dtype == 0 ? 4 : dtype == 1 ? 8 : 2;
+        const int64_t size = bytes_of(dtype);
         from[arrays] = static_cast<const char*>(array) + offset * size;
         step[arrays] = stride * size;
         bytes[arrays++] = count * size;

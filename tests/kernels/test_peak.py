@@ -1,0 +1,64 @@
+"""How much memory recurrences take above inputs and results, forward and backward, on a CPU."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from ssmkernels import native
+from ssmkernels.bench import peak_memory, resident_memory
+from ssmkernels.bench.ops import gradients_for, make, work_of
+from ssmkernels.bench.peers import setting_of
+from ssmkernels.check.spec import spec_of
+
+INPUTS = {  # of which at most so much is taken as they take together
+    "linear_attention": ("q", "k", "v"),
+    "delta_rule": ("q", "k", "v"),
+    "generalized_delta_rule": ("q", "k", "v"),
+    "mlstm": ("q", "k", "v"),
+}
+pytestmark = [
+    pytest.mark.op(*INPUTS),
+    pytest.mark.skipif(native.missing() is not None, reason=f"needs the native library: {native.missing()}"),
+]
+HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+
+def case_of(op: str) -> Any:
+    spec = spec_of(op)
+    return spec.case({**spec.bench, "b": 1, "l": 4096})
+
+
+def arguments(op: str, dtype: torch.dtype) -> dict[str, Any]:
+    return make(spec_of(op), setting_of(op), case_of(op), dtype, torch.device("cpu"))
+
+
+def bound(op: str, dtype: torch.dtype) -> int:
+    return sum(x.nbytes for name, x in arguments(op, dtype).items() if name in INPUTS[op])
+
+
+@DTYPES
+@pytest.mark.parametrize("op", INPUTS)
+def test_the_peak_is_at_most_what_the_inputs_take(op, dtype):
+    """Of PyTorch's tensors, also those that are gone when an op returns."""
+    spec = spec_of(op)
+    function = functools.partial(spec.function(), implementation="cpu")
+    given = arguments(op, dtype)
+    incoming = gradients_for(work_of(spec, function, given)())
+    results, peak = peak_memory(work_of(spec, function, given, incoming))
+    above = peak - sum(x.nbytes for x in results.values())
+    assert 0 < above <= bound(op, dtype)
+
+
+@HALF
+def test_so_is_what_the_system_counts(dtype):
+    """With memory that the kernels take themselves; in half precision, which they widen."""
+    try:
+        above, _ = resident_memory("mlstm", case_of("mlstm"), dtype, "cpu", backward=True)
+    except OSError as error:
+        pytest.skip(str(error))
+    assert 0 < above <= bound("mlstm", dtype)

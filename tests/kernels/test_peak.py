@@ -1,4 +1,4 @@
-"""How much memory recurrences take above inputs and results, forward and backward, on a CPU."""
+"""Memory that recurrences take above inputs and results, forward and backward, on a CPU; and large results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ssmkernels import native
 from ssmkernels.bench import peak_memory, resident_memory
 from ssmkernels.bench.ops import gradients_for, make, work_of
 from ssmkernels.bench.peers import setting_of
-from ssmkernels.check.spec import spec_of
+from ssmkernels.check.spec import spec_of, tensors_of
 
 INPUTS = {  # of which at most so much is taken as they take together
     "linear_attention": ("q", "k", "v"),
@@ -62,3 +62,29 @@ def test_so_is_what_the_system_counts(dtype):
     except OSError as error:
         pytest.skip(str(error))
     assert 0 < above <= bound("mlstm", dtype)
+
+
+@pytest.mark.parametrize(
+    ("op", "sizes"),
+    [("mlstm", {"h": 4, "k": 128, "v": 128}), ("ssd", {"h": 4, "g": 4, "n": 128, "p": 128, "z": False})],
+    ids=["mlstm", "ssd"],
+)
+def test_gradients_that_are_written_past_the_caches_are_the_same_bits(op, sizes):
+    """A batch whose gradients are so large, against its sequences alone, whose are not."""
+    spec = spec_of(op)
+    case = spec.case({"b": 5, "l": 500, "state": False, **sizes})
+    function = functools.partial(spec.function(), implementation="cpu")
+    given = spec.inputs(case, torch.float32, "cpu", 0)
+    batched = [name for name, x in given.items() if isinstance(x, torch.Tensor) and x.shape[:2] == (5, 500)]
+
+    def gradients(part: slice) -> list[torch.Tensor]:
+        own = {n: x[part].clone().requires_grad_() if n in batched else x for n, x in given.items()}
+        y = tensors_of(function(**own))[0]
+        weights = torch.randn(5, *y.shape[1:], generator=torch.Generator().manual_seed(1))
+        return list(torch.autograd.grad(y, [own[name] for name in batched], weights[part]))
+
+    together = gradients(slice(None))
+    assert max(x.nbytes for x in together) >= 2**22
+    for i in range(5):
+        for whole, alone in zip(together, gradients(slice(i, i + 1)), strict=True):
+            assert torch.equal(whole[i : i + 1], alone)

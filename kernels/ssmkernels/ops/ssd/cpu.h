@@ -29,6 +29,9 @@ inline Sequence sequence(const SsdArguments& a, int64_t i) {
     return sequence(a.cu_seqlens, a.length, a.chunk * a.segment, i);
 }
 
+// Tokens of all sequences.
+inline int64_t tokens_of(const SsdArguments& a) { return (a.cu_seqlens ? 1 : a.sequences) * a.length; }
+
 // The first row of a head's state before a segment of its sequence, where it is kept.
 inline int64_t start_of(const SsdArguments& a, const Sequence& s, int64_t segment, int64_t head) {
     return ((s.first_segment + segment) * a.heads + head) * a.n;

@@ -245,6 +245,7 @@ struct Backward : BackwardMemory<S> {
         const SsdArguments& a = b.forward;
         const int64_t time = a.heads * stored(a);
         const HeadRows dx(a, s, t, head, b.dx, a.length * time, time);
+        const bool past = written_past<S>(b.dx, tokens_of(a) * time, stored(a));
         for (int64_t i = 0; i < t.tokens; ++i) {
             const int64_t row = i * width;
             const V scale = splat(steps.scale[i]);
@@ -258,7 +259,7 @@ struct Backward : BackwardMemory<S> {
                         store(gate + c, fma(factor, load(dY + later * width + c), load(gate + c)));
                     });
                 });
-            write_row(b.dx, a.dtype, dx(i), gate, stored(a));
+            write_row(b.dx, a.dtype, dx(i), gate, stored(a), past);
         }
     }
 
@@ -269,9 +270,8 @@ struct Backward : BackwardMemory<S> {
         S* dG_turned = W;
         for (int64_t j = 0; j < t.tokens; ++j)
             for (int64_t i = t.tokens; i < t.padded; ++i) dG[j * stride + i] = S(0);
-        for (int64_t i = 0; i < t.tokens; ++i) {
+        for (int64_t i = 0; i < t.tokens; ++i)
             for (int64_t j = 0; j < t.padded; ++j) dG_turned[i * stride + j] = S(0);
-        }
         transpose(dG_turned, stride, dG, stride, t.tokens, t.tokens);
         const Onto<S> sum = {true, S(1)};
         for (int64_t i = 0; i < t.padded; i += kStrip<S>) {
@@ -290,9 +290,10 @@ struct Backward : BackwardMemory<S> {
     void write_map(const SsdBackwardArguments& b, Span t, void* to, int64_t first, const S* gradient) {
         const SsdArguments& a = b.forward;
         const int64_t row = Shared<S>::row(a);
+        const bool past = blocks_per_group(a) == 1 && written_past<S>(to, tokens_of(a) * a.groups * a.n, a.n);
         transpose(shared.own, row, gradient, a.chunk, a.n, t.tokens);
         for (int64_t i = 0; i < t.tokens; ++i)
-            write_row(to, b.dmap_dtype, first + i * b.map_time, shared.own + i * row, a.n);
+            write_row(to, b.dmap_dtype, first + i * b.map_time, shared.own + i * row, a.n, past);
     }
 };
 

@@ -79,7 +79,7 @@ int backward(const SsdBackwardArguments& b) {
     add_parts<S>(b.dbias, a.sequences, a.heads, 0, a.heads);
     add_parts<S>(b.dD, a.sequences, a.heads * a.p, 0, a.heads * a.p);
     if (parts == 1) return 0;
-    const int64_t count = (a.cu_seqlens ? 1 : a.sequences) * a.length * a.groups * a.n, piece = 4096;
+    const int64_t count = tokens_of(a) * a.groups * a.n, piece = 4096;
     return parallel_for(ceil_div(count, piece), a.threads, 0, [&](int64_t i, char*) {
         add_parts<S>(b.dB, parts, count, i * piece, minimum((i + 1) * piece, count));
         add_parts<S>(b.dC, parts, count, i * piece, minimum((i + 1) * piece, count));

@@ -46,21 +46,32 @@ void read_row(S* to, const void* from, int64_t dtype, int64_t offset, int64_t co
     }
 }
 
+// Bytes of a gradient from which its rows are written past the caches. Bringing their old lines there takes time, and they
+// would drive out what a task computes with, which fills its core's own cache.
+constexpr int64_t kPast = 4 << 20;
+
+// Whether that goes for an array of so many numbers, in rows of `row`, each in lines of its own.
+template <class S>
+bool written_past(const void* array, int64_t numbers, int64_t row) {
+    return numbers * static_cast<int64_t>(sizeof(S)) >= kPast && row % kLine<S> == 0 &&
+           reinterpret_cast<uintptr_t>(array) % 64 == 0;
+}
+
 template <class S, class T>
-SSMZOO_INLINE void narrow_row(void* to, int64_t offset, const S* from, int64_t count) {
+SSMZOO_INLINE void narrow_row(void* to, int64_t offset, const S* from, int64_t count, bool past = false) {
     constexpr int lanes = Lanes<S>::count;
     T* p = static_cast<T*>(to) + offset;
-    for (int64_t c = 0; c < count; c += lanes) write_some(p + c, load(from + c), count - c);
+    for (int64_t c = 0; c < count; c += lanes) write_some(p + c, load(from + c), count - c, past);
 }
 
 template <class S>
-void write_row(void* to, int64_t dtype, int64_t offset, const S* from, int64_t count) {
+void write_row(void* to, int64_t dtype, int64_t offset, const S* from, int64_t count, bool past = false) {
     if constexpr (sizeof(S) == 8) {
-        narrow_row<S, double>(to, offset, from, count);
+        narrow_row<S, double>(to, offset, from, count, past);
     } else {
-        if (dtype == 0) narrow_row<S, float>(to, offset, from, count);
-        if (dtype == 2) narrow_row<S, bfloat16>(to, offset, from, count);
-        if (dtype == 3) narrow_row<S, float16>(to, offset, from, count);
+        if (dtype == 0) narrow_row<S, float>(to, offset, from, count, past);
+        if (dtype == 2) narrow_row<S, bfloat16>(to, offset, from, count, past);
+        if (dtype == 3) narrow_row<S, float16>(to, offset, from, count, past);
     }
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import threading
 from collections.abc import Sequence
@@ -82,18 +83,24 @@ class Active:
                     job.swapped.drop()
             self._queue = [entry for entry in self._queue if not entry[1].request.done]
             heapq.heapify(self._queue)
-        for job in self.jobs:
-            if job.request.done:
-                job.let_go()
+        done = [job for job in self.jobs if job.request.done]
+        for job in done:
+            job.let_go()
+        if done:
+            self.let_go()
         self.reading = [job for job in self.reading if not job.request.done]
         self.drafting = [job for job in self.drafting if not job.request.done]
         staying = [i for i, job in enumerate(self.writing) if not job.request.done]
         if len(staying) < len(self.writing):
             self._keep(staying)
 
+    def let_go(self) -> None:
+        """Has the model forget which states it ran on: a state that nobody has any more is within no budget."""
+        let_go(cast(nn.Module, self.memory.model))
+
     def _keep(self, rows: list[int]) -> None:
         """Of those that are writing these alone."""
-        let_go(cast(nn.Module, self.memory.model))  # the batch before is within no budget any more
+        self.let_go()  # of the batch before
         held, batch = len(self.writing) + self.spare, self.batch
         few = 2 * len(rows) < held
         if not few:
@@ -111,7 +118,7 @@ class Active:
         """Gives back the memory of spare rows; whether there were any."""
         if not self.spare or self.batch is None:
             return False
-        let_go(cast(nn.Module, self.memory.model))
+        self.let_go()
         self.batch, self._spare = self.batch.select(range(len(self.writing))), 0
         return True
 
@@ -120,7 +127,7 @@ class Active:
         states = states or [job.state for job in jobs if job.state is not None]
         for job in jobs:
             job.state = None
-        let_go(cast(nn.Module, self.memory.model))
+        self.let_go()
         self.writing += jobs
         self.batch, self._spare = State.concatenate(states if self.batch is None else [self.batch, *states]), 0
 
@@ -150,6 +157,8 @@ class Active:
                     job.state, job.swapped = job.swapped.bring_back(self.memory.template), None
                 except OSError as error:
                     job.fail(error)
+                    with contextlib.suppress(OSError):  # of a damaged file's removal: the folder takes it along
+                        job.swapped.drop()
             if job.request.done:
                 pass
             elif not job.unread:
@@ -176,6 +185,7 @@ class Active:
             self.take_out(job)
         state, job.state, job.proposal, job.draft = job.state, None, [], None
         assert state is not None
+        self.let_go()
         try:
             job.swapped = self.store.put_away(state, job.order) if job.position else None
         except OSError as error:

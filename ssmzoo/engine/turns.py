@@ -69,6 +69,8 @@ class Turns:
             self.active.reading = [job for job in self.active.reading if job not in through]
             pick(through, logits[finished, 0, : self.vocab])
             rows = [i for i in finished if not jobs[i].request.done]
+            if len(rows) < len(finished):
+                self.active.let_go()
             if rows:
                 self.active.join([jobs[i] for i in rows], [state if len(rows) == len(jobs) else state.select(rows)])
 
@@ -110,4 +112,5 @@ class Turns:
         except Exception as error:
             for job in jobs:
                 job.fail(error)
+            self.active.let_go()
             return None

@@ -8,6 +8,7 @@ import torch
 import ssmzoo
 from ssmzoo import Engine
 from ssmzoo.engine import swap
+from ssmzoo.steady import period_of, steady
 
 HEADS = {"head_dim": 8}
 
@@ -63,6 +64,7 @@ def test_a_state_that_cannot_be_read_back(damage):
     assert (found[0], found[-1]) == ("length", "error")
     with pytest.raises(OSError, match="cannot be read back"):
         requests[2].result()
+    assert [*worker._active.store.folder.iterdir()] == []  # the damaged file is gone, too
 
 
 def test_an_interrupted_step(monkeypatch):
@@ -169,3 +171,44 @@ def test_a_step_within_a_step(monkeypatch):
     with pytest.raises(RuntimeError, match="called within a step, as by a hook"):
         first.result()
     assert len(worker.submit([1], max_tokens=3).result()) == 3
+
+
+def cancelled(worker, request):
+    request.cancel()
+    worker.step()
+
+
+def put_away(worker, request):
+    (job,) = worker._active.jobs
+    worker._active._put_away(job)
+
+
+def refused(worker, request):
+    def raises(*_, **__):
+        raise RuntimeError("no")
+
+    raises.device = worker.model.device
+    worker._turns.model = raises
+    worker.step()
+
+
+def to_the_end(worker, request):
+    while worker.step():
+        pass
+
+
+@pytest.mark.parametrize("ends", [cancelled, put_away, refused, to_the_end])
+@pytest.mark.parametrize("read", [False, True])
+def test_a_state_is_let_go_however_its_request_ends(ends, read):
+    """What a model runs on unasked in a steady period is kept alive for it, outside the budget."""
+    model = build("mamba").float()
+    worker = Engine(model, page_size=1, chunk=1, share_prefixes=False)  # prompts are read token by token, as decoded
+    request = worker.submit([1, 2, 3, 4, 5], max_tokens=6 if read else 1, temperature=0)
+    with steady(model):
+        while len(request.tokens) < 3 if read else not worker._active.jobs or worker._active.jobs[0].position < 4:
+            worker.step()
+        period = period_of(model)
+        assert len(period.states) > 0
+        ends(worker, request)
+        assert (request.done, worker.active) == (ends is not put_away, 0)
+        assert len(period.states) == 0

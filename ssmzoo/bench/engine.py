@@ -23,9 +23,10 @@ from ssmzoo.model import SequenceModel
 
 KIND = "engine"
 DEFAULT = ("mamba-130m", "mamba-hybrid-tiny")
-SIZES = {"requests": 16, "new": 48, "prefix": 4096, "longest": 4096, "drafted": 8}
-QUICK = {"requests": 4, "new": 6, "prefix": 256, "longest": 512, "drafted": 8}
+SIZES = {"requests": 16, "new": 48, "long": 256, "prefix": 4096, "longest": 4096, "drafted": 8}
+QUICK = {"requests": 4, "new": 6, "long": 12, "prefix": 256, "longest": 512, "drafted": 8}
 TAIL = 16  # tokens of a prompt after the shared beginning
+SHORT, LONG = "requests at once", "longer requests at once"
 CROWD = 64  # requests that want memory
 DENSE = 4  # requests that the memory holds where room for the longest is set aside for each
 
@@ -43,7 +44,8 @@ def bench_engine(name: str, plan: Plan) -> Iterator[list[Measurement]]:
         yield [refusal(KIND, name, "ssmzoo", "ours", "only models of tokens are timed", plan)]
         return
     settle_at_once(model)
-    yield clock(_many(name, model, sizes), plan)
+    for mix in (SHORT, LONG):
+        yield clock(_many(name, model, sizes, mix), plan)
     yield clock(_prefix(name, model, sizes), plan)
     yield clock(_drafted(name, model, sizes), plan)
     if model.initial_state(1, sizes["longest"]).nbytes > model.initial_state(1, 1).nbytes:
@@ -56,11 +58,17 @@ def _prompts(model: SequenceModel, count: int, longest: int) -> list[list[int]]:
     return [[rng.randrange(vocab) for _ in range(round(longest ** rng.random()))] for _ in range(count)]
 
 
-def _many(name: str, model: SequenceModel, sizes: dict[str, int]) -> Contest:
-    """Requests of mixed lengths through the engine, and one after another."""
-    prompts = _prompts(model, sizes["requests"], 8 * sizes["new"])
+def _many(name: str, model: SequenceModel, sizes: dict[str, int], mix: str) -> Contest:
+    """Requests of mixed lengths through the engine, and one after another.
+
+    Short answers are of ``new / 2`` to ``new`` tokens, to prompts of up to ``8 · new``. Longer ones are those of usual
+    traffic: of ``long / 4`` to ``long``, to prompts of up to ``2 · long``.
+    """
+    most = sizes["new" if mix == SHORT else "long"]
+    least, longest = (most // 2, 8 * most) if mix == SHORT else (most // 4, 2 * most)
+    prompts = _prompts(model, sizes["requests"], longest)
     rng = random.Random(1)
-    counts = [rng.randint(sizes["new"] // 2, sizes["new"]) for _ in prompts]
+    counts = [rng.randint(max(1, least), most) for _ in prompts]
 
     def together() -> Results:
         engine = Engine(model, share_prefixes=False)
@@ -76,7 +84,7 @@ def _many(name: str, model: SequenceModel, sizes: dict[str, int]) -> Contest:
     players = [Contestant("ssmzoo", "ours", together), Contestant("one after another", "yardstick", alone)]
     shape = f"{len(prompts)} requests, prompts of {min(map(len, prompts))} to {max(map(len, prompts))}, "
     shape += f"answers of {min(counts)} to {max(counts)}, {model.config.n_layers} layers"
-    return Contest(KIND, name, "requests at once", shape, players, tokens=sum(counts))
+    return Contest(KIND, name, mix, shape, players, tokens=sum(counts))
 
 
 def _prefix(name: str, model: SequenceModel, sizes: dict[str, int]) -> Contest:

@@ -531,16 +531,19 @@ def test_llama_cpp_is_named_where_it_is_missing(monkeypatch):
 
 def test_the_engine_beside_what_one_does_without_it():
     """Attention's memory grows, so requests that need little leave room for others; Mamba's does not."""
-    small = {"requests": 2, "new": 2, "prefix": 80, "longest": 64, "d_model": 16, "n_layers": 1}
-    for pattern, works in ((["mamba"], 3), (["attention"], 4)):
+    small = {"requests": 2, "new": 2, "long": 9, "prefix": 80, "longest": 64, "d_model": 16, "n_layers": 1}
+    for pattern, works in ((["mamba"], 4), (["attention"], 5)):
         heads = {} if pattern == ["mamba"] else {"mixers": {"attention": {"head_dim": 8}}}
         changes = {**small, "pattern": pattern, **heads}
         contests = list(session.run("engine", ["mamba-hybrid-tiny"], plan(changes), lambda: None))
         assert [rows[0].refused for rows in contests] == [""] * works
-        for ours, without in contests[:3]:
+        for ours, without in contests[:4]:
             assert (ours.role, without.role, without.refused) == ("ours", "yardstick", "")
             assert without.of_ours == pytest.approx(without.median / ours.median)
         assert contests[0][0].tokens_per_second > 0
-    (held,) = contests[3]
+        assert [rows[0].work for rows in contests[:2]] == ["requests at once", "longer requests at once"]
+        drawn = [rows[0].shape.partition("answers of ")[2].partition(",")[0] for rows in contests[:2]]
+        assert drawn == ["1 to 1", "3 to 4"]  # within 1 to 2 and 2 to 9
+    (held,) = contests[4]
     assert held.note.endswith("requests at once, where room for 64 tokens each would hold 4")
     assert 0 < held.resident_bytes <= 2 * held.result_bytes

@@ -113,6 +113,22 @@ def is_plain(*modules: nn.Module | None, kinds: tuple[type[nn.Module], ...] = _M
     return True
 
 
+def is_untouched(module: nn.Module) -> bool:
+    """Whether a module without weights may be computed without calling it: no hooks, its class's own ``forward``."""
+    own = module.__dict__
+    watched = (
+        _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+    )
+    return not watched and "forward" not in own and has_own_forward(type(module))
+
+
 _own_forwards: dict[type, Callable[..., Any]] = {}
 
 

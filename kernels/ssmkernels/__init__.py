@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # for type checkers and editors alone
     from ssmkernels.ops.selective_scan import selective_scan, selective_scan_step
     from ssmkernels.ops.slstm import slstm, slstm_step
     from ssmkernels.ops.ssd import ssd, ssd_step
+    from ssmkernels.ops.swiglu import swiglu
 
 __all__ = ["OPS", "Explanation", "explain", "keep_memory", "use"]
 

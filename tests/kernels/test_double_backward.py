@@ -87,6 +87,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"l": 4, "h": 2, "g": 1, "p": 2, "n": 2},
         {"b": 1, "l": 21, "h": 2, "g": 1, "p": 2, "n": 2, "D": "hp", "chunk": 4, "packed": True},
     ],
+    "swiglu": [{"shape": (2, 3, 4)}, {"shape": (4,), "scale": 1.0}],
 }
 
 # PyTorch's own fused kernel has no second derivative and says so; with some masks PyTorch takes another one that has.

@@ -72,6 +72,7 @@ for op, dtypes, cases in (
     ("quantized_linear", both, [dict(k=300, o=9), dict(l=9, k=33), dict(bits="8", zeros=False), same]),
     ("quantized_linear", halves, [dict(k=300, o=9, activations="int8")]),
     ("rglru_gates", both, [dict(p=7), dict(p=33, h=1, first=False, decay=200.0)]),
+    ("swiglu", both, [dict(shape=(3, 7)), dict(shape=(2, 33), gate=50.0)]),
     ("causal_conv1d", halves, convolutions),
     ("causal_conv1d_step", both, [dict(w=1), dict(w=4, d=37), dict(w=6)]),
     ("diagonal_kernel", both, [*diagonals, dict(discretization="dss")]),

@@ -86,6 +86,7 @@ cases_of = {
     ],
     "rglru_gates": [dict(l=20, h=2, p=37), dict(b=1, p=1, first=False), dict(l=0)],
     "rms_norm": [dict(shape=(5, 37)), dict(shape=(3, 7, 12), before=False, group_size=3), dict(shape=(1, 1))],
+    "swiglu": [dict(shape=(5, 37)), dict(shape=(300, 33), scale=-1.5), dict(shape=(1, 1))],
     "diagonal_kernel": [dict(length=67, n=7), dict(length=257, complex=False), dict(discretization="dss")],
     "dplr_kernel": [dict(length=67, n=7, rank=2), dict(length=127, n=3, complex=False), dict(length=1, d=1, n=1)],
     "attention": [dict(l=300, m=330, h=3, h_kv=1, k=5, v=9, window=(70, 3)), dict(h=1, h_kv=1, k=1, l=1)],

@@ -9,6 +9,7 @@ from types import CellType, ModuleType
 from typing import Any
 
 from ssmzoo.integrations.transformers.attentions import FAMILIES, interfaces
+from ssmzoo.integrations.transformers.gated_products import KINDS as GATED_PRODUCTS
 from ssmzoo.integrations.transformers.layers import (
     Function,
     apart,
@@ -21,7 +22,7 @@ from ssmzoo.integrations.transformers.layers import (
     weighted_key_values,
 )
 from ssmzoo.integrations.transformers.linears import owners_of, within
-from ssmzoo.integrations.transformers.norms import KINDS
+from ssmzoo.integrations.transformers.norms import KINDS as NORMS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,7 @@ _ATTENTION = "ssmkernels.attention; PyTorch's with a mask or for few tokens"
 _MAPS = "the native product of ssmkernels; PyTorch's for small ones, with gradients, and where it is as fast"
 MAPS = Method("Linear", "forward", within, _MAPS, over_time=False)  # of torch.nn, in layers and models of all families
 _NORMS = "ssmkernels.rms_norm; transformers' own for few numbers"
+_GATED = "ssmkernels.swiglu; transformers' own for few numbers, in half precision and for other activations than SiLU"
 
 
 def _dropping(*models: str, block: str) -> tuple[Method, ...]:
@@ -89,11 +91,13 @@ METHODS: dict[str, tuple[Method, ...]] = {
 
 
 def methods(family: str) -> tuple[Method, ...]:
-    """Those of a family, norms and attention included."""
-    norms = ((make, owner) for make, families in KINDS.items() for owner in families.get(family, ()))
+    """Those of a family, norms, MLPs and attention included."""
+    norms = ((make, owner) for make, families in NORMS.items() for owner in families.get(family, ()))
     named = (Method(owner, "forward", make, _NORMS, over_time=False) for make, owner in norms)
+    mlps = ((make, families[family]) for make, families in GATED_PRODUCTS.items() if family in families)
+    gated = (Method(owner, "forward", make, _GATED, over_time=False) for make, owner in mlps)
     table = Method("", "ALL_ATTENTION_FUNCTIONS", interfaces, _ATTENTION, over_time=False)
-    return (*METHODS.get(family, ()), *named, *([table] if family in FAMILIES else []))
+    return (*METHODS.get(family, ()), *named, *gated, *([table] if family in FAMILIES else []))
 
 
 class Replaceable:

@@ -145,6 +145,11 @@ def has_own_forward(kind: type) -> bool:
     return True
 
 
+def counts_as_own(kind: type, function: Callable[..., Any]) -> None:
+    """Has a class's ``forward`` count as its own while it is this function, which computes the same."""
+    _own_forwards[kind] = function
+
+
 def prepare_map(calls: Calls, module: nn.Module | None, x: Tensor) -> Tensor:
     """Adds the native call of a linear map, x ``(b, in)`` → ``(b, out)``, to those of a token.
 

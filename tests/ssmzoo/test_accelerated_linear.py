@@ -14,6 +14,7 @@ from ssmkernels import native
 from ssmkernels.native import products
 from ssmzoo.integrations.transformers import accelerate, linears
 from ssmzoo.integrations.transformers.methods import methods_of
+from ssmzoo.linear import is_plain
 
 transformers = pytest.importorskip("transformers", reason="needs transformers, whose layers run here")
 pytestmark = [
@@ -51,6 +52,16 @@ def gradients(model, ids):
 @torch.no_grad()
 def logits(model, ids):
     return model(ids, use_cache=False).logits
+
+
+def test_maps_stay_plain():
+    """Nobody else has a say in them, so that what computes several of them at once need not step aside."""
+    module = nn.Linear(3, 4)
+    with accelerate("mamba2"):
+        assert is_plain(module)
+        module.register_forward_hook(lambda *_: None)
+        assert not is_plain(module)
+    assert is_plain(nn.Linear(3, 4))
 
 
 def test_outputs(made):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ssmkernels.native.products import linear
 from ssmzoo.integrations.transformers.layers import Function
+from ssmzoo.linear import counts_as_own
 
 _running: ContextVar[bool] = ContextVar("running", default=False)
 _own = nn.Linear.forward
@@ -66,6 +67,7 @@ def replace_forward() -> None:
     """Maps ask from now on who is running, unless somebody else has put a forward there."""
     if nn.Linear.forward is _own:
         nn.Linear.forward = _forward  # type: ignore[method-assign]
+        counts_as_own(nn.Linear, _forward)
 
 
 def restore_forward() -> None:

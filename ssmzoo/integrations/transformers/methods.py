@@ -22,6 +22,7 @@ from ssmzoo.integrations.transformers.layers import (
     weighted_key_values,
 )
 from ssmzoo.integrations.transformers.linears import owners_of, within
+from ssmzoo.integrations.transformers.multipliers import scaled_map
 from ssmzoo.integrations.transformers.norms import KINDS as NORMS
 
 
@@ -53,6 +54,7 @@ _ATTENTION = "ssmkernels.attention; PyTorch's with a mask or for few tokens"
 _MAPS = "the native product of ssmkernels; PyTorch's for small ones, with gradients, and where it is as fast"
 MAPS = Method("Linear", "forward", within, _MAPS, over_time=False)  # of torch.nn, in layers and models of all families
 _NORMS = "ssmkernels.rms_norm; transformers' own for few numbers"
+_SCALED = "transformers' own steps, with constant factors in the weight; as they were for few tokens, or with a cache"
 _GATED = "ssmkernels.swiglu; transformers' own for few numbers, in half precision and for other activations than SiLU"
 
 
@@ -71,7 +73,10 @@ METHODS: dict[str, tuple[Method, ...]] = {
     "falcon_mamba": _mixing("FalconMambaMixer")
     + _dropping("FalconMambaForCausalLM", "FalconMambaModel", block="FalconMambaBlock"),
     "mamba2": _dropping("Mamba2ForCausalLM", "Mamba2Model", block="Mamba2Block"),
-    "falcon_h1": _dropping("FalconH1Model", block="FalconH1DecoderLayer"),  # until transformers 5.16, as the next
+    "falcon_h1": (
+        *_dropping("FalconH1Model", block="FalconH1DecoderLayer"),  # until transformers 5.16, as the next
+        Method("FalconH1Mixer", "forward", scaled_map, _SCALED, over_time=False),
+    ),
     "nemotron_h": (Method("NemotronHBlock", "forward", telling, _TELLS),),
     "jamba": (*_mixing("JambaMambaMixer"), Method("JambaMambaDecoderLayer", "forward", telling, _TELLS)),
     "zamba": _mixing("ZambaMambaMixer"),

@@ -214,7 +214,9 @@ int multiply_all(const MatmulArguments& a, Left<A> left, Right<B> right, bool tu
     const S* bias = static_cast<const S*>(a.bias);
     const int64_t rows = turned ? a.columns : a.rows, columns = turned ? a.rows : a.columns;
     const int64_t across = ceil_div(columns, kBlock);
-    const int64_t chunk = rows_of_task(rows, turned ? 2 * kNear : 8 * kNear, across, a.threads);
+    // Each task copies its part of B: the longer, the fewer copies, where there are enough of them to share evenly.
+    const int64_t most = turned ? 2 * kNear : across < 2 * a.threads ? 4 * kNear : 8 * kNear;
+    const int64_t chunk = rows_of_task(rows, most, across, a.threads);
     const int64_t down = ceil_div(rows, chunk);
     // No more scratch memory than a small product needs: for much of it malloc asks the system.
     const bool as_it_lies = !turned && sizeof(T) == sizeof(S);  // but for columns that fill no panel

@@ -21,7 +21,7 @@ from ssmzoo.integrations.transformers.layers import Function
 from ssmzoo.integrations.transformers.lookups import installed
 from ssmzoo.linear import is_plain
 
-FEW = 2**8  # tokens up to which multiplying the weight takes about as long
+FEW = 2**8  # tokens up to which its steps stay as they are; chosen, not measured
 STEPS = ("apply_mask_to_padding_states", "causal_conv1d_fn", "mamba2_chunk_scan")  # functions of transformers' module
 
 

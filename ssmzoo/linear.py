@@ -48,12 +48,7 @@ def _directly(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
 
     None where that is another implementation's, or one that is for fewer rows, and where the op has an error to tell.
     """
-    if (
-        weight.ndim != 2
-        or x.shape[-1:] != weight.shape[1:]
-        or x.numel() <= FEW * x.shape[-1]
-        or not forcing.unforced()
-    ):
+    if weight.ndim != 2 or x.shape[-1:] != weight.shape[1:] or x.numel() <= FEW * x.shape[-1] or not forcing.unforced():
         return None
     return products.in_half(x, weight, None if bias is None else bias.float())
 

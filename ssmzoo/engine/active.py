@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import threading
 from collections.abc import Sequence
@@ -157,8 +156,6 @@ class Active:
                     job.state, job.swapped = job.swapped.bring_back(self.memory.template), None
                 except OSError as error:
                     job.fail(error)
-                    with contextlib.suppress(OSError):  # of a damaged file's removal: the folder takes it along
-                        job.swapped.drop()
             if job.request.done:
                 pass
             elif not job.unread:

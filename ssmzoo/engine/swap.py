@@ -33,12 +33,11 @@ class Swapped:
             try:
                 torch.save([t.contiguous() for t in stored.tensors()], self.path)
             except Exception as error:  # PyTorch has one of its own for a full disk
-                with contextlib.suppress(OSError):
-                    self.drop()
+                self.drop()
                 raise OSError(f"Engine: the state of a request cannot be put away at {self.path}: {error}") from error
 
     def bring_back(self, template: State) -> State:
-        """The state as it was, with its pages in the template's pools; the file goes.
+        """The state as it was, with its pages in the template's pools; the file goes, even a damaged one.
 
         Raises:
             OSError: the file is gone or damaged.
@@ -48,15 +47,17 @@ class Swapped:
             try:
                 tensors = torch.load(self.path, weights_only=True, map_location=device)
             except Exception as error:
+                self.drop()
                 raise OSError(f"Engine: the state put away at {self.path} cannot be read back: {error}") from error
             stored = stored.with_tensors(iter(tensors))
         self.drop()
         return template.restored(stored.to(device))
 
     def drop(self) -> None:
-        """Removes the file."""
+        """Removes the file; one that cannot be removed goes with its folder."""
         if self.path is not None:
-            self.path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.path.unlink()
 
 
 class Store:

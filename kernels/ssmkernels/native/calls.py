@@ -15,6 +15,7 @@ from torch import Tensor
 from ssmkernels import native
 from ssmkernels.core.validate import HALF, REAL, precision
 from ssmkernels.native.prepared import Prepared, prepare_with
+from ssmkernels.native.rotary import placing, turns
 
 # What `activated` knows, by its number in cpu_activate.cpp.
 FUNCTIONS = {
@@ -270,11 +271,6 @@ class Calls:
             raise NotPreparedError(name)
 
 
-def turns(x: Tensor, frequency: Tensor) -> bool:
-    """Whether frequencies ``(r)`` are for channels that heads ``(b, h, k)`` have."""
-    return frequency.ndim == 1 and 2 * len(frequency) <= x.shape[2]
-
-
 def _met(x: Tensor, other: Tensor | None, one: bool = False) -> bool:
     """Whether rows of x ``(b, c)`` meet those of the other, ``(c)`` or ``(r, c)``, or with ``one`` ``(r, 1)``."""
     if other is None:
@@ -282,32 +278,6 @@ def _met(x: Tensor, other: Tensor | None, one: bool = False) -> bool:
     channels = other.shape[-1] == x.shape[1] or (one and other.shape[-1] == 1)
     rows = other.ndim == 2 and len(other) > 0 and len(x) % len(other) == 0
     return channels and (rows or (other.ndim == 1 and not one))
-
-
-def placing(x: Tensor, frequency: Tensor | None) -> dict[str, float]:
-    """Arguments of the kernel ``rotary`` for x ``(b, h, k)``: all but positions, and where its result, in one row,
-    lies.
-    """
-    b, h, k = x.shape
-    return {
-        "x": x.data_ptr(),
-        "positions": 0,
-        "frequency": native.address(frequency),
-        "places": 0,
-        "table": 0,
-        "dtype": native.DTYPES[x.dtype],
-        "rows": b,
-        "heads": h,
-        "half": 0 if frequency is None else len(frequency),
-        "width": k,
-        "x_row": x.stride(0),
-        "page_size": 1,
-        "y_page": h * k,
-        "y_position": 0,
-        "y_head": k,
-        "table_row": 0,
-        "table_block": 0,
-    }
 
 
 def _alike(tensors: list[Tensor], dtypes: tuple[torch.dtype, ...]) -> bool:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ssmkernels import native
 from ssmkernels.core.validate import REAL, precision
-from ssmkernels.native.calls import Calls, NotPreparedError, placing, turns
+from ssmkernels.native.calls import Calls, NotPreparedError
 from ssmkernels.native.prepared import Prepared
+from ssmkernels.native.rotary import placing, turns
 from ssmkernels.ops.decode_attention.cpu import steps
 
 

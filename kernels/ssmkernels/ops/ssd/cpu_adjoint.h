@@ -8,7 +8,6 @@
 //     da_k = Σ_{j < k ≤ i} W_ij + Σ_{i ≥ k} e_i + Σ_{j < k} f_j + E_c <S, dS'>
 //
 // where e_i = C_i · (E ∘ dY S)_i and f_j = X_j · (F ∘ B dS'ᵀ)_j. Nothing is a difference of long sums.
-//
 // With a scale and direct outputs, M is 0 at tokens j and i of one step, and these add, with g = x_j · dY_i,
 //
 //     dx_j += direct_j G_ji dY_i       dG_ji += direct_j g       ddirect_j += G_ji g

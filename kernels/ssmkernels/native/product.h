@@ -74,19 +74,33 @@ constexpr int64_t kShared = 3;
 constexpr int64_t kRowsTogether = 16;  // rows whose sums are kept while the weights of kOutputs outputs are in a fast cache
 constexpr int64_t kStretch = 768;  // inputs at once, a multiple of every step: so many weights stay in the fastest cache
 
-// Lines of the next weights to come, asked for at an even pace while several rows are multiplied with the present ones.
-// Handed on by value, so that it stays in registers.
+// Lines of the weights that come next, asked for at an even pace while several rows of x are multiplied with the present
+// ones. Handed on by value, so that it stays in registers.
+//
+// One block of rows waits for memory, which has most on its way as the weights lie, for the second cache. Several blocks
+// read the same weights from the first one, which is to have them when they begin: some of each of kOutputs rows, in the
+// order in which they will be read.
 class Pace {
     static constexpr int64_t line = 64;
-    const char *next_, *end_;
-    int64_t each_, due_;
+    const char* next_;
+    int64_t row_, each_, due_;
+    size_t at_, end_;
+    bool near_;
 
   public:
-    Pace(const void* next, int64_t bytes, int64_t calls)
-        : next_(static_cast<const char*>(next)), end_(next_ + bytes), each_(ceil_div(bytes, calls)), due_(0) {}
+    // `bytes` of each row from `next` on, rows `row` bytes apart, within so many calls; if not near, they lie together
+    Pace(bool near, const void* next, int64_t row, int64_t bytes, int64_t calls)
+        : next_(static_cast<const char*>(next)), row_(row), each_(ceil_div(kOutputs * bytes, calls)), due_(0), at_(0),
+          end_(static_cast<size_t>(kOutputs * ceil_div(bytes, line))), near_(near) {}
 
     SSMZOO_INLINE void fetch() {
-        for (due_ += each_; due_ >= line && next_ < end_; due_ -= line, next_ += line) __builtin_prefetch(next_, 0, 2);
+        for (due_ += each_; due_ >= line && at_ < end_; due_ -= line, ++at_) {
+            const int64_t output = static_cast<int64_t>(at_ % kOutputs), place = static_cast<int64_t>(at_ / kOutputs);
+            if (near_)
+                __builtin_prefetch(next_ + output * row_ + place * line, 0, 3);
+            else
+                __builtin_prefetch(next_ + static_cast<int64_t>(at_) * line, 0, 2);
+        }
     }
 };
 
@@ -149,17 +163,19 @@ SSMZOO_INLINE Pace add_block(const T* const* weights, const S* x, int64_t row, i
 
 // add_products for several rows of x, `row` apart, at most kRowsTogether: the same additions in the same order, so that
 // each row gets the bits that it gets alone; done(r, sums) with the numbers themselves. `next` are the weights that will
-// be read after these, for which the `first` rows ask.
+// be read after these.
 template <class T, class S, class Done>
 SSMZOO_INLINE void add_products_of_rows(const T* const* weights, const S* x, int64_t row, int64_t count, int64_t size,
-                                        const T* next, bool first, const Done& done) {
+                                        const T* next, const Done& done) {
     using V = typename Lanes<S>::V;
     constexpr int64_t lanes = Lanes<S>::count, step = 2 * lanes;
     static_assert(kStretch % step == 0, "stretches are whole steps");
     V kept[2 * kRowsTogether][kOutputs];
     const int64_t blocks = ceil_div(count, kShared), whole = size / step * step;
-    Pace pace(next, first ? kOutputs * size * static_cast<int64_t>(sizeof(T)) : 0, 2 * blocks * (size / step) + 1);
-    const auto stretch = [&](const T* const* from, const S* by, int64_t by_row, int64_t length, bool begins, bool ends) {
+    const auto stretch = [&](const T* const* from, const S* by, int64_t by_row, int64_t length, bool begins, bool ends,
+                             const T* then) {
+        constexpr int64_t bytes = sizeof(T);
+        Pace pace(blocks > 1, then, size * bytes, then ? minimum(kStretch, size) * bytes : 0, 2 * blocks * (length / step));
         for (int64_t n = 0; n < blocks; ++n) {  // of sizes that differ by one at most
             const int64_t r = count * n / blocks, rows = count * (n + 1) / blocks - r;
             const auto block = [&](auto number) {
@@ -177,7 +193,9 @@ SSMZOO_INLINE void add_products_of_rows(const T* const* weights, const S* x, int
     };
     for (int64_t k = 0; k < whole; k += kStretch) {
         const T* from[kOutputs] = {weights[0] + k, weights[1] + k, weights[2] + k, weights[3] + k};
-        stretch(from, x + k, row, minimum(kStretch, whole - k), k == 0, whole == size && k + kStretch >= size);
+        const int64_t after = k + kStretch;
+        const T* then = blocks == 1 ? next + kOutputs * k : after < size ? weights[0] + after : next;
+        stretch(from, x + k, row, minimum(kStretch, whole - k), k == 0, whole == size && after >= size, then);
     }
     if (whole < size || size == 0) {
         T rest[kOutputs][step];
@@ -189,7 +207,7 @@ SSMZOO_INLINE void add_products_of_rows(const T* const* weights, const S* x, int
         for (int64_t r = 0; r < count; ++r)
             memcpy(rest_of_x[r], x + r * row + whole, static_cast<size_t>(size - whole) * sizeof(S));
         const T* from[kOutputs] = {rest[0], rest[1], rest[2], rest[3]};
-        stretch(from, rest_of_x[0], step, step, whole == 0, true);
+        stretch(from, rest_of_x[0], step, step, whole == 0, true, nullptr);
     }
 }
 
@@ -223,7 +241,7 @@ void product(const void* weight, const void* bias, const S* from, int64_t batch,
         }
         for (int64_t b = 0; b < batch; b += kRowsTogether)
             add_products_of_rows(rows, from + b * size, size, minimum(kRowsTogether, batch - b), size,
-                                 rows[0] + kOutputs * size, b == 0,
+                                 b + kRowsTogether < batch ? rows[0] : rows[0] + kOutputs * size,
                                  [&](int64_t r, const S* sums) { give(b + r, sums); });
     }
 }

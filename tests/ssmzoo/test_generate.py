@@ -7,6 +7,7 @@ import torch
 
 import ssmzoo
 from ssmzoo.generate import filtered, generate, penalise, sample
+from ssmzoo.generate.sampling import most_likely
 
 PROMPTS = [[1, 2, 3], [4], [7, 8, 9, 10, 11, 12, 13], [3, 3, 5, 1]]
 PATTERNS = {
@@ -277,3 +278,23 @@ def test_models_that_cannot_generate():
         features.generate([[1]], 2)
     with pytest.raises(ValueError, match=r"layers.0.mixer is bidirectional"):
         build("s4d", bidirectional=True).generate([[1]], 2)
+
+
+@pytest.mark.parametrize("vocab", [1, 3, 511, 512, 1023, 1024, 1025, 1536, 5000])
+def test_the_first_of_the_most_likely_ids_is_taken(vocab):
+    generator = torch.Generator().manual_seed(vocab)
+    for scores in (
+        torch.randn(6, vocab, generator=generator),
+        torch.randint(3, (6, vocab), generator=generator).float(),  # many are alike
+        torch.randint(2, (6, vocab), generator=generator).log(),  # of most or all rows some are impossible
+        torch.full((2, vocab), -torch.inf),
+        torch.randn(6, 2 * vocab, generator=generator)[:, ::2],
+        torch.randn(6, vocab, generator=generator).bfloat16(),
+    ):
+        assert torch.equal(most_likely(scores), scores.argmax(-1))
+    last = torch.zeros(1, vocab)
+    last[0, -1] = 1
+    assert most_likely(last).tolist() == [vocab - 1]
+    unknown = torch.zeros(2, vocab)
+    unknown[0, -1] = unknown[1, vocab // 2] = torch.nan
+    assert most_likely(unknown).tolist() == [vocab - 1, vocab // 2]  # as argmax does

@@ -315,7 +315,7 @@ def test_a_run_looks_once_for_each_batch_and_keeps_no_states(monkeypatch):
     found = [worker.submit([i, 1, 2], max_tokens=12 + 12 * (i % 2), temperature=0) for i in range(4)]
     worker.run()
     assert [len(request.tokens) for request in found] == [12, 24, 12, 24]
-    assert 2 <= len(looks) <= 6, "of the 23 calls with a state that has been met"
+    assert 1 <= len(looks) <= 6, "of 24 calls; none after a program was made"
     assert kept == [[]] * 3, "one join, and leaves of two requests each"
     assert not held()
     for i, request in enumerate(found):

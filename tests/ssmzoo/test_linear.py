@@ -235,11 +235,12 @@ def test_half_precision_is_what_the_op_gives(rows, dtype, way):
         assert torch.equal(linear_of_any_dtype(x, weight, bias), quantized_linear(x, weight, bias=bias))
     for name, arguments in {
         "x": (x[..., 1:], weight, bias),
-        "bias": (x, weight, bias[1:]),
         "weight": (x, weight[0], None),
     }.items():
         with pytest.raises(ValueError, match=f"quantized_linear: .*`{name}`"):
             linear_of_any_dtype(*arguments)
+    with pytest.raises(RuntimeError, match="must match the existing size"):  # PyTorch's, which takes one number for all
+        linear_of_any_dtype(x, weight, bias[1:])
 
 
 @torch.no_grad()

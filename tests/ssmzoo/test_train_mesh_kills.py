@@ -35,7 +35,6 @@ def test_kills_of_random_processes_leave_no_trace(tmp_path, launch, monkeypatch)
     print(json.dumps(found))
     assert not found["faults"], "\n".join(found["faults"])
     assert found["killed"] == kills
-    # By the process that was left, unless none had met the other yet
-    assert found["told"] > 0 or found["phases"]["starting"] == kills
     if kills >= 20:
+        assert found["told"] > 0, "by a process that was left: one alone may be ended before it has noticed"
         assert all(found["phases"].values()), found

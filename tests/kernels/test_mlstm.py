@@ -73,13 +73,27 @@ def test_the_parallel_form_gives_the_same(memory, arguments, randn, sizes):
 @pytest.mark.skipif(native.missing() is not None, reason="needs the native CPU library")
 def test_large_states_are_saved_more_seldom(arguments, monkeypatch):
     """And the gradients are the same."""
-    made, gradients = arguments(l=100, b=1), []
-    for most, chunks in ((1.0, 2), (0.0, 4)):
+    made, gradients = arguments(l=200, b=1, k=24, v=24), []
+    for most, chunk, segment in ((1.0, 80, 1), (0.1, 48, 2), (0.0, 48, 4)):
         monkeypatch.setattr(cpu_arguments, "MOST", most)
-        assert cpu_arguments.segment(SimpleNamespace(**made)) == chunks
+        call = SimpleNamespace(**made)
+        assert (cpu_arguments.chunk_length(call), cpu_arguments.segment(call)) == (chunk, segment)
         given = {name: made[name].detach().requires_grad_() for name in TIMED}
         y = mlstm(**given, implementation="cpu")
         gradients.append(torch.autograd.grad(y.square().sum(), [*given.values()]))
+    for others in gradients[1:]:
+        torch.testing.assert_close(others, gradients[0], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.skipif(native.missing() is not None, reason="needs the native CPU library")
+def test_narrow_heads_have_short_chunks(arguments, monkeypatch):
+    made, gradients = arguments(l=100, b=1), []
+    for most, segment in ((1.0, 2), (0.0, 4)):
+        monkeypatch.setattr(cpu_arguments, "MOST", most)
+        call = SimpleNamespace(**made)
+        assert (cpu_arguments.chunk_length(call), cpu_arguments.segment(call)) == (16, segment)
+        given = {name: made[name].detach().requires_grad_() for name in TIMED}
+        gradients.append(torch.autograd.grad(mlstm(**given, implementation="cpu").square().sum(), [*given.values()]))
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
 
 

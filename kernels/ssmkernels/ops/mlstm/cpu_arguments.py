@@ -16,20 +16,33 @@ from ssmkernels.ops.mlstm.surroundings import recurrence
 from ssmkernels.ops.ssd.cpu_arguments import values
 
 CHUNK = 48  # tokens: eight times the rows of a product's tile; heads are wider than most of the dual's
+EVERY = 80  # tokens of a chunk where every state is saved: few enough states, and none is computed twice
 MOST = 1.0  # saved states against queries, keys and values
 NARROW = 32  # keys and values of a head, for which the matrices over two tokens are what takes the time
 
 
 def chunk_length(a: Any) -> int:
     """Tokens of a chunk."""
-    return 16 if a.k.shape[3] + a.v.shape[3] <= NARROW else CHUNK
+    return 16 if _narrow(a) else EVERY if _fits(a, EVERY) else CHUNK
 
 
 def segment(a: Any) -> int:
-    """Chunks between saved states: two, as to compute more again takes longer than to keep them; four of large ones."""
+    """Chunks between saved states: one where those fit, as to compute states again takes longer than to keep them, or
+    two; four of large ones."""
+    if _narrow(a):
+        return 2 if _fits(a, 32) else 4
+    return 1 if _fits(a, EVERY) else 2 if _fits(a, 2 * CHUNK) else 4
+
+
+def _narrow(a: Any) -> bool:
+    return bool(a.k.shape[3] + a.v.shape[3] <= NARROW)
+
+
+def _fits(a: Any, tokens: int) -> bool:
+    """Whether a state saved before every so many tokens takes at most MOST of their queries, keys and values."""
     keys, values = a.k.shape[3], a.v.shape[3]
     row, _ = kept_row(values + 1, a.q)
-    return 2 if keys * row <= MOST * 2 * chunk_length(a) * (2 * keys + values) else 4
+    return bool(keys * row <= MOST * tokens * (2 * keys + values))
 
 
 class Gates(NamedTuple):

@@ -47,7 +47,13 @@ class Method:
     def name(self) -> str:
         return f"{self.owner}.{self.attribute}" if self.owner else self.attribute
 
+    def over(self, original: Function) -> Function:
+        """What takes the original's place: itself where somebody has replaced it and ours would not call theirs."""
+        return self.make(original) if self.make in _CALLING or _is_published(original) else original
 
+
+# Those that call the original whatever it is
+_CALLING: tuple[Callable[[Function], Function], ...] = (mixer, telling, told, apart, within, interfaces)
 _KEEPS = "transformers' own, which goes on from its state and keeps packed sequences apart"
 _TELLS = "transformers' own, which passes on its sequences"
 _ATTENTION = "ssmkernels.attention; PyTorch's with a mask or for few tokens"
@@ -117,8 +123,10 @@ class Replaceable:
     def replace(self) -> None:
         if self.replaced is None:
             original = getattr(self.owner, self.method.attribute) if self.inner is None else self.inner.cell_contents
-            self.replaced = original
-            self._put(self.method.make(original))
+            ours = self.method.over(original)
+            if ours is not original:
+                self.replaced = original
+                self._put(ours)
 
     def restore(self) -> None:
         if self.replaced is not None:
@@ -160,5 +168,21 @@ def methods_of(family: str, module: ModuleType) -> list[Replaceable]:
     ]
 
 
+def _is_published(function: Any) -> bool:
+    """Whether transformers, with the decorators around it, has written a function; of ours the same.
+
+    A function's globals tell it: ``functools.wraps`` copies the names of what is wrapped, by whomever.
+    """
+    while function is not None:
+        module = getattr(function, "__globals__", {}).get("__name__", "")
+        if module.partition(".")[0] not in ("transformers", "torch", "ssmzoo"):
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
+
+
 def _within(method: Method) -> Method:
-    return dataclasses.replace(method, make=lambda original: within(method.make(original)))
+    def within_ours(original: Function) -> Function:
+        return within(method.over(original))
+
+    return dataclasses.replace(method, make=within_ours)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from parity import close
 from torch import nn
+from torch.nn.utils import prune
 
 from ssmkernels import native
 from ssmkernels.native import products
@@ -75,8 +76,10 @@ def test_outputs(made):
 
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
-def test_training_stays_with_torch(reentrant, made):
-    """The layers that a checkpoint runs without gradients excepted, where it runs them again with gradients."""
+def test_training(reentrant, made, monkeypatch):
+    """Each map's product and those of its gradients; the layers' once more where a checkpoint runs them again."""
+    among, product = [], products._matmul
+    monkeypatch.setattr(products, "_matmul", lambda *given: among.append(given[-1]) or product(*given))
     model, ids = model_of(), torch.randint(40, (2, 9))
     expected = gradients(model, ids)
     if reentrant is not None:
@@ -84,8 +87,12 @@ def test_training_stays_with_torch(reentrant, made):
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     with accelerate("mamba2"):
         found = gradients(model, ids)
-    in_layers = sum(isinstance(module, nn.Linear) for module in model.backbone.layers.modules())
-    assert made.count("matmul") == (in_layers if reentrant else 0)
+    maps, in_layers = (
+        sum(isinstance(module, nn.Linear) for module in part.modules()) for part in (model, model.backbone.layers)
+    )
+    again = 0 if reentrant is None else in_layers
+    assert made.count("matmul") == 3 * maps + again
+    assert among.count(True) == 3 * maps + (0 if reentrant else again)  # a checkpoint's first pass has no gradients
     for name, value in expected.items():
         close(name, found[name], value)
 
@@ -96,6 +103,36 @@ def test_models_of_other_families_and_maps_alone_stay_with_torch(made):
     with accelerate("mamba"), torch.no_grad():
         logits(other, ids)
         alone(torch.randn(3, 32))
+    assert "matmul" not in made
+
+
+@pytest.mark.parametrize("how", ["hook", "subclass", "parametrisation", "pruning"])
+def test_nobody_who_changes_a_map_is_passed_over_in_training(how, made):
+    model, ids = model_of(), torch.randint(40, (2, 9))
+    for layer in model.backbone.layers:
+        module = layer.mixer.in_proj
+        if how == "hook":
+            module.register_forward_hook(lambda *given: 2 * given[-1])
+        elif how == "subclass":
+            module.__class__ = type("Doubled", (nn.Linear,), {"forward": lambda self, x: 2 * F.linear(x, self.weight)})
+        elif how == "parametrisation":
+            nn.utils.parametrizations.weight_norm(module)
+        else:
+            prune.l1_unstructured(module, "weight", 0.5)
+    expected = gradients(model, ids)
+    with accelerate("mamba2"):
+        found = gradients(model, ids)
+    assert "matmul" in made
+    for name, value in expected.items():
+        close(name, found[name], value)
+
+
+def test_training_in_half_precision_and_under_autocast_stays_with_torch(made):
+    model, ids = model_of(), torch.randint(40, (2, 9))
+    with accelerate("mamba2"):
+        with torch.autocast("cpu", torch.bfloat16):
+            gradients(model, ids)
+        gradients(model.to(torch.bfloat16), ids)
     assert "matmul" not in made
 
 

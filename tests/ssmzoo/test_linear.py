@@ -11,7 +11,7 @@ from ssmkernels import native, quantized_linear, use
 from ssmkernels.core.validate import HALF
 from ssmkernels.native import products
 from ssmkernels.native.eager import finite_exp
-from ssmkernels.native.products import LARGE, WORK_WITH_GRADIENTS, linear, matmul
+from ssmkernels.native.products import LARGE, WORK_WITH_GRADIENTS, among_others, linear, matmul
 from ssmkernels.ops.quantized_linear.cpu import FEW as FEW_IN_HALF
 from ssmzoo.linear import Linear, WideBiasLinear
 from ssmzoo.linear import linear as linear_of_any_dtype
@@ -322,6 +322,49 @@ class TestGradients:
         for f, e in zip(found, expected, strict=True):
             assert f.shape == e.shape
             torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-3)
+
+    @NEEDS_NATIVE
+    @pytest.mark.parametrize("wanted", [("x", "weight", "bias"), ("x",), ("weight",)], ids="-".join)
+    def test_among_pytorchs_operations_they_have_the_same_bits(self, wanted, calls, monkeypatch):
+        """On every instruction set, as its own threads are taken; second derivatives included."""
+        monkeypatch.setattr(products, "MATMUL", frozenset())
+        inputs = self.inputs(*wanted)
+        needed = [t for t in inputs if t.requires_grad]
+        dy = torch.randn(2, self.ROWS, OUT)
+        y = among_others(*inputs)
+        found = torch.autograd.grad(y, needed, dy)
+        assert calls == ["matmul"] * (1 + ("x" in wanted) + ("weight" in wanted))
+        monkeypatch.setattr(products, "MATMUL", EVERY_SET)
+        expected = linear(*inputs)
+        assert torch.equal(y, expected)
+        assert all(map(torch.equal, found, torch.autograd.grad(expected, needed, dy)))
+        twice = []
+        for function in (among_others, F.linear):
+            first = torch.autograd.grad(function(*inputs).square().mean(), needed, create_graph=True)
+            twice.append(torch.autograd.grad(sum(g.square().sum() for g in first), needed))
+        for f, e in zip(*twice, strict=True):
+            torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-3)
+
+    @NEEDS_NATIVE
+    def test_among_pytorchs_operations_any_threads_give_the_same_bits(self):
+        inputs = self.inputs("x", "weight", "bias")
+        dy = torch.randn(2, self.ROWS, OUT)
+        for index in (0, 1):
+            on_threads(lambda index=index: torch.autograd.grad(among_others(*inputs), inputs, dy)[index])
+
+    def test_among_pytorchs_operations_others_go_its_own_way(self, calls):
+        """Few numbers, one row, other dtypes, autocast, and what it takes and we do not."""
+        x, weight, bias = self.inputs("x", "weight", "bias")
+        assert among_others(x[:, :2], weight, bias).requires_grad
+        assert torch.equal(among_others(x[0, 0], weight, bias), F.linear(x[0, 0], weight, bias))
+        assert torch.equal(among_others(x, weight, bias[0]), F.linear(x, weight, bias[0]))
+        wide = x.double(), weight.double(), bias.double()
+        assert torch.equal(among_others(*wide), F.linear(*wide))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert among_others(x, weight, bias).dtype == torch.bfloat16
+        with pytest.raises(RuntimeError, match="shapes"):
+            among_others(x[..., 1:], weight, bias)
+        assert not calls
 
     @NEEDS_NATIVE
     def test_a_gradient_that_lies_otherwise(self, every_set):

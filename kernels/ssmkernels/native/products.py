@@ -53,7 +53,26 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             and _native(weight)
             and native.library().isa in MATMUL
         ):
-            return _Linear.apply(x, weight, bias)
+            return _Linear.apply(x, weight, bias, False)
+    return F.linear(x, weight, bias)
+
+
+def among_others(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """:func:`linear` in a step of training whose other products and operations are PyTorch's.
+
+    PyTorch's threads spin on for milliseconds after each of its operations. Large float32 products with gradients take
+    these threads as its own would, on all instruction sets: with those of the library each core would have two.
+    """
+    if not eager.wants_gradient(x, weight, bias):
+        return linear(x, weight, bias)
+    if (
+        _large(x, weight)
+        and x.numel() > x.shape[-1]
+        and x.numel() * weight.shape[0] >= WORK_WITH_GRADIENTS
+        and _plain(x, weight, bias)
+        and _native(weight)
+    ):
+        return _Linear.apply(x, weight, bias, True)
     return F.linear(x, weight, bias)
 
 
@@ -140,27 +159,28 @@ def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-def of_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def of_rows(x: Tensor, weight: Tensor, bias: Tensor | None, among: bool = False) -> Tensor:
     """:func:`linear` by the native library, of several rows.
 
     Args:
         x: ``(..., in)``, float32, bfloat16 or float16; what is no float32 becomes so as it is read.
         weight: ``(out, in)``, contiguous, of x's dtype.
         bias: ``(out)``, float32.
+        among: whether PyTorch's own operations come before and after: :func:`among_others`.
     """
     outputs, size = weight.shape
     y = x.new_empty(*x.shape[:-1], outputs)
     x = native.rows(x).reshape(-1, size)  # a part of each row, as of what several maps take theirs from, as it lies
     bias = None if bias is None else bias.contiguous()
-    _matmul(x, x.stride(), weight, (1, size), bias, y, len(x), outputs, size)
+    _matmul(x, x.stride(), weight, (1, size), bias, y, len(x), outputs, size, among)
     return y
 
 
-def matmul(a: Tensor, b: Tensor) -> Tensor:
+def matmul(a: Tensor, b: Tensor, among: bool = False) -> Tensor:
     """``a @ b`` by the native library: a ``(m, k)``, b ``(k, n)``, float32 with any strides."""
     (rows, inner), columns = a.shape, b.shape[1]
     c = a.new_empty(rows, columns)
-    _matmul(a, a.stride(), b, b.stride(), None, c, rows, columns, inner)
+    _matmul(a, a.stride(), b, b.stride(), None, c, rows, columns, inner, among)
     return c
 
 
@@ -174,10 +194,14 @@ def _matmul(
     rows: int,
     columns: int,
     inner: int,
+    among: bool,
 ) -> None:
     half = c.dtype != torch.float32 and columns > NARROW
     wide = c.new_empty(rows, inner, dtype=torch.float32) if half else None
     large_pages(c, wide)
+    handle = native.library().handle
+    if among and handle is not None:
+        handle.ssmzoo_openmp_spins()
     native.run(
         "matmul",
         {
@@ -203,21 +227,24 @@ class _Linear(torch.autograd.Function):
     """The product of several rows, and those of its gradients."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, among: bool) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
-        return of_rows(x, weight, bias)
+        ctx.among = among
+        return of_rows(x, weight, bias, among)
 
     @staticmethod
     @twice_differentiable(lambda ctx: (F.linear, ctx.saved_tensors))
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, _ = ctx.saved_tensors
         rows, inputs = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-        product = matmul if eager.float32(rows, inputs, weight) else torch.matmul
-        of_x, of_weight, of_bias = ctx.needs_input_grad
+        ours = functools.partial(matmul, among=ctx.among)
+        product = ours if eager.float32(rows, inputs, weight) else torch.matmul
+        of_x, of_weight, of_bias, _ = ctx.needs_input_grad
         return (
             product(rows, weight).view(x.shape) if of_x else None,
             product(rows.t(), inputs) if of_weight else None,
             rows.sum(0) if of_bias else None,
+            None,
         )
 
 

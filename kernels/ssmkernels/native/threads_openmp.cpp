@@ -3,6 +3,9 @@
 // PyTorch's threads spin for milliseconds after each of its own operations, on the cores that ours would need. So they
 // are taken for long calls, too, as long as they come: a call in which they did not, so that the end of OpenMP's region
 // was waited for in vain, is the last for a while. Those after it go to threads of our own (worth.h).
+//
+// Not so where it is known that PyTorch's threads have just worked, as in a step of training, whose products and
+// operations go back and forth between PyTorch and this library: ours would share each core with one that spins.
 #include "worth.h"
 
 #if defined(_OPENMP)
@@ -10,7 +13,12 @@
 
 namespace {
 
+constexpr int64_t kSpinning = 3000000;   // nanoseconds, about, for which GNU's threads look for their next region
+constexpr int64_t kFollowing = 20000000;  // nanoseconds for which calls that follow one another keep them awake
+
 Worth worth;
+int64_t noticed = 0;      // when it was last known that they spin
+int64_t awake_until = 0;  // and until when they do
 int recording = 0;  // held by the thread that changes it
 
 void record(bool helped, int64_t worked, int64_t waiting, int64_t time) {
@@ -31,6 +39,13 @@ extern "C" __attribute__((visibility("default"))) int ssmzoo_set_threads(int thr
     return before;
 }
 
+// PyTorch's threads have just worked.
+extern "C" __attribute__((visibility("default"))) void ssmzoo_openmp_spins() {
+    const int64_t time = now();
+    set(noticed, time);
+    set(awake_until, time + kSpinning);
+}
+
 void ssmzoo_share_long(int64_t threads, int64_t tasks, SsmzooBody body, void* context) {
     if (threads > tasks) threads = tasks;
     if (threads > kMost) threads = kMost;
@@ -38,7 +53,8 @@ void ssmzoo_share_long(int64_t threads, int64_t tasks, SsmzooBody body, void* co
     const int64_t begun = now();
     const int limit = ssmzoo_useful_threads(begun);
     if (threads > limit) threads = limit;
-    if (threads <= 1 || !worth.shared(begun)) return ssmzoo_share(threads, tasks, body, context);
+    const bool awake = begun < get(awake_until);
+    if (threads <= 1 || !(awake || worth.shared(begun))) return ssmzoo_share(threads, tasks, body, context);
     SsmzooJob job;
     const int team = static_cast<int>(threads);
     prepare(job, 1, team, tasks, body, context);
@@ -53,10 +69,15 @@ void ssmzoo_share_long(int64_t threads, int64_t tasks, SsmzooBody body, void* co
         }
     }
     const int64_t ended = now();
-    record(given < tasks, worked - begun, ended - worked, ended);
+    if (!awake)
+        record(given < tasks, worked - begun, ended - worked, ended);
+    else if (ended - get(noticed) < kFollowing)
+        set(awake_until, ended + kSpinning);
 }
 #else
 extern "C" __attribute__((visibility("default"))) int ssmzoo_openmp() { return 0; }
+
+extern "C" __attribute__((visibility("default"))) void ssmzoo_openmp_spins() {}
 
 void ssmzoo_share_long(int64_t threads, int64_t tasks, SsmzooBody body, void* context) {
     ssmzoo_share(threads, tasks, body, context);

@@ -1,10 +1,10 @@
 """The linear maps of accelerated families, by the fastest product that there is for their size.
 
 Such a map is a plain ``nn.Linear`` that any model may share, so its class has one forward for everybody, which looks
-whether a layer or model of an accelerated family is running. Outside of those it is PyTorch's own product, and so it
-is where there may be gradients: a step of training goes back and forth between products and PyTorch's operations, whose
-threads spin on for a while on the cores that the native library's want then. What is taken back is only what was put
-there: :func:`restore_forward`.
+whether a layer or model of an accelerated family is running. Outside of those it is PyTorch's own product. A step of
+training goes back and forth between products and PyTorch's operations, whose threads spin on for a while on the cores:
+where there may be gradients, a native product takes these threads. What is taken back is only what was put there:
+:func:`restore_forward`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssmkernels.native.products import linear
+from ssmkernels.native.products import among_others, linear
 from ssmzoo.integrations.transformers.layers import Function
 from ssmzoo.linear import counts_as_own
 
@@ -58,8 +58,8 @@ def owners_of(module: ModuleType) -> list[str]:
 
 @functools.wraps(_own)
 def _forward(self: nn.Linear, input: Tensor) -> Tensor:
-    if not torch.compiler.is_compiling() and not torch.is_grad_enabled() and _running.get():
-        return linear(input, self.weight, self.bias)
+    if not torch.compiler.is_compiling() and _running.get():
+        return (among_others if torch.is_grad_enabled() else linear)(input, self.weight, self.bias)
     return F.linear(input, self.weight, self.bias)
 
 

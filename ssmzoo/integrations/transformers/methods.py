@@ -57,7 +57,7 @@ _CALLING: tuple[Callable[[Function], Function], ...] = (mixer, telling, told, ap
 _KEEPS = "transformers' own, which goes on from its state and keeps packed sequences apart"
 _TELLS = "transformers' own, which passes on its sequences"
 _ATTENTION = "ssmkernels.attention; PyTorch's with a mask or for few tokens"
-_MAPS = "the native product of ssmkernels; PyTorch's for small ones, with gradients, and where it is as fast"
+_MAPS = "the native product of ssmkernels; PyTorch's for small ones, and where it is as fast"
 MAPS = Method("Linear", "forward", within, _MAPS, over_time=False)  # of torch.nn, in layers and models of all families
 _NORMS = "ssmkernels.rms_norm; transformers' own for few numbers"
 _SCALED = "transformers' own steps, with constant factors in the weight; as they were for few tokens, or with a cache"

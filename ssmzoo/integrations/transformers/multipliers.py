@@ -11,12 +11,11 @@ import inspect
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ssmkernels import swiglu
 from ssmkernels.native import eager
-from ssmkernels.native.products import linear
+from ssmkernels.native.products import among_others, linear
 from ssmzoo.integrations.transformers.layers import Function
 from ssmzoo.integrations.transformers.lookups import installed
 from ssmzoo.linear import is_plain
@@ -84,4 +83,4 @@ def _projected(mixer: Any, x: Tensor) -> Tensor:
     factors, first = mixer.mup_vector.flatten(), mixer.in_proj
     weight = first.weight * (factors * mixer.ssm_in_multiplier)[:, None]
     bias = None if first.bias is None else first.bias * factors
-    return F.linear(x, weight, bias) if torch.is_grad_enabled() else linear(x, weight, bias)
+    return (among_others if torch.is_grad_enabled() else linear)(x, weight, bias)

@@ -83,6 +83,9 @@ def test_large_states_are_saved_more_seldom(arguments, monkeypatch):
         gradients.append(torch.autograd.grad(y.square().sum(), [*given.values()]))
     for others in gradients[1:]:
         torch.testing.assert_close(others, gradients[0], rtol=1e-10, atol=1e-12)
+    monkeypatch.setattr(cpu_arguments, "MOST", 1.0)
+    half = SimpleNamespace(**made | {name: made[name].half() for name in "qkv"})  # which takes less memory itself
+    assert (cpu_arguments.chunk_length(half), cpu_arguments.segment(half)) == (48, 2)
 
 
 @pytest.mark.skipif(native.missing() is not None, reason="needs the native CPU library")

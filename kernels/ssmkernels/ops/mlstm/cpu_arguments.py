@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ssmkernels import native
-from ssmkernels.core.validate import precision
+from ssmkernels.core.validate import HALF, precision
 from ssmkernels.native import address, plain
 from ssmkernels.native.kept import kept_row
 from ssmkernels.ops.mamba3_scan.cpu_arguments import Core
@@ -23,7 +23,7 @@ NARROW = 32  # keys and values of a head, for which the matrices over two tokens
 
 def chunk_length(a: Any) -> int:
     """Tokens of a chunk."""
-    return 16 if _narrow(a) else EVERY if _fits(a, EVERY) else CHUNK
+    return 16 if _narrow(a) else EVERY if _keeps_all(a) else CHUNK
 
 
 def segment(a: Any) -> int:
@@ -31,7 +31,12 @@ def segment(a: Any) -> int:
     two; four of large ones."""
     if _narrow(a):
         return 2 if _fits(a, 32) else 4
-    return 1 if _fits(a, EVERY) else 2 if _fits(a, 2 * CHUNK) else 4
+    return 1 if _keeps_all(a) else 2 if _fits(a, 2 * CHUNK) else 4
+
+
+def _keeps_all(a: Any) -> bool:
+    """Whether every state is saved: not beside inputs in half precision, which take so little memory themselves."""
+    return a.q.dtype not in HALF and _fits(a, EVERY)
 
 
 def _narrow(a: Any) -> bool:

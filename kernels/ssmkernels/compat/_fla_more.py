@@ -83,9 +83,10 @@ def gated(a: Any) -> tuple[Tensor, Tensor | None]:
 def softmax(a: Any) -> Tensor:
     """Causal attention, whose logits may decay by g of all tokens after the key, that of the query included."""
     shapes = {"q": "b l h k", "k": "b l h_kv k", "v": "b l h_kv v", "g": "b l h"}
-    shapes |= {"sink_bias": "h"} if hasattr(a, "sink_bias") else {}
-    optional = ("g", "sink_bias") if hasattr(a, "sink_bias") else ()  # the op that has sinks can do without decays
-    _checked(a, shapes, *optional)
+    if hasattr(a, "sink_bias"):  # the op that has sinks can do without decays
+        _checked(a, shapes | {"sink_bias": "h"}, "g", "sink_bias")
+    else:
+        _checked(a, shapes)
     sinks = getattr(a, "sink_bias", None)
     if a.window_size is not None:
         check_options(a.op, "int", window_size=a.window_size)

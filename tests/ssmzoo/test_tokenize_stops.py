@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import shlex
 import signal
@@ -73,8 +74,10 @@ def test_a_complete_corpus_that_is_being_checked(sources, ssmzoo_command, monkey
 @pytest.mark.parametrize("pause", [0.0, 0.5])
 def test_ctrl_c_reaches_all_processes_and_none_complains(pause, sources, tmp_path):
     """A terminal sends it to the whole group, and to processes that are only starting, too."""
+    # A small file of minutes of work, so that the job is still busy however late this process gets to send the signal
+    (tmp_path / "long.jsonl.gz").write_bytes(gzip.compress(b'{"words": "hello, world"}\n' * 400_000) * 400)
+    sources = [*sources, "long=long.jsonl.gz"]
     call = [sys.executable, "-m", "ssmzoo", "tokenize", *sources, "--key", "words", "--workers", "2", "--out", "corpus"]
-    (tmp_path / "a 2.jsonl").write_text('{"words": "hello, world"}\n' * 400_000)
     # What a shell starts in the background is deaf to it, and so is what that starts
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

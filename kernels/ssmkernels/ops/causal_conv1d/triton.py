@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ssmkernels.core.names import OPS
+from ssmkernels.core.strided import strided
 from ssmkernels.core.triton_support import all_registers, kernels, missing, on_device_of, owners
 from ssmkernels.core.validate import precision
 from ssmkernels.ops.causal_conv1d import triton_step as step
@@ -40,8 +41,7 @@ def backward(a: Any, saved: Any, grads: Any) -> dict[str, Any]:
     parts = x.new_empty((tiles, w + 1, d), dtype=precision(x))
     if programs:
         values |= {
-            "dy": dy,
-            "dy_strides": dy.stride(),
+            "dy": strided(dy),
             "dfinal": None if dfinal is None else dfinal.contiguous(),
             "dx": dx,
             "dinitial": dinitial,
@@ -70,16 +70,12 @@ def _launch(a: Any, forward: bool) -> tuple[int, dict[str, Any], dict[str, Any]]
     owner = None if cu_seqlens is None else owners(cu_seqlens, length, T)
     programs = d_blocks * (b * tiles if owner is None else len(owner))
     values: dict[str, Any] = {
-        "x": x,
-        "weight": weight,
-        "bias": bias,
-        "initial": initial_state,
+        "x": strided(x),
+        "weight": strided(weight),
+        "bias": strided(bias),
+        "initial": strided(initial_state),
         "cu_seqlens": None if cu_seqlens is None else cu_seqlens.contiguous(),
         "owners": owner,
-        "bias_d": 0 if bias is None else bias.stride(0),
-        "x_strides": x.stride(),
-        "weight_strides": weight.stride(),
-        "initial_strides": (0, 0, 0) if initial_state is None else initial_state.stride(),
     }
     options = {
         "length": length,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ssmkernels.core.strided import Strided
 from ssmkernels.core.triton_pieces import sigmoid, zeros
 
 
@@ -29,53 +30,39 @@ def place(tile, tiles, cu_seqlens, owners, length, T: tl.constexpr):
 
 
 @triton.jit
-def rows(
-    x, x_time, initial, initial_time, here, first, length, COUNT: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr
-):
+def channels_of(x, batch, start, channel):
+    """From one step of one sequence on, the same channels of a :class:`Strided` tensor (b l d)."""
+    return Strided(x.at + (batch * x.batch + start * x.time + channel * x.head), x.batch, x.time, x.head, x.step)
+
+
+@triton.jit
+def rows(x, initial, here, first, length, COUNT: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr):
     """``COUNT`` inputs from step ``first - (W - 1)`` on: the initial state before step 0, and 0 beyond the end."""
     found = ()
     for i in tl.static_range(COUNT):
         t = first + i - (W - 1)
-        row = tl.load(x + t * x_time, mask=here & (t >= 0) & (t < length), other=0.0).to(WIDE)
+        row = tl.load(x.at + t * x.time, mask=here & (t >= 0) & (t < length), other=0.0).to(WIDE)
         if initial is not None and i < W - 1:
-            row += tl.load(initial + (t + W - 1) * initial_time, mask=here & (t < 0), other=0.0)
+            row += tl.load(initial.at + (t + W - 1) * initial.time, mask=here & (t < 0), other=0.0)
         found = found + (row,)
     return found
 
 
 @triton.jit
-def taps(weight, strides, bias, bias_d, channel, here, W: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr):
-    """The weights, one tap after another, and the bias, 0 where there is none; strides of (d, w)."""
+def taps(weight, bias, channel, here, W: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr):
+    """The weights (d w), one tap after another, and the bias (d), 0 where there is none."""
     found = ()
     for j in tl.static_range(W):
-        at = weight + channel * strides[0] + tl.cast(j, tl.int64) * strides[1]
+        at = weight.at + channel * weight.batch + tl.cast(j, tl.int64) * weight.time
         found = found + (tl.load(at, mask=here, other=0.0).to(WIDE),)
     offset = tl.zeros([BLOCK_D], WIDE)
     if bias is not None:
-        offset += tl.load(bias + channel * bias_d, mask=here, other=0.0).to(WIDE)
+        offset += tl.load(bias.at + channel * bias.batch, mask=here, other=0.0).to(WIDE)
     return found, offset
 
 
 @triton.jit(do_not_specialize=["length", "tiles", "d_blocks"])
-def forward(
-    x,
-    weight,
-    bias,
-    initial,
-    cu_seqlens,
-    owners,
-    y,
-    final,
-    x_strides,
-    weight_strides,
-    bias_d,
-    initial_strides,
-    length,
-    tiles,
-    d,
-    d_blocks,
-    dims: tl.constexpr,
-):
+def forward(x, weight, bias, initial, cu_seqlens, owners, y, final, length, tiles, d, d_blocks, dims: tl.constexpr):
     WIDE: tl.constexpr = final.dtype.element_ty
     W: tl.constexpr = dims.W
     T: tl.constexpr = dims.T
@@ -84,12 +71,12 @@ def forward(
     channel = pid % d_blocks * dims.BLOCK_D + tl.arange(0, dims.BLOCK_D)
     here = channel < d
     y += (batch * length + start) * d + channel
-    x += batch * x_strides[0] + start * x_strides[1] + channel * x_strides[2]
+    x = channels_of(x, batch, start, channel)
     if initial is not None:
-        initial += sequence * initial_strides[0] + channel * initial_strides[2]
-    weights, offset = taps(weight, weight_strides, bias, bias_d, channel, here, W, dims.BLOCK_D, WIDE)
+        initial = channels_of(initial, sequence, 0, channel)
+    weights, offset = taps(weight, bias, channel, here, W, dims.BLOCK_D, WIDE)
 
-    inputs = rows(x, x_strides[1], initial, initial_strides[1], here, first, steps, T + W - 1, W, WIDE)
+    inputs = rows(x, initial, here, first, steps, T + W - 1, W, WIDE)
     for i in tl.static_range(T):
         sum = offset
         for j in tl.static_range(W):
@@ -99,7 +86,7 @@ def forward(
         tl.store(y + (first + i) * d, sum.to(y.dtype.element_ty), mask=here & (first + i < steps))
 
     if first == 0:
-        last = rows(x, x_strides[1], initial, initial_strides[1], here, steps, steps, W - 1, W, WIDE)
+        last = rows(x, initial, here, steps, steps, W - 1, W, WIDE)
         for j in tl.static_range(W - 1):
             tl.store(final + (sequence * (W - 1) + j) * d + channel, last[j], mask=here)
 
@@ -117,11 +104,6 @@ def backward(
     dx,
     dinitial,
     dweights,
-    x_strides,
-    weight_strides,
-    bias_d,
-    initial_strides,
-    dy_strides,
     length,
     tiles,
     d,
@@ -138,19 +120,19 @@ def backward(
     channel = pid % d_blocks * dims.BLOCK_D + tl.arange(0, dims.BLOCK_D)
     here = channel < d
     dx += (batch * length + start) * d + channel
-    dy += batch * dy_strides[0] + start * dy_strides[1] + channel * dy_strides[2]
-    x += batch * x_strides[0] + start * x_strides[1] + channel * x_strides[2]
+    dy = channels_of(dy, batch, start, channel)
+    x = channels_of(x, batch, start, channel)
     if initial is not None:
-        initial += sequence * initial_strides[0] + channel * initial_strides[2]
+        initial = channels_of(initial, sequence, 0, channel)
     if dfinal is not None:
         dfinal += sequence * (W - 1) * d + channel
-    weights, offset = taps(weight, weight_strides, bias, bias_d, channel, here, W, dims.BLOCK_D, WIDE)
+    weights, offset = taps(weight, bias, channel, here, W, dims.BLOCK_D, WIDE)
 
     # Gradients of the sums of this tile and of the W - 1 after it, which its inputs reach too
-    inputs = rows(x, x_strides[1], initial, initial_strides[1], here, first, steps, T + 2 * (W - 1), W, WIDE)
+    inputs = rows(x, initial, here, first, steps, T + 2 * (W - 1), W, WIDE)
     dsums = ()
     for i in tl.static_range(T + W - 1):
-        dsum = tl.load(dy + (first + i) * dy_strides[1], mask=here & (first + i < steps), other=0.0).to(WIDE)
+        dsum = tl.load(dy.at + (first + i) * dy.time, mask=here & (first + i < steps), other=0.0).to(WIDE)
         if dims.SILU:
             sum = offset
             for j in tl.static_range(W):
@@ -188,23 +170,23 @@ def backward(
 
 
 @triton.jit(do_not_specialize=["d_blocks"])
-def step(state, x, weight, bias, y, state_strides, x_strides, weight_strides, bias_d, d, d_blocks, dims: tl.constexpr):
-    WIDE: tl.constexpr = state.dtype.element_ty
+def step(state, x, weight, bias, y, d, d_blocks, dims: tl.constexpr):
+    WIDE: tl.constexpr = state.at.dtype.element_ty
     W: tl.constexpr = dims.W
     pid = tl.program_id(0).to(tl.int64)
     batch = pid // d_blocks
     channel = pid % d_blocks * dims.BLOCK_D + tl.arange(0, dims.BLOCK_D)
     here = channel < d
-    state += batch * state_strides[0] + channel * state_strides[2]
-    weights, sum = taps(weight, weight_strides, bias, bias_d, channel, here, W, dims.BLOCK_D, WIDE)
+    state = channels_of(state, batch, 0, channel)
+    weights, sum = taps(weight, bias, channel, here, W, dims.BLOCK_D, WIDE)
     inputs = ()
     for j in tl.static_range(W - 1):
-        inputs = inputs + (tl.load(state + tl.cast(j, tl.int64) * state_strides[1], mask=here, other=0.0),)
-    inputs = inputs + (tl.load(x + batch * x_strides[0] + channel * x_strides[1], mask=here, other=0.0).to(WIDE),)
+        inputs = inputs + (tl.load(state.at + tl.cast(j, tl.int64) * state.time, mask=here, other=0.0),)
+    inputs = inputs + (tl.load(x.at + batch * x.batch + channel * x.time, mask=here, other=0.0).to(WIDE),)
     for j in tl.static_range(W):
         sum += weights[j] * inputs[j]
     if dims.SILU:
         sum = sum * sigmoid(sum)
     tl.store(y + batch * d + channel, sum.to(y.dtype.element_ty), mask=here)
     for j in tl.static_range(W - 1):
-        tl.store(state + tl.cast(j, tl.int64) * state_strides[1], inputs[j + 1], mask=here)
+        tl.store(state.at + tl.cast(j, tl.int64) * state.time, inputs[j + 1], mask=here)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ssmkernels.core.strided import strided
 from ssmkernels.core.triton_support import kernels, missing, next_power_of_2, on_device_of, wrong_device
 
 __all__ = ["block_of", "forward", "missing", "unsupported", "warps_of"]
@@ -37,15 +38,8 @@ def forward(a: Any, save: bool) -> Tensor:
     if y.numel():
         with on_device_of(x):
             kernels(__package__).step[(b * d_blocks,)](
-                a.state,
-                x,
-                weight,
-                bias,
+                *(strided(t) for t in (a.state, x, weight, bias)),
                 y,
-                a.state.stride(),
-                x.stride(),
-                weight.stride(),
-                0 if bias is None else bias.stride(0),
                 d,
                 d_blocks,
                 Dims(weight.shape[1], a.activation == "silu", 1, block),

@@ -25,3 +25,17 @@ class Dims(NamedTuple):
     BLOCK_V: int
     FACTOR: Any
     PRECISION: str
+
+
+class Between(NamedTuple):
+    """What passes between the tokens of each chunk, one argument of a kernel; float32, contiguous.
+
+    Attributes:
+        first, last: decays from a chunk's start to each token and from each token to its end, (chunks h Q k).
+        pairs, erased: as the kernel ``prepare`` says, (chunks h Q Q).
+    """
+
+    first: Any
+    last: Any
+    pairs: Any
+    erased: Any

@@ -34,27 +34,9 @@ __all__ = ["keys_backward", "prepare", "step", "walk", "walk_backward", "weights
 
 
 @triton.jit(do_not_specialize=["length"])
-def walk(
-    q,
-    k,
-    v,
-    beta,
-    first,
-    last,
-    pairs,
-    erased,
-    initial,
-    final,
-    o,
-    errors,
-    states,
-    packing,
-    length,
-    scale,
-    dims: tl.constexpr,
-    REGISTERS: tl.constexpr,
-):
+def walk(q, k, v, beta, between, initial, final, o, errors, states, packing, length, scale, dims: tl.constexpr):
     """o (b l h v) and the final state; or the errors (chunks h Q v), and the states before chunks (chunks h k v)."""
+    REGISTERS: tl.constexpr = dims.BLOCK_K >= dims.K  # a program has all keys of its columns at once
     column, line, head, batch, begin, end, chunk = columns_of(packing, length, dims)
     slot, values = tl.arange(0, dims.Q), column + tl.arange(0, dims.BLOCK_V)
     at = line * dims.K * dims.V
@@ -71,7 +53,7 @@ def walk(
     for c in tl.range(0, (end - begin + dims.Q - 1) // dims.Q, disable_licm=True):  # addresses would fill the registers
         own = (chunk + c) * dims.H + head
         time = begin + c * dims.Q + slot
-        since, until = first + own * dims.Q * dims.K, last + own * dims.Q * dims.K
+        since, until = between.first + own * dims.Q * dims.K, between.last + own * dims.Q * dims.K
         b = load_beta(beta, time, end)
         held = zeros(dims.Q, dims.BLOCK_V)
         if REGISTERS:
@@ -83,7 +65,9 @@ def walk(
             tl.debug_barrier()  # what other threads wrote can be read after it
             held = read(k, since, here, values, held, time, end, dims)
         error = load_values(v, time, end, column, dims).to(tl.float32) - held
-        error -= tl.dot(tl.load(square_at(erased, own, dims.Q)), b[:, None] * error, input_precision=dims.PRECISION)
+        error -= tl.dot(
+            tl.load(square_at(between.erased, own, dims.Q)), b[:, None] * error, input_precision=dims.PRECISION
+        )
         written = b[:, None] * error
         if errors is not None:
             to = (own * dims.Q + slot)[:, None] * dims.V + values[None, :]
@@ -95,7 +79,9 @@ def walk(
                 out = product(queries, S, out, dims)
             else:
                 out = read(q, since, here, values, out, time, end, dims)
-            out = tl.dot(tl.load(square_at(pairs, own, dims.Q)), written, scale * out, input_precision=dims.PRECISION)
+            out = tl.dot(
+                tl.load(square_at(between.pairs, own, dims.Q)), written, scale * out, input_precision=dims.PRECISION
+            )
             store_values(o, batch, time, end, head, values, out, length, dims)
         if REGISTERS:
             keys = decayed(k, until, time, end, 0, dims)
@@ -112,26 +98,10 @@ def walk(
 
 @triton.jit(do_not_specialize=["length"])
 def walk_backward(
-    q,
-    k,
-    beta,
-    do,
-    first,
-    last,
-    pairs,
-    erased,
-    dfinal,
-    dinitial,
-    X,
-    dv,
-    dstates,
-    packing,
-    length,
-    scale,
-    dims: tl.constexpr,
-    REGISTERS: tl.constexpr,
+    q, k, beta, do, between, dfinal, dinitial, X, dv, dstates, packing, length, scale, dims: tl.constexpr
 ):
     """X (chunks h Q v), the gradients of v (b l h v), of states after chunks and, just before them, of initial ones."""
+    REGISTERS: tl.constexpr = dims.BLOCK_K >= dims.K  # a program has all keys of its columns at once
     column, line, head, batch, begin, end, chunk = columns_of(packing, length, dims)
     slot, values = tl.arange(0, dims.Q), column + tl.arange(0, dims.BLOCK_V)
     at = line * dims.K * dims.V
@@ -151,17 +121,19 @@ def walk_backward(
         c = count - 1 - back
         own = (chunk + c) * dims.H + head
         time = begin + c * dims.Q + slot
-        since, until = first + own * dims.Q * dims.K, last + own * dims.Q * dims.K
+        since, until = between.first + own * dims.Q * dims.K, between.last + own * dims.Q * dims.K
         b = load_beta(beta, time, end)
         dout = load_values(do, time, end, column, dims).to(tl.float32)
-        x = tl.dot(tl.trans(tl.load(square_at(pairs, own, dims.Q))), dout, input_precision=dims.PRECISION)
+        x = tl.dot(tl.trans(tl.load(square_at(between.pairs, own, dims.Q))), dout, input_precision=dims.PRECISION)
         if REGISTERS:
             keys = decayed(k, until, time, end, 0, dims)
             x = product(keys, dS, x, dims)
         else:
             tl.debug_barrier()
             x = read(k, until, dinitial + state * dims.K * dims.V, values, x, time, end, dims)
-        x -= tl.dot(tl.trans(tl.load(square_at(erased, own, dims.Q))), b[:, None] * x, input_precision=dims.PRECISION)
+        x -= tl.dot(
+            tl.trans(tl.load(square_at(between.erased, own, dims.Q))), b[:, None] * x, input_precision=dims.PRECISION
+        )
         tl.store(X + (own * dims.Q + slot)[:, None] * dims.V + values[None, :], x, mask=(values < dims.V)[None, :])
         store_values(dv, batch, time, end, head, values, b[:, None] * x, length, dims)
         erasing, asking = -b[:, None] * x, scale * dout

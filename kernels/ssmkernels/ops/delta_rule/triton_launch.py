@@ -12,7 +12,7 @@ from torch import Tensor
 from ssmkernels.core.strided import strided
 from ssmkernels.core.triton_support import all_registers, interpreting, kernels, next_power_of_2
 from ssmkernels.ops.delta_rule.reference import scale_of
-from ssmkernels.ops.delta_rule.triton_dims import Dims
+from ssmkernels.ops.delta_rule.triton_dims import Between, Dims
 from ssmkernels.ops.ssd.triton_arguments import places, wide
 
 NUMBERS = 2048  # of a state that a program has in registers, once or twice
@@ -26,13 +26,12 @@ def rows(x: Tensor) -> Tensor:
 
 
 class Chunks:
-    """One call's chunks, and what passes between the tokens of each.
+    """One call's chunks.
 
     Attributes:
         count: how many there are; with packed sequences some are empty.
         sequences: how many sequences.
-        first, last: decays from a chunk's start to each token and from each token to its end, float32 (count h Q k).
-        pairs, erased: as the kernel ``prepare`` says, float32 (count h Q Q).
+        between: what passes between the tokens of each.
     """
 
     def __init__(self, a: Any):
@@ -48,9 +47,8 @@ class Chunks:
         self.scale = scale_of(a.scale, k)
         products = importlib.import_module("triton.language").float32, "ieee" if a.q.dtype == torch.float32 else "tf32"
         self.dims = Dims(h, h // g, k, v, self.Q, min(self._block(k), 32), self._block(v), *products)
-        self.first, self.last = self.empty(self.Q, k), self.empty(self.Q, k)
-        self.pairs, self.erased = self.empty(self.Q, self.Q), self.empty(self.Q, self.Q)
-        self.run("prepare", 1, self.dims, **self.keys(), decay=self.decay(), **self.between())
+        self.between = Between(*(self.empty(self.Q, size) for size in (k, k, self.Q, self.Q)))
+        self.run("prepare", 1, self.dims, **self.keys(), decay=self.decay(), between=self.between)
 
     def empty(self, *shape: int) -> Tensor:
         """float32 (count h …)."""
@@ -65,7 +63,7 @@ class Chunks:
         rows = self._block(self.k) if self.registers else PIECE
         block = max(16, min(self._block(self.v), NUMBERS // self._block(self.k)))
         dims = self.dims._replace(BLOCK_K=rows, BLOCK_V=block)
-        fields |= self.keys() | self.between() | {"REGISTERS": self.registers}
+        fields |= self.keys() | {"between": self.between}
         self._launch(kernel, self.sequences * self.h * -(-self.v // block), 4 if interpreting() else 8, dims, fields)
 
     def _launch(self, kernel: str, programs: int, warps: int, dims: Dims, fields: dict[str, Any]) -> None:
@@ -85,9 +83,6 @@ class Chunks:
 
     def decay(self) -> Any:
         return strided(self.a.log_decay)
-
-    def between(self) -> dict[str, Any]:
-        return {"first": self.first, "last": self.last, "pairs": self.pairs, "erased": self.erased}
 
     @staticmethod
     def _block(size: int) -> int:
@@ -141,7 +136,7 @@ class Backward:
         dq, dk = empty((b, l, h, chunks.k)), empty((b, l, h, chunks.k))
         dg, later = (None, None) if a.log_decay is None else (empty(shape), empty(shape))
         dims = chunks.dims._replace(BLOCK_K=block, BLOCK_V=16)
-        given = {**chunks.keys(), **made, "decay": chunks.decay(), "first": chunks.first, "last": chunks.last}
+        given = {**chunks.keys(), **made, "decay": chunks.decay(), "between": chunks.between}
         given |= {"states": self.states, "dstates": self.dstates, "CHANNELS": chunks.channels}
         chunks.run("keys_backward", tiles, dims, **given, dq=dq, dk=dk, ddecay=dg, dlater=later)
         groups = (a.k.shape[2], -1)

@@ -43,8 +43,8 @@ def load_beta(beta, time, stop):
 
 
 @triton.jit(do_not_specialize=["length"])
-def prepare(q, k, beta, decay, first, last, pairs, erased, packing, length, scale, dims: tl.constexpr):
-    """E_i in ``first``, F_j in ``last``, P in ``pairs``; in ``erased`` the matrix of which (I + M)⁻¹ = I - β erased."""
+def prepare(q, k, beta, decay, between, packing, length, scale, dims: tl.constexpr):
+    """E_i in ``first``, F_j in ``last``, P in ``pairs``; ``erased`` is the matrix of which (I + M)⁻¹ = I - β erased."""
     task = tl.program_id(0).to(tl.int64)
     head, group = task % dims.H, task % dims.H // dims.GROUP
     batch, start, stop = place(packing, length, task // dims.H, dims.Q)
@@ -65,7 +65,7 @@ def prepare(q, k, beta, decay, first, last, pairs, erased, packing, length, scal
             ks = load_row(k, start + i, stop, column, dims)
             here = (slot == i)[:, None]
             since *= d
-            tl.store(first + (task * dims.Q + i) * dims.K + column, since, mask=column < dims.K)
+            tl.store(between.first + (task * dims.Q + i) * dims.K + column, since, mask=column < dims.K)
             E *= d[None, :]
             of_k = tl.sum(E * keys * ks[None, :], axis=1)
             M = tl.where(here, M + of_k[None, :], M)
@@ -73,9 +73,9 @@ def prepare(q, k, beta, decay, first, last, pairs, erased, packing, length, scal
             of_q = tl.sum(E * keys * qs[None, :], axis=1)
             P = tl.where(here, P + of_q[None, :], P)
         to = (task * dims.Q + slot)[:, None] * dims.K + column[None, :]
-        tl.store(last + to, E, mask=(column < dims.K)[None, :])
+        tl.store(between.last + to, E, mask=(column < dims.K)[None, :])
         rest = zeros(dims.Q, dims.BLOCK_K) + since[None, :]
-        tl.store(first + to, rest, mask=(slot >= tokens)[:, None] & (column < dims.K)[None, :])
+        tl.store(between.first + to, rest, mask=(slot >= tokens)[:, None] & (column < dims.K)[None, :])
     b = load_beta(head_of(beta, batch, head), start + slot, stop)
     solved = M
     for i in range(1, tokens):
@@ -83,8 +83,8 @@ def prepare(q, k, beta, decay, first, last, pairs, erased, packing, length, scal
         row = tl.sum(tl.where(here, M, 0.0), axis=0)
         known = tl.sum(tl.where(here, 0.0, solved) * (row * b)[:, None], axis=0)
         solved = tl.where(here, (row - known)[None, :], solved)
-    tl.store(square_at(pairs, task, dims.Q), scale * P)
-    tl.store(square_at(erased, task, dims.Q), solved)
+    tl.store(square_at(between.pairs, task, dims.Q), scale * P)
+    tl.store(square_at(between.erased, task, dims.Q), solved)
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -123,8 +123,7 @@ def keys_backward(
     beta,
     decay,
     do,
-    first,
-    last,
+    between,
     errors,
     X,
     states,
@@ -176,11 +175,11 @@ def keys_backward(
         earlier = product(b[:, None] * e, tl.trans(dS), earlier, dims)
         around += tl.sum(S * dS, axis=1)
     at = (task * dims.Q + slot)[:, None] * dims.K + column[None, :]
-    since = tl.load(first + at, mask=inside, other=0.0)
-    whole = tl.load(first + (task * dims.Q + dims.Q - 1) * dims.K + column, mask=column < dims.K, other=0.0)
+    since = tl.load(between.first + at, mask=inside, other=0.0)
+    whole = tl.load(between.first + (task * dims.Q + dims.Q - 1) * dims.K + column, mask=column < dims.K, other=0.0)
     of_q *= scale * since
     of_k *= -b[:, None] * since
-    earlier *= tl.load(last + at, mask=inside, other=0.0)
+    earlier *= tl.load(between.last + at, mask=inside, other=0.0)
     queries = load_keys(q, time, stop, block, dims).to(tl.float32)
     keys = load_keys(k, time, stop, block, dims).to(tl.float32)
     dg = tl.cumsum(queries * of_q + keys * of_k, axis=0, reverse=True) + (whole * around)[None, :]

@@ -82,7 +82,8 @@ def ssd(
         return_final_state: whether to return h after the last step as well.
 
     Returns:
-        y ``(b, l, h, p)`` in x's dtype; with ``return_final_state`` also h ``(s, h, p, n)``.
+        y ``(b, l, h, p)`` in x's dtype; with ``return_final_state`` also h ``(s, h, p, n)``, float32 (float64 for
+        float64 input).
     """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,7 @@ class Mamba2Simple(Mamba2):
         device: Device = None,
         dtype: torch.dtype | None = None,
     ):
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(
             d_model,
             d_state,
@@ -64,14 +66,13 @@ class Mamba2Simple(Mamba2):
             chunk_size=chunk_size,
             use_mem_eff_path=use_mem_eff_path,
             layer_idx=layer_idx,
-            device=device,
-            dtype=dtype,
+            **made,
         )
         self.learnable_init_states, self.activation = learnable_init_states, activation
         self.init_states: nn.Parameter | None = None
         if learnable_init_states:
             shape = (self.nheads, headdim, d_state)
-            self.init_states = parameter(torch.zeros(shape, device=device, dtype=dtype))
+            self.init_states = parameter(torch.zeros(shape, **made))
 
     def forward(self, u: Tensor, seq_idx: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """``(b, l, d_model)`` → the same; ``seq_idx`` as in :class:`Mamba2`."""

@@ -51,6 +51,25 @@ ATTENTION = [
     {"l": 5, "layout": "strided", **FEW},
     {"l": 3, "layout": "far", "k": 4, **FEW},
 ]
+NORM = [
+    {"shape": (70, 33), "group_size": 11},  # more rows than a program has
+    {"before": False, "group_size": 3},
+    {"gate": False},
+    {"residual": None, "gate": False, "x": 0.0},
+    {"residual": None, "before": False, "shape": (2, 700)},
+    {"shape": (0, 3, 12)},
+    {"shape": (3, 2, 1)},
+    {"layout": "strided"},
+    {"layout": "far", "shape": (1, 3, 4), "before": False},
+]
+GATED = [
+    {"shape": (9, 130)},
+    {"shape": (3, 600), "scale": -1.5, "gate": 50.0},
+    {"shape": (2, 0, 12)},
+    {"shape": (12,), "scale": 0.0},
+    {"layout": "strided"},
+    {"layout": "far", "shape": (1, 3, 4)},
+]
 QUANTIZED = [
     {"o": 40, "l": 9, "b": 2},
     {"zeros": False, "bias": False, "group_size": None, "layout": "strided"},
@@ -281,6 +300,8 @@ CASES = [
     ("mlstm", "bfloat16,float16", [{"l": 18, "h": 2, "b": 1}]),
     ("mlstm_step", "float32", [{"k": 64, "v": 128, "b": 1, "h": 2}, {"layout": "far"}]),
     ("mlstm_step", "bfloat16,float16,float64", [{}]),
+    ("rms_norm", "float32", NORM),
+    ("rms_norm", "bfloat16,float16,float64", NORM[:1] + [{"residual": "float32", "weights": "float32"}]),
     ("selected_attention", "float32", SELECTED),
     ("selected_attention", "bfloat16,float16", SELECTED[:1]),
     ("selective_scan", "float32", SCAN),
@@ -295,6 +316,8 @@ CASES = [
     ("ssd", "bfloat16,float16", SSD[:1]),
     ("ssd_step", "float32", SSD_STEP),
     ("ssd_step", "bfloat16,float16,float64", [{}]),
+    ("swiglu", "float32", GATED),
+    ("swiglu", "bfloat16,float16,float64", GATED[:1]),
 ]
 
 

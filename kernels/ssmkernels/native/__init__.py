@@ -184,6 +184,14 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else turned(x)
 
 
+def lines(x: Tensor | None) -> Any:
+    """x ``(..., d)`` as ``(rows, d)`` with the channels side by side: itself where it lies so, else a copy; or None."""
+    if x is None:
+        return None
+    x = x.reshape(x.shape[:-1].numel(), x.shape[-1]) if x.ndim != 2 else x
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
 def turned(x: Tensor) -> Tensor:
     """A contiguous copy of x ``(b, l, …)``: a quick one of channels before time, as convolutions of PyTorch leave them.
 

@@ -25,7 +25,7 @@ def _check(name: str, sizes: dict[str, int], group_size: int | None, **_: Any) -
     returns="y: ... d; summed: ... d: residual if residual",
     wide="weight residual",
     check=_check,
-    implementations=("cpu", "reference"),
+    implementations=("triton", "cpu", "reference"),
 )
 def rms_norm(
     x: Tensor,

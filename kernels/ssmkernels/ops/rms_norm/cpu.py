@@ -9,7 +9,7 @@ from torch import Tensor
 from ssmkernels import native
 from ssmkernels.core.memory import large_pages
 from ssmkernels.core.validate import precision
-from ssmkernels.native import address, missing, plain, wrong_device
+from ssmkernels.native import address, lines, missing, plain, wrong_device
 from ssmkernels.native.prepared import Prepared
 
 __all__ = ["DROPS", "SAVES", "backward", "forward", "missing", "prepared", "restore", "unsupported"]
@@ -50,7 +50,7 @@ def restore(a: Any, saved: Any) -> Any:
 def backward(a: Any, saved: Any, grads: Any) -> dict[str, Any]:
     summed = saved.summed if saved.summed.shape == a.x.shape else None
     values, _kept = _values(a, summed)
-    dy, dsummed = _lines(grads.y), None if summed is None else _lines(grads.summed)
+    dy, dsummed = lines(grads.y), None if summed is None else lines(grads.summed)
     wide, d = precision(a.x), a.x.shape[-1]
     parts = a.x.new_zeros((PARTS, d), dtype=wide)
     found = {
@@ -70,7 +70,7 @@ def backward(a: Any, saved: Any, grads: Any) -> dict[str, Any]:
 
 def _values(a: Any, residual: Tensor | None) -> tuple[dict[str, Any], list[Any]]:
     """The kernel's arguments except the outputs, and the tensors that they point into."""
-    x, gate, residual = _lines(a.x), _lines(a.gate), _lines(residual)
+    x, gate, residual = lines(a.x), lines(a.gate), lines(residual)
     weight = plain(a.weight, precision(x))
     rows, d = x.shape
     values = {
@@ -91,11 +91,3 @@ def _values(a: Any, residual: Tensor | None) -> tuple[dict[str, Any], list[Any]]
         "eps": a.eps,
     }
     return values, [x, weight, gate, residual]
-
-
-def _lines(x: Any) -> Any:
-    """(..., d) → (rows, d) with the channels side by side."""
-    if x is None:
-        return None
-    x = x.reshape(-1, x.shape[-1]) if x.ndim != 2 else x
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()

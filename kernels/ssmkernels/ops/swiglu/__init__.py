@@ -12,7 +12,7 @@ __all__ = ["swiglu"]
 @op(
     shapes="gate up: ... d",
     returns="y: ... d",
-    implementations=("cpu", "reference"),
+    implementations=("triton", "cpu", "reference"),
 )
 def swiglu(gate: Tensor, up: Tensor, *, scale: float = 1.0, implementation: str | None = None) -> Tensor:
     """Gates the channels of every position::

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ssmkernels import native
 from ssmkernels.core.memory import large_pages
-from ssmkernels.native import missing
+from ssmkernels.native import lines, missing
 from ssmkernels.native import wrong_device as unsupported
 
 __all__ = ["backward", "forward", "missing", "unsupported"]
@@ -26,7 +26,7 @@ def backward(a: Any, _: Any, grads: Any) -> dict[str, Any]:
     found = {"gate": a.gate.new_empty(a.gate.shape), "up": a.gate.new_empty(a.gate.shape)}
     large_pages(*found.values())
     values, _kept = _values(a)
-    dy = _lines(grads.y)
+    dy = lines(grads.y)
     values |= {"y": 0, "dy": dy.data_ptr(), "dy_row": dy.stride(0)}
     native.run("swiglu_backward", values | {f"d{name}": gradient.data_ptr() for name, gradient in found.items()})
     return found
@@ -34,7 +34,7 @@ def backward(a: Any, _: Any, grads: Any) -> dict[str, Any]:
 
 def _values(a: Any) -> tuple[dict[str, Any], list[Tensor]]:
     """The kernel's arguments except the outputs, and the tensors that they point into."""
-    gate, up = _lines(a.gate), _lines(a.up)
+    gate, up = lines(a.gate), lines(a.up)
     rows, d = gate.shape
     values = {
         "gate": gate.data_ptr(),
@@ -48,9 +48,3 @@ def _values(a: Any) -> tuple[dict[str, Any], list[Tensor]]:
         "scale": a.scale,
     }
     return values, [gate, up]
-
-
-def _lines(x: Tensor) -> Tensor:
-    """(..., d) → (rows, d) with the channels side by side."""
-    x = x.reshape(x.shape[:-1].numel(), x.shape[-1]) if x.ndim != 2 else x
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -149,6 +151,13 @@ def test_autocast_does_not_reach_in(op, implementation):
         assert torch.equal(inside[name], expected), name
 
 
+class PassOn(TorchFunctionMode):
+    """A mode above PyTorch's operators."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
 class Recorder(TorchDispatchMode):
     """Remembers one call of each of our operators, and whether it had gradients."""
 
@@ -195,6 +204,43 @@ def registered():
 
 
 REGISTERED = registered()
+
+
+def has_own_backward(op, implementation):
+    """Whether it is a kernel with another one for its gradients."""
+    name = f"{op}_{implementation}"
+    if not {f"ssmkernels::{name}", f"ssmkernels::{name}_backward"} <= {*REGISTERED}:
+        return False
+    return getattr(torch.ops.ssmkernels, name).default._schema.arguments[-1].name == "save"
+
+
+WITH_BACKWARD = [pair for pair in PAIRS if has_own_backward(*pair)]
+
+
+@pytest.mark.parametrize(("op", "implementation"), WITH_BACKWARD, ids=map("-".join, WITH_BACKWARD))
+def test_eager_calls_pass_by_the_operators_unless_somebody_watches_with_the_same_bits(op, implementation):
+    need(op, implementation)
+    spec = SPECS[op]
+    nodes = []
+
+    def noted(**arguments):
+        returned = spec.function()(**arguments, implementation=implementation)
+        nodes.append(type(tensors_of(returned)[0].grad_fn).__name__)
+        return returned
+
+    def results(watch):
+        with watch:
+            return run(spec, noted, spec.inputs(spec.case({}), torch.float32, "cpu", 0)).tensors
+
+    alone, recorder = results(contextlib.nullcontext()), Recorder()
+    watched, passed = results(recorder), results(PassOn())
+    operator = f"ssmkernels::{op}_{implementation}"
+    assert nodes[0] == f"{operator}Backward"
+    assert {operator, f"{operator}_backward"} <= recorder.calls.keys()
+    assert nodes[1] == nodes[2] == f"GeneratedBackwardFor_ssmkernels_{op}_{implementation}_defaultBackward"
+    for name, expected in alone.items():
+        assert torch.equal(watched[name], expected), name
+        assert torch.equal(passed[name], expected), name
 
 
 @pytest.mark.parametrize("name", REGISTERED)

@@ -12,7 +12,8 @@ Kernels read memory, unseen by PyTorch. Their module has
 - ``SAVES``: names of results that the backward pass needs, of the op's or after them; ``DROPS``: names of arguments
   that it does not; ``restore(a, saved)``: the arguments again from what is saved.
 
-Eager calls without gradients go straight to ``forward``; all others through the operator.
+Eager calls go straight to ``forward`` and ``backward``, with gradients as one node of autograd's; all others, and
+those that a mode or a class of tensors watches, through the operators.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import Tensor
 from ssmkernels.core.declaration import Declaration, named_tuple
 from ssmkernels.core.double_backward import twice_differentiable
 from ssmkernels.core.library import NAMESPACE, define, opaque
+from ssmkernels.core.plain import unwatched
 from ssmkernels.core.validate import check_borders, copied
 
 
@@ -90,16 +92,40 @@ def kernel(declared: Declaration, name: str, module: Any, reference: Callable[[A
         operator.register_fake(fake)
     else:
         operator = define(f"{declared.name}_{name}", raw, fake, schema)
+    node: Any = None
     if hasattr(module, "backward"):
-        _differentiable(declared, name, module, operator, names, saves, empty, reference)
+        autograd, setup_context = _differentiable(declared, name, module, operator, names, saves, empty, reference)
+        node = _node(f"{NAMESPACE}::{declared.name}_{name}", Arguments, forward, several, autograd, setup_context)
 
     def run(a: Any) -> Any:
         graph = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in a)
-        outputs = operator(*a, graph) if graph or torch.compiler.is_compiling() else forward(a, False)
+        if torch.compiler.is_compiling() or (graph and (node is None or not unwatched(a))):
+            outputs = operator(*a, graph)
+        else:
+            outputs = node.apply(*a) if graph else forward(a, False)
         return outputs if len(names) == 1 else pick(outputs)
 
     run.operator = operator  # type: ignore[attr-defined]
     return run
+
+
+def _node(
+    name: str,
+    Arguments: Any,
+    forward: Callable[[Any, bool], Any],
+    several: Callable[[Any], Any],
+    autograd: Callable[..., Any],
+    setup_context: Callable[..., None],
+) -> Any:
+    """An autograd function for eager calls, which does what the operator does: PyTorch's way from an operator to its
+    Python code and gradients, and to the operator of its backward pass, takes longer than the work of a short call."""
+
+    def run(ctx: Any, *args: Any) -> Any:
+        outputs = several(forward(Arguments(*args), True))
+        setup_context(ctx, args, outputs)
+        return outputs
+
+    return type(name, (torch.autograd.Function,), {"forward": staticmethod(run), "backward": staticmethod(autograd)})
 
 
 def _with_borders(declared: Declaration, a: Any) -> Any:
@@ -121,8 +147,8 @@ def _differentiable(
     saves: tuple[str, ...],
     empty: Callable[..., Any],
     reference: Callable[[Any], Any],
-) -> None:
-    """Registers the backward pass, an operator too, with the operator."""
+) -> tuple[Callable[..., Any], Callable[..., None]]:
+    """Registers the backward pass, an operator too, with the operator; returns what autograd calls for it."""
     Arguments, count = declared.Arguments, len(declared.takes)
     Saved = named_tuple("Saved", saves)
     Grads = named_tuple("Grads", [*declared.results, "wanted"])
@@ -172,7 +198,9 @@ def _differentiable(
         if first is None:
             first = empty(restore(a, saved), False)[0].zero_()
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
-        found = iter(backward_operator(*a, *saved, first, *others, wanted))
+        given = (*a, *saved, first, *others)
+        found = iter((backward if unwatched(given) else backward_operator)(*given, wanted))
         return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
 
     torch.library.register_autograd(operator, autograd, setup_context=setup_context)
+    return autograd, setup_context

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ _EXACT = frozenset({Tensor, torch.nn.Parameter})
 _tracing_state = torch._C._get_tracing_state
 _transform = torch._C._functorch.peek_interpreter_stack
 _modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
 _is_zero = Tensor._is_zerotensor
 
 
@@ -88,6 +89,18 @@ def subclass(arguments: Mapping[str, Any]) -> str | None:
 def recorded() -> bool:
     """Whether operators are only recorded (compilers, torch.jit.trace, make_fx) or run on shapes (fake tensors)."""
     return torch.compiler.is_compiling() or _tracing_state() is not None or (_modes() > 0 and _fake_or_proxy())
+
+
+def unwatched(arguments: Iterable[Any]) -> bool:
+    """Whether nothing would see operators of ``torch.library`` that are called with these arguments, nor change them.
+
+    Compilers, tracers, transforms and modes do, those that only count too, and classes of tensors of their own.
+    """
+    if torch.compiler.is_compiling() or _tracing_state() is not None or _transform() is not None:
+        return False
+    if _modes() or _function_modes():
+        return False
+    return all(type(a) in _EXACT or not isinstance(a, Tensor) for a in arguments)
 
 
 def readable(x: Tensor) -> bool:

@@ -292,7 +292,7 @@ ERRORS = {
         r"`initial_states` .*\(b d w-1\)",
     ),
     "no tensor": (lambda r: {"weight": [1.0]}, TypeError, "`weight` must be a tensor"),
-    "a flag": (lambda r: {"return_final_states": 1}, TypeError, "`return_final_states` must be bool"),
+    "a flag": (lambda r: {"return_final_states": 1}, TypeError, "`return_final_states` must be a bool"),
 }
 
 

@@ -152,7 +152,7 @@ def test_wrong_decays():
         ops.parallel_attn(q, k, v, g=g[0, 0])
     with pytest.raises(ValueError, match="parallel_attn: `q` must have a multiple of `k`'s 3 heads; got 4"):
         ops.parallel_attn(q, k, v, g)
-    with pytest.raises(TypeError, match="parallel_forgetting_attn: `scale` must be number.*; got str"):
+    with pytest.raises(TypeError, match="parallel_forgetting_attn: `scale` must be a number.*; got str"):
         ops.parallel_forgetting_attn(q, k[:, :, :2], v[:, :, :2], g, "1")
     with pytest.raises(TypeError, match="parallel_forgetting_attn: `g` must be .*; got "):
         ops.parallel_forgetting_attn(q, k[:, :, :2], v[:, :, :2], None)

@@ -398,7 +398,7 @@ ERRORS = {
     "groups": (lambda r: {"B": r(2, 3, 3, 9), "C": r(2, 3, 3, 9)}, ValueError, "3 groups .* 4 channels"),
     "no tensor": (lambda r: {"A": 1.0}, TypeError, "`A` must be a tensor"),
     "no B": (lambda r: {"B": None}, TypeError, "`B` must be a tensor"),
-    "a flag": (lambda r: {"return_last_state": 1}, TypeError, "`return_last_state` must be bool"),
+    "a flag": (lambda r: {"return_last_state": 1}, TypeError, "`return_last_state` must be a bool"),
     "integers": (lambda r: {"D": torch.ones(4).int()}, TypeError, "`D` must be"),
     "integers as inputs": (lambda r: {"u": torch.ones(2, 4, 9).int()}, TypeError, "`u` must be .*; got int32"),
 }

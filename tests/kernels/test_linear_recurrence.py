@@ -76,7 +76,7 @@ def test_the_other_way_round_in_time():
         ({"b": torch.ones(2, 5, 3, dtype=torch.int64)}, TypeError, r"`b` must be"),
         ({"initial_state": torch.zeros(2, 3, dtype=torch.float64)}, TypeError, r"`initial_state` must be float32"),
         ({"initial_state": torch.zeros(1, 3)}, ValueError, r"`initial_state` must have shape"),
-        ({"log_a": 1}, TypeError, r"`log_a` must be bool"),
+        ({"log_a": 1}, TypeError, r"`log_a` must be a bool"),
         ({"cu_seqlens": torch.tensor([0, 5], dtype=torch.int32)}, ValueError, r"`cu_seqlens`"),
     ],
 )

@@ -143,8 +143,8 @@ def test_opcheck_and_compile(arguments):
         ({"ssm_state": torch.zeros(2, 6, 4).double()}, TypeError, "`ssm_state` must be float32; got float64"),
         ({"dt_proj": torch.zeros(6, 3).half()}, TypeError, "`dt_proj` must be float32, as `x` is; got float16"),
         ({"A_log": torch.zeros(6, 4).bfloat16()}, TypeError, "`A_log` must be float32; got bfloat16"),
-        ({"norm_eps": "small"}, TypeError, "`norm_eps` must be number or None; got str"),
-        ({"norm_eps": [1e-5]}, TypeError, "`norm_eps` must be number or None; got list"),
+        ({"norm_eps": "small"}, TypeError, "`norm_eps` must be a number or None; got str"),
+        ({"norm_eps": [1e-5]}, TypeError, "`norm_eps` must be a number or None; got list"),
     ],
 )
 def test_errors(changes, error, match, arguments):
@@ -157,7 +157,7 @@ def test_errors(changes, error, match, arguments):
 def test_what_passed_once_is_told_from_what_only_equals_it(arguments):
     made = arguments(norm_eps=1)
     step(made)
-    with pytest.raises(TypeError, match="`norm_eps` must be number or None; got bool"):
+    with pytest.raises(TypeError, match="`norm_eps` must be a number or None; got bool"):
         step(made | {"norm_eps": True})
     with pytest.raises(TypeError, match="`D` must be a dense tensor; got layout torch.sparse_coo"):
         step(made | {"D": made["D"].to_sparse()})

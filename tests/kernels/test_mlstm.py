@@ -141,7 +141,7 @@ def test_epsilon_stands_beside_the_scaled_sum(memory):
         ({"initial_state": (torch.zeros(2, 2, 5, 7),) * 2}, TypeError, r"got tuple of 2: \(Tensor, Tensor\)"),
         ({"i": torch.zeros(2, 9, 3, dtype=torch.float64)}, ValueError, r"`i` must have shape \(b l h\)"),
         ({"initial_state": (torch.zeros(1).double(),) * 3}, ValueError, r"`initial_C` must have shape \(s h k v\)"),
-        ({"scale": "1"}, TypeError, "`scale` must be number or None; got str"),
+        ({"scale": "1"}, TypeError, "`scale` must be a number or None; got str"),
     ],
     ids=str,
 )

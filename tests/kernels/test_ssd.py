@@ -209,7 +209,7 @@ def test_the_future_changes_nothing(scan, arguments):
         ({"initial_state": torch.zeros(2, 4, 5, 3)}, ValueError, r"`initial_state` must have shape \(s h p n\) with"),
         ({"dt_limit": 0.1}, TypeError, "`dt_limit` must be two numbers; got 0.1"),
         ({"dt_limit": (0.1, 0.2, 0.3)}, TypeError, "`dt_limit` must be two numbers; got"),
-        ({"dt_limit": (0.1, "1")}, TypeError, r"`dt_limit\[1\]` must be number; got str"),
+        ({"dt_limit": (0.1, "1")}, TypeError, r"`dt_limit\[1\]` must be a number; got str"),
         (
             {"dt_limit": (0.2, 0.1)},
             ValueError,
@@ -217,7 +217,7 @@ def test_the_future_changes_nothing(scan, arguments):
         ),
         ({"dt_limit": (math.nan, 1.0)}, ValueError, r"`dt_limit\[0\]` must be"),
         ({"chunk_size": 0}, ValueError, "`chunk_size` must be at least 1; got 0"),
-        ({"chunk_size": 1.0}, TypeError, "`chunk_size` must be int or None; got float"),
+        ({"chunk_size": 1.0}, TypeError, "`chunk_size` must be an int or None; got float"),
         ({"cu_seqlens": torch.tensor([0, 17], dtype=torch.int32)}, ValueError, "a batch of 2"),
     ],
 )

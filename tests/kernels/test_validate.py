@@ -174,7 +174,7 @@ def test_options(kind, good, bad):
     for value in good:
         validate.check_options("toy", kind, size=value)
     for value in bad:
-        with pytest.raises(TypeError, match=f"^toy: `size` must be {kind}; got {type(value).__name__}$"):
+        with pytest.raises(TypeError, match=f"^toy: `size` must be an? {kind}; got {type(value).__name__}$"):
             validate.check_options("toy", kind, size=value)
 
 

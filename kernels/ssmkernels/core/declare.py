@@ -28,6 +28,7 @@ from ssmkernels.core.crossing import current
 from ssmkernels.core.declaration import Declaration
 from ssmkernels.core.dispatch import Op
 from ssmkernels.core.docs import completed
+from ssmkernels.core.finite import check_float32
 from ssmkernels.core.once import once
 from ssmkernels.core.validate import (
     check_borders,
@@ -204,6 +205,7 @@ class _Rules:
             for name, kind in declared.annotations.items()
             if kind.removesuffix(" | None") in _WORDS
         ]
+        self.numbers = [name for kind, name in self.options if "number" in kind]
 
     def __call__(self, *values: Any) -> None:
         op, given = self.op, dict(zip(self.names, values, strict=True))
@@ -218,6 +220,8 @@ class _Rules:
         check_dtypes(op, {name: given[name] for name in self.int32}, [torch.int32])
         for kind, name in self.options:
             check_options(op, kind, **{name: given[name]})
+        if self.numbers and precision(leader) == torch.float32:
+            check_float32(op, **{name: given[name] for name in self.numbers})
         for name, words in self.choices.items():
             check_choice(op, name, given[name], words, optional=name in self.optional)
         if self.check is not None:

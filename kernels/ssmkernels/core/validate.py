@@ -130,7 +130,8 @@ def check_options(op: str, kind: str, /, **options: Any) -> None:
 
 def _check_option(op: str, kind: str, name: str, value: Any, infinite: bool = False) -> None:
     if not isinstance(value, _KINDS[kind.removesuffix(" or None")]) or (isinstance(value, bool) and kind != "bool"):
-        raise TypeError(f"{op}: `{name}` must be {kind}; got {type(value).__name__}")
+        article = "an" if kind.startswith("int") else "a"
+        raise TypeError(f"{op}: `{name}` must be {article} {kind}; got {type(value).__name__}")
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise ValueError(f"{op}: `{name}` must fit in 64 bits; got an int of {value.bit_length()} bits")
     if kind.startswith("number"):  # by comparisons, which a compiler traces where the number is a symbol

@@ -24,7 +24,12 @@ parser.add_argument("--steps", type=int, default=600)
 parser.add_argument("--patch", type=int, default=2, choices=(1, 2, 4))
 parser.add_argument("--mixer", help="another mixer than the config's attention")
 options = parser.parse_args()
-options.out.mkdir(parents=True)
+if options.steps < 1:
+    parser.error(f"--steps must be at least 1; got {options.steps}")
+try:
+    options.out.mkdir(parents=True)
+except OSError as error:
+    parser.error(f"--out must be a folder that can be made: {error}")
 
 images, digits = load_digits(return_X_y=True)
 p, side = options.patch, 8 // options.patch
@@ -40,7 +45,8 @@ for setting in (f"steps={options.steps}", "batch_size=32", "lr=0.002", *sizes):
 if options.mixer is not None:
     command += ["--set", f"pattern=[{options.mixer}]"]
 print("ssmzoo", *command, flush=True)
-subprocess.run([sys.executable, "-m", "ssmzoo", *command], check=True)
+if status := subprocess.run([sys.executable, "-m", "ssmzoo", *command]).returncode:
+    sys.exit(status)  # the command has said why
 
 model = ssmzoo.build(options.out / "run").eval().requires_grad_(False)
 found = model(torch.from_numpy(patches[test])).argmax(1)

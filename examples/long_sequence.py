@@ -38,6 +38,9 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=4096)
     parser.add_argument("--d-model", type=int, default=64)
     options = parser.parse_args()
+    for name, value in vars(options).items():
+        if value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1; got {value}")
 
     torch.manual_seed(0)
     model = ssmzoo.build({"d_model": options.d_model, "n_layers": 2, "pattern": ["mamba"], "d_input": 1}).eval()

@@ -35,6 +35,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train a Mamba-2 layer that reads one way, and one that reads both.")
     parser.add_argument("--steps", type=int, default=200, help="training steps of each")
     steps = parser.parse_args().steps
+    if steps < 1:
+        parser.error(f"--steps must be at least 1; got {steps}")
     print(f"the last symbol, from the first output: loss {trained(False, steps):.3f} one way, ", end="")
     print(f"{trained(True, steps):.3f} both ways")
 

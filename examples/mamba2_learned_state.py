@@ -16,6 +16,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Learn the initial state of a frozen Mamba-2 layer.")
     parser.add_argument("--steps", type=int, default=200, help="training steps")
     steps = parser.parse_args().steps
+    if steps < 1:
+        parser.error(f"--steps must be at least 1; got {steps}")
     torch.manual_seed(0)
     mixer = ssmzoo.build_mixer("mamba2", 32, d_state=16, headdim=16).requires_grad_(False)
     start = mixer.initial_state(1)

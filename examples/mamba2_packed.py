@@ -18,6 +18,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train a Mamba-2 layer on packed documents, each with a state.")
     parser.add_argument("--steps", type=int, default=200, help="training steps")
     steps = parser.parse_args().steps
+    if steps < 1:
+        parser.error(f"--steps must be at least 1; got {steps}")
     torch.manual_seed(0)
     mixer = ssmzoo.build_mixer("mamba2", D_MODEL, d_state=16, headdim=16)
     parts = nn.ModuleList([mixer, nn.Embedding(SYMBOLS + 1, D_MODEL), nn.Linear(D_MODEL, SYMBOLS)])

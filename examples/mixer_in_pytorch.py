@@ -2,9 +2,8 @@
 
     python examples/mixer_in_pytorch.py --steps 300
 
-Each step of a sequence holds a number and a mark; the answer is the sum of the two marked numbers (the adding
-problem of Hochreiter and Schmidhuber, 1997). A mixer is a module from (b, l, d_model) to (b, l, d_model), and
-needs nothing else of ssmzoo. Prints the squared error; guessing the mean gives 1/6.
+Each step holds a number and a mark; the answer is the sum of the two marked numbers (the adding problem of Hochreiter
+and Schmidhuber, 1997). A mixer keeps the shape (b, l, d_model). Prints the squared error; guessing the mean gives 1/6.
 """
 
 import argparse
@@ -27,8 +26,7 @@ class Adder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.encode(x)
-        x = x + self.mix(x)
-        return self.decode(x[:, -1]).squeeze(-1)
+        return self.decode((x + self.mix(x))[:, -1]).squeeze(-1)
 
 
 def problems(batch: int, length: int) -> tuple[Tensor, Tensor]:
@@ -42,6 +40,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="One mixer inside plain PyTorch code.")
     parser.add_argument("--steps", type=int, default=150)
     steps = parser.parse_args().steps
+    if steps < 1:
+        parser.error(f"--steps must be at least 1; got {steps}")
     torch.manual_seed(0)
     network = Adder()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)

@@ -2,9 +2,8 @@
 
     python examples/s4_digits.py --out runs/digits
 
-scikit-learn brings 1,797 digits of 8 x 8 pixels. A fifth is for the test, the rest goes to `ssmzoo train`. The model
-then sees each test digit whole, by convolution, and one pixel after another, by recurrence: the answers are the same.
-kernels.png shows what it has learned: each channel's kernel, and how far back each looks.
+scikit-learn brings 1,797 digits of 8 x 8 pixels; a fifth is for the test. The model then sees each test digit whole, by
+convolution, and one pixel after another, by recurrence: the answers are the same. kernels.png shows what was learned.
 """
 
 import argparse
@@ -23,7 +22,12 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--out", type=Path, default=Path("runs/digits"))
 parser.add_argument("--steps", type=int, default=800)
 options = parser.parse_args()
-options.out.mkdir(parents=True)
+if options.steps < 1:
+    parser.error(f"--steps must be at least 1; got {options.steps}")
+try:
+    options.out.mkdir(parents=True)
+except OSError as error:
+    parser.error(f"--out must be a folder that can be made: {error}")
 
 pixels, digits = load_digits(return_X_y=True)
 pixels = (pixels / 16)[:, :, None].astype(np.float32)  # (digits, 64, 1), from 0 to 1
@@ -33,7 +37,8 @@ command = ["train", "s4-classifier", "--data", str(options.out / "train.npz"), "
 for setting in (f"steps={options.steps}", "batch_size=32", "lr=0.01", "d_model=64", "n_layers=2"):
     command += ["--set", setting]
 print("ssmzoo", *command, flush=True)
-subprocess.run([sys.executable, "-m", "ssmzoo", *command], check=True)
+if status := subprocess.run([sys.executable, "-m", "ssmzoo", *command]).returncode:
+    sys.exit(status)  # the command has said why
 
 model = ssmzoo.build(options.out / "run").eval().requires_grad_(False)
 x, answers = torch.from_numpy(pixels[test]), torch.from_numpy(digits[test])

@@ -42,6 +42,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--picture", default="forecast.png")
 parser.add_argument("--steps", type=int, default=300)
 options = parser.parse_args()
+plt.savefig(options.picture)  # a name or folder that does not do is told before the work
 series = co2.load_pandas().data["co2"].resample("MS").mean().interpolate()
 past, truth = torch.tensor(series.to_numpy()).float().split([len(series) - AHEAD, AHEAD])
 change = past.diff()
@@ -49,8 +50,7 @@ x = ((change - change.mean()) / change.std())[None, :, None]
 mean = torch.stack([forecast(x, TrainConfig(steps=options.steps, lr=2e-3, seed=seed)) for seed in range(4)]).mean(0)
 told = {"S4": past[-1] + (mean * change.std() + change.mean()).cumsum(0), "last month": past[-1].expand(AHEAD)}
 told["last year"] = past[-12:].repeat(AHEAD // 12)
-years, growth = torch.arange(AHEAD) // 12 + 1, (past[-1] - past[-121]) / 10
-told["last year and ten years' growth"] = told["last year"] + years * growth
+told["last year and growth"] = told["last year"] + (torch.arange(AHEAD) // 12 + 1) * (past[-1] - past[-121]) / 10
 plt.plot(series[-240:], color="black", label="measured, ppm")
 for name, values in told.items():
     print(error := f"{name}: {(values - truth).abs().mean():.2f} ppm off")

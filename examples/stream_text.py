@@ -7,6 +7,7 @@ trained one.
 """
 
 import argparse
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,13 +21,9 @@ import ssmzoo
 
 def chunks(paths: list[Path], length: int, limit: int) -> Iterator[Tensor]:
     """The bytes of the files as ids (1, length), one chunk after another, ``limit`` in all."""
-    pending = b""
-    for path in paths:
-        pending += path.read_bytes()
-        while len(pending) >= length and limit > 0:
-            piece, pending = pending[: min(length, limit)], pending[length:]
-            limit -= len(piece)
-            yield torch.tensor(list(piece))[None]
+    read = itertools.islice(itertools.chain.from_iterable(path.read_bytes() for path in paths), limit)
+    while piece := list(itertools.islice(read, length)):
+        yield torch.tensor(piece)[None]
 
 
 @torch.inference_mode()
@@ -36,9 +33,15 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, default=65536)
     parser.add_argument("--chunk", type=int, default=2048)
     options = parser.parse_args()
+    for name, least in (("bytes", 2), ("chunk", 1)):  # the first byte has none before it that tells of it
+        if getattr(options, name) < least:
+            parser.error(f"--{name} must be at least {least}; got {getattr(options, name)}")
 
     torch.manual_seed(0)
-    model = ssmzoo.build(options.model).eval()
+    try:
+        model = ssmzoo.build(options.model).eval()
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     state = model.initial_state(1)
     nats, seen, last = 0.0, 0, None
     for ids in chunks(sorted(Path(argparse.__file__).parent.glob("*.py")), options.chunk, options.bytes):
@@ -47,7 +50,7 @@ def main() -> None:
             nats += F.cross_entropy(last, ids[:, 0]).item()
         nats += F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum").item()
         last, seen = logits[:, -1], seen + ids.shape[1]
-        if seen % (8 * options.chunk) == 0 or seen == options.bytes:
+        if seen % (8 * options.chunk) == 0 or seen == options.bytes or ids.shape[1] < options.chunk:
             bits = nats / (seen - 1) / math.log(2)
             print(f"{seen:>9} bytes: {bits:.3f} bits per byte, state {state.nbytes} bytes")
 

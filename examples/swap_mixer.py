@@ -37,6 +37,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Swap a mixer in an existing model.")
     parser.add_argument("--steps", type=int, default=20, help="training steps of each variant")
     steps = parser.parse_args().steps
+    if steps < 1:
+        parser.error(f"--steps must be at least 1; got {steps}")
     text = torch.tensor(list(Path(argparse.__file__).read_bytes()))
 
     for swap in (None, "lstm", {"kind": "s4d", "d_state": 32}):

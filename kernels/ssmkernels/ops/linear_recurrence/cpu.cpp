@@ -49,8 +49,12 @@ int all(const RecurrenceArguments& args) {
 
 SSMZOO_EXPORT(linear_recurrence)(const ssmzoo::RecurrenceArguments* a) {
     using namespace ssmzoo::SSMZOO_ISA;
-    if (a->is_complex && a->dtype == 1) return all<double, double, ComplexNumbers<double>>(*a);
-    if (a->is_complex) return all<float, float, ComplexNumbers<float>>(*a);
+    if (a->is_complex) {
+        return by_sums(a->dtype, [&](auto zero) {
+            typedef decltype(zero) T;
+            return all<T, T, ComplexNumbers<T>>(*a);
+        });
+    }
     return by_dtype(a->dtype, [&](auto zero) {
         typedef decltype(zero) T;
         return a->a_wide ? all<T, typename Sum<T>::type>(*a) : all<T, T>(*a);

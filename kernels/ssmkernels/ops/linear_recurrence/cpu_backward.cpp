@@ -76,8 +76,12 @@ int all(const RecurrenceBackwardArguments& args) {
 
 SSMZOO_EXPORT(linear_recurrence_backward)(const ssmzoo::RecurrenceBackwardArguments* a) {
     using namespace ssmzoo::SSMZOO_ISA;
-    if (a->forward.is_complex && a->forward.dtype == 1) return all<double, double, ComplexNumbers<double>>(*a);
-    if (a->forward.is_complex) return all<float, float, ComplexNumbers<float>>(*a);
+    if (a->forward.is_complex) {
+        return by_sums(a->forward.dtype, [&](auto zero) {
+            typedef decltype(zero) T;
+            return all<T, T, ComplexNumbers<T>>(*a);
+        });
+    }
     return by_dtype(a->forward.dtype, [&](auto zero) {
         typedef decltype(zero) T;
         return a->forward.a_wide ? all<T, typename Sum<T>::type>(*a) : all<T, T>(*a);

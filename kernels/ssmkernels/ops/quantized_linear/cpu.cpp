@@ -185,9 +185,9 @@ int in_whole_numbers(const QuantizedLinearArguments& a) {
 template <class Call>
 int by_float(int64_t dtype, const Call& call) {
     switch (dtype) {
-        case 0: return call(float());
-        case 2: return call(bfloat16());
-        default: return call(float16());
+        case 0: return if_built<float, 0>(call);
+        case 2: return if_built<bfloat16, 2>(call);
+        default: return if_built<float16, 3>(call);
     }
 }
 

@@ -5,6 +5,7 @@
 // memory; the states of a few n at a time then stay in registers for the whole chunk.
 #pragma once
 
+#include "native/exports.h"
 #include "native/math.h"
 #include "native/parallel.h"
 #include "native/rows.h"

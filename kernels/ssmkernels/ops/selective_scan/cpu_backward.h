@@ -146,7 +146,7 @@ int scan_backward_as(const ScanBackwardArguments& b) {
 // Numbers are Real or Complex.
 template <template <class> class Numbers>
 int scan_backward(const ScanBackwardArguments& b) {
-    return b.forward.dtype == 1 ? scan_backward_as<Numbers<double>>(b) : scan_backward_as<Numbers<float>>(b);
+    return by_sums(b.forward.dtype, [&](auto zero) { return scan_backward_as<Numbers<decltype(zero)>>(b); });
 }
 
 }  // namespace SSMZOO_ISA

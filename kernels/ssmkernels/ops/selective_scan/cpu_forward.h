@@ -104,7 +104,7 @@ int scan_as(const ScanArguments& a) {
 // Numbers are Real or Complex.
 template <template <class> class Numbers>
 int scan(const ScanArguments& a) {
-    return a.dtype == 1 ? scan_as<Numbers<double>>(a) : scan_as<Numbers<float>>(a);
+    return by_sums(a.dtype, [&](auto zero) { return scan_as<Numbers<decltype(zero)>>(a); });
 }
 
 }  // namespace SSMZOO_ISA

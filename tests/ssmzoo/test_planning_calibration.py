@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import runpy
 import signal
@@ -15,13 +16,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Ranks
+from ranks import PRELOAD, Ranks
 
 from ssmzoo import planning
 from ssmzoo.config import ModelConfig
 from ssmzoo.devices import cpu_name
 from ssmzoo.parallel.transitions import TRANSITIONS
 from ssmzoo.planning import Mesh, calibration, op_times, stopwatch, validation
+from ssmzoo.planning import ranks as rank_processes
 from ssmzoo.planning.calibration import Rates, device_of, shapes_of
 from ssmzoo.planning.counting import BACKWARD, ENDS, FORWARD
 from ssmzoo.planning.overheads import Overheads
@@ -161,6 +163,17 @@ def test_the_stopwatch_takes_the_median_of_as_many_calls_on_all_ranks(processes:
     assert first == pytest.approx(1e-5)
 
 
+@pytest.fixture
+def forked(monkeypatch):
+    """Processes of a measurement are forks of one that has imported PyTorch, not new ones, which take seconds each."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    asked = []
+    monkeypatch.setattr(rank_processes.multiprocessing, "get_context", lambda kind: asked.append(kind) or context)
+    yield
+    assert {*asked} == {"spawn"}
+
+
 def fails(how: str) -> None:
     if dist.get_rank() == dist.get_world_size() - 1:
         if how == "killed":
@@ -178,14 +191,14 @@ def fails(how: str) -> None:
         ("raises", 2, "rank 1 of 2: ValueError: no such thing"),
     ],
 )
-def test_a_rank_that_fails_ends_the_measurement(how: str, ranks: int, said: str):
+def test_a_rank_that_fails_ends_the_measurement(how: str, ranks: int, said: str, forked):
     with pytest.raises(ChildProcessError, match=said):
         on_ranks(ranks, fails, how)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_plans_beside_what_is_measured(ranks: int, tmp_path, monkeypatch, capsys):
+def test_plans_beside_what_is_measured(ranks: int, tmp_path, monkeypatch, capsys, forked):
     """As ``python -m ssmzoo.planning.validation`` does, with a model of one layer."""
     monkeypatch.setattr(validation, "small", lambda mixer: small(mixer, 32, 1))
     out = tmp_path / "plan.csv"
@@ -205,6 +218,7 @@ def test_plans_beside_what_is_measured(ranks: int, tmp_path, monkeypatch, capsys
 
 @pytest.mark.slow
 def test_the_command_plans_for_this_machine(ssmzoo_command):
+    """In new processes, as for a user."""
     small_model = ("--set", "d_model=32", "--set", "n_layers=1", "--length", "64", "--precision", "fp32", "--json")
     status, out, err = ssmzoo_command("plan", "mamba2-tiny", "--gpus", "2", "--device", "this", *small_model)
     assert (status, err) == (0, "")

@@ -27,7 +27,7 @@ from ssmzoo.parallel.tensor.sums import Enter
 from ssmzoo.train import TrainConfig, resume, train
 from ssmzoo.train.mesh.trainer import MeshTrainer
 
-SETTINGS = {"steps": 20, "batch_size": 2, "length": 12, "eval_every": 20, "eval_batches": 3, "save_every": 20}
+SETTINGS = {"steps": 8, "batch_size": 2, "length": 12, "eval_every": 8, "eval_batches": 3, "save_every": 8}
 SETTINGS |= {"lr": 0.01, "cpu": True, "validation": 0.3, "warmup_steps": 2, "keep": 9}
 
 

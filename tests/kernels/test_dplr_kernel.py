@@ -370,7 +370,7 @@ def test_zoh_of_a_singular_matrix():
         ({"dt": torch.zeros(4)}, ValueError, r"`dt` must have shape \(d\) with d=3; got \(4,\)"),
         ({"dt": torch.zeros(3, dtype=torch.complex64)}, TypeError, "`dt` must be .*; got complex64"),
         ({"length": -1}, ValueError, "`length` must be at least 0; got -1"),
-        ({"length": 4.0}, TypeError, "`length` must be int; got float"),
+        ({"length": 4.0}, TypeError, "`length` must be an int; got float"),
         ({"discretization": "zho"}, ValueError, "unknown discretization: 'zho'. Did you mean 'zoh'.* bilinear, zoh"),
     ],
 )

@@ -6,7 +6,6 @@ import gc
 import itertools
 import os
 import re
-import socket
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -245,11 +244,10 @@ def launch(forks: Forks) -> Callable[..., str]:
     program = Path(__file__).parent / "shared" / "launched.py"
 
     def run(*arguments: str) -> str:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        calls = [[str(rank), "2", port, *arguments] for rank in range(2)]
-        both = forks.together(program, calls, ACCELERATE_USE_CPU="true")
+        # As torchrun does, the launcher has the place where processes meet: a port that is only looked for may be gone
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        calls = [[str(rank), "2", str(store.port), *arguments] for rank in range(2)]
+        both = forks.together(program, calls, ACCELERATE_USE_CPU="true", TORCHELASTIC_USE_AGENT_STORE="True")
         for done in both:
             assert done.status == 0, done.err[-3000:]
         return "".join(done.out for done in both)

@@ -72,20 +72,35 @@ def test_no_two_documents_are_alike(tmp_path):
     assert 100_000 <= (tmp_path / "x.jsonl").stat().st_size < 150_000
 
 
+# Takes memory, and has it until so much has been seen, or for a minute.
 HOLDS = """
-import subprocess, sys, time
-held = bytearray(b"x") * (%d * 2**20)
-if sys.argv[1:]:
-    subprocess.run([sys.executable, "-c", sys.argv[1]], check=True)
-time.sleep(1)
+import os, subprocess, sys, time
+mebibytes, seen, *more = sys.argv[1:]
+held, end = bytearray(b"x") * (int(mebibytes) * 2**20), time.monotonic() + 60
+if more:
+    subprocess.run([sys.executable, "-c", *more], check=True)
+while not os.path.exists(seen) and time.monotonic() < end:
+    time.sleep(0.01)
 """
 
 
 @on_linux
-def test_memory_of_a_command_is_that_of_all_its_processes():
-    seconds, alone = watched.watched([sys.executable, "-c", HOLDS % 40])
-    _, both = watched.watched([sys.executable, "-c", HOLDS % 40, HOLDS % 60])
-    assert 1 < seconds < 60
+def test_memory_of_a_command_is_that_of_all_its_processes(tmp_path, monkeypatch):
+    memory_of, looks = watched.memory_of, []
+
+    def look(processes):
+        looks.append(memory_of(processes))
+        for expected in (40, 100):
+            if looks[-1] > expected * 2**20:
+                (tmp_path / f"{expected}").touch()
+        return looks[-1]
+
+    monkeypatch.setattr(watched, "memory_of", look)
+    one, two = ["40", str(tmp_path / "40")], ["60", str(tmp_path / "100")]
+    seconds, alone = watched.watched([sys.executable, "-c", HOLDS, *one])
+    assert alone == max(looks)
+    assert seconds > watched.PAUSE
+    _, both = watched.watched([sys.executable, "-c", HOLDS, *one, HOLDS, *two])
     assert 40 * 2**20 < alone < 70 * 2**20
     assert 100 * 2**20 < both < 140 * 2**20
 

@@ -139,12 +139,19 @@ def _subjects(item: pytest.Item, kind: str, known: Iterable[str]) -> set[str]:
 
 
 def _dealt(items: list[pytest.Item], workers: int) -> list[pytest.Item]:
-    """In the order in which the long tests come first, where each worker is given an equal part of the list."""
-    long = [item for item in items if item.get_closest_marker("slow")]
+    """In the order in which the long tests come first, where each worker is given an equal part of the list.
+
+    Long tests that share processes, those of a file or of Triton's interpreter, begin on the same worker.
+    """
+    long: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("slow"):
+            shared = "_interpreter" if "_interpreter" in item.fixturenames else str(item.path)
+            long.setdefault(shared, []).append(item)
     short = iter([item for item in items if not item.get_closest_marker("slow")])
     order: list[pytest.Item] = []
     for worker in range(workers):
-        first = long[worker::workers]
+        first = [item for group in [*long.values()][worker::workers] for item in group]
         size = (len(items) - len(order)) // (workers - worker)
         order += [*first, *itertools.islice(short, max(size - len(first), 0))]
     return [*order, *short]

@@ -24,7 +24,7 @@ def conftest(request):
 def item(path, name, **marks):
     """What the selection sees of a test."""
     made = {kind: getattr(pytest.mark, kind)(*names).mark for kind, names in marks.items()}
-    return types.SimpleNamespace(path=FOLDER / path, name=name, get_closest_marker=made.get)
+    return types.SimpleNamespace(path=FOLDER / path, name=name, get_closest_marker=made.get, fixturenames=())
 
 
 @pytest.mark.parametrize(
@@ -69,9 +69,12 @@ def test_the_folder_of_every_op_has_a_file_or_a_marker():
 
 
 def test_long_tests_come_first_on_each_worker(conftest):
-    items = [item("kernels/test_x.py", str(i), **({"slow": []} if i in (1, 6, 7) else {})) for i in range(10)]
-    assert [i.name for i in conftest._dealt(items, 2)] == ["1", "7", "0", "2", "3", "6", "4", "5", "8", "9"]
-    assert [i.name for i in conftest._dealt(items[6:8], 4)] == ["6", "7"]
+    items = [item(f"test_{i // 3}.py", str(i), **({"slow": []} if i in (1, 3, 5, 7) else {})) for i in range(10)]
+    assert [i.name for i in conftest._dealt(items, 2)] == ["1", "7", "0", "2", "4", "3", "5", "6", "8", "9"]
+    assert [i.name for i in conftest._dealt(items[3:6:2], 4)] == ["3", "5"]
+    for i in (1, 3):  # which share a process though they are in two files
+        items[i].fixturenames = ["_interpreter"]
+    assert [i.name for i in conftest._dealt(items, 2)] == ["1", "3", "7", "0", "2", "5", "4", "6", "8", "9"]
 
 
 def test_an_unknown_name_is_an_error(conftest):

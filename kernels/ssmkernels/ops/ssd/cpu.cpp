@@ -31,6 +31,22 @@ struct Forward {
         return memory.used;
     }
 
+    // The state before a chunk is kept, its first row in row `first`. Y is free for what goes past the caches: as many rows
+    // as there are numbers in a line fill whole lines together, whatever their length.
+    void keep(const SsdArguments& a, int64_t first, const S* state) {
+        const auto kept = starts_of<S>(a);
+        const int64_t width = outputs.width, together = kLine<S>;
+        int64_t j = 0;
+        if (!kept.compact() && written_past<S>(a.starts, kPast, kLine<S>) && first % together == 0)
+            for (; j + together <= a.n; j += together) {
+                for (int64_t r = 0; r < together; ++r)
+                    memcpy(Y + r * a.p, state + (j + r) * width, sizeof(S) * static_cast<size_t>(a.p));
+                S* to = static_cast<S*>(a.starts) + (first + j) * a.p;
+                for (int64_t c = 0; c < together * a.p; c += Lanes<S>::count) stream(to + c, load(Y + c));
+            }
+        for (; j < a.n; ++j) kept.write(first + j, 0, state + j * width, a.p);
+    }
+
     // One chunk of one head: its outputs, and the state after it.
     void advance(const SsdArguments& a, const Sequence& s, Span t, int64_t head, S* state, const S* D, Next next) {
         const int64_t width = outputs.width;
@@ -83,8 +99,7 @@ void block_forward(const SsdArguments& a, const Sequence& s, const Block& heads,
             S* state = w.states + h * w.size;
             const int64_t head = heads.first + h;
             if (a.starts && chunk % a.segment == 0) {
-                const int64_t row = start_of(a, s, chunk / a.segment, head);
-                for (int64_t j = 0; j < a.n; ++j) starts_of<S>(a).write(row + j, 0, state + j * width, a.p);
+                w.keep(a, start_of(a, s, chunk / a.segment, head), state);
             }
             w.advance(a, s, t, head, state, w.D + h * width, Next::of(heads, h, 1));
         }

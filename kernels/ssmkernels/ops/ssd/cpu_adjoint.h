@@ -35,10 +35,11 @@ template <class S>
 struct Backward : BackwardMemory<S> {
     using V = typename Lanes<S>::V;
     using Held = BackwardMemory<S>;
+    using Rows = typename Held::Rows;
     using Held::shared, Held::steps, Held::outputs, Held::dstates, Held::states, Held::x, Held::dY, Held::dX,
           Held::x_turned, Held::dY_turned, Held::strip, Held::W, Held::sums, Held::da, Held::e, Held::f, Held::gate,
           Held::dB, Held::dC, Held::dG, Held::D, Held::dD, Held::dA, Held::dbias, Held::panel, Held::width, Held::size,
-          Held::state, Held::turn, Held::sum, Held::dot, Held::products_within, Held::add_last;
+          Held::state, Held::turn, Held::sum, Held::dot, Held::products_within, Held::dot_states, Held::add_last;
 
     void read_inputs(const SsdArguments& a, const Sequence& s, Span t, int64_t head, Next next) {
         const HeadRows from(a, s, t, head, a.x, a.x_batch, a.x_time, next);
@@ -64,14 +65,14 @@ struct Backward : BackwardMemory<S> {
     }
 
     // dY, where there is a gate after the gate's gradient, and what it adds to the skip's.
-    void read_gradients(const SsdBackwardArguments& b, const Sequence& s, Span t, int64_t head, const S* before,
+    void read_gradients(const SsdBackwardArguments& b, const Sequence& s, Span t, int64_t head, Rows before,
                         const S* D, S* dD, Next next) {
         const SsdArguments& a = b.forward;
         const int64_t time = a.heads * stored(a), batch = a.length * time;
         const HeadRows dy(a, s, t, head, b.dy, batch, time, next), dz(a, s, t, head, b.dz, batch, time);
         const HeadRows z(a, s, t, head, a.z, a.z_batch, a.z_time, next);
         if (a.z) {
-            outputs.compute(a, t, shared, steps, before, x, dX, panel);
+            outputs.compute(a, t, shared, steps, before.p, x, dX, panel);
             if (a.direct) outputs.add_direct(a, t, shared, steps, x, dX);
         }
         for (int64_t i = 0; i < t.tokens; ++i) {
@@ -136,7 +137,7 @@ struct Backward : BackwardMemory<S> {
     }
 
     // One chunk of one head.
-    void chunk(const SsdBackwardArguments& b, const Sequence& s, Span t, int64_t head, int64_t h, const S* before,
+    void chunk(const SsdBackwardArguments& b, const Sequence& s, Span t, int64_t head, int64_t h, Rows before,
                Next next) {
         const SsdArguments& a = b.forward;
         const int64_t stride = a.chunk, n = a.n;
@@ -152,7 +153,7 @@ struct Backward : BackwardMemory<S> {
         // Sums over heads: E ∘ (S dYᵀ) to dC
         for (int64_t i = 0; i < t.padded; i += kStrip<S>) {
             const int64_t columns = minimum(kStrip<S>, t.padded - i);
-            product({before, width, 1}, dY_turned + i, stride, strip, kStrip<S>, n, columns, a.p, panel);
+            product({before.p, before.stride, 1}, dY_turned + i, stride, strip, kStrip<S>, n, columns, a.p, panel);
             if (a.m) add_last(a, place_of(a, s, t, head), t, i, columns, before, static_cast<S*>(b.dm));
             add_strip(i, columns, stride, n);
         }
@@ -171,7 +172,7 @@ struct Backward : BackwardMemory<S> {
             });
         product({dstate, width, 1}, x_turned, stride, dB, stride, n, t.padded, a.p, panel, 0, {true, S(1)});
 
-        const S of_state = steps.whole * dot(before, dstate, n * width);
+        const S of_state = steps.whole * dot_states(a, before, dstate);
         product({shared.C_turned, stride, 1}, dY, width, dstate, width, n, width, t.tokens, panel, 0,
                 {true, steps.whole}, steps.E);
         write_steps(b, s, t, head, h, of_state);

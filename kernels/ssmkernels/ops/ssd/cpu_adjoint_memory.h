@@ -16,6 +16,12 @@ template <class S>
 struct BackwardMemory {
     using V = typename Lanes<S>::V;
 
+    // The state before a chunk: where it lies, and from row to row.
+    struct Rows {
+        const S* p;
+        int64_t stride;
+    };
+
     Shared<S> shared;
     Steps<S> steps;
     Outputs<S> outputs;
@@ -61,6 +67,14 @@ struct BackwardMemory {
 
     S* state(int64_t head, int64_t chunk) const { return states + (head * segment + chunk) * size; }
 
+    // Whether states are taken from where they are kept: one before each chunk, in S. A gate needs them in whole vectors.
+    static bool in_place(const SsdArguments& a) { return a.segment == 1 && !a.z && !starts_of<S>(a).compact(); }
+
+    Rows before(const SsdArguments& a, const Sequence& s, int64_t segment, int64_t head, int64_t h, int64_t k) const {
+        if (in_place(a)) return {at<S>(a.starts, start_of(a, s, segment, head) * a.p), a.p};
+        return {state(h, k), width};
+    }
+
     // (c, width) → (width, c), zeros beyond the chunk's tokens.
     void turn(const SsdArguments& a, Span t, S* to, const S* from) const {
         transpose(to, a.chunk, from, width, t.tokens, a.p);
@@ -80,7 +94,7 @@ struct BackwardMemory {
     }
 
     // And with what comes from the state, in a strip of S dYᵀ, the gradients of the last channel and of m.
-    void add_last(const SsdArguments& a, int64_t place, Span t, int64_t i, int64_t columns, const S* before, S* dm) {
+    void add_last(const SsdArguments& a, int64_t place, Span t, int64_t i, int64_t columns, Rows before, S* dm) {
         const int64_t last = stored(a);
         for (int64_t c = 0; c < columns; c += Lanes<S>::count) {
             V sum = {};
@@ -95,7 +109,7 @@ struct BackwardMemory {
         for (int64_t j = 0; j < a.n; ++j)
             vectors<S>(columns, [&](int64_t c) {
                 S* to = strip + j * kStrip<S> + c;
-                store(to, fma(splat(before[j * width + last]), load(dY_turned + last * a.chunk + i + c), load(to)));
+                store(to, fma(splat(before.p[j * before.stride + last]), load(dY_turned + last * a.chunk + i + c), load(to)));
             });
     }
 
@@ -106,16 +120,41 @@ struct BackwardMemory {
     }
 
     // Four sums take turns, since each multiply-add waits for the one before it.
-    static S dot(const S* left, const S* right, int64_t count) {
-        constexpr int64_t lanes = Lanes<S>::count, turns = 4;
+    struct Dot {
+        static constexpr int64_t lanes = Lanes<S>::count, turns = 4;
         V totals[turns] = {};
-        int64_t i = 0;
-        for (; i + turns * lanes <= count; i += turns * lanes)
-            for (int64_t k = 0; k < turns; ++k)
-                totals[k] = fma(load(left + i + k * lanes), load(right + i + k * lanes), totals[k]);
-        for (; i < count; i += lanes) totals[0] = fma(load(left + i), load(right + i), totals[0]);
-        V total = (totals[0] + totals[1]) + (totals[2] + totals[3]);
-        return sum_lanes<S, 1>(&total)[0];
+
+        SSMZOO_INLINE void add(const S* left, const S* right, int64_t count) {  // whole vectors
+            int64_t i = 0;
+            for (; i + turns * lanes <= count; i += turns * lanes)
+                for (int64_t k = 0; k < turns; ++k)
+                    totals[k] = fma(load(left + i + k * lanes), load(right + i + k * lanes), totals[k]);
+            for (; i < count; i += lanes) totals[0] = fma(load(left + i), load(right + i), totals[0]);
+        }
+
+        S sum() const {
+            V total = (totals[0] + totals[1]) + (totals[2] + totals[3]);
+            return sum_lanes<S, 1>(&total)[0];
+        }
+    };
+
+    static S dot(const S* left, const S* right, int64_t count) {
+        Dot sums;
+        sums.add(left, right, count);
+        return sums.sum();
+    }
+
+    // Of the state before a chunk, whose rows may end within a vector, and the gradient of that after it.
+    S dot_states(const SsdArguments& a, Rows before, const S* gradient) const {
+        const int64_t whole = a.p / Lanes<S>::count * Lanes<S>::count;
+        Dot sums;
+        S rest = S(0);
+        for (int64_t j = 0; j < a.n; ++j) {
+            const S *left = before.p + j * before.stride, *right = gradient + j * width;
+            sums.add(left, right, whole);
+            for (int64_t c = whole; c < a.p; ++c) rest = rest + left[c] * right[c];
+        }
+        return sums.sum() + rest;
     }
 };
 

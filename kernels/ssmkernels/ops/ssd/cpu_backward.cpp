@@ -30,9 +30,8 @@ void block_backward(const SsdBackwardArguments& b, const Sequence& s, const Bloc
     const int64_t chunks = ceil_div(s.length, a.chunk);
     for (int64_t segment = ceil_div(chunks, a.segment) - 1; segment >= 0; --segment) {
         const int64_t first = segment * a.segment, count = minimum(a.segment, chunks - first);
-        for (int64_t h = 0; h < heads.heads; ++h) {
-            const int64_t head = heads.first + h;
-            const int64_t row = start_of(a, s, segment, head);
+        for (int64_t h = 0; h < heads.heads && !w.in_place(a); ++h) {
+            const int64_t row = start_of(a, s, segment, heads.first + h);
             for (int64_t j = 0; j < a.n; ++j) starts_of<S>(a).read(w.state(h, 0) + j * width, row + j);
         }
         w.run_ahead(a, s, first, count, heads);
@@ -43,7 +42,7 @@ void block_backward(const SsdBackwardArguments& b, const Sequence& s, const Bloc
             clear(w.dB, maps);
             clear(w.dC, maps);
             for (int64_t h = 0; h < heads.heads; ++h)
-                w.chunk(b, s, t, heads.first + h, h, w.state(h, k), Next::of(heads, h, -1));
+                w.chunk(b, s, t, heads.first + h, h, w.before(a, s, segment, heads.first + h, h, k), Next::of(heads, h, -1));
             w.write_maps(b, s, t, heads);
         }
     }

@@ -58,7 +58,16 @@ def parallel(q, k, v, i, f, initial_state):
 
 @EVERY
 @pytest.mark.parametrize(
-    "sizes", [{"l": 1}, {"l": 63, "h": 1}, {"l": 64}, {"l": 65, "k": 7, "v": 3}, {"l": 130, "b": 1, "h": 1}], ids=str
+    "sizes",
+    [
+        {"l": 1},
+        {"l": 63, "h": 1},
+        {"l": 64},
+        {"l": 65, "k": 7, "v": 3},
+        {"l": 130, "b": 1, "h": 1},
+        {"l": 170, "b": 1, "k": 19, "v": 21},  # wide enough for a state to be kept before each chunk
+    ],
+    ids=str,
 )
 def test_the_parallel_form_gives_the_same(memory, arguments, randn, sizes):
     """Outputs, final states, and all gradients, which come in through each of them."""

@@ -72,11 +72,15 @@ def test_so_is_what_the_system_counts(dtype):
 
 @pytest.mark.parametrize(
     ("op", "sizes"),
-    [("mlstm", {"h": 4, "k": 128, "v": 128}), ("ssd", {"h": 4, "g": 4, "n": 128, "p": 128, "z": False})],
-    ids=["mlstm", "ssd"],
+    [
+        ("mlstm", {"h": 4, "k": 128, "v": 128}),
+        ("mlstm", {"h": 4, "k": 40, "v": 250}),  # keys that no whole number of cache lines holds
+        ("ssd", {"h": 4, "g": 4, "n": 128, "p": 128, "z": False}),
+    ],
+    ids=["mlstm", "mlstm of odd sizes", "ssd"],
 )
-def test_gradients_that_are_written_past_the_caches_are_the_same_bits(op, sizes):
-    """A batch whose gradients are so large, against its sequences alone, whose are not."""
+def test_what_is_written_past_the_caches_has_the_same_bits(op, sizes):
+    """A batch whose gradients and kept states are so large, against its sequences alone, whose are not."""
     spec = spec_of(op)
     case = spec.case({"b": 5, "l": 500, "state": False, **sizes})
     function = functools.partial(spec.function(), implementation="cpu")

@@ -4,6 +4,7 @@
 // the order of k, so that it depends on nothing else.
 #pragma once
 
+#include "coming.h"
 #include "tiles.h"
 #include "turn.h"
 
@@ -83,15 +84,17 @@ SSMZOO_INLINE void multiply(Left<S> A, const S* B, int64_t ldb, S* C, int64_t ld
 // Not inlined: compiling it once for each caller would take most of the time of a build.
 template <class S, int R, int N, Shape shape>
 __attribute__((noinline)) void multiply_rows(Left<S> A, const S* B, int64_t ldb, S* C, int64_t ldc, int64_t rows,
-                                             int64_t inner, int64_t edge, Onto<S> onto) {
+                                             int64_t inner, int64_t edge, Onto<S> onto, Coming* coming = nullptr) {
     int64_t i = 0;
-    for (; i + R <= rows; i += R)
+    for (; i + R <= rows && (R != 6 || rows - i != 8); i += R) {  // the last eight four by four: sums of two would wait
+        if (coming) coming->fetch();
         multiply<S, R, N, shape>(A.from(i), B, ldb, C + i * ldc, ldc, inner, edge + i, onto.from(i));
+    }
     constexpr int fewer = R > 4 ? 4 : R / 2;  // of the 64 rows of a chunk ten times six, then four
     if constexpr (R > 1)
         if (i < rows)
             multiply_rows<S, fewer, N, shape>(A.from(i), B, ldb, C + i * ldc, ldc, rows - i, inner, edge + i,
-                                              onto.from(i));
+                                              onto.from(i), coming);
 }
 
 // Numbers that product's `panel` must have room for.
@@ -118,17 +121,19 @@ SSMZOO_INLINE void copy_panel(S* panel, const S* B, int64_t ldb, int64_t inner, 
 // copied to where it is contiguous; `factors` are those of B's rows, if any.
 template <class S, Shape shape = Shape::full>
 void product(Left<S> A, const S* B, int64_t ldb, S* C, int64_t ldc, int64_t rows, int64_t columns, int64_t inner,
-             S* panel, int64_t edge = 0, Onto<S> onto = {false, S(0)}, const S* factors = nullptr) {
+             S* panel, int64_t edge = 0, Onto<S> onto = {false, S(0)}, const S* factors = nullptr,
+             Coming* coming = nullptr) {
     constexpr int64_t wide = kVectors * Lanes<S>::count;
     int64_t j = 0;
     for (; j + wide <= columns; j += wide) {
         copy_panel<S, kVectors>(panel, B + j, ldb, inner, factors);
-        multiply_rows<S, kRows, kVectors, shape>(A, panel, wide, C + j, ldc, rows, inner, edge, onto);
+        multiply_rows<S, kRows, kVectors, shape>(A, panel, wide, C + j, ldc, rows, inner, edge, onto, coming);
     }
     for (; j < columns; j += Lanes<S>::count) {
         if (factors) copy_panel<S, 1>(panel, B + j, ldb, inner, factors);
         const S* from = factors ? panel : B + j;
-        multiply_rows<S, kRows, 1, shape>(A, from, factors ? Lanes<S>::count : ldb, C + j, ldc, rows, inner, edge, onto);
+        multiply_rows<S, kRows, 1, shape>(A, from, factors ? Lanes<S>::count : ldb, C + j, ldc, rows, inner, edge, onto,
+                                            coming);
     }
 }
 

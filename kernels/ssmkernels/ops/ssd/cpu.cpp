@@ -35,9 +35,9 @@ struct Forward {
     // as there are numbers in a line fill whole lines together, whatever their length.
     void keep(const SsdArguments& a, int64_t first, const S* state) {
         const auto kept = starts_of<S>(a);
-        const int64_t width = outputs.width, together = kLine<S>;
+        const int64_t width = outputs.width, together = kLine<S>, all = tokens_of(a) / (a.chunk * a.segment) * a.heads;
         int64_t j = 0;
-        if (!kept.compact() && written_past<S>(a.starts, kPast, kLine<S>) && first % together == 0)
+        if (!kept.compact() && first % together == 0 && written_past<S>(a.starts, all * a.n * a.p, together * a.p))
             for (; j + together <= a.n; j += together) {
                 for (int64_t r = 0; r < together; ++r)
                     memcpy(Y + r * a.p, state + (j + r) * width, sizeof(S) * static_cast<size_t>(a.p));
@@ -48,18 +48,21 @@ struct Forward {
     }
 
     // One chunk of one head: its outputs, and the state after it.
-    void advance(const SsdArguments& a, const Sequence& s, Span t, int64_t head, S* state, const S* D, Next next) {
+    void advance(const SsdArguments& a, const Sequence& s, Span t, int64_t group, int64_t head, S* state, const S* D,
+                 Next next) {
         const int64_t width = outputs.width;
         steps.read(a, s, t, head);
         const HeadRows from(a, s, t, head, a.x, a.x_batch, a.x_time, next);
         const HeadRows z(a, s, t, head, a.z, a.z_batch, a.z_time, next);
         const int64_t time = a.heads * stored(a);
         const HeadRows y(a, s, t, head, a.y, a.length * time, time);
-        for (int64_t i = 0; i < t.tokens; ++i) {
+        for (int64_t i = 0; i < t.tokens; ++i)
             read_channels(a, x + i * width, from.from, a.dtype, from(i), width, S(1));
-            from.fetch(a, i);
-        }
-        outputs.compute(a, t, shared, steps, state, x, Y, panel);
+        Coming coming;
+        if (next.chunks) Shared<S>::coming(a, s, t, group, next.chunks, true, coming);
+        from.coming(a, coming);
+        z.coming(a, coming);
+        outputs.compute(a, t, shared, steps, state, x, Y, panel, &coming);
         if (a.direct) outputs.add_direct(a, t, shared, steps, x, Y);
         for (int64_t i = 0; i < t.tokens; ++i) {
             S* row = Y + i * width;
@@ -69,14 +72,14 @@ struct Forward {
                 });
             if (a.z) {
                 read_row(gate, z.from, a.dtype, z(i), a.p);
-                z.fetch(a, i);
                 vectors<S>(width, [&](int64_t c) { store(row + c, load(row + c) * silu<S>(load(gate + c))); });
             }
-            if (a.m) divide(a, (s.batch * a.length + s.start + t.start + i) * a.heads + head, row, width);
-            write_row(a.y, a.dtype, y(i), row, stored(a));
+            const int64_t place = (s.batch * a.length + s.start + t.start + i) * a.heads + head;
+            write_row(a.y, a.dtype, y(i), row, stored(a), false, a.m ? divide(a, place, row) : S(1));
         }
         product(shared.B_turned(), x, width, state, width, a.n, width, t.tokens, panel, 0, {true, steps.whole},
-                steps.fed);
+                steps.fed, &coming);
+        coming.finish();
     }
 };
 
@@ -94,14 +97,14 @@ void block_forward(const SsdArguments& a, const Sequence& s, const Block& heads,
     }
     for (int64_t chunk = 0; chunk * a.chunk < s.length; ++chunk) {
         const Span t = span<S>(a, s, chunk);
-        w.shared.read(a, s, t, heads.group, 1, w.panel);
+        w.shared.read(a, s, t, heads.group, w.panel);
         for (int64_t h = 0; h < heads.heads; ++h) {
             S* state = w.states + h * w.size;
             const int64_t head = heads.first + h;
             if (a.starts && chunk % a.segment == 0) {
                 w.keep(a, start_of(a, s, chunk / a.segment, head), state);
             }
-            w.advance(a, s, t, head, state, w.D + h * width, Next::of(heads, h, 1));
+            w.advance(a, s, t, heads.group, head, state, w.D + h * width, Next::of(heads, h, 1));
         }
     }
     for (int64_t h = 0; h < heads.heads; ++h)

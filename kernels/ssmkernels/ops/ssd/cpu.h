@@ -96,37 +96,38 @@ struct Shared {
         G = memory.take(a.chunk * a.chunk);
     }
 
-    // `ahead`: how many chunks further the rows lie that are read next, if there are any.
-    void read(const SsdArguments& a, const Sequence& s, Span t, int64_t group, int64_t ahead, S* panel) {
-        read_rows(a, s, t, a.C, s.batch * a.C_batch + (s.start + t.start) * a.C_time + group * a.C_group, a.C_time, ahead);
+    void read(const SsdArguments& a, const Sequence& s, Span t, int64_t group, S* panel) {
+        read_rows(a, t, a.C, s.batch * a.C_batch + (s.start + t.start) * a.C_time + group * a.C_group, a.C_time);
         transpose(C_turned, a.chunk, own, row(a), t.tokens, a.n);
-        read_B(a, s, t, group, ahead);
+        read_B(a, s, t, group);
         for (int64_t j = 0; j < a.n; ++j)
             for (int64_t i = t.tokens; i < t.padded; ++i) C_turned[j * a.chunk + i] = S(0);
         product_of_pairs<S>(a, B, C_turned, G, t, a.n, panel);
     }
 
-    void read_B(const SsdArguments& a, const Sequence& s, Span t, int64_t group, int64_t ahead) {
-        read_rows(a, s, t, a.B, s.batch * a.B_batch + (s.start + t.start) * a.B_time + group * a.B_group, a.B_time, ahead);
+    void read_B(const SsdArguments& a, const Sequence& s, Span t, int64_t group) {
+        read_rows(a, t, a.B, s.batch * a.B_batch + (s.start + t.start) * a.B_time + group * a.B_group, a.B_time);
         B = {own, row(a), 1};
     }
 
     // Rows of B or C to `own`, in S. They often lie a power of two apart, where a cache has room for few of them; there they
     // are a little more than n apart.
-    void read_rows(const SsdArguments& a, const Sequence& s, Span t, const void* from, int64_t first, int64_t time,
-                   int64_t ahead) {
+    void read_rows(const SsdArguments& a, Span t, const void* from, int64_t first, int64_t time) {
         for (int64_t i = 0; i < t.tokens; ++i) read_row(own + i * row(a), from, a.map_dtype, first + i * time, a.n);
-        const int64_t size = bytes_of(a.map_dtype);
-        const char* bytes = static_cast<const char*>(from) + first * size;
-        each_ahead(a, s, t, ahead, [&](int64_t i) { fetch_bytes(bytes + i * time * size, a.n * size); });
     }
 
-    // f(token) for those of another chunk, counted from the start of this one.
-    template <class F>
-    static void each_ahead(const SsdArguments& a, const Sequence& s, Span t, int64_t chunks, const F& f) {
-        const int64_t first = chunks * a.chunk, end = minimum(first + a.chunk, s.length - t.start);
-        if (t.start + first < 0) return;
-        for (int64_t i = first; i < end; ++i) f(i);
+    // The rows of C, if they are read there, and B so many chunks further.
+    static void coming(const SsdArguments& a, const Sequence& s, Span t, int64_t group, int64_t chunks, bool C,
+                       Coming& to) {
+        const int64_t size = bytes_of(a.map_dtype), first = t.start + chunks * a.chunk;
+        if (first < 0) return;
+        const auto add = [&](const void* from, int64_t batch, int64_t time, int64_t beside) {
+            const int64_t place = s.batch * batch + (s.start + first) * time + group * beside;
+            to.add(static_cast<const char*>(from) + place * size, time * size, a.n * size,
+                   minimum(a.chunk, s.length - first));
+        };
+        if (C) add(a.C, a.C_batch, a.C_time, a.C_group);
+        add(a.B, a.B_batch, a.B_time, a.B_group);
     }
 
     static int64_t row(const SsdArguments& a) { return round_up(a.n, kLine<S>) + kLine<S>; }
@@ -241,7 +242,7 @@ struct Outputs {
 
     // Y, (c, width), from the state before the chunk, (n, width), and x, (c, width).
     void compute(const SsdArguments& a, Span t, const Shared<S>& shared, const Steps<S>& steps, const S* state,
-                 const S* x, S* Y, S* panel) const {
+                 const S* x, S* Y, S* panel, Coming* coming = nullptr) const {
         using V = typename Lanes<S>::V;
         decays(t, steps.decay, shared.G, a.chunk, row,
                [&](int64_t j, int64_t i, V L, V G) { store(M + j * a.chunk + i, L * G); });
@@ -253,9 +254,10 @@ struct Outputs {
             }
             clear_steps(a, t, M);
         }
-        product(Left<S>{shared.C_turned, 1, a.chunk}, state, width, Y, width, t.tokens, width, a.n, panel);
+        product<S>({shared.C_turned, 1, a.chunk}, state, width, Y, width, t.tokens, width, a.n, panel, 0,
+                {false, S(0)}, nullptr, coming);
         product<S, Shape::lower>(Left<S>{M, 1, a.chunk}, x, width, Y, width, t.tokens, width, t.tokens, panel, 1,
-                              {true, S(1), steps.E}, a.direct ? nullptr : steps.scale);
+                              {true, S(1), steps.E}, a.direct ? nullptr : steps.scale, coming);
     }
 
     // Adds what the tokens of each token's own step give, from x (c, width).

@@ -39,38 +39,44 @@ struct Backward : BackwardMemory<S> {
     using Held::shared, Held::steps, Held::outputs, Held::dstates, Held::states, Held::x, Held::dY, Held::dX,
           Held::x_turned, Held::dY_turned, Held::strip, Held::W, Held::sums, Held::da, Held::e, Held::f, Held::gate,
           Held::dB, Held::dC, Held::dG, Held::D, Held::dD, Held::dA, Held::dbias, Held::panel, Held::width, Held::size,
-          Held::state, Held::turn, Held::sum, Held::dot, Held::products_within, Held::dot_states, Held::add_last;
+          Held::turn, Held::sum, Held::dot, Held::state, Held::dot_states, Held::coming_state, Held::products_within,
+          Held::add_strip, Held::add_last;
 
-    void read_inputs(const SsdArguments& a, const Sequence& s, Span t, int64_t head, Next next) {
+    void read_inputs(const SsdArguments& a, const Sequence& s, Span t, int64_t head, Next next, Coming& coming) {
         const HeadRows from(a, s, t, head, a.x, a.x_batch, a.x_time, next);
-        for (int64_t i = 0; i < t.tokens; ++i) {
+        for (int64_t i = 0; i < t.tokens; ++i)
             read_channels(a, x + i * width, from.from, a.dtype, from(i), width, S(1));
-            from.fetch(a, i);
-        }
+        from.coming(a, coming);
     }
 
     // The states before each chunk of a segment, from the first's.
     void run_ahead(const SsdArguments& a, const Sequence& s, int64_t first, int64_t chunks, const Block& heads) {
         for (int64_t k = 0; k + 1 < chunks; ++k) {
             const Span t = span<S>(a, s, first + k);
-            shared.read_B(a, s, t, heads.group, 1);
+            shared.read_B(a, s, t, heads.group);
             for (int64_t h = 0; h < heads.heads; ++h) {
                 const int64_t head = heads.first + h;
+                const Next next = Next::of(heads, h, 1);
+                Coming coming;
+                if (next.chunks) Shared<S>::coming(a, s, t, heads.group, next.chunks, false, coming);
                 steps.read(a, s, t, head);
-                read_inputs(a, s, t, head, Next::of(heads, h, 1));
+                read_inputs(a, s, t, head, next, coming);
                 product(shared.B_turned(), x, width, state(h, k + 1), width, a.n, width, t.tokens, panel, 0,
-                        {true, steps.whole, nullptr, -size}, steps.fed);
+                        {true, steps.whole, nullptr, -size}, steps.fed, &coming);
+                coming.finish();
             }
         }
     }
 
     // dY, where there is a gate after the gate's gradient, and what it adds to the skip's.
     void read_gradients(const SsdBackwardArguments& b, const Sequence& s, Span t, int64_t head, Rows before,
-                        const S* D, S* dD, Next next) {
+                        const S* D, S* dD, Next next, Coming& coming) {
         const SsdArguments& a = b.forward;
         const int64_t time = a.heads * stored(a), batch = a.length * time;
         const HeadRows dy(a, s, t, head, b.dy, batch, time, next), dz(a, s, t, head, b.dz, batch, time);
         const HeadRows z(a, s, t, head, a.z, a.z_batch, a.z_time, next);
+        dy.coming(a, coming);
+        z.coming(a, coming);
         if (a.z) {
             outputs.compute(a, t, shared, steps, before.p, x, dX, panel);
             if (a.direct) outputs.add_direct(a, t, shared, steps, x, dX);
@@ -78,11 +84,9 @@ struct Backward : BackwardMemory<S> {
         for (int64_t i = 0; i < t.tokens; ++i) {
             const int64_t row = i * width;
             read_channels(a, dY + row, dy.from, a.dtype, dy(i), width, S(0));
-            dy.fetch(a, i);
             if (a.m) divide_gradient(a, place_of(a, s, t, head) + i * a.heads, dY + row, width);
             if (a.z) {
                 read_row(gate, z.from, a.dtype, z(i), a.p);
-                z.fetch(a, i);
                 vectors<S>(width, [&](int64_t c) {
                     const V y = fma(load(D + c), load(x + row + c), load(dX + row + c)), g = load(gate + c);
                     const V sigma = sigmoid<S>(g), gradient = load(dY + row + c);
@@ -137,14 +141,18 @@ struct Backward : BackwardMemory<S> {
     }
 
     // One chunk of one head.
-    void chunk(const SsdBackwardArguments& b, const Sequence& s, Span t, int64_t head, int64_t h, Rows before,
+    void chunk(const SsdBackwardArguments& b, const Sequence& s, Span t, const Block& heads, int64_t h, Rows before,
                Next next) {
         const SsdArguments& a = b.forward;
+        const int64_t head = heads.first + h;
+        Coming coming;
+        if (next.chunks) Shared<S>::coming(a, s, t, heads.group, next.chunks, true, coming);
         const int64_t stride = a.chunk, n = a.n;
         S* dstate = dstates + h * size;
         steps.read(a, s, t, head);
-        read_inputs(a, s, t, head, next);
-        read_gradients(b, s, t, head, before, D + h * width, dD + h * width, next);
+        read_inputs(a, s, t, head, next, coming);
+        read_gradients(b, s, t, head, before, D + h * width, dD + h * width, next, coming);
+        coming_state(a, s, t, head, next, coming);
         turn(a, t, x_turned, x);
         turn(a, t, dY_turned, dY);
         product_of_pairs<S>(a, {x, width, 1}, dY_turned, W, t, a.p, panel);
@@ -170,36 +178,15 @@ struct Backward : BackwardMemory<S> {
             vectors<S>(t.padded, [&](int64_t i) {
                 store(x_turned + c * stride + i, load(steps.fed + i) * load(x_turned + c * stride + i));
             });
-        product({dstate, width, 1}, x_turned, stride, dB, stride, n, t.padded, a.p, panel, 0, {true, S(1)});
+        product<S>({dstate, width, 1}, x_turned, stride, dB, stride, n, t.padded, a.p, panel, 0, {true, S(1)}, nullptr,
+                   &coming);
 
         const S of_state = steps.whole * dot_states(a, before, dstate);
         product({shared.C_turned, stride, 1}, dY, width, dstate, width, n, width, t.tokens, panel, 0,
-                {true, steps.whole}, steps.E);
+                {true, steps.whole}, steps.E, &coming);
+        coming.finish();
         write_steps(b, s, t, head, h, of_state);
         write_inputs(b, s, t, head, D + h * width);
-    }
-
-    // E ∘ (S dYᵀ) in columns from i on: to dC, and times C to e.
-    void add_strip(int64_t i, int64_t columns, int64_t stride, int64_t n) const {
-        constexpr int64_t lanes = Lanes<S>::count;
-        int64_t c = 0;
-        for (; c + 2 * lanes <= columns; c += 2 * lanes) add_columns<2>(i + c, strip + c, stride, n);
-        for (; c < columns; c += lanes) add_columns<1>(i + c, strip + c, stride, n);
-    }
-
-    template <int N>
-    void add_columns(int64_t i, const S* from, int64_t stride, int64_t n) const {
-        constexpr int64_t lanes = Lanes<S>::count;
-        V E[N], sum[N] = {};
-        for (int v = 0; v < N; ++v) E[v] = load(steps.E + i + v * lanes);
-        for (int64_t j = 0; j < n; ++j)
-            for (int v = 0; v < N; ++v) {
-                const int64_t place = j * stride + i + v * lanes;
-                const V gradient = E[v] * load(from + j * kStrip<S> + v * lanes);
-                store(dC + place, load(dC + place) + gradient);
-                sum[v] = fma(load(shared.C_turned + place), gradient, sum[v]);
-            }
-        for (int v = 0; v < N; ++v) store(e + i + v * lanes, sum[v]);
     }
 
     // The gradients of dt, A and the bias, from dX, W, e, f and the state's share.

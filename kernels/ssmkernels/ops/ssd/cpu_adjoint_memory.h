@@ -1,7 +1,7 @@
 // What a task of the state-space dual's backward pass has in memory.
 #pragma once
 
-#include "ssd/cpu.h"
+#include "ssd/cpu_head_rows.h"
 
 namespace ssmzoo {
 namespace SSMZOO_ISA {
@@ -67,12 +67,19 @@ struct BackwardMemory {
 
     S* state(int64_t head, int64_t chunk) const { return states + (head * segment + chunk) * size; }
 
-    // Whether states are taken from where they are kept: one before each chunk, in S. A gate needs them in whole vectors.
+    // Whether states are taken from where they are kept: there is one before each chunk, in S. A gate needs whole vectors.
     static bool in_place(const SsdArguments& a) { return a.segment == 1 && !a.z && !starts_of<S>(a).compact(); }
 
     Rows before(const SsdArguments& a, const Sequence& s, int64_t segment, int64_t head, int64_t h, int64_t k) const {
         if (in_place(a)) return {at<S>(a.starts, start_of(a, s, segment, head) * a.p), a.p};
         return {state(h, k), width};
+    }
+
+    // The state that is taken from there next.
+    static void coming_state(const SsdArguments& a, const Sequence& s, Span t, int64_t head, Next next, Coming& to) {
+        if (!in_place(a) || t.start + next.chunks * a.chunk < 0) return;
+        const int64_t first = start_of(a, s, t.start / a.chunk + next.chunks, head + next.heads), piece = 1024;
+        to.add(at<S>(a.starts, first * a.p), piece, piece, a.n * a.p * static_cast<int64_t>(sizeof(S)) / piece);
     }
 
     // (c, width) → (width, c), zeros beyond the chunk's tokens.
@@ -91,6 +98,29 @@ struct BackwardMemory {
             if (i >= j) return store(sums + i, fma(scaled, product, load(sums + i)));
             for (int64_t c = j - i; c < lanes; ++c) sums[i + c] += scaled[c] * product[c];  // 0 · NaN is left out
         });
+    }
+
+    // E ∘ (S dYᵀ) in columns from i on: to dC, and times C to e.
+    void add_strip(int64_t i, int64_t columns, int64_t stride, int64_t n) const {
+        constexpr int64_t lanes = Lanes<S>::count;
+        int64_t c = 0;
+        for (; c + 2 * lanes <= columns; c += 2 * lanes) add_columns<2>(i + c, strip + c, stride, n);
+        for (; c < columns; c += lanes) add_columns<1>(i + c, strip + c, stride, n);
+    }
+
+    template <int N>
+    void add_columns(int64_t i, const S* from, int64_t stride, int64_t n) const {
+        constexpr int64_t lanes = Lanes<S>::count;
+        V E[N], sum[N] = {};
+        for (int v = 0; v < N; ++v) E[v] = load(steps.E + i + v * lanes);
+        for (int64_t j = 0; j < n; ++j)
+            for (int v = 0; v < N; ++v) {
+                const int64_t place = j * stride + i + v * lanes;
+                const V gradient = E[v] * load(from + j * kStrip<S> + v * lanes);
+                store(dC + place, load(dC + place) + gradient);
+                sum[v] = fma(load(shared.C_turned + place), gradient, sum[v]);
+            }
+        for (int v = 0; v < N; ++v) store(e + i + v * lanes, sum[v]);
     }
 
     // And with what comes from the state, in a strip of S dYᵀ, the gradients of the last channel and of m.

@@ -37,12 +37,12 @@ void block_backward(const SsdBackwardArguments& b, const Sequence& s, const Bloc
         w.run_ahead(a, s, first, count, heads);
         for (int64_t k = count - 1; k >= 0; --k) {
             const Span t = span<S>(a, s, first + k);
-            w.shared.read(a, s, t, heads.group, -1, w.panel);
+            w.shared.read(a, s, t, heads.group, w.panel);
             clear(w.dG, pairs);
             clear(w.dB, maps);
             clear(w.dC, maps);
             for (int64_t h = 0; h < heads.heads; ++h)
-                w.chunk(b, s, t, heads.first + h, h, w.before(a, s, segment, heads.first + h, h, k), Next::of(heads, h, -1));
+                w.chunk(b, s, t, heads, h, w.before(a, s, segment, heads.first + h, h, k), Next::of(heads, h, -1));
             w.write_maps(b, s, t, heads);
         }
     }

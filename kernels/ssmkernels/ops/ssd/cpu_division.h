@@ -41,14 +41,12 @@ void read_channels(const SsdArguments& a, S* to, const void* from, int64_t dtype
     to[count] = last;
 }
 
-// Y of one token and head, whose number among all is `place`, becomes y.
+// y over Y of one token and head, whose number among all is `place`.
 template <class S>
-void divide(const SsdArguments& a, int64_t place, S* Y, int64_t width) {
+S divide(const SsdArguments& a, int64_t place, const S* Y) {
     const S scale = S(a.query_scale), sum = scale * Y[stored(a)];
-    const S below = denominator<S>(splat(sum), splat(*at<S>(a.m, place)))[0];
-    const auto factor = splat(scale / below);
-    vectors<S>(width, [&](int64_t c) { store(Y + c, factor * load(Y + c)); });
     if (a.sums) static_cast<S*>(a.sums)[place] = sum;
+    return scale / denominator<S>(splat(sum), splat(*at<S>(a.m, place)))[0];
 }
 
 // dy becomes dY, but for the last channel's.

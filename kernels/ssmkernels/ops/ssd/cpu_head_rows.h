@@ -30,11 +30,12 @@ struct HeadRows {
 
     int64_t operator()(int64_t token) const { return offset + token * stride; }
 
-    // Each row lies in a page of its own, so that the machine does not see the next one coming.
-    void fetch(const SsdArguments& a, int64_t token) const {
-        if (first + token < 0 || first + token >= length) return;
+    // The rows that are read after these.
+    void coming(const SsdArguments& a, Coming& to) const {
         const int64_t size = bytes_of(a.dtype);
-        fetch_bytes(static_cast<const char*>(from) + ((*this)(token) + ahead) * size, stored(a) * size);
+        if (from && first >= 0)
+            to.add(static_cast<const char*>(from) + (offset + ahead) * size, stride * size, stored(a) * size,
+                   minimum(a.chunk, length - first));
     }
 };
 

@@ -1,6 +1,7 @@
 // A task's own memory, and rows of activations in it.
 #pragma once
 
+#include "native/coming.h"
 #include "native/half.h"
 #include "native/rows.h"
 #include "native/tiles.h"
@@ -58,33 +59,24 @@ bool written_past(const void* array, int64_t numbers, int64_t row) {
 }
 
 template <class S, class T>
-SSMZOO_INLINE void narrow_row(void* to, int64_t offset, const S* from, int64_t count, bool past = false) {
+SSMZOO_INLINE void narrow_row(void* to, int64_t offset, const S* from, int64_t count, bool past = false,
+                              S factor = S(1)) {
     constexpr int lanes = Lanes<S>::count;
     T* p = static_cast<T*>(to) + offset;
-    for (int64_t c = 0; c < count; c += lanes) write_some(p + c, load(from + c), count - c, past);
+    const auto scale = splat(factor);
+    for (int64_t c = 0; c < count; c += lanes) write_some(p + c, scale * load(from + c), count - c, past);
 }
 
+// A row of sums, times a factor, as activations of this dtype.
 template <class S>
-void write_row(void* to, int64_t dtype, int64_t offset, const S* from, int64_t count, bool past = false) {
+void write_row(void* to, int64_t dtype, int64_t offset, const S* from, int64_t count, bool past = false, S factor = S(1)) {
     if constexpr (sizeof(S) == 8) {
-        narrow_row<S, double>(to, offset, from, count, past);
+        narrow_row<S, double>(to, offset, from, count, past, factor);
     } else {
-        if (dtype == 0) narrow_row<S, float>(to, offset, from, count, past);
-        if (dtype == 2) narrow_row<S, bfloat16>(to, offset, from, count, past);
-        if (dtype == 3) narrow_row<S, float16>(to, offset, from, count, past);
+        if (dtype == 0) narrow_row<S, float>(to, offset, from, count, past, factor);
+        if (dtype == 2) narrow_row<S, bfloat16>(to, offset, from, count, past, factor);
+        if (dtype == 3) narrow_row<S, float16>(to, offset, from, count, past, factor);
     }
-}
-
-// Bytes that will be read next. The first is read at once: a processor may forget what it is only asked to fetch where it
-// does not yet know the page, and rows of a head lie in a page each.
-inline void fetch_bytes(const char* from, int64_t count) {
-    if (count > 0) asm volatile("" : : "r"(*from));
-    for (int64_t byte = 0; byte < count; byte += 64) __builtin_prefetch(from + byte, 0, 2);
-}
-
-template <class S>
-SSMZOO_INLINE void fetch_row(const S* from, int64_t count) {
-    fetch_bytes(reinterpret_cast<const char*>(from), count * static_cast<int64_t>(sizeof(S)));
 }
 
 // f(i) for vectors from the first element on.

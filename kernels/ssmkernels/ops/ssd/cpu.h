@@ -254,8 +254,7 @@ struct Outputs {
             }
             clear_steps(a, t, M);
         }
-        product<S>({shared.C_turned, 1, a.chunk}, state, width, Y, width, t.tokens, width, a.n, panel, 0,
-                {false, S(0)}, nullptr, coming);
+        product(Left<S>{shared.C_turned, 1, a.chunk}, state, width, Y, width, t.tokens, width, a.n, panel);
         product<S, Shape::lower>(Left<S>{M, 1, a.chunk}, x, width, Y, width, t.tokens, width, t.tokens, panel, 1,
                               {true, S(1), steps.E}, a.direct ? nullptr : steps.scale, coming);
     }

@@ -235,6 +235,10 @@ struct Backward : BackwardMemory<S> {
         const bool past = written_past<S>(b.dx, tokens_of(a) * time, stored(a));
         for (int64_t i = 0; i < t.tokens; ++i) {
             const int64_t row = i * width;
+            if (!a.D && !a.direct) {
+                write_row(b.dx, a.dtype, dx(i), dX + row, stored(a), past, steps.scale[i]);
+                continue;
+            }
             const V scale = splat(steps.scale[i]);
             vectors<S>(width, [&](int64_t c) {
                 store(gate + c, fma(scale, load(dX + row + c), load(D + c) * load(dY + row + c)));

@@ -23,9 +23,10 @@ struct SsdBackwardArguments {
     const void *dy, *dfinal;          // (b l h p), contiguous; S: (s h p n) or null
     void *dx, *dz;                    // (b l h p); dz where there is a z
     void *ddt, *dscale, *ddirect, *dm;  // S: (b l h); the last three where there are scale, direct and m
-    void *dB, *dC;                    // of dmap_dtype: (parts b l g n), of which the first takes the sum of all, then in S
+    void *dB, *dC;                    // of dmap_dtype: (parts b l g n), where there are several in S
     void *dA, *dD, *dbias;            // S: (s h), (s h p), (s h), likewise
     void *dinitial;                   // S: (s h p n) or null
+    void *dB_sum, *dC_sum;            // the sums of several parts, laid out as each of them; otherwise null
     int64_t dmap_dtype, map_part, map_batch, map_time, map_group;  // strides of dB and dC
 };
 

@@ -56,12 +56,13 @@ void block_backward(const SsdBackwardArguments& b, const Sequence& s, const Bloc
     }
 }
 
-// Adds the parts of an array, (parts, count), to its first one, in order, from element `first` on.
+// Adds the parts of an array, (parts, count), in order, from element `first` on: into `to`, which may be the first one.
 template <class S>
-void add_parts(void* array, int64_t parts, int64_t count, int64_t first, int64_t last) {
-    S* sum = static_cast<S*>(array);
-    for (int64_t part = 1; part < parts; ++part)
-        for (int64_t i = first; i < last; ++i) sum[i] = sum[i] + sum[part * count + i];
+void add_parts(void* to, const void* array, int64_t parts, int64_t count, int64_t first, int64_t last) {
+    const S *each = static_cast<const S*>(array), *before = each;
+    S* sum = static_cast<S*>(to);
+    for (int64_t part = 1; part < parts; ++part, before = sum)
+        for (int64_t i = first; i < last; ++i) sum[i] = before[i] + each[part * count + i];
 }
 
 template <class S>
@@ -74,14 +75,14 @@ int backward(const SsdBackwardArguments& b) {
         block_backward<S>(b, sequence(a, i / blocks), block(a, i % blocks), scratch);
     });
     if (failed) return failed;
-    add_parts<S>(b.dA, a.sequences, a.heads, 0, a.heads);
-    add_parts<S>(b.dbias, a.sequences, a.heads, 0, a.heads);
-    add_parts<S>(b.dD, a.sequences, a.heads * a.p, 0, a.heads * a.p);
+    add_parts<S>(b.dA, b.dA, a.sequences, a.heads, 0, a.heads);
+    add_parts<S>(b.dbias, b.dbias, a.sequences, a.heads, 0, a.heads);
+    add_parts<S>(b.dD, b.dD, a.sequences, a.heads * a.p, 0, a.heads * a.p);
     if (parts == 1) return 0;
     const int64_t count = tokens_of(a) * a.groups * a.n, piece = 4096;
     return parallel_for(ceil_div(count, piece), a.threads, 0, [&](int64_t i, char*) {
-        add_parts<S>(b.dB, parts, count, i * piece, minimum((i + 1) * piece, count));
-        add_parts<S>(b.dC, parts, count, i * piece, minimum((i + 1) * piece, count));
+        add_parts<S>(b.dB_sum, b.dB, parts, count, i * piece, minimum((i + 1) * piece, count));
+        add_parts<S>(b.dC_sum, b.dC, parts, count, i * piece, minimum((i + 1) * piece, count));
     });
 }
 

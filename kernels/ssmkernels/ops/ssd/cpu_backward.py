@@ -45,8 +45,10 @@ def gradients(
     maps = wide if parts > 1 else a.B.dtype  # parts are added before they are rounded
     shape = (parts, batch, groups, length, n) if by_head else (parts, batch, length, groups, n)
     dB, dC = (a.x.new_empty(shape, dtype=maps) for _ in range(2))
+    # Sums of several parts lie apart, as a view would keep all parts alive
+    sums = [a.x.new_empty(shape[1:], dtype=maps) if parts > 1 else None for _ in range(2)]
     if by_head:
-        dB, dC = (t.transpose(2, 3) for t in (dB, dC))
+        dB, dC, *sums = (None if t is None else t.transpose(-3, -2) for t in (dB, dC, *sums))
     strides = dict(zip(("map_part", "map_batch", "map_time", "map_group"), dB.stride(), strict=False))
     dscale, ddirect, dm = (empty(ddt.shape) if name in also else None for name in ("scale", "direct", "m"))
     # Of no sequence at all the sums are 0
@@ -54,20 +56,19 @@ def gradients(
     dA, dbias = (per_sequence((max(s, 1), heads), dtype=wide) for _ in range(2))
     dD = per_sequence((max(s, 1), heads, int(fields["p"])), dtype=wide)
     dinitial = None if a.initial_state is None else empty(a.initial_state.shape)
-    large_pages(dx, dz, dB, dC)
+    large_pages(dx, dz, dB, dC, *sums)
     outputs = {"dx": dx, "dz": dz, "ddt": ddt, "dB": dB, "dC": dC, "dA": dA, "dD": dD, "dbias": dbias}
     outputs |= {"dinitial": dinitial, "dy": dy, "dfinal": dfinal}
-    outputs |= {"dscale": dscale, "ddirect": ddirect, "dm": dm}
+    outputs |= {"dscale": dscale, "ddirect": ddirect, "dm": dm, "dB_sum": sums[0], "dC_sum": sums[1]}
     found = {"dmap_dtype": native.DTYPES[maps]} | strides | {name: address(t) for name, t in outputs.items()}
     native.run("ssd_backward", {"y": 0, "final_state": 0} | fields | found)
-    if parts > 1:  # the first one as it is would keep all others alive
-        dB, dC = dB[:1].clone(), dC[:1].clone()
+    dB, dC = sums if parts > 1 else (dB[0], dC[0])
     return {
         "x": dx,
         "dt": ddt,
         "A": dA[0],
-        "B": dB[0],
-        "C": dC[0],
+        "B": dB,
+        "C": dC,
         "z": dz,
         "dt_bias": dbias[0],
         "D": dD[0] if a.D is None or a.D.ndim == 2 else dD[0].sum(-1),

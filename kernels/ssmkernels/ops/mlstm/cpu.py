@@ -16,8 +16,9 @@ from ssmkernels.ops.mlstm.cpu_backward import backward
 
 __all__ = ["SAVES", "backward", "empty", "forward", "missing", "unsupported"]
 
-# Scaled n·q and m, (b l h); the states before every segment of chunks, (segments h k v+1), rows as ``kept_row`` says
-SAVES = ("sums", "m", "starts")
+# Scaled n·q, m, and what it makes of the gates, (b l h) each; the states before every segment of chunks,
+# (segments h k v+1), rows as ``kept_row`` says
+SAVES = ("sums", "m", "decay", "weight", "starts")
 
 
 def unsupported(a: Any) -> str | None:
@@ -25,7 +26,7 @@ def unsupported(a: Any) -> str | None:
 
 
 def forward(a: Any, save: bool) -> tuple[Tensor, ...]:
-    y, final_C, final_n, _, sums, kept, starts = empty(a, save)
+    y, final_C, final_n, _, sums, *kept, starts = empty(a, save)
     g = gates(a)
     _call, fields, _kept = core(a, g, starts if save else None, sums)
     state = g.m.new_empty((*g.final_m.shape, a.v.shape[3] + 1, a.q.shape[3]))
@@ -33,12 +34,12 @@ def forward(a: Any, save: bool) -> tuple[Tensor, ...]:
     native.run("ssd", fields | {"y": y.data_ptr(), "final_state": state.data_ptr()})
     final_C.copy_(state[:, :, :-1].mT)
     final_n.copy_(state[:, :, -1])
-    return y, final_C, final_n, g.final_m, sums, g.m if save else kept, starts
+    return y, final_C, final_n, g.final_m, sums, *((g.m, g.decay, g.weight) if save else kept), starts
 
 
 def empty(a: Any, save: bool) -> tuple[Tensor, ...]:
-    sums, m = (a.q.new_empty(a.i.shape if save else 0, dtype=precision(a.q)) for _ in range(2))
-    return *a.declared.outputs(a), sums, m, _starts(a, save)
+    of_tokens = (a.q.new_empty(a.i.shape if save else 0, dtype=precision(a.q)) for _ in SAVES[:-1])
+    return *a.declared.outputs(a), *of_tokens, _starts(a, save)
 
 
 def _starts(a: Any, save: bool) -> Tensor:

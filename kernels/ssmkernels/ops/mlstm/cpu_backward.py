@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ssmkernels import native
 from ssmkernels.native import address
-from ssmkernels.ops.mlstm.cpu_arguments import core, gate_fields, gates
+from ssmkernels.ops.mlstm.cpu_arguments import core, gate_fields
 from ssmkernels.ops.mlstm.surroundings import gradients
 from ssmkernels.ops.ssd import cpu_backward as dual
 
@@ -19,18 +19,16 @@ class Incoming(NamedTuple):
 
 
 def backward(a: Any, saved: Any, grads: Any) -> dict[str, Tensor | None]:
-    g = gates(a)
-
     def of_recurrence(dstate: Tensor | None) -> dict[str, Any]:
-        call, fields, _kept = core(a, g, saved.starts, saved.sums)
+        call, fields, _kept = core(a, saved, saved.starts, saved.sums)
         found: dict[str, Any] = dual.gradients(call, fields, Incoming(grads.y, dstate), ("scale", "m"))
         return found | {"decay": found["dt"], "weight": found["scale"]}
 
     def of_gates(ddecay: Tensor, dweight: Tensor, dm: Tensor, dfinal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         own, _kept = gate_fields(a)
-        di, df, dinitial = (t.new_empty(t.shape) for t in (g.m, g.m, g.final_m))
+        di, df, dinitial = (t.new_empty(t.shape) for t in (dm, dm, dfinal))
         tensors = {
-            "m": g.m,
+            "m": saved.m,
             "ddecay": ddecay,
             "dweight": dweight,
             "dm": dm,

@@ -89,6 +89,11 @@ struct Backward {
                          panel, onto);
         multiply_some<S>({slopes, 1, kKeys}, q, sizes.k_row, dk + k_first, sizes.k_row, seen, sizes.k_row, rows, panel,
                          onto);
+        if (tile.follow()) {  // onto the sums where they lie
+            S* own = dq + tile.queries[0] * sizes.groups * sizes.k_row;
+            return multiply_some<S>({slopes, kKeys, 1}, keys.rows + k_first, sizes.k_row, own, sizes.k_row, rows,
+                                    sizes.k_row, seen, panel, onto);
+        }
         multiply_some<S>({slopes, kKeys, 1}, keys.rows + k_first, sizes.k_row, added, sizes.k_row, rows, sizes.k_row, seen,
                          panel);
         each_row(tile, sizes.groups, [&](int64_t row, int64_t place, Span) {

@@ -76,8 +76,13 @@ struct Forward {
         each_row(tile, sizes.groups, [&](int64_t row, int64_t place, Span span) {
             factors[row] = weigh(scores + row * kKeys, seen, span, softmaxes[place]);
         });
-        multiply_some<S>({scores, kKeys, 1}, values.rows + tile.first * sizes.v_row, sizes.v_row, added, sizes.v_row,
-                         rows, sizes.v_row, seen, panel);
+        const S* held = values.rows + tile.first * sizes.v_row;
+        if (tile.follow()) {  // onto the sums where they lie
+            S* own = sums + tile.queries[0] * sizes.groups * sizes.v_row;
+            return multiply_some<S>({scores, kKeys, 1}, held, sizes.v_row, own, sizes.v_row, rows, sizes.v_row, seen, panel,
+                                    {true, S(1), factors});
+        }
+        multiply_some<S>({scores, kKeys, 1}, held, sizes.v_row, added, sizes.v_row, rows, sizes.v_row, seen, panel);
         each_row(tile, sizes.groups, [&](int64_t row, int64_t place, Span) {
             S *to = sums + place * sizes.v_row, *from = added + row * sizes.v_row;
             const V factor = splat(factors[row]);

@@ -78,6 +78,13 @@ struct Tile {
     const int32_t* queries;  // numbers within the range
     const Span* spans;       // of each query, counted from the piece's first key
     int64_t count, first, end;
+
+    // Whether they follow one another, so that their rows of the range lie as the tile's own do.
+    bool follow() const {
+        for (int64_t i = 1; i < count; ++i)
+            if (queries[i] != queries[0] + i) return false;
+        return true;
+    }
 };
 
 // call(row of the tile, row within the range, span) for all of a tile.

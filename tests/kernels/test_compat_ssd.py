@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ssmkernels.compat import _update
 from ssmkernels.compat.mamba_ssm import (
     mamba_chunk_scan_combined,
     mamba_chunk_scan_combined_ref,
@@ -148,3 +149,51 @@ def test_a_token_with_one_decay_a_head(dtype, rows, monkeypatch):
         assert not y[1].any()
         torch.testing.assert_close(state[2].double(), h[0], **tolerance)
         assert torch.equal(state[:2], before[:2])
+
+
+def _token_of_heads(h=4, p=6, n=5, b=2) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return {
+        "state": torch.randn(b, h, p, n),
+        "x": torch.randn(b, h, p),
+        "dt": torch.randn(b, h)[..., None].expand(-1, -1, p),
+        "A": (-torch.rand(h))[:, None, None].expand(-1, p, n),
+        "B": torch.randn(b, 1, n),
+        "C": torch.randn(b, 1, n),
+        "D": torch.randn(h)[:, None].expand(-1, p),
+        "dt_bias": torch.randn(h)[:, None].expand(-1, p),
+    }
+
+
+@pytest.mark.parametrize("softplus", [False, True])
+@pytest.mark.parametrize("axes", [2, 3])
+def test_usual_token_of_heads_goes_straight_to_the_step(monkeypatch, softplus, axes):
+    given = _token_of_heads()
+    if axes == 2:
+        given |= {name: given[name][:, 0] for name in ("B", "C")}
+    general = given | {"state": given["state"].clone()}
+    expected = selective_state_update(**general, dt_softplus=softplus)  # gradients are on: the general way
+    monkeypatch.setattr(_update, "check_shapes", None)
+    with torch.no_grad():
+        found = selective_state_update(**given, dt_softplus=softplus)
+    assert torch.equal(found, expected)
+    assert torch.equal(given["state"], general["state"])
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("x", (2, 4, 7)),
+        ("dt", (2, 3, 6)),
+        ("A", (4, 6, 4)),
+        ("B", (2, 1, 4)),
+        ("C", (3, 5)),
+        ("D", (4, 5)),
+        ("dt_bias", (3, 6)),
+    ],
+)
+def test_other_shapes_of_a_token_are_refused_without_gradients_too(name, shape):
+    given = _token_of_heads()
+    given[name] = torch.zeros(shape[:1]).view(-1, *[1] * (len(shape) - 1)).expand(shape)
+    with torch.no_grad(), pytest.raises(ValueError, match=f"`{name}`"):
+        selective_state_update(**given)

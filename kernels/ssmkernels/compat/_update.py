@@ -19,6 +19,8 @@ def update(a: Any) -> Tensor:
 
     Heads become channels: a head's p channels have their own rows of A, and g groups of heads are g groups of channels.
     """
+    if _of_heads(a):
+        return head_step(a, a.state, torch.float32)
     of_state = "b p n | b h p n" if a.state_batch_indices is None else "s p n | s h p n"
     heads = a.state.shape[1] if isinstance(a.state, Tensor) and a.state.ndim == 4 else 1
     each = "b h p" if heads > 1 else "b p | b 1 p"
@@ -63,6 +65,30 @@ def update(a: Any) -> Tensor:
     elif held is not a.state:
         a.state.copy_(held.reshape(shape))
     return y.to(a.x.dtype).reshape(a.x.shape)
+
+
+def _of_heads(a: Any) -> bool:
+    """Whether a call is Mamba-2's usual token in float32: nothing is left to convert, nor to check before ssd's step.
+
+    A model asks at each token of each layer, and the general way takes a good part of the step's time.
+    """
+    given = (a.state, a.x, a.dt, a.A, a.B, a.C, a.D, a.dt_bias)
+    if torch.is_grad_enabled() or a.z is not None or a.state_batch_indices is not None:
+        return False
+    if not all(isinstance(t, Tensor) and t.dtype == torch.float32 for t in given) or a.state.ndim != 4:
+        return False
+    b, h, p, n = a.state.shape
+    return (
+        type(a.dt_softplus) is bool
+        and h > 1
+        and 0 not in a.state.shape
+        and a.x.shape == a.dt.shape == (b, h, p)
+        and a.A.shape == (h, p, n)
+        and a.D.shape == a.dt_bias.shape == (h, p)
+        and a.B.shape == a.C.shape
+        and a.B.shape in ((b, n), (b, 1, n))
+        and heads_alone(a)
+    )
 
 
 def _by_channels(a: Any, held: Tensor, dtype: torch.dtype, differentiable: bool) -> tuple[Tensor, Tensor]:

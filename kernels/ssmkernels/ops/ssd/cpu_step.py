@@ -30,6 +30,8 @@ def prepared(a: Any) -> Prepared:
     D, dt_bias = (None if t is None else plain(t, wide) for t in (a.D, a.dt_bias))
     y = x.new_empty(x.shape)
     batch, heads, p, n = own.shape
+    # Below twice the usual size a core is done before another that PyTorch's threads keep busy has begun.
+    threads = native.threads(own.numel() // 2)
     return Prepared(
         "ssd_step",
         {
@@ -51,7 +53,7 @@ def prepared(a: Any) -> Prepared:
             "groups": B.shape[1],
             "skip": p if D is not None and D.ndim == 2 else 1,
             "softplus": a.dt_softplus,
-            "threads": native.threads(own.numel()),
+            "threads": threads,
             "x_batch": x.stride(0),
             "z_batch": 0 if z is None else z.stride(0),
             "dt_batch": dt.stride(0),

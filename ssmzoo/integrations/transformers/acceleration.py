@@ -14,7 +14,7 @@ from torch import nn
 from ssmkernels.core.names import unknown
 from ssmzoo.integrations.transformers.functions import supplied
 from ssmzoo.integrations.transformers.imports import forget_imports, loaded, watch_imports
-from ssmzoo.integrations.transformers.linears import replace_forward, restore_forward
+from ssmzoo.integrations.transformers.linears import put_over_maps, replace_forward, restore_forward
 from ssmzoo.integrations.transformers.lookups import installed, installed_families, lookups_of, published
 from ssmzoo.integrations.transformers.methods import MAPS, METHODS, methods, methods_of
 from ssmzoo.screen import printable
@@ -33,7 +33,7 @@ class Row:
         family: transformers' name of it, its folder in ``transformers.models``.
         function: what transformers looks up, or the method that was replaced.
         runs: what runs in its place.
-        why: what speaks against ours; empty where ours runs.
+        why: what speaks against ours, such as a method that somebody has put there; empty where ours runs.
     """
 
     family: str
@@ -179,8 +179,18 @@ def _rows(family: str) -> list[Row]:
             rows.append(Row(family, function, "transformers' own", "ssmkernels has no such function"))
         else:
             rows.append(Row(family, function, ours.runs))
-    rows += [Row(family, method.name, method.runs) for method in (*methods(family), MAPS)]
+    stays = _stays(family)
+    for method in (*methods(family), MAPS):
+        why = stays.get(method.name, "")
+        rows.append(Row(family, method.name, "somebody else's" if why else method.runs, why))
     return rows
+
+
+def _stays(family: str) -> dict[str, str]:
+    """The methods in whose place somebody else's runs, and whose it is."""
+    modules = [module for name, module in loaded() if name == family]
+    found = {there.method.name: there.stays for module in modules for there in methods_of(family, module)}
+    return {**found, MAPS.name: put_over_maps()}
 
 
 def _refresh_all() -> None:

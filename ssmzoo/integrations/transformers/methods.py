@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from types import CellType, ModuleType
+from types import CellType, FunctionType, ModuleType
 from typing import Any
 
 from ssmzoo.integrations.transformers.attentions import FAMILIES, interfaces
@@ -35,6 +35,7 @@ class Method:
         make: takes the original and gives what takes its place.
         runs: what it does, for people.
         over_time: whether it is what a family runs over a sequence, rather than what its layers share with others.
+        calls: whether what is made calls the original, whatever it is.
     """
 
     owner: str
@@ -42,6 +43,7 @@ class Method:
     make: Callable[[Function], Function]
     runs: str
     over_time: bool = True
+    calls: bool = False
 
     @property
     def name(self) -> str:
@@ -49,7 +51,8 @@ class Method:
 
     def over(self, original: Function) -> Function:
         """What takes the original's place: itself where somebody has replaced it and ours would not call theirs."""
-        return self.make(original) if self.make in _CALLING or _is_published(original) else original
+        calls = self.calls or self.make in _CALLING
+        return self.make(original) if calls or _is_published(original) else original
 
 
 # Those that call the original whatever it is
@@ -118,29 +121,71 @@ class Replaceable:
         self.owner, self.method = owner, method
         self.own = vars(owner).get(method.attribute)
         self.inner = _checkpointed(self.own)
-        self.replaced: Function | None = None  # what was there before
+        self.replaced: Any = None  # what was there before
+        self.placed: Any = None  # ours, which stays within what somebody has put over it
+        self.over_ours: Any = None  # what somebody had put over ours when it was to go
+        self.active = False
 
     def replace(self) -> None:
-        if self.replaced is None:
-            original = getattr(self.owner, self.method.attribute) if self.inner is None else self.inner.cell_contents
-            ours = self.method.over(original)
-            if ours is not original:
-                self.replaced = original
-                self._put(ours)
+        if self.active:
+            return
+        here = self._here()
+        if self.placed is not None and (here is self.placed or here is self.over_ours):
+            self.active = True  # once more within what has stayed
+            return
+        ours = self.method.over(here)
+        if ours is not here:
+            self.replaced, self.placed, self.over_ours = here, self._while_active(ours, here), None
+            self.active = True
+            self._put(self.placed)
 
     def restore(self) -> None:
-        if self.replaced is not None:
-            if self.own is None:
-                delattr(self.owner, self.method.attribute)
-            else:
-                self._put(self.replaced)
-            self.replaced = None
+        """What somebody has put over ours since stays, and calls what was there before ours."""
+        if not self.active:
+            return
+        self.active, here = False, self._here()
+        if here is not self.placed:
+            self.over_ours = here
+            return
+        if self.own is None:
+            delattr(self.owner, self.method.attribute)
+        else:
+            self._put(self.replaced)
 
-    def _put(self, function: Function) -> None:
+    @property
+    def stays(self) -> str:
+        """Whose function runs in the place of ours; empty where ours does, or would."""
+        here = self._here()
+        if self.active and here is not self.placed:
+            return f"{_whose(here)} was put over ours"
+        if not self.active and here is not self.placed and self.method.over(here) is here:
+            return f"{_whose(here)} was there before"
+        return ""
+
+    def _while_active(self, ours: Any, original: Any) -> Any:
+        """Ours until :meth:`restore`, for whoever holds it longer."""
+        if not isinstance(original, FunctionType):
+            return ours  # a table, which has no calls of its own
+
+        @functools.wraps(ours)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return ours(*args, **kwargs) if self.active else original(*args, **kwargs)
+
+        return forward
+
+    def _here(self) -> Any:
+        return getattr(self.owner, self.method.attribute) if self.inner is None else self.inner.cell_contents
+
+    def _put(self, function: Any) -> None:
         if self.inner is None:
             setattr(self.owner, self.method.attribute, function)
         else:
             self.inner.cell_contents = function
+
+
+def _whose(function: Any) -> str:
+    name = getattr(function, "__qualname__", type(function).__name__)
+    return f"{getattr(function, '__module__', None) or type(function).__module__}.{name}"
 
 
 def _checkpointed(function: Any) -> CellType | None:
@@ -185,4 +230,4 @@ def _within(method: Method) -> Method:
     def within_ours(original: Function) -> Function:
         return within(method.over(original))
 
-    return dataclasses.replace(method, make=within_ours)
+    return dataclasses.replace(method, make=within_ours, calls=True)

@@ -17,7 +17,9 @@ namespace {
 
 template <class T>
 int few_rows(const ProductArguments& a) {
-    const T* x = static_cast<const T*>(a.x);
+    Inputs<T> x(a.rows, a.size);
+    if (!x.ready()) return kOutOfMemory;
+    x.take(static_cast<const T*>(a.x), a.size);
     parallel_stage(ceil_div(a.outputs, kTile), a.threads, [&](int64_t i, int) {
         product_part<T>(a.weight, a.bias, x, a.rows, a.size, a.outputs, kTile, i, static_cast<T*>(a.y), a.outputs);
     });

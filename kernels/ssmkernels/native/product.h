@@ -1,6 +1,7 @@
 // A weight matrix times a few rows: bound by memory, so that each weight is read once, as it lies.
 #pragma once
 
+#include "inputs.h"
 #include "math.h"
 #include "tiles.h"
 
@@ -65,13 +66,6 @@ SSMZOO_INLINE void add_products(const T* const* rows, const S* x, int64_t size, 
     for (int i = 0; i < kOutputs; ++i) done(i, sums[0][i] + sums[1][i]);
 }
 
-// Rows of the input that share each read of the weights: as many as there are registers for their sums.
-#if SSMZOO_VECTOR_BYTES == 64 || defined(__aarch64__)
-constexpr int64_t kShared = 4;
-#else
-constexpr int64_t kShared = 3;
-#endif
-constexpr int64_t kRowsTogether = 16;  // rows whose sums are kept while the weights of kOutputs outputs are in a fast cache
 constexpr int64_t kStretch = 768;  // inputs at once, a multiple of every step: so many weights stay in the fastest cache
 
 // Lines of the weights that come next, asked for at an even pace while several rows of x are multiplied with the present
@@ -124,11 +118,16 @@ SSMZOO_INLINE void sum_each(const typename Lanes<S>::V* sums, S* to) {
     if constexpr (n > here) sum_each<S, n - here>(sums + here, to + here);
 }
 
-// add_products' sums of R rows of x, `row` apart, over `length` inputs, onto the halves in `kept`, or onto 0 where they
-// begin here. Where they end here, done(r, sums) with those of the kOutputs outputs.
+// Where a block's vectors lie: numbers from a row to the next, from the first half to the second, from a step to the next.
+struct Strides {
+    int64_t row, half, step;
+};
+
+// add_products' sums of R rows of x over `length` inputs, onto the halves in `kept`, or onto 0 where they begin here.
+// Where they end here, done(r, sums) with those of the kOutputs outputs.
 template <class T, class S, int R, class Done>
-SSMZOO_INLINE Pace add_block(const T* const* weights, const S* x, int64_t row, int64_t length, bool begins, bool ends,
-                             typename Lanes<S>::V (*kept)[R][kOutputs], Pace pace, const Done& done) {
+SSMZOO_INLINE Pace add_block(const T* const* weights, const S* x, Strides strides, int64_t length, bool begins,
+                             bool ends, typename Lanes<S>::V (*kept)[R][kOutputs], Pace pace, const Done& done) {
     using V = typename Lanes<S>::V;
     constexpr int64_t lanes = Lanes<S>::count;
     for (int64_t half = 0; half < 2; ++half) {
@@ -137,11 +136,11 @@ SSMZOO_INLINE Pace add_block(const T* const* weights, const S* x, int64_t row, i
             for (int i = 0; i < kOutputs; ++i) sum[r][i] = begins ? V{} : kept[half][r][i];
         const T* from[kOutputs];
         for (int i = 0; i < kOutputs; ++i) from[i] = weights[i] + half * lanes;
-        const S* own = x + half * lanes;
-        for (int64_t k = 0; k < length; k += 2 * lanes) {
+        const S* own = x + half * strides.half;
+        for (int64_t k = 0; k < length; k += 2 * lanes, own += strides.step) {
             pace.fetch();
             V v[R];
-            for (int r = 0; r < R; ++r) v[r] = load(own + r * row + k);
+            for (int r = 0; r < R; ++r) v[r] = load(own + r * strides.row);
             for (int i = 0; i < kOutputs; ++i) {
                 const V weight = read(from[i] + k);
                 for (int r = 0; r < R; ++r) sum[r][i] = fma(weight, v[r], sum[r][i]);
@@ -161,9 +160,9 @@ SSMZOO_INLINE Pace add_block(const T* const* weights, const S* x, int64_t row, i
     return pace;
 }
 
-// add_products for several rows of x, `row` apart, at most kRowsTogether: the same additions in the same order, so that
-// each row gets the bits that it gets alone; done(r, sums) with the numbers themselves. `next` are the weights that will
-// be read after these.
+// add_products for several rows of x, at most kRowsTogether, as Inputs has them: the same additions in the same order, so
+// that each row gets the bits that it gets alone; done(r, sums) with the numbers themselves. `next` are the weights that
+// will be read after these.
 template <class T, class S, class Done>
 SSMZOO_INLINE void add_products_of_rows(const T* const* weights, const S* x, int64_t row, int64_t count, int64_t size,
                                         const T* next, const Done& done) {
@@ -172,16 +171,17 @@ SSMZOO_INLINE void add_products_of_rows(const T* const* weights, const S* x, int
     static_assert(kStretch % step == 0, "stretches are whole steps");
     V kept[2 * kRowsTogether][kOutputs];
     const int64_t blocks = ceil_div(count, kShared), whole = size / step * step;
-    const auto stretch = [&](const T* const* from, const S* by, int64_t by_row, int64_t length, bool begins, bool ends,
-                             const T* then) {
+    // `by`, rows `by_row` apart, from input k on
+    const auto stretch = [&](const T* const* from, const S* by, int64_t by_row, int64_t k, int64_t length, bool begins,
+                             bool ends, const T* then) {
         constexpr int64_t bytes = sizeof(T);
         Pace pace(blocks > 1, then, size * bytes, then ? minimum(kStretch, size) * bytes : 0, 2 * blocks * (length / step));
-        for (int64_t n = 0; n < blocks; ++n) {  // of sizes that differ by one at most
-            const int64_t r = count * n / blocks, rows = count * (n + 1) / blocks - r;
+        blocks_of_rows(count, [&](int64_t r, int64_t rows) {
             const auto block = [&](auto number) {
                 constexpr int R = decltype(number)::value;
-                pace = add_block<T, S, R>(from, by + r * by_row, by_row, length, begins, ends,
-                                          reinterpret_cast<V(*)[R][kOutputs]>(kept + 2 * r), pace,
+                const Strides lined = {lanes, by_row / 2 * R, R * lanes}, as_they_lie = {by_row, lanes, step};
+                pace = add_block<T, S, R>(from, by + r * by_row + (kLined ? k / 2 * R : k), kLined ? lined : as_they_lie,
+                                          length, begins, ends, reinterpret_cast<V(*)[R][kOutputs]>(kept + 2 * r), pace,
                                           [&](int64_t i, const S* sums) { done(r + i, sums); });
             };
             if (rows == 1) block(Number<1>());
@@ -189,32 +189,33 @@ SSMZOO_INLINE void add_products_of_rows(const T* const* weights, const S* x, int
             if (rows == 3) block(Number<3>());
             if constexpr (kShared > 3)
                 if (rows == 4) block(Number<4>());
-        }
+        });
     };
     for (int64_t k = 0; k < whole; k += kStretch) {
         const T* from[kOutputs] = {weights[0] + k, weights[1] + k, weights[2] + k, weights[3] + k};
         const int64_t after = k + kStretch;
         const T* then = blocks == 1 ? next + kOutputs * k : after < size ? weights[0] + after : next;
-        stretch(from, x + k, row, minimum(kStretch, whole - k), k == 0, whole == size && after >= size, then);
+        stretch(from, x, row, k, minimum(kStretch, whole - k), k == 0, whole == size && after >= size, then);
     }
     if (whole < size || size == 0) {
         T rest[kOutputs][step];
-        S rest_of_x[kRowsTogether][step];
         memset(rest, 0, sizeof rest);
-        memset(rest_of_x, 0, sizeof rest_of_x);
         for (int64_t i = 0; i < kOutputs; ++i)
             memcpy(rest[i], weights[i] + whole, static_cast<size_t>(size - whole) * sizeof(T));
+        const T* from[kOutputs] = {rest[0], rest[1], rest[2], rest[3]};
+        if (kLined && size > 0) return stretch(from, x, row, whole, step, whole == 0, true, nullptr);
+        S rest_of_x[kRowsTogether][step];
+        memset(rest_of_x, 0, sizeof rest_of_x);
         for (int64_t r = 0; r < count; ++r)
             memcpy(rest_of_x[r], x + r * row + whole, static_cast<size_t>(size - whole) * sizeof(S));
-        const T* from[kOutputs] = {rest[0], rest[1], rest[2], rest[3]};
-        stretch(from, rest_of_x[0], step, step, whole == 0, true, nullptr);
+        stretch(from, rest_of_x[0], step, 0, step, whole == 0, true, nullptr);
     }
 }
 
-// weight (outputs size) times `from` (b size), plus a bias, for outputs [first, last); put(batch, output, values, count)
+// weight (outputs size) times x (b size), plus a bias, for outputs [first, last); put(batch, output, values, count)
 // takes kOutputs of them, or as many as there are. A row's bits do not depend on how many rows there are.
 template <class T, class S, class Store>
-void product(const void* weight, const void* bias, const S* from, int64_t batch, int64_t size, int64_t first,
+void product(const void* weight, const void* bias, const Inputs<S>& x, int64_t batch, int64_t size, int64_t first,
              int64_t last, const Store& put) {
     using V = typename Lanes<S>::V;
     for (int64_t o = first; o < last; o += kOutputs) {
@@ -234,13 +235,13 @@ void product(const void* weight, const void* bias, const S* from, int64_t batch,
             V sums[kOutputs];
             S each[kOutputs];
             Ahead ahead(rows[0], kOutputs * size * static_cast<int64_t>(sizeof(T)));
-            add_products(rows, from, size, ahead, [&](int i, V sum) { sums[i] = sum; });
+            add_products(rows, x.from(0), size, ahead, [&](int i, V sum) { sums[i] = sum; });
             sum_each<S, kOutputs>(sums, each);
             give(0, each);
             continue;
         }
         for (int64_t b = 0; b < batch; b += kRowsTogether)
-            add_products_of_rows(rows, from + b * size, size, minimum(kRowsTogether, batch - b), size,
+            add_products_of_rows(rows, x.from(b), x.size(), minimum(kRowsTogether, batch - b), size,
                                  b + kRowsTogether < batch ? rows[0] : rows[0] + kOutputs * size,
                                  [&](int64_t r, const S* sums) { give(b + r, sums); });
     }
@@ -248,7 +249,7 @@ void product(const void* weight, const void* bias, const S* from, int64_t batch,
 
 // A part of the outputs: those of number `part` where each part has `each`, rounded into y, whose rows are `row` apart.
 template <class T, class S, class Y>
-void product_part(const void* weight, const void* bias, const S* from, int64_t batch, int64_t size, int64_t outputs,
+void product_part(const void* weight, const void* bias, const Inputs<S>& x, int64_t batch, int64_t size, int64_t outputs,
                   int64_t each, int64_t part, Y* y, int64_t row) {
     const auto put = [&](int64_t b, int64_t o, const S* values, int64_t count) {
         Y* to = y + b * row + o;
@@ -257,7 +258,7 @@ void product_part(const void* weight, const void* bias, const S* from, int64_t b
         else
             for (int64_t i = 0; i < count; ++i) narrow(values[i], to + i);
     };
-    product<T>(weight, bias, from, batch, size, part * each, minimum(outputs, (part + 1) * each), put);
+    product<T>(weight, bias, x, batch, size, part * each, minimum(outputs, (part + 1) * each), put);
 }
 
 }  // namespace SSMZOO_ISA

@@ -86,6 +86,8 @@ int gated_deltanet_step(const GatedDeltanetStepArguments& a) {
     typedef typename Sum<T>::type S;
     const Layer<S> layer(a);
     const int64_t i = layer.i, j = layer.j;
+    Inputs<S> inputs(a.batch, a.m > j ? a.m : j);
+    if (!inputs.ready()) return kOutOfMemory;
     for (int64_t b = 0; b < a.batch; ++b)
         for (int64_t k = 0; k < a.m; k += Lanes<S>::count)
             write_some(layer.x + b * a.m + k, read_some(at<T>(a.x, b * a.x_batch + k), a.m - k), a.m - k);
@@ -96,10 +98,11 @@ int gated_deltanet_step(const GatedDeltanetStepArguments& a) {
                               {a.b_proj, a.heads, 2 * (i + j)}, {a.a_proj, a.heads, 2 * (i + j) + a.heads}};
     int64_t pieces = 0;
     for (const Projection& p : all) pieces += ceil_div(p.rows, together);
+    inputs.take(layer.x, a.m);
     stage(pieces, [&](int64_t task, int) {
         const Projection* p = all;
         for (; task >= ceil_div(p->rows, together); ++p) task -= ceil_div(p->rows, together);
-        product_part<T>(p->weight, nullptr, layer.x, a.batch, a.m, p->rows, together, task,
+        product_part<T>(p->weight, nullptr, inputs, a.batch, a.m, p->rows, together, task,
                         layer.projected + p->place, layer.outputs);
     });
     void* const states[] = {a.q_state, a.k_state, a.v_state};
@@ -125,8 +128,9 @@ int gated_deltanet_step(const GatedDeltanetStepArguments& a) {
         const S* gate = layer.projected + own / a.heads * layer.outputs + 2 * i + j + own % a.heads * a.values;
         norm_group<S>(static_cast<const S*>(o), gate, false, at<S>(a.norm_weight, 0), o, a.values, a.eps);
     });
+    inputs.take(layer.o, j);
     stage(ceil_div(a.m, together), [&](int64_t task, int) {
-        product_part<T>(a.o_proj, nullptr, layer.o, a.batch, j, a.m, together, task, static_cast<T*>(a.y), a.m);
+        product_part<T>(a.o_proj, nullptr, inputs, a.batch, j, a.m, together, task, static_cast<T*>(a.y), a.m);
     });
     return 0;
 }

@@ -67,14 +67,17 @@ template <class T>
 int mamba2_step(const Mamba2StepArguments& a) {
     typedef typename Sum<T>::type S;
     const Between<S> between(a);
+    Inputs<S> inputs(a.batch, a.m > between.f ? a.m : between.f);
+    if (!inputs.ready()) return kOutOfMemory;
     const int64_t c = between.c, d = between.d, f = between.f, tiles = ceil_div(c, kTile);
     for (int64_t b = 0; b < a.batch; ++b)
         for (int64_t k = 0; k < a.m; k += Lanes<S>::count)
             write_some(between.x + b * a.m + k, read_some(at<T>(a.x, b * a.x_batch + k), a.m - k), a.m - k);
     const auto stage = [&](int64_t tasks, const auto& task) { parallel_stage(tasks, a.threads, task); };
     constexpr int64_t together = 4 * kOutputs;
+    inputs.take(between.x, a.m);
     stage(ceil_div(a.outputs, together), [&](int64_t i, int) {
-        product_part<T>(a.in_proj, a.in_bias, between.x, a.batch, a.m, a.outputs, together, i, between.projected,
+        product_part<T>(a.in_proj, a.in_bias, inputs, a.batch, a.m, a.outputs, together, i, between.projected,
                         a.outputs);
     });
     stage(a.batch * tiles, [&](int64_t i, int thread) {
@@ -101,8 +104,9 @@ int mamba2_step(const Mamba2StepArguments& a) {
             gate_channels(outputs, gate + first, size);
         }
     });
+    inputs.take(between.y, f);
     stage(ceil_div(a.m, together), [&](int64_t i, int) {
-        product_part<T>(a.out_proj, a.out_bias, between.y, a.batch, f, a.m, together, i, static_cast<T*>(a.y), a.m);
+        product_part<T>(a.out_proj, a.out_bias, inputs, a.batch, f, a.m, together, i, static_cast<T*>(a.y), a.m);
     });
     return 0;
 }

@@ -108,14 +108,17 @@ int mamba_step(const MambaStepArguments& a) {
     typedef typename Sum<T>::type S;
     constexpr int64_t lanes = Lanes<S>::count;
     const Between<S> between(a);
+    Inputs<S> inputs(a.batch, a.m > a.d ? a.m : a.d);
+    if (!inputs.ready()) return kOutOfMemory;
     const int64_t tiles = ceil_div(a.d, kTile), rows = a.rank + 2 * a.n;
     const int64_t spare = (a.width + 1 > a.n ? a.width + 1 : a.n) * kTile;  // of each thread
     for (int64_t b = 0; b < a.batch; ++b)
         for (int64_t k = 0; k < a.m; k += lanes)
             write_some(between.x + b * a.m + k, read_some(at<T>(a.x, b * a.x_batch + k), a.m - k), a.m - k);
     const auto stage = [&](int64_t tasks, const auto& task) { parallel_stage(tasks, a.threads, task); };
+    inputs.take(between.x, a.m);
     stage(ceil_div(2 * a.d, kTile), [&](int64_t i, int) {
-        product_part<T>(a.in_proj, a.in_bias, between.x, a.batch, a.m, 2 * a.d, kTile, i, between.xz, 2 * a.d);
+        product_part<T>(a.in_proj, a.in_bias, inputs, a.batch, a.m, 2 * a.d, kTile, i, between.xz, 2 * a.d);
     });
     stage(tiles * ceil_div(a.batch, kSequences), [&](int64_t i, int thread) {
         const int64_t first = i % tiles * kTile, channels = minimum(kTile, a.d - first), b0 = i / tiles * kSequences;
@@ -126,8 +129,9 @@ int mamba_step(const MambaStepArguments& a) {
             conv_step_with(weights, static_cast<S*>(a.conv_state) + b * (a.width - 1) * a.d + first, a.d,
                            between.xz + b * 2 * a.d + first, a.width, true, between.inputs + b * a.d + first, channels);
     });
+    inputs.take(between.inputs, a.d);
     stage(ceil_div(rows, 2 * kOutputs), [&](int64_t i, int) {
-        product_part<T>(a.x_proj, nullptr, between.inputs, a.batch, a.d, rows, 2 * kOutputs, i, between.maps, rows);
+        product_part<T>(a.x_proj, nullptr, inputs, a.batch, a.d, rows, 2 * kOutputs, i, between.maps, rows);
     });
     if (a.normalised) stage(a.batch, [&](int64_t b, int) { normalise(a, between.maps + b * rows); });
     stage(tiles * ceil_div(a.batch, kSequences), [&](int64_t i, int thread) {
@@ -140,8 +144,9 @@ int mamba_step(const MambaStepArguments& a) {
                 advance<T>(a, between, b, first, minimum(end - first, lanes), rates + (first - tile) * a.n,
                            b + 1 < b1 ? a.d * a.n : 0);
     });
+    inputs.take(between.y, a.d);
     stage(ceil_div(a.m, 4 * kOutputs), [&](int64_t i, int) {
-        product_part<T>(a.out_proj, a.out_bias, between.y, a.batch, a.d, a.m, 4 * kOutputs, i, static_cast<T*>(a.y),
+        product_part<T>(a.out_proj, a.out_bias, inputs, a.batch, a.d, a.m, 4 * kOutputs, i, static_cast<T*>(a.y),
                         a.m);
     });
     return 0;

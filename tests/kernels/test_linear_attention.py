@@ -49,6 +49,19 @@ def test_lengths_around_a_chunk(l, scan, arguments, run, assert_same):
 
 
 @EVERY
+@DECAYS
+def test_a_decay_that_nobody_differentiates_changes_no_other_gradient(decay, scan, arguments):
+    """The layers of MiniMax have one, and kernels leave out what it would take."""
+    made = arguments(decay=decay, l=37)
+    found = []
+    for leaves in (made, {name: a for name, a in made.items() if name != "log_decay"}):
+        given = made | {name: a.clone().requires_grad_() for name, a in leaves.items()}
+        sum(x.sin().sum() for x in scan(**given)).backward()
+        found.append({name: given[name].grad for name in leaves})
+    assert all(torch.equal(gradient, found[0][name]) for name, gradient in found[1].items())
+
+
+@EVERY
 @pytest.mark.parametrize("decay", ["token", "key"])
 def test_decays_of_0_and_minus_100_in_one_chunk(decay, scan, arguments, run, assert_same):
     """Gradients included; whatever follows a decay of 0 has lost no digits to one of -100 before it."""

@@ -22,7 +22,7 @@ struct LinearAttentionBackwardArguments {
     LinearAttentionArguments forward;  // whose outputs are not looked at
     const void *d_o, *d_final;         // (b l h v), contiguous; S: (s h k v) or null
     void *dq, *dk, *dv;                // (b l h k) of dtype `maps`, likewise; (b l h v)
-    void *d_decay;                     // S: (s h), (b l h) or (b l h k); null where there is no decay
+    void *d_decay;                     // S: (s h), (b l h) or (b l h k); null where nobody wants it
     void *d_bonus, *d_initial;         // S: (s h k) where there is a bonus; (s h k v) or null
     int64_t maps;
 };
@@ -43,6 +43,7 @@ struct Backward {
     S *before, *after;                   // (value, key): the state before the chunk, the gradient of that after it
     S *kept, *sums, *d_bonus, *line;     // a tile's states (c, columns, vectors); its sums of dv, a vector each; (key)
     S* room;                             // a vector of rows of a state
+    bool decays;                         // whether anybody wants the gradient of a decay
 
     int64_t take(S* p, const LinearAttentionArguments& a) {
         Memory<S> memory = {p, 0};
@@ -70,7 +71,7 @@ struct Backward {
         for (int64_t i = 0; i < count; ++i) {
             const int64_t row = i * rows.key + key;
             const S *v = rows.v + i * rows.value + value, *g = d_o + i * rows.value + value;
-            S* to = kept + i * kColumns * K * lanes;
+            S* to = kept + (decays ? i * kColumns * K * lanes : 0);
             V total[K], k[K], w[K];
             for (int n = 0; n < K; ++n) {
                 total[n] = load(dq + row + n * lanes);
@@ -99,7 +100,7 @@ struct Backward {
         for (int64_t i = count - 1; i >= 0; --i) {
             const int64_t row = i * rows.key + key;
             const S *v = rows.v + i * rows.value + value, *g = d_o + i * rows.value + value;
-            const S* from = kept + i * kColumns * K * lanes;
+            const S* from = kept + (decays ? i * kColumns * K * lanes : 0);
             S* sum = sums + i * kColumns * lanes;
             V of_key[K], of_decay[K];
             for (int n = 0; n < K; ++n) {
@@ -186,6 +187,7 @@ void head_backward(const LinearAttentionBackwardArguments& b, const HeadSequence
     const LinearAttentionArguments& a = b.forward;
     Backward<S> w;
     w.take(reinterpret_cast<S*>(scratch), a);
+    w.decays = b.d_decay != nullptr;
     const int64_t key = w.rows.key, value = w.rows.value, size = a.keys * a.values, own = s.index * a.heads + head;
     const auto clear = [](S* p, int64_t count) { memset(p, 0, sizeof(S) * static_cast<size_t>(count)); };
     w.rows.begin(a, head);
@@ -222,7 +224,7 @@ void head_backward(const LinearAttentionBackwardArguments& b, const HeadSequence
             write_row(b.dq, b.maps, place * a.keys, dq, a.keys);
             write_row(b.dk, b.maps, place * a.keys, w.dk + i * key, a.keys);
             write_row(b.dv, a.dtype, place * a.values, w.dv + i * value, a.values);
-            if (!a.log_decay) continue;
+            if (!w.decays) continue;
             S* to = static_cast<S*>(b.d_decay);
             if (a.per_key)
                 memcpy(to + place * a.keys, decay, sizeof(S) * static_cast<size_t>(a.keys));
@@ -232,7 +234,7 @@ void head_backward(const LinearAttentionBackwardArguments& b, const HeadSequence
                 of_head = of_head + w.sum(decay);
         }
     }
-    if (a.log_decay && !a.per_token) static_cast<S*>(b.d_decay)[own] = of_head;
+    if (w.decays && !a.per_token) static_cast<S*>(b.d_decay)[own] = of_head;
     if (a.bonus)
         memcpy(static_cast<S*>(b.d_bonus) + own * a.keys, w.d_bonus, sizeof(S) * static_cast<size_t>(a.keys));
     if (b.d_initial) transpose(static_cast<S*>(b.d_initial) + own * size, a.values, w.after, key, a.values, a.keys);

@@ -26,7 +26,7 @@ def backward(a: Any, saved: Any, grads: Any) -> dict[str, Tensor | None]:
     # One for each sequence, of which there may be none
     of_heads = functools.partial(a.v.new_zeros if s == 0 else a.v.new_empty, dtype=wide)
     d_decay = d_bonus = d_initial = None
-    if a.log_decay is not None:
+    if a.log_decay is not None and "log_decay" in grads.wanted:
         fixed = a.log_decay.ndim == 1
         d_decay = of_heads((max(s, 1), heads)) if fixed else a.v.new_empty(a.log_decay.shape, dtype=wide)
     if a.bonus is not None:

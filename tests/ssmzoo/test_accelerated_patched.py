@@ -134,6 +134,12 @@ def test_maps_patched_before(monkeypatch):
         assert torch.nn.Linear.forward is theirs
 
 
+def test_maps_called_through_something_that_has_no_name(monkeypatch):
+    monkeypatch.setattr(torch.nn.Linear, "forward", functools.partial(torch.nn.Linear.forward))
+    with accelerate("mamba") as running:
+        assert why_not(running, "Linear.forward") == "functools.partial is there"
+
+
 @WAYS
 @pytest.mark.parametrize("family", known_families())
 def test_every_method(family, wraps):

@@ -79,4 +79,10 @@ def restore_forward() -> None:
 def put_over_maps() -> str:
     """Whose forward PyTorch's linear maps have, if it is neither PyTorch's nor ours; else empty."""
     found = nn.Linear.forward
-    return "" if found in (_own, _forward) else f"{found.__module__}.{found.__qualname__} is there"
+    return "" if found in (_own, _forward) else f"{whose(found)} is there"
+
+
+def whose(function: Any) -> str:
+    """The name of a function, or of the class of something else that is called, with its module."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"

@@ -21,7 +21,7 @@ from ssmzoo.integrations.transformers.layers import (
     told,
     weighted_key_values,
 )
-from ssmzoo.integrations.transformers.linears import owners_of, within
+from ssmzoo.integrations.transformers.linears import owners_of, whose, within
 from ssmzoo.integrations.transformers.multipliers import scaled_map
 from ssmzoo.integrations.transformers.norms import KINDS as NORMS
 
@@ -157,9 +157,9 @@ class Replaceable:
         """Whose function runs in the place of ours; empty where ours does, or would."""
         here = self._here()
         if self.active and here is not self.placed:
-            return f"{_whose(here)} was put over ours"
+            return f"{whose(here)} was put over ours"
         if not self.active and here is not self.placed and self.method.over(here) is here:
-            return f"{_whose(here)} was there before"
+            return f"{whose(here)} was there before"
         return ""
 
     def _while_active(self, ours: Any, original: Any) -> Any:
@@ -181,11 +181,6 @@ class Replaceable:
             setattr(self.owner, self.method.attribute, function)
         else:
             self.inner.cell_contents = function
-
-
-def _whose(function: Any) -> str:
-    name = getattr(function, "__qualname__", type(function).__name__)
-    return f"{getattr(function, '__module__', None) or type(function).__module__}.{name}"
 
 
 def _checkpointed(function: Any) -> CellType | None:

@@ -38,6 +38,11 @@ def define(name: str, function: Callable[..., Any], fake: Callable[..., Any], sc
     torch.library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(qualified, "CompositeExplicitAutograd", _undisturbed(function))  # on every device
     torch.library.register_fake(qualified, fake)
+    return registered(name)
+
+
+def registered(name: str) -> Any:
+    """The operator ``ssmkernels::name`` as PyTorch has it."""
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 

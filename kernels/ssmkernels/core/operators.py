@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ssmkernels.core.declaration import Declaration, named_tuple
 from ssmkernels.core.double_backward import twice_differentiable
-from ssmkernels.core.library import NAMESPACE, define, opaque
+from ssmkernels.core.library import NAMESPACE, define, opaque, registered
 from ssmkernels.core.plain import unwatched
 from ssmkernels.core.validate import check_borders, copied
 
@@ -97,15 +97,18 @@ def kernel(declared: Declaration, name: str, module: Any, reference: Callable[[A
         autograd, setup_context = _differentiable(declared, name, module, operator, names, saves, empty, reference)
         node = _node(f"{NAMESPACE}::{declared.name}_{name}", Arguments, forward, several, autograd, setup_context)
 
+    leader = Arguments._fields.index(declared.leader)
+
     def run(a: Any) -> Any:
         graph = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in a)
-        if torch.compiler.is_compiling() or (graph and (node is None or not unwatched(a))):
+        away = torch.compiler.is_compiling() or a[leader].is_meta  # without memory that a kernel could read
+        if away or (graph and (node is None or not unwatched(a))):
             outputs = operator(*a, graph)
         else:
             outputs = node.apply(*a) if graph else forward(a, False)
         return outputs if len(names) == 1 else pick(outputs)
 
-    run.operator = operator  # type: ignore[attr-defined]
+    run.operator = registered(f"{declared.name}_{name}")  # type: ignore[attr-defined]
     return run
 
 

@@ -94,13 +94,14 @@ def recorded() -> bool:
 def unwatched(arguments: Iterable[Any]) -> bool:
     """Whether nothing would see operators of ``torch.library`` that are called with these arguments, nor change them.
 
-    Compilers, tracers, transforms and modes do, those that only count too, and classes of tensors of their own.
+    Compilers, tracers, transforms and modes do, those that only count too, and classes of tensors of their own; and
+    tensors without memory have nothing that a kernel could read.
     """
     if torch.compiler.is_compiling() or _tracing_state() is not None or _transform() is not None:
         return False
     if _modes() or _function_modes():
         return False
-    return all(type(a) in _EXACT or not isinstance(a, Tensor) for a in arguments)
+    return all(type(a) in _EXACT and not a.is_meta if isinstance(a, Tensor) else True for a in arguments)
 
 
 def readable(x: Tensor) -> bool:

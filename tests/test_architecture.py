@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 # folder right below the package; "ssmzoo" is what `import ssmzoo` gives.
 LAYERS = (
     "written",  # what linear maps ask
-    "bidirectional devices files linear plain screen state steady ties token_shift wide",  # serve everything
+    "bidirectional devices files interrupts linear plain screen state steady ties token_shift wide",  # serve everything
     "norm options yaml_text",
     "quantized",  # maps with weights in few bits, which mixers and configs know of
     "mixer mlp",  # the interfaces of what mixes tokens and of what mixes channels

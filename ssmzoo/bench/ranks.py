@@ -10,6 +10,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from ssmzoo.interrupts import deaf, starting
+
 
 def together(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """``function(group, *args)`` on so many new processes; what each returns. It must be importable.
@@ -23,18 +25,21 @@ def together(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
         started: list[tuple[Any, Connection]] = []
+        answers: list[Any] = []
         try:
             for rank in range(ranks):
                 ours, theirs = context.Pipe()
                 process = context.Process(target=_work, args=(theirs, store, rank, ranks, function, args), daemon=True)
-                process.start()
+                with starting():
+                    process.start()
+                    started.append((process, ours))
                 theirs.close()
-                started.append((process, ours))
-            return [_answer(rank, connection) for rank, (_, connection) in enumerate(started)]
+            answers += (_answer(rank, connection) for rank, (_, connection) in enumerate(started))
         finally:
             for process, _ in started:
-                process.join(5)
+                process.join(5 if len(answers) == ranks else 0)
                 process.terminate()
+    return answers
 
 
 def _answer(rank: int, connection: Connection) -> Any:
@@ -50,6 +55,7 @@ def _answer(rank: int, connection: Connection) -> Any:
 def _work(
     connection: Connection, store: Path, rank: int, ranks: int, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
+    deaf()
     import torch
     import torch.distributed as dist
 

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
+from ssmzoo.interrupts import deaf, starting
+
 SECONDS = 600  # that a process waits for another
 
 
@@ -31,9 +33,10 @@ def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
             for rank in range(ranks):
                 ours, theirs = context.Pipe(duplex=False)
                 process = context.Process(target=_work, args=(theirs, store, rank, ranks, function, args), daemon=True)
-                process.start()
+                with starting():
+                    process.start()
+                    started[ours] = rank, process
                 theirs.close()  # so that the end of the process is heard
-                started[ours] = rank, process
             while len(found) < ranks:
                 found |= _answers({c: of for c, of in started.items() if of[0] not in found}, ranks)
         finally:
@@ -62,6 +65,7 @@ def _answers(waiting: Mapping[Any, tuple[int, Any]], ranks: int) -> dict[int, An
 
 
 def _work(answers: Connection, store: Path, rank: int, ranks: int, function: Callable[..., Any], args: Any) -> None:
+    deaf()
     torch.set_num_threads(1)
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(ranks)
     try:

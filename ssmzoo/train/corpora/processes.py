@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
+
+from ssmzoo.interrupts import deaf, starting
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -34,13 +33,8 @@ def over_processes(work: Callable[[Task], Result], tasks: Sequence[Task], worker
     # A server that is forked from has imported everything once, so the processes share this memory.
     method: Any = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context: Any = multiprocessing.get_context(method)
-    starting: Any = contextlib.nullcontext if method == "forkserver" else _deaf
     if method == "forkserver":
-        from multiprocessing import forkserver
-
         context.set_forkserver_preload([__name__, work.__class__.__module__])
-        with _deaf():
-            forkserver.ensure_running()
     left = iter(tasks)
     processes: dict[Any, Any] = {}  # by their connections
     try:
@@ -49,9 +43,9 @@ def over_processes(work: Callable[[Task], Result], tasks: Sequence[Task], worker
             process = context.Process(target=_serve, args=(theirs, work), daemon=True)
             with starting():
                 process.start()
+                processes[ours] = process
             theirs.close()
             ours.send(next(left))
-            processes[ours] = process
         while processes:
             ready: Any = wait(list(processes))
             for connection in ready:
@@ -65,19 +59,6 @@ def over_processes(work: Callable[[Task], Result], tasks: Sequence[Task], worker
         for process in processes.values():
             process.terminate()
             process.join()
-
-
-@contextlib.contextmanager
-def _deaf() -> Iterator[None]:
-    """What is started inside does not hear Ctrl-C, not even while it imports: whoever started it ends it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _result(connection: Any, process: Any) -> Any:
@@ -95,7 +76,7 @@ def _result(connection: Any, process: Any) -> Any:
 
 
 def _serve(connection: Connection, work: Callable[[Any], Any]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that started it ends it
+    deaf()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there are as many processes as cores
     while True:
         try:

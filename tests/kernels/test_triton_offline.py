@@ -1,5 +1,6 @@
 """Every Triton kernel compiles for chips that are not there, spills nothing, and its shared memory fits.
 
+Triton's own launcher then launches those for Hopper above a stand-in for the driver, which compares what arrives.
 Every case is compiled for one of the chips, and every op for all of them. ``SSMZOO_CHIPS=all`` compiles each case for
 each chip, in four times the time. What was compiled stays in ``build/triton`` by Triton's own digest of the kernel's
 source, its options and the compiler: only what has changed is compiled again.
@@ -16,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+import launching
 import pytest
 import torch
 
@@ -121,15 +123,19 @@ def test_compiles_without_spills(chip, names, ops):
     if not cases:
         pytest.skip("needs an op with Triton kernels")
     forget(CACHE, time.time())
+    print(alone("-c", PROGRAM, chip, repr(cases)))
+    if chip == "sm_90" and launching.compiler() is not None:  # where they find all kernels compiled
+        print(alone(launching.__file__, repr(cases)))
+
+
+def alone(*program):
+    """What a program of a new process prints, which finds the kernels compiled so far."""
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "SSMZOO_DISABLE")}
-    run = subprocess.run(
-        [sys.executable, "-c", PROGRAM, chip, repr(cases)],
-        env={**environment, "TRITON_CACHE_DIR": str(CACHE), "TRITON_DISABLE_LINE_INFO": "1"},
-        capture_output=True,
-        text=True,
-    )
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(launching.__file__).parent), *sys.path])
+    environment |= {"TRITON_CACHE_DIR": str(CACHE), "TRITON_DISABLE_LINE_INFO": "1"}
+    run = subprocess.run([sys.executable, *program], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
-    print(run.stdout)
+    return run.stdout
 
 
 @pytest.mark.slow
@@ -165,6 +171,35 @@ for chip in ("sm_90", "gfx942"):
         text=True,
     )
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(launching.compiler() is None, reason="needs a C compiler")
+def test_a_launch_with_other_arguments_is_seen(tmp_path):
+    (tmp_path / "wrong.py").write_text(
+        """
+import dataclasses, torch, triton, triton.language as tl
+from launching import launching
+
+@triton.jit
+def kernel(x, n, scale, size: tl.constexpr):
+    tl.store(x + tl.arange(0, size), n * scale)
+
+with launching() as launches:
+    kernel[(70_000, 2)](torch.empty(128), 3, 0.1, size=128, num_warps=2)
+    kernel[(2, 70_000)](torch.empty(128), 3, 0.1, size=128, num_warps=2)
+first, second = launches
+first.check()
+assert first.grid == (70_000, 2, 1) and first.block == (64, 1, 1)
+for wrong in (second, first._replace(given=[0, *first.given[1:]]), first._replace(compiled_sizes=first.sizes[1:])):
+    try:
+        wrong.check()
+    except AssertionError:
+        continue
+    raise SystemExit(f"{wrong} passed")
+"""
+    )
+    alone(tmp_path / "wrong.py")
 
 
 def test_an_unknown_chip_is_named():

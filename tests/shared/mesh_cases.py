@@ -157,7 +157,7 @@ def fills_a_disk(group: Any, config: dict[str, Any], settings: dict[str, Any], o
 
     def begin(self: Any, parts: list[Any]) -> None:
         if dist.get_rank() == 1:
-            first, limit = out / "checkpoints", time.monotonic() + 60
+            first, limit = out / "checkpoints", time.monotonic() + 300
             while not [*first.glob("*step-0000000*/.metadata")] and time.monotonic() < limit:  # it may be under way
                 time.sleep(0.01)
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))

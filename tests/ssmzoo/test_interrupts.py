@@ -51,8 +51,11 @@ def test_what_is_started_inside_has_it_blocked():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("at", ["connection.Pipe()", "the first start", "the second start", "work"])
+@pytest.mark.parametrize(
+    ("way", "at"),
+    [("corpora", at) for at in ("Pipe()", "the first start", "the second start", "work")]
+    + [("planning", "the second start"), ("bench", "work")],
+)
 def test_a_group_is_interrupted(way, at, tmp_path):
     """At any moment, and the whole group ends without a word from any of its processes."""
     (tmp_path / "forever.py").write_text("import time\nsleep = time.sleep\ndef sleep_in(group): time.sleep(600)\n")
@@ -74,7 +77,7 @@ def test_a_group_is_interrupted(way, at, tmp_path):
             signal.signal(signal.SIGINT, signal.default_int_handler)
             if {at!r} == "work":
                 threading.Timer(4, os.killpg, (0, signal.SIGINT)).start()
-            elif {at!r} == "connection.Pipe()":
+            elif {at!r} == "Pipe()":
                 import multiprocessing.connection
                 multiprocessing.connection.Pipe = interrupted(multiprocessing.connection.Pipe)
             else:

@@ -199,6 +199,8 @@ def _kinds_and_names(words: Sequence[str], only: Sequence[str]) -> tuple[list[st
 def _device(name: str | None) -> torch.device:
     import torch
 
+    from ssmzoo.devices import usable
+
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -209,7 +211,7 @@ def _device(name: str | None) -> torch.device:
         raise ValueError(f"--device must be cpu or cuda; got {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this PyTorch finds no GPU; `ssmzoo env` shows what there is")
-    return device
+    return usable(device, "--device")
 
 
 def _limits_line(limits: Limits, machine: Machine, dtype: str, place: torch.device) -> str:

@@ -188,8 +188,13 @@ def kernel(x, n, scale, size: tl.constexpr):
 with launching() as launches:
     kernel[(70_000, 2)](torch.empty(128), 3, 0.1, size=128, num_warps=2)
     kernel[(2, 70_000)](torch.empty(128), 3, 0.1, size=128, num_warps=2)
-first, second = launches
+    kernel[(1,)](torch.empty(200, device="meta")[3:], 3, 0.1, size=128, num_warps=2)
+    kernel[(1,)](torch.empty(200, device="meta"), 3, 0.1, size=128, num_warps=2)
+first, second, third, fourth = launches
 first.check()
+third.check()
+fourth.check()
+assert third.values[0] % 16 == 12 and fourth.values[0] % 16 == 0 and fourth.values[0] not in (0, third.values[0] - 12)
 assert first.grid == (70_000, 2, 1) and first.block == (64, 1, 1)
 for wrong in (second, first._replace(given=[0, *first.given[1:]]), first._replace(compiled_sizes=first.sizes[1:])):
     try:

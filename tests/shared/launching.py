@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 FORMATS = {"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u1": "B", "u8": "B", "u16": "H", "u32": "I"}
 FORMATS |= {"u64": "Q", "fp16": "e", "fp32": "f", "f32": "f", "fp64": "d"}
 GRID = (2**31 - 1, 65535, 65535)  # the most programs that CUDA takes along each axis
@@ -118,10 +120,18 @@ def launching() -> Iterator[list[Launch]]:
         ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL).listen(listen)
         before, knobs.build.impl = driver._active, build
         driver.set_active(Driver())
+        torch.Tensor.data_ptr, own = address, torch.Tensor.data_ptr
         try:
             yield launches
         finally:
-            driver._active, knobs.build.impl = before, None
+            driver._active, knobs.build.impl, torch.Tensor.data_ptr = before, None, own
+
+
+def address(tensor: torch.Tensor) -> int:
+    """A number of its own for each tensor that has no memory, as far into its storage as the tensor begins."""
+    storage = tensor.untyped_storage()
+    begin = storage._cdata << 12 if tensor.is_meta else storage.data_ptr()
+    return begin + tensor.storage_offset() * tensor.element_size() if begin else 0
 
 
 def leaves(types: Any, given: Any) -> Iterator[tuple[str, Any]]:

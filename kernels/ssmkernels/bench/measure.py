@@ -111,14 +111,15 @@ def stopwatch(device: torch.device) -> Callable[[Callable[[], object], int], flo
 
     def on_gpu(call: Callable[[], object], repeats: int) -> float:
         total = 0.0
-        for _ in range(repeats):
-            flushed.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            torch.cuda.synchronize(device)
-            total += start.elapsed_time(end) / 1e3
+        with torch.cuda.device(device):  # whose stream the events go to
+            for _ in range(repeats):
+                flushed.zero_()
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                call()
+                end.record()
+                torch.cuda.synchronize(device)
+                total += start.elapsed_time(end) / 1e3
         return total / repeats
 
     return on_gpu

@@ -91,7 +91,8 @@ def test_errors_beside_those_of_pytorch(implementation, dtype_and_dim, lengths, 
     for what, times, ours, theirs, truth in zip("oqkv", (2, 3, 3, 3), found, pytorch, exact, strict=True):
         assert ours.dtype == dtype
         error, allowed = ((x.double() - truth).abs().max() for x in (ours, theirs))
-        assert error <= times * allowed, f"{what}: off by {error:.3g}, PyTorch by {allowed:.3g}"
+        rounding = 4 * torch.finfo(torch.float32).eps * truth.abs().max()  # where PyTorch's happen to cancel
+        assert error <= max(times * allowed, rounding), f"{what}: off by {error:.3g}, PyTorch by {allowed:.3g}"
     blind = ~seen.expand(h, l, m).any(-1).T if "sinks" not in given else torch.zeros(l, h, dtype=torch.bool)
     assert (found[0][:, blind] == 0).all()
     assert (found[1][:, blind] == 0).all()
